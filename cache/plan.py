@@ -1,0 +1,29 @@
+"""What one MoE layer's step does, as values.
+
+Knows: the shape of a decision. Does not know: how it was reached (`cache.cache`) or is carried out.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Use(NamedTuple):
+    """An expert to compute and the slot it is, or will be, in."""
+
+    expert: int
+    slot: int
+
+
+class Wave(NamedTuple):
+    """Experts whose slots are valid together: resident ones, and ones to load first."""
+
+    hits: tuple[Use, ...]
+    loads: tuple[Use, ...]
+
+
+class Plan(NamedTuple):
+    """Waves to carry out one after the other: a later wave's loads overwrite an earlier one's slots."""
+
+    layer: int
+    waves: tuple[Wave, ...]

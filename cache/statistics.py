@@ -1,0 +1,63 @@
+"""Counters, per MoE layer and in all.
+
+Knows: how to count and to add up. Does not know: what a second or a byte is worth (`offload`).
+Invariants: `hits + misses == requests`; `loads == misses + lookahead_loads`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+
+@dataclass
+class LayerCounts:
+    """What happened at one MoE layer (or, summed, at all)."""
+
+    requests: int = 0  # distinct experts asked for, summed over steps
+    hits: int = 0  # were in a slot, or on their way to one
+    misses: int = 0  # had to be loaded on demand
+    evictions: int = 0
+    lookahead_guesses: int = 0  # experts guessed, resident or not
+    lookahead_right: int = 0  # guesses that the layer then asked for
+    lookahead_loads: int = 0  # guesses that were loaded
+    lookahead_asked: int = 0  # requests in steps that had guesses
+    wait_seconds: float = 0.0  # compute stood still for a load
+
+    @property
+    def loads(self) -> int:
+        return self.misses + self.lookahead_loads
+
+    @property
+    def hit_rate(self) -> float:
+        return self.hits / self.requests if self.requests else 0.0
+
+    @property
+    def lookahead_precision(self) -> float:
+        """Of the experts guessed, how many were asked for."""
+        return self.lookahead_right / self.lookahead_guesses if self.lookahead_guesses else 0.0
+
+    @property
+    def lookahead_recall(self) -> float:
+        """Of the experts asked for where there was a guess, how many were guessed."""
+        return self.lookahead_right / self.lookahead_asked if self.lookahead_asked else 0.0
+
+    def __add__(self, other: LayerCounts) -> LayerCounts:
+        return LayerCounts(
+            **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+        )
+
+    def __sub__(self, other: LayerCounts) -> LayerCounts:
+        return LayerCounts(
+            **{f.name: getattr(self, f.name) - getattr(other, f.name) for f in fields(self)}
+        )
+
+
+class Statistics:
+    """One `LayerCounts` for each MoE layer."""
+
+    def __init__(self, layers: int) -> None:
+        self.layers = [LayerCounts() for _ in range(layers)]
+
+    def total(self) -> LayerCounts:
+        """A sum that later counting does not change."""
+        return sum(self.layers, LayerCounts())

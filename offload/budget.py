@@ -1,0 +1,87 @@
+"""How many experts fit: arithmetic on a config and a pack's description, before anything is allocated.
+
+Knows: what takes memory and how much. Does not know: how it is allocated.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import psutil
+import torch
+from transformers import PreTrainedConfig
+
+from offload.errors import BudgetError
+
+SHARE = 0.9  # of the memory that is free at start, when the user names no budget
+WORKSPACE_BYTES = 300 * 2**20  # activations, the allocator's slack, libraries' own buffers
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_bytes(text: str | int | None) -> int | None:
+    """Bytes from a number or from text like "20GiB"; None stays None. Raises `BudgetError`."""
+    if text is None or isinstance(text, int):
+        return text
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    unit = UNITS.get(match.group(2).upper()) if match else None
+    if match is None or unit is None:
+        raise BudgetError(f"{text!r} is not a size: write bytes or a size like 20GiB")
+    return int(float(match.group(1)) * unit)
+
+
+def gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What goes into the compute device's memory, in bytes."""
+
+    available: int
+    dense: int
+    kv_cache: int
+    workspace: int
+    slot: int
+    total_experts: int
+
+    def slots(self, asked: int | None) -> int:
+        """The number of expert slots to allocate, `asked` or as many as fit. Raises `BudgetError`."""
+        left = self.available - self.dense - self.kv_cache - self.workspace
+        fit = max(0, left // self.slot)
+        wanted = 1 if asked is None else asked
+        if wanted < 1:
+            raise BudgetError(f"{wanted} expert slots: at least one is needed, raise --expert-slots")
+        wanted = min(wanted, self.total_experts)
+        if wanted > fit:
+            raise BudgetError(
+                f"needs {wanted} expert slot{'s' * (wanted > 1)} of {self.slot / 2**20:.1f} MiB, {fit} fit in "
+                f"{gib(self.available)} beside {gib(self.dense)} of dense weights, {gib(self.kv_cache)} of KV "
+                f"cache and {gib(self.workspace)} of workspace: lower --ctx-size, --expert-slots or "
+                "--expert-bits, or raise --vram (GPU) or --ram (CPU)"
+            )
+        return wanted if asked is not None else min(fit, self.total_experts)
+
+
+def available_bytes(device: torch.device, vram: int | None, ram: int | None) -> int:
+    """The budget on `device`: what the user gave, else a share of what is free."""
+    given = ram if device.type == "cpu" else vram
+    if given is not None:
+        return given
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * SHARE)
+    return int(psutil.virtual_memory().available * SHARE)
+
+
+def kv_cache_bytes(config: PreTrainedConfig, context: int, dtype: torch.dtype) -> int:
+    """Bytes of the KV cache at `context` tokens, for one sequence.
+
+    An upper bound: every layer is counted as full attention (2 * heads * head_dim a token), which
+    linear, sliding-window and latent attention stay below.
+    """
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", 0) or 0
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    head_dim = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
+    layers: int = text.num_hidden_layers
+    return 2 * layers * int(kv_heads) * int(head_dim) * context * dtype.itemsize

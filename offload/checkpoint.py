@@ -1,0 +1,254 @@
+"""A checkpoint's tensors, sorted into experts and the rest by transformers' own conversion rules.
+
+Knows: safetensors folders, and which of their tensors make which expert. Does not know: quantisation.
+A tensor is read when it is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Chunk,
+    Concatenate,
+    Interleave,
+    MergeModulelist,
+    Transpose,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from offload.errors import CheckpointError, UnsupportedModelError
+from offload.skeleton import ExpertsModule
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+class SafetensorsSource:
+    """The safetensors files of a checkpoint folder, single or sharded."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open every file's header. Raises `CheckpointError`."""
+        self.folder = folder
+        self.files = _weight_files(folder)
+        self._handles: dict[str, Any] = {}
+        self._file_of: dict[str, str] = {}
+        for file in self.files:
+            try:
+                handle = safe_open(folder / file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(
+                    f"{folder / file} is not a whole safetensors file ({error}): fetch it again"
+                ) from None
+            self._handles[file] = handle
+            self._file_of.update(dict.fromkeys(handle.keys(), file))
+
+    def names(self) -> list[str]:
+        return list(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
+    def read(self, name: str) -> Tensor:
+        return self._handles[self._file_of[name]].get_tensor(name)  # type: ignore[no-any-return]
+
+    def read_slice(self, name: str, index: int) -> Tensor:
+        return self._slice(name)[index : index + 1]  # type: ignore[no-any-return]
+
+    def _slice(self, name: str) -> Any:
+        return self._handles[self._file_of[name]].get_slice(name)
+
+
+def _weight_files(folder: Path) -> list[str]:
+    index = folder / INDEX
+    if not index.is_file():
+        if (folder / SINGLE).is_file():
+            return [SINGLE]
+        if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+            raise CheckpointError(
+                f"{folder} has its weights as pickle (.bin), which can run code when opened: convert "
+                "them to safetensors first"
+            )
+        raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}: it is not a checkpoint")
+    try:
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is damaged ({error!r}): fetch it again") from None
+    for file in files:
+        if not isinstance(file, str) or Path(file).name != file:
+            raise CheckpointError(f"{index} names a file outside its folder ({file!r}): refused")
+        if not file.endswith(".safetensors"):
+            raise CheckpointError(f"{index} names {file}, which is not safetensors: refused")
+        if not (folder / file).is_file():
+            raise CheckpointError(f"{folder / file} is missing, though {INDEX} names it: fetch it again")
+    return files
+
+
+@dataclass
+class _Parameter:
+    """One expert parameter of the model and the checkpoint tensors it is made from."""
+
+    converter: WeightConverter | None
+    sources: dict[str, list[str]]  # source pattern -> tensors, in the order transformers stacks them
+
+
+# Operations that treat experts (dimension 0) one by one, given the dimensions they are used with.
+_PER_EXPERT = (MergeModulelist, Concatenate, Chunk, Interleave, Transpose)
+
+
+class Checkpoint:
+    """A source's tensors as `model` needs them."""
+
+    def __init__(self, source: SafetensorsSource, model: PreTrainedModel, experts: list[ExpertsModule]) -> None:
+        """Match every tensor of `source` with a parameter of `model` (on meta, experts included).
+
+        Raises `CheckpointError` when an expert's tensors are missing.
+        """
+        self._source = source
+        self._model = model
+        self._state = model.state_dict()
+        self._parameters: dict[str, _Parameter] = {}
+        self.dense_names: list[str] = []
+        self._whole: tuple[str, Tensor] | None = None  # a parameter that cannot be made per expert
+        wanted = {name for module in experts for name in module.parameters}
+        self._match(wanted)
+        for name in wanted:
+            self._check_complete(name)
+
+    def _match(self, wanted: set[str]) -> None:
+        """Follow transformers.core_model_loading.convert_and_load_state_dict_in_model."""
+        mapping = get_model_conversion_mapping(self._model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        of_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+        prefix = self._model.base_model_prefix
+        for name in sorted(self._source.names(), key=dot_natural_key):
+            target, pattern = rename_source_key(name, renamings, converters, prefix, self._state)
+            if target not in self._state and name in self._state:
+                target, pattern = rename_source_key(name, [], [], prefix, self._state)
+            if target in wanted:
+                converter = of_pattern[pattern] if pattern is not None else None
+                parameter = self._parameters.setdefault(target, _Parameter(converter, defaultdict(list)))
+                parameter.sources[pattern or name].append(name)
+            elif target in self._state:
+                self.dense_names.append(name)
+
+    def _check_complete(self, name: str) -> None:
+        parameter = self._parameters.get(name)
+        if parameter is None:
+            raise CheckpointError(f"the checkpoint has no tensor for {name}: it is incomplete, fetch it again")
+        experts = self._state[name].shape[0]
+        for pattern, sources in parameter.sources.items():
+            per_expert = len(sources) == experts
+            fused = len(sources) == 1 and self._source.shape(sources[0])[0] == experts
+            if not per_expert and not fused and _splits_by_expert(parameter.converter):
+                raise CheckpointError(
+                    f"the checkpoint has {len(sources)} tensors {pattern!r} for the {experts} experts of "
+                    f"{name}: it is incomplete, fetch it again"
+                )
+
+    def dense(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the model that is not an expert's, under its name in the checkpoint."""
+        for name in self.dense_names:
+            yield name, self._source.read(name)
+
+    def expert(self, module: ExpertsModule, expert: int) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """One expert's matrices by name: `(weight [out, in], bias [out] or None)`."""
+        weights: dict[str, Tensor] = {}
+        biases: dict[str, Tensor] = {}
+        for name, (matrix, is_bias) in module.parameters.items():
+            value = self._expert_parameter(name, expert)
+            if value.shape != self._state[name].shape[1:]:
+                raise CheckpointError(
+                    f"{name} of expert {expert} has shape {tuple(value.shape)} where the model's config "
+                    f"asks for {tuple(self._state[name].shape[1:])}: config.json and weights do not match"
+                )
+            (biases if is_bias else weights)[matrix] = value
+        return {
+            matrix: (weight.t() if module.transposed else weight, biases.get(matrix))
+            for matrix, weight in weights.items()
+        }
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The dtype of the expert parameter `name` in the checkpoint."""
+        sources = next(iter(self._parameters[name].sources.values()))
+        return self._source.read_slice(sources[0], 0).dtype
+
+    def _expert_parameter(self, name: str, expert: int) -> Tensor:
+        parameter = self._parameters[name]
+        if not _splits_by_expert(parameter.converter):
+            return self._whole_parameter(name)[expert]
+        experts = self._state[name].shape[0]
+        tensors: dict[str, list[Tensor]] = {}
+        for pattern, sources in parameter.sources.items():
+            if len(sources) == experts and experts > 1 or self._is_single(sources, name):
+                tensors[pattern] = [self._source.read(sources[expert])]
+            else:
+                tensors[pattern] = [self._source.read_slice(sources[0], expert)]
+        return self._convert(name, tensors, one_expert=True)[0]
+
+    def _is_single(self, sources: list[str], name: str) -> bool:
+        """Whether the one source of a one-expert module lacks the experts' dimension."""
+        return len(sources) == 1 and len(self._source.shape(sources[0])) < self._state[name].dim()
+
+    def _whole_parameter(self, name: str) -> Tensor:
+        if self._whole is None or self._whole[0] != name:
+            self._whole = None  # before the next is made: at most one layer is held
+            sources = self._parameters[name].sources
+            tensors = {p: [self._source.read(s) for s in names] for p, names in sources.items()}
+            self._whole = (name, self._convert(name, tensors, one_expert=False))
+        return self._whole[1]
+
+    def _convert(self, name: str, tensors: dict[str, list[Tensor]], *, one_expert: bool) -> Tensor:
+        converter = self._parameters[name].converter
+        if converter is None:
+            return next(iter(tensors.values()))[0]
+        converter = deepcopy(converter)
+        for pattern, values in tensors.items():
+            converter.collected_tensors[pattern] = values
+        model = _OneExpert(self._state) if one_expert else self._model
+        try:
+            return converter.convert(name, model=model, config=self._model.config)[name]  # type: ignore[no-any-return]
+        except (KeyError, ValueError, RuntimeError) as error:
+            kind = self._model.config.model_type
+            raise UnsupportedModelError(
+                f"{kind!r} is not supported: transformers' rule for {name} failed here ({error!r}); run it "
+                "with transformers itself"
+            ) from None
+
+
+class _OneExpert:
+    """Stands for the model where a conversion asks for a parameter's shape: one expert of it."""
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        self._state = state
+
+    def get_parameter(self, name: str) -> Tensor:
+        return self._state[name][:1]
+
+
+def _splits_by_expert(converter: WeightConverter | None) -> bool:
+    if converter is None:
+        return True
+    for operation in converter.operations:
+        if not isinstance(operation, _PER_EXPERT):
+            return False
+        dims = [getattr(operation, name) for name in ("dim", "dim0", "dim1") if hasattr(operation, name)]
+        stacks_experts = isinstance(operation, MergeModulelist) and dims == [0]
+        if not stacks_experts and min(dims) < 1:
+            return False
+    return True

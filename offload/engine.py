@@ -1,0 +1,223 @@
+"""The host-planned engine: the plan of every MoE layer is made in Python, one sync a layer.
+
+Knows: the order of things in a step: plan, start copies, compute what is here, wait, compute the rest,
+reduce once. Does not know: who is evicted (`cache`), how bytes move (`offload.transfer`), what they mean
+(`quant`).
+
+Letters: T tokens, k experts a token, S = T * k cells, H hidden, I inner, E experts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from cache.cache import ExpertCache
+from cache.plan import Use
+from offload.stats import Stats
+from offload.transfer import Ticket, Transfer
+from quant.matmul import matmul
+from quant.pack import PackInfo
+from quant.record import MatrixView, view_record
+
+
+class Layer:
+    """One MoE layer's experts, called by transformers in place of its own."""
+
+    def __init__(self, engine: Engine, index: int, module: nn.Module, num_experts: int) -> None:
+        self.engine = engine
+        self.index = index
+        self.module = module
+        self.num_experts = num_experts
+        self.router: nn.Module | None = None  # of this layer
+        self.router_input: Tensor | None = None  # what this layer's router was last asked about
+
+    def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        return self.engine.step(self, hidden, top_k_index, top_k_weights)
+
+    def expert(self, x: Tensor, matrices: dict[str, MatrixView]) -> Tensor:
+        """One expert's output [M, H] for its tokens `x` [M, H], before the router's weight."""
+        module = self.module
+        if module.has_gate:
+            inner = module._apply_gate(matmul(x, matrices["gate_up_proj"]))  # [M, I]
+        else:
+            inner = module.act_fn(matmul(x, matrices["up_proj"]))  # [M, I]
+        out = matmul(inner, matrices["down_proj"])  # [M, H]
+        return module.post_expert_norm(out) if module.has_post_expert_norm else out
+
+
+class Engine:
+    """Serves the experts of a whole model from a cache of slots."""
+
+    def __init__(self, info: PackInfo, cache: ExpertCache, transfer: Transfer) -> None:
+        self._info = info
+        self.cache = cache
+        self.transfer = transfer
+        self.layers: list[Layer] = []
+        self._tickets: dict[int, Ticket] = {}  # slot -> the copy into it that was not waited for yet
+        self._in_flight: list[int] = []  # slots of look-ahead loads not yet seen to land
+        self._views: dict[tuple[int, int], dict[str, MatrixView]] = {}  # (layout, slot)
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self.tokens = 0  # that went through the first layer
+        self.closed = False
+
+    def add_layer(self, module: nn.Module) -> Layer:
+        """The next MoE layer of the model."""
+        index = len(self.layers)
+        layer = Layer(self, index, module, self._info.layers[index].num_experts)
+        self.layers.append(layer)
+        return layer
+
+    def watch_routers(self, routers: Sequence[nn.Module | None]) -> None:
+        """Look ahead with these routers, one for each layer; None where there is none to ask."""
+
+        def remember(layer: Layer) -> None:
+            def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+                layer.router_input = args[0]
+
+            assert layer.router is not None
+            self._hooks.append(layer.router.register_forward_pre_hook(hook))
+
+        for layer, router in zip(self.layers, routers, strict=True):
+            layer.router = router
+            if router is not None:
+                remember(layer)
+
+    def step(self, layer: Layer, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """The experts' part of one layer: hidden [T, H], index and weights [T, k] -> [T, H]."""
+        assert not self.closed, "the model was closed"
+        if layer.index == 0:
+            self.tokens += hidden.shape[0]
+        chosen = top_k_index.tolist()  # sync: the plan is made on the host
+        cells_of = _cells_by_expert(chosen, layer.num_experts)
+        experts = list(cells_of)
+        plan = self.cache.plan(layer.index, experts)
+        cells: Tensor | None = None  # [S, H]
+        try:
+            for wave in plan.waves:
+                for use in wave.loads:
+                    self._start(layer.index, use, urgent=True)
+                if wave is plan.waves[-1]:
+                    self._look_ahead(layer)
+                for use in (*wave.hits, *wave.loads):
+                    matrices = self._ready(layer.index, use)
+                    where = cells_of[use.expert]
+                    out = layer.expert(_rows(hidden, where, len(chosen[0])), matrices)
+                    if cells is None:
+                        cells = out.new_zeros(top_k_index.numel(), out.shape[-1])
+                    _put(cells, where, out)
+                    self.transfer.release(use.slot)
+        except BaseException:  # Ctrl-C included: the table may promise what no copy brought
+            self._recover(layer.index, experts)
+            raise
+        if cells is None:  # every index was a sentinel
+            return torch.zeros_like(hidden)
+        weighted = cells.view(*top_k_index.shape, -1) * top_k_weights.unsqueeze(-1)  # [T, k, H]
+        return weighted.sum(dim=1).to(hidden.dtype)
+
+    def _start(self, layer: int, use: Use, *, urgent: bool) -> None:
+        self._tickets[use.slot] = self.transfer.start(layer, use.expert, use.slot, urgent=urgent)
+
+    def _ready(self, layer: int, use: Use) -> dict[str, MatrixView]:
+        """The matrices of an expert, once they have arrived."""
+        ticket = self._tickets.pop(use.slot, None)
+        if ticket is not None:
+            begin = time.perf_counter()
+            self.transfer.wait(ticket)
+            self.cache.statistics.layers[layer].wait_seconds += time.perf_counter() - begin
+            self.cache.landed(use.slot)
+        key = (self._info.layers[layer].layout, use.slot)
+        if key not in self._views:
+            self._views[key] = view_record(self.transfer.slot(use.slot), self._info.layouts[key[0]])
+        return self._views[key]
+
+    def _look_ahead(self, layer: Layer) -> None:
+        """Ask the next layer's router about this layer's hidden state; load what it would choose."""
+        if layer.index + 1 >= len(self.layers):
+            return
+        ahead = self.layers[layer.index + 1]
+        asked, layer.router_input = layer.router_input, None
+        if ahead.router is None or asked is None or asked.numel() != asked.shape[-1]:
+            return  # with many tokens nearly every expert is chosen: guessing is no help
+        self._note_landed()
+        guess = ahead.router(asked)[-1].flatten().tolist()  # sync: the plan is made on the host
+        experts = [expert for expert in guess if 0 <= expert < ahead.num_experts]
+        for use in self.cache.look_ahead(ahead.index, experts, most=len(experts)):
+            self._start(ahead.index, use, urgent=False)
+            self._in_flight.append(use.slot)
+
+    def _note_landed(self) -> None:
+        under_way = []
+        for slot in self._in_flight:
+            ticket = self._tickets.get(slot)
+            if ticket is None or ticket.done:
+                self.cache.landed(slot)
+            else:
+                under_way.append(slot)
+        self._in_flight = under_way
+
+    def _recover(self, layer: int, experts: Sequence[int]) -> None:
+        """After a step that failed: let its copies end and forget what they brought."""
+        for expert in experts:
+            if self.cache.is_resident(layer, expert):
+                ticket = self._tickets.pop(self.cache.table.slot_of((layer, expert)), None)
+                if ticket is not None:
+                    with contextlib.suppress(Exception):  # the first failure is the one to report
+                        self.transfer.wait(ticket)
+        self.cache.forget(layer, experts)
+
+    def stats(self) -> Stats:
+        """The figures of everything so far; subtract two to get what happened between them."""
+        counts = self.cache.statistics
+        sizes = [self._info.layout_of(index).record_bytes for index in range(len(counts.layers))]
+        return Stats(
+            counts=counts.total(),
+            layers=tuple(replace(layer) for layer in counts.layers),
+            slots=self.cache.table.slots,
+            total_experts=self._info.total_experts,
+            bytes_loaded=sum(n.loads * size for n, size in zip(counts.layers, sizes, strict=True)),
+            link_busy_seconds=self.transfer.busy_seconds,
+            tokens=self.tokens,
+        )
+
+    def close(self) -> None:
+        """Free the slots and end the copies; the model cannot be used afterwards."""
+        if self.closed:
+            return
+        self.closed = True
+        for hook in self._hooks:
+            hook.remove()
+        self._views.clear()
+        self._tickets.clear()
+        self.transfer.close()
+
+
+def _cells_by_expert(chosen: list[list[int]], num_experts: int) -> dict[int, list[int]]:
+    """Expert -> its cells (token * k + place), in order; an index past the experts is a sentinel."""
+    cells: dict[int, list[int]] = {}
+    cell = 0
+    for places in chosen:
+        for expert in places:
+            if 0 <= expert < num_experts:
+                cells.setdefault(expert, []).append(cell)
+            cell += 1
+    return cells
+
+
+def _rows(hidden: Tensor, cells: list[int], k: int) -> Tensor:
+    """The hidden states [M, H] of the tokens that `cells` belong to."""
+    if hidden.shape[0] == 1:
+        return hidden
+    return hidden[[cell // k for cell in cells]]
+
+
+def _put(cells: Tensor, where: list[int], out: Tensor) -> None:
+    if len(where) == 1:
+        cells[where[0]] = out[0]
+    else:
+        cells[where] = out

@@ -1,0 +1,199 @@
+"""Generating text: ids in, text with its timings out.
+
+Knows: prefill, decode, when to stop. Does not know: experts; the model looks like any transformers model.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from offload.errors import GenerationError
+from offload.sampling import Sampler, Sampling, resolve_sampling
+from offload.stats import Stats
+from offload.text import TextStream
+
+Message = dict[str, str]  # role, content
+Prompt = str | Sequence[Message] | Sequence[int]
+DEFAULT_NEW_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class GenerationResponse:
+    """One step of `stream_generate`; the last one has a `finish_reason` and the final figures."""
+
+    text: str  # new since the step before
+    token: int
+    prompt_tokens: int
+    prompt_tps: float  # tokens/s of the prefill
+    generation_tokens: int
+    generation_tps: float  # tokens/s of the decode, the prefill's token not counted
+    peak_memory: int  # bytes: of the process, or of the GPU's allocations
+    finish_reason: str | None  # "stop" (end of sequence or stop string), "length", or None
+    experts: Stats  # of this generation
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> list[int]:
+    """Token ids of a text as it stands, of messages through the chat template, or of ids.
+
+    Raises `GenerationError` when that is not possible.
+    """
+    if not isinstance(prompt, str) and all(isinstance(item, int) for item in prompt):
+        ids = [int(item) for item in prompt]  # type: ignore[arg-type]
+    elif tokenizer is None:
+        raise GenerationError("the model has no tokenizer: give token ids instead of text")
+    elif isinstance(prompt, str):
+        ids = list(tokenizer(prompt)["input_ids"])
+    elif not tokenizer.chat_template:
+        raise GenerationError("the model has no chat template: give the prompt as a text")
+    else:
+        try:
+            text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template is a program of the checkpoint's
+            raise GenerationError(f"the chat template refused the messages: {error}") from None
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if not ids:
+        raise GenerationError("the prompt is empty")
+    return ids
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
+    """Ids that end a sequence: generation_config's, else the tokenizer's."""
+    config = model.generation_config
+    ids = config.eos_token_id if config is not None else None
+    if ids is None and tokenizer is not None:
+        ids = tokenizer.eos_token_id
+    return frozenset([ids] if isinstance(ids, int) else ids or [])
+
+
+def stream_generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompt: Prompt,
+    *,
+    max_new_tokens: int | None = None,
+    stop_strings: str | Sequence[str] | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    seed: int | None = None,
+) -> Iterator[GenerationResponse]:
+    """Generate from `prompt`: a text as it stands, a list of `{"role", "content"}` messages, or ids.
+
+    What is not given comes from the checkpoint's `generation_config`; greedy if that does not sample.
+    `max_new_tokens` None: the config's, else 256. Stop strings are not part of the text. Raises
+    `GenerationError` before the first step.
+    """
+    sampling = resolve_sampling(
+        model.generation_config,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    limit = max_new_tokens
+    if limit is None:
+        limit = getattr(model.generation_config, "max_new_tokens", None) or DEFAULT_NEW_TOKENS
+    if limit < 1:
+        raise GenerationError(f"max_new_tokens is {limit}: it must be at least 1")
+    if model.offload.engine.closed:
+        raise GenerationError("the model was closed: load it again")
+    ids = encode_prompt(tokenizer, prompt)
+    context = model.offload.options.context
+    if len(ids) >= context:
+        raise GenerationError(
+            f"the prompt has {len(ids)} tokens and the context holds {context}: shorten it or raise "
+            "--ctx-size (context=)"
+        )
+    stops = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or [])
+    if stops and tokenizer is None:
+        raise GenerationError("stop strings need a tokenizer, and the model has none")
+    text = TextStream(tokenizer, stops) if tokenizer is not None else None
+    return _stream(
+        model, ids, min(limit, context - len(ids)), sampling, end_tokens(model, tokenizer), text
+    )
+
+
+def _stream(
+    model: PreTrainedModel,
+    prompt: list[int],
+    limit: int,
+    sampling: Sampling,
+    ends: frozenset[int],
+    text: TextStream | None,
+) -> Iterator[GenerationResponse]:
+    sampler = Sampler(sampling, model.device)
+    before = model.offload.stats()
+    begin = time.perf_counter()
+    ids = torch.tensor([prompt], device=model.device)
+    logits, cache = forward(model, ids, None)
+    token = sampler(ids, logits)
+    value = int(token)  # sync: the text is made on the host
+    decode_begin = time.perf_counter()
+    prompt_tps = len(prompt) / (decode_begin - begin)
+    for count in range(1, limit + 1):
+        piece = "" if text is None or value in ends else text.push(value)
+        reason = None
+        if value in ends or (text is not None and text.stopped):
+            reason = "stop"
+        elif count == limit:
+            reason = "length"
+        if reason and text is not None:
+            piece += text.finish()
+        seconds = time.perf_counter() - decode_begin
+        yield GenerationResponse(
+            piece,
+            value,
+            len(prompt),
+            prompt_tps,
+            count,
+            (count - 1) / seconds if count > 1 else 0.0,
+            peak_memory(model.device),
+            reason,
+            model.offload.stats() - before,
+        )
+        if reason:
+            return
+        logits, cache = forward(model, token, cache)
+        ids = torch.cat((ids, token), dim=-1)
+        token = sampler(ids, logits)
+        value = int(token)  # sync: the text is made on the host
+
+
+@torch.inference_mode()
+def forward(model: PreTrainedModel, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    """The last token's logits [1, V] after `ids` [1, T], and the KV cache; None begins a sequence."""
+    out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return out.logits[:, -1], out.past_key_values
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompt: Prompt,
+    **options: Any,
+) -> str:
+    """The whole text of `stream_generate`, which documents the options."""
+    if tokenizer is None:
+        raise GenerationError("the model has no tokenizer: use stream_generate for token ids")
+    return "".join(step.text for step in stream_generate(model, tokenizer, prompt, **options))
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes used so far: allocated on a GPU, else resident in this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

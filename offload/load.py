@@ -1,0 +1,255 @@
+"""`load`: from a name to a model that generates.
+
+Knows: the order in which everything is found, made, opened and put together. Does not know: the details
+of any of it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from cache.cache import ExpertCache
+from cache.policy import POLICIES
+from offload import demo, sources
+from offload.budget import WORKSPACE_BYTES, Budget, available_bytes, kv_cache_bytes, parse_bytes
+from offload.checkpoint import SafetensorsSource
+from offload.engine import Engine
+from offload.errors import CheckpointError, SourceError, UnsupportedModelError
+from offload.home import offload_home
+from offload.make_pack import PackSource, Recipe, fingerprint, make_pack
+from offload.skeleton import (
+    IMPLEMENTATION,
+    build_on_meta,
+    experts_modules,
+    find_experts,
+    find_router,
+    install,
+    model_class,
+    own_config,
+    without_experts,
+)
+from offload.stats import Stats
+from offload.transfer import HostTransfer, Transfer
+from quant.pack import Pack, is_pack
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a pack is run, complete: nothing is left to be decided later."""
+
+    device: torch.device
+    dtype: torch.dtype
+    slots: int
+    policy: str
+    lookahead: bool
+    context: int
+
+
+class Offload:
+    """A model's experts: `model.offload`."""
+
+    def __init__(self, pack: Pack, engine: Engine, options: Options) -> None:
+        self.pack = pack
+        self.engine = engine
+        self.options = options
+
+    def stats(self) -> Stats:
+        """Hits, misses, bytes, waiting and look-ahead since the model was loaded."""
+        return self.engine.stats()
+
+    def close(self) -> None:
+        """Free the slots, the mapping and the copy thread. The model cannot be used afterwards."""
+        self.engine.close()
+        self.pack.close()
+
+
+def load(
+    source: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    expert_bits: int = 4,
+    dense_bits: int = 16,
+    group_size: int = 64,
+    expert_slots: int | None = None,
+    vram: str | int | None = None,
+    ram: str | int | None = None,
+    policy: str = "lru",
+    lookahead: bool = True,
+    context: int = 4096,
+    pack_dir: str | Path | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """Load a Mixture-of-Experts model whose experts need not fit.
+
+    `source` is a checkpoint folder, a pack, a hub id, or "demo". A checkpoint is quantised into a pack
+    the first time (under `pack_dir`, else `$OFFLOAD_HOME/packs`); a pack opens in seconds.
+
+    - `expert_bits` 4, 8 or 16 (as stored), `group_size` weights share a scale; `dense_bits` 16.
+    - `expert_slots`: experts resident on the compute device, over all layers; None: as many as `vram`
+      (GPU) or `ram` (CPU), bytes or "20GiB", allow.
+    - `context`: tokens the KV cache is budgeted for, and the most a conversation may have.
+    - `dtype`: of the computation; None: as the checkpoint's config says.
+
+    Returns `(model, tokenizer)`; the tokenizer is None when the checkpoint has none. The model is a
+    transformers model with one more attribute, `model.offload` (`stats()`, `close()`).
+    Raises `OffloadError`, whose message says what to do.
+    """
+    recipe = Recipe(expert_bits, dense_bits, group_size)
+    if policy not in POLICIES:
+        raise UnsupportedModelError(f"there is no policy {policy!r}: choose {' or '.join(POLICIES)}")
+    path = find_or_make_pack(
+        str(source),
+        recipe,
+        pack_dir=pack_dir,
+        revision=revision,
+        local_files_only=local_files_only,
+        trust_remote_code=trust_remote_code,
+    )
+    pack = Pack(path)
+    try:
+        config = sources.read_config(str(source), path, trust_remote_code=trust_remote_code)
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        compute = dtype or _config_dtype(config)
+        budget = Budget(
+            available_bytes(place, parse_bytes(vram), parse_bytes(ram)),
+            dense=dense_bytes(path, compute),
+            kv_cache=kv_cache_bytes(config, context, compute),
+            workspace=WORKSPACE_BYTES,
+            slot=pack.info.slot_bytes,
+            total_experts=pack.info.total_experts,
+        )
+        options = Options(place, compute, budget.slots(expert_slots), policy, lookahead, context)
+        cls = model_class(config, str(path), trust_remote_code)
+        model = _load_dense(path, own_config(config, cls), cls, options)
+        _connect(model, pack, options, parse_bytes(ram))
+    except BaseException:
+        pack.close()
+        raise
+    return model, _tokenizer(path, trust_remote_code)
+
+
+def find_or_make_pack(
+    source: str,
+    recipe: Recipe,
+    *,
+    pack_dir: str | Path | None = None,
+    destination: Path | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    trust_remote_code: bool = False,
+) -> Path:
+    """The folder of the pack for `source`, made if need be, at `destination` or under `pack_dir`."""
+    if source == sources.DEMO:
+        found = sources.Source(sources.DEMO, demo.checkpoint(), is_pack=False)
+    else:
+        found = sources.find(
+            source,
+            revision=revision,
+            local_files_only=local_files_only,
+            trust_remote_code=trust_remote_code,
+        )
+    if found.is_pack:
+        return found.folder
+    config = sources.read_config(found.name, found.folder, trust_remote_code=trust_remote_code)
+    cls = model_class(config, str(found.folder), trust_remote_code)
+    model = build_on_meta(own_config(config, cls), cls)
+    experts = find_experts(model)
+    mark = found.commit or fingerprint(found.folder)
+    path = destination or pack_path(found.name, mark, recipe, pack_dir)
+    if destination is None and is_pack(path):
+        return path
+    sources.fetch_weights(found, local_files_only=local_files_only)
+    make_pack(path, PackSource(found.name, mark, found.folder), model, experts, recipe)
+    return path
+
+
+def pack_path(name: str, mark: str, recipe: Recipe, pack_dir: str | Path | None) -> Path:
+    """Where the pack of a model goes: its name says what it was made from and how."""
+    slug = re.sub(r"[^\w.-]+", "--", name)
+    folder = Path(pack_dir).expanduser() if pack_dir else offload_home() / "packs"
+    return folder / f"{slug}-e{recipe.expert_bits}-d{recipe.dense_bits}-g{recipe.group_size}-{mark[:12]}"
+
+
+def dense_bytes(path: Path, dtype: torch.dtype) -> int:
+    """Bytes of the non-expert weights once loaded in `dtype`."""
+    source = SafetensorsSource(path)
+    total = 0
+    for name in source.names():
+        elements = 1
+        for size in source.shape(name):
+            elements *= size
+        total += elements * dtype.itemsize
+    return total
+
+
+def _config_dtype(config: PreTrainedConfig) -> torch.dtype:
+    dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+
+
+def _load_dense(
+    path: Path, config: PreTrainedConfig, cls: type[PreTrainedModel], options: Options
+) -> PreTrainedModel:
+    loaded: tuple[PreTrainedModel, dict[str, Any]] = without_experts(cls).from_pretrained(
+        path,
+        config=config,
+        dtype=options.dtype,
+        device_map={"": options.device},
+        experts_implementation=IMPLEMENTATION,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise CheckpointError(
+            f"the checkpoint lacks {len(missing)} tensors of its model ({missing[0]}, ...): fetch it again"
+        )
+    if wrong := info["mismatched_keys"]:
+        raise CheckpointError(f"config.json and weights do not match: {sorted(wrong)[0]}")
+    return model
+
+
+def _connect(model: PreTrainedModel, pack: Pack, options: Options, ram: int | None) -> None:
+    """Put the engine behind the model's experts."""
+    info = pack.info
+    modules = experts_modules(model)
+    paths = [name for name, module in model.named_modules() if module in modules]
+    if paths != [layer.module for layer in info.layers]:
+        raise SourceError(
+            f"{pack.path} was made for other experts modules than transformers "
+            f"{transformers.__version__} has: delete the folder and load the model again to remake it"
+        )
+    cache = ExpertCache(options.slots, len(info.layers), POLICIES[options.policy]())
+    engine = Engine(info, cache, _transfer(pack, options, ram))
+    for module in modules:
+        install(module, engine.add_layer(module))
+    if options.lookahead and options.slots < info.total_experts:  # else nothing is ever loaded twice
+        routers = [find_router(model, layer.module, layer.num_experts) for layer in info.layers]
+        engine.watch_routers(routers)
+    model.offload = Offload(pack, engine, options)
+
+
+def _transfer(pack: Pack, options: Options, ram: int | None) -> Transfer:
+    if options.device.type == "cpu":
+        return HostTransfer(pack, options.slots)
+    from offload.cuda_transfer import CudaTransfer  # its calls need a GPU
+
+    return CudaTransfer(pack, options.slots, options.device, ram)
+
+
+def _tokenizer(path: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        return None
+    return AutoTokenizer.from_pretrained(  # type: ignore[no-any-return]
+        path, trust_remote_code=trust_remote_code, local_files_only=True
+    )

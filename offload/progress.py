@@ -1,0 +1,62 @@
+"""A progress bar on stderr: done, rate, time left.
+
+Knows: rich. Does not know: what is being counted. When stderr is not a terminal a line is written at the
+beginning and one at the end.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.text import Text
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(_rate(task.speed or 0.0, task.fields["unit"]))
+
+
+def _rate(speed: float, unit: str) -> str:
+    return f"{speed / 1e6:.1f} M{'B' if unit == 'bytes' else ' ' + unit}/s"
+
+
+class Progress:
+    """Counts towards `total` units of `unit`."""
+
+    def __init__(self, title: str, *, total: int, unit: str) -> None:
+        self._title, self._total, self._unit = title, total, unit
+        console = Console(stderr=True)
+        self._bar: Bar | None = None
+        if console.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+            self._bar = Bar(*columns, _Rate(), TimeRemainingColumn(), console=console, transient=True)
+            self._task = self._bar.add_task(title, total=total, unit=unit)
+        self._done = 0
+
+    def __enter__(self) -> Progress:
+        self._begin = time.perf_counter()
+        if self._bar:
+            self._bar.start()
+        else:
+            print(f"{self._title}: {self._total / 1e6:.1f} M {self._unit}", file=sys.stderr, flush=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+        if kind is None and self._done:
+            seconds = time.perf_counter() - self._begin
+            rate = _rate(self._done / seconds, self._unit)
+            print(f"{self._title}: done in {seconds:.1f} s, {rate}", file=sys.stderr)
+
+    def advance(self, amount: int) -> None:
+        self._done += amount
+        if self._bar:
+            self._bar.advance(self._task, amount)

@@ -1,0 +1,120 @@
+"""How the next token is chosen: parameters, and transformers' logits processors for them.
+
+Knows: names, ranges and defaults. Does not know: models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from offload.errors import GenerationError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Complete sampling parameters. `temperature` 0 is greedy; 0 switches top_k and min_p off."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "temperature": (self.temperature >= 0, "0 or more"),
+            "top_k": (self.top_k >= 0, "0 (off) or more"),
+            "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
+            "min_p": (0 <= self.min_p <= 1, "from 0 to 1"),
+            "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
+        }
+        for name, (holds, allowed) in ranges.items():
+            if not holds:
+                raise GenerationError(f"{name} is {getattr(self, name)}: it must be {allowed}")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise GenerationError(f"seed is {self.seed}: it must be from 0 to 2**63 - 1")
+
+
+def resolve_sampling(
+    config: GenerationConfig | None,
+    *,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    seed: int | None = None,
+    fallback: Sampling | None = None,
+) -> Sampling:
+    """Fill what was not given from the checkpoint's `generation_config`, else from `fallback`.
+
+    A checkpoint that does not ask for sampling decodes greedily, unless a temperature is given or there
+    is a `fallback`. Raises `GenerationError` for a value out of range.
+    """
+    base = fallback or Sampling()
+    if config is not None and config.do_sample:
+        # transformers' own defaults where the file is silent
+        base = Sampling(
+            1.0 if config.temperature is None else config.temperature,
+            50 if config.top_k is None else config.top_k,
+            1.0 if config.top_p is None else config.top_p,
+            config.min_p or 0.0,
+            config.repetition_penalty or 1.0,
+        )
+    elif config is not None and config.repetition_penalty:
+        base = Sampling(
+            base.temperature, base.top_k, base.top_p, base.min_p, config.repetition_penalty
+        )
+    return Sampling(
+        base.temperature if temperature is None else temperature,
+        base.top_k if top_k is None else top_k,
+        base.top_p if top_p is None else top_p,
+        base.min_p if min_p is None else min_p,
+        base.repetition_penalty if repetition_penalty is None else repetition_penalty,
+        seed,
+    )
+
+
+class Sampler:
+    """Chooses tokens; holds the random state."""
+
+    def __init__(self, sampling: Sampling, device: torch.device) -> None:
+        processors = LogitsProcessorList()
+        if sampling.repetition_penalty != 1.0:
+            processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+        self._greedy = sampling.temperature == 0
+        if not self._greedy:
+            processors.append(TemperatureLogitsWarper(sampling.temperature))
+            if sampling.top_k:
+                processors.append(TopKLogitsWarper(sampling.top_k))
+            if sampling.top_p < 1:
+                processors.append(TopPLogitsWarper(sampling.top_p))
+            if sampling.min_p:
+                processors.append(MinPLogitsWarper(sampling.min_p))
+        self._processors = processors
+        self._generator = torch.Generator(device)
+        if sampling.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(sampling.seed)
+
+    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        """The next token [1, 1] after `ids` [1, T], from the last token's `logits` [1, V]."""
+        scores = self._processors(ids, logits.float())
+        if self._greedy:
+            return scores.argmax(dim=-1, keepdim=True)
+        probabilities = torch.softmax(scores, dim=-1)
+        return torch.multinomial(probabilities, 1, generator=self._generator)

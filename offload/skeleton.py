@@ -1,0 +1,195 @@
+"""A transformers model without its experts.
+
+Knows: transformers' experts seam (`use_experts_implementation`, `ExpertsInterface`): how to find the
+modules behind it, take their weights out of the module tree, and answer in their place. Does not know:
+where weights come from, nor how experts are computed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.integrations.moe import ExpertsInterface
+
+from offload.errors import UnsupportedModelError
+from quant.record import MatrixSpec
+
+IMPLEMENTATION = "offload"  # the name our function is registered under
+BLOCK = "_offload_block"  # attribute of an experts module: what computes its experts
+MATRICES = ("gate_up_proj", "up_proj", "down_proj")
+
+
+class ExpertBlock(Protocol):
+    """Computes one MoE layer's experts."""
+
+    def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden [T, H], index [T, k], weights [T, k] -> [T, H]."""
+
+
+def _forward(module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    block: ExpertBlock = getattr(module, BLOCK)
+    return block(hidden, top_k_index, top_k_weights)
+
+
+ExpertsInterface.register(IMPLEMENTATION, _forward)
+
+
+@dataclass(frozen=True)
+class ExpertsModule:
+    """One experts module: where it is in the model and what each of its experts consists of."""
+
+    path: str
+    num_experts: int
+    transposed: bool  # the checkpoint's matrices are [in, out]
+    matrices: tuple[MatrixSpec, ...]  # always as [out, in]
+
+    @property
+    def parameters(self) -> dict[str, tuple[str, bool]]:
+        """Full parameter name -> (matrix it belongs to, whether it is the bias)."""
+        names = {}
+        for matrix in self.matrices:
+            names[f"{self.path}.{matrix.name}"] = (matrix.name, False)
+            if matrix.has_bias:
+                names[f"{self.path}.{matrix.name}_bias"] = (matrix.name, True)
+        return names
+
+
+def model_class(config: PreTrainedConfig, source: str, trust_remote_code: bool) -> type[PreTrainedModel]:
+    """The class that generates text from a checkpoint with this config."""
+    reference = getattr(config, "auto_map", {}).get("AutoModelForCausalLM")
+    if reference and trust_remote_code:
+        return get_class_from_dynamic_module(reference, source)  # type: ignore[no-any-return]
+    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
+        if type(config) in mapping:
+            return mapping[type(config)]  # type: ignore[no-any-return]
+    raise UnsupportedModelError(
+        f"{source}: transformers has no text-generating model for {config.model_type!r}: "
+        "use a checkpoint of a causal language model"
+    )
+
+
+def own_config(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTrainedConfig:
+    """The part of `config` that `cls` is built from: a text model may live inside a composite config."""
+    if cls.config_class is config.sub_configs.get("text_config"):
+        return config.get_text_config()
+    return config
+
+
+def build_on_meta(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTrainedModel:
+    """The whole model, experts included, without memory for any weight."""
+    with torch.device("meta"):
+        return cls._from_config(config)  # type: ignore[no-any-return]
+
+
+def is_experts_module(module: nn.Module) -> bool:
+    """Whether transformers' experts seam is in front of `module`."""
+    return all(hasattr(module, name) for name in ("_apply_gate", "is_transposed", "has_gate", "has_bias"))
+
+
+def find_experts(model: PreTrainedModel) -> list[ExpertsModule]:
+    """Every experts module of `model` in the order of its layers.
+
+    Raises `UnsupportedModelError` when there is none, or when one holds parameters that this program
+    would not know how to use.
+    """
+    found = [
+        _describe(path, module) for path, module in model.named_modules() if is_experts_module(module)
+    ]
+    if found:
+        return found
+    kind = model.config.model_type
+    if any("expert" in name for name, _ in model.named_parameters()):
+        raise UnsupportedModelError(
+            f"{kind!r} is not supported: transformers has its experts outside the experts seam "
+            "(use_experts_implementation); run it with transformers itself"
+        )
+    raise UnsupportedModelError(
+        f"{kind!r} is not a Mixture-of-Experts model: it has no experts to offload; run it with "
+        "transformers itself"
+    )
+
+
+def _describe(path: str, module: nn.Module) -> ExpertsModule:
+    transposed = bool(module.is_transposed)
+    parameters = dict(module.named_parameters(recurse=False))
+    matrices = []
+    for name in MATRICES:
+        weight = parameters.pop(name, None)
+        if weight is None:
+            continue
+        bias = parameters.pop(f"{name}_bias", None)
+        rows, columns = weight.shape[-2:] if not transposed else weight.shape[:-3:-1]
+        matrices.append(MatrixSpec(name, rows, columns, bias is not None, weight.dtype))
+        experts = weight.shape[0]
+    expected = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+    if parameters or tuple(m.name for m in matrices) != expected:
+        names = ", ".join([*parameters, *(m.name for m in matrices)])
+        raise UnsupportedModelError(
+            f"{type(module).__name__} is not supported: its parameters ({names}) are not those of an "
+            "experts block this program knows; run it with transformers itself"
+        )
+    return ExpertsModule(path, experts, transposed, tuple(matrices))
+
+
+def without_experts(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """A class like `cls` whose instances have no expert weights in their module tree."""
+
+    def __init__(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        cls.__init__(self, config, *args, **kwargs)
+        for module in self.modules():
+            if is_experts_module(module):
+                _strip(module)
+
+    members = {"__init__": __init__, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (cls,), members)
+
+
+def _strip(module: nn.Module) -> None:
+    for name, _ in list(module.named_parameters(recurse=False)):
+        delattr(module, name)
+    module._is_hf_initialized = True  # type: ignore[assignment]  # its class would fill the weights
+
+
+def experts_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules `find_experts` describes, in the same order."""
+    return [module for module in model.modules() if is_experts_module(module)]
+
+
+def install(module: nn.Module, block: ExpertBlock) -> None:
+    """Let `block` compute the experts of `module`."""
+    object.__setattr__(module, BLOCK, block)
+
+
+def find_router(model: nn.Module, experts_path: str, num_experts: int) -> nn.Module | None:
+    """The module beside the experts that chooses among them, or None when it cannot be told.
+
+    transformers' routers have a weight [num_experts, H] and return `(logits, weights, index)` for one
+    tensor of hidden states; one that needs more (a table over token ids, say) is not for look-ahead.
+    """
+    parent = model.get_submodule(experts_path.rpartition(".")[0])
+    for child in parent.children():
+        if is_experts_module(child) or not _takes_one_tensor(child.forward):
+            continue
+        shapes = [p.shape for p in child.parameters() if p.dim() == 2]
+        if len(shapes) == 1 and shapes[0][0] == num_experts:
+            return child
+    return None
+
+
+def _takes_one_tensor(forward: Callable[..., Any]) -> bool:
+    parameters = inspect.signature(forward).parameters.values()
+    required = [p for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    return len(required) == 1

@@ -1,0 +1,57 @@
+"""What a user reads about the experts: counts, bytes, waiting, link use.
+
+Knows: how to turn counters into figures. Does not know: how they were counted (`cache.statistics`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cache.statistics import LayerCounts
+
+
+@dataclass(frozen=True)
+class Stats:
+    """A moment's figures, or with `a - b` those of the time between two moments."""
+
+    counts: LayerCounts
+    layers: tuple[LayerCounts, ...]
+    slots: int
+    total_experts: int
+    bytes_loaded: int
+    link_busy_seconds: float
+    tokens: int  # tokens that went through the model
+
+    def __sub__(self, other: Stats) -> Stats:
+        return Stats(
+            self.counts - other.counts,
+            tuple(a - b for a, b in zip(self.layers, other.layers, strict=True)),
+            self.slots,
+            self.total_experts,
+            self.bytes_loaded - other.bytes_loaded,
+            self.link_busy_seconds - other.link_busy_seconds,
+            self.tokens - other.tokens,
+        )
+
+    @property
+    def mib_per_token(self) -> float:
+        return self.bytes_loaded / 2**20 / self.tokens if self.tokens else 0.0
+
+    @property
+    def link_gb_per_s(self) -> float:
+        """Rate of the copies while they ran; 0 when there were none."""
+        return self.bytes_loaded / 1e9 / self.link_busy_seconds if self.link_busy_seconds else 0.0
+
+    def line(self) -> str:
+        """The experts' line printed after an answer."""
+        counts = self.counts
+        text = (
+            f"[ Experts: {self.slots}/{self.total_experts} resident | hits {counts.hit_rate:.1%} | "
+            f"{self.mib_per_token:.1f} MiB/token"
+        )
+        if counts.lookahead_guesses:
+            text += (
+                f" | look-ahead precision {counts.lookahead_precision:.0%}, "
+                f"recall {counts.lookahead_recall:.0%}"
+            )
+        return text + " ]"

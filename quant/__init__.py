@@ -1,0 +1,1 @@
+"""What the bytes mean: quantisation, packing, the expert record, the pack on disk, matmul."""

@@ -1,0 +1,92 @@
+"""Multiplying by a matrix that lies in a record.
+
+Knows: the reference (dequantise, then `linear`) on any device, the fast CPU path, and how to find out at
+start whether this machine has it. Does not know: experts, layers, slots. The only module of `quant` that
+reaches kernels.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from quant.packing import TILE_ROWS, pack, unpack
+from quant.record import MatrixLayout, MatrixView
+
+Matmul = Callable[[Tensor, MatrixView], Tensor]
+
+# M tokens, K inputs, N outputs, g group size
+
+
+def dequantize(view: MatrixView, dtype: torch.dtype) -> Tensor:
+    """The matrix [N, K] that `view` stands for, in `dtype`."""
+    if view.scales is None:
+        return view.weight.to(dtype)
+    layout = view.layout
+    rows, groups = layout.stored_rows, layout.columns // layout.group_size
+    codes = unpack(view.weight, layout.bits).view(rows, groups, layout.group_size)  # [N, K/g, g]
+    scale, offset = view.scales.to(torch.float32).permute(2, 1, 0).unsqueeze(-1)  # [N, K/g, 1] each
+    centred = codes.to(torch.float32).sub_(2 ** (layout.bits - 1))
+    weight = centred.mul_(scale).add_(offset).to(dtype)
+    return weight.view(rows, layout.columns)[: layout.rows]
+
+
+def matmul_reference(x: Tensor, view: MatrixView) -> Tensor:
+    """`x` [M, K] times the transposed matrix, plus its bias: [M, N] in x's dtype, on any device."""
+    bias = None if view.bias is None else view.bias.to(x.dtype)
+    return linear(x, dequantize(view, x.dtype), bias)
+
+
+def matmul_cpu_int4(x: Tensor, view: MatrixView) -> Tensor:
+    """As `matmul_reference` for 4 bits and bfloat16 `x`, without unpacking the matrix first."""
+    layout = view.layout
+    out = torch.ops.aten._weight_int4pack_mm_for_cpu(x, view.weight, layout.group_size, view.scales)
+    if layout.rows != layout.stored_rows:
+        out = out[:, : layout.rows]
+    return out if view.bias is None else out + view.bias
+
+
+# Above this many tokens unpacking once and multiplying densely wins: measured in docs/log.md.
+INT4_MAX_TOKENS = 64
+
+
+def matmul(x: Tensor, view: MatrixView) -> Tensor:
+    """`x` [M, K] times the matrix in `view`: [M, N], by the fastest way this machine has."""
+    layout = view.layout
+    if (
+        layout.bits == 4
+        and x.dtype == torch.bfloat16
+        and x.device.type == "cpu"
+        and x.shape[0] <= INT4_MAX_TOKENS
+        and layout.group_size in (32, 64, 128, 256)
+        and cpu_int4_works()
+    ):
+        return matmul_cpu_int4(x, view)
+    return matmul_reference(x, view)
+
+
+@functools.cache
+def cpu_int4_works() -> bool:
+    """Whether torch's int4 kernel reads our tiles on this CPU (it does with AVX-512).
+
+    Other instruction sets use another order of bytes, so a small product is compared with the reference.
+    """
+    view = _probe_view()
+    x = torch.linspace(-1, 1, 2 * view.layout.columns).view(2, -1).to(torch.bfloat16)
+    try:
+        fast = matmul_cpu_int4(x, view)
+    except (RuntimeError, AttributeError):  # not built for this CPU, or gone from this torch
+        return False
+    return torch.allclose(fast.float(), matmul_reference(x, view).float(), rtol=0.05, atol=0.05)
+
+
+def _probe_view() -> MatrixView:
+    rows, columns, group = 2 * TILE_ROWS, 128, 64
+    layout = MatrixLayout("probe", rows, columns, 4, group, "bfloat16", 0, 0, -1)
+    codes = (torch.arange(rows * columns).view(rows, columns) * 7 % 16).to(torch.uint8)
+    scales = torch.full((columns // group, rows, 2), 0.01, dtype=torch.bfloat16)
+    return MatrixView(layout, pack(codes, 4), scales, None)

@@ -1,0 +1,196 @@
+"""The pack: a quantised model on disk, opened by mapping it.
+
+Knows: the folder's files, the manifest that is written last and makes the folder a pack, checksums.
+Does not know: checkpoints, nor how it is made (`quant.pack_writer`).
+
+    manifest.json                what this module reads; a folder without one is not a pack
+    experts-00007.safetensors    a MoE layer: `records` [E, record_bytes] uint8, `crc32` [E] int64
+    model-00001.safetensors ...  the tensors that are not experts, named as the checkpoint names them
+    config.json, tokenizer ...   copied from the checkpoint
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant.errors import PackError
+from quant.record import RecordLayout
+
+FORMAT = "moe-offload pack"
+VERSION = 1
+MANIFEST = "manifest.json"
+REMAKE = "delete the folder and load the model again to remake it"
+
+
+@dataclass(frozen=True)
+class PackLayer:
+    """One MoE layer: the experts module's path in the model, and where its records are."""
+
+    module: str
+    num_experts: int
+    layout: int  # index into `PackInfo.layouts`
+
+    @staticmethod
+    def file_name(index: int) -> str:
+        return f"experts-{index:05d}.safetensors"
+
+
+@dataclass(frozen=True)
+class PackInfo:
+    """What a pack was made from and with; the manifest without its checksums."""
+
+    source: str
+    fingerprint: str
+    expert_bits: int
+    dense_bits: int
+    group_size: int
+    layouts: tuple[RecordLayout, ...]
+    layers: tuple[PackLayer, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": FORMAT, "version": VERSION, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> PackInfo:
+        """Raises `KeyError`, `TypeError` or `ValueError` on anything that `to_json` does not write."""
+        return cls(
+            source=str(data["source"]),
+            fingerprint=str(data["fingerprint"]),
+            expert_bits=int(data["expert_bits"]),
+            dense_bits=int(data["dense_bits"]),
+            group_size=int(data["group_size"]),
+            layouts=tuple(RecordLayout.from_json(layout) for layout in data["layouts"]),
+            layers=tuple(PackLayer(**layer) for layer in data["layers"]),
+        )
+
+    def layout_of(self, layer: int) -> RecordLayout:
+        return self.layouts[self.layers[layer].layout]
+
+    @property
+    def total_experts(self) -> int:
+        return sum(layer.num_experts for layer in self.layers)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes that hold any record of this pack."""
+        return max(layout.record_bytes for layout in self.layouts)
+
+
+def is_pack(path: Path) -> bool:
+    return (path / MANIFEST).is_file()
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Pack:
+    """An opened pack. Records are views of the mapping: the disk is read when they are."""
+
+    def __init__(self, path: Path) -> None:
+        """Open and check the pack at `path`.
+
+        Every file's size and the checksum of all but the expert files are checked here; a record's
+        checksum when `check_record` is called. Raises `PackError`.
+        """
+        self.path = path
+        manifest = _read_manifest(path)
+        try:
+            self.info = PackInfo.from_json(manifest)
+            files = {
+                str(name): (int(entry["bytes"]), str(entry["sha256"]))
+                for name, entry in manifest["files"].items()
+            }
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PackError(f"{path / MANIFEST} is damaged ({error!r}): {REMAKE}") from None
+        expert_files = {PackLayer.file_name(i) for i in range(len(self.info.layers))}
+        if not self.info.layers or not expert_files <= files.keys():
+            raise PackError(f"{path / MANIFEST} does not list its expert files: {REMAKE}")
+        for name, (size, sha256) in files.items():
+            _check_file(path, name, size, sha256 if name not in expert_files else None)
+        self._maps: list[mmap.mmap] = []
+        self._records: list[Tensor] = []
+        self._checksums: list[list[int]] = []
+        for index, layer in enumerate(self.info.layers):
+            self._map_layer(path / PackLayer.file_name(index), layer, self.info.layout_of(index))
+
+    def record(self, layer: int, expert: int) -> Tensor:
+        """The record [record_bytes] uint8 of one expert, mapped. Do not write to it."""
+        return self._records[layer][expert]
+
+    def check_record(self, layer: int, expert: int) -> None:
+        """Raise `PackError` when the record's bytes are not those that were written."""
+        record = self.record(layer, expert)
+        if zlib.crc32(record.numpy()) != self._checksums[layer][expert]:
+            name = PackLayer.file_name(layer)
+            raise PackError(
+                f"{self.path / name}: the bytes of expert {expert} do not match their checksum: {REMAKE}"
+            )
+
+    def close(self) -> None:
+        """Unmap the files. No view may be used afterwards."""
+        self._records.clear()
+        for mapping in self._maps:
+            try:
+                mapping.close()
+            except BufferError:  # a view is alive; its last reference unmaps
+                pass
+        self._maps.clear()
+
+    def _map_layer(self, file: Path, layer: PackLayer, layout: RecordLayout) -> None:
+        with file.open("rb") as handle:
+            mapping = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
+        try:
+            header_bytes = int.from_bytes(mapping[:8], "little")
+            header = json.loads(mapping[8 : 8 + header_bytes])
+            begin, end = header["records"]["data_offsets"]
+            crc_begin, crc_end = header["crc32"]["data_offsets"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise PackError(f"{file} is damaged ({error!r}): {REMAKE}") from None
+        data, experts = 8 + header_bytes, layer.num_experts
+        sizes_fit = end - begin == experts * layout.record_bytes and crc_end - crc_begin == 8 * experts
+        if not sizes_fit or begin < 0 or data + max(end, crc_end) > len(mapping):
+            raise PackError(f"{file} does not hold {experts} records as the manifest says: {REMAKE}")
+        everything = torch.frombuffer(mapping, dtype=torch.uint8)
+        records = everything[data + begin : data + end].view(experts, layout.record_bytes)
+        checksums = everything[data + crc_begin : data + crc_end].view(torch.int64)
+        self._maps.append(mapping)
+        self._records.append(records)
+        self._checksums.append(checksums.tolist())
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PackError(f"{path} is not a pack: cannot read {MANIFEST} ({error})") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise PackError(f"{path / MANIFEST} is not a {FORMAT}: {REMAKE}")
+    if manifest.get("version") != VERSION:
+        raise PackError(
+            f"{path} is a pack of version {manifest.get('version')}, this program reads version "
+            f"{VERSION}: {REMAKE}"
+        )
+    return manifest
+
+
+def _check_file(path: Path, name: str, size: int, sha256: str | None) -> None:
+    file = path / name
+    if Path(name).name != name:
+        raise PackError(f"{path / MANIFEST} names a file outside the pack ({name}): {REMAKE}")
+    if not file.is_file():
+        raise PackError(f"{file} is missing: {REMAKE}")
+    if (found := file.stat().st_size) != size:
+        raise PackError(f"{file} has {found} bytes where the manifest says {size}: {REMAKE}")
+    if sha256 is not None and file_sha256(file) != sha256:
+        raise PackError(f"{file} does not match its checksum: {REMAKE}")

@@ -1,0 +1,191 @@
+"""Making a pack, a layer at a time, so that a kill at any moment loses at most one layer.
+
+Knows: the order of writes that makes this true. Does not know: where tensors come from.
+
+Everything is written in `<pack>.partial`, each file under a `.part` name until it is whole; the manifest
+is the last file, and renaming the folder the last step. Two processes that make the same pack take turns.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import shutil
+import struct
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from quant.errors import PackError
+from quant.pack import MANIFEST, Pack, PackInfo, PackLayer, file_sha256, is_pack
+
+DATA_ALIGNMENT = 4096  # bytes: records start on a page, so that a mapping of them can be pinned
+SETTINGS = "settings.json"
+
+logger = logging.getLogger("offload")
+
+
+class PackWriter:
+    """Writes the pack `path` described by `info`; use as a context manager.
+
+    Entering waits for another process that makes the same pack; `done` is then True and nothing is
+    left to write. What an interrupted run with the same `info` finished is kept.
+    """
+
+    def __init__(self, path: Path, info: PackInfo) -> None:
+        self.path = path
+        self.info = info
+        self._partial = path.with_name(path.name + ".partial")
+        self._lock = FileLock(str(path) + ".lock")
+        self.done = False
+
+    def __enter__(self) -> PackWriter:
+        with _disk_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                logger.warning("another process is making %s: waiting for it", self.path)
+                self._lock.acquire()
+        try:
+            self.done = self._is_made(self.path)
+            if not self.done:
+                with _disk_errors(self.path):
+                    self._prepare()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lock.release()
+
+    def _is_made(self, path: Path) -> bool:
+        if not is_pack(path):
+            return False
+        if Pack(path).info != self.info:
+            raise PackError(f"{path} is a pack of something else: remove it or name another place")
+        return True
+
+    def _prepare(self) -> None:
+        if is_pack(self._partial):  # killed between the last two steps
+            self._partial.rename(self.path)
+            self.done = self._is_made(self.path)
+            return
+        settings = json.dumps(self.info.to_json(), sort_keys=True)
+        file = self._partial / SETTINGS
+        if not file.is_file() or file.read_text(encoding="utf-8") != settings:
+            shutil.rmtree(self._partial, ignore_errors=True)
+            self._partial.mkdir()
+            _write_whole(file, [settings.encode()])
+
+    def has(self, name: str) -> bool:
+        """Whether the file `name` was finished by this or an earlier run."""
+        return (self._partial / name).is_file()
+
+    def write_layer(self, layer: int, records: Iterable[Tensor]) -> None:
+        """Write one MoE layer from its experts' records [record_bytes] uint8, in order."""
+        experts = self.info.layers[layer].num_experts
+        record_bytes = self.info.layout_of(layer).record_bytes
+        end = experts * record_bytes
+        header = {
+            "records": {"dtype": "U8", "shape": [experts, record_bytes], "data_offsets": [0, end]},
+            "crc32": {"dtype": "I64", "shape": [experts], "data_offsets": [end, end + 8 * experts]},
+        }
+
+        def chunks() -> Iterator[bytes | memoryview]:
+            yield _safetensors_header(header)
+            checksums = []
+            for record in records:
+                data = memoryview(record.numpy())
+                checksums.append(zlib.crc32(data))
+                yield data
+            assert len(checksums) == experts, f"{len(checksums)} records for {experts} experts"
+            yield struct.pack(f"<{experts}q", *checksums)
+
+        with _disk_errors(self.path):
+            _write_whole(self._partial / PackLayer.file_name(layer), chunks())
+
+    def write_file(self, name: str, data: bytes) -> None:
+        """Write a small file as it is."""
+        with _disk_errors(self.path):
+            _write_whole(self._partial / name, [data])
+
+    def write_tensors(self, name: str, tensors: Iterable[tuple[str, str, tuple[int, ...], Tensor]]) -> None:
+        """Write a safetensors file from `(name, safetensors dtype, shape, bytes [n] uint8)`."""
+        header, start, parts = {}, 0, []
+        for tensor_name, dtype, shape, data in tensors:
+            end = start + data.numel()
+            header[tensor_name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+            parts.append(data)
+            start = end
+        with _disk_errors(self.path):
+            chunks = (memoryview(part.numpy()) for part in parts)
+            _write_whole(
+                self._partial / name, (c for g in ([_safetensors_header(header)], chunks) for c in g)
+            )
+
+    def finish(self) -> None:
+        """Write the manifest over everything written so far and give the folder its name."""
+        with _disk_errors(self.path):
+            for leftover in self._partial.glob("*.part"):
+                leftover.unlink()
+            files = {
+                file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+                for file in sorted(self._partial.iterdir())
+                if file.name not in (MANIFEST, SETTINGS)
+            }
+            manifest = {**self.info.to_json(), "files": files}
+            _write_whole(self._partial / MANIFEST, [json.dumps(manifest, indent=1).encode()])
+            (self._partial / SETTINGS).unlink()
+            if self.path.exists():
+                raise PackError(f"{self.path} exists and is not a pack: remove it or name another place")
+            self._partial.rename(self.path)
+            _sync(self.path.parent)
+        self.done = True
+
+
+def _safetensors_header(header: dict[str, object]) -> bytes:
+    text = json.dumps(header).encode()
+    padding = -(8 + len(text)) % DATA_ALIGNMENT
+    return struct.pack("<Q", len(text) + padding) + text + b" " * padding
+
+
+def _write_whole(file: Path, chunks: Iterable[bytes | memoryview]) -> None:
+    part = file.with_name(file.name + ".part")
+    with part.open("wb") as handle:
+        for chunk in chunks:
+            handle.write(chunk)
+        handle.flush()
+        os.fsync(handle.fileno())
+    part.rename(file)
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise PackError(
+                f"the disk is full while writing {path}: free some space and run it again, it goes on "
+                "where it stopped; or choose another place with --pack-dir or OFFLOAD_HOME"
+            ) from None
+        raise PackError(f"cannot write {path}: {error.strerror or error}") from None
