@@ -80,8 +80,11 @@ def kv_cache_bytes(config: PreTrainedConfig, context: int, dtype: torch.dtype) -
     linear, sliding-window and latent attention stay below.
     """
     text = config.get_text_config()
-    heads = getattr(text, "num_attention_heads", 0) or 0
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    head_dim = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
-    layers: int = text.num_hidden_layers
-    return 2 * layers * int(kv_heads) * int(head_dim) * context * dtype.itemsize
+    layers = getattr(text, "per_layer_config", None) or [text] * text.num_hidden_layers
+    values = 0
+    for layer in layers:
+        heads = getattr(layer, "num_attention_heads", None) or 0
+        kv_heads = getattr(layer, "num_key_value_heads", None) or heads
+        head_dim = getattr(layer, "head_dim", None) or (layer.hidden_size // heads if heads else 0)
+        values += 2 * int(kv_heads) * int(head_dim)
+    return values * context * dtype.itemsize

@@ -10,9 +10,11 @@ Letters: T tokens, k experts a token, S = T * k cells, H hidden, I inner, E expe
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,10 +37,22 @@ class Layer:
         self.module = module
         self.num_experts = num_experts
         self.router: nn.Module | None = None  # of this layer
-        self.router_input: Tensor | None = None  # what this layer's router was last asked about
+        self.asked: tuple[Any, ...] = ()  # what this layer's router was last called with
 
     def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         return self.engine.step(self, hidden, top_k_index, top_k_weights)
+
+    def guess(self, hidden: Tensor) -> list[int]:
+        """The experts this layer's router would choose for `hidden` [.., H] of one token."""
+        rest = self.asked[1:]
+        constant = all(isinstance(r, Tensor) and r.numel() == self.num_experts for r in rest)
+        if self.router is None or not self.asked or not constant:  # depends on more than the state
+            return []
+        answer = self.router(hidden, *rest)
+        if not isinstance(answer, tuple) or len(answer) < 3 or answer[2].is_floating_point():
+            return []
+        index = answer[2].flatten().tolist()  # sync: the plan is made on the host
+        return [expert for expert in index if 0 <= expert < self.num_experts]
 
     def expert(self, x: Tensor, matrices: dict[str, MatrixView]) -> Tensor:
         """One expert's output [M, H] for its tokens `x` [M, H], before the router's weight."""
@@ -76,17 +90,11 @@ class Engine:
     def watch_routers(self, routers: Sequence[nn.Module | None]) -> None:
         """Look ahead with these routers, one for each layer; None where there is none to ask."""
 
-        def remember(layer: Layer) -> None:
-            def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-                layer.router_input = args[0]
-
-            assert layer.router is not None
-            self._hooks.append(layer.router.register_forward_pre_hook(hook))
-
         for layer, router in zip(self.layers, routers, strict=True):
             layer.router = router
             if router is not None:
-                remember(layer)
+                hook = functools.partial(_remember_asked, layer)
+                self._hooks.append(router.register_forward_pre_hook(hook))
 
     def step(self, layer: Layer, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The experts' part of one layer: hidden [T, H], index and weights [T, k] -> [T, H]."""
@@ -138,15 +146,14 @@ class Engine:
 
     def _look_ahead(self, layer: Layer) -> None:
         """Ask the next layer's router about this layer's hidden state; load what it would choose."""
-        if layer.index + 1 >= len(self.layers):
+        if not self._hooks or layer.index + 1 == len(self.layers) or not layer.asked:
             return
-        ahead = self.layers[layer.index + 1]
-        asked, layer.router_input = layer.router_input, None
-        if ahead.router is None or asked is None or asked.numel() != asked.shape[-1]:
+        hidden = layer.asked[0]
+        if hidden.numel() != hidden.shape[-1]:
             return  # with many tokens nearly every expert is chosen: guessing is no help
         self._note_landed()
-        guess = ahead.router(asked)[-1].flatten().tolist()  # sync: the plan is made on the host
-        experts = [expert for expert in guess if 0 <= expert < ahead.num_experts]
+        ahead = self.layers[layer.index + 1]
+        experts = ahead.guess(hidden)
         for use in self.cache.look_ahead(ahead.index, experts, most=len(experts)):
             self._start(ahead.index, use, urgent=False)
             self._in_flight.append(use.slot)
@@ -195,6 +202,10 @@ class Engine:
         self._views.clear()
         self._tickets.clear()
         self.transfer.close()
+
+
+def _remember_asked(layer: Layer, _: nn.Module, args: tuple[Any, ...]) -> None:
+    layer.asked = args
 
 
 def _cells_by_expert(chosen: list[list[int]], num_experts: int) -> dict[int, list[int]]:

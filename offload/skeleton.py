@@ -7,8 +7,6 @@ where weights come from, nor how experts are computed.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -176,20 +174,11 @@ def install(module: nn.Module, block: ExpertBlock) -> None:
 def find_router(model: nn.Module, experts_path: str, num_experts: int) -> nn.Module | None:
     """The module beside the experts that chooses among them, or None when it cannot be told.
 
-    transformers' routers have a weight [num_experts, H] and return `(logits, weights, index)` for one
-    tensor of hidden states; one that needs more (a table over token ids, say) is not for look-ahead.
+    transformers' routers have a weight [num_experts, H] and return `(logits, weights, index, ...)`.
     """
     parent = model.get_submodule(experts_path.rpartition(".")[0])
     for child in parent.children():
-        if is_experts_module(child) or not _takes_one_tensor(child.forward):
-            continue
-        shapes = [p.shape for p in child.parameters() if p.dim() == 2]
-        if len(shapes) == 1 and shapes[0][0] == num_experts:
+        weights = [p for p in child.parameters() if p.dim() == 2 and p.shape[0] == num_experts]
+        if weights and not is_experts_module(child):
             return child
     return None
-
-
-def _takes_one_tensor(forward: Callable[..., Any]) -> bool:
-    parameters = inspect.signature(forward).parameters.values()
-    required = [p for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-    return len(required) == 1
