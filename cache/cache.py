@@ -24,6 +24,8 @@ class ExpertCache:
         self.table = SlotTable(slots)
         self.statistics = Statistics(layers)
         self._policy = policy
+        self._held = [0] * layers  # resident keys of each layer
+        self._share = max(1, slots // layers)
         self._in_use: frozenset[Key] = frozenset()
         self._in_flight: set[int] = set()
         self._guesses: dict[int, frozenset[int]] = {}  # layer -> experts guessed for its next step
@@ -130,14 +132,24 @@ class ExpertCache:
         return (layer, expert) in self.table
 
     def _free_slot(self, layer: int) -> int | None:
+        """A slot for a key of `layer`: a free one, else that of the policy's first fitting victim.
+
+        A layer that holds more than its share gives first, as does `layer` itself once it has its
+        share: under plain LRU over layers that are used in turn, the least recently used key is the
+        one that is about to be used.
+        """
         slot = self.table.take_free()
         if slot is not None:
             return slot
+        fallback = None
         for key in self._policy.victims():
             if key in self._in_use or self.table.slot_of(key) in self._in_flight:
                 continue
-            return self._evict(layer, key)
-        return None
+            held = self._held[key[0]]
+            if held > self._share or (key[0] == layer and held == self._share):
+                return self._evict(layer, key)
+            fallback = fallback or key
+        return None if fallback is None else self._evict(layer, fallback)
 
     def _evict(self, layer: int, key: Key) -> int:
         self.statistics.layers[layer].evictions += 1
@@ -145,10 +157,12 @@ class ExpertCache:
 
     def _remove(self, key: Key) -> int:
         self._policy.remove(key)
+        self._held[key[0]] -= 1
         return self.table.remove(key)
 
     def _place(self, key: Key, slot: int) -> None:
         self.table.put(key, slot)
+        self._held[key[0]] += 1
         self._policy.insert(key)
 
     def check_integrity(self) -> None:
@@ -160,5 +174,7 @@ class ExpertCache:
         order = list(self._policy.victims())
         assert len(order) == len(self.table), "policy and table disagree"
         assert all(key in self.table for key in order), "the policy orders a key that is not resident"
+        held = [sum(key[0] == layer for key in order) for layer in range(len(self._held))]
+        assert held == self._held, "resident keys of a layer are miscounted"
         for counts in self.statistics.layers:
             assert counts.hits + counts.misses == counts.requests

@@ -1,4 +1,10 @@
-"""Run Mixture-of-Experts models whose experts do not fit: `load`, `generate`, `stream_generate`."""
+"""Run Mixture-of-Experts models whose experts do not fit: `load`, `generate`, `stream_generate`.
+
+Names are imported when they are first used, so that `offload --help` need not wait for torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from offload.errors import (
     BudgetError,
@@ -9,11 +15,11 @@ from offload.errors import (
     SourceError,
     UnsupportedModelError,
 )
-from offload.generation import GenerationResponse, generate, stream_generate
-from offload.load import load
 from offload.version import __version__
 
-
+if TYPE_CHECKING:
+    from offload.generation import GenerationResponse, generate, stream_generate
+    from offload.loading import load
 
 __all__ = [
     "BudgetError",
@@ -29,3 +35,16 @@ __all__ = [
     "load",
     "stream_generate",
 ]
+
+_LATER = {
+    "GenerationResponse": "offload.generation",
+    "generate": "offload.generation",
+    "load": "offload.loading",
+    "stream_generate": "offload.generation",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'offload' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LATER[name]), name)

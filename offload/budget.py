@@ -30,6 +30,18 @@ def parse_bytes(text: str | int | None) -> int | None:
     return int(float(match.group(1)) * unit)
 
 
+def parse_slots(text: str | int | None, total: int) -> int | None:
+    """A number of slots from a number or a share of `total` like "25%"; None stays None."""
+    if text is None or isinstance(text, int):
+        return text
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%?)\s*", text)
+    if match is None or (not match.group(2) and "." in match.group(1)):
+        raise BudgetError(f"{text!r} is not a number of expert slots: write a number or a share like 25%")
+    if match.group(2):
+        return max(1, round(total * float(match.group(1)) / 100))
+    return int(match.group(1))
+
+
 def gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB"
 

@@ -7,6 +7,7 @@ A tensor is read when it is asked for.
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
@@ -165,6 +166,10 @@ class Checkpoint:
         """Every tensor of the model that is not an expert's, under its name in the checkpoint."""
         for name in self.dense_names:
             yield name, self._source.read(name)
+
+    def dense_parameters(self) -> int:
+        """How many weights `dense` gives."""
+        return sum(math.prod(self._source.shape(name)) for name in self.dense_names)
 
     def expert(self, module: ExpertsModule, expert: int) -> dict[str, tuple[Tensor, Tensor | None]]:
         """One expert's matrices by name: `(weight [out, in], bias [out] or None)`."""

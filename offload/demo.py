@@ -19,8 +19,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -35,10 +33,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as transformers_logging
 
 from offload.errors import SourceError
 from offload.home import offload_home
+from offload.progress import without_bars
 
 NUM_EXPERTS = 8
 TOP_K = 2
@@ -118,22 +116,10 @@ def load_dense(dtype: torch.dtype) -> PreTrainedModel:
     if importlib.util.find_spec("gguf") is None:
         raise SourceError("the demo needs the gguf library: pip install 'moe-offload[demo]'")
     file = fetch_gguf()
-    with _quiet():
+    with without_bars():
         return AutoModelForCausalLM.from_pretrained(  # type: ignore[no-any-return]
             file.parent, gguf_file=file.name, dtype=dtype, local_files_only=True
         )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' progress bars."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 def write_checkpoint(dense: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:

@@ -178,16 +178,19 @@ class Engine:
                         self.transfer.wait(ticket)
         self.cache.forget(layer, experts)
 
+    def record_bytes(self, layer: int) -> int:
+        return self._info.layout_of(layer).record_bytes
+
     def stats(self) -> Stats:
         """The figures of everything so far; subtract two to get what happened between them."""
         counts = self.cache.statistics
-        sizes = [self._info.layout_of(index).record_bytes for index in range(len(counts.layers))]
+        loaded = (n.loads * self.record_bytes(i) for i, n in enumerate(counts.layers))
         return Stats(
             counts=counts.total(),
             layers=tuple(replace(layer) for layer in counts.layers),
             slots=self.cache.table.slots,
             total_experts=self._info.total_experts,
-            bytes_loaded=sum(n.loads * size for n, size in zip(counts.layers, sizes, strict=True)),
+            bytes_loaded=sum(loaded),
             link_busy_seconds=self.transfer.busy_seconds,
             tokens=self.tokens,
         )

@@ -83,6 +83,7 @@ def describe(
         recipe.expert_bits,
         recipe.dense_bits,
         recipe.group_size,
+        checkpoint.dense_parameters(),
         tuple(layouts),
         tuple(layers),
     )

@@ -5,14 +5,14 @@ Knows: how to turn counters into figures. Does not know: how they were counted (
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cache.statistics import LayerCounts
 
 
 @dataclass(frozen=True)
 class Stats:
-    """A moment's figures, or with `a - b` those of the time between two moments."""
+    """A moment's figures; `a - b` are those of the time between two moments, `a + b` of two times."""
 
     counts: LayerCounts
     layers: tuple[LayerCounts, ...]
@@ -22,15 +22,24 @@ class Stats:
     link_busy_seconds: float
     tokens: int  # tokens that went through the model
 
+    def __add__(self, other: Stats) -> Stats:
+        return replace(
+            self,
+            counts=self.counts + other.counts,
+            layers=tuple(a + b for a, b in zip(self.layers, other.layers, strict=True)),
+            bytes_loaded=self.bytes_loaded + other.bytes_loaded,
+            link_busy_seconds=self.link_busy_seconds + other.link_busy_seconds,
+            tokens=self.tokens + other.tokens,
+        )
+
     def __sub__(self, other: Stats) -> Stats:
-        return Stats(
-            self.counts - other.counts,
-            tuple(a - b for a, b in zip(self.layers, other.layers, strict=True)),
-            self.slots,
-            self.total_experts,
-            self.bytes_loaded - other.bytes_loaded,
-            self.link_busy_seconds - other.link_busy_seconds,
-            self.tokens - other.tokens,
+        return replace(
+            self,
+            counts=self.counts - other.counts,
+            layers=tuple(a - b for a, b in zip(self.layers, other.layers, strict=True)),
+            bytes_loaded=self.bytes_loaded - other.bytes_loaded,
+            link_busy_seconds=self.link_busy_seconds - other.link_busy_seconds,
+            tokens=self.tokens - other.tokens,
         )
 
     @property

@@ -53,6 +53,7 @@ class PackInfo:
     expert_bits: int
     dense_bits: int
     group_size: int
+    dense_parameters: int  # weights that are not experts
     layouts: tuple[RecordLayout, ...]
     layers: tuple[PackLayer, ...]
 
@@ -68,6 +69,7 @@ class PackInfo:
             expert_bits=int(data["expert_bits"]),
             dense_bits=int(data["dense_bits"]),
             group_size=int(data["group_size"]),
+            dense_parameters=int(data["dense_parameters"]),
             layouts=tuple(RecordLayout.from_json(layout) for layout in data["layouts"]),
             layers=tuple(PackLayer(**layer) for layer in data["layers"]),
         )
@@ -107,7 +109,7 @@ class Pack:
         manifest = _read_manifest(path)
         try:
             self.info = PackInfo.from_json(manifest)
-            files = {
+            self._files = files = {
                 str(name): (int(entry["bytes"]), str(entry["sha256"]))
                 for name, entry in manifest["files"].items()
             }
@@ -136,6 +138,20 @@ class Pack:
             raise PackError(
                 f"{self.path / name}: the bytes of expert {expert} do not match their checksum: {REMAKE}"
             )
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all the pack's files."""
+        return sum(size for size, _ in self._files.values())
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the whole model, experts and the rest."""
+        experts = sum(
+            layer.num_experts * sum(m.rows * m.columns for m in self.info.layout_of(i).matrices)
+            for i, layer in enumerate(self.info.layers)
+        )
+        return experts + self.info.dense_parameters
 
     def close(self) -> None:
         """Unmap the files. No view may be used afterwards."""

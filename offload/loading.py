@@ -18,12 +18,13 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 from cache.cache import ExpertCache
 from cache.policy import POLICIES
 from offload import demo, sources
-from offload.budget import WORKSPACE_BYTES, Budget, available_bytes, kv_cache_bytes, parse_bytes
+from offload.budget import WORKSPACE_BYTES, Budget, available_bytes, kv_cache_bytes, parse_bytes, parse_slots
 from offload.checkpoint import SafetensorsSource
 from offload.engine import Engine
 from offload.errors import CheckpointError, SourceError, UnsupportedModelError
 from offload.home import offload_home
 from offload.make_pack import PackSource, Recipe, fingerprint, make_pack
+from offload.progress import without_bars
 from offload.skeleton import (
     IMPLEMENTATION,
     build_on_meta,
@@ -78,7 +79,7 @@ def load(
     expert_bits: int = 4,
     dense_bits: int = 16,
     group_size: int = 64,
-    expert_slots: int | None = None,
+    expert_slots: int | str | None = None,
     vram: str | int | None = None,
     ram: str | int | None = None,
     policy: str = "lru",
@@ -95,8 +96,8 @@ def load(
     the first time (under `pack_dir`, else `$OFFLOAD_HOME/packs`); a pack opens in seconds.
 
     - `expert_bits` 4, 8 or 16 (as stored), `group_size` weights share a scale; `dense_bits` 16.
-    - `expert_slots`: experts resident on the compute device, over all layers; None: as many as `vram`
-      (GPU) or `ram` (CPU), bytes or "20GiB", allow.
+    - `expert_slots`: experts resident on the compute device, over all layers, a number or a share like
+      "25%"; None: as many as `vram` (GPU) or `ram` (CPU), bytes or "20GiB", allow.
     - `context`: tokens the KV cache is budgeted for, and the most a conversation may have.
     - `dtype`: of the computation; None: as the checkpoint's config says.
 
@@ -122,13 +123,13 @@ def load(
         compute = dtype or _config_dtype(config)
         budget = Budget(
             available_bytes(place, parse_bytes(vram), parse_bytes(ram)),
-            dense=dense_bytes(path, compute),
+            dense=pack.info.dense_parameters * compute.itemsize,
             kv_cache=kv_cache_bytes(config, context, compute),
             workspace=WORKSPACE_BYTES,
             slot=pack.info.slot_bytes,
             total_experts=pack.info.total_experts,
         )
-        options = Options(place, compute, budget.slots(expert_slots), policy, lookahead, context)
+        options = Options(place, compute, budget.slots(parse_slots(expert_slots, pack.info.total_experts)), policy, lookahead, context)
         cls = model_class(config, str(path), trust_remote_code)
         model = _load_dense(path, own_config(config, cls), cls, options)
         _connect(model, pack, options, parse_bytes(ram))
@@ -136,6 +137,11 @@ def load(
         pack.close()
         raise
     return model, _tokenizer(path, trust_remote_code)
+
+
+def set_threads(count: int) -> None:
+    """Compute with `count` CPU threads."""
+    torch.set_num_threads(count)
 
 
 def find_or_make_pack(
@@ -180,18 +186,6 @@ def pack_path(name: str, mark: str, recipe: Recipe, pack_dir: str | Path | None)
     return folder / f"{slug}-e{recipe.expert_bits}-d{recipe.dense_bits}-g{recipe.group_size}-{mark[:12]}"
 
 
-def dense_bytes(path: Path, dtype: torch.dtype) -> int:
-    """Bytes of the non-expert weights once loaded in `dtype`."""
-    source = SafetensorsSource(path)
-    total = 0
-    for name in source.names():
-        elements = 1
-        for size in source.shape(name):
-            elements *= size
-        total += elements * dtype.itemsize
-    return total
-
-
 def _config_dtype(config: PreTrainedConfig) -> torch.dtype:
     dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
@@ -200,15 +194,16 @@ def _config_dtype(config: PreTrainedConfig) -> torch.dtype:
 def _load_dense(
     path: Path, config: PreTrainedConfig, cls: type[PreTrainedModel], options: Options
 ) -> PreTrainedModel:
-    loaded: tuple[PreTrainedModel, dict[str, Any]] = without_experts(cls).from_pretrained(
-        path,
-        config=config,
-        dtype=options.dtype,
-        device_map={"": options.device},
-        experts_implementation=IMPLEMENTATION,
-        local_files_only=True,
-        output_loading_info=True,
-    )
+    with without_bars():
+        loaded: tuple[PreTrainedModel, dict[str, Any]] = without_experts(cls).from_pretrained(
+            path,
+            config=config,
+            dtype=options.dtype,
+            device_map={"": options.device},
+            experts_implementation=IMPLEMENTATION,
+            local_files_only=True,
+            output_loading_info=True,
+        )
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(

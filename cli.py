@@ -1,0 +1,408 @@
+"""The `offload` command.
+
+Knows: flags, what goes to stdout and what to stderr, exit codes. Does not know: tensors. What needs torch
+is imported by the command that uses it, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from offload.errors import OffloadError
+from offload.version import __version__
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from offload.bench import Result
+    from offload.sampling import Sampling
+
+DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    arguments = build_parser().parse_args(argv)
+    if arguments.command is None:
+        build_parser().print_help(sys.stderr)
+        return USAGE
+    logging.basicConfig(format="offload: %(message)s", level=logging.WARNING)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        result: int = arguments.run(arguments)
+        sys.stdout.flush()
+        return result
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of stdout left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except OffloadError as error:
+        return _failed(error, str(error), arguments.debug)
+    except Exception as error:
+        text = f"{type(error).__name__}: {error} (a bug: --debug shows where)"
+        return _failed(error, text, arguments.debug)
+
+
+def _failed(error: Exception, text: str, debug: bool) -> int:
+    if debug:
+        raise error
+    print(f"offload: error: {' '.join(text.split())}", file=sys.stderr)
+    return FAILED
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"offload: error: {message} (offload {self.prog.partition(' ')[2]} --help)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every command and flag."""
+    parser = _Parser(prog="offload", description="Run Mixture-of-Experts models whose experts do not fit.")
+    parser.add_argument("--version", action="version", version=f"offload {__version__}")
+    parser.set_defaults(command=None)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+
+    def add(name: str, run: Any, help_text: str, example: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name,
+            help=help_text,
+            description=help_text,
+            epilog=f"example: {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(run=run)
+        command.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+        return command
+
+    chat = add("chat", _chat, "talk to a model", "offload chat demo --expert-slots 25%%")
+    _add_model_flags(chat)
+    _add_sampling_flags(chat)
+    chat.add_argument("-st", "--single-turn", action="store_true", help="answer once (-p) and leave")
+
+    generate = add("generate", _generate, "answer one prompt on stdout", 'offload generate demo -p "Hi" > a.txt')
+    _add_model_flags(generate)
+    _add_sampling_flags(generate)
+    generate.add_argument("--raw", action="store_true", help="give the prompt as it is, no chat template")
+
+    bench = add("bench", _bench, "measure tokens/second", "offload bench demo -p 512 -n 128 -r 5")
+    _add_model_flags(bench)
+    bench.add_argument("-p", "--n-prompt", type=_count, default=512, metavar="N", help="prefill tokens (512)")
+    bench.add_argument("-n", "--n-gen", type=_count, default=128, metavar="N", help="decoded tokens (128)")
+    bench.add_argument("-pg", type=_pair, metavar="P,N", help="also prefill P and decode N in one test")
+    bench.add_argument("-d", "--n-depth", type=_count, default=0, metavar="N", help="tokens before the test")
+    bench.add_argument("-r", "--repetitions", type=_positive, default=5, metavar="N", help="of each test (5)")
+    bench.add_argument("-o", "--output", choices=("md", "json"), default="md", help="format (md)")
+    bench.add_argument("--no-warmup", action="store_true", help="time the first run too")
+    bench.add_argument("--random", action="store_true", help="random tokens, as llama-bench, not real text")
+
+    quantize = add("quantize", _quantize, "make a pack", "offload quantize demo ./demo-q8 --expert-bits 8")
+    quantize.add_argument("model", metavar="SRC", help="checkpoint folder, hub id, or demo")
+    quantize.add_argument("destination", metavar="DST", type=Path, help="folder of the pack, new")
+    _add_recipe_flags(quantize)
+    _add_source_flags(quantize)
+    return parser
+
+
+def _add_recipe_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("quantisation")
+    group.add_argument("--expert-bits", type=int, default=4, metavar="N", help="4, 8, or 16 = as stored (4)")
+    group.add_argument("--dense-bits", type=int, default=16, metavar="N", help="16 = as stored (16)")
+    group.add_argument("--group-size", type=int, default=64, metavar="N", help="weights sharing a scale (64)")
+
+
+def _add_source_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("source")
+    group.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub")
+    group.add_argument("--local-files-only", action="store_true", help="do not ask the hub")
+    group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+
+
+def _add_model_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="checkpoint folder, pack, hub id, or demo")
+    group = parser.add_argument_group("memory")
+    group.add_argument("--device", metavar="NAME", help="cuda, cuda:1 or cpu (cuda if there is one)")
+    group.add_argument("--vram", metavar="SIZE", help="GPU memory to use, like 20GiB (90%% of what is free)")
+    group.add_argument("--ram", metavar="SIZE", help="RAM to use, like 48GiB (90%% of what is free)")
+    group.add_argument("--expert-slots", metavar="N", help="resident experts, a number or a share like 25%%")
+    group.add_argument("-c", "--ctx-size", type=_positive, default=4096, metavar="N", help="context (4096)")
+    group.add_argument("--policy", default="lru", metavar="NAME", help="who is evicted: lru, lfu (lru)")
+    group.add_argument("--no-lookahead", action="store_true", help="do not load what the router may want next")
+    group.add_argument("-t", "--threads", type=_positive, metavar="N", help="CPU threads")
+    group.add_argument("--pack-dir", type=Path, metavar="DIR", help="where packs are kept")
+    _add_recipe_flags(parser)
+    _add_source_flags(parser)
+
+
+def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("prompt and sampling")
+    group.add_argument("-p", "--prompt", metavar="TEXT", help="the prompt")
+    group.add_argument("-f", "--file", type=Path, metavar="FILE", help="read the prompt from a file")
+    group.add_argument("-sys", "--system-prompt", metavar="TEXT", default="", help="system prompt")
+    group.add_argument("-n", "--n-predict", type=int, default=-1, metavar="N", help="most new tokens (-1: no limit)")
+    group.add_argument("-s", "--seed", type=int, metavar="N", help="of the sampling (random)")
+    group.add_argument("--temp", type=float, metavar="X", help="temperature; 0 is greedy (the model's, else 0.8)")
+    group.add_argument("--top-k", type=int, metavar="N", help="0 is off (the model's, else 40)")
+    group.add_argument("--top-p", type=float, metavar="X", help="(the model's, else 0.95)")
+    group.add_argument("--min-p", type=float, metavar="X", help="(the model's, else 0.05)")
+    group.add_argument("--repeat-penalty", type=float, metavar="X", help="1 is off (the model's, else 1)")
+    group.add_argument("-r", "--reverse-prompt", action="append", default=[], metavar="TEXT", help="stop string")
+    group.add_argument("--verbose", action="store_true", help="all timings after an answer")
+    group.add_argument(
+        "--show-timings", action=argparse.BooleanOptionalAction, default=True, help="timings after an answer"
+    )
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
+def _pair(text: str) -> tuple[int, int]:
+    prompt, _, generated = text.partition(",")
+    return _positive(prompt), _positive(generated)
+
+
+def _load(arguments: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, float]:
+    """The model, its tokenizer, and the seconds it took."""
+    begin = time.perf_counter()
+    from offload.loading import load, set_threads
+
+    if arguments.threads:
+        set_threads(arguments.threads)
+    model, tokenizer = load(
+        arguments.model,
+        device=arguments.device,
+        expert_bits=arguments.expert_bits,
+        dense_bits=arguments.dense_bits,
+        group_size=arguments.group_size,
+        expert_slots=arguments.expert_slots,
+        vram=arguments.vram,
+        ram=arguments.ram,
+        policy=arguments.policy,
+        lookahead=not arguments.no_lookahead,
+        context=arguments.ctx_size,
+        pack_dir=arguments.pack_dir,
+        revision=arguments.revision,
+        local_files_only=arguments.local_files_only,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    if arguments.model == "demo":
+        from offload.demo import NOTE
+
+        print(NOTE, file=sys.stderr)
+    return model, tokenizer, time.perf_counter() - begin
+
+
+def _sampling(arguments: argparse.Namespace, model: PreTrainedModel) -> Sampling:
+    from offload.sampling import Sampling, resolve_sampling
+
+    return resolve_sampling(
+        model.generation_config,
+        temperature=arguments.temp,
+        top_k=arguments.top_k,
+        top_p=arguments.top_p,
+        min_p=arguments.min_p,
+        repetition_penalty=arguments.repeat_penalty,
+        seed=arguments.seed,
+        fallback=Sampling(temperature=0.8, top_k=40, top_p=0.95, min_p=0.05),
+    )
+
+
+def _prompt(arguments: argparse.Namespace) -> str | None:
+    """The prompt of -p, -f or a piped stdin; None when there is none."""
+    if arguments.prompt is not None:
+        return str(arguments.prompt)
+    if arguments.file is not None:
+        try:
+            return str(arguments.file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise OffloadError(f"cannot read the prompt from {arguments.file}: {error}") from None
+    return None
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    prompt = _prompt(arguments)
+    if prompt is None and not sys.stdin.isatty():
+        prompt = sys.stdin.read()
+    if not prompt:
+        raise OffloadError("there is no prompt: give one with -p, -f or a pipe")
+    model, tokenizer, load_seconds = _load(arguments)
+    from offload.generation import Prompt, stream_generate
+    from offload.report import timings, verbose_rows
+
+    full: Prompt = prompt
+    if tokenizer is not None and tokenizer.chat_template and not arguments.raw:
+        system = [{"role": "system", "content": arguments.system_prompt}] if arguments.system_prompt else []
+        full = [*system, {"role": "user", "content": prompt}]
+    sampling = _sampling(arguments, model)
+    step = None
+    for step in stream_generate(
+        model,
+        tokenizer,
+        full,
+        max_new_tokens=arguments.ctx_size if arguments.n_predict < 0 else arguments.n_predict,
+        stop_strings=arguments.reverse_prompt,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        seed=sampling.seed,
+    ):
+        print(step.text, end="", flush=True)
+    print(flush=True)
+    assert step is not None
+    if arguments.verbose:
+        print(verbose_rows(step, load_seconds), file=sys.stderr)
+    if arguments.show_timings:
+        print(f"\n{timings(step)}\n{step.experts.line()}", file=sys.stderr)
+    model.offload.close()
+    return DONE
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    prompt = _prompt(arguments)
+    if arguments.single_turn and prompt is None:
+        raise OffloadError("--single-turn needs a prompt: give one with -p or -f")
+    model, tokenizer, load_seconds = _load(arguments)
+    from offload.chat import Chat, converse
+    from offload.terminal import reader
+
+    if tokenizer is None or not tokenizer.chat_template:
+        raise OffloadError(f"{arguments.model} has no chat template: use offload generate --raw")
+
+    def write(text: str) -> None:
+        print(text, end="", flush=True)
+
+    chat = Chat(
+        model,
+        tokenizer,
+        _sampling(arguments, model),
+        write,
+        system=arguments.system_prompt,
+        max_new_tokens=None if arguments.n_predict < 0 else arguments.n_predict,
+        stop_strings=tuple(arguments.reverse_prompt),
+        timings=arguments.show_timings,
+        verbose=arguments.verbose,
+        load_seconds=load_seconds,
+    )
+    stats = model.offload.stats()
+    print(
+        f"{stats.slots} of {stats.total_experts} experts resident; /? lists the commands, /bye leaves",
+        file=sys.stderr,
+    )
+    if prompt is not None:
+        chat.say(prompt)
+    if not arguments.single_turn:
+        converse(chat, reader())
+    model.offload.close()
+    return DONE
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    model, tokenizer, _ = _load(arguments)
+    from offload.bench import Test, run
+
+    depth = arguments.n_depth
+    tests = [Test(arguments.n_prompt, 0, depth)] if arguments.n_prompt else []
+    tests += [Test(0, arguments.n_gen, depth)] if arguments.n_gen else []
+    tests += [Test(*arguments.pg, depth)] if arguments.pg else []
+    if not tests:
+        raise OffloadError("there is nothing to measure: -p, -n and -pg are all 0")
+    offload = model.offload
+    common = {
+        "build": __version__,
+        "cpu": platform.processor() or platform.machine(),
+        "backend": offload.options.device.type.upper(),
+        "model": offload.pack.info.source,
+        "model_type": model.config.model_type,
+        "model_size": offload.pack.total_bytes,
+        "model_n_params": offload.pack.parameters,
+        "expert_bits": offload.pack.info.expert_bits,
+        "policy": offload.options.policy,
+        "lookahead": offload.options.lookahead,
+        "text": "random" if arguments.random else "real",
+    }
+    results = run(
+        model,
+        tokenizer,
+        tests,
+        repetitions=arguments.repetitions,
+        warmup=not arguments.no_warmup,
+        random=arguments.random,
+    )
+    if arguments.output == "json":
+        print(json.dumps([{**common, **result.to_json()} for result in results], indent=2))
+    else:
+        _print_table(common, results)
+    offload.close()
+    return DONE
+
+
+COLUMNS = "model size params backend test t/s slots resident_% hit_% MiB/token link_%"
+
+
+def _print_table(common: dict[str, Any], results: Any) -> None:
+    names = [name.replace("_", " ") for name in COLUMNS.split()]
+    print(f"| {' | '.join(names)} |")
+    print(f"| {' | '.join('---' if i in (0, 3) else '---:' for i in range(len(names)))} |")
+    for result in results:
+        print(f"| {' | '.join(_row(common, result))} |", flush=True)
+
+
+def _row(common: dict[str, Any], result: Result) -> list[str]:
+    experts = result.experts
+    return [
+        f"{common['model']} {common['expert_bits']}-bit experts",
+        f"{common['model_size'] / 2**30:.2f} GiB",
+        f"{common['model_n_params'] / 1e9:.2f} B",
+        common["backend"],
+        result.test.name,
+        f"{result.avg_ts:.2f} ± {result.stddev_ts:.2f}",
+        str(experts.slots),
+        f"{experts.slots / experts.total_experts:.0%}",
+        f"{experts.counts.hit_rate:.1%}",
+        f"{experts.mib_per_token:.1f}",
+        f"{result.link_share:.0%}",
+    ]
+
+
+def _quantize(arguments: argparse.Namespace) -> int:
+    from offload.loading import find_or_make_pack
+    from offload.make_pack import Recipe
+
+    recipe = Recipe(arguments.expert_bits, arguments.dense_bits, arguments.group_size)
+    path = find_or_make_pack(
+        arguments.model,
+        recipe,
+        destination=arguments.destination,
+        revision=arguments.revision,
+        local_files_only=arguments.local_files_only,
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    print(path)
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

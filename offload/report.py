@@ -1,0 +1,48 @@
+"""Figures as lines of text.
+
+Knows: the formats users of llama.cpp and ollama already read. Does not know: where they are printed.
+"""
+
+from __future__ import annotations
+
+from cache.cache import ExpertCache
+from offload.generation import GenerationResponse
+from quant.pack import PackInfo
+
+
+def timings(response: GenerationResponse) -> str:
+    """llama.cpp's line after an answer."""
+    return (
+        f"[ Prompt: {response.prompt_tps:.1f} t/s | Generation: {response.generation_tps:.1f} t/s ]"
+    )
+
+
+def verbose_rows(response: GenerationResponse, load_seconds: float) -> str:
+    """ollama's rows after an answer."""
+    prompt_seconds = response.prompt_tokens / response.prompt_tps
+    decoded = response.generation_tokens - 1
+    eval_seconds = decoded / response.generation_tps if response.generation_tps else 0.0
+    rows = [
+        ("total duration", _duration(load_seconds + prompt_seconds + eval_seconds)),
+        ("load duration", _duration(load_seconds)),
+        ("prompt eval count", f"{response.prompt_tokens} token(s)"),
+        ("prompt eval duration", _duration(prompt_seconds)),
+        ("prompt eval rate", f"{response.prompt_tps:.2f} tokens/s"),
+        ("eval count", f"{response.generation_tokens} token(s)"),
+        ("eval duration", _duration(eval_seconds)),
+        ("eval rate", f"{response.generation_tps:.2f} tokens/s"),
+    ]
+    return "\n".join(f"{name + ':':<22}{value}" for name, value in rows)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f}ms" if seconds < 1 else f"{seconds:.2f}s"
+
+
+def experts_map(cache: ExpertCache, info: PackInfo) -> str:
+    """A row a layer, a sign an expert: # resident, . not."""
+    rows = []
+    for index, layer in enumerate(info.layers):
+        signs = "".join("#" if cache.is_resident(index, e) else "." for e in range(layer.num_experts))
+        rows.append(f"{index:>4} {signs} {cache.statistics.layers[index].hit_rate:>6.1%} hits")
+    return "\n".join(rows)
