@@ -1,7 +1,7 @@
 """The `offload` command.
 
-Knows: flags, what goes to stdout and what to stderr, exit codes. Does not know: tensors. What needs torch
-is imported by the command that uses it, so that `--help` answers at once.
+Knows: flags, what goes to stdout and what to stderr, exit codes. Does not know: tensors. What needs
+torch is imported by the command that uses it, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -63,12 +63,16 @@ def _failed(error: Exception, text: str, debug: bool) -> int:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(USAGE, f"offload: error: {message} (offload {self.prog.partition(' ')[2]} --help)\n")
+        self.exit(
+            USAGE, f"offload: error: {message} (offload {self.prog.partition(' ')[2]} --help)\n"
+        )
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Every command and flag."""
-    parser = _Parser(prog="offload", description="Run Mixture-of-Experts models whose experts do not fit.")
+    parser = _Parser(
+        prog="offload", description="Run Mixture-of-Experts models whose experts do not fit."
+    )
     parser.add_argument("--version", action="version", version=f"offload {__version__}")
     parser.set_defaults(command=None)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
@@ -82,31 +86,56 @@ def build_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.set_defaults(run=run)
-        command.add_argument("--debug", action="store_true", help="show a traceback when something fails")
+        command.add_argument(
+            "--debug", action="store_true", help="show a traceback when something fails"
+        )
         return command
 
     chat = add("chat", _chat, "talk to a model", "offload chat demo --expert-slots 25%%")
     _add_model_flags(chat)
     _add_sampling_flags(chat)
-    chat.add_argument("-st", "--single-turn", action="store_true", help="answer once (-p) and leave")
+    chat.add_argument(
+        "-st", "--single-turn", action="store_true", help="answer once (-p) and leave"
+    )
 
-    generate = add("generate", _generate, "answer one prompt on stdout", 'offload generate demo -p "Hi" > a.txt')
+    generate = add(
+        "generate",
+        _generate,
+        "answer one prompt on stdout",
+        'offload generate demo -p "Hi" > a.txt',
+    )
     _add_model_flags(generate)
     _add_sampling_flags(generate)
-    generate.add_argument("--raw", action="store_true", help="give the prompt as it is, no chat template")
+    generate.add_argument(
+        "--raw", action="store_true", help="give the prompt as it is, no chat template"
+    )
 
     bench = add("bench", _bench, "measure tokens/second", "offload bench demo -p 512 -n 128 -r 5")
     _add_model_flags(bench)
-    bench.add_argument("-p", "--n-prompt", type=_count, default=512, metavar="N", help="prefill tokens (512)")
-    bench.add_argument("-n", "--n-gen", type=_count, default=128, metavar="N", help="decoded tokens (128)")
-    bench.add_argument("-pg", type=_pair, metavar="P,N", help="also prefill P and decode N in one test")
-    bench.add_argument("-d", "--n-depth", type=_count, default=0, metavar="N", help="tokens before the test")
-    bench.add_argument("-r", "--repetitions", type=_positive, default=5, metavar="N", help="of each test (5)")
+    bench.add_argument(
+        "-p", "--n-prompt", type=_count, default=512, metavar="N", help="prefill tokens (512)"
+    )
+    bench.add_argument(
+        "-n", "--n-gen", type=_count, default=128, metavar="N", help="decoded tokens (128)"
+    )
+    bench.add_argument(
+        "-pg", type=_pair, metavar="P,N", help="also prefill P and decode N in one test"
+    )
+    bench.add_argument(
+        "-d", "--n-depth", type=_count, default=0, metavar="N", help="tokens before the test"
+    )
+    bench.add_argument(
+        "-r", "--repetitions", type=_positive, default=5, metavar="N", help="of each test (5)"
+    )
     bench.add_argument("-o", "--output", choices=("md", "json"), default="md", help="format (md)")
     bench.add_argument("--no-warmup", action="store_true", help="time the first run too")
-    bench.add_argument("--random", action="store_true", help="random tokens, as llama-bench, not real text")
+    bench.add_argument(
+        "--random", action="store_true", help="random tokens, as llama-bench, not real text"
+    )
 
-    quantize = add("quantize", _quantize, "make a pack", "offload quantize demo ./demo-q8 --expert-bits 8")
+    quantize = add(
+        "quantize", _quantize, "make a pack", "offload quantize demo ./demo-q8 --expert-bits 8"
+    )
     quantize.add_argument("model", metavar="SRC", help="checkpoint folder, hub id, or demo")
     quantize.add_argument("destination", metavar="DST", type=Path, help="folder of the pack, new")
     _add_recipe_flags(quantize)
@@ -116,28 +145,50 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("quantisation")
-    group.add_argument("--expert-bits", type=int, default=4, metavar="N", help="4, 8, or 16 = as stored (4)")
-    group.add_argument("--dense-bits", type=int, default=16, metavar="N", help="16 = as stored (16)")
-    group.add_argument("--group-size", type=int, default=64, metavar="N", help="weights sharing a scale (64)")
+    group.add_argument(
+        "--expert-bits", type=int, default=4, metavar="N", help="4, 8, or 16 = as stored (4)"
+    )
+    group.add_argument(
+        "--dense-bits", type=int, default=16, metavar="N", help="16 = as stored (16)"
+    )
+    group.add_argument(
+        "--group-size", type=int, default=64, metavar="N", help="weights sharing a scale (64)"
+    )
 
 
 def _add_source_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("source")
     group.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub")
     group.add_argument("--local-files-only", action="store_true", help="do not ask the hub")
-    group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    group.add_argument(
+        "--trust-remote-code", action="store_true", help="run code that comes with the model"
+    )
 
 
 def _add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="checkpoint folder, pack, hub id, or demo")
     group = parser.add_argument_group("memory")
-    group.add_argument("--device", metavar="NAME", help="cuda, cuda:1 or cpu (cuda if there is one)")
-    group.add_argument("--vram", metavar="SIZE", help="GPU memory to use, like 20GiB (90%% of what is free)")
-    group.add_argument("--ram", metavar="SIZE", help="RAM to use, like 48GiB (90%% of what is free)")
-    group.add_argument("--expert-slots", metavar="N", help="resident experts, a number or a share like 25%%")
-    group.add_argument("-c", "--ctx-size", type=_positive, default=4096, metavar="N", help="context (4096)")
-    group.add_argument("--policy", default="lru", metavar="NAME", help="who is evicted: lru, lfu (lru)")
-    group.add_argument("--no-lookahead", action="store_true", help="do not load what the router may want next")
+    group.add_argument(
+        "--device", metavar="NAME", help="cuda, cuda:1 or cpu (cuda if there is one)"
+    )
+    group.add_argument(
+        "--vram", metavar="SIZE", help="GPU memory to use, like 20GiB (90%% of what is free)"
+    )
+    group.add_argument(
+        "--ram", metavar="SIZE", help="RAM to use, like 48GiB (90%% of what is free)"
+    )
+    group.add_argument(
+        "--expert-slots", metavar="N", help="resident experts, a number or a share like 25%%"
+    )
+    group.add_argument(
+        "-c", "--ctx-size", type=_positive, default=4096, metavar="N", help="context (4096)"
+    )
+    group.add_argument(
+        "--policy", default="lru", metavar="NAME", help="who is evicted: lru, lfu (lru)"
+    )
+    group.add_argument(
+        "--no-lookahead", action="store_true", help="do not load what the router may want next"
+    )
     group.add_argument("-t", "--threads", type=_positive, metavar="N", help="CPU threads")
     group.add_argument("--pack-dir", type=Path, metavar="DIR", help="where packs are kept")
     _add_recipe_flags(parser)
@@ -147,19 +198,37 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
 def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("prompt and sampling")
     group.add_argument("-p", "--prompt", metavar="TEXT", help="the prompt")
-    group.add_argument("-f", "--file", type=Path, metavar="FILE", help="read the prompt from a file")
+    group.add_argument(
+        "-f", "--file", type=Path, metavar="FILE", help="read the prompt from a file"
+    )
     group.add_argument("-sys", "--system-prompt", metavar="TEXT", default="", help="system prompt")
-    group.add_argument("-n", "--n-predict", type=int, default=-1, metavar="N", help="most new tokens (-1: no limit)")
+    group.add_argument(
+        "-n",
+        "--n-predict",
+        type=int,
+        default=-1,
+        metavar="N",
+        help="most new tokens (-1: no limit)",
+    )
     group.add_argument("-s", "--seed", type=int, metavar="N", help="of the sampling (random)")
-    group.add_argument("--temp", type=float, metavar="X", help="temperature; 0 is greedy (the model's, else 0.8)")
+    group.add_argument(
+        "--temp", type=float, metavar="X", help="temperature; 0 is greedy (the model's, else 0.8)"
+    )
     group.add_argument("--top-k", type=int, metavar="N", help="0 is off (the model's, else 40)")
     group.add_argument("--top-p", type=float, metavar="X", help="(the model's, else 0.95)")
     group.add_argument("--min-p", type=float, metavar="X", help="(the model's, else 0.05)")
-    group.add_argument("--repeat-penalty", type=float, metavar="X", help="1 is off (the model's, else 1)")
-    group.add_argument("-r", "--reverse-prompt", action="append", default=[], metavar="TEXT", help="stop string")
+    group.add_argument(
+        "--repeat-penalty", type=float, metavar="X", help="1 is off (the model's, else 1)"
+    )
+    group.add_argument(
+        "-r", "--reverse-prompt", action="append", default=[], metavar="TEXT", help="stop string"
+    )
     group.add_argument("--verbose", action="store_true", help="all timings after an answer")
     group.add_argument(
-        "--show-timings", action=argparse.BooleanOptionalAction, default=True, help="timings after an answer"
+        "--show-timings",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="timings after an answer",
     )
 
 
@@ -182,7 +251,9 @@ def _pair(text: str) -> tuple[int, int]:
     return _positive(prompt), _positive(generated)
 
 
-def _load(arguments: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, float]:
+def _load(
+    arguments: argparse.Namespace,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, float]:
     """The model, its tokenizer, and the seconds it took."""
     begin = time.perf_counter()
     from offload.loading import load, set_threads
@@ -248,11 +319,16 @@ def _generate(arguments: argparse.Namespace) -> int:
         raise OffloadError("there is no prompt: give one with -p, -f or a pipe")
     model, tokenizer, load_seconds = _load(arguments)
     from offload.generation import Prompt, stream_generate
+    from offload.handle import offload_of
     from offload.report import timings, verbose_rows
 
     full: Prompt = prompt
     if tokenizer is not None and tokenizer.chat_template and not arguments.raw:
-        system = [{"role": "system", "content": arguments.system_prompt}] if arguments.system_prompt else []
+        system = (
+            [{"role": "system", "content": arguments.system_prompt}]
+            if arguments.system_prompt
+            else []
+        )
         full = [*system, {"role": "user", "content": prompt}]
     sampling = _sampling(arguments, model)
     step = None
@@ -276,7 +352,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         print(verbose_rows(step, load_seconds), file=sys.stderr)
     if arguments.show_timings:
         print(f"\n{timings(step)}\n{step.experts.line()}", file=sys.stderr)
-    model.offload.close()
+    offload_of(model).close()
     return DONE
 
 
@@ -286,6 +362,7 @@ def _chat(arguments: argparse.Namespace) -> int:
         raise OffloadError("--single-turn needs a prompt: give one with -p or -f")
     model, tokenizer, load_seconds = _load(arguments)
     from offload.chat import Chat, converse
+    from offload.handle import offload_of
     from offload.terminal import reader
 
     if tokenizer is None or not tokenizer.chat_template:
@@ -306,30 +383,32 @@ def _chat(arguments: argparse.Namespace) -> int:
         verbose=arguments.verbose,
         load_seconds=load_seconds,
     )
-    stats = model.offload.stats()
+    stats = offload_of(model).stats()
     print(
-        f"{stats.slots} of {stats.total_experts} experts resident; /? lists the commands, /bye leaves",
+        f"{stats.slots} of {stats.total_experts} experts resident; /? lists the commands, /bye "
+        f"leaves",
         file=sys.stderr,
     )
     if prompt is not None:
         chat.say(prompt)
     if not arguments.single_turn:
         converse(chat, reader())
-    model.offload.close()
+    offload_of(model).close()
     return DONE
 
 
 def _bench(arguments: argparse.Namespace) -> int:
     model, tokenizer, _ = _load(arguments)
     from offload.bench import Test, run
+    from offload.handle import offload_of
 
     depth = arguments.n_depth
     tests = [Test(arguments.n_prompt, 0, depth)] if arguments.n_prompt else []
     tests += [Test(0, arguments.n_gen, depth)] if arguments.n_gen else []
-    tests += [Test(*arguments.pg, depth)] if arguments.pg else []
+    tests += [Test(arguments.pg[0], arguments.pg[1], depth)] if arguments.pg else []
     if not tests:
         raise OffloadError("there is nothing to measure: -p, -n and -pg are all 0")
-    offload = model.offload
+    offload = offload_of(model)
     common = {
         "build": __version__,
         "cpu": platform.processor() or platform.machine(),

@@ -1,6 +1,7 @@
 """The expert cache: decides hits, loads, evictions, waves and look-ahead loads.
 
-Knows: which keys are resident, in use and on their way. Does not know: bytes, tensors, clocks, threads.
+Knows: which keys are resident, in use and on their way. Does not know: bytes, tensors, clocks,
+threads.
 """
 
 from __future__ import annotations
@@ -90,14 +91,14 @@ class ExpertCache:
     def look_ahead(self, layer: int, experts: Sequence[int], most: int) -> tuple[Use, ...]:
         """Choose which guessed `experts` of a later `layer` to load now, at most `most` of them.
 
-        Evicts neither what is in use, in flight or guessed, and always leaves one slot that `plan` can
-        have at once.
+        Evicts neither what is in use, in flight or guessed, and always leaves one slot that `plan`
+        can have at once.
         """
         guessed = frozenset(experts)
         self._guesses[layer] = guessed
         counts = self.statistics.layers[layer]
         counts.lookahead_guesses += len(guessed)
-        loads = []
+        loads: list[Use] = []
         for expert in experts:
             key = (layer, expert)
             if key in self.table:
@@ -173,7 +174,9 @@ class ExpertCache:
             assert self.table.key_in(slot) is not None, f"nothing is on its way to slot {slot}"
         order = list(self._policy.victims())
         assert len(order) == len(self.table), "policy and table disagree"
-        assert all(key in self.table for key in order), "the policy orders a key that is not resident"
+        assert all(key in self.table for key in order), (
+            "the policy orders a key that is not resident"
+        )
         held = [sum(key[0] == layer for key in order) for layer in range(len(self._held))]
         assert held == self._held, "resident keys of a layer are miscounted"
         for counts in self.statistics.layers:

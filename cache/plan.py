@@ -23,7 +23,8 @@ class Wave(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Waves to carry out one after the other: a later wave's loads overwrite an earlier one's slots."""
+    """Waves to carry out one after the other: a later wave's loads overwrite an earlier one's
+    slots."""
 
     layer: int
     waves: tuple[Wave, ...]

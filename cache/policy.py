@@ -1,7 +1,7 @@
 """Which resident expert leaves first.
 
-Knows: the order of uses. Does not know: slots, nor which experts must stay (the caller asks for victims
-in order and skips those).
+Knows: the order of uses. Does not know: slots, nor which experts must stay (the caller asks for
+victims in order and skips those).
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class LRU:
 
 
 class LFU:
-    """Least frequently used leaves first, the older of equals first. For comparison: counts never age."""
+    """Least frequently used leaves first, the older of equals first. For comparison: counts never
+    age."""
 
     def __init__(self) -> None:
         self._uses: dict[Key, int] = {}  # of every key ever resident

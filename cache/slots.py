@@ -1,7 +1,7 @@
 """Which key is in which slot.
 
-Knows: the one-to-one table of resident keys and slots, and the free slots. Does not know: why a key is
-there (`cache.policy`) nor what it weighs.
+Knows: the one-to-one table of resident keys and slots, and the free slots. Does not know: why a key
+is there (`cache.policy`) nor what it weighs.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class SlotTable:
 
     def put(self, key: Key, slot: int) -> None:
         """Place `key` in `slot`, which `take_free` or `remove` returned."""
-        assert self._key_in[slot] is None and key not in self._slot_of
+        assert self._key_in[slot] is None, f"slot {slot} is taken"
+        assert key not in self._slot_of, f"{key} has a slot"
         self._slot_of[key] = slot
         self._key_in[slot] = key
 
@@ -50,7 +51,8 @@ class SlotTable:
 
     def give_back(self, slot: int) -> None:
         """Put an empty slot among the free ones."""
-        assert self._key_in[slot] is None and slot not in self._free
+        assert self._key_in[slot] is None, f"slot {slot} is taken"
+        assert slot not in self._free, f"slot {slot} is free"
         self._free.append(slot)
 
     def check_integrity(self) -> None:

@@ -1,7 +1,7 @@
 """Measuring tokens/second the way llama-bench does, with the experts' figures beside.
 
-Knows: what a test is (prefill p tokens, decode n, at a depth) and how it is timed. Does not know: how a
-table is printed (`cli`).
+Knows: what a test is (prefill p tokens, decode n, at a depth) and how it is timed. Does not know:
+how a table is printed (`cli`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from offload.engine import Engine
 from offload.errors import GenerationError
 from offload.generation import forward
+from offload.handle import offload_of
 from offload.stats import Stats
 
 
@@ -78,7 +79,9 @@ class Result:
             "n_depth": self.test.n_depth,
             "test_time": self.test_time,
             "avg_ns": round(statistics.fmean(self.samples_ns)),
-            "stddev_ns": round(statistics.stdev(self.samples_ns)) if len(self.samples_ns) > 1 else 0,
+            "stddev_ns": round(statistics.stdev(self.samples_ns))
+            if len(self.samples_ns) > 1
+            else 0,
             "avg_ts": self.avg_ts,
             "stddev_ts": self.stddev_ts,
             "samples_ns": list(self.samples_ns),
@@ -122,20 +125,22 @@ def run(
 ) -> Iterator[Result]:
     """Time each test `repetitions` times; yields a result as soon as a test is done.
 
-    Decoding is fed real text token by token (or random tokens), so that routing follows text and does
-    not depend on what the model would say.
+    Decoding is fed real text token by token (or random tokens), so that routing follows text and
+    does not depend on what the model would say.
     """
-    context = model.offload.options.context
+    context = offload_of(model).options.context
     longest = max(test.n_depth + test.tokens for test in tests)
     if longest > context:
-        raise GenerationError(f"a test needs {longest} tokens of context, it holds {context}: raise --ctx-size")
+        raise GenerationError(
+            f"a test needs {longest} tokens of context, it holds {context}: raise --ctx-size"
+        )
     if tokenizer is None and not random:
         raise GenerationError("the model has no tokenizer for real text: pass --random")
     if random or tokenizer is None:
         ids = random_tokens(model.config.get_text_config().vocab_size, longest)
     else:
         ids = real_text(tokenizer, longest)
-    ceiling = measure_link(model.offload.engine)
+    ceiling = measure_link(offload_of(model).engine)
     for test in tests:
         if warmup:
             _once(model, test, ids)
@@ -158,7 +163,7 @@ def _once(model: PreTrainedModel, test: Test, ids: list[int]) -> tuple[int, Stat
     if at:
         _, cache = forward(model, tokens[:, :at], None)
     _sync(model.device)
-    before = model.offload.stats()
+    before = offload_of(model).stats()
     begin = time.perf_counter_ns()
     if test.n_prompt:
         _, cache = forward(model, tokens[:, at : at + test.n_prompt], cache)
@@ -167,7 +172,7 @@ def _once(model: PreTrainedModel, test: Test, ids: list[int]) -> tuple[int, Stat
         _, cache = forward(model, tokens[:, at : at + 1], cache)
         at += 1
     _sync(model.device)
-    return time.perf_counter_ns() - begin, model.offload.stats() - before
+    return time.perf_counter_ns() - begin, offload_of(model).stats() - before
 
 
 def _sync(device: torch.device) -> None:

@@ -1,4 +1,5 @@
-"""How many experts fit: arithmetic on a config and a pack's description, before anything is allocated.
+"""How many experts fit: arithmetic on a config and a pack's description, before anything is
+allocated.
 
 Knows: what takes memory and how much. Does not know: how it is allocated.
 """
@@ -16,7 +17,16 @@ from offload.errors import BudgetError
 
 SHARE = 0.9  # of the memory that is free at start, when the user names no budget
 WORKSPACE_BYTES = 300 * 2**20  # activations, the allocator's slack, libraries' own buffers
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+}
 
 
 def parse_bytes(text: str | int | None) -> int | None:
@@ -36,7 +46,9 @@ def parse_slots(text: str | int | None, total: int) -> int | None:
         return text
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%?)\s*", text)
     if match is None or (not match.group(2) and "." in match.group(1)):
-        raise BudgetError(f"{text!r} is not a number of expert slots: write a number or a share like 25%")
+        raise BudgetError(
+            f"{text!r} is not a number of expert slots: write a number or a share like 25%"
+        )
     if match.group(2):
         return max(1, round(total * float(match.group(1)) / 100))
     return int(match.group(1))
@@ -58,18 +70,24 @@ class Budget:
     total_experts: int
 
     def slots(self, asked: int | None) -> int:
-        """The number of expert slots to allocate, `asked` or as many as fit. Raises `BudgetError`."""
+        """The number of expert slots to allocate, `asked` or as many as fit. Raises
+        `BudgetError`."""
         left = self.available - self.dense - self.kv_cache - self.workspace
         fit = max(0, left // self.slot)
         wanted = 1 if asked is None else asked
         if wanted < 1:
-            raise BudgetError(f"{wanted} expert slots: at least one is needed, raise --expert-slots")
+            raise BudgetError(
+                f"{wanted} expert slots: at least one is needed, raise --expert-slots"
+            )
         wanted = min(wanted, self.total_experts)
         if wanted > fit:
             raise BudgetError(
-                f"needs {wanted} expert slot{'s' * (wanted > 1)} of {self.slot / 2**20:.1f} MiB, {fit} fit in "
-                f"{gib(self.available)} beside {gib(self.dense)} of dense weights, {gib(self.kv_cache)} of KV "
-                f"cache and {gib(self.workspace)} of workspace: lower --ctx-size, --expert-slots or "
+                f"needs {wanted} expert slot{'s' * (wanted > 1)} of {self.slot / 2**20:.1f} MiB, "
+                f"{fit} fit in "
+                f"{gib(self.available)} beside {gib(self.dense)} of dense weights, "
+                f"{gib(self.kv_cache)} of KV "
+                f"cache and {gib(self.workspace)} of workspace: lower --ctx-size, --expert-slots "
+                f"or "
                 "--expert-bits, or raise --vram (GPU) or --ram (CPU)"
             )
         return wanted if asked is not None else min(fit, self.total_experts)

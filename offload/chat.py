@@ -1,7 +1,8 @@
-"""A conversation in a terminal: what is said, what is set, and the commands that begin with a slash.
+"""A conversation in a terminal: what is said, what is set, and the commands that begin with a
+slash.
 
-Knows: messages, parameters, commands. Does not know: terminals; lines come in and text goes out through
-two callables, so that a test can be the terminal.
+Knows: messages, parameters, commands. Does not know: terminals; lines come in and text goes out
+through two callables, so that a test can be the terminal.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from offload.errors import OffloadError
 from offload.generation import GenerationResponse, Message, stream_generate
+from offload.handle import offload_of
 from offload.home import offload_home
 from offload.report import experts_map, timings, verbose_rows
 from offload.sampling import Sampling
 
 HELP = """\
   /set system TEXT         set the system prompt
-  /set NAME VALUE          set temperature, top_k, top_p, min_p, repetition_penalty, seed, num_predict
+  /set NAME VALUE          set a sampling parameter (/show parameters) or num_predict
   /set verbose|quiet       show all timings after an answer, or none
   /show info|parameters|system|experts
   /stats                   the experts' figures so far
@@ -94,7 +96,7 @@ class Chat:
             self.model,
             self.tokenizer,
             messages,
-            max_new_tokens=self.max_new_tokens or self.model.offload.options.context,
+            max_new_tokens=self.max_new_tokens or offload_of(self.model).options.context,
             stop_strings=self.stop_strings,
             temperature=self.sampling.temperature,
             top_k=self.sampling.top_k,
@@ -154,9 +156,14 @@ class Chat:
         file = _session_file(rest)
         try:
             data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in data["messages"]]
-            given = {name: kind(data["parameters"][name]) for name, kind in PARAMETERS.items()
-                     if data["parameters"].get(name) is not None}
+            messages = [
+                {"role": str(m["role"]), "content": str(m["content"])} for m in data["messages"]
+            ]
+            given: dict[str, Any] = {
+                name: kind(data["parameters"][name])
+                for name, kind in PARAMETERS.items()
+                if data["parameters"].get(name) is not None
+            }
             sampling = replace(self.sampling, **given)
             self.system = str(data["system"])
         except OSError:
@@ -167,12 +174,14 @@ class Chat:
         self.write(f"Loaded {len(messages)} messages.\n")
 
     def _do_stats(self, _: str) -> None:
-        stats = self.model.offload.stats()
+        stats = offload_of(self.model).stats()
         counts = stats.counts
         self.write(
-            f"{stats.line()}\nrequests {counts.requests}, hits {counts.hits}, misses {counts.misses}, "
+            f"{stats.line()}\nrequests {counts.requests}, hits {counts.hits}, misses "
+            f"{counts.misses}, "
             f"evictions {counts.evictions}, look-ahead loads {counts.lookahead_loads}\n"
-            f"loaded {stats.bytes_loaded / 2**20:.1f} MiB at {stats.link_gb_per_s:.1f} GB/s, waited "
+            f"loaded {stats.bytes_loaded / 2**20:.1f} MiB at {stats.link_gb_per_s:.1f} GB/s, "
+            f"waited "
             f"{counts.wait_seconds:.2f} s, {stats.tokens} tokens\n"
         )
 
@@ -190,14 +199,15 @@ class Chat:
             raise ChatError(f"there is nothing called {name!r} to set: /? lists what there is")
 
     def _do_show(self, rest: str) -> None:
-        offload = self.model.offload
+        offload = offload_of(self.model)
         if rest == "info":
             info, options = offload.pack.info, offload.options
             self.write(
                 f"{info.source}: {self.model.config.model_type}, {len(info.layers)} MoE layers, "
                 f"{info.total_experts} experts at {info.expert_bits} bits\n"
                 f"pack {offload.pack.path}\n{options.slots} experts resident on {options.device}, "
-                f"computing in {str(options.dtype).removeprefix('torch.')}, context {options.context}\n"
+                f"computing in {str(options.dtype).removeprefix('torch.')}, context "
+                f"{options.context}\n"
             )
         elif rest == "parameters":
             rows = (f"{name:<20}{getattr(self.sampling, name)}" for name in PARAMETERS)

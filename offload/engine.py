@@ -1,8 +1,8 @@
 """The host-planned engine: the plan of every MoE layer is made in Python, one sync a layer.
 
-Knows: the order of things in a step: plan, start copies, compute what is here, wait, compute the rest,
-reduce once. Does not know: who is evicted (`cache`), how bytes move (`offload.transfer`), what they mean
-(`quant`).
+Knows: the order of things in a step: plan, start copies, compute what is here, wait, compute the
+rest, reduce once. Does not know: who is evicted (`cache`), how bytes move (`offload.transfer`),
+what they mean (`quant`).
 
 Letters: T tokens, k experts a token, S = T * k cells, H hidden, I inner, E experts.
 """
@@ -56,13 +56,16 @@ class Layer:
 
     def expert(self, x: Tensor, matrices: dict[str, MatrixView]) -> Tensor:
         """One expert's output [M, H] for its tokens `x` [M, H], before the router's weight."""
-        module = self.module
+        module: Any = self.module  # what the experts seam promises is not in its type
         if module.has_gate:
             inner = module._apply_gate(matmul(x, matrices["gate_up_proj"]))  # [M, I]
         else:
             inner = module.act_fn(matmul(x, matrices["up_proj"]))  # [M, I]
         out = matmul(inner, matrices["down_proj"])  # [M, H]
-        return module.post_expert_norm(out) if module.has_post_expert_norm else out
+        if not module.has_post_expert_norm:
+            return out
+        normed: Tensor = module.post_expert_norm(out)
+        return normed
 
 
 class Engine:
@@ -73,7 +76,9 @@ class Engine:
         self.cache = cache
         self.transfer = transfer
         self.layers: list[Layer] = []
-        self._tickets: dict[int, Ticket] = {}  # slot -> the copy into it that was not waited for yet
+        self._tickets: dict[
+            int, Ticket
+        ] = {}  # slot -> the copy into it that was not waited for yet
         self._in_flight: list[int] = []  # slots of look-ahead loads not yet seen to land
         self._views: dict[tuple[int, int], dict[str, MatrixView]] = {}  # (layout, slot)
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -96,7 +101,9 @@ class Engine:
                 hook = functools.partial(_remember_asked, layer)
                 self._hooks.append(router.register_forward_pre_hook(hook))
 
-    def step(self, layer: Layer, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def step(
+        self, layer: Layer, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
         """The experts' part of one layer: hidden [T, H], index and weights [T, k] -> [T, H]."""
         assert not self.closed, "the model was closed"
         if layer.index == 0:
@@ -145,7 +152,8 @@ class Engine:
         return self._views[key]
 
     def _look_ahead(self, layer: Layer) -> None:
-        """Ask the next layer's router about this layer's hidden state; load what it would choose."""
+        """Ask the next layer's router about this layer's hidden state; load what it would
+        choose."""
         if not self._hooks or layer.index + 1 == len(self.layers) or not layer.asked:
             return
         hidden = layer.asked[0]
@@ -212,7 +220,8 @@ def _remember_asked(layer: Layer, _: nn.Module, args: tuple[Any, ...]) -> None:
 
 
 def _cells_by_expert(chosen: list[list[int]], num_experts: int) -> dict[int, list[int]]:
-    """Expert -> its cells (token * k + place), in order; an index past the experts is a sentinel."""
+    """Expert -> its cells (token * k + place), in order; an index past the experts is a
+    sentinel."""
     cells: dict[int, list[int]] = {}
     cell = 0
     for places in chosen:

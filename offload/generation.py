@@ -1,6 +1,7 @@
 """Generating text: ids in, text with its timings out.
 
-Knows: prefill, decode, when to stop. Does not know: experts; the model looks like any transformers model.
+Knows: prefill, decode, when to stop. Does not know: experts; the model looks like any transformers
+model.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from offload.errors import GenerationError
+from offload.handle import offload_of
 from offload.sampling import Sampler, Sampling, resolve_sampling
 from offload.stats import Stats
 from offload.text import TextStream
@@ -56,7 +58,9 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> 
         raise GenerationError("the model has no chat template: give the prompt as a text")
     else:
         try:
-            text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+            text = tokenizer.apply_chat_template(
+                list(prompt), tokenize=False, add_generation_prompt=True
+            )
         except Exception as error:  # a template is a program of the checkpoint's
             raise GenerationError(f"the chat template refused the messages: {error}") from None
         ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -88,11 +92,12 @@ def stream_generate(
     repetition_penalty: float | None = None,
     seed: int | None = None,
 ) -> Iterator[GenerationResponse]:
-    """Generate from `prompt`: a text as it stands, a list of `{"role", "content"}` messages, or ids.
+    """Generate from `prompt`: a text as it stands, a list of `{"role", "content"}` messages, or
+    ids.
 
-    What is not given comes from the checkpoint's `generation_config`; greedy if that does not sample.
-    `max_new_tokens` None: the config's, else 256. Stop strings are not part of the text. Raises
-    `GenerationError` before the first step.
+    What is not given comes from the checkpoint's `generation_config`; greedy if that does not
+    sample. `max_new_tokens` None: the config's, else 256. Stop strings are not part of the text.
+    Raises `GenerationError` before the first step.
     """
     sampling = resolve_sampling(
         model.generation_config,
@@ -108,13 +113,14 @@ def stream_generate(
         limit = getattr(model.generation_config, "max_new_tokens", None) or DEFAULT_NEW_TOKENS
     if limit < 1:
         raise GenerationError(f"max_new_tokens is {limit}: it must be at least 1")
-    if model.offload.engine.closed:
+    if offload_of(model).engine.closed:
         raise GenerationError("the model was closed: load it again")
     ids = encode_prompt(tokenizer, prompt)
-    context = model.offload.options.context
+    context = offload_of(model).options.context
     if len(ids) >= context:
         raise GenerationError(
-            f"the prompt has {len(ids)} tokens and the context holds {context}: shorten it or raise "
+            f"the prompt has {len(ids)} tokens and the context holds {context}: shorten it or "
+            f"raise "
             "--ctx-size (context=)"
         )
     stops = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or [])
@@ -135,7 +141,7 @@ def _stream(
     text: TextStream | None,
 ) -> Iterator[GenerationResponse]:
     sampler = Sampler(sampling, model.device)
-    before = model.offload.stats()
+    before = offload_of(model).stats()
     begin = time.perf_counter()
     ids = torch.tensor([prompt], device=model.device)
     logits, cache = forward(model, ids, None)
@@ -162,7 +168,7 @@ def _stream(
             (count - 1) / seconds if count > 1 else 0.0,
             peak_memory(model.device),
             reason,
-            model.offload.stats() - before,
+            offload_of(model).stats() - before,
         )
         if reason:
             return
@@ -174,7 +180,8 @@ def _stream(
 
 @torch.inference_mode()
 def forward(model: PreTrainedModel, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
-    """The last token's logits [1, V] after `ids` [1, T], and the KV cache; None begins a sequence."""
+    """The last token's logits [1, V] after `ids` [1, T], and the KV cache; None begins a
+    sequence."""
     out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return out.logits[:, -1], out.past_key_values
 

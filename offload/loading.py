@@ -1,13 +1,12 @@
 """`load`: from a name to a model that generates.
 
-Knows: the order in which everything is found, made, opened and put together. Does not know: the details
-of any of it.
+Knows: the order in which everything is found, made, opened and put together. Does not know: the
+details of any of it.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,18 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 from cache.cache import ExpertCache
 from cache.policy import POLICIES
 from offload import demo, sources
-from offload.budget import WORKSPACE_BYTES, Budget, available_bytes, kv_cache_bytes, parse_bytes, parse_slots
-from offload.checkpoint import SafetensorsSource
+from offload.budget import (
+    WORKSPACE_BYTES,
+    Budget,
+    available_bytes,
+    kv_cache_bytes,
+    parse_bytes,
+    parse_slots,
+)
+from offload.cuda_transfer import CudaTransfer
 from offload.engine import Engine
 from offload.errors import CheckpointError, SourceError, UnsupportedModelError
+from offload.handle import Offload, Options
 from offload.home import offload_home
 from offload.make_pack import PackSource, Recipe, fingerprint, make_pack
 from offload.progress import without_bars
@@ -36,39 +43,8 @@ from offload.skeleton import (
     own_config,
     without_experts,
 )
-from offload.stats import Stats
 from offload.transfer import HostTransfer, Transfer
 from quant.pack import Pack, is_pack
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a pack is run, complete: nothing is left to be decided later."""
-
-    device: torch.device
-    dtype: torch.dtype
-    slots: int
-    policy: str
-    lookahead: bool
-    context: int
-
-
-class Offload:
-    """A model's experts: `model.offload`."""
-
-    def __init__(self, pack: Pack, engine: Engine, options: Options) -> None:
-        self.pack = pack
-        self.engine = engine
-        self.options = options
-
-    def stats(self) -> Stats:
-        """Hits, misses, bytes, waiting and look-ahead since the model was loaded."""
-        return self.engine.stats()
-
-    def close(self) -> None:
-        """Free the slots, the mapping and the copy thread. The model cannot be used afterwards."""
-        self.engine.close()
-        self.pack.close()
 
 
 def load(
@@ -92,12 +68,12 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a Mixture-of-Experts model whose experts need not fit.
 
-    `source` is a checkpoint folder, a pack, a hub id, or "demo". A checkpoint is quantised into a pack
-    the first time (under `pack_dir`, else `$OFFLOAD_HOME/packs`); a pack opens in seconds.
+    `source` is a checkpoint folder, a pack, a hub id, or "demo". A checkpoint is quantised into a
+    pack the first time (under `pack_dir`, else `$OFFLOAD_HOME/packs`); a pack opens in seconds.
 
     - `expert_bits` 4, 8 or 16 (as stored), `group_size` weights share a scale; `dense_bits` 16.
-    - `expert_slots`: experts resident on the compute device, over all layers, a number or a share like
-      "25%"; None: as many as `vram` (GPU) or `ram` (CPU), bytes or "20GiB", allow.
+    - `expert_slots`: experts resident on the compute device, over all layers, a number or a share
+      like "25%"; None: as many as `vram` (GPU) or `ram` (CPU), bytes or "20GiB", allow.
     - `context`: tokens the KV cache is budgeted for, and the most a conversation may have.
     - `dtype`: of the computation; None: as the checkpoint's config says.
 
@@ -107,7 +83,9 @@ def load(
     """
     recipe = Recipe(expert_bits, dense_bits, group_size)
     if policy not in POLICIES:
-        raise UnsupportedModelError(f"there is no policy {policy!r}: choose {' or '.join(POLICIES)}")
+        raise UnsupportedModelError(
+            f"there is no policy {policy!r}: choose {' or '.join(POLICIES)}"
+        )
     path = find_or_make_pack(
         str(source),
         recipe,
@@ -129,7 +107,14 @@ def load(
             slot=pack.info.slot_bytes,
             total_experts=pack.info.total_experts,
         )
-        options = Options(place, compute, budget.slots(parse_slots(expert_slots, pack.info.total_experts)), policy, lookahead, context)
+        options = Options(
+            place,
+            compute,
+            budget.slots(parse_slots(expert_slots, pack.info.total_experts)),
+            policy,
+            lookahead,
+            context,
+        )
         cls = model_class(config, str(path), trust_remote_code)
         model = _load_dense(path, own_config(config, cls), cls, options)
         _connect(model, pack, options, parse_bytes(ram))
@@ -154,7 +139,8 @@ def find_or_make_pack(
     local_files_only: bool = False,
     trust_remote_code: bool = False,
 ) -> Path:
-    """The folder of the pack for `source`, made if need be, at `destination` or under `pack_dir`."""
+    """The folder of the pack for `source`, made if need be, at `destination` or under
+    `pack_dir`."""
     if source == sources.DEMO:
         found = sources.Source(sources.DEMO, demo.checkpoint(), is_pack=False)
     else:
@@ -183,7 +169,10 @@ def pack_path(name: str, mark: str, recipe: Recipe, pack_dir: str | Path | None)
     """Where the pack of a model goes: its name says what it was made from and how."""
     slug = re.sub(r"[^\w.-]+", "--", name)
     folder = Path(pack_dir).expanduser() if pack_dir else offload_home() / "packs"
-    return folder / f"{slug}-e{recipe.expert_bits}-d{recipe.dense_bits}-g{recipe.group_size}-{mark[:12]}"
+    return (
+        folder
+        / f"{slug}-e{recipe.expert_bits}-d{recipe.dense_bits}-g{recipe.group_size}-{mark[:12]}"
+    )
 
 
 def _config_dtype(config: PreTrainedConfig) -> torch.dtype:
@@ -207,7 +196,8 @@ def _load_dense(
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(
-            f"the checkpoint lacks {len(missing)} tensors of its model ({missing[0]}, ...): fetch it again"
+            f"the checkpoint lacks {len(missing)} tensors of its model ({missing[0]}, ...): fetch "
+            f"it again"
         )
     if wrong := info["mismatched_keys"]:
         raise CheckpointError(f"config.json and weights do not match: {sorted(wrong)[0]}")
@@ -222,13 +212,16 @@ def _connect(model: PreTrainedModel, pack: Pack, options: Options, ram: int | No
     if paths != [layer.module for layer in info.layers]:
         raise SourceError(
             f"{pack.path} was made for other experts modules than transformers "
-            f"{transformers.__version__} has: delete the folder and load the model again to remake it"
+            f"{transformers.__version__} has: delete the folder and load the model again to remake "
+            f"it"
         )
     cache = ExpertCache(options.slots, len(info.layers), POLICIES[options.policy]())
     engine = Engine(info, cache, _transfer(pack, options, ram))
     for module in modules:
         install(module, engine.add_layer(module))
-    if options.lookahead and options.slots < info.total_experts:  # else nothing is ever loaded twice
+    if (
+        options.lookahead and options.slots < info.total_experts
+    ):  # else nothing is ever loaded twice
         routers = [find_router(model, layer.module, layer.num_experts) for layer in info.layers]
         engine.watch_routers(routers)
     model.offload = Offload(pack, engine, options)
@@ -237,14 +230,15 @@ def _connect(model: PreTrainedModel, pack: Pack, options: Options, ram: int | No
 def _transfer(pack: Pack, options: Options, ram: int | None) -> Transfer:
     if options.device.type == "cpu":
         return HostTransfer(pack, options.slots)
-    from offload.cuda_transfer import CudaTransfer  # its calls need a GPU
-
     return CudaTransfer(pack, options.slots, options.device, ram)
 
 
 def _tokenizer(path: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
-    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+    if not any(
+        (path / name).is_file()
+        for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+    ):
         return None
-    return AutoTokenizer.from_pretrained(  # type: ignore[no-any-return]
+    return AutoTokenizer.from_pretrained(
         path, trust_remote_code=trust_remote_code, local_files_only=True
     )

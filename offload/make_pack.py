@@ -34,7 +34,13 @@ SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16
 }
 DENSE_FILE_BYTES = 256 * 2**20  # the non-expert weights are written in files of about this size
 INDEX = "model.safetensors.index.json"
-COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")  # config, tokenizer, template, remote code
+COPIED = (
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+    "*.py",
+)  # config, tokenizer, template, remote code
 
 
 @dataclass(frozen=True)
@@ -93,14 +99,19 @@ def _as_stored(checkpoint: Checkpoint, module: ExpertsModule, spec: MatrixSpec) 
     dtype = checkpoint.stored_dtype(f"{module.path}.{spec.name}")
     if dtype not in STORED_DTYPES.values():
         raise UnsupportedModelError(
-            f"the experts are stored as {str(dtype).removeprefix('torch.')}, which is not read yet: use a "
+            f"the experts are stored as {str(dtype).removeprefix('torch.')}, which is not read "
+            f"yet: use a "
             "checkpoint in bfloat16, float16 or float32"
         )
     return replace(spec, dtype=dtype)
 
 
 def make_pack(
-    path: Path, source: PackSource, model: PreTrainedModel, experts: list[ExpertsModule], recipe: Recipe
+    path: Path,
+    source: PackSource,
+    model: PreTrainedModel,
+    experts: list[ExpertsModule],
+    recipe: Recipe,
 ) -> None:
     """Write the pack `path` from `source`; `model` is on meta with its experts.
 
@@ -113,11 +124,15 @@ def make_pack(
         if writer.done:
             return
         todo = [i for i in range(len(info.layers)) if not writer.has(PackLayer.file_name(i))]
-        layer_bytes = [n.num_experts * info.layout_of(i).record_bytes for i, n in enumerate(info.layers)]
+        layer_bytes = [
+            n.num_experts * info.layout_of(i).record_bytes for i, n in enumerate(info.layers)
+        ]
         _check_space(path, sum(layer_bytes[i] for i in todo))
         weights = {i: info.layers[i].num_experts * _expert_weights(info.layout_of(i)) for i in todo}
         verb = "quantising" if recipe.expert_bits < 16 else "packing"
-        with Progress(f"{verb} {source.name}", total=sum(weights.values()), unit="weights") as progress:
+        with Progress(
+            f"{verb} {source.name}", total=sum(weights.values()), unit="weights"
+        ) as progress:
             for layer in todo:
                 records = _records(checkpoint, experts[layer], info.layout_of(layer), progress)
                 writer.write_layer(layer, records)
@@ -171,7 +186,8 @@ def _as_bytes(name: str, tensor: Tensor) -> tuple[str, str, tuple[int, ...], Ten
     kind = SAFETENSORS_NAMES.get(tensor.dtype)
     if kind is None:
         raise UnsupportedModelError(
-            f"{name} is stored as {str(tensor.dtype).removeprefix('torch.')}, which is not read yet: use a "
+            f"{name} is stored as {str(tensor.dtype).removeprefix('torch.')}, which is not read "
+            f"yet: use a "
             "checkpoint in bfloat16, float16 or float32"
         )
     return name, kind, tuple(tensor.shape), tensor.contiguous().view(-1).view(torch.uint8)
@@ -181,7 +197,8 @@ def _check_space(path: Path, needed: int) -> None:
     free = shutil.disk_usage(path.parent).free
     if needed > free:
         raise PackError(
-            f"the pack needs {needed / 2**30:.1f} GiB and {path.parent} has {free / 2**30:.1f} GiB free: "
+            f"the pack needs {needed / 2**30:.1f} GiB and {path.parent} has {free / 2**30:.1f} GiB "
+            f"free: "
             "free some space, or choose another place with --pack-dir or OFFLOAD_HOME"
         )
 

@@ -1,7 +1,7 @@
 """A progress bar on stderr: done, rate, time left.
 
-Knows: rich. Does not know: what is being counted. When stderr is not a terminal a line is written at the
-beginning and one at the end.
+Knows: rich. Does not know: what is being counted. When stderr is not a terminal a line is written
+at the beginning and one at the end.
 """
 
 from __future__ import annotations
@@ -36,8 +36,14 @@ class Progress:
         console = Console(stderr=True)
         self._bar: Bar | None = None
         if console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
-            self._bar = Bar(*columns, _Rate(), TimeRemainingColumn(), console=console, transient=True)
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.percentage:>3.0f}%"),
+            )
+            self._bar = Bar(
+                *columns, _Rate(), TimeRemainingColumn(), console=console, transient=True
+            )
             self._task = self._bar.add_task(title, total=total, unit=unit)
         self._done = 0
 
@@ -46,11 +52,18 @@ class Progress:
         if self._bar:
             self._bar.start()
         else:
-            print(f"{self._title}: {self._total / 1e6:.1f} M {self._unit}", file=sys.stderr, flush=True)
+            print(
+                f"{self._title}: {self._total / 1e6:.1f} M {self._unit}",
+                file=sys.stderr,
+                flush=True,
+            )
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._bar:
             self._bar.stop()

@@ -1,6 +1,7 @@
 """Figures as lines of text.
 
-Knows: the formats users of llama.cpp and ollama already read. Does not know: where they are printed.
+Knows: the formats users of llama.cpp and ollama already read. Does not know: where they are
+printed.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ def experts_map(cache: ExpertCache, info: PackInfo) -> str:
     """A row a layer, a sign an expert: # resident, . not."""
     rows = []
     for index, layer in enumerate(info.layers):
-        signs = "".join("#" if cache.is_resident(index, e) else "." for e in range(layer.num_experts))
+        signs = "".join(
+            "#" if cache.is_resident(index, e) else "." for e in range(layer.num_experts)
+        )
         rows.append(f"{index:>4} {signs} {cache.statistics.layers[index].hit_rate:>6.1%} hits")
     return "\n".join(rows)

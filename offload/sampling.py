@@ -61,8 +61,8 @@ def resolve_sampling(
 ) -> Sampling:
     """Fill what was not given from the checkpoint's `generation_config`, else from `fallback`.
 
-    A checkpoint that does not ask for sampling decodes greedily, unless a temperature is given or there
-    is a `fallback`. Raises `GenerationError` for a value out of range.
+    A checkpoint that does not ask for sampling decodes greedily, unless a temperature is given or
+    there is a `fallback`. Raises `GenerationError` for a value out of range.
     """
     base = fallback or Sampling()
     if config is not None and config.do_sample:
@@ -113,7 +113,7 @@ class Sampler:
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
         """The next token [1, 1] after `ids` [1, T], from the last token's `logits` [1, V]."""
-        scores = self._processors(ids, logits.float())
+        scores: Tensor = self._processors(ids, logits.float())
         if self._greedy:
             return scores.argmax(dim=-1, keepdim=True)
         probabilities = torch.softmax(scores, dim=-1)

@@ -1,8 +1,8 @@
 """A transformers model without its experts.
 
-Knows: transformers' experts seam (`use_experts_implementation`, `ExpertsInterface`): how to find the
-modules behind it, take their weights out of the module tree, and answer in their place. Does not know:
-where weights come from, nor how experts are computed.
+Knows: transformers' experts seam (`use_experts_implementation`, `ExpertsInterface`): how to find
+the modules behind it, take their weights out of the module tree, and answer in their place. Does
+not know: where weights come from, nor how experts are computed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -37,7 +36,9 @@ class ExpertBlock(Protocol):
         """hidden [T, H], index [T, k], weights [T, k] -> [T, H]."""
 
 
-def _forward(module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def _forward(
+    module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
     block: ExpertBlock = getattr(module, BLOCK)
     return block(hidden, top_k_index, top_k_weights)
 
@@ -65,14 +66,18 @@ class ExpertsModule:
         return names
 
 
-def model_class(config: PreTrainedConfig, source: str, trust_remote_code: bool) -> type[PreTrainedModel]:
+def model_class(
+    config: PreTrainedConfig, source: str, trust_remote_code: bool
+) -> type[PreTrainedModel]:
     """The class that generates text from a checkpoint with this config."""
     reference = getattr(config, "auto_map", {}).get("AutoModelForCausalLM")
     if reference and trust_remote_code:
-        return get_class_from_dynamic_module(reference, source)  # type: ignore[no-any-return]
+        remote: type[PreTrainedModel] = get_class_from_dynamic_module(reference, source)
+        return remote
     for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
         if type(config) in mapping:
-            return mapping[type(config)]  # type: ignore[no-any-return]
+            known: type[PreTrainedModel] = mapping[type(config)]
+            return known
     raise UnsupportedModelError(
         f"{source}: transformers has no text-generating model for {config.model_type!r}: "
         "use a checkpoint of a causal language model"
@@ -80,7 +85,8 @@ def model_class(config: PreTrainedConfig, source: str, trust_remote_code: bool) 
 
 
 def own_config(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTrainedConfig:
-    """The part of `config` that `cls` is built from: a text model may live inside a composite config."""
+    """The part of `config` that `cls` is built from: a text model may live inside a composite
+    config."""
     if cls.config_class is config.sub_configs.get("text_config"):
         return config.get_text_config()
     return config
@@ -89,22 +95,26 @@ def own_config(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTrain
 def build_on_meta(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTrainedModel:
     """The whole model, experts included, without memory for any weight."""
     with torch.device("meta"):
-        return cls._from_config(config)  # type: ignore[no-any-return]
+        return cls._from_config(config)
 
 
 def is_experts_module(module: nn.Module) -> bool:
     """Whether transformers' experts seam is in front of `module`."""
-    return all(hasattr(module, name) for name in ("_apply_gate", "is_transposed", "has_gate", "has_bias"))
+    return all(
+        hasattr(module, name) for name in ("_apply_gate", "is_transposed", "has_gate", "has_bias")
+    )
 
 
 def find_experts(model: PreTrainedModel) -> list[ExpertsModule]:
     """Every experts module of `model` in the order of its layers.
 
-    Raises `UnsupportedModelError` when there is none, or when one holds parameters that this program
-    would not know how to use.
+    Raises `UnsupportedModelError` when there is none, or when one holds parameters that this
+    program would not know how to use.
     """
     found = [
-        _describe(path, module) for path, module in model.named_modules() if is_experts_module(module)
+        _describe(path, module)
+        for path, module in model.named_modules()
+        if is_experts_module(module)
     ]
     if found:
         return found
@@ -136,7 +146,8 @@ def _describe(path: str, module: nn.Module) -> ExpertsModule:
     if parameters or tuple(m.name for m in matrices) != expected:
         names = ", ".join([*parameters, *(m.name for m in matrices)])
         raise UnsupportedModelError(
-            f"{type(module).__name__} is not supported: its parameters ({names}) are not those of an "
+            f"{type(module).__name__} is not supported: its parameters ({names}) are not those of "
+            f"an "
             "experts block this program knows; run it with transformers itself"
         )
     return ExpertsModule(path, experts, transposed, tuple(matrices))
@@ -145,7 +156,9 @@ def _describe(path: str, module: nn.Module) -> ExpertsModule:
 def without_experts(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """A class like `cls` whose instances have no expert weights in their module tree."""
 
-    def __init__(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any
+    ) -> None:
         cls.__init__(self, config, *args, **kwargs)
         for module in self.modules():
             if is_experts_module(module):

@@ -26,7 +26,8 @@ WEIGHT_FILES = ["*.safetensors"]
 
 @dataclass(frozen=True)
 class Source:
-    """A model that was found. `commit` is set for one from the hub, whose weights may not be here yet."""
+    """A model that was found. `commit` is set for one from the hub, whose weights may not be here
+    yet."""
 
     name: str
     folder: Path
@@ -34,7 +35,9 @@ class Source:
     commit: str | None = None
 
 
-def find(name: str, *, revision: str | None, local_files_only: bool, trust_remote_code: bool) -> Source:
+def find(
+    name: str, *, revision: str | None, local_files_only: bool, trust_remote_code: bool
+) -> Source:
     """The model `name` (not "demo"); of a hub model only the small files are fetched.
 
     Raises `SourceError`.
@@ -47,9 +50,13 @@ def find(name: str, *, revision: str | None, local_files_only: bool, trust_remot
             return Source(path.resolve().name, path, is_pack=False)
         raise SourceError(f"{path} has neither config.json nor manifest.json: it is not a model")
     if path.exists():
-        raise SourceError(f"{path} is a file: name the folder of a safetensors checkpoint or a pack")
+        raise SourceError(
+            f"{path} is a file: name the folder of a safetensors checkpoint or a pack"
+        )
     if not HUB_ID.fullmatch(name):
-        raise SourceError(f"{name}: there is no such folder, and it is not the form of a hub id (owner/name)")
+        raise SourceError(
+            f"{name}: there is no such folder, and it is not the form of a hub id (owner/name)"
+        )
     patterns = TEXT_FILES + (["*.py"] if trust_remote_code else [])
     folder = _snapshot(name, revision, local_files_only, patterns)
     return Source(name, folder, is_pack=False, commit=folder.name)
@@ -68,13 +75,15 @@ def _snapshot(name: str, revision: str | None, local_files_only: bool, patterns:
         )
     except LocalEntryNotFoundError:
         raise SourceError(
-            f"{name} is neither a folder here nor in the hub's local cache, and the hub cannot be asked: "
+            f"{name} is neither a folder here nor in the hub's local cache, and the hub cannot be "
+            f"asked: "
             "check the name, the connection, or HF_HUB_OFFLINE"
         ) from None
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SourceError(
-            f"{name} is neither a folder here nor a model the hub gives out ({reason}): check the name, the "
+            f"{name} is neither a folder here nor a model the hub gives out ({reason}): check the "
+            f"name, the "
             "revision, and HF_TOKEN for a gated model"
         ) from None
     if not (Path(folder) / "config.json").is_file():
@@ -96,17 +105,19 @@ def read_config(source: str, folder: Path, *, trust_remote_code: bool) -> PreTra
             raise SourceError(f"{source}: transformers does not know {kind!r}: a newer one may")
         if not trust_remote_code:
             raise SourceError(
-                f"{source} wants to run its own code ({remote.partition('.')[0]}.py in its folder): read it, "
+                f"{source} wants to run its own code ({remote.partition('.')[0]}.py in its "
+                f"folder): read it, "
                 "then pass --trust-remote-code (trust_remote_code=True) if you trust it"
             )
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "an unknown method")
         raise SourceError(
-            f"{source} is already quantised ({method}), which is not read yet: use the checkpoint in "
+            f"{source} is already quantised ({method}), which is not read yet: use the checkpoint "
+            f"in "
             "bfloat16, float16 or float32"
         )
     try:
-        return AutoConfig.from_pretrained(  # type: ignore[no-any-return]
+        return AutoConfig.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
     except Exception as error:  # whatever a config class raises on what is in the file

@@ -12,7 +12,8 @@ from cache.statistics import LayerCounts
 
 @dataclass(frozen=True)
 class Stats:
-    """A moment's figures; `a - b` are those of the time between two moments, `a + b` of two times."""
+    """A moment's figures; `a - b` are those of the time between two moments, `a + b` of two
+    times."""
 
     counts: LayerCounts
     layers: tuple[LayerCounts, ...]

@@ -1,7 +1,7 @@
 """From token ids to text, piece by piece.
 
-Knows: that a character may need several tokens, and that a stop string may be cut anywhere. Does not
-know: models.
+Knows: that a character may need several tokens, and that a stop string may be cut anywhere. Does
+not know: models.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ INCOMPLETE = "\ufffd"  # what decoding puts where bytes do not make a character 
 class TextStream:
     """Turns tokens into text that never holds part of a character nor anything of a stop string."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str] = ()
+    ) -> None:
         self._tokenizer = tokenizer
         self._stops = tuple(stop for stop in stop_strings if stop)
         self._ids: list[int] = []
@@ -31,7 +33,8 @@ class TextStream:
         return self._emit(self._new_text())
 
     def finish(self) -> str:
-        """What was held back when generation ends; bytes that never became a character are dropped."""
+        """What was held back when generation ends; bytes that never became a character are
+        dropped."""
         if self.stopped:
             return ""
         text = self._decode(self._context, len(self._ids))

@@ -1,7 +1,7 @@
 """Moving records into slots: the protocol, and its implementation in host memory.
 
-Knows: threads, copies, when one is complete. Does not know: which expert belongs where (`cache`), nor
-what a record means (`quant`).
+Knows: threads, copies, when one is complete. Does not know: which expert belongs where (`cache`),
+nor what a record means (`quant`).
 """
 
 from __future__ import annotations
@@ -77,7 +77,10 @@ class HostTransfer:
         self._pack = pack
         self._slots = torch.empty(slots, pack.info.slot_bytes, dtype=torch.uint8)
         self._checked = [[False] * layer.num_experts for layer in pack.info.layers]
-        self._queues: tuple[deque[HostTicket], deque[HostTicket]] = (deque(), deque())  # urgent, other
+        self._queues: tuple[deque[HostTicket], deque[HostTicket]] = (
+            deque(),
+            deque(),
+        )  # urgent, other
         self._wake = threading.Condition()
         self._closed = False
         self._busy_seconds = 0.0

@@ -24,7 +24,7 @@ BLOCK_WEIGHTS = 65536
 
 
 class Quantized(NamedTuple):
-    """A matrix [N, K] as integers: `w[n, k] ~ (codes[n, k] - 2**(bits-1)) * scale + offset`."""
+    """[N, K] as integers: `w ~ (codes - 2**(bits-1)) * scale + offset`."""
 
     codes: Tensor  # [N, K] uint8
     scale: Tensor  # [N, K/g] float32
@@ -32,7 +32,8 @@ class Quantized(NamedTuple):
 
 
 def quantize(weight: Tensor, bits: int, group_size: int) -> Quantized:
-    """Quantise `weight` [N, K] to `bits` with one scale and one offset for each `group_size` columns.
+    """Quantise `weight` [N, K] to `bits` with one scale and one offset for each `group_size`
+    columns.
 
     Raises `ValueError` when `group_size` does not divide K.
     """

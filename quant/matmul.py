@@ -1,8 +1,8 @@
 """Multiplying by a matrix that lies in a record.
 
-Knows: the reference (dequantise, then `linear`) on any device, the fast CPU path, and how to find out at
-start whether this machine has it. Does not know: experts, layers, slots. The only module of `quant` that
-reaches kernels.
+Knows: the reference (dequantise, then `linear`) on any device, the fast CPU path, and how to find
+out at start whether this machine has it. Does not know: experts, layers, slots. The only module of
+`quant` that reaches kernels.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def matmul_reference(x: Tensor, view: MatrixView) -> Tensor:
 def matmul_cpu_int4(x: Tensor, view: MatrixView) -> Tensor:
     """As `matmul_reference` for 4 bits and bfloat16 `x`, without unpacking the matrix first."""
     layout = view.layout
-    out = torch.ops.aten._weight_int4pack_mm_for_cpu(x, view.weight, layout.group_size, view.scales)
+    out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
+        x, view.weight, layout.group_size, view.scales
+    )
     if layout.rows != layout.stored_rows:
         out = out[:, : layout.rows]
     return out if view.bias is None else out + view.bias
@@ -73,7 +75,8 @@ def matmul(x: Tensor, view: MatrixView) -> Tensor:
 def cpu_int4_works() -> bool:
     """Whether torch's int4 kernel reads our tiles on this CPU (it does with AVX-512).
 
-    Other instruction sets use another order of bytes, so a small product is compared with the reference.
+    Other instruction sets use another order of bytes, so a small product is compared with the
+    reference.
     """
     view = _probe_view()
     x = torch.linspace(-1, 1, 2 * view.layout.columns).view(2, -1).to(torch.bfloat16)

@@ -5,12 +5,13 @@ Does not know: checkpoints, nor how it is made (`quant.pack_writer`).
 
     manifest.json                what this module reads; a folder without one is not a pack
     experts-00007.safetensors    a MoE layer: `records` [E, record_bytes] uint8, `crc32` [E] int64
-    model-00001.safetensors ...  the tensors that are not experts, named as the checkpoint names them
+    model-00001.safetensors ...  what is not experts, named as the checkpoint names it
     config.json, tokenizer ...   copied from the checkpoint
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import mmap
@@ -62,7 +63,8 @@ class PackInfo:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> PackInfo:
-        """Raises `KeyError`, `TypeError` or `ValueError` on anything that `to_json` does not write."""
+        """Raises `KeyError`, `TypeError` or `ValueError` on anything that `to_json` does not
+        write."""
         return cls(
             source=str(data["source"]),
             fingerprint=str(data["fingerprint"]),
@@ -85,6 +87,11 @@ class PackInfo:
     def slot_bytes(self) -> int:
         """Bytes that hold any record of this pack."""
         return max(layout.record_bytes for layout in self.layouts)
+
+
+def as_buffer(data: Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, not copied."""
+    return memoryview(data.numpy())  # type: ignore[arg-type]  # numpy's arrays are buffers
 
 
 def is_pack(path: Path) -> bool:
@@ -133,10 +140,11 @@ class Pack:
     def check_record(self, layer: int, expert: int) -> None:
         """Raise `PackError` when the record's bytes are not those that were written."""
         record = self.record(layer, expert)
-        if zlib.crc32(record.numpy()) != self._checksums[layer][expert]:
+        if zlib.crc32(as_buffer(record)) != self._checksums[layer][expert]:
             name = PackLayer.file_name(layer)
             raise PackError(
-                f"{self.path / name}: the bytes of expert {expert} do not match their checksum: {REMAKE}"
+                f"{self.path / name}: the bytes of expert {expert} do not match their checksum: "
+                f"{REMAKE}"
             )
 
     @property
@@ -157,10 +165,8 @@ class Pack:
         """Unmap the files. No view may be used afterwards."""
         self._records.clear()
         for mapping in self._maps:
-            try:
+            with contextlib.suppress(BufferError):  # a view is alive; its last reference unmaps
                 mapping.close()
-            except BufferError:  # a view is alive; its last reference unmaps
-                pass
         self._maps.clear()
 
     def _map_layer(self, file: Path, layer: PackLayer, layout: RecordLayout) -> None:
@@ -174,9 +180,13 @@ class Pack:
         except (ValueError, KeyError, TypeError) as error:
             raise PackError(f"{file} is damaged ({error!r}): {REMAKE}") from None
         data, experts = 8 + header_bytes, layer.num_experts
-        sizes_fit = end - begin == experts * layout.record_bytes and crc_end - crc_begin == 8 * experts
+        sizes_fit = (
+            end - begin == experts * layout.record_bytes and crc_end - crc_begin == 8 * experts
+        )
         if not sizes_fit or begin < 0 or data + max(end, crc_end) > len(mapping):
-            raise PackError(f"{file} does not hold {experts} records as the manifest says: {REMAKE}")
+            raise PackError(
+                f"{file} does not hold {experts} records as the manifest says: {REMAKE}"
+            )
         everything = torch.frombuffer(mapping, dtype=torch.uint8)
         records = everything[data + begin : data + end].view(experts, layout.record_bytes)
         checksums = everything[data + crc_begin : data + crc_end].view(torch.int64)

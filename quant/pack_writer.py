@@ -2,8 +2,9 @@
 
 Knows: the order of writes that makes this true. Does not know: where tensors come from.
 
-Everything is written in `<pack>.partial`, each file under a `.part` name until it is whole; the manifest
-is the last file, and renaming the folder the last step. Two processes that make the same pack take turns.
+Everything is written in `<pack>.partial`, each file under a `.part` name until it is whole; the
+manifest is the last file, and renaming the folder the last step. Two processes that make the same
+pack take turns.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import shutil
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +25,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from quant.errors import PackError
-from quant.pack import MANIFEST, Pack, PackInfo, PackLayer, file_sha256, is_pack
+from quant.pack import MANIFEST, Pack, PackInfo, PackLayer, as_buffer, file_sha256, is_pack
 
 DATA_ALIGNMENT = 4096  # bytes: records start on a page, so that a mapping of them can be pinned
 SETTINGS = "settings.json"
@@ -65,7 +66,10 @@ class PackWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._lock.release()
 
@@ -106,7 +110,7 @@ class PackWriter:
             yield _safetensors_header(header)
             checksums = []
             for record in records:
-                data = memoryview(record.numpy())
+                data = as_buffer(record)
                 checksums.append(zlib.crc32(data))
                 yield data
             assert len(checksums) == experts, f"{len(checksums)} records for {experts} experts"
@@ -120,18 +124,25 @@ class PackWriter:
         with _disk_errors(self.path):
             _write_whole(self._partial / name, [data])
 
-    def write_tensors(self, name: str, tensors: Iterable[tuple[str, str, tuple[int, ...], Tensor]]) -> None:
+    def write_tensors(
+        self, name: str, tensors: Iterable[tuple[str, str, tuple[int, ...], Tensor]]
+    ) -> None:
         """Write a safetensors file from `(name, safetensors dtype, shape, bytes [n] uint8)`."""
         header, start, parts = {}, 0, []
         for tensor_name, dtype, shape, data in tensors:
             end = start + data.numel()
-            header[tensor_name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+            header[tensor_name] = {
+                "dtype": dtype,
+                "shape": list(shape),
+                "data_offsets": [start, end],
+            }
             parts.append(data)
             start = end
         with _disk_errors(self.path):
-            chunks = (memoryview(part.numpy()) for part in parts)
+            chunks = (as_buffer(part) for part in parts)
             _write_whole(
-                self._partial / name, (c for g in ([_safetensors_header(header)], chunks) for c in g)
+                self._partial / name,
+                (c for g in ([_safetensors_header(header)], chunks) for c in g),
             )
 
     def finish(self) -> None:
@@ -148,13 +159,15 @@ class PackWriter:
             _write_whole(self._partial / MANIFEST, [json.dumps(manifest, indent=1).encode()])
             (self._partial / SETTINGS).unlink()
             if self.path.exists():
-                raise PackError(f"{self.path} exists and is not a pack: remove it or name another place")
+                raise PackError(
+                    f"{self.path} exists and is not a pack: remove it or name another place"
+                )
             self._partial.rename(self.path)
             _sync(self.path.parent)
         self.done = True
 
 
-def _safetensors_header(header: dict[str, object]) -> bytes:
+def _safetensors_header(header: Mapping[str, object]) -> bytes:
     text = json.dumps(header).encode()
     padding = -(8 + len(text)) % DATA_ALIGNMENT
     return struct.pack("<Q", len(text) + padding) + text + b" " * padding
@@ -185,7 +198,8 @@ def _disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise PackError(
-                f"the disk is full while writing {path}: free some space and run it again, it goes on "
+                f"the disk is full while writing {path}: free some space and run it again, it goes "
+                f"on "
                 "where it stopped; or choose another place with --pack-dir or OFFLOAD_HOME"
             ) from None
         raise PackError(f"cannot write {path}: {error.strerror or error}") from None

@@ -2,10 +2,10 @@
 
 Knows: the order of the bytes. Does not know: where they lie in a record, nor what they multiply.
 
-4 bits are packed in *tiles* of 64 rows: for each column k, 32 bytes hold rows 0..31 in their low halves
-and rows 32..63 in their high halves. A tile is contiguous, so a vector unit reads one column of 64
-outputs with one load; it is also the order `aten::_weight_int4pack_mm_for_cpu` reads on AVX-512. N is
-padded to a whole tile with zero weights. 8 bits are plain row-major bytes.
+4 bits are packed in *tiles* of 64 rows: for each column k, 32 bytes hold rows 0..31 in their low
+halves and rows 32..63 in their high halves. A tile is contiguous, so a vector unit reads one column
+of 64 outputs with one load; it is also the order `aten::_weight_int4pack_mm_for_cpu` reads on
+AVX-512. N is padded to a whole tile with zero weights. 8 bits are plain row-major bytes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The expert record: one expert as one contiguous, aligned run of bytes.
 
-Knows: which matrices an expert has, where their codes, scales and biases lie, and how to write and view
-them. All of it is data (`RecordLayout`), nothing follows from a model's name. Does not know: which file
-or slot a record is in.
+Knows: which matrices an expert has, where their codes, scales and biases lie, and how to write and
+view them. All of it is data (`RecordLayout`), nothing follows from a model's name. Does not know:
+which file or slot a record is in.
 
 Every matrix is stored as [out, in] whatever the checkpoint's orientation. Scales are bfloat16 pairs
 `(scale, offset)` of shape [K/g, N, 2].
@@ -30,7 +30,8 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class MatrixLayout:
-    """One matrix [rows, columns] = [out, in] of an expert. Offsets are bytes from the record's start."""
+    """One matrix [rows, columns] = [out, in] of an expert. Offsets are bytes from the record's
+    start."""
 
     name: str
     rows: int
@@ -79,7 +80,8 @@ class MatrixSpec:
 
 
 def fitting_group(columns: int, group_size: int) -> int:
-    """The largest group not above `group_size` that divides `columns`, halving from `group_size`."""
+    """The largest group not above `group_size` that divides `columns`, halving from
+    `group_size`."""
     while group_size > 1 and columns % group_size:
         group_size //= 2
     return group_size

@@ -1,7 +1,7 @@
 """Tiny random checkpoints of real architectures.
 
-A config class's defaults are shrunk by the names that architectures share; what remains different is
-listed in `DIFFERENT`.
+A config class's defaults are shrunk by the names that architectures share; what remains different
+is listed in `DIFFERENT`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 LAYERS = 3
 EXPERTS = 8
@@ -84,7 +89,9 @@ DIFFERENT: dict[str, dict[str, Any]] = {
     "bailing_hybrid": MIXED,
     "granitemoehybrid": MIXED,
     "kimi_linear": MIXED,
-    "qwen4_exp_text": {"layer_types": ["linear_attention", "indexed_attention", "linear_attention"]},
+    "qwen4_exp_text": {
+        "layer_types": ["linear_attention", "indexed_attention", "linear_attention"]
+    },
     "qwen2_moe": {"decoder_sparse_step": 1, "mlp_only_layers": [0]},
     "gemma4_text": {"enable_moe_block": True, "num_kv_shared_layers": 0},
     "nemotron_h": {
@@ -98,7 +105,8 @@ DIFFERENT: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
-    """A config of `model_type` with everything small; of a composite one, its text part is shrunk."""
+    """A config of `model_type` with everything small; of a composite one, its text part is
+    shrunk."""
     cls = CONFIG_MAPPING[model_type]
     text = cls.sub_configs.get("text_config")
     if text is not None:
