@@ -187,7 +187,9 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--policy", default="lru", metavar="NAME", help="who is evicted: lru, lfu (lru)"
     )
     group.add_argument(
-        "--no-lookahead", action="store_true", help="do not load what the router may want next"
+        "--lookahead",
+        action=argparse.BooleanOptionalAction,
+        help="load what the router will probably want next (while it pays)",
     )
     group.add_argument("-t", "--threads", type=_positive, metavar="N", help="CPU threads")
     group.add_argument("--pack-dir", type=Path, metavar="DIR", help="where packs are kept")
@@ -270,7 +272,7 @@ def _load(
         vram=arguments.vram,
         ram=arguments.ram,
         policy=arguments.policy,
-        lookahead=not arguments.no_lookahead,
+        lookahead=arguments.lookahead,
         context=arguments.ctx_size,
         pack_dir=arguments.pack_dir,
         revision=arguments.revision,

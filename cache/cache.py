@@ -30,6 +30,7 @@ class ExpertCache:
         self._in_use: frozenset[Key] = frozenset()
         self._in_flight: set[int] = set()
         self._guesses: dict[int, frozenset[int]] = {}  # layer -> experts guessed for its next step
+        self._guess_loads: dict[int, frozenset[int]] = {}  # layer -> those of them that were loaded
 
     def plan(self, layer: int, experts: Sequence[int]) -> Plan:
         """Decide how the distinct `experts` of `layer` are served.
@@ -42,6 +43,8 @@ class ExpertCache:
         if guessed is not None:
             counts.lookahead_asked += len(experts)
             counts.lookahead_right += len(guessed.intersection(experts))
+            loaded = self._guess_loads.pop(layer)
+            counts.lookahead_loads_right += len(loaded.intersection(experts))
         keys = [(layer, expert) for expert in experts]
         self._in_use = frozenset(keys)
         hits, missing = [], []
@@ -112,6 +115,7 @@ class ExpertCache:
             self._place(key, slot)
             self._in_flight.add(slot)
             loads.append(Use(expert, slot))
+        self._guess_loads[layer] = frozenset(use.expert for use in loads)
         counts.lookahead_loads += len(loads)
         return tuple(loads)
 

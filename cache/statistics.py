@@ -20,12 +20,18 @@ class LayerCounts:
     lookahead_guesses: int = 0  # experts guessed, resident or not
     lookahead_right: int = 0  # guesses that the layer then asked for
     lookahead_loads: int = 0  # guesses that were loaded
+    lookahead_loads_right: int = 0  # of these, those the layer then asked for
     lookahead_asked: int = 0  # requests in steps that had guesses
     wait_seconds: float = 0.0  # compute stood still for a load
 
     @property
     def loads(self) -> int:
         return self.misses + self.lookahead_loads
+
+    @property
+    def needed_loads(self) -> int:
+        """Loads that were of use: on demand, or ahead of it."""
+        return self.misses + self.lookahead_loads_right
 
     @property
     def hit_rate(self) -> float:

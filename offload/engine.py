@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from cache.cache import ExpertCache
+from cache.lookahead import LookaheadBalance
 from cache.plan import Use
 from offload.stats import Stats
 from offload.transfer import Ticket, Transfer
@@ -71,10 +72,18 @@ class Layer:
 class Engine:
     """Serves the experts of a whole model from a cache of slots."""
 
-    def __init__(self, info: PackInfo, cache: ExpertCache, transfer: Transfer) -> None:
+    def __init__(
+        self,
+        info: PackInfo,
+        cache: ExpertCache,
+        transfer: Transfer,
+        balance: LookaheadBalance | None,
+    ) -> None:
+        """With `balance` looking ahead stops while it does not pay; with None it never does."""
         self._info = info
         self.cache = cache
         self.transfer = transfer
+        self._balance = balance
         self.layers: list[Layer] = []
         self._tickets: dict[
             int, Ticket
@@ -82,6 +91,7 @@ class Engine:
         self._in_flight: list[int] = []  # slots of look-ahead loads not yet seen to land
         self._views: dict[tuple[int, int], dict[str, MatrixView]] = {}  # (layout, slot)
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._started = 0  # copies
         self.tokens = 0  # that went through the first layer
         self.closed = False
 
@@ -111,6 +121,7 @@ class Engine:
         chosen = top_k_index.tolist()  # sync: the plan is made on the host
         cells_of = _cells_by_expert(chosen, layer.num_experts)
         experts = list(cells_of)
+        needed_before = self.cache.statistics.layers[layer.index].needed_loads
         plan = self.cache.plan(layer.index, experts)
         cells: Tensor | None = None  # [S, H]
         try:
@@ -132,10 +143,12 @@ class Engine:
             raise
         if cells is None:  # every index was a sentinel
             return torch.zeros_like(hidden)
+        self._weigh(layer.index, needed_before)
         weighted = cells.view(*top_k_index.shape, -1) * top_k_weights.unsqueeze(-1)  # [T, k, H]
         return weighted.sum(dim=1).to(hidden.dtype)
 
     def _start(self, layer: int, use: Use, *, urgent: bool) -> None:
+        self._started += 1
         self._tickets[use.slot] = self.transfer.start(layer, use.expert, use.slot, urgent=urgent)
 
     def _ready(self, layer: int, use: Use) -> dict[str, MatrixView]:
@@ -156,6 +169,9 @@ class Engine:
         choose."""
         if not self._hooks or layer.index + 1 == len(self.layers) or not layer.asked:
             return
+        if self._balance is not None and not self._balance.worthwhile:
+            return
+        begin = time.perf_counter()
         hidden = layer.asked[0]
         if hidden.numel() != hidden.shape[-1]:
             return  # with many tokens nearly every expert is chosen: guessing is no help
@@ -165,6 +181,15 @@ class Engine:
         for use in self.cache.look_ahead(ahead.index, experts, most=len(experts)):
             self._start(ahead.index, use, urgent=False)
             self._in_flight.append(use.slot)
+        if self._balance is not None:
+            self._balance.guessed(time.perf_counter() - begin)
+
+    def _weigh(self, layer: int, needed_before: int) -> None:
+        """Tell the balance what this step needed, where there is anything to weigh."""
+        if self._balance is None or not self._hooks:
+            return
+        needed = self.cache.statistics.layers[layer].needed_loads - needed_before
+        self._balance.step(needed, self._started, self.transfer.busy_seconds)
 
     def _note_landed(self) -> None:
         under_way = []

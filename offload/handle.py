@@ -24,7 +24,7 @@ class Options:
     dtype: torch.dtype
     slots: int
     policy: str
-    lookahead: bool
+    lookahead: bool | None  # None: while it pays
     context: int
 
 

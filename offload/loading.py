@@ -15,6 +15,7 @@ import transformers
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cache.cache import ExpertCache
+from cache.lookahead import LookaheadBalance
 from cache.policy import POLICIES
 from offload import demo, sources
 from offload.budget import (
@@ -59,7 +60,7 @@ def load(
     vram: str | int | None = None,
     ram: str | int | None = None,
     policy: str = "lru",
-    lookahead: bool = True,
+    lookahead: bool | None = None,
     context: int = 4096,
     pack_dir: str | Path | None = None,
     revision: str | None = None,
@@ -74,6 +75,7 @@ def load(
     - `expert_bits` 4, 8 or 16 (as stored), `group_size` weights share a scale; `dense_bits` 16.
     - `expert_slots`: experts resident on the compute device, over all layers, a number or a share
       like "25%"; None: as many as `vram` (GPU) or `ram` (CPU), bytes or "20GiB", allow.
+    - `lookahead`: load what the next layer's router will probably want; None: while measured to pay.
     - `context`: tokens the KV cache is budgeted for, and the most a conversation may have.
     - `dtype`: of the computation; None: as the checkpoint's config says.
 
@@ -216,12 +218,12 @@ def _connect(model: PreTrainedModel, pack: Pack, options: Options, ram: int | No
             f"it"
         )
     cache = ExpertCache(options.slots, len(info.layers), POLICIES[options.policy]())
-    engine = Engine(info, cache, _transfer(pack, options, ram))
+    balance = LookaheadBalance() if options.lookahead is None else None
+    engine = Engine(info, cache, _transfer(pack, options, ram), balance)
     for module in modules:
         install(module, engine.add_layer(module))
-    if (
-        options.lookahead and options.slots < info.total_experts
-    ):  # else nothing is ever loaded twice
+    everything_fits = options.slots >= info.total_experts  # then nothing is ever loaded twice
+    if options.lookahead is not False and not everything_fits:
         routers = [find_router(model, layer.module, layer.num_experts) for layer in info.layers]
         engine.watch_routers(routers)
     model.offload = Offload(pack, engine, options)

@@ -1,0 +1,225 @@
+"""A machine that carries out what the cache decides, over slots that hold only names.
+
+It does what an engine does: starts the loads of a wave, waits for what it uses, computes, goes on
+to the next wave; a look-ahead load stays under way until somebody lands it. It asserts that what is
+computed is in its slot, and checks the cache's promises after every step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hypothesis import strategies as st
+
+from cache.cache import ExpertCache
+from cache.plan import Plan, Use
+from cache.policy import POLICIES, Key
+
+
+@dataclass(frozen=True)
+class Size:
+    slots: int
+    layers: int
+    experts: int
+    policy: str = "lru"
+
+
+@dataclass(frozen=True)
+class PlanStep:
+    layer: int
+    experts: tuple[int, ...]
+    fails_after: int | None = None  # uses, when the step is to fail
+
+
+@dataclass(frozen=True)
+class LookAhead:
+    layer: int
+    experts: tuple[int, ...]
+    most: int
+
+
+@dataclass(frozen=True)
+class Landed:
+    which: int  # of the loads under way, modulo their number
+
+
+@dataclass(frozen=True)
+class Forget:
+    layer: int
+    experts: tuple[int, ...]
+
+
+Step = PlanStep | LookAhead | Landed | Forget
+
+
+def sizes(most_slots: int = 8) -> st.SearchStrategy[Size]:
+    return st.builds(
+        Size,
+        slots=st.integers(1, most_slots),
+        layers=st.integers(1, 3),
+        experts=st.integers(1, 6),
+        policy=st.sampled_from(sorted(POLICIES)),
+    )
+
+
+def steps_of(size: Size, *, forgets: bool = True) -> st.SearchStrategy[list[Step]]:
+    layer = st.integers(0, size.layers - 1)
+    experts = st.lists(st.integers(0, size.experts - 1), unique=True).map(tuple)
+    plans = st.builds(PlanStep, layer, experts)
+    guesses = st.builds(LookAhead, layer, experts, st.integers(0, size.experts))
+    kinds: list[st.SearchStrategy[Step]] = [plans, plans, guesses, st.builds(Landed, st.integers())]
+    if forgets:
+        failing = st.builds(PlanStep, layer, experts, st.integers(0, 4))
+        kinds += [failing, st.builds(Forget, layer, experts)]
+    return st.lists(st.one_of(kinds), min_size=8, max_size=25)
+
+
+def runs(*, forgets: bool = True) -> st.SearchStrategy[tuple[Size, list[Step]]]:
+    return sizes().flatmap(lambda n: st.tuples(st.just(n), steps_of(n, forgets=forgets)))
+
+
+class Machine:
+    """One cache and the slots it decides over."""
+
+    def __init__(self, size: Size) -> None:
+        self.size = size
+        self.cache = ExpertCache(size.slots, size.layers, POLICIES[size.policy]())
+        self.content: dict[int, Key] = {}  # what was last loaded into a slot
+        self.under_way: set[int] = set()  # slots that look-ahead is filling
+        self.in_use: dict[Key, int] = {}  # of the latest plan, what is resident after it
+        self.decisions: list[Plan | tuple[Use, ...]] = []
+        self.loaded: list[Key] = []
+        self.hits = self.misses = self.evictions = self.lookahead_loads = 0
+
+    def do(self, step: Step) -> None:
+        before = self.resident()
+        loads = len(self.loaded)
+        match step:
+            case PlanStep(layer, experts, None):
+                self.plan(layer, experts)
+            case PlanStep(layer, experts, int(uses)):
+                self.failing_plan(layer, experts, uses)
+            case LookAhead(layer, experts, most):
+                self.look_ahead(layer, experts, most)
+            case Landed(which):
+                self.land(which)
+            case Forget(layer, experts):
+                self.forget(layer, experts)
+        self.check(before, len(self.loaded) - loads, step)
+
+    def resident(self) -> dict[Key, int]:
+        table = self.cache.table
+        keys = [table.key_in(slot) for slot in range(table.slots)]
+        return {key: slot for slot, key in enumerate(keys) if key is not None}
+
+    def plan(self, layer: int, experts: tuple[int, ...]) -> Plan:
+        plan = self._decide(layer, experts)
+        for wave in plan.waves:
+            for use in wave.loads:
+                self._load((layer, use.expert), use.slot)
+            for use in (*wave.hits, *wave.loads):
+                self._compute(layer, use)
+        resident = self.resident()
+        self.in_use = {(layer, e): resident[layer, e] for e in experts if (layer, e) in resident}
+        return plan
+
+    def failing_plan(self, layer: int, experts: tuple[int, ...], uses: int) -> None:
+        """A step that fails at its use number `uses`, and what an engine does then."""
+        plan = self._decide(layer, experts)
+        for wave in plan.waves:
+            for use in wave.loads:
+                self._load((layer, use.expert), use.slot)
+            for use in (*wave.hits, *wave.loads):
+                if uses == 0:
+                    return self.forget(layer, experts)
+                self._compute(layer, use)
+                uses -= 1
+        self.forget(layer, experts)
+
+    def look_ahead(self, layer: int, experts: tuple[int, ...], most: int) -> tuple[Use, ...]:
+        loads = self.cache.look_ahead(layer, experts, most)
+        self.decisions.append(loads)
+        assert len(loads) <= most
+        assert len({use.slot for use in loads}) == len(loads)
+        for use in loads:
+            assert use.expert in experts
+            self._load((layer, use.expert), use.slot)
+            self.under_way.add(use.slot)
+        self.lookahead_loads += len(loads)
+        resident = self.resident()
+        assert self.in_use.items() <= resident.items(), "look-ahead evicted what is in use"
+        assert len(self.under_way) < max(2, self.size.slots), "no slot is left to plan with"
+        return loads
+
+    def land(self, which: int) -> None:
+        if self.under_way:
+            slot = sorted(self.under_way)[which % len(self.under_way)]
+            self.under_way.remove(slot)
+            self.cache.landed(slot)
+
+    def forget(self, layer: int, experts: tuple[int, ...]) -> None:
+        dropped = {
+            key: s for key, s in self.resident().items() if key in {(layer, e) for e in experts}
+        }
+        self.cache.forget(layer, experts)
+        self.under_way -= set(dropped.values())
+        self.in_use = {}
+        assert not any(self.cache.is_resident(layer, expert) for expert in experts)
+
+    def _decide(self, layer: int, experts: tuple[int, ...]) -> Plan:
+        before = self.resident()
+        known = {expert for expert in experts if (layer, expert) in before}
+        plan = self.cache.plan(layer, experts)
+        self.decisions.append(plan)
+        assert plan.layer == layer
+        uses = [use for wave in plan.waves for use in (*wave.hits, *wave.loads)]
+        assert sorted(use.expert for use in uses) == sorted(experts), "each expert exactly once"
+        hits = [use for wave in plan.waves for use in wave.hits]
+        assert {use.expert for use in hits} == known, "hits are what was resident"
+        assert all(before[layer, use.expert] == use.slot for use in hits)
+        assert not any(wave.hits for wave in plan.waves[1:]), "residents come first"
+        for wave in plan.waves:
+            slots = [use.slot for use in (*wave.hits, *wave.loads)]
+            assert slots, "an empty wave"
+            assert len(set(slots)) == len(slots), "two experts of a wave in one slot"
+            assert set(slots) <= set(range(self.size.slots))
+        for earlier, later in zip(plan.waves, plan.waves[1:], strict=False):
+            over = {use.slot for use in (*earlier.hits, *earlier.loads)}
+            assert {use.slot for use in later.loads} <= over, "a wave takes over the one before"
+        if plan.waves:
+            last = plan.waves[-1]
+            after = self.resident()
+            assert all(after[layer, use.expert] == use.slot for use in (*last.hits, *last.loads))
+        self.hits += len(hits)
+        self.misses += len(uses) - len(hits)
+        return plan
+
+    def _load(self, key: Key, slot: int) -> None:
+        assert slot not in self.under_way, f"slot {slot} is overwritten while it is being filled"
+        self.content[slot] = key
+        self.loaded.append(key)
+
+    def _compute(self, layer: int, use: Use) -> None:
+        if use.slot in self.under_way:  # waited for
+            self.under_way.remove(use.slot)
+            self.cache.landed(use.slot)
+        assert self.content[use.slot] == (layer, use.expert), "computed from another expert's bytes"
+
+    def check(self, before: dict[Key, int], loads: int, step: Step) -> None:
+        """What holds after every step."""
+        self.cache.check_integrity()
+        resident = self.resident()
+        for key, slot in resident.items():
+            assert self.content[slot] == key, f"the table promises {key}, which was never loaded"
+        for slot in self.under_way:
+            assert slot in resident.values(), "a slot was freed while it is being filled"
+        total = self.cache.statistics.total()
+        assert (total.hits, total.misses) == (self.hits, self.misses)
+        assert total.hits + total.misses == total.requests
+        assert total.lookahead_loads == self.lookahead_loads
+        assert total.loads == total.misses + total.lookahead_loads
+        whole = not isinstance(step, Forget) and getattr(step, "fails_after", None) is None
+        if whole:
+            self.evictions += len(before) + loads - len(resident)
+            assert total.evictions == self.evictions
+        self.evictions = total.evictions

@@ -1,0 +1,303 @@
+"""The expert cache: promises held over random runs, and each rule by example."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cache.cache import ExpertCache
+from cache.plan import Use, Wave
+from cache.policy import LRU, POLICIES, Key
+from tests.cache.machine import Landed, LookAhead, Machine, PlanStep, Size, Step, runs
+
+
+def lru(slots: int, layers: int = 1) -> ExpertCache:
+    return ExpertCache(slots, layers, LRU())
+
+
+@settings(max_examples=300)
+@given(run=runs())
+def test_every_plan_computes_from_the_right_slots_whatever_happens(
+    run: tuple[Size, list[Step]],
+) -> None:
+    size, steps = run
+    machine = Machine(size)
+    for step in steps:
+        machine.do(step)
+
+
+@settings(max_examples=50)
+@given(run=runs())
+def test_two_caches_given_the_same_calls_decide_the_same(run: tuple[Size, list[Step]]) -> None:
+    size, steps = run
+    one, other = Machine(size), Machine(size)
+    for step in steps:
+        one.do(step)
+        other.do(step)
+    assert one.decisions == other.decisions
+    assert one.resident() == other.resident()
+    assert one.cache.statistics.layers == other.cache.statistics.layers
+
+
+@settings(max_examples=50)
+@given(run=runs(forgets=False))
+def test_with_room_for_all_each_expert_is_loaded_once(run: tuple[Size, list[Step]]) -> None:
+    size, steps = run
+    roomy = Size(size.layers * size.experts + 1, size.layers, size.experts, size.policy)
+    machine = Machine(roomy)
+    for step in steps:
+        machine.do(step)
+    assert max(Counter(machine.loaded).values(), default=1) == 1
+    assert machine.cache.statistics.total().evictions == 0
+    for plan in machine.decisions:
+        if hasattr(plan, "waves"):
+            assert len(plan.waves) <= 1
+
+
+@settings(max_examples=50)
+@given(experts=st.lists(st.integers(0, 20), unique=True), policy=st.sampled_from(sorted(POLICIES)))
+def test_one_slot_is_enough_for_any_plan(experts: list[int], policy: str) -> None:
+    machine = Machine(Size(slots=1, layers=2, experts=21, policy=policy))
+    machine.do(PlanStep(1, (7,)))
+    machine.do(PlanStep(0, tuple(experts)))
+    machine.do(PlanStep(1, tuple(reversed(experts))))
+    *_, plan = machine.decisions
+    assert len(plan.waves) == len(experts)
+
+
+class PlainCache:
+    """LRU in which a layer above its share of the slots gives first, over a sorted list."""
+
+    def __init__(self, slots: int, layers: int) -> None:
+        self.slots = slots
+        self.share = max(1, slots // layers)
+        self.order: list[Key] = []  # least recent first
+
+    def plan(self, layer: int, experts: list[int]) -> tuple[list[int], list[int]]:
+        """The hits and the misses of a step that fits."""
+        asked = [(layer, expert) for expert in experts]
+        hits = [key for key in asked if key in self.order]
+        misses = [key for key in asked if key not in self.order]
+        self.order = [key for key in self.order if key not in hits] + hits
+        for key in misses:
+            if len(self.order) == self.slots:
+                self.order.remove(self.victim(layer, asked))
+            self.order.append(key)
+        return [expert for _, expert in hits], [expert for _, expert in misses]
+
+    def victim(self, layer: int, asked: list[Key]) -> Key:
+        idle = [key for key in self.order if key not in asked]
+        held = Counter(key[0] for key in self.order)
+        rich = [key for key in idle if held[key[0]] >= self.share + (key[0] != layer)]
+        return (rich or idle)[0]
+
+
+@settings(max_examples=150)
+@given(
+    slots=st.integers(1, 6),
+    layers=st.integers(1, 3),
+    requests=st.lists(
+        st.tuples(
+            st.integers(0, 2), st.lists(st.integers(0, 4), min_size=1, max_size=2, unique=True)
+        ),
+        min_size=10,
+        max_size=30,
+    ),
+)
+def test_lru_cache_decides_as_a_plain_model_does(
+    slots: int, layers: int, requests: list[tuple[int, list[int]]]
+) -> None:
+    cache, model = lru(slots, layers), PlainCache(slots, layers)
+    for layer, experts in requests:
+        layer, experts = layer % layers, experts[:slots]  # what fits: no waves
+        hits, misses = model.plan(layer, experts)
+        (wave,) = cache.plan(layer, experts).waves
+        assert [use.expert for use in wave.hits] == hits
+        assert [use.expert for use in wave.loads] == misses
+        assert len(cache.table) == len(model.order)
+        assert all(cache.is_resident(*key) for key in model.order)
+
+
+def test_plan_of_no_experts_has_no_waves() -> None:
+    assert lru(2).plan(0, ()).waves == ()
+
+
+def test_evicts_least_recent_unpinned_slot() -> None:
+    cache = lru(3)
+    cache.plan(0, (0,))
+    cache.plan(0, (1,))
+    cache.plan(0, (2,))
+    cache.plan(0, (0, 3))  # 0 is the oldest but in use, so 1 leaves
+    assert [e for e in range(4) if cache.is_resident(0, e)] == [0, 2, 3]
+    cache.check_integrity()
+
+
+def test_what_does_not_fit_beside_the_hits_waits_for_a_later_wave() -> None:
+    cache = lru(2)
+    cache.plan(0, (0, 1))
+    plan = cache.plan(0, (2, 0, 3, 1, 4))
+    first, second, third = plan.waves
+    assert {use.expert for use in first.hits} == {0, 1}
+    assert first.loads == ()
+    assert [use.expert for use in second.loads] == [2, 3]
+    assert [use.expert for use in third.loads] == [4]
+    assert cache.statistics.total().evictions == 3
+
+
+def test_wave_keeps_slots_that_the_next_one_does_not_need() -> None:
+    cache = lru(3)
+    cache.plan(0, (0, 1, 2, 3))
+    assert cache.is_resident(0, 3)
+    assert sum(cache.is_resident(0, expert) for expert in range(3)) == 2
+    cache.check_integrity()
+
+
+def test_layers_used_in_turn_keep_their_experts() -> None:
+    """Plain LRU would miss every time: the key to evict is the one needed next."""
+    layers = 4
+    cache = lru(layers, layers)
+    for token in range(8):
+        for layer in range(layers):
+            cache.plan(layer, (token // 4,))  # each layer stays with an expert for four tokens
+    assert cache.statistics.total().misses == 2 * layers
+
+
+def test_layer_with_more_than_its_share_gives_first() -> None:
+    cache = lru(4, layers=2)
+    cache.plan(1, (0,))
+    cache.plan(0, (0, 1, 2))
+    cache.plan(1, (1,))  # (1, 0) is the oldest, but layer 0 holds three of four
+    assert cache.is_resident(1, 0)
+    assert cache.is_resident(1, 1)
+    assert not cache.is_resident(0, 0)
+
+
+def test_look_ahead_turns_a_miss_into_a_hit_and_is_counted() -> None:
+    cache = lru(4, layers=2)
+    cache.plan(0, (0,))
+    loads = cache.look_ahead(1, (5, 6), most=2)
+    assert [use.expert for use in loads] == [5, 6]
+    (wave,) = cache.plan(1, (5, 7)).waves
+    assert wave.hits == (loads[0],)
+    assert [use.expert for use in wave.loads] == [7]
+    counts = cache.statistics.layers[1]
+    assert (counts.requests, counts.hits, counts.misses) == (2, 1, 1)
+    assert (counts.lookahead_guesses, counts.lookahead_loads) == (2, 2)
+    assert (counts.lookahead_right, counts.lookahead_asked) == (1, 2)
+    assert counts.lookahead_precision == 0.5
+    assert counts.lookahead_recall == 0.5
+
+
+def test_a_guess_is_compared_with_one_step_only() -> None:
+    cache = lru(4, layers=2)
+    cache.look_ahead(1, (0,), most=1)
+    cache.plan(1, (0,))
+    cache.plan(1, (0,))
+    assert cache.statistics.layers[1].lookahead_asked == 1
+
+
+def test_look_ahead_never_evicts_what_the_present_plan_uses() -> None:
+    cache = lru(2, layers=2)
+    cache.plan(0, (0, 1))
+    assert cache.look_ahead(1, (0, 1), most=2) == ()
+    assert cache.is_resident(0, 0)
+    assert cache.is_resident(0, 1)
+
+
+def test_look_ahead_loads_no_more_than_it_may() -> None:
+    cache = lru(8, layers=2)
+    assert [use.expert for use in cache.look_ahead(1, (3, 1, 2), most=2)] == [3, 1]
+    assert cache.look_ahead(1, (4, 5), most=0) == ()
+
+
+def test_look_ahead_leaves_a_slot_that_a_plan_can_have_at_once() -> None:
+    cache = lru(3, layers=2)
+    assert len(cache.look_ahead(1, (0, 1, 2, 3), most=4)) == 2
+    (wave, *_) = cache.plan(0, (0, 1)).waves
+    assert len(wave.loads) == 1
+
+
+def test_one_slot_is_never_given_to_look_ahead() -> None:
+    assert lru(1, layers=2).look_ahead(1, (0,), most=1) == ()
+
+
+def test_slot_in_flight_is_not_evicted_until_it_landed() -> None:
+    cache = lru(2, layers=2)
+    (ahead,) = cache.look_ahead(1, (0,), most=1)
+    for expert in range(4):
+        cache.plan(0, (expert,))
+        assert cache.is_resident(1, 0)
+        assert cache.table.slot_of((1, 0)) == ahead.slot
+    cache.landed(ahead.slot)
+    cache.plan(0, (8, 9))
+    assert not cache.is_resident(1, 0)
+
+
+def test_guessed_resident_is_kept_for_the_step_that_will_ask_for_it() -> None:
+    cache = lru(2, layers=3)
+    cache.plan(1, (0,))
+    cache.plan(2, (0,))
+    cache.look_ahead(1, (0,), most=1)  # would otherwise be the first to leave
+    cache.plan(0, (0,))
+    assert cache.is_resident(1, 0)
+    assert not cache.is_resident(2, 0)
+
+
+def test_look_ahead_does_not_evict_a_guess_to_load_another() -> None:
+    cache = lru(3, layers=2)
+    cache.plan(1, (2,))  # the first to leave
+    cache.plan(0, (0,))
+    cache.plan(0, (1,))
+    loads = cache.look_ahead(1, (3, 2), most=2)
+    assert [use.expert for use in loads] == [3], "2 was there already"
+
+
+@settings(max_examples=100)
+@given(
+    policy=st.sampled_from(sorted(POLICIES)),
+    slots=st.integers(2, 6),
+    asked=st.lists(st.tuples(st.integers(0, 1), st.integers(0, 3)), min_size=8, max_size=20),
+    guesses=st.lists(st.integers(0, 3), unique=True),
+)
+def test_look_ahead_keeps_every_guess_that_is_resident(
+    policy: str, slots: int, asked: list[tuple[int, int]], guesses: list[int]
+) -> None:
+    machine = Machine(Size(slots, layers=2, experts=4, policy=policy))
+    for layer, expert in asked:
+        machine.do(PlanStep(layer, (expert,)))
+    known = {expert for expert in guesses if machine.cache.is_resident(1, expert)}
+    loads = machine.look_ahead(1, tuple(guesses), most=4)
+    assert all(machine.cache.is_resident(1, expert) for expert in known)
+    assert known.isdisjoint(use.expert for use in loads), "evicted and loaded again"
+
+
+def test_forgotten_experts_are_loaded_again_and_their_slots_are_free() -> None:
+    cache = lru(2)
+    cache.plan(0, (0, 1))
+    cache.forget(0, (0, 1, 5))  # 5 was never here
+    assert not cache.is_resident(0, 0)
+    (wave,) = cache.plan(0, (0, 1)).waves
+    assert len(wave.loads) == 2
+    assert cache.statistics.total().evictions == 0
+    cache.check_integrity()
+
+
+def test_failed_step_leaves_a_cache_that_goes_on() -> None:
+    machine = Machine(Size(slots=3, layers=2, experts=6))
+    for step in (
+        PlanStep(0, (0, 1)),
+        LookAhead(1, (2,), 1),
+        PlanStep(1, (2, 3, 4, 5), fails_after=1),
+        PlanStep(1, (2, 3, 4, 5)),
+        Landed(0),
+        PlanStep(0, (0, 1)),
+    ):
+        machine.do(step)
+
+
+def test_plan_is_made_of_plain_values() -> None:
+    plan = lru(2).plan(0, (4,))
+    assert plan.waves == (Wave(hits=(), loads=(Use(expert=4, slot=0),)),)
+    assert hash(plan) == hash((0, (((), ((4, 0),)),)))

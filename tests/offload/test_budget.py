@@ -1,0 +1,196 @@
+"""The arithmetic of memory: sizes, shares, and how many experts fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import offload
+from offload.budget import (
+    Budget,
+    available_bytes,
+    kv_cache_bytes,
+    parse_bytes,
+    parse_slots,
+)
+from offload.errors import BudgetError
+from tests.tiny import EXPERTS, LAYERS, tiny_config
+
+MIB, GIB = 2**20, 2**30
+TOTAL = EXPERTS * LAYERS
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, None),
+        (0, 0),
+        (123, 123),
+        ("123", 123),
+        ("123B", 123),
+        ("20GiB", 20 * GIB),
+        ("20gib", 20 * GIB),
+        (" 1.5 GiB ", GIB * 3 // 2),
+        ("512MiB", 512 * MIB),
+        ("4KiB", 4096),
+        ("20GB", 20 * 10**9),
+        ("1MB", 10**6),
+        ("1KB", 1000),
+    ],
+)
+def test_sizes_are_bytes_or_a_number_with_its_unit(
+    text: str | int | None, expected: int | None
+) -> None:
+    assert parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "much", "20XiB", "-1GiB", "GiB", "1e9", "1,5GiB", "5 5", "%"])
+def test_what_is_not_a_size_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(BudgetError, match="is not a size: write bytes or a size like 20GiB"):
+        parse_bytes(text)
+
+
+@given(st.text("0123456789.%GiBKMbe -+٣²", max_size=8))
+def test_no_text_is_anything_but_a_size_or_refused(text: str) -> None:
+    try:
+        size = parse_bytes(text)
+    except BudgetError:
+        return
+    assert size is not None
+    assert size >= 0
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, None),
+        (7, 7),
+        ("7", 7),
+        ("0", 0),
+        ("25%", 60),
+        (" 25 % ", 60),
+        ("100%", 240),
+        ("0%", 1),
+        ("0.1%", 1),
+        ("12.5%", 30),
+    ],
+)
+def test_slots_are_a_number_or_a_share(text: str | int | None, expected: int | None) -> None:
+    assert parse_slots(text, 240) == expected
+
+
+@pytest.mark.parametrize("text", ["", "many", "-1", "-5%", "1.5", "%", "25%%", "1e3", "all"])
+def test_what_is_not_a_number_of_slots_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(BudgetError, match=r"is not a number of expert slots: .* like 25%"):
+        parse_slots(text, 240)
+
+
+def _budget(available: int, **changes: int) -> Budget:
+    given_ = {"dense": 2000, "kv_cache": 300, "workspace": 40, "slot": 100, "total_experts": 24}
+    return Budget(available, **{**given_, **changes})
+
+
+def test_as_many_slots_as_fit_and_no_more() -> None:
+    assert _budget(2340 + 100).slots(None) == 1
+    assert _budget(2340 + 199).slots(None) == 1
+    assert _budget(2340 + 200).slots(None) == 2
+    assert _budget(2340 + 2400).slots(None) == 24
+    assert _budget(10**9).slots(None) == 24
+
+
+def test_asked_slots_are_given_when_they_fit() -> None:
+    assert _budget(2340 + 1000).slots(7) == 7
+    assert _budget(2340 + 1000).slots(10) == 10
+    assert _budget(10**9).slots(999) == 24
+
+
+@pytest.mark.parametrize("available", [0, 1, 2340, 2439])
+@pytest.mark.parametrize("asked", [None, 1])
+def test_without_room_for_one_slot_the_shortage_and_the_flags_are_named(
+    available: int, asked: int | None
+) -> None:
+    with pytest.raises(BudgetError, match="needs 1 expert slot of") as caught:
+        _budget(available).slots(asked)
+    message = str(caught.value)
+    for flag in ("--ctx-size", "--expert-bits", "--expert-slots", "--vram", "--ram"):
+        assert flag in message
+
+
+def test_more_slots_than_fit_are_refused_not_cut() -> None:
+    with pytest.raises(BudgetError, match=r"needs 11 expert slots .* 10 fit in"):
+        _budget(2340 + 1000).slots(11)
+
+
+@pytest.mark.parametrize("asked", [0, -3])
+def test_less_than_one_slot_is_refused(asked: int) -> None:
+    with pytest.raises(BudgetError, match=f"{asked} expert slots: at least one"):
+        _budget(10**9).slots(asked)
+
+
+sizes = st.integers(0, 10**13)
+
+
+@given(sizes, sizes, sizes, sizes, st.integers(1, 10**9), st.integers(1, 10**5), st.data())
+def test_what_is_granted_always_fits(
+    available: int, dense: int, kv: int, workspace: int, slot: int, total: int, data: st.DataObject
+) -> None:
+    budget = Budget(available, dense, kv, workspace, slot, total)
+    asked = data.draw(st.none() | st.integers(1, 2 * total))
+    try:
+        slots = budget.slots(asked)
+    except BudgetError:
+        needed = min(asked or 1, total)
+        assert dense + kv + workspace + needed * slot > available
+    else:
+        assert dense + kv + workspace + slots * slot <= available
+        assert 1 <= slots <= total
+        assert asked is None or slots == min(asked, total)
+
+
+def test_the_budget_is_what_was_given_for_the_device() -> None:
+    assert available_bytes(torch.device("cpu"), vram=1, ram=2) == 2
+    assert available_bytes(torch.device("cuda"), vram=1, ram=2) == 1
+
+
+def test_without_a_budget_a_share_of_free_ram_is_taken() -> None:
+    free = psutil.virtual_memory().available
+    assert available_bytes(torch.device("cpu"), None, None) == pytest.approx(0.9 * free, rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kv_cache_is_two_vectors_a_head_a_layer_a_token(dtype: torch.dtype) -> None:
+    config = tiny_config("mixtral")  # 3 layers of 2 KV heads of 16
+    assert kv_cache_bytes(config, 100, dtype) == 2 * 3 * 2 * 16 * 100 * dtype.itemsize
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "deepseek_v3", "qwen3_next"])
+def test_kv_cache_is_never_counted_too_small(model_type: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    config = tiny_config(model_type)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    length = 96
+    with torch.inference_mode():
+        ids = torch.randint(3, 120, (1, length))
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+    states = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    held = sum(s.nbytes for s in states if isinstance(s, torch.Tensor))
+    assert 0 < held <= kv_cache_bytes(config, length, torch.float32)
+
+
+def test_a_longer_context_leaves_room_for_fewer_experts(mixtral: Path, tmp_path: Path) -> None:
+    def slots(context: int) -> int:
+        options: dict[str, Any] = {"ram": "301MiB", "context": context, "expert_bits": 16}
+        model, _ = offload.load(mixtral, device="cpu", pack_dir=tmp_path, **options)
+        count: int = model.offload.options.slots
+        model.offload.close()
+        return count
+
+    short, long = slots(64), slots(600)
+    assert 1 <= long < short < TOTAL

@@ -1,0 +1,521 @@
+"""A conversation: commands, several lines, Ctrl-C, errors; and once in a real terminal."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+import offload
+from offload.chat import Chat, ChatError, converse, read_message
+from offload.sampling import Sampling
+from tests.conftest import Script
+from tests.tiny import EXPERTS, LAYERS
+
+ROOT = Path(__file__).parents[2]
+TIMINGS = r"\[ Prompt: \d+\.\d t/s \| Generation: \d+\.\d t/s \]\n\[ Experts: .* \]\n"
+CONTEXT = 256
+
+
+class Terminal:
+    """Gives lines and keeps what is written. A line may be an exception to raise."""
+
+    def __init__(self) -> None:
+        self.lines: list[str | type[BaseException]] = []
+        self.prompts: list[str] = []
+        self.text = ""
+        self.on_write: Callable[[str], None] = lambda text: None
+
+    def read(self, prompt: str) -> str:
+        self.prompts.append(prompt)
+        line = self.lines.pop(0) if self.lines else EOFError
+        if isinstance(line, str):
+            return line
+        raise line
+
+    def write(self, text: str) -> None:
+        self.text += text
+        self.on_write(text)
+
+    def take(self) -> str:
+        """What was written since the last call."""
+        text, self.text = self.text, ""
+        return text
+
+
+@pytest.fixture(scope="module")
+def loaded(
+    mixtral: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerFast]]:
+    model, tokenizer = offload.load(
+        mixtral,
+        device="cpu",
+        expert_slots=6,
+        context=CONTEXT,
+        pack_dir=tmp_path_factory.mktemp("packs"),
+    )
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    yield model, tokenizer
+    model.offload.close()
+
+
+@pytest.fixture
+def terminal() -> Terminal:
+    return Terminal()
+
+
+@pytest.fixture
+def chat(loaded: tuple[Any, Any], terminal: Terminal, script: Script) -> Chat:
+    """A chat whose model says "yes", without timings."""
+    script.say("yes")
+    model, tokenizer = loaded
+    return Chat(model, tokenizer, Sampling(), terminal.write, timings=False)
+
+
+def _converse(chat: Chat, terminal: Terminal, *lines: str | type[BaseException]) -> str:
+    terminal.lines = list(lines)
+    converse(chat, terminal.read)
+    assert terminal.lines == [], "the chat left before the last line"
+    return terminal.take()
+
+
+# --- messages ------------------------------------------------------------------------------------
+
+
+def test_each_line_is_answered_with_all_that_was_said(
+    chat: Chat, terminal: Terminal, script: Script
+) -> None:
+    assert _converse(chat, terminal, "one", "two") == "yes\nyes\n\n"
+    assert terminal.prompts == [">>> "] * 3
+    assert script.prompt == "<user>one</user><assistant>yes</assistant><user>two</user><assistant>"
+
+
+def test_empty_lines_are_not_messages(chat: Chat, terminal: Terminal) -> None:
+    _converse(chat, terminal, "", "   ", "\t")
+    assert chat.messages == []
+
+
+def test_an_answer_comes_in_whole_characters(
+    chat: Chat, terminal: Terminal, script: Script
+) -> None:
+    pieces: list[str] = []
+    terminal.on_write = pieces.append
+    script.say("שלום 👋🏽")
+    chat.say("hi")
+    assert [piece for piece in pieces if piece] == [*"שלום 👋🏽", "\n"]
+
+
+def test_an_answer_is_made_by_the_model_itself(loaded: tuple[Any, Any], terminal: Terminal) -> None:
+    model, tokenizer = loaded
+    chat = Chat(model, tokenizer, Sampling(), terminal.write, max_new_tokens=8, timings=False)
+    chat.say("hello")
+    messages = [{"role": "user", "content": "hello"}]
+    text = offload.generate(model, tokenizer, messages, max_new_tokens=8)
+    assert terminal.take() == text + "\n"
+    assert chat.messages == [*messages, {"role": "assistant", "content": text}]
+
+
+def test_timings_follow_each_answer(chat: Chat, terminal: Terminal) -> None:
+    chat.timings = True
+    chat.say("hi")
+    assert re.fullmatch(rf"yes\n\n{TIMINGS}", terminal.take())
+
+
+def test_three_quotes_make_a_message_of_several_lines(chat: Chat, terminal: Terminal) -> None:
+    _converse(chat, terminal, '"""first', "", "  second", 'third"""')
+    assert chat.messages[0]["content"] == "first\n\n  second\nthird"
+    assert terminal.prompts == [">>> ", "... ", "... ", "... ", ">>> "]
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (['"""one line"""'], "one line"),
+        (['"""', "inside", '"""'], "inside"),
+        (['"""a', 'b"""  '], "a\nb"),
+        (['""""""'], ""),
+        (['a """quoted""" word'], 'a """quoted""" word'),
+        (["plain"], "plain"),
+    ],
+)
+def test_messages_are_read_whole(lines: list[str], message: str, terminal: Terminal) -> None:
+    terminal.lines = list(lines)
+    assert read_message(terminal.read) == message
+    assert terminal.lines == []
+
+
+def test_a_message_of_several_lines_is_never_a_command(chat: Chat, terminal: Terminal) -> None:
+    text = _converse(chat, terminal, '"""', "/bye is how one leaves", '"""', "/clear")
+    assert text.startswith("yes\n")
+
+
+def test_the_end_of_input_inside_a_message_leaves(chat: Chat, terminal: Terminal) -> None:
+    _converse(chat, terminal, '"""begun', EOFError)
+    assert chat.messages == []
+
+
+# --- leaving and stopping ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("line", ["/bye", "/bye ", EOFError])
+def test_bye_and_ctrl_d_leave(line: Any, chat: Chat, terminal: Terminal) -> None:
+    terminal.lines = ["one", line, "never read"]
+    converse(chat, terminal.read)
+    assert terminal.lines == ["never read"]
+
+
+def test_ctrl_c_at_the_prompt_says_how_to_leave(chat: Chat, terminal: Terminal) -> None:
+    text = _converse(chat, terminal, KeyboardInterrupt, "one")
+    assert "/bye or Ctrl-D leaves" in text
+    assert text.endswith("yes\n\n")
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_the_chat(
+    chat: Chat, terminal: Terminal, script: Script
+) -> None:
+    def interrupt(text: str) -> None:
+        if text == "l":
+            terminal.on_write = lambda text: None
+            raise KeyboardInterrupt
+
+    terminal.on_write = interrupt
+    script.say("a long answer")
+    text = _converse(chat, terminal, "one", "two")
+    assert text.startswith("a l\n(stopped)\n")
+    assert text.endswith("a long answer\n\n")
+    roles = [message["role"] for message in chat.messages]
+    assert roles == ["user", "assistant"] * 2
+    assert "a long answer".startswith(chat.messages[1]["content"])
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_ctrl_c_while_the_model_works_keeps_the_chat(
+    step: int, chat: Chat, terminal: Terminal, script: Script
+) -> None:
+    def interrupt(at: int) -> None:
+        if at == step:
+            script.at = lambda at: None
+            raise KeyboardInterrupt
+
+    script.at = interrupt
+    text = _converse(chat, terminal, "one", "two")
+    assert text.endswith("yes\n\n")
+    assert "(stopped)" in text
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "/nonsense",
+        "/",
+        "/set",
+        "/set nothing 1",
+        "/set temperature",
+        "/set temperature warm",
+        "/set temperature -1",
+        "/set top_p 2",
+        "/set top_k 1.5",
+        "/set seed -1",
+        "/set num_predict many",
+        "/show",
+        "/show nothing",
+        "/save",
+        "/save ../outside",
+        "/save a/b",
+        "/load",
+        "/load nothing",
+        "/load ../outside",
+        "/read",
+        "/read /no/such/file",
+        "/regen",
+        "/_do_clear",
+        "/answer",
+        "x" * CONTEXT,
+    ],
+)
+def test_an_error_is_told_and_the_chat_goes_on(
+    line: str, chat: Chat, terminal: Terminal, script: Script
+) -> None:
+    text = _converse(chat, terminal, line, "one")
+    first, *rest = text.splitlines()
+    assert first not in ("", "yes")
+    assert rest == ["yes", ""]
+    assert script.prompt == "<user>one</user><assistant>"
+
+
+def test_a_saved_file_that_cannot_be_written_keeps_the_chat(
+    chat: Chat, terminal: Terminal, home: Path
+) -> None:
+    (home / "conversations").write_text("in the way")
+    text = _converse(chat, terminal, "/save mine", "one")
+    assert "conversations" in text
+    assert text.endswith("yes\n\n")
+
+
+def test_a_question_too_long_can_be_followed_by_a_short_one(chat: Chat, terminal: Terminal) -> None:
+    text = _converse(chat, terminal, "x" * CONTEXT, "one")
+    assert "raise --ctx-size" in text
+    assert [message["content"] for message in chat.messages] == ["one", "yes"]
+
+
+def test_an_answer_that_cannot_be_made_again_is_kept(chat: Chat, script: Script) -> None:
+    chat.say("one")
+    chat.stop_strings, before = ("x",), list(chat.messages)
+
+    def fail(step: int) -> None:
+        raise offload.PackError("the pack is gone")
+
+    script.at = fail
+    with pytest.raises(offload.PackError):
+        chat.command("/regen")
+    assert chat.messages == before
+
+
+# --- commands ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("line", ["/?", "/help"])
+def test_help_lists_every_command(line: str, chat: Chat, terminal: Terminal) -> None:
+    assert chat.command(line)
+    text = terminal.take()
+    for name in ("set", "show", "stats", "save", "load", "read", "regen", "clear", "bye"):
+        assert f"/{name}" in text
+    assert '"""' in text
+
+
+def test_clear_forgets_what_was_said_and_keeps_the_system_prompt(
+    chat: Chat, script: Script
+) -> None:
+    chat.system = "be brief"
+    chat.say("one")
+    chat.command("/clear")
+    chat.say("two")
+    assert script.prompt == "<system>be brief</system><user>two</user><assistant>"
+
+
+def test_regen_answers_the_last_message_again(chat: Chat, script: Script) -> None:
+    chat.say("one")
+    script.say("no")
+    chat.command("/regen")
+    assert script.prompts[0] == script.prompts[1]
+    assert [message["content"] for message in chat.messages] == ["one", "no"]
+
+
+def test_read_sends_a_file(chat: Chat, script: Script, tmp_path: Path) -> None:
+    file = tmp_path / "with space.txt"
+    file.write_text("שלום\nfrom a file", encoding="utf-8")
+    chat.command(f"/read {file}")
+    assert chat.messages[0]["content"] == "שלום\nfrom a file"
+
+
+def test_read_refuses_what_is_no_text(chat: Chat, tmp_path: Path) -> None:
+    (tmp_path / "image").write_bytes(b"\xff\xd8\xff")
+    with pytest.raises(ChatError, match="cannot read"):
+        chat.command(f"/read {tmp_path / 'image'}")
+
+
+def test_set_system(chat: Chat, terminal: Terminal, script: Script) -> None:
+    chat.command("/show system")
+    assert "none" in terminal.take()
+    chat.command("/set system be very  brief")
+    chat.command("/show system")
+    assert terminal.take() == "be very  brief\n"
+    chat.say("one")
+    assert script.prompt.startswith("<system>be very  brief</system>")
+    chat.command("/set system")
+    chat.say("two")
+    assert script.prompt.startswith("<user>")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("temperature", "0.7", 0.7),
+        ("temperature", "1", 1.0),
+        ("top_k", "40", 40),
+        ("top_p", "0.9", 0.9),
+        ("min_p", "0.05", 0.05),
+        ("repetition_penalty", "1.1", 1.1),
+        ("seed", "7", 7),
+    ],
+)
+def test_set_a_parameter(
+    name: str, text: str, value: float, chat: Chat, terminal: Terminal
+) -> None:
+    chat.command(f"/set {name} {text}")
+    assert getattr(chat.sampling, name) == value
+    chat.command("/show parameters")
+    rows = dict(line.split() for line in terminal.take().splitlines())
+    assert rows[name] == str(value)
+    assert list(rows) == ["temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"]
+    chat.say("one")
+
+
+def test_set_num_predict_limits_answers_and_minus_1_does_not(
+    chat: Chat, terminal: Terminal
+) -> None:
+    chat.command("/set num_predict 2")
+    chat.say("one")
+    assert terminal.take() == "ye\n"
+    chat.command("/set num_predict -1")
+    chat.say("two")
+    assert terminal.take() == "yes\n"
+
+
+def test_set_verbose_and_quiet(chat: Chat, terminal: Terminal) -> None:
+    chat.command("/set verbose")
+    chat.say("one")
+    text = terminal.take()
+    assert text.index("total duration:") < text.index("eval rate:") < text.index("[ Prompt:")
+    chat.command("/set quiet")
+    chat.say("two")
+    assert terminal.take() == "yes\n"
+
+
+def test_show_info(chat: Chat, terminal: Terminal) -> None:
+    chat.command("/show info")
+    text = terminal.take()
+    assert "tiny-mixtral: mixtral, 3 MoE layers, 24 experts at 4 bits" in text
+    assert f"6 experts resident on cpu, computing in float32, context {CONTEXT}" in text
+
+
+def test_show_experts_draws_who_is_resident(loaded: tuple[Any, Any], terminal: Terminal) -> None:
+    model, tokenizer = loaded
+    chat = Chat(model, tokenizer, Sampling(), terminal.write, max_new_tokens=3, timings=False)
+    chat.say("hello")
+    terminal.take()
+    chat.command("/show experts")
+    rows = terminal.take().splitlines()
+    assert len(rows) == LAYERS
+    for index, row in enumerate(rows):
+        match = re.fullmatch(rf"\s*{index} ([#.]{{{EXPERTS}}}) +\d+\.\d% hits", row)
+        assert match
+    assert 1 <= "".join(rows).count("#") <= 6
+
+
+def test_stats(chat: Chat, terminal: Terminal) -> None:
+    chat.command("/stats")
+    text = terminal.take()
+    for word in ("[ Experts: 6/24 resident", "requests", "hits", "misses", "evictions", "GB/s"):
+        assert word in text
+
+
+# --- saved conversations -------------------------------------------------------------------------
+
+
+def test_a_conversation_is_saved_and_loaded(
+    chat: Chat, terminal: Terminal, script: Script, home: Path
+) -> None:
+    chat.system, script.ids = "קצר", list("כן 👋".encode())
+    chat.sampling = Sampling(temperature=0.5, top_k=3, top_p=0.9, min_p=0.1, seed=7)
+    chat.say("שלום")
+    messages, sampling = list(chat.messages), chat.sampling
+    chat.command("/save my-chat.1")
+    assert str(home / "conversations" / "my-chat.1.json") in terminal.take()
+    other = Chat(chat.model, chat.tokenizer, Sampling(), terminal.write)
+    other.say("something else")
+    other.command("/load my-chat.1")
+    assert (other.messages, other.system, other.sampling) == (messages, "קצר", sampling)
+    assert [file.name for file in (home / "conversations").iterdir()] == ["my-chat.1.json"]
+
+
+def test_a_conversation_without_a_seed_comes_back_without_one(chat: Chat) -> None:
+    chat.command("/save plain")
+    chat.command("/set seed 7")
+    chat.command("/load plain")
+    assert chat.sampling == Sampling()
+
+
+def test_saving_again_replaces(chat: Chat) -> None:
+    chat.command("/save same")
+    chat.say("one")
+    chat.command("/save same")
+    chat.command("/clear")
+    chat.command("/load same")
+    assert [message["content"] for message in chat.messages] == ["one", "yes"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"messages": [1], "parameters": {}, "system": ""}',
+        '{"messages": [], "parameters": {"temperature": "warm"}, "system": ""}',
+        '{"messages": [], "parameters": {"temperature": -1}, "system": ""}',
+        '{"messages": [], "parameters": [], "system": ""}',
+    ],
+)
+def test_a_saved_file_that_is_damaged_changes_nothing(text: str, chat: Chat, home: Path) -> None:
+    chat.say("one")
+    chat.system = "kept"
+    before = (list(chat.messages), chat.system, chat.sampling)
+    (home / "conversations").mkdir()
+    (home / "conversations" / "bad.json").write_text(text)
+    with pytest.raises(offload.OffloadError):
+        chat.command("/load bad")
+    assert (chat.messages, chat.system, chat.sampling) == before
+
+
+# --- a real terminal -----------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_a_chat_in_a_terminal(mixtral: Path, home: Path) -> None:
+    import pexpect
+
+    arguments = ["cli.py", "chat", str(mixtral), "-n", "8", "--temp", "0", "--expert-slots", "25%"]
+    environment = {
+        **os.environ,
+        "TERM": "xterm",
+        "PROMPT_TOOLKIT_NO_CPR": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    child = pexpect.spawn(
+        sys.executable,
+        arguments,
+        cwd=str(ROOT),
+        env=environment,
+        encoding="utf-8",
+        codec_errors="replace",
+        timeout=40,
+        dimensions=(40, 200),
+    )
+    try:
+        child.expect_exact("6 of 24 experts resident")
+        child.expect_exact(">>>")
+        child.send("hello\r")
+        child.expect(r"\[ Prompt: \d+\.\d t/s \| Generation: \d+\.\d t/s \]\r\n")
+        child.expect(r"\[ Experts: 6/24 resident \| hits \d+\.\d% \| \d+\.\d MiB/token")
+        child.expect_exact(">>>")
+        child.send("\x1b[200~pasted\rtext\x1b[201~")  # a paste that holds a line's end
+        child.send("\r")
+        child.expect(r"\[ Prompt: \d+")
+        child.expect_exact(">>>")
+        child.send("/save talk\r")
+        child.expect_exact("Saved as")
+        child.expect_exact(">>>")
+        child.send("\x03")
+        child.expect_exact("Ctrl-D leaves")
+        child.expect_exact(">>>")
+        child.send("\x04")
+        child.expect(pexpect.EOF)
+        child.wait()
+    finally:
+        child.close(force=True)
+    assert child.exitstatus == 0
+    saved = (home / "conversations" / "talk.json").read_text(encoding="utf-8")
+    assert '"content": "hello"' in saved
+    assert r'"content": "pasted\ntext"' in saved
+    assert "hello" in (home / "history").read_text(encoding="utf-8")

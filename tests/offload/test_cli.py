@@ -1,0 +1,425 @@
+"""The commands: what goes to stdout and what to stderr, flags, timings, tables."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import cli
+from quant.pack import Pack
+from tests.conftest import Script
+
+ROOT = Path(__file__).parents[2]
+ANSWER = "שלום 👋, it is\nblue."
+TIMINGS = re.compile(r"\[ Prompt: \d+\.\d t/s \| Generation: \d+\.\d t/s \]")
+EXPERTS = re.compile(
+    r"\[ Experts: \d+/24 resident \| hits \d+\.\d% \| \d+\.\d MiB/token"
+    r"( \| look-ahead precision \d+%, recall \d+%)? \]"
+)
+VERBOSE_ROWS = [
+    ("total duration", r"\d+\.\d\d(ms|s)"),
+    ("load duration", r"\d+\.\d\d(ms|s)"),
+    ("prompt eval count", r"\d+ token\(s\)"),
+    ("prompt eval duration", r"\d+\.\d\d(ms|s)"),
+    ("prompt eval rate", r"\d+\.\d\d tokens/s"),
+    ("eval count", r"\d+ token\(s\)"),
+    ("eval duration", r"\d+\.\d\d(ms|s)"),
+    ("eval rate", r"\d+\.\d\d tokens/s"),
+]
+
+
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command in this process."""
+
+    def run_(*arguments: str | Path) -> Done:
+        capsys.readouterr()
+        code = cli.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Done(code, captured.out, captured.err)
+
+    return run_
+
+
+# --- generate: the answer and its timings --------------------------------------------------------
+
+
+def test_stdout_holds_the_answer_and_nothing_else(
+    run: Run, script: Script, mixtral: Path, mixtral_pack: Path
+) -> None:
+    script.say(ANSWER)
+    for model in (mixtral, mixtral_pack):  # quantised first, and opened
+        done = run("generate", model, "-p", "Why?")
+        assert (done.code, done.out) == (0, ANSWER + "\n")
+
+
+def test_the_timings_line_and_the_experts_line_end_stderr(
+    run: Run, script: Script, mixtral_pack: Path
+) -> None:
+    script.say(ANSWER)
+    lines = run("generate", mixtral_pack, "-p", "Why?").err.splitlines()
+    assert lines[0] == ""
+    assert TIMINGS.fullmatch(lines[1])
+    assert EXPERTS.fullmatch(lines[2])
+    assert len(lines) == 3
+
+
+def test_without_timings_stderr_is_empty(run: Run, mixtral_pack: Path) -> None:
+    done = run("generate", mixtral_pack, "-p", "Why?", "-n", "3", "--no-show-timings")
+    assert (done.code, done.err) == (0, "")
+
+
+def test_verbose_rows_come_in_ollamas_order(run: Run, script: Script, mixtral_pack: Path) -> None:
+    script.say("abcdef")
+    done = run("generate", mixtral_pack, "-p", "Why?", "--raw", "--verbose")
+    rows = [line.split(":") for line in done.err.splitlines()[: len(VERBOSE_ROWS)]]
+    assert [name for name, _ in rows] == [name for name, _ in VERBOSE_ROWS]
+    for (name, value), (_, pattern) in zip(rows, VERBOSE_ROWS, strict=True):
+        assert re.fullmatch(pattern, value.strip()), name
+    values = {name: value.strip() for name, value in rows}
+    assert values["prompt eval count"] == "4 token(s)"
+    assert values["eval count"] == "7 token(s)"
+    assert TIMINGS.search(done.err)
+
+
+def test_a_real_answer_agrees_with_python(run: Run, mixtral_pack: Path) -> None:
+    from offload import generate, load
+
+    model, tokenizer = load(mixtral_pack, device="cpu")
+    text = generate(model, tokenizer, "Why?", max_new_tokens=9)
+    model.offload.close()
+    for slots in ("1", "25%", "100%"):
+        done = run(
+            "generate", mixtral_pack, "-p", "Why?", "--raw", "-n", "9", "--temp", "0",
+            "--expert-slots", slots,
+        )  # fmt: skip
+        assert done.out == text + "\n"
+
+
+def test_a_quarter_of_the_experts_can_be_resident(run: Run, mixtral_pack: Path) -> None:
+    done = run("generate", mixtral_pack, "-p", "Why?", "-n", "3", "--expert-slots", "25%")
+    assert "[ Experts: 6/24 resident |" in done.err
+
+
+# --- generate: prompts ---------------------------------------------------------------------------
+
+
+def test_the_prompt_goes_through_the_chat_template(
+    run: Run, script: Script, mixtral_pack: Path
+) -> None:
+    run("generate", mixtral_pack, "-p", "Why?")
+    assert script.prompt == "<user>Why?</user><assistant>"
+    run("generate", mixtral_pack, "-p", "Why?", "-sys", "be brief")
+    assert script.prompt == "<system>be brief</system><user>Why?</user><assistant>"
+
+
+def test_a_raw_prompt_does_not(run: Run, script: Script, mixtral_pack: Path) -> None:
+    run("generate", mixtral_pack, "-p", "Why?", "--raw")
+    assert script.prompt == "Why?"
+
+
+def test_a_file_is_a_prompt(run: Run, script: Script, mixtral_pack: Path, tmp_path: Path) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text("שלום\nמה שלומך?", encoding="utf-8")
+    run("generate", mixtral_pack, "-f", file, "--raw")
+    assert script.prompt == "שלום\nמה שלומך?"
+
+
+def test_a_pipe_is_a_prompt_unless_there_is_another(
+    run: Run, script: Script, mixtral_pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("from the pipe"))
+    run("generate", mixtral_pack, "--raw")
+    assert script.prompt == "from the pipe"
+    monkeypatch.setattr("sys.stdin", io.StringIO("from the pipe"))
+    run("generate", mixtral_pack, "--raw", "-p", "from the flag")
+    assert script.prompt == "from the flag"
+
+
+def test_the_command_in_a_pipeline(mixtral_pack: Path) -> None:
+    """One real process: a prompt comes in by a pipe, the answer alone goes out by another."""
+    command = [sys.executable, "cli.py", "generate", mixtral_pack, "-n", "12", "--temp", "0"]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        input=b"Why?",
+        capture_output=True,
+        timeout=120,
+    )
+    assert done.returncode == 0
+    text = done.stdout.decode()
+    assert text.endswith("\n")
+    assert "Prompt:" not in text
+    lines = done.stderr.decode().splitlines()
+    assert TIMINGS.fullmatch(lines[-2])
+    assert EXPERTS.fullmatch(lines[-1])
+    assert lines[:-2] == [""]
+
+
+# --- generate: limits, seeds, stop strings -------------------------------------------------------
+
+
+def test_n_limits_the_answer(run: Run, script: Script, mixtral_pack: Path) -> None:
+    script.say("abcdef")
+    assert run("generate", mixtral_pack, "-p", "a", "-n", "3").out == "abc\n"
+    assert run("generate", mixtral_pack, "-p", "a", "-n", "-1").out == "abcdef\n"
+
+
+def test_without_n_the_context_is_the_limit(run: Run, script: Script, mixtral_pack: Path) -> None:
+    script.say("x" * 999)
+    assert run("generate", mixtral_pack, "-p", "abcd", "--raw", "-c", "64").out == "x" * 60 + "\n"
+
+
+def test_a_seed_repeats_the_answer(run: Run, mixtral_pack: Path) -> None:
+    common = ("generate", mixtral_pack, "-p", "a", "-n", "12", "--temp", "1.5", "--top-k", "0")
+    first, again, other = (run(*common, "-s", seed).out for seed in ("1", "1", "2"))
+    assert first == again != other
+
+
+def test_temperature_0_needs_no_seed(run: Run, mixtral_pack: Path) -> None:
+    common = ("generate", mixtral_pack, "-p", "a", "-n", "12", "--temp", "0")
+    assert run(*common).out == run(*common).out
+
+
+def test_stop_strings_end_the_answer(run: Run, script: Script, mixtral_pack: Path) -> None:
+    script.say("one two three")
+    assert run("generate", mixtral_pack, "-p", "a", "-r", "three").out == "one two \n"
+    stops = ("-r", "never", "-r", "two", "--reverse-prompt", "three")
+    assert run("generate", mixtral_pack, "-p", "a", *stops).out == "one \n"
+
+
+@pytest.mark.parametrize("flag", ["--threads", "--ctx-size", "--group-size"])
+def test_every_flag_has_its_word(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli.main(["generate", "--help"])
+    assert left.value.code == 0
+    assert flag in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["chat", "generate", "bench", "quantize"])
+def test_every_command_has_help_with_an_example(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli.main([command, "--help"])
+    assert left.value.code == 0
+    assert f"example: offload {command} " in capsys.readouterr().out
+
+
+def test_ctrl_c_is_exit_code_130(run: Run, script: Script, mixtral_pack: Path) -> None:
+    def interrupt(step: int) -> None:
+        if step == 2:
+            raise KeyboardInterrupt
+
+    script.say("abcdef")
+    script.at = interrupt
+    done = run("generate", mixtral_pack, "-p", "a")
+    assert done.code == 130
+    assert done.out.strip() == "ab"
+    assert "Traceback" not in done.err
+
+
+def test_a_single_turn_chat_answers_and_leaves(
+    run: Run, script: Script, mixtral_pack: Path
+) -> None:
+    script.say(ANSWER)
+    done = run("chat", mixtral_pack, "--single-turn", "-p", "Why?", "--expert-slots", "25%")
+    assert done.code == 0
+    assert done.out.startswith(ANSWER + "\n")
+    assert done.err.startswith("6 of 24 experts resident")
+
+
+def test_a_piped_chat_answers_each_line(
+    run: Run, script: Script, mixtral_pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script.say("yes")
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
+    done = run("chat", mixtral_pack, "--no-show-timings")
+    assert (done.code, done.out) == (0, "yes\nyes\n\n")
+    assert script.prompt == "<user>one</user><assistant>yes</assistant><user>two</user><assistant>"
+
+
+# --- quantize ------------------------------------------------------------------------------------
+
+
+def test_quantize_makes_a_pack_that_answers_as_the_checkpoint(
+    run: Run, gpt_oss: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "new" / "pack"
+    done = run("quantize", gpt_oss, target, "--expert-bits", "8")
+    assert (done.code, done.out) == (0, f"{target}\n")
+    assert "quantising tiny-gpt-oss: done in" in done.err
+    pack = Pack(target)
+    assert pack.info.expert_bits == 8
+    pack.close()
+    answers = [
+        run("generate", *model, "-p", "a", "-n", "9", "--temp", "0").out
+        for model in ([target], [gpt_oss, "--expert-bits", "8"])
+    ]
+    assert answers[0] == answers[1]
+
+
+def test_quantizing_again_does_nothing(run: Run, mixtral: Path, tmp_path: Path) -> None:
+    run("quantize", mixtral, tmp_path / "pack")
+    done = run("quantize", mixtral, tmp_path / "pack")
+    assert (done.code, done.out, done.err) == (0, f"{tmp_path / 'pack'}\n", "")
+
+
+# --- bench ---------------------------------------------------------------------------------------
+
+BENCH = ("-p", "8", "-n", "4", "-r", "2", "-c", "64")
+COLUMNS = [
+    "model",
+    "size",
+    "params",
+    "backend",
+    "test",
+    "t/s",
+    "slots",
+    "resident %",
+    "hit %",
+    "MiB/token",
+    "link %",
+]
+
+
+def _table(out: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()]
+
+
+def test_bench_prints_a_table_with_llama_benchs_columns_and_ours(
+    run: Run, mixtral_pack: Path
+) -> None:
+    done = run("bench", mixtral_pack, *BENCH, "-pg", "6,2", "--expert-slots", "25%")
+    assert done.code == 0
+    header, rule, *rows = _table(done.out)
+    assert header == COLUMNS
+    assert all(re.fullmatch("-+:?", cell) for cell in rule)
+    assert [row[4] for row in rows] == ["pp8", "tg4", "pp6+tg2"]
+    for row in rows:
+        cells = dict(zip(COLUMNS, row, strict=True))
+        assert cells["backend"] == "CPU"
+        assert re.fullmatch(r"\d+\.\d\d ± \d+\.\d\d", cells["t/s"])
+        assert (cells["slots"], cells["resident %"]) == ("6", "25%")
+        assert re.fullmatch(r"\d+\.\d%", cells["hit %"])
+        assert re.fullmatch(r"\d+\.\d", cells["MiB/token"])
+        assert re.fullmatch(r"\d+%", cells["link %"])
+        assert re.fullmatch(r"\d+\.\d\d GiB", cells["size"])
+        assert re.fullmatch(r"\d+\.\d\d B", cells["params"])
+        assert "tiny-mixtral" in cells["model"]
+
+
+def test_bench_names_the_depth(run: Run, mixtral_pack: Path) -> None:
+    _, _, *rows = _table(run("bench", mixtral_pack, *BENCH, "-d", "16", "--no-warmup").out)
+    assert [row[4] for row in rows] == ["pp8 @ d16", "tg4 @ d16"]
+
+
+@pytest.mark.parametrize("text", ["--random", None])
+def test_bench_writes_llama_benchs_json_and_ours(
+    text: str | None, run: Run, mixtral_pack: Path
+) -> None:
+    done = run("bench", mixtral_pack, *BENCH, "-o", "json", *([text] if text else []))
+    prefill, decode = json.loads(done.out)
+    keys = [
+        "n_prompt",
+        "n_gen",
+        "n_depth",
+        "test_time",
+        "avg_ns",
+        "stddev_ns",
+        "avg_ts",
+        "stddev_ts",
+        "samples_ns",
+        "samples_ts",
+    ]
+    ours = [
+        "expert_slots",
+        "total_experts",
+        "hit_rate",
+        "mib_per_token",
+        "link_share",
+        "model",
+        "expert_bits",
+    ]
+    for result in (prefill, decode):
+        assert {*keys, *ours} <= result.keys()
+        assert [key for key in result if key in keys] == keys
+        assert len(result["samples_ns"]) == len(result["samples_ts"]) == 2
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", result["test_time"])
+        assert result["avg_ns"] == pytest.approx(sum(result["samples_ns"]) / 2, abs=1)
+        tokens = result["n_prompt"] + result["n_gen"]
+        rates = [tokens / ns * 1e9 for ns in result["samples_ns"]]
+        assert result["samples_ts"] == pytest.approx(rates)
+        assert result["avg_ts"] == pytest.approx(sum(rates) / 2)
+        assert result["text"] == ("random" if text else "real")
+        assert 0 <= result["hit_rate"] <= 1
+    assert (prefill["n_prompt"], prefill["n_gen"]) == (8, 0)
+    assert (decode["n_prompt"], decode["n_gen"]) == (0, 4)
+
+
+def test_bench_of_a_model_without_tokenizer_needs_random_tokens(
+    run: Run, mixtral_pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offload.loading._tokenizer", lambda *_: None)
+    done = run("bench", mixtral_pack, *BENCH)
+    assert done.code == 1
+    assert "pass --random" in done.err
+    assert run("bench", mixtral_pack, *BENCH, "--random").code == 0
+
+
+def test_bench_leaves_the_cache_in_order(mixtral_pack: Path) -> None:
+    from offload import load, stream_generate
+    from offload.bench import Test, run
+    from offload.handle import offload_of
+
+    model, tokenizer = load(mixtral_pack, device="cpu", expert_slots=3)
+
+    def tokens() -> list[int]:
+        return [step.token for step in stream_generate(model, None, [1, 2], max_new_tokens=6)]
+
+    expected = tokens()
+    results = list(run(model, tokenizer, [Test(8, 0), Test(0, 4)], repetitions=2))
+    assert [result.test.name for result in results] == ["pp8", "tg4"]
+    assert results[1].experts.tokens == 2 * 4
+    offload_of(model).engine.cache.check_integrity()
+    assert tokens() == expected
+    model.offload.close()
+
+
+def test_the_links_ceiling_does_not_depend_on_when_copies_are_waited_for(
+    mixtral_pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from offload import load
+    from offload.bench import measure_link
+
+    model, _ = load(mixtral_pack, device="cpu", expert_slots=1)
+    transfer = model.offload.engine.transfer
+
+    def late(ticket: object) -> None:
+        time.sleep(0.002)
+        type(transfer).wait(transfer, ticket)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transfer, "wait", late)
+        assert 0.001 < measure_link(model.offload.engine, copies=16) < 1000
+    model.offload.close()

@@ -1,0 +1,354 @@
+"""Opening packs: whole ones, and every kind of damaged one."""
+
+from __future__ import annotations
+
+import copy
+import json
+import multiprocessing
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from quant.errors import OffloadError, PackError
+from quant.pack import MANIFEST, Pack, PackInfo, PackLayer, is_pack
+from quant.record import view_record
+from tests.quant.packs import CONFIG, DENSE, make_info, record_of, write_pack
+
+EXPERTS = PackLayer.file_name(1)
+# What a message must offer: something to do.
+REMEDY = re.compile(r"delete|remove|load the model|name (another|a)|choose|free some|use ")
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole pack. Copy it before changing it."""
+    path = tmp_path_factory.mktemp("packs") / "good"
+    write_pack(path, make_info())
+    return path
+
+
+@pytest.fixture
+def pack(good: Path, tmp_path: Path) -> Path:
+    """A whole pack to be damaged."""
+    return Path(shutil.copytree(good, tmp_path / "pack"))
+
+
+def assert_refused(path: Path, name: str | None = None) -> str:
+    """Opening fails with our error, which names the file (or the pack) and says what to do."""
+    with pytest.raises(PackError) as caught:
+        Pack(path)
+    message = str(caught.value)
+    assert str(path if name is None else path / name) in message
+    assert REMEDY.search(message), f"no remedy: {message}"
+    return message
+
+
+def flip(file: Path, at: int, bit: int = 0) -> None:
+    data = bytearray(file.read_bytes())
+    data[at] ^= 1 << bit
+    file.write_bytes(data)
+
+
+def every_record_is_good(pack: Pack, info: PackInfo) -> bool:
+    for layer in range(len(info.layers)):
+        for expert in range(info.layers[layer].num_experts):
+            pack.check_record(layer, expert)
+            if not torch.equal(pack.record(layer, expert), record_of(info, layer, expert)):
+                return False
+    return True
+
+
+# --- whole packs ---
+
+
+def test_what_was_written_is_what_is_read(good: Path) -> None:
+    info = make_info()
+    opened = Pack(good)
+    assert opened.info == info
+    assert every_record_is_good(opened, info)
+
+
+def test_pack_knows_its_size(good: Path) -> None:
+    opened = Pack(good)
+    files = [file for file in good.iterdir() if file.name != MANIFEST]
+    assert opened.total_bytes == sum(file.stat().st_size for file in files)
+    info = opened.info
+    assert info.total_experts == 4 + 5 + 4
+    assert opened.parameters == (4 + 4) * 8 * 16 + 5 * 8 * 32 + 8
+    assert info.slot_bytes == max(layout.record_bytes for layout in info.layouts)
+
+
+def test_info_survives_the_manifest() -> None:
+    info = make_info()
+    assert PackInfo.from_json(json.loads(json.dumps(info.to_json()))) == info
+
+
+def test_records_are_views_whose_parts_are_aligned(good: Path) -> None:
+    opened = Pack(good)
+    for layer in range(3):
+        record = opened.record(layer, 1)
+        assert record.data_ptr() % 256 == 0
+        assert view_record(record, opened.info.layout_of(layer))
+
+
+def test_first_record_of_a_layer_starts_on_a_page(good: Path) -> None:
+    opened = Pack(good)
+    assert all(opened.record(layer, 0).data_ptr() % 4096 == 0 for layer in range(3))
+
+
+def test_closing_twice_is_harmless(pack: Path) -> None:
+    opened = Pack(pack)
+    opened.close()
+    opened.close()
+    assert every_record_is_good(Pack(pack), make_info())
+
+
+def read_a_view_after_close(path: Path) -> None:
+    opened = Pack(path)
+    record = opened.record(0, 0)
+    opened.close()
+    assert torch.equal(record, record_of(make_info(), 0, 0))
+
+
+def test_view_that_outlives_its_pack_keeps_its_bytes(good: Path) -> None:
+    """In a process of its own: reading what was unmapped ends it."""
+    fork = multiprocessing.get_context("fork")
+    process = fork.Process(target=read_a_view_after_close, args=(good,))
+    process.start()
+    process.join(30)
+    assert process.exitcode == 0, f"ended by signal {-(process.exitcode or 0)}"
+
+
+def test_safetensors_itself_opens_every_file(good: Path) -> None:
+    info = make_info()
+    for index, layer in enumerate(info.layers):
+        with safe_open(good / PackLayer.file_name(index), "pt") as file:
+            assert set(file.keys()) == {"records", "crc32"}
+            stored = file.get_tensor("records")
+            assert stored.shape == (layer.num_experts, info.layout_of(index).record_bytes)
+            assert stored.dtype == torch.uint8
+            assert torch.equal(stored[2], record_of(info, index, 2))
+            assert file.get_tensor("crc32").shape == (layer.num_experts,)
+            assert file.get_tensor("crc32").dtype == torch.int64
+    with safe_open(good / DENSE, "pt") as file:
+        assert torch.equal(file.get_tensor("embed.weight"), torch.arange(6.0).view(2, 3))
+        assert torch.equal(file.get_tensor("norm.weight"), torch.tensor([6.0, 7.0]))
+
+
+def test_other_files_in_the_folder_do_no_harm(pack: Path) -> None:
+    (pack / ".DS_Store").write_bytes(b"x")
+    assert every_record_is_good(Pack(pack), make_info())
+
+
+def test_moved_pack_is_the_same_pack(pack: Path) -> None:
+    assert Pack(pack.rename(pack.with_name("elsewhere"))).info == make_info()
+
+
+# --- the manifest ---
+
+
+def test_folder_without_a_manifest_is_not_a_pack(pack: Path) -> None:
+    (pack / MANIFEST).unlink()
+    assert not is_pack(pack)
+    assert MANIFEST in assert_refused(pack)
+
+
+def test_missing_folder_is_not_a_pack(tmp_path: Path) -> None:
+    assert not is_pack(tmp_path / "nowhere")
+    assert_refused(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"{", b"nonsense", b'{"format": "moe-off', b"\xff\xfe\x00", b"[" * 100_000],
+    ids=["empty", "open", "nonsense", "cut", "not text", "deep"],
+)
+def test_manifest_that_is_not_json_is_refused(pack: Path, text: bytes) -> None:
+    (pack / MANIFEST).write_bytes(text)
+    assert MANIFEST in assert_refused(pack)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "3", '"pack"', "{}", '{"format": "gguf"}'])
+def test_json_that_is_not_a_manifest_is_refused(pack: Path, text: str) -> None:
+    (pack / MANIFEST).write_text(text)
+    assert_refused(pack, MANIFEST)
+
+
+def change_manifest(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    manifest = json.loads((path / MANIFEST).read_text())
+    change(manifest)
+    (path / MANIFEST).write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("version", [0, 2, None, "1"])
+def test_pack_of_another_version_is_refused(pack: Path, version: object) -> None:
+    change_manifest(pack, lambda manifest: manifest.update(version=version))
+    message = assert_refused(pack)
+    assert str(version) in message
+    assert "version 1" in message
+
+
+@pytest.mark.parametrize(
+    "key", ["source", "expert_bits", "group_size", "layouts", "layers", "files", "dense_parameters"]
+)
+def test_manifest_without_a_part_is_refused(pack: Path, key: str) -> None:
+    change_manifest(pack, lambda manifest: manifest.pop(key))
+    assert key in assert_refused(pack, MANIFEST)
+
+
+def test_manifest_without_layers_is_refused(pack: Path) -> None:
+    change_manifest(pack, lambda manifest: manifest.update(layers=[]))
+    assert_refused(pack, MANIFEST)
+
+
+def test_manifest_that_forgets_an_expert_file_is_refused(pack: Path) -> None:
+    change_manifest(pack, lambda manifest: manifest["files"].pop(EXPERTS))
+    assert_refused(pack, MANIFEST)
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/hostname", "sub/x", "..", ".", "", "x/"])
+def test_manifest_that_names_a_file_outside_is_refused(pack: Path, name: str) -> None:
+    (pack.parent / "x").write_bytes(b"x")
+    entry = {"bytes": 1, "sha256": "0" * 64}
+    change_manifest(pack, lambda manifest: manifest["files"].update({name: entry}))
+    assert_refused(pack)
+
+
+def test_layer_whose_layout_does_not_exist_is_refused(pack: Path) -> None:
+    change_manifest(pack, lambda manifest: manifest["layers"][1].update(layout=7))
+    assert_refused(pack, MANIFEST)
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The paths of everything in `value` that holds nothing."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from leaves(inner, (*path, key))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from leaves(inner, (*path, index))
+    else:
+        yield path
+
+
+def test_no_value_in_a_manifest_makes_another_error_than_ours(pack: Path) -> None:
+    original = json.loads((pack / MANIFEST).read_text())
+    escaped = []
+    for where in leaves(original):
+        for junk in (None, "x", -1, 10**9, 1.5, [], {}):
+            manifest = copy.deepcopy(original)
+            inner = manifest
+            for key in where[:-1]:
+                inner = inner[key]
+            inner[where[-1]] = junk
+            (pack / MANIFEST).write_text(json.dumps(manifest))
+            try:
+                Pack(pack).close()
+            except OffloadError:
+                pass
+            except Exception as error:
+                escaped.append(f"{'.'.join(map(str, where))} = {junk!r}: {error!r}")
+    assert not escaped
+
+
+def test_flipped_bit_anywhere_in_the_manifest_is_found(pack: Path) -> None:
+    """No other file vouches for the manifest, and its offsets say where scales are."""
+    file = pack / MANIFEST
+    good = file.read_bytes()
+    missed = []
+    for at in range(0, len(good), 5):
+        flip(file, at)
+        try:
+            Pack(pack).close()
+            missed.append(good[max(0, at - 20) : at + 1])
+        except OffloadError:
+            pass
+        except Exception as error:
+            missed.append(repr(error).encode())
+        file.write_bytes(good)
+    assert not missed, f"{len(missed)} of {len(good) // 5} flips were not found"
+
+
+# --- the other files ---
+
+
+@pytest.mark.parametrize("name", [EXPERTS, DENSE, CONFIG])
+def test_missing_file_is_refused(pack: Path, name: str) -> None:
+    (pack / name).unlink()
+    assert "missing" in assert_refused(pack, name)
+
+
+@pytest.mark.parametrize("name", [EXPERTS, DENSE, CONFIG])
+@pytest.mark.parametrize("keep", [0, 0.5, -1])
+def test_truncated_file_is_refused(pack: Path, name: str, keep: float) -> None:
+    data = (pack / name).read_bytes()
+    (pack / name).write_bytes(data[: int(len(data) * keep) if keep >= 0 else -1])
+    assert_refused(pack, name)
+
+
+@pytest.mark.parametrize("name", [EXPERTS, DENSE, CONFIG])
+def test_file_with_extra_bytes_is_refused(pack: Path, name: str) -> None:
+    with (pack / name).open("ab") as file:
+        file.write(b"\0")
+    assert_refused(pack, name)
+
+
+@pytest.mark.parametrize("name", [EXPERTS, DENSE, CONFIG])
+def test_folder_in_place_of_a_file_is_refused(pack: Path, name: str) -> None:
+    (pack / name).unlink()
+    (pack / name).mkdir()
+    assert_refused(pack, name)
+
+
+@pytest.mark.parametrize("name", [DENSE, CONFIG])
+@pytest.mark.parametrize("at", [0, 9, -1])
+def test_flipped_bit_beside_the_experts_is_found_at_open(pack: Path, name: str, at: int) -> None:
+    flip(pack / name, at)
+    assert "checksum" in assert_refused(pack, name)
+
+
+@pytest.mark.parametrize("bit", [0, 7])
+def test_flipped_bit_in_a_record_is_found_when_it_is_checked(pack: Path, bit: int) -> None:
+    size = make_info().layout_of(1).record_bytes
+    flip(pack / EXPERTS, 4096 + 2 * size + 100, bit)
+    opened = Pack(pack)
+    for expert in (0, 1, 3, 4):
+        opened.check_record(1, expert)
+    with pytest.raises(PackError, match="expert 2") as caught:
+        opened.check_record(1, 2)
+    assert str(pack / EXPERTS) in str(caught.value)
+    assert REMEDY.search(str(caught.value))
+
+
+def test_flipped_bit_in_a_stored_checksum_is_found_when_it_is_used(pack: Path) -> None:
+    flip(pack / EXPERTS, -8)
+    with pytest.raises(PackError, match=EXPERTS):
+        Pack(pack).check_record(1, 4)
+
+
+def test_flipped_bit_in_an_expert_files_header_is_found_or_changes_nothing(pack: Path) -> None:
+    file = pack / EXPERTS
+    good = file.read_bytes()
+    header = good[: good.index(b"  ")]
+    for at in range(len(header)):
+        flip(file, at, bit=at % 8)
+        problem = None
+        try:
+            assert every_record_is_good(Pack(pack), make_info())
+        except PackError as error:
+            problem = str(error)
+        if problem is not None:
+            assert str(file) in problem
+            assert REMEDY.search(problem)
+        file.write_bytes(good)
+
+
+def test_expert_file_of_another_layer_is_refused(pack: Path) -> None:
+    shutil.copy(pack / PackLayer.file_name(0), pack / EXPERTS)
+    assert_refused(pack, EXPERTS)
