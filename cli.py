@@ -258,6 +258,10 @@ def _load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, float]:
     """The model, its tokenizer, and the seconds it took."""
     begin = time.perf_counter()
+    if "temp" in arguments:
+        _sampling(arguments, None)  # a wrong value is told before the model is loaded
+        if arguments.n_predict == 0:
+            raise OffloadError("--n-predict is 0: give at least 1, or -1 for no limit")
     from offload.loading import load, set_threads
 
     if arguments.threads:
@@ -286,11 +290,11 @@ def _load(
     return model, tokenizer, time.perf_counter() - begin
 
 
-def _sampling(arguments: argparse.Namespace, model: PreTrainedModel) -> Sampling:
+def _sampling(arguments: argparse.Namespace, model: PreTrainedModel | None) -> Sampling:
     from offload.sampling import Sampling, resolve_sampling
 
     return resolve_sampling(
-        model.generation_config,
+        None if model is None else model.generation_config,
         temperature=arguments.temp,
         top_k=arguments.top_k,
         top_p=arguments.top_p,
@@ -316,7 +320,10 @@ def _prompt(arguments: argparse.Namespace) -> str | None:
 def _generate(arguments: argparse.Namespace) -> int:
     prompt = _prompt(arguments)
     if prompt is None and not sys.stdin.isatty():
-        prompt = sys.stdin.read()
+        try:
+            prompt = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise OffloadError(f"the piped prompt is not UTF-8 text: {error}") from None
     if not prompt:
         raise OffloadError("there is no prompt: give one with -p, -f or a pipe")
     model, tokenizer, load_seconds = _load(arguments)

@@ -1,11 +1,11 @@
 """Whether looking ahead pays.
 
-Knows: the seconds guessing cost and the seconds copies took, as told. Does not know: clocks, routers,
-slots; what a guess loads is decided by `cache.cache`.
+Knows: the seconds guessing cost and the seconds copies took, as told. Does not know: clocks,
+routers, slots; what a guess loads is decided by `cache.cache`.
 
-A right guess spares at most the wait for one copy. Where copies are quicker than guesses (RAM to RAM
-on a CPU) it cannot pay, where they are slow (a bus, a disk) it does: so it is measured, over windows of
-steps.
+A right guess spares at most the wait for one copy. Where copies are quicker than guesses (RAM to
+RAM on a CPU) it cannot pay, where they are slow (a bus, a disk) it does: so it is measured, over
+windows of steps.
 """
 
 from __future__ import annotations

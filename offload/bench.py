@@ -140,6 +140,12 @@ def run(
         ids = random_tokens(model.config.get_text_config().vocab_size, longest)
     else:
         ids = real_text(tokenizer, longest)
+    return _run(model, tests, ids, repetitions, warmup)
+
+
+def _run(
+    model: PreTrainedModel, tests: list[Test], ids: list[int], repetitions: int, warmup: bool
+) -> Iterator[Result]:
     ceiling = measure_link(offload_of(model).engine)
     for test in tests:
         if warmup:
@@ -185,13 +191,16 @@ def measure_link(engine: Engine, copies: int = 64) -> float:
     transfer, layer = engine.transfer, engine.layers[0]
     held = engine.cache.table.key_in(0)
     experts = [i % layer.num_experts for i in range(layer.num_experts + copies)]
-    tickets = [transfer.start(layer.index, expert, 0, urgent=True) for expert in experts]
-    for ticket in tickets[: layer.num_experts]:  # the first touch reads the disk and checks sums
-        transfer.wait(ticket)
-    busy = transfer.busy_seconds
-    for ticket in tickets[layer.num_experts :]:
-        transfer.wait(ticket)
-    seconds = transfer.busy_seconds - busy
+
+    def copy(chosen: list[int]) -> float:
+        tickets = [transfer.start(layer.index, expert, 0, urgent=True) for expert in chosen]
+        for ticket in tickets:
+            transfer.wait(ticket)
+        _sync(transfer.device)
+        return transfer.busy_seconds
+
+    before = copy(experts[: layer.num_experts])  # the first touch reads the disk and checks sums
+    seconds = copy(experts[layer.num_experts :]) - before
     if held is not None:
         transfer.wait(transfer.start(*held, 0, urgent=True))
     return copies * engine.record_bytes(layer.index) / 1e9 / seconds

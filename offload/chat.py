@@ -126,11 +126,16 @@ class Chat:
         self.write("The conversation is forgotten.\n")
 
     def _do_regen(self, _: str) -> None:
-        if self.messages and self.messages[-1]["role"] == "assistant":
-            self.messages.pop()
         if not self.messages:
             raise ChatError("nothing was said yet: there is no answer to make again")
-        self._answer()
+        before = list(self.messages)
+        if self.messages[-1]["role"] == "assistant":
+            self.messages.pop()
+        try:
+            self._answer()
+        except OffloadError:
+            self.messages = before
+            raise
 
     def _do_read(self, rest: str) -> None:
         try:
@@ -146,10 +151,13 @@ class Chat:
             "parameters": {name: getattr(self.sampling, name) for name in PARAMETERS},
             "messages": self.messages,
         }
-        file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(".part")
-        part.write_text(json.dumps(data, indent=1, ensure_ascii=False), encoding="utf-8")
-        part.replace(file)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(json.dumps(data, indent=1, ensure_ascii=False), encoding="utf-8")
+            part.replace(file)
+        except OSError as error:
+            raise ChatError(f"cannot write {file}: {error.strerror}") from None
         self.write(f"Saved as {file}\n")
 
     def _do_load(self, rest: str) -> None:
@@ -160,9 +168,8 @@ class Chat:
                 {"role": str(m["role"]), "content": str(m["content"])} for m in data["messages"]
             ]
             given: dict[str, Any] = {
-                name: kind(data["parameters"][name])
+                name: None if data["parameters"][name] is None else kind(data["parameters"][name])
                 for name, kind in PARAMETERS.items()
-                if data["parameters"].get(name) is not None
             }
             sampling = replace(self.sampling, **given)
             self.system = str(data["system"])
@@ -192,7 +199,8 @@ class Chat:
         elif name in ("verbose", "quiet"):
             self.verbose = self.timings = name == "verbose"
         elif name == "num_predict":
-            self.max_new_tokens = _number(name, value, int) or None
+            count = _number(name, value, int)
+            self.max_new_tokens = count if count > 0 else None
         elif name in PARAMETERS:
             self.sampling = replace(self.sampling, **{name: _number(name, value, PARAMETERS[name])})
         else:
@@ -233,26 +241,26 @@ def _number(name: str, value: str, kind: type[int] | type[float]) -> Any:
         raise ChatError(f"{name} must be a number, not {value!r}") from None
 
 
-def read_message(read: Callable[[str], str]) -> str:
-    """One message from `read(prompt)`; three quotes begin and end one of several lines."""
+def read_message(read: Callable[[str], str]) -> tuple[str, bool]:
+    """One message from `read(prompt)`, and whether three quotes began and ended it."""
     line = read(">>> ")
     if not line.startswith('"""'):
-        return line
+        return line, False
     lines = [line[3:]]
     while not lines[-1].rstrip().endswith('"""'):
         lines.append(read("... "))
     lines[-1] = lines[-1].rstrip()[:-3]
-    return "\n".join(lines).strip("\n")
+    return "\n".join(lines).strip("\n"), True
 
 
 def converse(chat: Chat, read: Callable[[str], str]) -> None:
     """Read and answer until `/bye` or the end of the input (`EOFError`)."""
     while True:
         try:
-            text = read_message(read)
+            text, quoted = read_message(read)
             if not text.strip():
                 continue
-            if text.startswith("/"):
+            if text.startswith("/") and not quoted:
                 if not chat.command(text.strip()):
                     return
             else:

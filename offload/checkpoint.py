@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
@@ -131,11 +132,14 @@ class Checkpoint:
         self._state = model.state_dict()
         self._parameters: dict[str, _Parameter] = {}
         self.dense_names: list[str] = []
+        self._found: set[str] = set()  # parameters that are not experts
+        self._splits = False  # one tensor of the checkpoint is several parameters of the model
         self._whole: tuple[str, Tensor] | None = None  # a parameter that cannot be made per expert
         wanted = {name for module in experts for name in module.parameters}
         self._match(wanted)
         for name in wanted:
             self._check_complete(name)
+        self._check_dense_complete(wanted)
 
     def _match(self, wanted: set[str]) -> None:
         """Follow transformers.core_model_loading.convert_and_load_state_dict_in_model."""
@@ -156,6 +160,11 @@ class Checkpoint:
                 parameter.sources[pattern or name].append(name)
             elif target in self._state:
                 self.dense_names.append(name)
+                if pattern is None:
+                    self._check_shape(name, target)
+                elif len(of_pattern[pattern].target_patterns) > 1:
+                    self._splits = True
+                self._found.add(target)
 
     def _check_complete(self, name: str) -> None:
         parameter = self._parameters.get(name)
@@ -172,6 +181,26 @@ class Checkpoint:
                     f"the checkpoint has {len(sources)} tensors {pattern!r} for the {experts} "
                     f"experts of "
                     f"{name}: it is incomplete, fetch it again"
+                )
+
+    def _check_shape(self, name: str, target: str) -> None:
+        found, wanted = self._source.shape(name), tuple(self._state[target].shape)
+        if found != wanted:
+            raise CheckpointError(
+                f"{name} has shape {found} where the model's config asks for {wanted}: config.json "
+                "and weights do not match"
+            )
+
+    def _check_dense_complete(self, experts: set[str]) -> None:
+        """Raise `CheckpointError` when a parameter would be left without a value."""
+        if self._splits:
+            return  # only the conversion knows all targets: checked when they are loaded
+        optional = self._model._keys_to_ignore_on_load_missing or []
+        tied = self._model.all_tied_weights_keys
+        for name in self._state.keys() - experts - self._found - tied.keys():
+            if not any(re.search(pattern, name) for pattern in optional):
+                raise CheckpointError(
+                    f"the checkpoint has no tensor for {name}: it is incomplete, fetch it again"
                 )
 
     def dense(self) -> Iterator[tuple[str, Tensor]]:

@@ -55,7 +55,8 @@ NOTE = (
 # Text of several kinds, so that the centroids are of several kinds too.
 CALIBRATION = (
     "The capital of France is Paris, which lies on the river Seine. Rome is the capital of Italy.",
-    "def fibonacci(n):\n    a, b = 0, 1\n    for _ in range(n):\n        a, b = b, a + b\n    return a\n",
+    "def fibonacci(n):\n    a, b = 0, 1\n    for _ in range(n):\n        a, b = b, a + b\n"
+    "    return a\n",
     "What is 17 times 23? 17 * 20 = 340 and 17 * 3 = 51, so the answer is 391.",
     "Once upon a time, by the sea, lived an old fisherman who never spoke of the storm.",
     "SELECT name, COUNT(*) FROM orders WHERE total > 100 GROUP BY name ORDER BY 2 DESC LIMIT 10;",

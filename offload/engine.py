@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from cache.cache import ExpertCache
 from cache.lookahead import LookaheadBalance
 from cache.plan import Use
+from offload.errors import GenerationError
 from offload.stats import Stats
 from offload.transfer import Ticket, Transfer
 from quant.matmul import matmul
@@ -115,7 +116,8 @@ class Engine:
         self, layer: Layer, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> Tensor:
         """The experts' part of one layer: hidden [T, H], index and weights [T, k] -> [T, H]."""
-        assert not self.closed, "the model was closed"
+        if self.closed:
+            raise GenerationError("the model was closed: load it again")
         if layer.index == 0:
             self.tokens += hidden.shape[0]
         chosen = top_k_index.tolist()  # sync: the plan is made on the host

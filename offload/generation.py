@@ -116,6 +116,9 @@ def stream_generate(
     if offload_of(model).engine.closed:
         raise GenerationError("the model was closed: load it again")
     ids = encode_prompt(tokenizer, prompt)
+    vocabulary = model.config.get_text_config().vocab_size
+    if min(ids) < 0 or max(ids) >= vocabulary:
+        raise GenerationError(f"the prompt has a token outside the model's {vocabulary}")
     context = offload_of(model).options.context
     if len(ids) >= context:
         raise GenerationError(

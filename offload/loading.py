@@ -7,6 +7,7 @@ details of any of it.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from offload.budget import (
 )
 from offload.cuda_transfer import CudaTransfer
 from offload.engine import Engine
-from offload.errors import CheckpointError, SourceError, UnsupportedModelError
+from offload.errors import BudgetError, CheckpointError, SourceError, UnsupportedModelError
 from offload.handle import Offload, Options
 from offload.home import offload_home
 from offload.make_pack import PackSource, Recipe, fingerprint, make_pack
@@ -45,7 +46,7 @@ from offload.skeleton import (
     without_experts,
 )
 from offload.transfer import HostTransfer, Transfer
-from quant.pack import Pack, is_pack
+from quant.pack import Pack, PackInfo, is_pack
 
 
 def load(
@@ -75,7 +76,8 @@ def load(
     - `expert_bits` 4, 8 or 16 (as stored), `group_size` weights share a scale; `dense_bits` 16.
     - `expert_slots`: experts resident on the compute device, over all layers, a number or a share
       like "25%"; None: as many as `vram` (GPU) or `ram` (CPU), bytes or "20GiB", allow.
-    - `lookahead`: load what the next layer's router will probably want; None: while measured to pay.
+    - `lookahead`: load what the next layer's router will probably want; None: while measured to
+      pay.
     - `context`: tokens the KV cache is budgeted for, and the most a conversation may have.
     - `dtype`: of the computation; None: as the checkpoint's config says.
 
@@ -88,6 +90,24 @@ def load(
         raise UnsupportedModelError(
             f"there is no policy {policy!r}: choose {' or '.join(POLICIES)}"
         )
+    place = find_device(device)
+    ram_bytes = parse_bytes(ram)
+    available = available_bytes(place, parse_bytes(vram), ram_bytes)
+
+    def plan(info: PackInfo, config: PreTrainedConfig) -> Options:
+        """Everything resolved to numbers, before anything is made or allocated."""
+        compute = dtype or _config_dtype(config)
+        budget = Budget(
+            available,
+            dense=info.dense_parameters * compute.itemsize,
+            kv_cache=kv_cache_bytes(config, context, compute),
+            workspace=WORKSPACE_BYTES,
+            slot=info.slot_bytes,
+            total_experts=info.total_experts,
+        )
+        slots = budget.slots(parse_slots(expert_slots, info.total_experts))
+        return Options(place, compute, slots, policy, lookahead, context)
+
     path = find_or_make_pack(
         str(source),
         recipe,
@@ -95,35 +115,38 @@ def load(
         revision=revision,
         local_files_only=local_files_only,
         trust_remote_code=trust_remote_code,
+        check=plan,
     )
     pack = Pack(path)
     try:
         config = sources.read_config(str(source), path, trust_remote_code=trust_remote_code)
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        compute = dtype or _config_dtype(config)
-        budget = Budget(
-            available_bytes(place, parse_bytes(vram), parse_bytes(ram)),
-            dense=pack.info.dense_parameters * compute.itemsize,
-            kv_cache=kv_cache_bytes(config, context, compute),
-            workspace=WORKSPACE_BYTES,
-            slot=pack.info.slot_bytes,
-            total_experts=pack.info.total_experts,
-        )
-        options = Options(
-            place,
-            compute,
-            budget.slots(parse_slots(expert_slots, pack.info.total_experts)),
-            policy,
-            lookahead,
-            context,
-        )
+        options = plan(pack.info, config)
+        tokenizer = _tokenizer(path, trust_remote_code)
         cls = model_class(config, str(path), trust_remote_code)
         model = _load_dense(path, own_config(config, cls), cls, options)
-        _connect(model, pack, options, parse_bytes(ram))
+        _connect(model, pack, options, ram_bytes)
     except BaseException:
         pack.close()
         raise
-    return model, _tokenizer(path, trust_remote_code)
+    return model, tokenizer
+
+
+def find_device(name: str | torch.device | None) -> torch.device:
+    """The compute device called `name`; None: a GPU if there is one. Raises `BudgetError`."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise BudgetError(
+            f"there is no device {name!r}: name cpu, cuda, or one like cuda:1"
+        ) from None
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type not in ("cpu", "cuda") or (
+        device.type == "cuda" and (device.index or 0) >= gpus
+    ):
+        raise BudgetError(
+            f"there is no device {str(name)!r} here: torch sees the CPU and {gpus} CUDA GPUs"
+        )
+    return device
 
 
 def set_threads(count: int) -> None:
@@ -140,9 +163,12 @@ def find_or_make_pack(
     revision: str | None = None,
     local_files_only: bool = False,
     trust_remote_code: bool = False,
+    check: Callable[[PackInfo, PreTrainedConfig], object] | None = None,
 ) -> Path:
-    """The folder of the pack for `source`, made if need be, at `destination` or under
-    `pack_dir`."""
+    """The folder of the pack for `source`, made if need be, at `destination` or under `pack_dir`.
+
+    `check` is called, and may raise, when all about the pack is known and before it is made.
+    """
     if source == sources.DEMO:
         found = sources.Source(sources.DEMO, demo.checkpoint(), is_pack=False)
     else:
@@ -153,6 +179,8 @@ def find_or_make_pack(
             trust_remote_code=trust_remote_code,
         )
     if found.is_pack:
+        if destination is not None:
+            raise SourceError(f"{source} is a pack already: name the checkpoint it was made from")
         return found.folder
     config = sources.read_config(found.name, found.folder, trust_remote_code=trust_remote_code)
     cls = model_class(config, str(found.folder), trust_remote_code)
@@ -163,7 +191,12 @@ def find_or_make_pack(
     if destination is None and is_pack(path):
         return path
     sources.fetch_weights(found, local_files_only=local_files_only)
-    make_pack(path, PackSource(found.name, mark, found.folder), model, experts, recipe)
+
+    def check_pack(info: PackInfo) -> None:
+        if check is not None:
+            check(info, config)
+
+    make_pack(path, PackSource(found.name, mark, found.folder), model, experts, recipe, check_pack)
     return path
 
 
@@ -241,6 +274,13 @@ def _tokenizer(path: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase |
         for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
     ):
         return None
-    return AutoTokenizer.from_pretrained(
-        path, trust_remote_code=trust_remote_code, local_files_only=True
-    )
+    try:
+        return AutoTokenizer.from_pretrained(
+            path, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except Exception as error:  # whatever a tokenizer class raises on what is in its files
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"the tokenizer in {path} cannot be used ({reason}): fetch it again, or pass "
+            "--trust-remote-code if it brings code that you trust"
+        ) from None

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -112,6 +112,7 @@ def make_pack(
     model: PreTrainedModel,
     experts: list[ExpertsModule],
     recipe: Recipe,
+    check: Callable[[PackInfo], object],
 ) -> None:
     """Write the pack `path` from `source`; `model` is on meta with its experts.
 
@@ -120,6 +121,7 @@ def make_pack(
     """
     checkpoint = Checkpoint(SafetensorsSource(source.folder), model, experts)
     info = describe(source, checkpoint, experts, recipe)
+    check(info)
     with PackWriter(path, info) as writer:
         if writer.done:
             return
@@ -206,13 +208,14 @@ def _check_space(path: Path, needed: int) -> None:
 def fingerprint(folder: Path) -> str:
     """A digest of a checkpoint that changes when its weights do, without reading all of them.
 
-    Covers config.json, each weight file's size and header, and 64 samples of 4 KiB spread over it.
+    Covers config.json, each weight file's size, time of change and header, and 64 samples of 4 KiB
+    spread over it.
     """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for name in SafetensorsSource(folder).files:
         file = folder / name
-        size = file.stat().st_size
-        digest.update(f"{name} {size}".encode())
+        size, changed = file.stat().st_size, file.stat().st_mtime_ns
+        digest.update(f"{name} {size} {changed}".encode())
         with file.open("rb") as handle:
             header = int.from_bytes(handle.read(8), "little")
             digest.update(handle.read(header))

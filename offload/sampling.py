@@ -94,16 +94,16 @@ class Sampler:
     def __init__(self, sampling: Sampling, device: torch.device) -> None:
         processors = LogitsProcessorList()
         if sampling.repetition_penalty != 1.0:
-            processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+            processors.append(RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty)))
         self._greedy = sampling.temperature == 0
         if not self._greedy:
-            processors.append(TemperatureLogitsWarper(sampling.temperature))
+            processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
             if sampling.top_k:
                 processors.append(TopKLogitsWarper(sampling.top_k))
             if sampling.top_p < 1:
-                processors.append(TopPLogitsWarper(sampling.top_p))
+                processors.append(TopPLogitsWarper(float(sampling.top_p)))
             if sampling.min_p:
-                processors.append(MinPLogitsWarper(sampling.min_p))
+                processors.append(MinPLogitsWarper(float(sampling.min_p)))
         self._processors = processors
         self._generator = torch.Generator(device)
         if sampling.seed is None:

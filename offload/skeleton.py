@@ -70,7 +70,8 @@ def model_class(
     config: PreTrainedConfig, source: str, trust_remote_code: bool
 ) -> type[PreTrainedModel]:
     """The class that generates text from a checkpoint with this config."""
-    reference = getattr(config, "auto_map", {}).get("AutoModelForCausalLM")
+    given = getattr(config, "auto_map", None)
+    reference = given.get("AutoModelForCausalLM") if isinstance(given, dict) else None
     if reference and trust_remote_code:
         remote: type[PreTrainedModel] = get_class_from_dynamic_module(reference, source)
         return remote

@@ -91,6 +91,13 @@ def _snapshot(name: str, revision: str | None, local_files_only: bool, patterns:
     return Path(folder)
 
 
+def _remote_code(config: dict[str, Any]) -> str | None:
+    """Where the code of a config class is, when it comes with the checkpoint."""
+    given = config.get("auto_map")
+    reference = given.get("AutoConfig") if isinstance(given, dict) else None
+    return reference if isinstance(reference, str) else None
+
+
 def read_config(source: str, folder: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
     """The config of a checkpoint or pack. Raises `SourceError` or `CheckpointError`."""
     file = folder / "config.json"
@@ -100,7 +107,7 @@ def read_config(source: str, folder: Path, *, trust_remote_code: bool) -> PreTra
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file} cannot be read ({error!r}): fetch it again") from None
     if kind not in CONFIG_MAPPING:
-        remote = raw.get("auto_map", {}).get("AutoConfig")
+        remote = _remote_code(raw)
         if not remote:
             raise SourceError(f"{source}: transformers does not know {kind!r}: a newer one may")
         if not trust_remote_code:
@@ -110,7 +117,8 @@ def read_config(source: str, folder: Path, *, trust_remote_code: bool) -> PreTra
                 "then pass --trust-remote-code (trust_remote_code=True) if you trust it"
             )
     if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "an unknown method")
+        given = raw["quantization_config"]
+        method = given.get("quant_method") if isinstance(given, dict) else given
         raise SourceError(
             f"{source} is already quantised ({method}), which is not read yet: use the checkpoint "
             f"in "

@@ -39,7 +39,8 @@ class TextStream:
             return ""
         text = self._decode(self._context, len(self._ids))
         shown = self._decode(self._context, self._shown)
-        rest, self._held = self._held + text[len(shown) :].rstrip(INCOMPLETE), ""
+        rest = self._emit(text[len(shown) :].rstrip(INCOMPLETE))
+        rest, self._held = rest + self._held, ""
         self._shown = len(self._ids)
         return rest
 

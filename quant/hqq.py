@@ -18,8 +18,7 @@ with warnings.catch_warnings():
     from hqq.core.quantize import Quantizer
 
 # hqq's solver touches the whole matrix twenty times, so blocks that stay in cache are ten times
-# faster. Early stopping is decided per block: the size is part of the result and must not follow the
-# machine.
+# faster. It stops early block by block: the size is part of the result, not for tuning by machine.
 BLOCK_WEIGHTS = 65536
 
 

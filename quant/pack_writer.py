@@ -85,6 +85,10 @@ class PackWriter:
             self._partial.rename(self.path)
             self.done = self._is_made(self.path)
             return
+        if self.path.exists():
+            raise PackError(
+                f"{self.path} exists and is not a pack: remove it or name another place"
+            )
         settings = json.dumps(self.info.to_json(), sort_keys=True)
         file = self._partial / SETTINGS
         if not file.is_file() or file.read_text(encoding="utf-8") != settings:
@@ -158,10 +162,6 @@ class PackWriter:
             manifest = {**self.info.to_json(), "files": files}
             _write_whole(self._partial / MANIFEST, [json.dumps(manifest, indent=1).encode()])
             (self._partial / SETTINGS).unlink()
-            if self.path.exists():
-                raise PackError(
-                    f"{self.path} exists and is not a pack: remove it or name another place"
-                )
             self._partial.rename(self.path)
             _sync(self.path.parent)
         self.done = True

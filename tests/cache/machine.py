@@ -218,6 +218,7 @@ class Machine:
         assert total.hits + total.misses == total.requests
         assert total.lookahead_loads == self.lookahead_loads
         assert total.loads == total.misses + total.lookahead_loads
+        assert total.lookahead_loads_right <= min(total.lookahead_loads, total.lookahead_right)
         whole = not isinstance(step, Forget) and getattr(step, "fails_after", None) is None
         if whole:
             self.evictions += len(before) + loads - len(resident)

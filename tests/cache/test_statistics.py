@@ -73,8 +73,10 @@ def test_rates_are_shares() -> None:
         lookahead_right=2,
         lookahead_asked=5,
         lookahead_loads=3,
+        lookahead_loads_right=1,
     )
     assert some.hit_rate == pytest.approx(0.4)
     assert some.lookahead_precision == pytest.approx(0.25)
     assert some.lookahead_recall == pytest.approx(0.4)
     assert some.loads == 9
+    assert some.needed_loads == 7

@@ -146,7 +146,7 @@ def test_three_quotes_make_a_message_of_several_lines(chat: Chat, terminal: Term
 )
 def test_messages_are_read_whole(lines: list[str], message: str, terminal: Terminal) -> None:
     terminal.lines = list(lines)
-    assert read_message(terminal.read) == message
+    assert read_message(terminal.read)[0] == message
     assert terminal.lines == []
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import offload
 from offload.generation import stream_generate
 from offload.handle import offload_of
-from tests.tiny import EXPERTS, K, LAYERS, save_tiny
+from tests.tiny import EXPERTS, LAYERS, K, save_tiny
 
 
 @torch.inference_mode()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -15,6 +17,11 @@ from quant.record import MatrixSpec, plan_layout
 
 DENSE = "model-00001.safetensors"
 CONFIG = "config.json"
+
+# Children that have everything imported start at once.
+HAS_FORK = "fork" in multiprocessing.get_all_start_methods()
+FORK = multiprocessing.get_context("fork" if HAS_FORK else None)
+needs_fork = pytest.mark.skipif(not HAS_FORK, reason="starts processes by fork")
 
 
 def make_info(layers: int = 3, experts: int = 4, *, group_size: int = 16) -> PackInfo:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import multiprocessing
 import os
 import random
 import re
@@ -22,7 +21,17 @@ from torch import Tensor
 from quant.errors import PackError
 from quant.pack import MANIFEST, Pack, PackInfo, PackLayer, is_pack
 from quant.pack_writer import PackWriter
-from tests.quant.packs import CONFIG, DENSE, contents, make_info, record_of, records, write_pack
+from tests.quant.packs import (
+    CONFIG,
+    DENSE,
+    FORK,
+    contents,
+    make_info,
+    needs_fork,
+    record_of,
+    records,
+    write_pack,
+)
 
 FIRST = PackLayer.file_name(0)
 SECOND = PackLayer.file_name(1)
@@ -174,8 +183,6 @@ def test_pack_is_the_same_wherever_its_making_was_stopped(
 
 # --- processes ---
 
-FORK = multiprocessing.get_context("fork")  # the parent has imported everything
-
 
 def child_makes_pack(path: Path, started: Connection, pause_seconds: float) -> None:
     info = make_info(layers=5)
@@ -191,6 +198,7 @@ def start_making(path: Path, pause_seconds: float) -> tuple[Any, Connection]:
     return process, here
 
 
+@needs_fork
 def test_killed_at_any_moment_the_pack_comes_out_the_same(tmp_path: Path) -> None:
     info, pause_seconds = make_info(layers=5), 0.002
     begin = time.perf_counter()
@@ -217,6 +225,7 @@ def test_killed_at_any_moment_the_pack_comes_out_the_same(tmp_path: Path) -> Non
     assert contents(path) == expected
 
 
+@needs_fork
 def test_two_processes_that_make_one_pack_both_end_with_it(tmp_path: Path) -> None:
     path = tmp_path / "pack"
     makers = [start_making(path, pause_seconds=0.002) for _ in range(2)]
@@ -227,6 +236,7 @@ def test_two_processes_that_make_one_pack_both_end_with_it(tmp_path: Path) -> No
     assert contents(path) == contents(tmp_path / "plain")
 
 
+@needs_fork
 def test_killed_process_does_not_keep_others_waiting(tmp_path: Path) -> None:
     process, started = start_making(tmp_path / "pack", pause_seconds=5)
     assert started.poll(30)
@@ -236,6 +246,7 @@ def test_killed_process_does_not_keep_others_waiting(tmp_path: Path) -> None:
     assert is_pack(tmp_path / "pack")
 
 
+@needs_fork
 def test_waiting_for_another_process_is_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
