@@ -102,19 +102,22 @@ class ExpertCache:
         counts = self.statistics.layers[layer]
         counts.lookahead_guesses += len(guessed)
         loads: list[Use] = []
-        for expert in experts:
-            key = (layer, expert)
+        keys = [(layer, expert) for expert in experts]
+        missing = []
+        for key in keys:
             if key in self.table:
                 self._policy.use(key)  # not to be evicted before it is asked for
-                continue
+            else:
+                missing.append(key)
+        for key in missing:
             if len(loads) >= most or len(self._in_flight) + 1 >= self.table.slots:
-                continue
-            slot = self._free_slot(layer)
+                break
+            slot = self._free_slot(layer, keys)
             if slot is None:
                 break
             self._place(key, slot)
             self._in_flight.add(slot)
-            loads.append(Use(expert, slot))
+            loads.append(Use(key[1], slot))
         self._guess_loads[layer] = frozenset(use.expert for use in loads)
         counts.lookahead_loads += len(loads)
         return tuple(loads)
@@ -136,7 +139,7 @@ class ExpertCache:
     def is_resident(self, layer: int, expert: int) -> bool:
         return (layer, expert) in self.table
 
-    def _free_slot(self, layer: int) -> int | None:
+    def _free_slot(self, layer: int, keep: Sequence[Key] = ()) -> int | None:
         """A slot for a key of `layer`: a free one, else that of the policy's first fitting victim.
 
         A layer that holds more than its share gives first, as does `layer` itself once it has its
@@ -148,7 +151,7 @@ class ExpertCache:
             return slot
         fallback = None
         for key in self._policy.victims():
-            if key in self._in_use or self.table.slot_of(key) in self._in_flight:
+            if key in self._in_use or key in keep or self.table.slot_of(key) in self._in_flight:
                 continue
             held = self._held[key[0]]
             if held > self._share or (key[0] == layer and held == self._share):

@@ -12,10 +12,14 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.nn.functional import linear
+from transformers import PreTrainedModel
 
 ROWS, COLUMNS, CALLS = 1024, 1024, 50
 
@@ -39,5 +43,29 @@ def native_is_quicker() -> bool:
     return seconds[False] < seconds[True]
 
 
-def _onednn(enabled: bool) -> Any:
-    return torch.backends.mkldnn.flags(enabled=enabled)
+@contextmanager
+def _onednn(enabled: bool) -> Iterator[None]:
+    before = torch.backends.mkldnn.set_flags(enabled)
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.set_flags(before[0])
+
+
+class OneTokenLinear:
+    """Switches oneDNN off while a model works on a single token."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._before: bool | None = None
+        model.register_forward_pre_hook(self._enter, with_kwargs=True)
+        model.register_forward_hook(self._leave, always_call=True)
+
+    def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = args[0] if args else kwargs.get("input_ids")
+        if isinstance(ids, Tensor) and ids.numel() == 1:
+            self._before = torch.backends.mkldnn.set_flags(False)[0]
+
+    def _leave(self, *_: Any) -> None:
+        if self._before is not None:
+            torch.backends.mkldnn.set_flags(self._before)
+            self._before = None

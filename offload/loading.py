@@ -27,6 +27,7 @@ from offload.budget import (
     parse_bytes,
     parse_slots,
 )
+from offload.cpu_linear import OneTokenLinear, native_is_quicker
 from offload.cuda_transfer import CudaTransfer
 from offload.engine import Engine
 from offload.errors import BudgetError, CheckpointError, SourceError, UnsupportedModelError
@@ -125,6 +126,8 @@ def load(
         cls = model_class(config, str(path), trust_remote_code)
         model = _load_dense(path, own_config(config, cls), cls, options)
         _connect(model, pack, options, ram_bytes)
+        if place.type == "cpu" and options.dtype == torch.bfloat16 and native_is_quicker():
+            OneTokenLinear(model)
     except BaseException:
         pack.close()
         raise

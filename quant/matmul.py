@@ -49,7 +49,7 @@ def matmul_cpu_int4(x: Tensor, view: MatrixView) -> Tensor:
     )
     if layout.rows != layout.stored_rows:
         out = out[:, : layout.rows]
-    return out if view.bias is None else out + view.bias
+    return out if view.bias is None else out + view.bias.to(x.dtype)
 
 
 # Above this many tokens unpacking once and multiplying densely wins: measured in docs/log.md.
@@ -79,7 +79,8 @@ def cpu_int4_works() -> bool:
     reference.
     """
     view = _probe_view()
-    x = torch.linspace(-1, 1, 2 * view.layout.columns).view(2, -1).to(torch.bfloat16)
+    x = torch.randn(2, view.layout.columns, generator=torch.Generator().manual_seed(1))
+    x = x.to(torch.bfloat16)
     try:
         fast = matmul_cpu_int4(x, view)
     except (RuntimeError, AttributeError):  # not built for this CPU, or gone from this torch
@@ -90,6 +91,7 @@ def cpu_int4_works() -> bool:
 def _probe_view() -> MatrixView:
     rows, columns, group = 2 * TILE_ROWS, 128, 64
     layout = MatrixLayout("probe", rows, columns, 4, group, "bfloat16", 0, 0, -1)
-    codes = (torch.arange(rows * columns).view(rows, columns) * 7 % 16).to(torch.uint8)
+    random = torch.Generator().manual_seed(0)  # equal rows would hide a wrong order of them
+    codes = torch.randint(0, 16, (rows, columns), generator=random, dtype=torch.uint8)
     scales = torch.full((columns // group, rows, 2), 0.01, dtype=torch.bfloat16)
     return MatrixView(layout, pack(codes, 4), scales, None)

@@ -11,7 +11,6 @@ Does not know: checkpoints, nor how it is made (`quant.pack_writer`).
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import mmap
@@ -103,6 +102,11 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def manifest_check(manifest: dict[str, Any]) -> str:
+    """The checksum a manifest carries as `check`, over the rest of it."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
 class Pack:
     """An opened pack. Records are views of the mapping: the disk is read when they are."""
 
@@ -164,10 +168,7 @@ class Pack:
     def close(self) -> None:
         """Unmap the files. No view may be used afterwards."""
         self._records.clear()
-        for mapping in self._maps:
-            with contextlib.suppress(BufferError):  # a view is alive; its last reference unmaps
-                mapping.close()
-        self._maps.clear()
+        self._maps.clear()  # the last view of a mapping unmaps it
 
     def _map_layer(self, file: Path, layer: PackLayer, layout: RecordLayout) -> None:
         with file.open("rb") as handle:
@@ -177,6 +178,11 @@ class Pack:
             header = json.loads(mapping[8 : 8 + header_bytes])
             begin, end = header["records"]["data_offsets"]
             crc_begin, crc_end = header["crc32"]["data_offsets"]
+            if (
+                any(type(n) is not int or n < 0 for n in (begin, end, crc_begin, crc_end))
+                or crc_begin % 8
+            ):
+                raise ValueError("offsets")
         except (ValueError, KeyError, TypeError) as error:
             raise PackError(f"{file} is damaged ({error!r}): {REMAKE}") from None
         data, experts = 8 + header_bytes, layer.num_experts
@@ -199,7 +205,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise PackError(f"{path} is not a pack: cannot read {MANIFEST} ({error})") from None
+        raise PackError(
+            f"{path} is not a pack: cannot read {MANIFEST} ({error}): {REMAKE}"
+        ) from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise PackError(f"{path / MANIFEST} is not a {FORMAT}: {REMAKE}")
     if manifest.get("version") != VERSION:
@@ -207,6 +215,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             f"{path} is a pack of version {manifest.get('version')}, this program reads version "
             f"{VERSION}: {REMAKE}"
         )
+    if manifest.pop("check", None) != manifest_check(manifest):
+        raise PackError(f"{path / MANIFEST} does not match its checksum: {REMAKE}")
     return manifest
 
 

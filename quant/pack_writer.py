@@ -10,6 +10,7 @@ pack take turns.
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import logging
 import os
@@ -25,10 +26,19 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from quant.errors import PackError
-from quant.pack import MANIFEST, Pack, PackInfo, PackLayer, as_buffer, file_sha256, is_pack
+from quant.pack import (
+    MANIFEST,
+    Pack,
+    PackInfo,
+    PackLayer,
+    as_buffer,
+    file_sha256,
+    is_pack,
+    manifest_check,
+)
 
 DATA_ALIGNMENT = 4096  # bytes: records start on a page, so that a mapping of them can be pinned
-SETTINGS = "settings.json"
+SETTINGS = ".settings"
 
 logger = logging.getLogger("offload")
 
@@ -57,6 +67,10 @@ class PackWriter:
                 self._lock.acquire()
         try:
             self.done = self._is_made(self.path)
+            if not self.done and self.path.exists():
+                raise PackError(
+                    f"{self.path} exists and is not a pack: remove it or name another place"
+                )
             if not self.done:
                 with _disk_errors(self.path):
                     self._prepare()
@@ -82,6 +96,7 @@ class PackWriter:
 
     def _prepare(self) -> None:
         if is_pack(self._partial):  # killed between the last two steps
+            (self._partial / SETTINGS).unlink(missing_ok=True)
             self._partial.rename(self.path)
             self.done = self._is_made(self.path)
             return
@@ -94,7 +109,7 @@ class PackWriter:
         if not file.is_file() or file.read_text(encoding="utf-8") != settings:
             shutil.rmtree(self._partial, ignore_errors=True)
             self._partial.mkdir()
-            _write_whole(file, [settings.encode()])
+            _write_whole(file, [settings.encode()], self.path)
 
     def has(self, name: str) -> bool:
         """Whether the file `name` was finished by this or an earlier run."""
@@ -120,13 +135,12 @@ class PackWriter:
             assert len(checksums) == experts, f"{len(checksums)} records for {experts} experts"
             yield struct.pack(f"<{experts}q", *checksums)
 
-        with _disk_errors(self.path):
-            _write_whole(self._partial / PackLayer.file_name(layer), chunks())
+        _write_whole(self._partial / PackLayer.file_name(layer), chunks(), self.path)
 
     def write_file(self, name: str, data: bytes) -> None:
-        """Write a small file as it is."""
-        with _disk_errors(self.path):
-            _write_whole(self._partial / name, [data])
+        """Write a small file as it is. A manifest is only written by `finish`."""
+        if name != MANIFEST:
+            _write_whole(self._partial / name, [data], self.path)
 
     def write_tensors(
         self, name: str, tensors: Iterable[tuple[str, str, tuple[int, ...], Tensor]]
@@ -142,12 +156,9 @@ class PackWriter:
             }
             parts.append(data)
             start = end
-        with _disk_errors(self.path):
-            chunks = (as_buffer(part) for part in parts)
-            _write_whole(
-                self._partial / name,
-                (c for g in ([_safetensors_header(header)], chunks) for c in g),
-            )
+        head: list[bytes | memoryview] = [_safetensors_header(header)]
+        chunks = itertools.chain(head, map(as_buffer, parts))
+        _write_whole(self._partial / name, chunks, self.path)
 
     def finish(self) -> None:
         """Write the manifest over everything written so far and give the folder its name."""
@@ -159,8 +170,11 @@ class PackWriter:
                 for file in sorted(self._partial.iterdir())
                 if file.name not in (MANIFEST, SETTINGS)
             }
-            manifest = {**self.info.to_json(), "files": files}
-            _write_whole(self._partial / MANIFEST, [json.dumps(manifest, indent=1).encode()])
+            manifest = json.loads(json.dumps({**self.info.to_json(), "files": files}))
+            manifest["check"] = manifest_check(manifest)
+            _write_whole(
+                self._partial / MANIFEST, [json.dumps(manifest, indent=1).encode()], self.path
+            )
             (self._partial / SETTINGS).unlink()
             self._partial.rename(self.path)
             _sync(self.path.parent)
@@ -173,14 +187,19 @@ def _safetensors_header(header: Mapping[str, object]) -> bytes:
     return struct.pack("<Q", len(text) + padding) + text + b" " * padding
 
 
-def _write_whole(file: Path, chunks: Iterable[bytes | memoryview]) -> None:
+def _write_whole(file: Path, chunks: Iterable[bytes | memoryview], pack: Path) -> None:
     part = file.with_name(file.name + ".part")
-    with part.open("wb") as handle:
-        for chunk in chunks:
-            handle.write(chunk)
-        handle.flush()
-        os.fsync(handle.fileno())
-    part.rename(file)
+    with _disk_errors(pack):
+        handle = part.open("wb")
+    with handle:
+        for chunk in chunks:  # an error in making a chunk is not one of the disk
+            with _disk_errors(pack):
+                handle.write(chunk)
+        with _disk_errors(pack):
+            handle.flush()
+            os.fsync(handle.fileno())
+    with _disk_errors(pack):
+        part.rename(file)
 
 
 def _sync(folder: Path) -> None:
@@ -202,4 +221,6 @@ def _disk_errors(path: Path) -> Iterator[None]:
                 f"on "
                 "where it stopped; or choose another place with --pack-dir or OFFLOAD_HOME"
             ) from None
-        raise PackError(f"cannot write {path}: {error.strerror or error}") from None
+        raise PackError(
+            f"cannot write {path}: {error.strerror or error}: choose another place with --pack-dir"
+        ) from None

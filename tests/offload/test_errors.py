@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import cli
-from quant.pack import is_pack
+from quant.pack import is_pack, manifest_check
 from tests.tiny import save_tiny
 
 WEIGHTS = "model.safetensors"
@@ -404,6 +404,9 @@ def test_a_manifest_that_names_a_file_outside(fails: Fails, pack: Path) -> None:
     files = json.loads((pack / "manifest.json").read_text())["files"]
     entry = {"bytes": 1, "sha256": ""}
     _change_json(pack / "manifest.json", files={**files, "../outside": entry})
+    forged = json.loads((pack / "manifest.json").read_text())
+    del forged["check"]
+    _change_json(pack / "manifest.json", check=manifest_check(forged))
     assert "names a file outside the pack (../outside)" in fails("generate", pack, *HI)
 
 
