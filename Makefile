@@ -9,7 +9,7 @@ QUESTION := What is the capital of France?
 
 demo: $(INSTALLED)
 	@echo "> $(QUESTION)"
-	@$(BIN)/offload generate demo --expert-slots 25% --temp 0 -p "$(QUESTION)"
+	@$(BIN)/offload generate demo --expert-slots 25% --temp 0 -n 96 -p "$(QUESTION)"
 	@if [ -t 1 ]; then echo; echo "Go on with: $(BIN)/offload chat demo --expert-slots 25%"; fi
 
 test: lint types

@@ -83,12 +83,9 @@ class Budget:
         if wanted > fit:
             raise BudgetError(
                 f"needs {wanted} expert slot{'s' * (wanted > 1)} of {self.slot / 2**20:.1f} MiB, "
-                f"{fit} fit in "
-                f"{gib(self.available)} beside {gib(self.dense)} of dense weights, "
-                f"{gib(self.kv_cache)} of KV "
-                f"cache and {gib(self.workspace)} of workspace: lower --ctx-size, --expert-slots "
-                f"or "
-                "--expert-bits, or raise --vram (GPU) or --ram (CPU)"
+                f"{fit} fit in {gib(self.available)} beside {gib(self.dense)} of dense weights, "
+                f"{gib(self.kv_cache)} of KV cache and {gib(self.workspace)} of workspace: lower "
+                "--ctx-size, --expert-slots or --expert-bits, or raise --vram (GPU) or --ram (CPU)"
             )
         return wanted if asked is not None else min(fit, self.total_experts)
 

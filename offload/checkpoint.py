@@ -83,8 +83,7 @@ def _weight_files(folder: Path) -> list[str]:
         if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
             raise CheckpointError(
                 f"{folder} has its weights as pickle (.bin), which can run code when opened: "
-                f"convert "
-                "them to safetensors first"
+                "convert them to safetensors first"
             )
         raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}: it is not a checkpoint")
     try:
@@ -179,8 +178,7 @@ class Checkpoint:
             if not per_expert and not fused and _splits_by_expert(parameter.converter):
                 raise CheckpointError(
                     f"the checkpoint has {len(sources)} tensors {pattern!r} for the {experts} "
-                    f"experts of "
-                    f"{name}: it is incomplete, fetch it again"
+                    f"experts of {name}: it is incomplete, fetch it again"
                 )
 
     def _check_shape(self, name: str, target: str) -> None:
@@ -221,9 +219,8 @@ class Checkpoint:
             if value.shape != self._state[name].shape[1:]:
                 raise CheckpointError(
                     f"{name} of expert {expert} has shape {tuple(value.shape)} where the model's "
-                    f"config "
-                    f"asks for {tuple(self._state[name].shape[1:])}: config.json and weights do "
-                    f"not match"
+                    f"config asks for {tuple(self._state[name].shape[1:])}: config.json and "
+                    "weights do not match"
                 )
             (biases if is_bias else weights)[matrix] = value
         return {
@@ -275,8 +272,7 @@ class Checkpoint:
             kind = self._model.config.model_type
             raise UnsupportedModelError(
                 f"{kind!r} is not supported: transformers' rule for {name} failed here "
-                f"({error!r}); run it "
-                "with transformers itself"
+                f"({error!r}); run it with transformers itself"
             ) from None
 
 

@@ -61,9 +61,8 @@ class CudaTransfer:
         mapped = sum(records is None for records in self._host)
         if mapped:
             logger.warning(
-                "%d of %d MoE layers do not fit in %s of RAM and are read from disk: raise --ram, "
-                "or "
-                "lower --expert-bits",
+                "%d of %d MoE layers do not fit in %s of RAM and are read from disk: raise "
+                "--ram, or lower --expert-bits",
                 mapped,
                 len(self._host),
                 gib(budget),
@@ -88,9 +87,9 @@ class CudaTransfer:
         elif not self._pinning_failed:
             self._pinning_failed = True
             logger.warning(
-                "cannot pin host memory (CUDA error %d): copies will be about three times slower; "
-                "raise "
-                "the limit of locked memory (ulimit -l), or on Windows/WSL lower --ram",
+                "cannot pin host memory (CUDA error %d): copies will be about three times "
+                "slower; raise the limit of locked memory (ulimit -l), or on Windows/WSL lower "
+                "--ram",
                 int(result),
             )
         return records

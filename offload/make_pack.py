@@ -100,8 +100,7 @@ def _as_stored(checkpoint: Checkpoint, module: ExpertsModule, spec: MatrixSpec) 
     if dtype not in STORED_DTYPES.values():
         raise UnsupportedModelError(
             f"the experts are stored as {str(dtype).removeprefix('torch.')}, which is not read "
-            f"yet: use a "
-            "checkpoint in bfloat16, float16 or float32"
+            "yet: use a checkpoint in bfloat16, float16 or float32"
         )
     return replace(spec, dtype=dtype)
 
@@ -189,8 +188,7 @@ def _as_bytes(name: str, tensor: Tensor) -> tuple[str, str, tuple[int, ...], Ten
     if kind is None:
         raise UnsupportedModelError(
             f"{name} is stored as {str(tensor.dtype).removeprefix('torch.')}, which is not read "
-            f"yet: use a "
-            "checkpoint in bfloat16, float16 or float32"
+            "yet: use a checkpoint in bfloat16, float16 or float32"
         )
     return name, kind, tuple(tensor.shape), tensor.contiguous().view(-1).view(torch.uint8)
 
@@ -200,8 +198,7 @@ def _check_space(path: Path, needed: int) -> None:
     if needed > free:
         raise PackError(
             f"the pack needs {needed / 2**30:.1f} GiB and {path.parent} has {free / 2**30:.1f} GiB "
-            f"free: "
-            "free some space, or choose another place with --pack-dir or OFFLOAD_HOME"
+            "free: free some space, or choose another place with --pack-dir or OFFLOAD_HOME"
         )
 
 

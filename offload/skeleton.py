@@ -148,8 +148,7 @@ def _describe(path: str, module: nn.Module) -> ExpertsModule:
         names = ", ".join([*parameters, *(m.name for m in matrices)])
         raise UnsupportedModelError(
             f"{type(module).__name__} is not supported: its parameters ({names}) are not those of "
-            f"an "
-            "experts block this program knows; run it with transformers itself"
+            "an experts block this program knows; run it with transformers itself"
         )
     return ExpertsModule(path, experts, transposed, tuple(matrices))
 

@@ -76,15 +76,13 @@ def _snapshot(name: str, revision: str | None, local_files_only: bool, patterns:
     except LocalEntryNotFoundError:
         raise SourceError(
             f"{name} is neither a folder here nor in the hub's local cache, and the hub cannot be "
-            f"asked: "
-            "check the name, the connection, or HF_HUB_OFFLINE"
+            "asked: check the name, the connection, or HF_HUB_OFFLINE"
         ) from None
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise SourceError(
             f"{name} is neither a folder here nor a model the hub gives out ({reason}): check the "
-            f"name, the "
-            "revision, and HF_TOKEN for a gated model"
+            "name, the revision, and HF_TOKEN for a gated model"
         ) from None
     if not (Path(folder) / "config.json").is_file():
         raise SourceError(f"{name} has no config.json: it is not a transformers checkpoint")
@@ -113,16 +111,15 @@ def read_config(source: str, folder: Path, *, trust_remote_code: bool) -> PreTra
         if not trust_remote_code:
             raise SourceError(
                 f"{source} wants to run its own code ({remote.partition('.')[0]}.py in its "
-                f"folder): read it, "
-                "then pass --trust-remote-code (trust_remote_code=True) if you trust it"
+                "folder): read it, then pass --trust-remote-code (trust_remote_code=True) if you "
+                "trust it"
             )
     if raw.get("quantization_config"):
         given = raw["quantization_config"]
         method = given.get("quant_method") if isinstance(given, dict) else given
         raise SourceError(
             f"{source} is already quantised ({method}), which is not read yet: use the checkpoint "
-            f"in "
-            "bfloat16, float16 or float32"
+            "in bfloat16, float16 or float32"
         )
     try:
         return AutoConfig.from_pretrained(

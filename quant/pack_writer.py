@@ -218,8 +218,7 @@ def _disk_errors(path: Path) -> Iterator[None]:
         if error.errno == errno.ENOSPC:
             raise PackError(
                 f"the disk is full while writing {path}: free some space and run it again, it goes "
-                f"on "
-                "where it stopped; or choose another place with --pack-dir or OFFLOAD_HOME"
+                "on where it stopped; or choose another place with --pack-dir or OFFLOAD_HOME"
             ) from None
         raise PackError(
             f"cannot write {path}: {error.strerror or error}: choose another place with --pack-dir"
