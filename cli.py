@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from offload.bench import Result
     from offload.sampling import Sampling
 
+NO_MEMORY = "lower --expert-slots, --ctx-size or --expert-bits"
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -49,7 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return DONE
     except OffloadError as error:
         return _failed(error, str(error), arguments.debug)
+    except MemoryError as error:
+        return _failed(error, f"out of memory: {NO_MEMORY}", arguments.debug)
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+            return _failed(error, f"out of GPU memory: {NO_MEMORY}", arguments.debug)
         text = f"{type(error).__name__}: {error} (a bug: --debug shows where)"
         return _failed(error, text, arguments.debug)
 
@@ -145,15 +150,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("quantisation")
-    group.add_argument(
-        "--expert-bits", type=int, default=4, metavar="N", help="4, 8, or 16 = as stored (4)"
-    )
-    group.add_argument(
-        "--dense-bits", type=int, default=16, metavar="N", help="16 = as stored (16)"
-    )
-    group.add_argument(
-        "--group-size", type=int, default=64, metavar="N", help="weights sharing a scale (64)"
-    )
+    group.add_argument("--expert-bits", type=int, metavar="N", help="4, 8, or 16 = as stored (4)")
+    group.add_argument("--dense-bits", type=int, metavar="N", help="16 = as stored (16)")
+    group.add_argument("--group-size", type=int, metavar="N", help="weights sharing a scale (64)")
 
 
 def _add_source_flags(parser: argparse.ArgumentParser) -> None:
@@ -479,7 +478,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
     from offload.loading import find_or_make_pack
     from offload.make_pack import Recipe
 
-    recipe = Recipe(arguments.expert_bits, arguments.dense_bits, arguments.group_size)
+    recipe = Recipe.asked(arguments.expert_bits, arguments.dense_bits, arguments.group_size)
     path = find_or_make_pack(
         arguments.model,
         recipe,

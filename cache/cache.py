@@ -43,7 +43,7 @@ class ExpertCache:
         if guessed is not None:
             counts.lookahead_asked += len(experts)
             counts.lookahead_right += len(guessed.intersection(experts))
-            loaded = self._guess_loads.pop(layer)
+            loaded = self._guess_loads.pop(layer, frozenset())
             counts.lookahead_loads_right += len(loaded.intersection(experts))
         keys = [(layer, expert) for expert in experts]
         self._in_use = frozenset(keys)
@@ -122,19 +122,25 @@ class ExpertCache:
         counts.lookahead_loads += len(loads)
         return tuple(loads)
 
+    def in_flight(self) -> tuple[int, ...]:
+        """Slots of look-ahead loads that have not landed."""
+        return tuple(self._in_flight)
+
     def landed(self, slot: int) -> None:
         """The look-ahead load into `slot` is complete."""
         self._in_flight.discard(slot)
 
-    def forget(self, layer: int, experts: Sequence[int]) -> None:
-        """Drop keys whose slots may not hold what the table says, after a step that failed."""
-        for expert in experts:
-            key = (layer, expert)
-            if key in self.table:
-                slot = self._remove(key)
-                self._in_flight.discard(slot)
-                self.table.give_back(slot)
+    def clear(self) -> None:
+        """Forget what is where; counts stay. For a step that broke off at any point."""
+        self.table = SlotTable(self.table.slots)
+        self._policy.clear()
+        self._held = [0] * len(self._held)
         self._in_use = frozenset()
+        self._in_flight.clear()
+        self._guesses.clear()
+        self._guess_loads.clear()
+        for counts in self.statistics.layers:
+            counts.requests = counts.hits + counts.misses
 
     def is_resident(self, layer: int, expert: int) -> bool:
         return (layer, expert) in self.table

@@ -25,6 +25,9 @@ class Policy(Protocol):
     def remove(self, key: Key) -> None:
         """`key` is no longer resident."""
 
+    def clear(self) -> None:
+        """Nothing is resident any more."""
+
     def victims(self) -> Iterator[Key]:
         """Resident keys, the one to evict first first. Not to be changed while iterating."""
 
@@ -43,6 +46,9 @@ class LRU:
 
     def remove(self, key: Key) -> None:
         del self._order[key]
+
+    def clear(self) -> None:
+        self._order.clear()
 
     def victims(self) -> Iterator[Key]:
         return iter(self._order)
@@ -65,6 +71,9 @@ class LFU:
 
     def remove(self, key: Key) -> None:
         del self._resident[key]
+
+    def clear(self) -> None:
+        self._resident.clear()
 
     def victims(self) -> Iterator[Key]:
         return iter(sorted(self._resident, key=self._uses.__getitem__))

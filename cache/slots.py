@@ -49,12 +49,6 @@ class SlotTable:
         self._key_in[slot] = None
         return slot
 
-    def give_back(self, slot: int) -> None:
-        """Put an empty slot among the free ones."""
-        assert self._key_in[slot] is None, f"slot {slot} is taken"
-        assert slot not in self._free, f"slot {slot} is free"
-        self._free.append(slot)
-
     def check_integrity(self) -> None:
         """Raise `AssertionError` when the table contradicts itself."""
         assert len(self._slot_of) + len(self._free) == self.slots, "a slot is lost"

@@ -6,7 +6,7 @@ Invariants: `hits + misses == requests`; `loads == misses + lookahead_loads`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 
 @dataclass
@@ -48,14 +48,12 @@ class LayerCounts:
         return self.lookahead_right / self.lookahead_asked if self.lookahead_asked else 0.0
 
     def __add__(self, other: LayerCounts) -> LayerCounts:
-        return LayerCounts(
-            **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
-        )
+        mine, theirs = vars(self), vars(other)
+        return LayerCounts(**{name: mine[name] + theirs[name] for name in mine})
 
     def __sub__(self, other: LayerCounts) -> LayerCounts:
-        return LayerCounts(
-            **{f.name: getattr(self, f.name) - getattr(other, f.name) for f in fields(self)}
-        )
+        mine, theirs = vars(self), vars(other)
+        return LayerCounts(**{name: mine[name] - theirs[name] for name in mine})
 
 
 class Statistics:

@@ -199,8 +199,10 @@ def measure_link(engine: Engine, copies: int = 64) -> float:
         _sync(transfer.device)
         return transfer.busy_seconds
 
-    before = copy(experts[: layer.num_experts])  # the first touch reads the disk and checks sums
-    seconds = copy(experts[layer.num_experts :]) - before
-    if held is not None:
-        transfer.wait(transfer.start(*held, 0, urgent=True))
+    try:
+        before = copy(experts[: layer.num_experts])  # the first touch reads the disk, checks sums
+        seconds = copy(experts[layer.num_experts :]) - before
+    finally:
+        if held is not None:
+            transfer.wait(transfer.start(*held, 0, urgent=True))
     return copies * engine.record_bytes(layer.index) / 1e9 / seconds

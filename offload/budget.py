@@ -14,9 +14,11 @@ import torch
 from transformers import PreTrainedConfig
 
 from offload.errors import BudgetError
+from quant.pack import PackInfo
 
 SHARE = 0.9  # of the memory that is free at start, when the user names no budget
-WORKSPACE_BYTES = 300 * 2**20  # activations, the allocator's slack, libraries' own buffers
+BASE_BYTES = 200 * 2**20  # libraries' own buffers, the allocator's slack
+UNPACKED_BYTES = 10  # a weight while its matrix is dequantised: codes, float32, the result
 UNITS = {
     "": 1,
     "B": 1,
@@ -103,8 +105,7 @@ def available_bytes(device: torch.device, vram: int | None, ram: int | None) -> 
 def kv_cache_bytes(config: PreTrainedConfig, context: int, dtype: torch.dtype) -> int:
     """Bytes of the KV cache at `context` tokens, for one sequence.
 
-    An upper bound: every layer is counted as full attention (2 * heads * head_dim a token), which
-    linear, sliding-window and latent attention stay below.
+    An estimate: every layer is counted as full attention (2 * heads * head_dim a token).
     """
     text = config.get_text_config()
     layers = getattr(text, "per_layer_config", None) or [text] * text.num_hidden_layers
@@ -115,3 +116,12 @@ def kv_cache_bytes(config: PreTrainedConfig, context: int, dtype: torch.dtype) -
         head_dim = getattr(layer, "head_dim", None) or (layer.hidden_size // heads if heads else 0)
         values += 2 * int(kv_heads) * int(head_dim)
     return values * context * dtype.itemsize
+
+
+def workspace_bytes(config: PreTrainedConfig, info: PackInfo, context: int) -> int:
+    """Bytes of what comes and goes: one dequantised matrix, and a prefill's activations."""
+    text = config.get_text_config()
+    widest = max(m.rows * m.columns for layout in info.layouts for m in layout.matrices)
+    chosen = getattr(text, "num_experts_per_tok", None) or 8
+    cells = context * int(chosen) * int(text.hidden_size) * 4  # [T, k, H], float32 at most
+    return BASE_BYTES + widest * UNPACKED_BYTES + 2 * cells

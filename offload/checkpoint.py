@@ -6,6 +6,7 @@ quantisation. A tensor is read when it is asked for.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -38,6 +39,15 @@ from offload.skeleton import ExpertsModule
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # safetensors' names
 
 
 class SafetensorsSource:
@@ -64,6 +74,16 @@ class SafetensorsSource:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Raises `CheckpointError` for a dtype that is not read."""
+        code = str(self._slice(name).get_dtype())
+        if code not in DTYPES:
+            raise CheckpointError(
+                f"{name} is stored as {code}, which is not read yet: use a checkpoint in bfloat16, "
+                "float16 or float32"
+            )
+        return DTYPES[code]
 
     def read(self, name: str) -> Tensor:
         return self._handles[self._file_of[name]].get_tensor(name)  # type: ignore[no-any-return]
@@ -206,6 +226,13 @@ class Checkpoint:
         for name in self.dense_names:
             yield name, self._source.read(name)
 
+    def dense_bytes(self) -> int:
+        """Bytes of what `dense` gives."""
+        return sum(
+            math.prod(self._source.shape(name)) * self._source.dtype(name).itemsize
+            for name in self.dense_names
+        )
+
     def dense_parameters(self) -> int:
         """How many weights `dense` gives."""
         return sum(math.prod(self._source.shape(name)) for name in self.dense_names)
@@ -229,9 +256,13 @@ class Checkpoint:
         }
 
     def stored_dtype(self, name: str) -> torch.dtype:
-        """The dtype of the expert parameter `name` in the checkpoint."""
-        sources = next(iter(self._parameters[name].sources.values()))
-        return self._source.read_slice(sources[0], 0).dtype
+        """The dtype that holds the expert parameter `name` as all its tensors are stored."""
+        dtypes = {
+            self._source.dtype(source)
+            for sources in self._parameters[name].sources.values()
+            for source in sources
+        }
+        return functools.reduce(torch.promote_types, dtypes)
 
     def _expert_parameter(self, name: str, expert: int) -> Tensor:
         parameter = self._parameters[name]

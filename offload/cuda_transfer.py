@@ -126,6 +126,10 @@ class CudaTransfer:
         assert isinstance(ticket, CudaTicket)
         torch.cuda.current_stream(self.device).wait_event(ticket.end)
 
+    def drain(self) -> None:
+        torch.cuda.synchronize(self.device)
+        self._released.clear()
+
     def release(self, slot: int) -> None:
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self.device))

@@ -9,10 +9,10 @@ Letters: T tokens, k experts a token, S = T * k cells, H hidden, I inner, E expe
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -39,22 +39,34 @@ class Layer:
         self.module = module
         self.num_experts = num_experts
         self.router: nn.Module | None = None  # of this layer
-        self.asked: tuple[Any, ...] = ()  # what this layer's router was last called with
+        self.asked: Tensor | None = None  # what this layer's router was just asked about
+        self.constants: tuple[Any, ...] | None = None  # its other arguments; None: not called yet
 
     def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         return self.engine.step(self, hidden, top_k_index, top_k_weights)
 
     def guess(self, hidden: Tensor) -> list[int]:
         """The experts this layer's router would choose for `hidden` [.., H] of one token."""
-        rest = self.asked[1:]
-        constant = all(isinstance(r, Tensor) and r.numel() == self.num_experts for r in rest)
-        if self.router is None or not self.asked or not constant:  # depends on more than the state
+        if self.router is None or self.constants is None:
             return []
-        answer = self.router(hidden, *rest)
-        if not isinstance(answer, tuple) or len(answer) < 3 or answer[2].is_floating_point():
+        answer = self.router.forward(hidden, *self.constants)  # without hooks: nobody else asked
+        index = answer[2] if isinstance(answer, tuple) and len(answer) > 2 else None
+        if not isinstance(index, Tensor) or index.is_floating_point():
+            self.router = None  # not a router as transformers writes them
             return []
-        index = answer[2].flatten().tolist()  # sync: the plan is made on the host
-        return [expert for expert in index if 0 <= expert < self.num_experts]
+        chosen = index.flatten().tolist()  # sync: the plan is made on the host
+        return [expert for expert in chosen if 0 <= expert < self.num_experts]
+
+    def remember(self, owned: Set[int], _: nn.Module, args: tuple[Any, ...]) -> None:
+        """Note what the router is asked; `owned` are the ids of the model's parameters and buffers.
+
+        With many tokens nearly every expert is chosen: guessing is no help, nothing is kept.
+        """
+        self.constants = args[1:]
+        if any(rest is not None and id(rest) not in owned for rest in self.constants):
+            self.router = None  # it looks at more than the hidden state
+        one_token = bool(args) and args[0].numel() == args[0].shape[-1]
+        self.asked = args[0] if one_token else None
 
     def expert(self, x: Tensor, matrices: dict[str, MatrixView]) -> Tensor:
         """One expert's output [M, H] for its tokens `x` [M, H], before the router's weight."""
@@ -86,13 +98,12 @@ class Engine:
         self.transfer = transfer
         self._balance = balance
         self.layers: list[Layer] = []
-        self._tickets: dict[
-            int, Ticket
-        ] = {}  # slot -> the copy into it that was not waited for yet
-        self._in_flight: list[int] = []  # slots of look-ahead loads not yet seen to land
+        self._tickets: dict[int, Ticket] = {}  # slot -> the copy into it nobody waited for yet
         self._views: dict[tuple[int, int], dict[str, MatrixView]] = {}  # (layout, slot)
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._started = 0  # copies
+        self._lock = threading.Lock()  # a step at a time, whoever calls the model
+        self._broken_off = False  # the step before did not come to its end
         self.tokens = 0  # that went through the first layer
         self.closed = False
 
@@ -103,51 +114,66 @@ class Engine:
         self.layers.append(layer)
         return layer
 
-    def watch_routers(self, routers: Sequence[nn.Module | None]) -> None:
+    def watch_routers(self, model: nn.Module, routers: Sequence[nn.Module | None]) -> None:
         """Look ahead with these routers, one for each layer; None where there is none to ask."""
-
+        owned = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         for layer, router in zip(self.layers, routers, strict=True):
             layer.router = router
             if router is not None:
-                hook = functools.partial(_remember_asked, layer)
+                hook = functools.partial(layer.remember, owned)
                 self._hooks.append(router.register_forward_pre_hook(hook))
 
     def step(
         self, layer: Layer, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> Tensor:
         """The experts' part of one layer: hidden [T, H], index and weights [T, k] -> [T, H]."""
-        if self.closed:
-            raise GenerationError("the model was closed: load it again")
+        with self._lock:
+            if self.closed:
+                raise GenerationError("the model was closed: load it again")
+            if hidden.requires_grad:
+                raise GenerationError("slots are reused, so gradients cannot be had: use no_grad()")
+            if self._broken_off:
+                self._start_over()
+            self._broken_off = True  # unless it is reached that it is not: Ctrl-C comes anywhere
+            out = self._serve(layer, hidden, top_k_index, top_k_weights)
+            self._broken_off = False
+            return out
+
+    def _serve(
+        self, layer: Layer, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
         if layer.index == 0:
             self.tokens += hidden.shape[0]
+        self._note_landed()
         chosen = top_k_index.tolist()  # sync: the plan is made on the host
         cells_of = _cells_by_expert(chosen, layer.num_experts)
-        experts = list(cells_of)
         needed_before = self.cache.statistics.layers[layer.index].needed_loads
-        plan = self.cache.plan(layer.index, experts)
+        plan = self.cache.plan(layer.index, list(cells_of))
         cells: Tensor | None = None  # [S, H]
-        try:
-            for wave in plan.waves:
-                for use in wave.loads:
-                    self._start(layer.index, use, urgent=True)
-                if wave is plan.waves[-1]:
-                    self._look_ahead(layer)
-                for use in (*wave.hits, *wave.loads):
-                    matrices = self._ready(layer.index, use)
-                    where = cells_of[use.expert]
-                    out = layer.expert(_rows(hidden, where, len(chosen[0])), matrices)
-                    if cells is None:
-                        cells = out.new_zeros(top_k_index.numel(), out.shape[-1])
-                    _put(cells, where, out)
-                    self.transfer.release(use.slot)
-        except BaseException:  # Ctrl-C included: the table may promise what no copy brought
-            self._recover(layer.index, experts)
-            raise
+        for wave in plan.waves:
+            for use in wave.loads:
+                self._start(layer.index, use, urgent=True)
+            if wave is plan.waves[-1]:
+                self._look_ahead(layer)
+            for use in (*wave.hits, *wave.loads):
+                matrices = self._ready(layer.index, use)
+                where = cells_of[use.expert]
+                out = layer.expert(_rows(hidden, where, len(chosen[0])), matrices)
+                if cells is None:
+                    cells = out.new_zeros(top_k_index.numel(), out.shape[-1])
+                _put(cells, where, out)
+                self.transfer.release(use.slot)
+        self._weigh(layer.index, needed_before)
         if cells is None:  # every index was a sentinel
             return torch.zeros_like(hidden)
-        self._weigh(layer.index, needed_before)
         weighted = cells.view(*top_k_index.shape, -1) * top_k_weights.unsqueeze(-1)  # [T, k, H]
         return weighted.sum(dim=1).to(hidden.dtype)
+
+    def _start_over(self) -> None:
+        """After a step that broke off nothing that the table says can be believed."""
+        self.transfer.drain()
+        self._tickets.clear()
+        self.cache.clear()
 
     def _start(self, layer: int, use: Use, *, urgent: bool) -> None:
         self._started += 1
@@ -167,22 +193,17 @@ class Engine:
         return self._views[key]
 
     def _look_ahead(self, layer: Layer) -> None:
-        """Ask the next layer's router about this layer's hidden state; load what it would
-        choose."""
-        if not self._hooks or layer.index + 1 == len(self.layers) or not layer.asked:
+        """Ask the next layer's router about this hidden state; load what it would choose."""
+        hidden, layer.asked = layer.asked, None
+        if hidden is None or layer.index + 1 == len(self.layers):
             return
         if self._balance is not None and not self._balance.worthwhile:
             return
         begin = time.perf_counter()
-        hidden = layer.asked[0]
-        if hidden.numel() != hidden.shape[-1]:
-            return  # with many tokens nearly every expert is chosen: guessing is no help
-        self._note_landed()
         ahead = self.layers[layer.index + 1]
         experts = ahead.guess(hidden)
         for use in self.cache.look_ahead(ahead.index, experts, most=len(experts)):
             self._start(ahead.index, use, urgent=False)
-            self._in_flight.append(use.slot)
         if self._balance is not None:
             self._balance.guessed(time.perf_counter() - begin)
 
@@ -194,24 +215,9 @@ class Engine:
         self._balance.step(needed, self._started, self.transfer.busy_seconds)
 
     def _note_landed(self) -> None:
-        under_way = []
-        for slot in self._in_flight:
-            ticket = self._tickets.get(slot)
-            if ticket is None or ticket.done:
+        for slot in self.cache.in_flight():
+            if self._tickets[slot].done:
                 self.cache.landed(slot)
-            else:
-                under_way.append(slot)
-        self._in_flight = under_way
-
-    def _recover(self, layer: int, experts: Sequence[int]) -> None:
-        """After a step that failed: let its copies end and forget what they brought."""
-        for expert in experts:
-            if self.cache.is_resident(layer, expert):
-                ticket = self._tickets.pop(self.cache.table.slot_of((layer, expert)), None)
-                if ticket is not None:
-                    with contextlib.suppress(Exception):  # the first failure is the one to report
-                        self.transfer.wait(ticket)
-        self.cache.forget(layer, experts)
 
     def record_bytes(self, layer: int) -> int:
         return self._info.layout_of(layer).record_bytes
@@ -242,13 +248,8 @@ class Engine:
         self.transfer.close()
 
 
-def _remember_asked(layer: Layer, _: nn.Module, args: tuple[Any, ...]) -> None:
-    layer.asked = args
-
-
 def _cells_by_expert(chosen: list[list[int]], num_experts: int) -> dict[int, list[int]]:
-    """Expert -> its cells (token * k + place), in order; an index past the experts is a
-    sentinel."""
+    """Expert -> its cells (token * k + place); an index past the experts is a sentinel."""
     cells: dict[int, list[int]] = {}
     cell = 0
     for places in chosen:

@@ -143,7 +143,8 @@ def _stream(
     text: TextStream | None,
 ) -> Iterator[GenerationResponse]:
     sampler = Sampler(sampling, model.device)
-    before = offload_of(model).stats()
+    handle = offload_of(model)
+    before = handle.stats()
     begin = time.perf_counter()
     ids = torch.tensor([prompt], device=model.device)
     logits, cache = forward(model, ids, None)
@@ -170,7 +171,7 @@ def _stream(
             (count - 1) / seconds if count > 1 else 0.0,
             peak_memory(model.device),
             reason,
-            offload_of(model).stats() - before,
+            handle.stats() - before,
         )
         if reason:
             return

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from offload.cpu_linear import OneTokenLinear
 from offload.engine import Engine
 from offload.stats import Stats
 from quant.pack import Pack
@@ -31,10 +32,13 @@ class Options:
 class Offload:
     """A model's experts: `model.offload`."""
 
-    def __init__(self, pack: Pack, engine: Engine, options: Options) -> None:
+    def __init__(
+        self, pack: Pack, engine: Engine, options: Options, one_token: OneTokenLinear | None
+    ) -> None:
         self.pack = pack
         self.engine = engine
         self.options = options
+        self._one_token = one_token
 
     def stats(self) -> Stats:
         """Hits, misses, bytes, waiting and look-ahead since the model was loaded."""
@@ -42,6 +46,8 @@ class Offload:
 
     def close(self) -> None:
         """Free the slots, the mapping and the copy thread. The model cannot be used afterwards."""
+        if self._one_token is not None:
+            self._one_token.close()
         self.engine.close()
         self.pack.close()
 

@@ -6,7 +6,9 @@ details of any of it.
 
 from __future__ import annotations
 
+import contextlib
 import re
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,12 +22,12 @@ from cache.lookahead import LookaheadBalance
 from cache.policy import POLICIES
 from offload import demo, sources
 from offload.budget import (
-    WORKSPACE_BYTES,
     Budget,
     available_bytes,
     kv_cache_bytes,
     parse_bytes,
     parse_slots,
+    workspace_bytes,
 )
 from offload.cpu_linear import OneTokenLinear, native_is_quicker
 from offload.cuda_transfer import CudaTransfer
@@ -55,9 +57,9 @@ def load(
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
-    expert_bits: int = 4,
-    dense_bits: int = 16,
-    group_size: int = 64,
+    expert_bits: int | None = None,
+    dense_bits: int | None = None,
+    group_size: int | None = None,
     expert_slots: int | str | None = None,
     vram: str | int | None = None,
     ram: str | int | None = None,
@@ -74,7 +76,8 @@ def load(
     `source` is a checkpoint folder, a pack, a hub id, or "demo". A checkpoint is quantised into a
     pack the first time (under `pack_dir`, else `$OFFLOAD_HOME/packs`); a pack opens in seconds.
 
-    - `expert_bits` 4, 8 or 16 (as stored), `group_size` weights share a scale; `dense_bits` 16.
+    - `expert_bits` 4, 8 or 16 (as stored), `group_size` weights share a scale, `dense_bits` 16;
+      None: a pack's own, else 4, 64, 16.
     - `expert_slots`: experts resident on the compute device, over all layers, a number or a share
       like "25%"; None: as many as `vram` (GPU) or `ram` (CPU), bytes or "20GiB", allow.
     - `lookahead`: load what the next layer's router will probably want; None: while measured to
@@ -86,7 +89,7 @@ def load(
     transformers model with one more attribute, `model.offload` (`stats()`, `close()`).
     Raises `OffloadError`, whose message says what to do.
     """
-    recipe = Recipe(expert_bits, dense_bits, group_size)
+    recipe = Recipe.asked(expert_bits, dense_bits, group_size)
     if policy not in POLICIES:
         raise UnsupportedModelError(
             f"there is no policy {policy!r}: choose {' or '.join(POLICIES)}"
@@ -102,7 +105,7 @@ def load(
             available,
             dense=info.dense_parameters * compute.itemsize,
             kv_cache=kv_cache_bytes(config, context, compute),
-            workspace=WORKSPACE_BYTES,
+            workspace=workspace_bytes(config, info, context),
             slot=info.slot_bytes,
             total_experts=info.total_experts,
         )
@@ -118,20 +121,33 @@ def load(
         trust_remote_code=trust_remote_code,
         check=plan,
     )
-    pack = Pack(path)
-    try:
+    with contextlib.ExitStack() as undo:  # what was begun, should the rest fail
+        pack = Pack(path)
+        undo.callback(pack.close)
+        _check_recipe(pack, expert_bits, dense_bits, group_size)
         config = sources.read_config(str(source), path, trust_remote_code=trust_remote_code)
         options = plan(pack.info, config)
         tokenizer = _tokenizer(path, trust_remote_code)
         cls = model_class(config, str(path), trust_remote_code)
         model = _load_dense(path, own_config(config, cls), cls, options)
-        _connect(model, pack, options, ram_bytes)
-        if place.type == "cpu" and options.dtype == torch.bfloat16 and native_is_quicker():
-            OneTokenLinear(model)
-    except BaseException:
-        pack.close()
-        raise
+        transfer = _transfer(pack, options, ram_bytes)
+        undo.callback(transfer.close)
+        _connect(model, pack, options, transfer)
+        undo.pop_all()
     return model, tokenizer
+
+
+def _check_recipe(
+    pack: Pack, expert_bits: int | None, dense_bits: int | None, group_size: int | None
+) -> None:
+    """A pack is as it was made: asking for something else is an error, not ignored."""
+    asked = {"expert_bits": expert_bits, "dense_bits": dense_bits, "group_size": group_size}
+    for name, value in asked.items():
+        if value is not None and value != getattr(pack.info, name):
+            raise SourceError(
+                f"{pack.path} is a pack with {name} {getattr(pack.info, name)}, not {value}: leave "
+                "the option out, or name the checkpoint to make another pack"
+            )
 
 
 def find_device(name: str | torch.device | None) -> torch.device:
@@ -239,10 +255,10 @@ def _load_dense(
         )
     if wrong := info["mismatched_keys"]:
         raise CheckpointError(f"config.json and weights do not match: {sorted(wrong)[0]}")
-    return model
+    return model.requires_grad_(False)  # slots are reused: there is nothing to train
 
 
-def _connect(model: PreTrainedModel, pack: Pack, options: Options, ram: int | None) -> None:
+def _connect(model: PreTrainedModel, pack: Pack, options: Options, transfer: Transfer) -> None:
     """Put the engine behind the model's experts."""
     info = pack.info
     modules = experts_modules(model)
@@ -255,14 +271,17 @@ def _connect(model: PreTrainedModel, pack: Pack, options: Options, ram: int | No
         )
     cache = ExpertCache(options.slots, len(info.layers), POLICIES[options.policy]())
     balance = LookaheadBalance() if options.lookahead is None else None
-    engine = Engine(info, cache, _transfer(pack, options, ram), balance)
+    engine = Engine(info, cache, transfer, balance)
     for module in modules:
         install(module, engine.add_layer(module))
     everything_fits = options.slots >= info.total_experts  # then nothing is ever loaded twice
     if options.lookahead is not False and not everything_fits:
         routers = [find_router(model, layer.module, layer.num_experts) for layer in info.layers]
-        engine.watch_routers(routers)
-    model.offload = Offload(pack, engine, options)
+        engine.watch_routers(model, routers)
+    single = options.device.type == "cpu" and options.dtype == torch.bfloat16
+    one_token = OneTokenLinear(model) if single and native_is_quicker() else None
+    model.offload = Offload(pack, engine, options, one_token)
+    weakref.finalize(model, model.offload.close)  # a model that is dropped frees what it held
 
 
 def _transfer(pack: Pack, options: Options, ram: int | None) -> Transfer:

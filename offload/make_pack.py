@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from offload.checkpoint import Checkpoint, SafetensorsSource
+from offload.checkpoint import DTYPES, Checkpoint, SafetensorsSource
 from offload.errors import PackError, UnsupportedModelError
 from offload.progress import Progress
 from offload.skeleton import ExpertsModule
@@ -26,12 +26,7 @@ from quant.pack import PackInfo, PackLayer
 from quant.pack_writer import PackWriter
 from quant.record import STORED_DTYPES, MatrixSpec, RecordLayout, encode_record, plan_layout
 
-SAFETENSORS_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"} | {
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+SAFETENSORS_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 DENSE_FILE_BYTES = 256 * 2**20  # the non-expert weights are written in files of about this size
 INDEX = "model.safetensors.index.json"
 COPIED = (
@@ -50,6 +45,14 @@ class Recipe:
     expert_bits: int = 4
     dense_bits: int = 16
     group_size: int = 64
+
+    @classmethod
+    def asked(
+        cls, expert_bits: int | None, dense_bits: int | None, group_size: int | None
+    ) -> Recipe:
+        """The recipe with the defaults where None was given."""
+        given = {"expert_bits": expert_bits, "dense_bits": dense_bits, "group_size": group_size}
+        return cls(**{name: value for name, value in given.items() if value is not None})
 
     def __post_init__(self) -> None:
         if self.expert_bits not in (4, 8, 16):
@@ -96,13 +99,16 @@ def describe(
 
 
 def _as_stored(checkpoint: Checkpoint, module: ExpertsModule, spec: MatrixSpec) -> MatrixSpec:
-    dtype = checkpoint.stored_dtype(f"{module.path}.{spec.name}")
-    if dtype not in STORED_DTYPES.values():
-        raise UnsupportedModelError(
-            f"the experts are stored as {str(dtype).removeprefix('torch.')}, which is not read "
-            "yet: use a checkpoint in bfloat16, float16 or float32"
-        )
-    return replace(spec, dtype=dtype)
+    name = f"{module.path}.{spec.name}"
+    dtype = checkpoint.stored_dtype(name)
+    bias_dtype = checkpoint.stored_dtype(f"{name}_bias") if spec.has_bias else dtype
+    for stored in (dtype, bias_dtype):
+        if stored not in STORED_DTYPES.values():
+            raise UnsupportedModelError(
+                f"the experts are stored as {str(stored).removeprefix('torch.')}, which is not read "
+                "yet: use a checkpoint in bfloat16, float16 or float32"
+            )
+    return replace(spec, dtype=dtype, bias_dtype=bias_dtype)
 
 
 def make_pack(
@@ -128,7 +134,7 @@ def make_pack(
         layer_bytes = [
             n.num_experts * info.layout_of(i).record_bytes for i, n in enumerate(info.layers)
         ]
-        _check_space(path, sum(layer_bytes[i] for i in todo))
+        _check_space(path, sum(layer_bytes[i] for i in todo) + checkpoint.dense_bytes())
         weights = {i: info.layers[i].num_experts * _expert_weights(info.layout_of(i)) for i in todo}
         verb = "quantising" if recipe.expert_bits < 16 else "packing"
         with Progress(
@@ -184,12 +190,7 @@ def _write_dense(writer: PackWriter, checkpoint: Checkpoint) -> None:
 
 
 def _as_bytes(name: str, tensor: Tensor) -> tuple[str, str, tuple[int, ...], Tensor]:
-    kind = SAFETENSORS_NAMES.get(tensor.dtype)
-    if kind is None:
-        raise UnsupportedModelError(
-            f"{name} is stored as {str(tensor.dtype).removeprefix('torch.')}, which is not read "
-            "yet: use a checkpoint in bfloat16, float16 or float32"
-        )
+    kind = SAFETENSORS_NAMES[tensor.dtype]
     return name, kind, tuple(tensor.shape), tensor.contiguous().view(-1).view(torch.uint8)
 
 

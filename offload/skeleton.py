@@ -21,7 +21,7 @@ from transformers import (
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.integrations.moe import ExpertsInterface
 
-from offload.errors import UnsupportedModelError
+from offload.errors import OffloadError, UnsupportedModelError
 from quant.record import MatrixSpec
 
 IMPLEMENTATION = "offload"  # the name our function is registered under
@@ -141,7 +141,9 @@ def _describe(path: str, module: nn.Module) -> ExpertsModule:
             continue
         bias = parameters.pop(f"{name}_bias", None)
         rows, columns = weight.shape[-2:] if not transposed else weight.shape[:-3:-1]
-        matrices.append(MatrixSpec(name, rows, columns, bias is not None, weight.dtype))
+        matrices.append(
+            MatrixSpec(name, rows, columns, bias is not None, weight.dtype, weight.dtype)
+        )
         experts = weight.shape[0]
     expected = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
     if parameters or tuple(m.name for m in matrices) != expected:
@@ -164,7 +166,18 @@ def without_experts(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
             if is_experts_module(module):
                 _strip(module)
 
-    members = {"__init__": __init__, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    def save_pretrained(self: PreTrainedModel, *_: Any, **__: Any) -> None:
+        raise OffloadError(
+            "this model's experts are in its pack, not in its modules: copy the folder of the pack "
+            "(model.offload.pack.path) instead of saving"
+        )
+
+    members = {
+        "__init__": __init__,
+        "__module__": cls.__module__,
+        "__doc__": cls.__doc__,
+        "save_pretrained": save_pretrained,
+    }
     return type(cls.__name__, (cls,), members)
 
 

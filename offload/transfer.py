@@ -40,6 +40,9 @@ class Transfer(Protocol):
     def wait(self, ticket: Ticket) -> None:
         """Return when compute on `device` may use the slot. Raises what the copy raised."""
 
+    def drain(self) -> None:
+        """Drop the copies not yet begun and return when none is under way."""
+
     def release(self, slot: int) -> None:
         """What was computed from `slot` so far must finish before a later copy overwrites it."""
 
@@ -82,6 +85,7 @@ class HostTransfer:
             deque(),
         )  # urgent, other
         self._wake = threading.Condition()
+        self._copying = False
         self._closed = False
         self._busy_seconds = 0.0
         self._thread = threading.Thread(target=self._run, name="offload-copy", daemon=True)
@@ -111,6 +115,13 @@ class HostTransfer:
         if ticket.error is not None:
             raise ticket.error
 
+    def drain(self) -> None:
+        with self._wake:
+            for queue in self._queues:
+                queue.clear()
+            while self._copying:
+                self._wake.wait(0.1)
+
     def release(self, slot: int) -> None:
         """Nothing to do: on a CPU what was called has finished."""
 
@@ -136,6 +147,7 @@ class HostTransfer:
                 if self._closed:
                     return
                 ticket = (self._queues[0] or self._queues[1]).popleft()
+                self._copying = True
             begin = time.perf_counter()
             try:
                 self._copy(ticket)
@@ -143,6 +155,9 @@ class HostTransfer:
                 ticket.error = error
             self._busy_seconds += time.perf_counter() - begin
             ticket.finished.set()
+            with self._wake:
+                self._copying = False
+                self._wake.notify_all()
 
     def _copy(self, ticket: HostTicket) -> None:
         checked = self._checked[ticket.layer]

@@ -90,7 +90,7 @@ def cpu_int4_works() -> bool:
 
 def _probe_view() -> MatrixView:
     rows, columns, group = 2 * TILE_ROWS, 128, 64
-    layout = MatrixLayout("probe", rows, columns, 4, group, "bfloat16", 0, 0, -1)
+    layout = MatrixLayout("probe", rows, columns, 4, group, "bfloat16", "bfloat16", 0, 0, -1)
     random = torch.Generator().manual_seed(0)  # equal rows would hide a wrong order of them
     codes = torch.randint(0, 16, (rows, columns), generator=random, dtype=torch.uint8)
     scales = torch.full((columns // group, rows, 2), 0.01, dtype=torch.bfloat16)

@@ -38,7 +38,8 @@ class MatrixLayout:
     columns: int
     bits: int  # 4 or 8, or 16/32 for values stored as `dtype`
     group_size: int  # columns that share one scale; 0 when unquantised
-    dtype: str  # of the stored values when unquantised, and of the bias
+    dtype: str  # of the stored values when unquantised
+    bias_dtype: str
     weight_offset: int
     scale_offset: int  # -1 when unquantised
     bias_offset: int  # -1 when there is none
@@ -77,6 +78,7 @@ class MatrixSpec:
     columns: int
     has_bias: bool
     dtype: torch.dtype
+    bias_dtype: torch.dtype | None = None  # None: as the weight
 
 
 def fitting_group(columns: int, group_size: int) -> int:
@@ -105,7 +107,8 @@ def plan_layout(specs: tuple[MatrixSpec, ...], bits: int, group_size: int) -> Re
         group = fitting_group(spec.columns, group_size) if quantised else 0
         weight = place(stored_rows * spec.columns * stored_bits // 8)
         scale = place(stored_rows * spec.columns // group * 4) if quantised else -1
-        bias = place(spec.rows * spec.dtype.itemsize) if spec.has_bias else -1
+        bias_dtype = spec.bias_dtype or spec.dtype
+        bias = place(spec.rows * bias_dtype.itemsize) if spec.has_bias else -1
         matrices.append(
             MatrixLayout(
                 spec.name,
@@ -114,6 +117,7 @@ def plan_layout(specs: tuple[MatrixSpec, ...], bits: int, group_size: int) -> Re
                 stored_bits,
                 group,
                 _dtype_name(spec.dtype),
+                _dtype_name(bias_dtype),
                 weight,
                 scale,
                 bias,
@@ -152,7 +156,9 @@ def _view_matrix(record: Tensor, matrix: MatrixLayout) -> MatrixView:
     else:
         weight = weight.view(dtype).view(matrix.rows, matrix.columns)
     if matrix.bias_offset >= 0:
-        bias = record.narrow(0, matrix.bias_offset, matrix.rows * dtype.itemsize).view(dtype)
+        bias_dtype = STORED_DTYPES[matrix.bias_dtype]
+        size = matrix.rows * bias_dtype.itemsize
+        bias = record.narrow(0, matrix.bias_offset, size).view(bias_dtype)
     return MatrixView(matrix, weight, scales, bias)
 
 

@@ -44,12 +44,11 @@ class Landed:
 
 
 @dataclass(frozen=True)
-class Forget:
-    layer: int
-    experts: tuple[int, ...]
+class StartOver:
+    """What an engine does after a step that broke off."""
 
 
-Step = PlanStep | LookAhead | Landed | Forget
+Step = PlanStep | LookAhead | Landed | StartOver
 
 
 def sizes(most_slots: int = 8) -> st.SearchStrategy[Size]:
@@ -62,20 +61,20 @@ def sizes(most_slots: int = 8) -> st.SearchStrategy[Size]:
     )
 
 
-def steps_of(size: Size, *, forgets: bool = True) -> st.SearchStrategy[list[Step]]:
+def steps_of(size: Size, *, breaks: bool = True) -> st.SearchStrategy[list[Step]]:
     layer = st.integers(0, size.layers - 1)
     experts = st.lists(st.integers(0, size.experts - 1), unique=True).map(tuple)
     plans = st.builds(PlanStep, layer, experts)
     guesses = st.builds(LookAhead, layer, experts, st.integers(0, size.experts))
     kinds: list[st.SearchStrategy[Step]] = [plans, plans, guesses, st.builds(Landed, st.integers())]
-    if forgets:
+    if breaks:
         failing = st.builds(PlanStep, layer, experts, st.integers(0, 4))
-        kinds += [failing, st.builds(Forget, layer, experts)]
+        kinds += [failing, st.builds(StartOver)]
     return st.lists(st.one_of(kinds), min_size=8, max_size=25)
 
 
-def runs(*, forgets: bool = True) -> st.SearchStrategy[tuple[Size, list[Step]]]:
-    return sizes().flatmap(lambda n: st.tuples(st.just(n), steps_of(n, forgets=forgets)))
+def runs(*, breaks: bool = True) -> st.SearchStrategy[tuple[Size, list[Step]]]:
+    return sizes().flatmap(lambda n: st.tuples(st.just(n), steps_of(n, breaks=breaks)))
 
 
 class Machine:
@@ -103,8 +102,8 @@ class Machine:
                 self.look_ahead(layer, experts, most)
             case Landed(which):
                 self.land(which)
-            case Forget(layer, experts):
-                self.forget(layer, experts)
+            case StartOver():
+                self.start_over()
         self.check(before, len(self.loaded) - loads, step)
 
     def resident(self) -> dict[Key, int]:
@@ -131,10 +130,10 @@ class Machine:
                 self._load((layer, use.expert), use.slot)
             for use in (*wave.hits, *wave.loads):
                 if uses == 0:
-                    return self.forget(layer, experts)
+                    return self.start_over()
                 self._compute(layer, use)
                 uses -= 1
-        self.forget(layer, experts)
+        self.start_over()
 
     def look_ahead(self, layer: int, experts: tuple[int, ...], most: int) -> tuple[Use, ...]:
         loads = self.cache.look_ahead(layer, experts, most)
@@ -157,14 +156,11 @@ class Machine:
             self.under_way.remove(slot)
             self.cache.landed(slot)
 
-    def forget(self, layer: int, experts: tuple[int, ...]) -> None:
-        dropped = {
-            key: s for key, s in self.resident().items() if key in {(layer, e) for e in experts}
-        }
-        self.cache.forget(layer, experts)
-        self.under_way -= set(dropped.values())
+    def start_over(self) -> None:
+        self.cache.clear()
+        self.under_way.clear()
         self.in_use = {}
-        assert not any(self.cache.is_resident(layer, expert) for expert in experts)
+        assert not self.resident()
 
     def _decide(self, layer: int, experts: tuple[int, ...]) -> Plan:
         before = self.resident()
@@ -219,7 +215,7 @@ class Machine:
         assert total.lookahead_loads == self.lookahead_loads
         assert total.loads == total.misses + total.lookahead_loads
         assert total.lookahead_loads_right <= min(total.lookahead_loads, total.lookahead_right)
-        whole = not isinstance(step, Forget) and getattr(step, "fails_after", None) is None
+        whole = not isinstance(step, StartOver) and getattr(step, "fails_after", None) is None
         if whole:
             self.evictions += len(before) + loads - len(resident)
             assert total.evictions == self.evictions

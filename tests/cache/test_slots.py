@@ -10,7 +10,7 @@ from cache.policy import Key
 from cache.slots import SlotTable
 
 keys = st.tuples(st.integers(0, 2), st.integers(0, 4))
-steps = st.lists(st.tuples(st.sampled_from(("put", "remove", "replace")), keys), max_size=60)
+steps = st.lists(st.tuples(st.sampled_from(("put", "replace")), keys), max_size=60)
 
 
 @settings(max_examples=100)
@@ -28,10 +28,6 @@ def test_behaves_like_a_dictionary_of_keys_and_slots(
                 assert slot in set(range(slots)) - set(model.values())
                 table.put(key, slot)
                 model[key] = slot
-        elif step == "remove" and key in model:
-            slot = table.remove(key)
-            assert slot == model.pop(key)
-            table.give_back(slot)
         elif step == "replace" and model and key not in model:
             slot = table.remove(first := next(iter(model)))
             assert slot == model.pop(first)

@@ -186,7 +186,7 @@ def test_kv_cache_is_never_counted_too_small(model_type: str) -> None:
 
 def test_a_longer_context_leaves_room_for_fewer_experts(mixtral: Path, tmp_path: Path) -> None:
     def slots(context: int) -> int:
-        options: dict[str, Any] = {"ram": "301MiB", "context": context, "expert_bits": 16}
+        options: dict[str, Any] = {"ram": "202.2MiB", "context": context, "expert_bits": 16}
         model, _ = offload.load(mixtral, device="cpu", pack_dir=tmp_path, **options)
         count: int = model.offload.options.slots
         model.offload.close()

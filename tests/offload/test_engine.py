@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import psutil
 import pytest
@@ -13,11 +17,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+import cache.cache as cache_module
+import cache.slots as slots_module
 import offload
+import offload.engine as engine_module
 from offload.engine import Layer
+from offload.errors import OffloadError
 from offload.handle import offload_of
-from quant.record import MatrixView
-from tests.tiny import EXPERTS, save_tiny
+from tests.tiny import EXPERTS, LAYERS, save_tiny
 
 PROMPT = torch.arange(5, 25)[None]
 
@@ -40,28 +47,79 @@ def _tokens(model: PreTrainedModel) -> Tensor:
     return model.generate(PROMPT, max_new_tokens=12, do_sample=False)
 
 
-def test_interrupted_steps_do_not_change_later_answers(
-    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interruption_at_any_line_does_not_change_later_answers(model: PreTrainedModel) -> None:
+    """Ctrl-C can come between any two lines of the engine and the cache."""
     expected = _tokens(model)
-    compute = Layer.expert
-    moments = random.Random(0)
-    for _ in range(25):
-        left = moments.randrange(1, 60)
-
-        def interrupted(self: Layer, x: Tensor, matrices: dict[str, MatrixView]) -> Tensor:
-            nonlocal left
-            left -= 1
-            if left == 0:
-                raise KeyboardInterrupt
-            return compute(self, x, matrices)
-
-        monkeypatch.setattr(Layer, "expert", interrupted)
+    files = {engine_module.__file__, cache_module.__file__, slots_module.__file__}
+    total = _lines_run(model, files, stop_at=None)
+    for line in range(1, total, max(1, total // 60)):
         with pytest.raises(KeyboardInterrupt):
-            _tokens(model)
-        monkeypatch.setattr(Layer, "expert", compute)
+            _lines_run(model, files, stop_at=line)
+        assert torch.equal(_tokens(model), expected), f"interrupted at line event {line}"
         offload_of(model).engine.cache.check_integrity()
-        assert torch.equal(_tokens(model), expected)
+
+
+def _lines_run(model: PreTrainedModel, files: set[str | None], stop_at: int | None) -> int:
+    """Run the model, count the lines of `files` that are run, and interrupt at one of them."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal count
+        if frame.f_code.co_filename not in files:
+            return None
+        if event == "line":
+            count += 1
+            if count == stop_at:
+                raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        _tokens(model)
+    finally:
+        sys.settrace(None)
+    return count
+
+
+def test_two_threads_may_use_one_model(model: PreTrainedModel) -> None:
+    prompts = [torch.arange(5 + i, 25 + i)[None] for i in range(2)]
+    with torch.inference_mode():
+        expected = [model(prompt).logits for prompt in prompts]
+    wrong = []
+
+    def run(index: int) -> None:
+        with torch.inference_mode():
+            for _ in range(20):
+                if not torch.equal(model(prompts[index]).logits, expected[index]):
+                    wrong.append(index)
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_look_ahead_does_not_show_in_recorded_router_logits(model: PreTrainedModel) -> None:
+    with torch.inference_mode():
+        out = model(PROMPT[:, :1], output_router_logits=True)
+    assert len(out.router_logits) == LAYERS
+
+
+def test_saving_without_experts_is_refused(model: PreTrainedModel, tmp_path: Path) -> None:
+    with pytest.raises(OffloadError, match="pack"):
+        model.save_pretrained(tmp_path / "saved")
+
+
+def test_a_dropped_model_leaves_no_thread(tmp_path: Path) -> None:
+    save_tiny("mixtral", tmp_path / "checkpoint")
+    threads = threading.active_count()
+    loaded, _ = offload.load(tmp_path / "checkpoint", device="cpu", pack_dir=tmp_path / "packs")
+    assert threading.active_count() == threads + 1
+    del loaded
+    gc.collect()
+    assert threading.active_count() == threads
 
 
 def test_wrong_guesses_do_not_change_answers(

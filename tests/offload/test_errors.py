@@ -572,7 +572,7 @@ def test_too_little_memory_names_the_shortage_and_the_flags(
 
 
 def test_more_slots_than_fit(fails: Fails, mixtral_pack: Path) -> None:
-    limits = ("-c", "64", "--ram", "300.5MiB", "--expert-slots", "100%")
+    limits = ("-c", "64", "--ram", "200.7MiB", "--expert-slots", "100%")
     message = fails("generate", mixtral_pack, *HI, *limits)
     assert "needs 24 expert slots" in message
     assert "0 fit" not in message

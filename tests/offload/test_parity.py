@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -131,3 +132,18 @@ def test_look_ahead_guesses_with_the_next_router(tmp_path: Path) -> None:
     assert counts.lookahead_guesses >= 31 * 2 * K
     assert counts.lookahead_recall > 1.5 * K / EXPERTS
     offload_of(model).close()
+
+
+def test_experts_stored_in_several_dtypes_are_not_rounded(tmp_path: Path) -> None:
+    """The record takes the dtype that holds them all."""
+    reference = Reference("mixtral", tmp_path)
+    file = reference.checkpoint / "model.safetensors"
+    tensors = load_file(file)
+    for name in tensors:
+        if ".experts.3." in name:
+            tensors[name] = tensors[name].to(torch.bfloat16)
+    save_file(tensors, file, metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(reference.checkpoint, dtype=torch.float32)
+    reference.tokens = []
+    reference.logits = reference._run(model)
+    assert reference.difference(K, lookahead=False) < TOLERANCE

@@ -176,7 +176,7 @@ from quant.matmul import matmul, matmul_reference
 from quant.packing import pack
 from quant.record import MatrixLayout, MatrixView
 torch.manual_seed(0)
-layout = MatrixLayout("m", 128, 128, 4, 64, "bfloat16", 0, 0, -1)
+layout = MatrixLayout("m", 128, 128, 4, 64, "bfloat16", "bfloat16", 0, 0, -1)
 codes = torch.randint(0, 16, (128, 128), dtype=torch.uint8)
 view = MatrixView(layout, pack(codes, 4), torch.rand(2, 128, 2).bfloat16() * 0.05, None)
 x = torch.randn(3, 128).bfloat16()
