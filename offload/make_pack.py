@@ -105,8 +105,8 @@ def _as_stored(checkpoint: Checkpoint, module: ExpertsModule, spec: MatrixSpec) 
     for stored in (dtype, bias_dtype):
         if stored not in STORED_DTYPES.values():
             raise UnsupportedModelError(
-                f"the experts are stored as {str(stored).removeprefix('torch.')}, which is not read "
-                "yet: use a checkpoint in bfloat16, float16 or float32"
+                f"the experts are stored as {str(stored).removeprefix('torch.')}, which is not "
+                "read yet: use a checkpoint in bfloat16, float16 or float32"
             )
     return replace(spec, dtype=dtype, bias_dtype=bias_dtype)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def test_urgent_copies_overtake_others(pack: Pack, monkeypatch: pytest.MonkeyPat
     transfer = HostTransfer(pack, 4)
     tickets = [transfer.start(0, expert, expert, urgent=False) for expert in (0, 1, 2)]
     while len(transfer._queues[1]) > 2:  # the thread has taken the first
-        pass
+        time.sleep(0.001)
     urgent = transfer.start(0, 3, 3, urgent=True)
     gate.set()
     for ticket in (urgent, *tickets):
@@ -73,6 +74,8 @@ def test_waiting_for_a_look_ahead_copy_makes_it_urgent(
     monkeypatch.setattr(HostTransfer, "_copy", slow)
     transfer = HostTransfer(pack, 4)
     tickets = [transfer.start(0, expert, expert, urgent=False) for expert in range(4)]
+    while len(transfer._queues[1]) > 3:  # the thread has taken the first
+        time.sleep(0.001)
     threading.Timer(0.2, gate.set).start()
     transfer.wait(tickets[3])
     for ticket in tickets:
