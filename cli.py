@@ -13,7 +13,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -82,7 +82,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.set_defaults(command=None)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
 
-    def add(name: str, run: Any, help_text: str, example: str) -> argparse.ArgumentParser:
+    def add(
+        name: str, run: Callable[[argparse.Namespace], int], help_text: str, example: str
+    ) -> argparse.ArgumentParser:
         command = commands.add_parser(
             name,
             help=help_text,
@@ -449,7 +451,7 @@ def _bench(arguments: argparse.Namespace) -> int:
 COLUMNS = "model size params backend test t/s slots resident_% hit_% MiB/token link_%"
 
 
-def _print_table(common: dict[str, Any], results: Any) -> None:
+def _print_table(common: dict[str, Any], results: Iterator[Result]) -> None:
     names = [name.replace("_", " ") for name in COLUMNS.split()]
     print(f"| {' | '.join(names)} |")
     print(f"| {' | '.join('---' if i in (0, 3) else '---:' for i in range(len(names)))} |")

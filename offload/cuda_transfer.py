@@ -41,8 +41,8 @@ class CudaTicket:
 class CudaTransfer:
     """Slots in GPU memory, filled from pinned host memory on a stream of their own.
 
-    The copy engine works in order, so an urgent copy waits at most for those already under way; the
-    look-ahead keeps these few.
+    The copy stream works in order: an urgent copy waits for the look-ahead copies begun before it,
+    at most as many as a token has experts.
     """
 
     def __init__(self, pack: Pack, slots: int, device: torch.device, ram: int | None) -> None:

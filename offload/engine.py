@@ -1,4 +1,6 @@
-"""The host-planned engine: the plan of every MoE layer is made in Python, one sync a layer.
+"""The host-planned engine: the plan of every MoE layer is made in Python.
+
+One sync a layer, two where it looks ahead.
 
 Knows: the order of things in a step: plan, start copies, compute what is here, wait, compute the
 rest, reduce once. Does not know: who is evicted (`cache`), how bytes move (`offload.transfer`),
@@ -102,7 +104,7 @@ class Engine:
         self._views: dict[tuple[int, int], dict[str, MatrixView]] = {}  # (layout, slot)
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._started = 0  # copies
-        self._lock = threading.Lock()  # a step at a time, whoever calls the model
+        self._lock = threading.RLock()  # a step at a time, whoever calls the model
         self._broken_off = False  # the step before did not come to its end
         self.tokens = 0  # that went through the first layer
         self.closed = False
@@ -171,6 +173,7 @@ class Engine:
 
     def _start_over(self) -> None:
         """After a step that broke off nothing that the table says can be believed."""
+        self._lock = threading.RLock()  # Ctrl-C inside its release may have left the old one taken
         self.transfer.drain()
         self._tickets.clear()
         self.cache.clear()

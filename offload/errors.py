@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from quant.errors import CheckpointError, OffloadError, PackError
+from quant.errors import OffloadError, PackError
 
 
 class SourceError(OffloadError):
     """There is no such model, or it may not be used as asked."""
+
+
+class CheckpointError(OffloadError):
+    """A checkpoint is damaged, unsafe, or lacks a tensor."""
 
 
 class UnsupportedModelError(OffloadError):

@@ -6,13 +6,13 @@ model.
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
+import psutil
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -189,11 +189,24 @@ def forward(model: PreTrainedModel, ids: Tensor, cache: Any) -> tuple[Tensor, An
     return out.logits[:, -1], out.past_key_values
 
 
+class GenerateOptions(TypedDict, total=False):
+    """What `stream_generate` takes by name."""
+
+    max_new_tokens: int | None
+    stop_strings: str | Sequence[str] | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    seed: int | None
+
+
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     prompt: Prompt,
-    **options: Any,
+    **options: Unpack[GenerateOptions],
 ) -> str:
     """The whole text of `stream_generate`, which documents the options."""
     if tokenizer is None:
@@ -205,5 +218,9 @@ def peak_memory(device: torch.device) -> int:
     """Most bytes used so far: allocated on a GPU, else resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource  # there is none on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

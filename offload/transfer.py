@@ -35,7 +35,11 @@ class Transfer(Protocol):
         """The bytes [slot_bytes] uint8 of a slot, on `device`."""
 
     def start(self, layer: int, expert: int, slot: int, *, urgent: bool) -> Ticket:
-        """Begin to copy a record into `slot`. Urgent copies overtake those that are not."""
+        """Begin to copy a record into `slot`.
+
+        An urgent copy goes before those that are not and have not begun, where the link can do
+        that.
+        """
 
     def wait(self, ticket: Ticket) -> None:
         """Return when compute on `device` may use the slot. Raises what the copy raised."""

@@ -10,9 +10,5 @@ class OffloadError(Exception):
     """Base of every error this project raises on purpose; the message ends with the remedy."""
 
 
-class CheckpointError(OffloadError):
-    """A checkpoint is missing, damaged, unsafe, or lacks a tensor."""
-
-
 class PackError(OffloadError):
     """A pack is incomplete, damaged, of another version, or cannot be written."""
