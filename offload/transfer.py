@@ -6,10 +6,12 @@ nor what a record means (`quant`).
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import threading
 import time
 from collections import deque
+from queue import SimpleQueue
 from typing import Protocol
 
 import torch
@@ -58,6 +60,9 @@ class Transfer(Protocol):
         """Finish what is under way, free the slots, end the threads."""
 
 
+NOWHERE = -1  # the slot of a ticket that only marks its place in the queue
+
+
 class HostTicket:
     """A copy from the mapped pack into host memory."""
 
@@ -76,7 +81,8 @@ class HostTicket:
 class HostTransfer:
     """Slots in host memory, filled from the mapped pack by one thread.
 
-    A record's checksum is compared the first time it is copied.
+    A record's checksum is compared the first time it is copied. The two sides share nothing but
+    deques and a `SimpleQueue`, whose operations Ctrl-C cannot cut in two; a lock could stay taken.
     """
 
     def __init__(self, pack: Pack, slots: int) -> None:
@@ -87,10 +93,8 @@ class HostTransfer:
         self._queues: tuple[deque[HostTicket], deque[HostTicket]] = (
             deque(),
             deque(),
-        )  # urgent, other
-        self._wake = threading.Condition()
-        self._copying = False
-        self._closed = False
+        )  # urgent first
+        self._wake: SimpleQueue[bool] = SimpleQueue()  # True: look at the queues, False: end
         self._busy_seconds = 0.0
         self._thread = threading.Thread(target=self._run, name="offload-copy", daemon=True)
         self._thread.start()
@@ -104,15 +108,17 @@ class HostTransfer:
 
     def start(self, layer: int, expert: int, slot: int, *, urgent: bool) -> HostTicket:
         ticket = HostTicket(layer, expert, slot, urgent)
-        with self._wake:
-            self._queues[0 if urgent else 1].append(ticket)
-            self._wake.notify()
+        self._queues[0 if urgent else 1].append(ticket)
+        self._wake.put(True)
         return ticket
 
     def wait(self, ticket: Ticket) -> None:
         assert isinstance(ticket, HostTicket)
         if not ticket.done:
-            self._hurry(ticket)
+            with contextlib.suppress(ValueError):  # the thread has taken it already
+                self._queues[1].remove(ticket)
+                self._queues[0].append(ticket)
+                self._wake.put(True)  # the thread may have looked while it was in neither
             while not ticket.finished.wait(1.0):
                 if not self._thread.is_alive():
                     raise RuntimeError("the copy thread has ended")
@@ -120,38 +126,23 @@ class HostTransfer:
             raise ticket.error
 
     def drain(self) -> None:
-        with self._wake:
-            for queue in self._queues:
-                queue.clear()
-            while self._copying:
-                self._wake.wait(0.1)
+        for queue in self._queues:
+            queue.clear()
+        self.wait(self.start(0, 0, NOWHERE, urgent=True))  # what is under way comes before it
 
     def release(self, slot: int) -> None:
         """Nothing to do: on a CPU what was called has finished."""
 
     def close(self) -> None:
-        with self._wake:
-            self._closed = True
-            self._wake.notify()
+        self._wake.put(False)
         self._thread.join()
         self._slots = torch.empty(0, 0, dtype=torch.uint8)
 
-    def _hurry(self, ticket: HostTicket) -> None:
-        with self._wake:
-            urgent, other = self._queues
-            if ticket in other:
-                other.remove(ticket)
-                urgent.append(ticket)
-
     def _run(self) -> None:
-        while True:
-            with self._wake:
-                while not (self._queues[0] or self._queues[1] or self._closed):
-                    self._wake.wait()
-                if self._closed:
-                    return
-                ticket = (self._queues[0] or self._queues[1]).popleft()
-                self._copying = True
+        while self._wake.get():
+            ticket = self._next()
+            if ticket is None:  # it was dropped
+                continue
             begin = time.perf_counter()
             try:
                 self._copy(ticket)
@@ -159,11 +150,16 @@ class HostTransfer:
                 ticket.error = error
             self._busy_seconds += time.perf_counter() - begin
             ticket.finished.set()
-            with self._wake:
-                self._copying = False
-                self._wake.notify_all()
+
+    def _next(self) -> HostTicket | None:
+        for queue in self._queues:
+            with contextlib.suppress(IndexError):
+                return queue.popleft()
+        return None
 
     def _copy(self, ticket: HostTicket) -> None:
+        if ticket.slot == NOWHERE:
+            return
         checked = self._checked[ticket.layer]
         if not checked[ticket.expert]:
             self._pack.check_record(ticket.layer, ticket.expert)
