@@ -50,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return DONE
     except OffloadError as error:
         return _failed(error, str(error), arguments.debug)
+    except OSError as error:
+        text = f"{error}: is the place readable and writable? OFFLOAD_HOME names another"
+        return _failed(error, text, arguments.debug)
     except MemoryError as error:
         return _failed(error, f"out of memory: {NO_MEMORY}", arguments.debug)
     except Exception as error:
