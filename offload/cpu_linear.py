@@ -36,6 +36,7 @@ class OneTokenLinear:
         ]
 
     def _enter(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._leave()  # torch skips the hook that leaves when Ctrl-C ends a forward
         ids = args[0] if args else kwargs.get("input_ids")
         if isinstance(ids, Tensor) and ids.numel() == 1:
             self._before = torch.backends.mkldnn.set_flags()[0]

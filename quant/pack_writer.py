@@ -107,9 +107,18 @@ class PackWriter:
         settings = json.dumps(self.info.to_json(), sort_keys=True)
         file = self._partial / SETTINGS
         if not file.is_file() or file.read_text(encoding="utf-8") != settings:
-            shutil.rmtree(self._partial, ignore_errors=True)
+            self._remove_partial()
             self._partial.mkdir()
             _write_whole(file, [settings.encode()], self.path)
+
+    def _remove_partial(self) -> None:
+        """Remove what an earlier run with other settings left; never a folder that is not ours."""
+        names = (
+            {entry.name for entry in self._partial.iterdir()} if self._partial.exists() else set()
+        )
+        if names and not names & {SETTINGS, SETTINGS + ".part"}:
+            raise PackError(f"{self._partial} is not of this program's making: move it elsewhere")
+        shutil.rmtree(self._partial, ignore_errors=True)
 
     def has(self, name: str) -> bool:
         """Whether the file `name` was finished by this or an earlier run."""

@@ -21,6 +21,7 @@ import cache.cache as cache_module
 import cache.slots as slots_module
 import offload
 import offload.engine as engine_module
+from offload.cpu_linear import OneTokenLinear
 from offload.engine import Layer
 from offload.errors import OffloadError
 from offload.handle import offload_of
@@ -182,3 +183,25 @@ def test_close_frees_threads_and_files(tmp_path: Path) -> None:
 
 def _mapped_packs() -> set[str]:
     return {m.path for m in psutil.Process().memory_maps() if "experts-" in m.path}
+
+
+def test_interrupted_decode_leaves_one_dnn_as_it_was(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch runs no leaving hook when a forward ends by Ctrl-C: the next forward must."""
+    one_token = OneTokenLinear(model)
+    before = torch.backends.mkldnn.set_flags()[0]
+    with torch.inference_mode(), monkeypatch.context() as patch:
+        patch.setattr(Layer, "expert", _interrupt)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                model(PROMPT[:, :1])
+    with torch.inference_mode():
+        model(PROMPT)
+    after = torch.backends.mkldnn.set_flags()[0]
+    one_token.close()
+    assert after == before
+
+
+def _interrupt(*_: object) -> Tensor:
+    raise KeyboardInterrupt
