@@ -25,6 +25,7 @@ from offload.skeleton import ExpertsModule
 from quant.pack import PackInfo, PackLayer
 from quant.pack_writer import PackWriter
 from quant.record import STORED_DTYPES, MatrixSpec, RecordLayout, encode_record, plan_layout
+from quant.scheme import Scheme
 
 SAFETENSORS_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 DENSE_FILE_BYTES = 256 * 2**20  # the non-expert weights are written in files of about this size
@@ -82,7 +83,7 @@ def describe(
     layers = []
     for module in experts:
         specs = tuple(_as_stored(checkpoint, module, spec) for spec in module.matrices)
-        layout = plan_layout(specs, recipe.expert_bits, recipe.group_size)
+        layout = plan_layout(specs, Scheme(recipe.expert_bits, recipe.group_size))
         if layout not in layouts:
             layouts.append(layout)
         layers.append(PackLayer(module.path, module.num_experts, layouts.index(layout)))

@@ -16,6 +16,7 @@ from torch.nn.functional import linear
 
 from quant.packing import TILE_ROWS, pack, unpack
 from quant.record import MatrixLayout, MatrixView
+from quant.scales import decode_scales
 
 Matmul = Callable[[Tensor, MatrixView], Tensor]
 
@@ -27,9 +28,10 @@ def dequantize(view: MatrixView, dtype: torch.dtype) -> Tensor:
     if view.scales is None:
         return view.weight.to(dtype)
     layout = view.layout
-    rows, groups = layout.stored_rows, layout.columns // layout.group_size
+    rows, groups = layout.stored_rows, layout.groups
     codes = unpack(view.weight, layout.bits).view(rows, groups, layout.group_size)  # [N, K/g, g]
-    scale, offset = view.scales.to(torch.float32).permute(2, 1, 0).unsqueeze(-1)  # [N, K/g, 1] each
+    pairs = view.scales.float() if view.steps is None else decode_scales(view.scales, view.steps)
+    scale, offset = pairs.permute(2, 1, 0).unsqueeze(-1)  # [N, K/g, 1] each
     centred = codes.to(torch.float32).sub_(2 ** (layout.bits - 1))
     weight = centred.mul_(scale).add_(offset).to(dtype)
     return weight.view(rows, layout.columns)[: layout.rows]
@@ -45,7 +47,7 @@ def matmul_cpu_int4(x: Tensor, view: MatrixView) -> Tensor:
     """As `matmul_reference` for 4 bits and bfloat16 `x`, without unpacking the matrix first."""
     layout = view.layout
     out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
-        x, view.weight, layout.group_size, view.scales
+        x, view.weight.view(layout.stored_rows, -1), layout.group_size, view.scales
     )
     if layout.rows != layout.stored_rows:
         out = out[:, : layout.rows]
@@ -61,6 +63,7 @@ def matmul(x: Tensor, view: MatrixView) -> Tensor:
     layout = view.layout
     if (
         layout.bits == 4
+        and layout.scale_bits == 16
         and x.dtype == torch.bfloat16
         and x.device.type == "cpu"
         and x.shape[0] <= INT4_MAX_TOKENS
@@ -90,8 +93,10 @@ def cpu_int4_works() -> bool:
 
 def _probe_view() -> MatrixView:
     rows, columns, group = 2 * TILE_ROWS, 128, 64
-    layout = MatrixLayout("probe", rows, columns, 4, group, "bfloat16", "bfloat16", 0, 0, -1)
+    layout = MatrixLayout(
+        "probe", rows, columns, 4, group, 16, "bfloat16", "bfloat16", 0, 0, -1, -1
+    )
     random = torch.Generator().manual_seed(0)  # equal rows would hide a wrong order of them
     codes = torch.randint(0, 16, (rows, columns), generator=random, dtype=torch.uint8)
     scales = torch.full((columns // group, rows, 2), 0.01, dtype=torch.bfloat16)
-    return MatrixView(layout, pack(codes, 4), scales, None)
+    return MatrixView(layout, pack(codes, 4), scales, None, None)

@@ -2,10 +2,14 @@
 
 Knows: the order of the bytes. Does not know: where they lie in a record, nor what they multiply.
 
-4 bits are packed in *tiles* of 64 rows: for each column k, 32 bytes hold rows 0..31 in their low
-halves and rows 32..63 in their high halves. A tile is contiguous, so a vector unit reads one column
-of 64 outputs with one load; it is also the order `aten::_weight_int4pack_mm_for_cpu` reads on
-AVX-512. N is padded to a whole tile with zero weights. 8 bits are plain row-major bytes.
+Rows come in *tiles* of 64; N is padded to whole tiles. A tile holds its codes column by column, so
+that a vector unit reads one column of 64 outputs with one load. Codes of 3, 5 and 6 bits are split
+into *planes* whose widths divide a byte (3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2), the low bits first; a
+tile is its planes one after the other, and nothing is lost to rounding up.
+
+A plane of `p` bits holds `8 * p` bytes for each column: byte `j` has rows `j`, `j + 8p`, `j + 16p`,
+... from its lowest bits upwards. With 4 bits that is also the order
+`aten::_weight_int4pack_mm_for_cpu` reads on AVX-512.
 """
 
 from __future__ import annotations
@@ -14,28 +18,41 @@ import torch
 from torch import Tensor
 
 TILE_ROWS = 64
+PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
 
 
-def padded_rows(rows: int, bits: int) -> int:
-    """Rows stored for a matrix of `rows` rows at `bits` bits."""
-    return -(-rows // TILE_ROWS) * TILE_ROWS if bits == 4 else rows
+def padded_rows(rows: int) -> int:
+    """Rows stored for a quantised matrix of `rows` rows."""
+    return -(-rows // TILE_ROWS) * TILE_ROWS
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Pack `codes` [N, K] uint8 (N already padded) into bytes [N, K * bits / 8] uint8."""
+    """Pack `codes` [N, K] uint8, N a multiple of 64, into bytes [N / 64, K * bits * 8] uint8."""
     rows, columns = codes.shape
-    if bits == 8:
-        return codes.contiguous()
-    tiles = codes.view(rows // TILE_ROWS, 2, TILE_ROWS // 2, columns)  # [tile, half, 32, K]
-    both = tiles[:, 0] | (tiles[:, 1] << 4)  # [tile, 32, K]
-    return both.transpose(1, 2).contiguous().view(rows, columns // 2)
+    tiles = codes.view(rows // TILE_ROWS, TILE_ROWS, columns).transpose(1, 2)  # [tile, K, 64]
+    planes = []
+    low = 0
+    for width in PLANES[bits]:
+        plane = (tiles >> low) & (2**width - 1)
+        parts = plane.reshape(*plane.shape[:2], 8 // width, 8 * width)  # [tile, K, part, byte]
+        packed = parts[:, :, 0].clone()
+        for part in range(1, 8 // width):
+            packed |= parts[:, :, part] << (part * width)
+        planes.append(packed.flatten(1))
+        low += width
+    return torch.cat(planes, dim=1)
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
-    """Inverse of `pack`: bytes [N, K * bits / 8] to codes [N, K] uint8."""
-    if bits == 8:
-        return packed
-    rows, half = packed.shape
-    tiles = packed.view(rows // TILE_ROWS, half * 2, TILE_ROWS // 2)  # [tile, K, 32]
-    both = torch.stack((tiles & 15, tiles >> 4), dim=1)  # [tile, half, K, 32]
-    return both.transpose(2, 3).reshape(rows, half * 2)
+    """Inverse of `pack`: bytes [N / 64, K * bits * 8] to codes [N, K] uint8."""
+    tiles, size = packed.shape
+    columns = size // (8 * bits)
+    codes = packed.new_zeros(tiles, columns, TILE_ROWS)
+    low = start = 0
+    for width in PLANES[bits]:
+        end = start + columns * 8 * width
+        plane = packed[:, start:end].view(tiles, columns, 8 * width)
+        parts = [(plane >> (part * width)) & (2**width - 1) for part in range(8 // width)]
+        codes |= torch.cat(parts, dim=2) << low
+        start, low = end, low + width
+    return codes.transpose(1, 2).reshape(tiles * TILE_ROWS, columns)

@@ -4,8 +4,8 @@ Knows: which matrices an expert has, where their codes, scales and biases lie, a
 view them. All of it is data (`RecordLayout`), nothing follows from a model's name. Does not know:
 which file or slot a record is in.
 
-Every matrix is stored as [out, in] whatever the checkpoint's orientation. Scales are bfloat16 pairs
-`(scale, offset)` of shape [K/g, N, 2].
+Every matrix is stored as [out, in] whatever the checkpoint's orientation. Scales are pairs
+`(scale, offset)` of shape [K/g, N, 2]: bfloat16, or bytes that count steps (`quant.scales`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from quant.hqq import quantize
-from quant.packing import pack, padded_rows
+from quant.packing import TILE_ROWS, pack, padded_rows
+from quant.scales import STEP_VALUES, encode_scales, shared_steps
+from quant.scheme import Scheme
 
 ALIGNMENT = 256  # bytes; more than any vector load or copy engine asks for
 STORED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -36,17 +38,23 @@ class MatrixLayout:
     name: str
     rows: int
     columns: int
-    bits: int  # 4 or 8, or 16/32 for values stored as `dtype`
+    bits: int  # 2 to 8, or 16/32 for values stored as `dtype`
     group_size: int  # columns that share one scale; 0 when unquantised
+    scale_bits: int  # 16, or 8 for scales that are quantised themselves
     dtype: str  # of the stored values when unquantised
     bias_dtype: str
     weight_offset: int
     scale_offset: int  # -1 when unquantised
+    step_offset: int  # -1 unless scales are quantised
     bias_offset: int  # -1 when there is none
 
     @property
     def stored_rows(self) -> int:
-        return padded_rows(self.rows, self.bits)
+        return padded_rows(self.rows) if self.group_size else self.rows
+
+    @property
+    def groups(self) -> int:
+        return self.columns // self.group_size
 
     @property
     def weight_bytes(self) -> int:
@@ -89,7 +97,7 @@ def fitting_group(columns: int, group_size: int) -> int:
     return group_size
 
 
-def plan_layout(specs: tuple[MatrixSpec, ...], bits: int, group_size: int) -> RecordLayout:
+def plan_layout(specs: tuple[MatrixSpec, ...], scheme: Scheme) -> RecordLayout:
     """Lay out an expert's matrices one after the other, each part aligned."""
     end = 0
 
@@ -101,25 +109,34 @@ def plan_layout(specs: tuple[MatrixSpec, ...], bits: int, group_size: int) -> Re
 
     matrices = []
     for spec in specs:
-        quantised = bits < 16
-        stored_bits = bits if quantised else spec.dtype.itemsize * 8
-        stored_rows = padded_rows(spec.rows, stored_bits)
-        group = fitting_group(spec.columns, group_size) if quantised else 0
-        weight = place(stored_rows * spec.columns * stored_bits // 8)
-        scale = place(stored_rows * spec.columns // group * 4) if quantised else -1
         bias_dtype = spec.bias_dtype or spec.dtype
+        if scheme.quantised:
+            bits, rows = scheme.bits, padded_rows(spec.rows)
+            group = fitting_group(spec.columns, scheme.group_size)
+            pairs = rows * spec.columns // group * 2
+        else:
+            bits, rows, group, pairs = spec.dtype.itemsize * 8, spec.rows, 0, 0
+        scale_bits = scheme.scale_bits if pairs else 0
+        weight = place(rows * spec.columns * bits // 8)
+        scale = place(pairs * scale_bits // 8) if pairs else -1
+        step = -1
+        if scale_bits == 8:
+            shared = shared_steps(spec.columns // group)
+            step = place(spec.columns // group // shared * rows * STEP_VALUES * 2)
         bias = place(spec.rows * bias_dtype.itemsize) if spec.has_bias else -1
         matrices.append(
             MatrixLayout(
                 spec.name,
                 spec.rows,
                 spec.columns,
-                stored_bits,
+                bits,
                 group,
+                scale_bits,
                 _dtype_name(spec.dtype),
                 _dtype_name(bias_dtype),
                 weight,
                 scale,
+                step,
                 bias,
             )
         )
@@ -131,8 +148,9 @@ class MatrixView:
     """One matrix inside a record's bytes; nothing is copied."""
 
     layout: MatrixLayout
-    weight: Tensor  # [stored_rows, K * bits / 8] uint8, or [N, K] in the stored dtype
-    scales: Tensor | None  # [K/g, stored_rows, 2] bfloat16
+    weight: Tensor  # [stored_rows / 64, K * bits * 8] uint8, or [N, K] in the stored dtype
+    scales: Tensor | None  # [K/g, stored_rows, 2] bfloat16, or uint8 when there are steps
+    steps: Tensor | None  # [K/g/s, stored_rows, 4] bfloat16, see `quant.scales`
     bias: Tensor | None  # [N] in the stored dtype
 
 
@@ -142,24 +160,28 @@ def view_record(record: Tensor, layout: RecordLayout) -> dict[str, MatrixView]:
 
 
 def _view_matrix(record: Tensor, matrix: MatrixLayout) -> MatrixView:
-    dtype = STORED_DTYPES[matrix.dtype]
     weight = record.narrow(0, matrix.weight_offset, matrix.weight_bytes)
-    scales = bias = None
+    scales = steps = bias = None
+    rows = matrix.stored_rows
     if matrix.group_size:
-        groups = matrix.columns // matrix.group_size
-        weight = weight.view(matrix.stored_rows, -1)
-        scales = (
-            record.narrow(0, matrix.scale_offset, groups * matrix.stored_rows * 4)
-            .view(torch.bfloat16)
-            .view(groups, matrix.stored_rows, 2)
-        )
+        weight = weight.view(rows // TILE_ROWS, -1)
+        size = matrix.groups * rows * 2 * matrix.scale_bits // 8
+        scales = record.narrow(0, matrix.scale_offset, size)
+        if matrix.scale_bits == 8:
+            spans = matrix.groups // shared_steps(matrix.groups)
+            size = spans * rows * STEP_VALUES * 2
+            steps = record.narrow(0, matrix.step_offset, size).view(torch.bfloat16)
+            steps = steps.view(spans, rows, STEP_VALUES)
+        else:
+            scales = scales.view(torch.bfloat16)
+        scales = scales.view(matrix.groups, rows, 2)
     else:
-        weight = weight.view(dtype).view(matrix.rows, matrix.columns)
+        weight = weight.view(STORED_DTYPES[matrix.dtype]).view(matrix.rows, matrix.columns)
     if matrix.bias_offset >= 0:
         bias_dtype = STORED_DTYPES[matrix.bias_dtype]
         size = matrix.rows * bias_dtype.itemsize
         bias = record.narrow(0, matrix.bias_offset, size).view(bias_dtype)
-    return MatrixView(matrix, weight, scales, bias)
+    return MatrixView(matrix, weight, scales, steps, bias)
 
 
 def encode_record(
@@ -180,8 +202,11 @@ def encode_record(
             codes = torch.zeros(view.layout.stored_rows, view.layout.columns, dtype=torch.uint8)
             codes[:rows] = solved.codes
             view.weight.copy_(pack(codes, view.layout.bits))
-            view.scales[:, :rows, 0] = solved.scale.t()
-            view.scales[:, :rows, 1] = solved.offset.t()
+            pairs = torch.stack((solved.scale.t(), solved.offset.t()), dim=-1)  # [K/g, N, 2]
+            if view.steps is None:
+                view.scales[:, :rows] = pairs
+            else:
+                view.scales[:, :rows], view.steps[:, :rows] = encode_scales(pairs)
         if view.bias is not None:
             assert bias is not None, f"layout has a bias for {name}, the checkpoint has none"
             view.bias.copy_(bias)

@@ -14,6 +14,7 @@ from torch import Tensor
 from quant.pack import PackInfo, PackLayer
 from quant.pack_writer import PackWriter
 from quant.record import MatrixSpec, plan_layout
+from quant.scheme import Scheme
 
 DENSE = "model-00001.safetensors"
 CONFIG = "config.json"
@@ -26,8 +27,12 @@ needs_fork = pytest.mark.skipif(not HAS_FORK, reason="starts processes by fork")
 
 def make_info(layers: int = 3, experts: int = 4, *, group_size: int = 16) -> PackInfo:
     """Layers of two kinds in turn, the second with one expert more."""
-    small = plan_layout((MatrixSpec("up_proj", 8, 16, False, torch.bfloat16),), 4, group_size)
-    large = plan_layout((MatrixSpec("down_proj", 8, 32, True, torch.bfloat16),), 8, group_size)
+    small = plan_layout(
+        (MatrixSpec("up_proj", 8, 16, False, torch.bfloat16),), Scheme(4, group_size)
+    )
+    large = plan_layout(
+        (MatrixSpec("down_proj", 8, 32, True, torch.bfloat16),), Scheme(8, group_size)
+    )
     return PackInfo(
         source="someone/model",
         fingerprint="f" * 64,

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from quant import matmul as module
 from quant.matmul import cpu_int4_works, dequantize, matmul, matmul_cpu_int4, matmul_reference
-from quant.packing import pack
+from quant.packing import PLANES, pack
 from quant.record import MatrixSpec, MatrixView, encode_record, plan_layout, view_record
+from quant.scheme import BITS, Scheme
 
 # M tokens, K inputs, N outputs
 
@@ -35,7 +36,7 @@ def matrix(
 ) -> MatrixView:
     """A random matrix in a record."""
     torch.manual_seed(rows * columns + bits)
-    layout = plan_layout((MatrixSpec("m", rows, columns, bias, dtype),), bits, group_size)
+    layout = plan_layout((MatrixSpec("m", rows, columns, bias, dtype),), Scheme(bits, group_size))
     record = torch.empty(layout.record_bytes, dtype=torch.uint8)
     values = torch.randn(rows).to(dtype) if bias else None
     weight = (torch.randn(rows, columns) * columns**-0.5).to(dtype)
@@ -58,18 +59,20 @@ def dense(view: MatrixView) -> Tensor:
     values = torch.empty(layout.rows, layout.columns, dtype=torch.float64)
     for n in range(layout.rows):
         for k in range(layout.columns):
-            if layout.bits == 8:
-                code = data[n * layout.columns + k]
-            else:
-                tile, row = divmod(n, 64)
-                byte = data[(tile * layout.columns + k) * 32 + row % 32]
-                code = byte >> 4 if row >= 32 else byte & 15
+            tile, place = divmod(n, 64)
+            start = tile * layout.columns * layout.bits * 8
+            code = low = 0
+            for width in PLANES[layout.bits]:
+                part, byte = divmod(place, 8 * width)
+                value = data[start + k * 8 * width + byte]
+                code |= (value >> (part * width) & (2**width - 1)) << low
+                low, start = low + width, start + layout.columns * 8 * width
             scale, offset = scales[k // layout.group_size][n]
             values[n, k] = (code - 2 ** (layout.bits - 1)) * scale + offset
     return values
 
 
-@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("bias", [False, True])
 def test_reference_is_the_product_with_the_dequantised_matrix(bits: int, bias: bool) -> None:
     view = matrix(70, 96, bits=bits, group_size=32, bias=bias)
@@ -133,7 +136,7 @@ def read_in_tiles_of(rows_of_a_tile: int) -> MatrixView:
     tiles = view.weight.reshape(-1, layout.columns, half)  # [tile, K, half]
     codes = torch.cat((tiles & 15, tiles >> 4), dim=2)  # [tile, K, rows of a tile]
     codes = codes.transpose(1, 2).reshape(layout.rows, layout.columns)
-    return MatrixView(layout, pack(codes, 4), view.scales, view.bias)
+    return MatrixView(layout, pack(codes, 4), view.scales, None, view.bias)
 
 
 @pytest.mark.parametrize("rows_of_a_tile", [16, 32, 64, 128])
@@ -173,12 +176,12 @@ sys.modules["hqq"] = sys.modules["hqq.core"] = types.ModuleType("hqq")
 sys.modules["hqq.core.quantize"] = types.ModuleType("quantize")
 sys.modules["hqq.core.quantize"].Quantizer = None
 from quant.matmul import matmul, matmul_reference
-from quant.packing import pack
+from quant.packing import PLANES, pack
 from quant.record import MatrixLayout, MatrixView
 torch.manual_seed(0)
-layout = MatrixLayout("m", 128, 128, 4, 64, "bfloat16", "bfloat16", 0, 0, -1)
+layout = MatrixLayout("m", 128, 128, 4, 64, 16, "bfloat16", "bfloat16", 0, 0, -1, -1)
 codes = torch.randint(0, 16, (128, 128), dtype=torch.uint8)
-view = MatrixView(layout, pack(codes, 4), torch.rand(2, 128, 2).bfloat16() * 0.05, None)
+view = MatrixView(layout, pack(codes, 4), torch.rand(2, 128, 2).bfloat16() * 0.05, None, None)
 x = torch.randn(3, 128).bfloat16()
 torch.testing.assert_close(
     matmul(x, view).float(), matmul_reference(x.float(), view), rtol=0.02, atol=0.05
