@@ -1,0 +1,79 @@
+"""A matrix's weights to packed bytes, in chunks of rows that can be worked on anywhere.
+
+Knows: quantise, pack, scales. Does not know: records (`quant.record`), processes (`quant.workers`).
+Chunks are cut by the matrix's shape alone, so the bytes are the same however many work on them.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from quant.hqq import quantize
+from quant.packing import TILE_ROWS, pack, padded_rows
+from quant.scales import encode_scales
+
+CHUNK_WEIGHTS = 2**20  # about; 0.1 s of a CPU core's work
+
+
+class Coding(NamedTuple):
+    """What a matrix is to become; the numbers of `quant.scheme`, its group already fitting."""
+
+    bits: int
+    group_size: int
+    scale_bits: int
+
+
+class EncodedRows(NamedTuple):
+    """Rows of a matrix as a record holds them; R rows padded to whole tiles."""
+
+    weight: Tensor  # [R / 64, K * bits * 8] uint8
+    scales: Tensor  # [K/g, R, 2] bfloat16, or uint8 when there are steps
+    steps: Tensor | None  # [K/g/s, R, 4] bfloat16
+
+
+class Encoder(Protocol):
+    """Where chunks are worked on, `width` of them at a time."""
+
+    width: int
+
+    def submit(self, weight: Tensor, coding: Coding) -> Future[EncodedRows]:
+        """Begin `encode_rows(weight, coding)`; `weight` must not change until it is done."""
+
+
+def encode_rows(weight: Tensor, coding: Coding) -> EncodedRows:
+    """Encode `weight` [R, K] of any floating-point dtype; padding rows are zero bytes."""
+    bits, group_size, scale_bits = coding
+    rows, columns = weight.shape
+    stored = padded_rows(rows)
+    solved = quantize(weight, bits, group_size)
+    codes = torch.zeros(stored, columns, dtype=torch.uint8)
+    codes[:rows] = solved.codes
+    pairs = torch.stack((solved.scale.t(), solved.offset.t()), dim=-1)  # [K/g, R, 2]
+    padding = (0, 0, 0, stored - rows)
+    steps = None
+    if scale_bits == 8:
+        scales, steps = encode_scales(pairs)
+        steps = torch.nn.functional.pad(steps, padding)
+    else:
+        scales = pairs.to(torch.bfloat16)
+    return EncodedRows(pack(codes, bits), torch.nn.functional.pad(scales, padding), steps)
+
+
+def chunk_rows(columns: int) -> int:
+    """Rows of a chunk of a matrix with `columns` columns: whole tiles, about `CHUNK_WEIGHTS`."""
+    return TILE_ROWS * max(1, CHUNK_WEIGHTS // (TILE_ROWS * columns))
+
+
+class HereEncoder:
+    """Encodes in the calling thread."""
+
+    width = 1
+
+    def submit(self, weight: Tensor, coding: Coding) -> Future[EncodedRows]:
+        future: Future[EncodedRows] = Future()
+        future.set_result(encode_rows(weight, coding))
+        return future

@@ -1,0 +1,77 @@
+"""Encoding in processes: the same bytes, no process left over, errors that are told."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from quant.encode import Coding, chunk_rows, encode_rows
+from quant.errors import PackError
+from quant.record import MatrixSpec, PendingRecord, encode_record, plan_layout
+from quant.scheme import Scheme
+from quant.workers import WorkerEncoder
+
+
+def children() -> list[psutil.Process]:
+    return psutil.Process().children(recursive=True)
+
+
+def test_processes_give_the_bytes_that_one_thread_gives() -> None:
+    spec = MatrixSpec("m", 2200, 1024, True, torch.bfloat16)
+    torch.manual_seed(0)
+    matrices = {"m": (torch.randn(2200, 1024).bfloat16(), torch.randn(2200).bfloat16())}
+    assert spec.rows > 2 * chunk_rows(spec.columns)  # or there is nothing to put together
+    with WorkerEncoder(2) as encoder:
+        for scheme in (Scheme(3, 64), Scheme(2, 16, 8)):
+            layout = plan_layout((spec,), scheme)
+            here, there = torch.full((2, layout.record_bytes), 0xAB, dtype=torch.uint8)
+            encode_record(here, layout, matrices)
+            PendingRecord(layout, matrices, encoder).write(there)
+            assert torch.equal(here, there)
+
+
+def test_every_dtype_of_weights_reaches_a_process() -> None:
+    coding = Coding(4, 64, 16)
+    with WorkerEncoder(1) as encoder:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            weight = torch.randn(70, 128).to(dtype)
+            got, expected = encoder.submit(weight, coding).result(60), encode_rows(weight, coding)
+            assert torch.equal(got.weight, expected.weight)
+            assert torch.equal(got.scales, expected.scales)
+            assert got.steps is None
+
+
+def test_no_process_is_left_when_an_error_ends_the_work() -> None:
+    def fail() -> None:
+        with WorkerEncoder(2) as encoder:
+            assert len(children()) == 2
+            encoder.submit(torch.randn(1024, 1024), Coding(4, 64, 16))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert not children()
+
+
+def test_a_process_that_is_killed_is_told_of() -> None:
+    with WorkerEncoder(1) as encoder:
+        os.kill(children()[0].pid, signal.SIGKILL)
+        future = encoder.submit(torch.randn(1024, 1024), Coding(4, 64, 16))
+        with pytest.raises(
+            PackError, match=r"quantising process ended .* goes on where it stopped"
+        ):
+            future.result(60)
+
+
+def test_a_folder_called_quant_where_the_user_works_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "quant.py").write_text("raise SystemExit('the wrong one')")
+    monkeypatch.chdir(tmp_path)
+    with WorkerEncoder(1) as encoder:
+        assert encoder.submit(torch.randn(64, 64), Coding(8, 64, 16)).result(60).steps is None
