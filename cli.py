@@ -149,14 +149,23 @@ def build_parser() -> argparse.ArgumentParser:
     quantize.add_argument("model", metavar="SRC", help="checkpoint folder, hub id, or demo")
     quantize.add_argument("destination", metavar="DST", type=Path, help="folder of the pack, new")
     _add_recipe_flags(quantize)
+    _add_budget_flags(quantize.add_argument_group("what --bits fit must fit in"))
     _add_source_flags(quantize)
     return parser
 
 
 def _add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("quantisation")
-    group.add_argument("--expert-bits", type=int, metavar="N", help="4, 8, or 16 = as stored (4)")
-    group.add_argument("--dense-bits", type=int, metavar="N", help="16 = as stored (16)")
+    group.add_argument(
+        "--bits",
+        metavar="RULES",
+        help="q8, q6, q5, q4, mixtral-offloading, fit (the most that is all resident), or rules "
+        "like experts=3,attention=4,layers.0-1.experts=8",
+    )
+    group.add_argument(
+        "--expert-bits", type=int, metavar="N", help="2, 3, 4, 5, 6, 8, or 16 = as stored (4)"
+    )
+    group.add_argument("--dense-bits", type=int, metavar="N", help="the same for the rest (16)")
     group.add_argument("--group-size", type=int, metavar="N", help="weights sharing a scale (64)")
 
 
@@ -169,9 +178,7 @@ def _add_source_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_model_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="checkpoint folder, pack, hub id, or demo")
-    group = parser.add_argument_group("memory")
+def _add_budget_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--device", metavar="NAME", help="cuda, cuda:1 or cpu (cuda if there is one)"
     )
@@ -182,10 +189,16 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--ram", metavar="SIZE", help="RAM to use, like 48GiB (90%% of what is free)"
     )
     group.add_argument(
-        "--expert-slots", metavar="N", help="resident experts, a number or a share like 25%%"
-    )
-    group.add_argument(
         "-c", "--ctx-size", type=_positive, default=4096, metavar="N", help="context (4096)"
+    )
+
+
+def _add_model_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="checkpoint folder, pack, hub id, or demo")
+    group = parser.add_argument_group("memory")
+    _add_budget_flags(group)
+    group.add_argument(
+        "--expert-slots", metavar="N", help="resident experts, a number or a share like 25%%"
     )
     group.add_argument(
         "--policy", default="lru", metavar="NAME", help="who is evicted: lru, lfu (lru)"
@@ -273,6 +286,7 @@ def _load(
     model, tokenizer = load(
         arguments.model,
         device=arguments.device,
+        bits=arguments.bits,
         expert_bits=arguments.expert_bits,
         dense_bits=arguments.dense_bits,
         group_size=arguments.group_size,
@@ -430,7 +444,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         "model_type": model.config.model_type,
         "model_size": offload.pack.total_bytes,
         "model_n_params": offload.pack.parameters,
-        "expert_bits": offload.pack.info.expert_bits,
+        "bits": offload.pack.info.bits,
         "policy": offload.options.policy,
         "lookahead": offload.options.lookahead,
         "text": "random" if arguments.random else "real",
@@ -465,7 +479,7 @@ def _print_table(common: dict[str, Any], results: Iterator[Result]) -> None:
 def _row(common: dict[str, Any], result: Result) -> list[str]:
     experts = result.experts
     return [
-        f"{common['model']} {common['expert_bits']}-bit experts",
+        f"{common['model']} {common['bits']}",
         f"{common['model_size'] / 2**30:.2f} GiB",
         f"{common['model_n_params'] / 1e9:.2f} B",
         common["backend"],
@@ -480,13 +494,19 @@ def _row(common: dict[str, Any], result: Result) -> list[str]:
 
 
 def _quantize(arguments: argparse.Namespace) -> int:
-    from offload.loading import find_or_make_pack
-    from offload.make_pack import Recipe
+    from offload.budget import available_bytes, parse_bytes
+    from offload.loading import Planner, find_device, find_or_make_pack
+    from offload.recipe import AskedBits
 
-    recipe = Recipe.asked(arguments.expert_bits, arguments.dense_bits, arguments.group_size)
+    asked = AskedBits(
+        arguments.bits, arguments.expert_bits, arguments.dense_bits, arguments.group_size
+    )
+    device = find_device(arguments.device)
+    available = available_bytes(device, parse_bytes(arguments.vram), parse_bytes(arguments.ram))
     path = find_or_make_pack(
         arguments.model,
-        recipe,
+        asked.recipe(),
+        plan=Planner(device, available, context=arguments.ctx_size) if asked.fit else None,
         destination=arguments.destination,
         revision=arguments.revision,
         local_files_only=arguments.local_files_only,

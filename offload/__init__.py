@@ -12,6 +12,7 @@ from offload.errors import (
     GenerationError,
     OffloadError,
     PackError,
+    RecipeError,
     SourceError,
     UnsupportedModelError,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "GenerationResponse",
     "OffloadError",
     "PackError",
+    "RecipeError",
     "SourceError",
     "UnsupportedModelError",
     "__version__",

@@ -212,7 +212,7 @@ class Chat:
             info, options = offload.pack.info, offload.options
             self.write(
                 f"{info.source}: {self.model.config.model_type}, {len(info.layers)} MoE layers, "
-                f"{info.total_experts} experts at {info.expert_bits} bits\n"
+                f"{info.total_experts} experts; bits: {info.bits}\n"
                 f"pack {offload.pack.path}\n{options.slots} experts resident on {options.device}, "
                 f"computing in {str(options.dtype).removeprefix('torch.')}, context "
                 f"{options.context}\n"

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,6 +151,7 @@ class Checkpoint:
         self._state = model.state_dict()
         self._parameters: dict[str, _Parameter] = {}
         self.dense_names: list[str] = []
+        self.plain: dict[str, str] = {}  # parameters that are one tensor, only called otherwise
         self._found: set[str] = set()  # parameters that are not experts
         self._splits = False  # one tensor of the checkpoint is several parameters of the model
         self._whole: tuple[str, Tensor] | None = None  # a parameter that cannot be made per expert
@@ -181,6 +182,7 @@ class Checkpoint:
                 self.dense_names.append(name)
                 if pattern is None:
                     self._check_shape(name, target)
+                    self.plain[target] = name
                 elif len(of_pattern[pattern].target_patterns) > 1:
                     self._splits = True
                 self._found.add(target)
@@ -221,10 +223,23 @@ class Checkpoint:
                     f"the checkpoint has no tensor for {name}: it is incomplete, fetch it again"
                 )
 
-    def dense(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the model that is not an expert's, under its name in the checkpoint."""
+    def dense(self, leave_out: Set[str] = frozenset()) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the model that is not an expert's, under its name in the checkpoint.
+
+        Without those that make the parameters `leave_out`.
+        """
+        left_out = {self.plain[parameter] for parameter in leave_out}
         for name in self.dense_names:
-            yield name, self._source.read(name)
+            if name not in left_out:
+                yield name, self._source.read(name)
+
+    def plain_dtype(self, parameter: str) -> torch.dtype:
+        """The dtype that a parameter in `plain` is stored in."""
+        return self._source.dtype(self.plain[parameter])
+
+    def read_plain(self, parameter: str) -> Tensor:
+        """A parameter in `plain`, as stored."""
+        return self._source.read(self.plain[parameter])
 
     def dense_bytes(self) -> int:
         """Bytes of what `dense` gives."""

@@ -17,6 +17,10 @@ class UnsupportedModelError(OffloadError):
     """The model has no experts, or has them where transformers' experts seam does not reach."""
 
 
+class RecipeError(OffloadError):
+    """Bits, groups or rules that do not exist."""
+
+
 class BudgetError(OffloadError):
     """Too little memory for what was asked."""
 
@@ -31,6 +35,7 @@ __all__ = [
     "GenerationError",
     "OffloadError",
     "PackError",
+    "RecipeError",
     "SourceError",
     "UnsupportedModelError",
 ]

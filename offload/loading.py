@@ -7,12 +7,17 @@ details of any of it.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import logging
 import re
 import weakref
 from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import transformers
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -22,6 +27,7 @@ from cache.lookahead import LookaheadBalance
 from cache.policy import POLICIES
 from offload import demo, sources
 from offload.budget import (
+    SHARE,
     Budget,
     available_bytes,
     kv_cache_bytes,
@@ -35,8 +41,10 @@ from offload.engine import Engine
 from offload.errors import BudgetError, CheckpointError, SourceError, UnsupportedModelError
 from offload.handle import Offload, Options
 from offload.home import offload_home
-from offload.make_pack import PackSource, Recipe, fingerprint, make_pack
+from offload.make_pack import PackMaker, PackSource, fingerprint
 from offload.progress import without_bars
+from offload.quantized import QuantizedEmbedding, QuantizedLinear
+from offload.recipe import AskedBits, Recipe, most_bits
 from offload.skeleton import (
     IMPLEMENTATION,
     build_on_meta,
@@ -46,10 +54,13 @@ from offload.skeleton import (
     install,
     model_class,
     own_config,
-    without_experts,
+    without_packed_weights,
 )
 from offload.transfer import HostTransfer, Transfer
-from quant.pack import Pack, PackInfo, is_pack
+from quant.pack import VERSION, Pack, PackInfo, is_pack
+from quant.record import view_record
+
+logger = logging.getLogger("offload")
 
 
 def load(
@@ -57,6 +68,7 @@ def load(
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    bits: str | None = None,
     expert_bits: int | None = None,
     dense_bits: int | None = None,
     group_size: int | None = None,
@@ -76,8 +88,9 @@ def load(
     `source` is a checkpoint folder, a pack, a hub id, or "demo". A checkpoint is quantised into a
     pack the first time (under `pack_dir`, else `$OFFLOAD_HOME/packs`); a pack opens in seconds.
 
-    - `expert_bits` 4, 8 or 16 (as stored), `group_size` weights share a scale, `dense_bits` 16;
-      None: a pack's own, else 4, 64, 16.
+    - `expert_bits`, `dense_bits`: 2, 3, 4, 5, 6, 8 or 16 (as stored); `group_size` weights share a
+      scale; None: a pack's own, else 4, 16, 64. `bits`: a preset or rules for everything, see
+      `offload.recipe`; "fit": the most bits at which all experts are resident.
     - `expert_slots`: experts resident on the compute device, over all layers, a number or a share
       like "25%"; None: as many as `vram` (GPU) or `ram` (CPU), bytes or "20GiB", allow.
     - `lookahead`: load what the next layer's router will probably want; None: while measured to
@@ -89,47 +102,40 @@ def load(
     transformers model with one more attribute, `model.offload` (`stats()`, `close()`).
     Raises `OffloadError`, whose message says what to do.
     """
-    recipe = Recipe.asked(expert_bits, dense_bits, group_size)
+    asked = AskedBits(bits, expert_bits, dense_bits, group_size)
     if policy not in POLICIES:
         raise UnsupportedModelError(
             f"there is no policy {policy!r}: choose {' or '.join(POLICIES)}"
         )
     place = find_device(device)
     ram_bytes = parse_bytes(ram)
-    available = available_bytes(place, parse_bytes(vram), ram_bytes)
-
-    def plan(info: PackInfo, config: PreTrainedConfig) -> Options:
-        """Everything resolved to numbers, before anything is made or allocated."""
-        compute = dtype or _config_dtype(config)
-        budget = Budget(
-            available,
-            dense=info.dense_parameters * compute.itemsize,
-            kv_cache=kv_cache_bytes(config, context, compute),
-            workspace=workspace_bytes(config, info, context),
-            slot=info.slot_bytes,
-            total_experts=info.total_experts,
-        )
-        slots = budget.slots(parse_slots(expert_slots, info.total_experts))
-        return Options(place, compute, slots, policy, lookahead, context)
-
+    plan = Planner(
+        place,
+        available_bytes(place, parse_bytes(vram), ram_bytes),
+        dtype,
+        expert_slots,
+        policy,
+        lookahead,
+        context,
+    )
     path = find_or_make_pack(
         str(source),
-        recipe,
+        asked.recipe(),
         pack_dir=pack_dir,
         revision=revision,
         local_files_only=local_files_only,
         trust_remote_code=trust_remote_code,
-        check=plan,
+        plan=plan,
     )
     with contextlib.ExitStack() as undo:  # what was begun, should the rest fail
         pack = Pack(path)
         undo.callback(pack.close)
-        _check_recipe(pack, expert_bits, dense_bits, group_size)
+        _check_recipe(pack, asked)
         config = sources.read_config(str(source), path, trust_remote_code=trust_remote_code)
         options = plan(pack.info, config)
         tokenizer = _tokenizer(path, trust_remote_code)
         cls = model_class(config, str(path), trust_remote_code)
-        model = _load_dense(path, own_config(config, cls), cls, options)
+        model = _load_dense(pack, own_config(config, cls), cls, options)
         transfer = _transfer(pack, options, ram_bytes)
         undo.callback(transfer.close)
         _connect(model, pack, options, transfer)
@@ -137,17 +143,41 @@ def load(
     return model, tokenizer
 
 
-def _check_recipe(
-    pack: Pack, expert_bits: int | None, dense_bits: int | None, group_size: int | None
-) -> None:
+@dataclass(frozen=True)
+class Planner:
+    """Resolves what was asked to numbers, before anything is made or allocated."""
+
+    device: torch.device
+    available: int  # bytes
+    dtype: torch.dtype | None = None
+    slots: int | str | None = None
+    policy: str = "lru"
+    lookahead: bool | None = None
+    context: int = 4096
+
+    def __call__(self, info: PackInfo, config: PreTrainedConfig) -> Options:
+        """How a pack like `info` would be run. Raises `BudgetError`."""
+        compute = self.dtype or _config_dtype(config)
+        budget = Budget(
+            self.available,
+            dense=info.dense_bytes(compute.itemsize),
+            kv_cache=kv_cache_bytes(config, self.context, compute),
+            workspace=workspace_bytes(config, info, self.context),
+            slot=info.slot_bytes,
+            total_experts=info.total_experts,
+        )
+        slots = budget.slots(parse_slots(self.slots, info.total_experts))
+        return Options(self.device, compute, slots, self.policy, self.lookahead, self.context)
+
+
+def _check_recipe(pack: Pack, asked: AskedBits) -> None:
     """A pack is as it was made: asking for something else is an error, not ignored."""
-    asked = {"expert_bits": expert_bits, "dense_bits": dense_bits, "group_size": group_size}
-    for name, value in asked.items():
-        if value is not None and value != getattr(pack.info, name):
-            raise SourceError(
-                f"{pack.path} is a pack with {name} {getattr(pack.info, name)}, not {value}: leave "
-                "the option out, or name the checkpoint to make another pack"
-            )
+    made = Recipe.parse(pack.info.bits)
+    if (wanted := asked.on(made)) != made:
+        raise SourceError(
+            f"{pack.path} is a pack with {made}, not {wanted}: leave the option out, or name the "
+            "checkpoint to make another pack"
+        )
 
 
 def find_device(name: str | torch.device | None) -> torch.device:
@@ -175,18 +205,19 @@ def set_threads(count: int) -> None:
 
 def find_or_make_pack(
     source: str,
-    recipe: Recipe,
+    recipe: Recipe | None,
     *,
     pack_dir: str | Path | None = None,
     destination: Path | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
     trust_remote_code: bool = False,
-    check: Callable[[PackInfo, PreTrainedConfig], object] | None = None,
+    plan: Planner | None = None,
 ) -> Path:
     """The folder of the pack for `source`, made if need be, at `destination` or under `pack_dir`.
 
-    `check` is called, and may raise, when all about the pack is known and before it is made.
+    What `plan` refuses is not made. A `recipe` of None is the one that fits what `plan` (then not
+    None) has.
     """
     if source == sources.DEMO:
         found = sources.Source(sources.DEMO, demo.checkpoint(), is_pack=False)
@@ -206,27 +237,54 @@ def find_or_make_pack(
     model = build_on_meta(own_config(config, cls), cls)
     experts = find_experts(model)
     mark = found.commit or fingerprint(found.folder)
-    path = destination or pack_path(found.name, mark, recipe, pack_dir)
-    if destination is None and is_pack(path):
-        return path
+
+    def place(recipe: Recipe) -> Path:
+        return destination or pack_path(found.name, mark, recipe, pack_dir)
+
+    if recipe is not None and destination is None and is_pack(place(recipe)):
+        return place(recipe)
     sources.fetch_weights(found, local_files_only=local_files_only)
+    maker = PackMaker(PackSource(found.name, mark, found.folder), model, experts)
+    if recipe is None:
+        assert plan is not None, "what fits depends on a plan"
+        recipe = _fitting_recipe(maker, plan, config, place)
+    if plan is not None:
+        plan(maker.describe(recipe), config)
+    maker.make(place(recipe), recipe)
+    return place(recipe)
 
-    def check_pack(info: PackInfo) -> None:
-        if check is not None:
-            check(info, config)
 
-    make_pack(path, PackSource(found.name, mark, found.folder), model, experts, recipe, check_pack)
-    return path
+def _fitting_recipe(
+    maker: PackMaker, plan: Planner, config: PreTrainedConfig, place: Callable[[Recipe], Path]
+) -> Recipe:
+    """The recipe for what `plan` has; one that was chosen before, while it still fits."""
+
+    def resident(recipe: Recipe) -> bool:
+        info = maker.describe(recipe)
+        try:
+            return plan(info, config).slots >= info.total_experts
+        except BudgetError:
+            return False
+
+    def in_ram(recipe: Recipe) -> bool:
+        return maker.describe(recipe).expert_bytes < psutil.virtual_memory().total * SHARE
+
+    def made_and_resident(recipe: Recipe) -> bool:
+        return is_pack(place(recipe)) and resident(recipe)
+
+    chosen = most_bits(made_and_resident, resident, in_ram)
+    logger.warning("bits that fit: %s", chosen)
+    return chosen
 
 
 def pack_path(name: str, mark: str, recipe: Recipe, pack_dir: str | Path | None) -> Path:
     """Where the pack of a model goes: its name says what it was made from and how."""
     slug = re.sub(r"[^\w.-]+", "--", name)
     folder = Path(pack_dir).expanduser() if pack_dir else offload_home() / "packs"
-    return (
-        folder
-        / f"{slug}-e{recipe.expert_bits}-d{recipe.dense_bits}-g{recipe.group_size}-{mark[:12]}"
-    )
+    how = re.sub(r"[^\w.-]+", "-", str(recipe).replace("experts=", "e").replace("attention=", "a"))
+    if len(how) > 40:
+        how = how[:30] + "-" + hashlib.sha256(str(recipe).encode()).hexdigest()[:8]
+    return folder / f"{slug}-{how}-v{VERSION}-{mark[:12]}"
 
 
 def _config_dtype(config: PreTrainedConfig) -> torch.dtype:
@@ -235,11 +293,16 @@ def _config_dtype(config: PreTrainedConfig) -> torch.dtype:
 
 
 def _load_dense(
-    path: Path, config: PreTrainedConfig, cls: type[PreTrainedModel], options: Options
+    pack: Pack, config: PreTrainedConfig, cls: type[PreTrainedModel], options: Options
 ) -> PreTrainedModel:
+    """The model with everything in place but its experts."""
+    if any(len(dense.modules) > 1 for dense in pack.info.dense):
+        config = _untied(config)  # one record serves both: there are no parameters to tie
+    quantised = [path for dense in pack.info.dense for path in dense.modules]
     with without_bars():
-        loaded: tuple[PreTrainedModel, dict[str, Any]] = without_experts(cls).from_pretrained(
-            path,
+        loaded: tuple[PreTrainedModel, dict[str, Any]]
+        loaded = without_packed_weights(cls, quantised).from_pretrained(
+            pack.path,
             config=config,
             dtype=options.dtype,
             device_map={"": options.device},
@@ -255,7 +318,21 @@ def _load_dense(
         )
     if wrong := info["mismatched_keys"]:
         raise CheckpointError(f"config.json and weights do not match: {sorted(wrong)[0]}")
+    for dense, record in pack.dense_records():
+        layout = pack.info.dense_layout(dense)
+        view = view_record(record.to(options.device), layout)["weight"]
+        for path in dense.modules:
+            module = model.get_submodule(path)
+            assert isinstance(module, QuantizedLinear | QuantizedEmbedding)
+            module.bind(view, options.dtype)
     return model.requires_grad_(False)  # slots are reused: there is nothing to train
+
+
+def _untied(config: PreTrainedConfig) -> PreTrainedConfig:
+    copy = deepcopy(config)
+    for part in (copy, copy.get_text_config()):
+        part.tie_word_embeddings = False
+    return copy
 
 
 def _connect(model: PreTrainedModel, pack: Pack, options: Options, transfer: Transfer) -> None:

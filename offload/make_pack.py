@@ -6,11 +6,12 @@ Knows: the order of the work and how much is left. Does not know: how weights be
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,13 +20,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from offload.checkpoint import DTYPES, Checkpoint, SafetensorsSource
+from offload.encoding import Matrices, Read, Work, encode_in_turn, make_encoder
 from offload.errors import PackError, UnsupportedModelError
+from offload.parts import DenseMatrix, dense_matrices, layer_of
 from offload.progress import Progress
+from offload.recipe import Recipe
 from offload.skeleton import ExpertsModule
-from quant.pack import PackInfo, PackLayer
+from quant.encode import Encoder
+from quant.pack import PackDense, PackInfo, PackLayer
 from quant.pack_writer import PackWriter
-from quant.record import STORED_DTYPES, MatrixSpec, RecordLayout, encode_record, plan_layout
-from quant.scheme import Scheme
+from quant.record import STORED_DTYPES, MatrixSpec, RecordLayout, fitting_group, plan_layout
 
 SAFETENSORS_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 DENSE_FILE_BYTES = 256 * 2**20  # the non-expert weights are written in files of about this size
@@ -40,33 +44,6 @@ COPIED = (
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How a pack is to be made."""
-
-    expert_bits: int = 4
-    dense_bits: int = 16
-    group_size: int = 64
-
-    @classmethod
-    def asked(
-        cls, expert_bits: int | None, dense_bits: int | None, group_size: int | None
-    ) -> Recipe:
-        """The recipe with the defaults where None was given."""
-        given = {"expert_bits": expert_bits, "dense_bits": dense_bits, "group_size": group_size}
-        return cls(**{name: value for name, value in given.items() if value is not None})
-
-    def __post_init__(self) -> None:
-        if self.expert_bits not in (4, 8, 16):
-            raise UnsupportedModelError(f"expert_bits must be 4, 8 or 16, not {self.expert_bits}")
-        if self.dense_bits != 16:
-            raise UnsupportedModelError(f"dense_bits must be 16 for now, not {self.dense_bits}")
-        if self.group_size not in (16, 32, 64, 128, 256):
-            raise UnsupportedModelError(
-                f"group_size must be 16, 32, 64, 128 or 256, not {self.group_size}"
-            )
-
-
-@dataclass(frozen=True)
 class PackSource:
     """What a pack is made from."""
 
@@ -75,28 +52,121 @@ class PackSource:
     folder: Path  # of the checkpoint
 
 
-def describe(
-    source: PackSource, checkpoint: Checkpoint, experts: list[ExpertsModule], recipe: Recipe
-) -> PackInfo:
-    """Everything about the pack that is known before a weight is read."""
-    layouts: list[RecordLayout] = []
-    layers = []
-    for module in experts:
-        specs = tuple(_as_stored(checkpoint, module, spec) for spec in module.matrices)
-        layout = plan_layout(specs, Scheme(recipe.expert_bits, recipe.group_size))
-        if layout not in layouts:
-            layouts.append(layout)
-        layers.append(PackLayer(module.path, module.num_experts, layouts.index(layout)))
-    return PackInfo(
-        source.name,
-        source.fingerprint,
-        recipe.expert_bits,
-        recipe.dense_bits,
-        recipe.group_size,
-        checkpoint.dense_parameters(),
-        tuple(layouts),
-        tuple(layers),
-    )
+class PackMaker:
+    """Makes packs of one checkpoint."""
+
+    def __init__(
+        self, source: PackSource, model: PreTrainedModel, experts: list[ExpertsModule]
+    ) -> None:
+        """`model` is on meta with its experts. Raises `CheckpointError`."""
+        self._source = source
+        self._checkpoint = Checkpoint(SafetensorsSource(source.folder), model, experts)
+        self._experts = experts
+        self._dense = dense_matrices(model, experts)
+
+    def describe(self, recipe: Recipe) -> PackInfo:
+        """Everything about a pack that is known before a weight is read."""
+        layouts: list[RecordLayout] = []
+        layers = []
+        for module in self._experts:
+            specs = tuple(_as_stored(self._checkpoint, module, spec) for spec in module.matrices)
+            layout = plan_layout(specs, recipe.scheme("experts", layer_of(module.path)))
+            layers.append(PackLayer(module.path, module.num_experts, _index(layouts, layout)))
+        dense_layouts: list[RecordLayout] = []
+        members = list(self._describe_dense(recipe, dense_layouts))
+        return PackInfo(
+            self._source.name,
+            self._source.fingerprint,
+            str(recipe),
+            self._checkpoint.dense_parameters(),
+            tuple(layouts),
+            tuple(layers),
+            tuple(dense_layouts),
+            tuple(sorted(members, key=lambda member: member.file)),
+        )
+
+    def _describe_dense(self, recipe: Recipe, layouts: list[RecordLayout]) -> Iterator[PackDense]:
+        """What of the rest is quantised; `layouts` are added to."""
+        files: dict[int | str, int] = {}  # one for each decoder layer, and for what is outside
+        for matrix in self._dense:
+            schemes = (recipe.scheme(part, matrix.layer) for part in matrix.parts)
+            scheme = next((scheme for scheme in schemes if scheme.quantised), None)
+            if scheme is not None and _can_be_quantised(self._checkpoint, matrix):
+                dtype = self._checkpoint.plain_dtype(matrix.parameter)
+                spec = MatrixSpec("weight", matrix.rows, matrix.columns, False, dtype)
+                place = matrix.parameter if matrix.layer is None else matrix.layer
+                file = files.setdefault(place, len(files))
+                layout = _index(layouts, plan_layout((spec,), scheme))
+                yield PackDense(matrix.modules, layout, file)
+
+    def make(self, path: Path, recipe: Recipe) -> None:
+        """Write the pack `path`.
+
+        Goes on where an interrupted run stopped, and returns at once when the pack is there. Holds
+        the weights of two experts, one record, and two chunks for each process at most. Raises
+        `PackError` when the disk is too small.
+        """
+        info = self.describe(recipe)
+        with PackWriter(path, info) as writer:
+            if not writer.done:
+                self._write(writer, info)
+                writer.finish()
+
+    def _write(self, writer: PackWriter, info: PackInfo) -> None:
+        work = Work.left(info, writer.has)
+        _check_space(writer.path, work.nbytes + self._checkpoint.dense_bytes())
+        verb = "quantising" if work.quantises else "packing"
+        with (
+            Progress(f"{verb} {info.source}", total=work.weights, unit="weights") as progress,
+            make_encoder(work.weights if work.quantises else 0) as encoder,
+        ):
+            for layer in work.layers:
+                reads = self._reads(layer, info.layout_of(layer))
+                writer.write_layer(layer, encode_in_turn(reads, encoder, progress))
+            for members in work.dense_files:
+                self._write_dense_records(writer, members, encoder, progress)
+        quantised = {f"{dense.modules[0]}.weight" for dense in info.dense}
+        _write_dense(writer, self._checkpoint.dense(quantised))
+        for pattern in COPIED:
+            for file in sorted(self._source.folder.glob(pattern)):
+                if file.name != INDEX:
+                    writer.write_file(file.name, file.read_bytes())
+
+    def _reads(self, layer: int, layout: RecordLayout) -> Iterator[tuple[RecordLayout, Read]]:
+        module = self._experts[layer]
+        for expert in range(module.num_experts):
+            yield layout, functools.partial(self._checkpoint.expert, module, expert)
+
+    def _write_dense_records(
+        self,
+        writer: PackWriter,
+        members: Sequence[PackDense],
+        encoder: Encoder,
+        progress: Progress,
+    ) -> None:
+        """A file of quantised matrices that are not experts'."""
+
+        def read(dense: PackDense) -> Matrices:
+            return {"weight": (self._checkpoint.read_plain(f"{dense.modules[0]}.weight"), None)}
+
+        reads = ((writer.info.dense_layout(d), functools.partial(read, d)) for d in members)
+        records = encode_in_turn(reads, encoder, progress)
+        tensors = [
+            (dense.modules[0], "U8", (len(record),), record.clone())
+            for dense, record in zip(members, records, strict=True)
+        ]
+        writer.write_tensors(members[0].file_name, tensors)
+
+
+def _index(layouts: list[RecordLayout], layout: RecordLayout) -> int:
+    if layout not in layouts:
+        layouts.append(layout)
+    return layouts.index(layout)
+
+
+def _can_be_quantised(checkpoint: Checkpoint, matrix: DenseMatrix) -> bool:
+    """Not where the checkpoint has it in another form, nor where groups would be tiny."""
+    return matrix.parameter in checkpoint.plain and fitting_group(matrix.columns, 16) == 16
 
 
 def _as_stored(checkpoint: Checkpoint, module: ExpertsModule, spec: MatrixSpec) -> MatrixSpec:
@@ -112,62 +182,8 @@ def _as_stored(checkpoint: Checkpoint, module: ExpertsModule, spec: MatrixSpec) 
     return replace(spec, dtype=dtype, bias_dtype=bias_dtype)
 
 
-def make_pack(
-    path: Path,
-    source: PackSource,
-    model: PreTrainedModel,
-    experts: list[ExpertsModule],
-    recipe: Recipe,
-    check: Callable[[PackInfo], object],
-) -> None:
-    """Write the pack `path` from `source`; `model` is on meta with its experts.
-
-    Goes on where an interrupted run stopped, and returns at once when the pack is there. Holds one
-    expert's weights and one layer's records at most. Raises `PackError` when the disk is too small.
-    """
-    checkpoint = Checkpoint(SafetensorsSource(source.folder), model, experts)
-    info = describe(source, checkpoint, experts, recipe)
-    check(info)
-    with PackWriter(path, info) as writer:
-        if writer.done:
-            return
-        todo = [i for i in range(len(info.layers)) if not writer.has(PackLayer.file_name(i))]
-        layer_bytes = [
-            n.num_experts * info.layout_of(i).record_bytes for i, n in enumerate(info.layers)
-        ]
-        _check_space(path, sum(layer_bytes[i] for i in todo) + checkpoint.dense_bytes())
-        weights = {i: info.layers[i].num_experts * _expert_weights(info.layout_of(i)) for i in todo}
-        verb = "quantising" if recipe.expert_bits < 16 else "packing"
-        with Progress(
-            f"{verb} {source.name}", total=sum(weights.values()), unit="weights"
-        ) as progress:
-            for layer in todo:
-                records = _records(checkpoint, experts[layer], info.layout_of(layer), progress)
-                writer.write_layer(layer, records)
-        _write_dense(writer, checkpoint)
-        for pattern in COPIED:
-            for file in sorted(source.folder.glob(pattern)):
-                if file.name != INDEX:
-                    writer.write_file(file.name, file.read_bytes())
-        writer.finish()
-
-
-def _expert_weights(layout: RecordLayout) -> int:
-    return sum(matrix.rows * matrix.columns for matrix in layout.matrices)
-
-
-def _records(
-    checkpoint: Checkpoint, module: ExpertsModule, layout: RecordLayout, progress: Progress
-) -> Iterator[Tensor]:
-    record = torch.empty(layout.record_bytes, dtype=torch.uint8)
-    for expert in range(module.num_experts):
-        encode_record(record, layout, checkpoint.expert(module, expert))
-        progress.advance(_expert_weights(layout))
-        yield record
-
-
-def _write_dense(writer: PackWriter, checkpoint: Checkpoint) -> None:
-    """The tensors that are not experts, in files a loader of sharded checkpoints reads."""
+def _write_dense(writer: PackWriter, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """The tensors kept as stored, in files a loader of sharded checkpoints reads."""
     batch: list[tuple[str, Tensor]] = []
     weight_map: dict[str, str] = {}
     size = number = 0
@@ -180,7 +196,7 @@ def _write_dense(writer: PackWriter, checkpoint: Checkpoint) -> None:
         weight_map.update({name: file for name, _ in batch})
         batch, size = [], 0
 
-    for name, tensor in checkpoint.dense():
+    for name, tensor in tensors:
         batch.append((name, tensor))
         size += tensor.nbytes
         if size >= DENSE_FILE_BYTES:

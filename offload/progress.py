@@ -1,4 +1,4 @@
-"""A progress bar on stderr: done, rate, time left.
+"""A progress bar on stderr: done, bytes written, rate, time left.
 
 Knows: rich. Does not know: what is being counted. When stderr is not a terminal a line is written
 at the beginning and one at the end.
@@ -17,6 +17,11 @@ from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeRemai
 from rich.progress import Progress as Bar
 from rich.text import Text
 from transformers.utils import logging as transformers_logging
+
+
+class _Written(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.fields['nbytes'] / 2**20:.0f} MiB")
 
 
 class _Rate(ProgressColumn):
@@ -42,10 +47,15 @@ class Progress:
                 TextColumn("{task.percentage:>3.0f}%"),
             )
             self._bar = Bar(
-                *columns, _Rate(), TimeRemainingColumn(), console=console, transient=True
+                *columns,
+                _Written(),
+                _Rate(),
+                TimeRemainingColumn(),
+                console=console,
+                transient=True,
             )
-            self._task = self._bar.add_task(title, total=total, unit=unit)
-        self._done = 0
+            self._task = self._bar.add_task(title, total=total, unit=unit, nbytes=0)
+        self._done = self._nbytes = 0
 
     def __enter__(self) -> Progress:
         self._begin = time.perf_counter()
@@ -70,12 +80,15 @@ class Progress:
         if kind is None and self._done:
             seconds = time.perf_counter() - self._begin
             rate = _rate(self._done / seconds, self._unit)
-            print(f"{self._title}: done in {seconds:.1f} s, {rate}", file=sys.stderr)
+            written = f"{self._nbytes / 2**20:.0f} MiB"
+            print(f"{self._title}: done in {seconds:.1f} s, {rate}, {written}", file=sys.stderr)
 
-    def advance(self, amount: int) -> None:
+    def advance(self, amount: int, nbytes: int) -> None:
+        """`amount` more units are done, `nbytes` more bytes written."""
         self._done += amount
+        self._nbytes += nbytes
         if self._bar:
-            self._bar.advance(self._task, amount)
+            self._bar.update(self._task, advance=amount, nbytes=self._nbytes)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ not know: where weights come from, nor how experts are computed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.integrations.moe import ExpertsInterface
 
 from offload.errors import OffloadError, UnsupportedModelError
+from offload.quantized import QuantizedEmbedding, QuantizedLinear
 from quant.record import MatrixSpec
 
 IMPLEMENTATION = "offload"  # the name our function is registered under
@@ -155,8 +157,11 @@ def _describe(path: str, module: nn.Module) -> ExpertsModule:
     return ExpertsModule(path, experts, transposed, tuple(matrices))
 
 
-def without_experts(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """A class like `cls` whose instances have no expert weights in their module tree."""
+def without_packed_weights(
+    cls: type[PreTrainedModel], quantised: Sequence[str]
+) -> type[PreTrainedModel]:
+    """A class like `cls` whose instances lack what comes from records: the experts' weights, and
+    those of the modules with the paths `quantised`."""
 
     def __init__(
         self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any
@@ -165,6 +170,8 @@ def without_experts(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
         for module in self.modules():
             if is_experts_module(module):
                 _strip(module)
+        for path in quantised:
+            self.set_submodule(path, _from_record(self.get_submodule(path)))
 
     def save_pretrained(self: PreTrainedModel, *_: Any, **__: Any) -> None:
         raise OffloadError(
@@ -179,6 +186,13 @@ def without_experts(cls: type[PreTrainedModel]) -> type[PreTrainedModel]:
         "save_pretrained": save_pretrained,
     }
     return type(cls.__name__, (cls,), members)
+
+
+def _from_record(module: nn.Module) -> QuantizedLinear | QuantizedEmbedding:
+    if isinstance(module, nn.Embedding):
+        return QuantizedEmbedding(module)
+    assert isinstance(module, nn.Linear), f"{type(module).__name__} has no quantised form"
+    return QuantizedLinear(module)
 
 
 def _strip(module: nn.Module) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from quant.packing import TILE_ROWS, pack, unpack
+from quant.packing import TILE_ROWS, pack, unpack, unpack_rows
 from quant.record import MatrixLayout, MatrixView
 from quant.scales import decode_scales
 
@@ -35,6 +35,18 @@ def dequantize(view: MatrixView, dtype: torch.dtype) -> Tensor:
     centred = codes.to(torch.float32).sub_(2 ** (layout.bits - 1))
     weight = centred.mul_(scale).add_(offset).to(dtype)
     return weight.view(rows, layout.columns)[: layout.rows]
+
+
+def take_rows(view: MatrixView, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows [T, K] of the quantised matrix, numbered by `rows` [T], in `dtype`."""
+    assert view.scales is not None
+    layout = view.layout
+    codes = unpack_rows(view.weight, layout.bits, rows).float()  # [T, K]
+    scales = view.scales[:, rows]  # [K/g, T, 2]
+    pairs = scales.float() if view.steps is None else decode_scales(scales, view.steps[:, rows])
+    scale, offset = pairs.transpose(0, 1).unsqueeze(2).unbind(-1)  # [T, K/g, 1] each
+    centred = codes.view(len(rows), -1, layout.group_size) - 2 ** (layout.bits - 1)
+    return torch.addcmul(offset, centred, scale).view(len(rows), -1).to(dtype)
 
 
 def matmul_reference(x: Tensor, view: MatrixView) -> Tensor:

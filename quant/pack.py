@@ -5,28 +5,32 @@ Does not know: checkpoints, nor how it is made (`quant.pack_writer`).
 
     manifest.json                what this module reads; a folder without one is not a pack
     experts-00007.safetensors    a MoE layer: `records` [E, record_bytes] uint8, `crc32` [E] int64
-    model-00001.safetensors ...  what is not experts, named as the checkpoint names it
+    dense-00003.safetensors      quantised matrices that are not experts': a record each
+    model-00001.safetensors ...  everything else, named as the checkpoint names it
     config.json, tokenizer ...   copied from the checkpoint
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import mmap
 import zlib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from quant.errors import PackError
 from quant.record import RecordLayout
 
 FORMAT = "moe-offload pack"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
 REMAKE = "delete the folder and load the model again to remake it"
 
@@ -45,17 +49,33 @@ class PackLayer:
 
 
 @dataclass(frozen=True)
+class PackDense:
+    """A quantised matrix that is not an expert's: its modules' paths, and where its record is.
+
+    The record is named by the first module. A token table that is also the head has two.
+    """
+
+    modules: tuple[str, ...]
+    layout: int  # index into `PackInfo.dense_layouts`
+    file: int
+
+    @property
+    def file_name(self) -> str:
+        return f"dense-{self.file:05d}.safetensors"
+
+
+@dataclass(frozen=True)
 class PackInfo:
     """What a pack was made from and with; the manifest without its checksums."""
 
     source: str
     fingerprint: str
-    expert_bits: int
-    dense_bits: int
-    group_size: int
+    bits: str  # the recipe: what is stored how
     dense_parameters: int  # weights that are not experts
     layouts: tuple[RecordLayout, ...]
     layers: tuple[PackLayer, ...]
+    dense_layouts: tuple[RecordLayout, ...] = ()
+    dense: tuple[PackDense, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         return {"format": FORMAT, "version": VERSION, **asdict(self)}
@@ -64,23 +84,46 @@ class PackInfo:
     def from_json(cls, data: dict[str, Any]) -> PackInfo:
         """Raises `KeyError`, `TypeError` or `ValueError` on anything that `to_json` does not
         write."""
-        return cls(
+        info = cls(
             source=str(data["source"]),
             fingerprint=str(data["fingerprint"]),
-            expert_bits=int(data["expert_bits"]),
-            dense_bits=int(data["dense_bits"]),
-            group_size=int(data["group_size"]),
+            bits=str(data["bits"]),
             dense_parameters=int(data["dense_parameters"]),
             layouts=tuple(RecordLayout.from_json(layout) for layout in data["layouts"]),
             layers=tuple(PackLayer(**layer) for layer in data["layers"]),
+            dense_layouts=tuple(RecordLayout.from_json(lay) for lay in data["dense_layouts"]),
+            dense=tuple(
+                PackDense(tuple(map(str, dense["modules"])), dense["layout"], dense["file"])
+                for dense in data["dense"]
+            ),
         )
+        for members, layouts in ((info.layers, info.layouts), (info.dense, info.dense_layouts)):
+            if any(not 0 <= member.layout < len(layouts) for member in members):
+                raise ValueError("a layout that is not there")
+        return info
 
     def layout_of(self, layer: int) -> RecordLayout:
         return self.layouts[self.layers[layer].layout]
 
+    def dense_layout(self, dense: PackDense) -> RecordLayout:
+        return self.dense_layouts[dense.layout]
+
+    def dense_bytes(self, itemsize: int) -> int:
+        """Bytes of what is not experts when unquantised weights take `itemsize` bytes each."""
+        layouts = [self.dense_layout(dense) for dense in self.dense]
+        as_stored = self.dense_parameters - sum(layout.weights for layout in layouts)
+        return as_stored * itemsize + sum(layout.record_bytes for layout in layouts)
+
     @property
     def total_experts(self) -> int:
         return sum(layer.num_experts for layer in self.layers)
+
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of all experts' records."""
+        return sum(
+            n.num_experts * self.layout_of(i).record_bytes for i, n in enumerate(self.layers)
+        )
 
     @property
     def slot_bytes(self) -> int:
@@ -127,8 +170,9 @@ class Pack:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PackError(f"{path / MANIFEST} is damaged ({error!r}): {REMAKE}") from None
         expert_files = {PackLayer.file_name(i) for i in range(len(self.info.layers))}
-        if not self.info.layers or not expert_files <= files.keys():
-            raise PackError(f"{path / MANIFEST} does not list its expert files: {REMAKE}")
+        dense_files = {dense.file_name for dense in self.info.dense}
+        if not self.info.layers or not expert_files | dense_files <= files.keys():
+            raise PackError(f"{path / MANIFEST} does not list its own files: {REMAKE}")
         for name, (size, sha256) in files.items():
             _check_file(path, name, size, sha256 if name not in expert_files else None)
         self._maps: list[mmap.mmap] = []
@@ -151,6 +195,21 @@ class Pack:
                 f"{REMAKE}"
             )
 
+    def dense_records(self) -> Iterator[tuple[PackDense, Tensor]]:
+        """Every quantised matrix that is not an expert's, with its record [record_bytes] uint8.
+
+        Read one at a time. Raises `PackError` when a file does not hold what the manifest says.
+        """
+        for _, group in itertools.groupby(self.info.dense, key=lambda dense: dense.file):
+            members = list(group)
+            file = self.path / members[0].file_name
+            try:
+                with safe_open(file, framework="pt") as handle:
+                    for dense in members:
+                        yield dense, _whole_record(handle, dense, self.info.dense_layout(dense))
+            except (SafetensorError, ValueError) as error:
+                raise PackError(f"{file} is damaged ({error}): {REMAKE}") from None
+
     @property
     def total_bytes(self) -> int:
         """Bytes of all the pack's files."""
@@ -160,7 +219,7 @@ class Pack:
     def parameters(self) -> int:
         """Weights of the whole model, experts and the rest."""
         experts = sum(
-            layer.num_experts * sum(m.rows * m.columns for m in self.info.layout_of(i).matrices)
+            layer.num_experts * self.info.layout_of(i).weights
             for i, layer in enumerate(self.info.layers)
         )
         return experts + self.info.dense_parameters
@@ -199,6 +258,13 @@ class Pack:
         self._maps.append(mapping)
         self._records.append(records)
         self._checksums.append(checksums.tolist())
+
+
+def _whole_record(handle: Any, dense: PackDense, layout: RecordLayout) -> Tensor:
+    record: Tensor = handle.get_tensor(dense.modules[0])
+    if record.dtype != torch.uint8 or record.shape != (layout.record_bytes,):
+        raise ValueError(f"{dense.modules[0]} has not {layout.record_bytes} bytes")
+    return record
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -56,3 +56,20 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
         codes |= torch.cat(parts, dim=2) << low
         start, low = end, low + width
     return codes.transpose(1, 2).reshape(tiles * TILE_ROWS, columns)
+
+
+def unpack_rows(packed: Tensor, bits: int, rows: Tensor) -> Tensor:
+    """Codes [T, K] uint8 of the rows numbered by `rows` [T] alone."""
+    tiles, size = packed.shape
+    columns = size // (8 * bits)
+    tile, place = rows // TILE_ROWS, rows % TILE_ROWS
+    codes = packed.new_zeros(len(rows), columns)
+    low = start = 0
+    for width in PLANES[bits]:
+        end = start + columns * 8 * width
+        plane = packed[:, start:end].view(tiles, columns, 8 * width)
+        shift = place // (8 * width) * width
+        parts = plane[tile, :, place % (8 * width)] >> shift.to(torch.uint8).unsqueeze(1)
+        codes |= (parts & (2**width - 1)) << low
+        start, low = end, low + width
+    return codes

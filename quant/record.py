@@ -11,15 +11,16 @@ Every matrix is stored as [out, in] whatever the checkpoint's orientation. Scale
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quant.hqq import quantize
-from quant.packing import TILE_ROWS, pack, padded_rows
-from quant.scales import STEP_VALUES, encode_scales, shared_steps
+from quant.encode import Coding, EncodedRows, Encoder, HereEncoder, chunk_rows
+from quant.packing import TILE_ROWS, padded_rows
+from quant.scales import STEP_VALUES, shared_steps
 from quant.scheme import Scheme
 
 ALIGNMENT = 256  # bytes; more than any vector load or copy engine asks for
@@ -67,6 +68,10 @@ class RecordLayout:
 
     matrices: tuple[MatrixLayout, ...]
     record_bytes: int
+
+    @property
+    def weights(self) -> int:
+        return sum(matrix.rows * matrix.columns for matrix in self.matrices)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -184,29 +189,59 @@ def _view_matrix(record: Tensor, matrix: MatrixLayout) -> MatrixView:
     return MatrixView(matrix, weight, scales, steps, bias)
 
 
+class PendingRecord:
+    """An expert that is being encoded: `write` puts it into its record."""
+
+    def __init__(
+        self,
+        layout: RecordLayout,
+        matrices: Mapping[str, tuple[Tensor, Tensor | None]],
+        encoder: Encoder,
+    ) -> None:
+        """Begin to encode. `matrices`: each name in `layout` -> `(weight [N, K], bias [N])`."""
+        self._layout = layout
+        self._matrices = matrices
+        self._chunks: dict[str, list[Future[EncodedRows]]] = {}
+        for matrix in layout.matrices:
+            if matrix.group_size:
+                coding = Coding(matrix.bits, matrix.group_size, matrix.scale_bits)
+                parts = matrices[matrix.name][0].split(chunk_rows(matrix.columns))
+                self._chunks[matrix.name] = [encoder.submit(part, coding) for part in parts]
+
+    @property
+    def chunks(self) -> int:
+        """How many pieces of work it was cut into."""
+        return sum(map(len, self._chunks.values()))
+
+    def write(self, out: Tensor) -> None:
+        """Wait for what was begun and write it into `out` [record_bytes] uint8."""
+        out.zero_()  # padding included: equal experts are equal bytes
+        for name, view in view_record(out, self._layout).items():
+            weight, bias = self._matrices[name]
+            if view.scales is None:
+                view.weight.copy_(weight)
+            else:
+                _put_chunks(view, self._chunks[name])
+            if view.bias is not None:
+                assert bias is not None, f"layout has a bias for {name}, the checkpoint has none"
+                view.bias.copy_(bias)
+
+
+def _put_chunks(view: MatrixView, chunks: list[Future[EncodedRows]]) -> None:
+    assert view.scales is not None
+    tile = row = 0
+    for chunk in chunks:
+        encoded = chunk.result()
+        tiles, rows = encoded.weight.shape[0], encoded.scales.shape[1]
+        view.weight[tile : tile + tiles] = encoded.weight
+        view.scales[:, row : row + rows] = encoded.scales
+        if view.steps is not None and encoded.steps is not None:
+            view.steps[:, row : row + rows] = encoded.steps
+        tile, row = tile + tiles, row + rows
+
+
 def encode_record(
     out: Tensor, layout: RecordLayout, matrices: Mapping[str, tuple[Tensor, Tensor | None]]
 ) -> None:
-    """Write one expert into `out` [record_bytes] uint8.
-
-    `matrices` maps each name in `layout` to `(weight [N, K], bias [N] or None)`.
-    """
-    out.zero_()  # padding included: equal experts are equal bytes
-    for name, view in view_record(out, layout).items():
-        weight, bias = matrices[name]
-        if view.scales is None:
-            view.weight.copy_(weight)
-        else:
-            solved = quantize(weight, view.layout.bits, view.layout.group_size)
-            rows = view.layout.rows
-            codes = torch.zeros(view.layout.stored_rows, view.layout.columns, dtype=torch.uint8)
-            codes[:rows] = solved.codes
-            view.weight.copy_(pack(codes, view.layout.bits))
-            pairs = torch.stack((solved.scale.t(), solved.offset.t()), dim=-1)  # [K/g, N, 2]
-            if view.steps is None:
-                view.scales[:, :rows] = pairs
-            else:
-                view.scales[:, :rows], view.steps[:, :rows] = encode_scales(pairs)
-        if view.bias is not None:
-            assert bias is not None, f"layout has a bias for {name}, the checkpoint has none"
-            view.bias.copy_(bias)
+    """Write one expert into `out` [record_bytes] uint8, encoded here and now."""
+    PendingRecord(layout, matrices, HereEncoder()).write(out)

@@ -119,7 +119,7 @@ def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def mixtral_pack(mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Mixtral as a 4-bit pack. Copy it before changing it."""
     from offload.loading import find_or_make_pack
-    from offload.make_pack import Recipe
+    from offload.recipe import Recipe
 
     destination = tmp_path_factory.mktemp("packs") / "tiny-mixtral-q4"
     return find_or_make_pack(str(mixtral), Recipe(), destination=destination)

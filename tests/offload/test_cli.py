@@ -270,7 +270,7 @@ def test_quantize_makes_a_pack_that_answers_as_the_checkpoint(
     assert (done.code, done.out) == (0, f"{target}\n")
     assert "quantising tiny-gpt-oss: done in" in done.err
     pack = Pack(target)
-    assert pack.info.expert_bits == 8
+    assert pack.info.bits == "experts=8g64"
     pack.close()
     answers = [
         run("generate", *model, "-p", "a", "-n", "9", "--temp", "0").out
@@ -359,7 +359,7 @@ def test_bench_writes_llama_benchs_json_and_ours(
         "mib_per_token",
         "link_share",
         "model",
-        "expert_bits",
+        "bits",
     ]
     for result in (prefill, decode):
         assert {*keys, *ours} <= result.keys()

@@ -12,7 +12,7 @@ import offload
 from offload.cuda_transfer import CudaTransfer
 from offload.handle import offload_of
 from offload.loading import find_or_make_pack
-from offload.make_pack import Recipe
+from offload.recipe import Recipe
 from quant.pack import Pack
 from tests.tiny import EXPERTS, K, save_tiny
 

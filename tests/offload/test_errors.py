@@ -386,7 +386,7 @@ def test_a_pack_of_another_version(version: Any, fails: Fails, pack: Path) -> No
         {"files": {"config.json": {}}},
         {"files": []},
         {"format": "something else"},
-        {"slot_bytes": 1, "group_size": "x"},
+        {"dense_parameters": "x"},
     ],
 )
 def test_a_damaged_manifest(changes: dict[str, Any], fails: Fails, pack: Path) -> None:
@@ -537,9 +537,11 @@ def test_quantising_a_pack_does_not_pretend_to_have_made_another(
         ("--expert-slots", "0", "at least one is needed"),
         ("--expert-slots", "-3", "'-3' is not a number of expert slots"),
         ("--expert-slots", "many", "a number or a share like 25%"),
-        ("--expert-bits", "5", "expert_bits must be 4, 8 or 16, not 5"),
-        ("--dense-bits", "4", "dense_bits must be 16"),
-        ("--group-size", "48", "group_size must be 16, 32, 64, 128 or 256, not 48"),
+        ("--expert-bits", "7", "experts=7: bits must be 2, 3, 4, 5, 6, 8 or 16, not 7"),
+        ("--dense-bits", "1", "dense=1: bits must be 2, 3, 4, 5, 6, 8 or 16, not 1"),
+        ("--bits", "q7", "'q7' is not a rule for bits: write a preset (q8, q6, q5, q4,"),
+        ("--bits", "layers.3-1.experts=4", "layers.3-1 has no layers"),
+        ("--group-size", "48", "group size must be 16, 32, 64, 128 or 256, not 48"),
         ("--policy", "mru", "there is no policy 'mru': choose lru or lfu"),
         ("--device", "toaster", "toaster"),
         ("--device", "cuda:99", "cuda:99"),

@@ -26,6 +26,7 @@ EXPORTED = {
     "GenerationResponse",
     "OffloadError",
     "PackError",
+    "RecipeError",
     "SourceError",
     "UnsupportedModelError",
     "__version__",

@@ -50,7 +50,7 @@ def test_making_a_pack_holds_at_most_a_layer(tmp_path: Path) -> None:
         """
 import sys, threading, time
 from offload.loading import find_or_make_pack
-from offload.make_pack import Recipe
+from offload.recipe import Recipe
 from quant.hqq import quantize
 import torch
 quantize(torch.randn(128, 512), 4, 64)  # what libraries take when first used is theirs

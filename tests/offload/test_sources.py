@@ -227,7 +227,7 @@ def test_a_pack_works_without_its_checkpoint(
 def test_a_pack_says_what_it_was_made_from(mixtral_pack: Path) -> None:
     pack = Pack(mixtral_pack)
     assert pack.info.source == "tiny-mixtral"
-    assert (pack.info.expert_bits, pack.info.dense_bits, pack.info.group_size) == (4, 16, 64)
+    assert pack.info.bits == "experts=4g64"
     pack.close()
 
 

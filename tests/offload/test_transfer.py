@@ -12,7 +12,7 @@ import torch
 
 from offload.errors import PackError
 from offload.loading import find_or_make_pack
-from offload.make_pack import Recipe
+from offload.recipe import Recipe
 from offload.transfer import HostTransfer
 from quant.pack import Pack, PackLayer
 from tests.tiny import EXPERTS, save_tiny

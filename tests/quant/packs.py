@@ -36,9 +36,7 @@ def make_info(layers: int = 3, experts: int = 4, *, group_size: int = 16) -> Pac
     return PackInfo(
         source="someone/model",
         fingerprint="f" * 64,
-        expert_bits=4,
-        dense_bits=16,
-        group_size=group_size,
+        bits=f"experts=4g{group_size}",
         dense_parameters=8,
         layouts=(small, large),
         layers=tuple(

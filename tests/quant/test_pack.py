@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 
 from quant.errors import OffloadError, PackError
-from quant.pack import MANIFEST, Pack, PackInfo, PackLayer, is_pack
+from quant.pack import MANIFEST, VERSION, Pack, PackInfo, PackLayer, is_pack
 from quant.record import view_record
 from tests.quant.packs import CONFIG, DENSE, FORK, make_info, needs_fork, record_of, write_pack
 
@@ -187,16 +187,17 @@ def change_manifest(path: Path, change: Callable[[dict[str, Any]], object]) -> N
     (path / MANIFEST).write_text(json.dumps(manifest))
 
 
-@pytest.mark.parametrize("version", [0, 2, None, "1"])
+@pytest.mark.parametrize("version", [0, VERSION + 1, None, str(VERSION)])
 def test_pack_of_another_version_is_refused(pack: Path, version: object) -> None:
     change_manifest(pack, lambda manifest: manifest.update(version=version))
     message = assert_refused(pack)
     assert str(version) in message
-    assert "version 1" in message
+    assert f"version {VERSION}" in message
 
 
 @pytest.mark.parametrize(
-    "key", ["source", "expert_bits", "group_size", "layouts", "layers", "files", "dense_parameters"]
+    "key",
+    ["source", "bits", "layouts", "layers", "files", "dense", "dense_layouts", "dense_parameters"],
 )
 def test_manifest_without_a_part_is_refused(pack: Path, key: str) -> None:
     change_manifest(pack, lambda manifest: manifest.pop(key))

@@ -119,7 +119,7 @@ def test_finished_layers_are_kept_and_the_interrupted_one_is_not(
 
 
 def test_other_settings_start_afresh(tmp_path: Path) -> None:
-    path, other = tmp_path / "pack", make_info(group_size=8)
+    path, other = tmp_path / "pack", make_info(group_size=32)
     stop_in_layer(path, make_info(), layer=2, expert=1)
     with PackWriter(path, other) as writer:
         assert not writer.has(FIRST)
@@ -387,7 +387,7 @@ def test_pack_of_something_else_is_not_overwritten(tmp_path: Path) -> None:
     write_pack(path, make_info())
     before = contents(path)
     with pytest.raises(PackError, match="something else") as caught:
-        write_pack(path, make_info(group_size=8))
+        write_pack(path, make_info(group_size=32))
     assert str(path) in str(caught.value)
     assert REMEDY.search(str(caught.value))
     assert contents(path) == before

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from quant.packing import PLANES, TILE_ROWS, pack, padded_rows, unpack
+from quant.packing import PLANES, TILE_ROWS, pack, padded_rows, unpack, unpack_rows
 
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
@@ -97,3 +97,10 @@ def test_codes_of_any_memory_layout_pack_alike() -> None:
 @pytest.mark.parametrize(("rows", "stored"), [(1, 64), (64, 64), (65, 128)])
 def test_rows_are_padded_to_whole_tiles(rows: int, stored: int) -> None:
     assert padded_rows(rows) == stored
+
+
+@pytest.mark.parametrize("bits", PLANES)
+def test_single_rows_are_those_of_the_whole(bits: int) -> None:
+    codes = random_codes(192, 33, bits, seed=bits)
+    rows = torch.tensor([191, 0, 63, 64, 7, 7])
+    assert torch.equal(unpack_rows(pack(codes, bits), bits, rows), codes[rows])
