@@ -48,7 +48,7 @@ class QuantizedLinear(_FromRecord):
         out = matmul(x.reshape(-1, self.in_features), self.view)
         if self.bias is not None:
             out = out + self.bias
-        return out.view(*x.shape[:-1], self.out_features)
+        return out.reshape(*x.shape[:-1], self.out_features)
 
 
 class QuantizedEmbedding(_FromRecord):

@@ -46,7 +46,7 @@ def take_rows(view: MatrixView, rows: Tensor, dtype: torch.dtype) -> Tensor:
     pairs = scales.float() if view.steps is None else decode_scales(scales, view.steps[:, rows])
     scale, offset = pairs.transpose(0, 1).unsqueeze(2).unbind(-1)  # [T, K/g, 1] each
     centred = codes.view(len(rows), -1, layout.group_size) - 2 ** (layout.bits - 1)
-    return torch.addcmul(offset, centred, scale).view(len(rows), -1).to(dtype)
+    return torch.addcmul(offset, centred, scale).reshape(len(rows), -1).to(dtype)
 
 
 def matmul_reference(x: Tensor, view: MatrixView) -> Tensor:

@@ -384,7 +384,7 @@ def test_set_verbose_and_quiet(chat: Chat, terminal: Terminal) -> None:
 def test_show_info(chat: Chat, terminal: Terminal) -> None:
     chat.command("/show info")
     text = terminal.take()
-    assert "tiny-mixtral: mixtral, 3 MoE layers, 24 experts at 4 bits" in text
+    assert "tiny-mixtral: mixtral, 3 MoE layers, 24 experts; bits: experts=4g64" in text
     assert f"6 experts resident on cpu, computing in float32, context {CONTEXT}" in text
 
 

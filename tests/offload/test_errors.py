@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import cli
-from quant.pack import is_pack, manifest_check
+from quant.pack import VERSION, is_pack, manifest_check
 from tests.tiny import save_tiny
 
 WEIGHTS = "model.safetensors"
@@ -369,11 +369,11 @@ def test_a_damaged_record_that_is_never_used_does_no_harm(pack: Path, mixtral_pa
     assert run(pack) == (expected, unused)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, VERSION + 1, str(VERSION), None])
 def test_a_pack_of_another_version(version: Any, fails: Fails, pack: Path) -> None:
     _change_json(pack / "manifest.json", version=version)
     message = fails("generate", pack, *HI)
-    assert f"{pack} is a pack of version {version}, this program reads version 1" in message
+    assert f"{pack} is a pack of version {version}, this program reads version {VERSION}" in message
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from quant import matmul as module
-from quant.matmul import cpu_int4_works, dequantize, matmul, matmul_cpu_int4, matmul_reference
+from quant.matmul import (
+    cpu_int4_works,
+    dequantize,
+    matmul,
+    matmul_cpu_int4,
+    matmul_reference,
+    take_rows,
+)
 from quant.packing import PLANES, pack
 from quant.record import MatrixSpec, MatrixView, encode_record, plan_layout, view_record
 from quant.scheme import BITS, Scheme
@@ -241,3 +248,16 @@ def test_result_has_the_dtype_of_the_tokens_whatever_the_bias_is_stored_as(
 ) -> None:
     view = matrix(bits=bits, bias=True, dtype=stored)
     assert matmul(tokens(2, dtype=computed), view).dtype == computed
+
+
+@pytest.mark.parametrize(("bits", "scale_bits"), [(b, s) for b in BITS[:-1] for s in (8, 16)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_single_rows_are_those_of_the_whole_matrix(
+    bits: int, scale_bits: int, dtype: torch.dtype
+) -> None:
+    layout = plan_layout((MatrixSpec("m", 100, 96, False, dtype),), Scheme(bits, 16, scale_bits))
+    record = torch.empty(layout.record_bytes, dtype=torch.uint8)
+    encode_record(record, layout, {"m": (torch.randn(100, 96).to(dtype), None)})
+    view = view_record(record, layout)["m"]
+    rows = torch.tensor([99, 0, 63, 64, 0])
+    torch.testing.assert_close(take_rows(view, rows, dtype), dequantize(view, dtype)[rows])
