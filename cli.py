@@ -506,6 +506,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
     path = find_or_make_pack(
         arguments.model,
         asked.recipe(),
+        device=device,
         plan=Planner(device, available, context=arguments.ctx_size) if asked.fit else None,
         destination=arguments.destination,
         revision=arguments.revision,

@@ -12,11 +12,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+import psutil
 import torch
 from torch import Tensor
 
 from offload.progress import Progress
-from quant.encode import Encoder, HereEncoder
+from quant.encode import DeviceEncoder, Encoder, HereEncoder
 from quant.pack import PackDense, PackInfo, PackLayer
 from quant.record import PendingRecord, RecordLayout
 from quant.workers import WorkerEncoder
@@ -24,6 +25,7 @@ from quant.workers import WorkerEncoder
 Matrices = Mapping[str, tuple[Tensor, Tensor | None]]  # what `quant.record.PendingRecord` takes
 Read = Callable[[], Matrices]
 WORTH_PROCESSES = 2**26  # weights: below it a process is done before it has started
+PROCESS_BYTES = 2**30  # of RAM for each process; it takes a third of that, mostly torch itself
 CHUNKS_AHEAD = 2  # for each process: one being encoded, one waiting for it
 
 
@@ -55,13 +57,18 @@ class Work:
 
 
 @contextlib.contextmanager
-def make_encoder(weights: int) -> Iterator[Encoder]:
-    """An encoder for so many weights: a process for each core when there is work for them."""
+def make_encoder(weights: int, device: torch.device) -> Iterator[Encoder]:
+    """An encoder for so many weights: the GPU, or a process for each core if that is worth it."""
+    if device.type != "cpu":
+        with contextlib.closing(DeviceEncoder(device)) as gpu:
+            yield gpu
+        return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if weights < WORTH_PROCESSES or not cores or cores == 1:
+    count = min(cores or 1, psutil.virtual_memory().available // PROCESS_BYTES)
+    if weights < WORTH_PROCESSES or count < 2:
         yield HereEncoder()
         return
-    with WorkerEncoder(cores) as encoder:
+    with WorkerEncoder(count) as encoder:
         yield encoder
 
 

@@ -57,6 +57,7 @@ from offload.skeleton import (
     without_packed_weights,
 )
 from offload.transfer import HostTransfer, Transfer
+from quant.hqq import CPU
 from quant.pack import VERSION, Pack, PackInfo, is_pack
 from quant.record import view_record
 
@@ -125,6 +126,7 @@ def load(
         revision=revision,
         local_files_only=local_files_only,
         trust_remote_code=trust_remote_code,
+        device=place,
         plan=plan,
     )
     with contextlib.ExitStack() as undo:  # what was begun, should the rest fail
@@ -212,12 +214,13 @@ def find_or_make_pack(
     revision: str | None = None,
     local_files_only: bool = False,
     trust_remote_code: bool = False,
+    device: torch.device = CPU,
     plan: Planner | None = None,
 ) -> Path:
     """The folder of the pack for `source`, made if need be, at `destination` or under `pack_dir`.
 
-    What `plan` refuses is not made. A `recipe` of None is the one that fits what `plan` (then not
-    None) has.
+    Weights are quantised on `device`. What `plan` refuses is not made. A `recipe` of None is the
+    one that fits what `plan` (then not None) has.
     """
     if source == sources.DEMO:
         found = sources.Source(sources.DEMO, demo.checkpoint(), is_pack=False)
@@ -250,7 +253,7 @@ def find_or_make_pack(
         recipe = _fitting_recipe(maker, plan, config, place)
     if plan is not None:
         plan(maker.describe(recipe), config)
-    maker.make(place(recipe), recipe)
+    maker.make(place(recipe), recipe, device)
     return place(recipe)
 
 

@@ -99,8 +99,8 @@ class PackMaker:
                 layout = _index(layouts, plan_layout((spec,), scheme))
                 yield PackDense(matrix.modules, layout, file)
 
-    def make(self, path: Path, recipe: Recipe) -> None:
-        """Write the pack `path`.
+    def make(self, path: Path, recipe: Recipe, device: torch.device) -> None:
+        """Write the pack `path`; weights are quantised on `device`.
 
         Goes on where an interrupted run stopped, and returns at once when the pack is there. Holds
         the weights of two experts, one record, and two chunks for each process at most. Raises
@@ -109,16 +109,16 @@ class PackMaker:
         info = self.describe(recipe)
         with PackWriter(path, info) as writer:
             if not writer.done:
-                self._write(writer, info)
+                self._write(writer, info, device)
                 writer.finish()
 
-    def _write(self, writer: PackWriter, info: PackInfo) -> None:
+    def _write(self, writer: PackWriter, info: PackInfo, device: torch.device) -> None:
         work = Work.left(info, writer.has)
         _check_space(writer.path, work.nbytes + self._checkpoint.dense_bytes())
         verb = "quantising" if work.quantises else "packing"
         with (
             Progress(f"{verb} {info.source}", total=work.weights, unit="weights") as progress,
-            make_encoder(work.weights if work.quantises else 0) as encoder,
+            make_encoder(work.weights if work.quantises else 0, device) as encoder,
         ):
             for layer in work.layers:
                 reads = self._reads(layer, info.layout_of(layer))

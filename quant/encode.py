@@ -6,13 +6,13 @@ Chunks are cut by the matrix's shape alone, so the bytes are the same however ma
 
 from __future__ import annotations
 
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from quant.hqq import quantize
+from quant.hqq import CPU, quantize
 from quant.packing import TILE_ROWS, pack, padded_rows
 from quant.scales import encode_scales
 
@@ -44,12 +44,15 @@ class Encoder(Protocol):
         """Begin `encode_rows(weight, coding)`; `weight` must not change until it is done."""
 
 
-def encode_rows(weight: Tensor, coding: Coding) -> EncodedRows:
-    """Encode `weight` [R, K] of any floating-point dtype; padding rows are zero bytes."""
+def encode_rows(weight: Tensor, coding: Coding, device: torch.device = CPU) -> EncodedRows:
+    """Encode `weight` [R, K] of any floating-point dtype; padding rows are zero bytes.
+
+    `device` is where the solver runs.
+    """
     bits, group_size, scale_bits = coding
     rows, columns = weight.shape
     stored = padded_rows(rows)
-    solved = quantize(weight, bits, group_size)
+    solved = quantize(weight, bits, group_size, device)
     codes = torch.zeros(stored, columns, dtype=torch.uint8)
     codes[:rows] = solved.codes
     pairs = torch.stack((solved.scale.t(), solved.offset.t()), dim=-1)  # [K/g, R, 2]
@@ -66,6 +69,22 @@ def encode_rows(weight: Tensor, coding: Coding) -> EncodedRows:
 def chunk_rows(columns: int) -> int:
     """Rows of a chunk of a matrix with `columns` columns: whole tiles, about `CHUNK_WEIGHTS`."""
     return TILE_ROWS * max(1, CHUNK_WEIGHTS // (TILE_ROWS * columns))
+
+
+class DeviceEncoder:
+    """Encodes on one device in a thread, so that reading and writing go on meanwhile."""
+
+    width = 1
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._thread = ThreadPoolExecutor(1, "offload-encode")
+
+    def submit(self, weight: Tensor, coding: Coding) -> Future[EncodedRows]:
+        return self._thread.submit(encode_rows, weight, coding, self._device)
+
+    def close(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
 
 
 class HereEncoder:

@@ -21,6 +21,7 @@ with warnings.catch_warnings():
 # faster. It stops early by a block's mean error, so the size is part of the result; below 32768
 # values torch sums in one thread, and the result does not depend on the number of threads.
 BLOCK_WEIGHTS = 32000
+CPU = torch.device("cpu")
 FLAT_RANGE = 1e-4  # of a group, up to which hqq takes a step of 1, and rounds everything away
 
 
@@ -32,16 +33,16 @@ class Quantized(NamedTuple):
     offset: Tensor  # [N, K/g] float32
 
 
-def quantize(weight: Tensor, bits: int, group_size: int) -> Quantized:
+def quantize(weight: Tensor, bits: int, group_size: int, device: torch.device = CPU) -> Quantized:
     """Quantise `weight` [N, K] to `bits` with one scale and one offset for each `group_size`
-    columns.
+    columns, on `device`; a GPU takes all rows at once. The result is on the CPU.
 
     Raises `ValueError` when `group_size` does not divide K.
     """
     rows, columns = weight.shape
     if columns % group_size:
         raise ValueError(f"group size {group_size} does not divide {columns} columns")
-    block = max(1, BLOCK_WEIGHTS // columns)
+    block = max(1, BLOCK_WEIGHTS // columns) if device.type == "cpu" else rows
     codes = torch.empty(rows, columns, dtype=torch.uint8)
     scale = torch.empty(rows, columns // group_size)
     offset = torch.empty(rows, columns // group_size)
@@ -49,13 +50,13 @@ def quantize(weight: Tensor, bits: int, group_size: int) -> Quantized:
     for start in range(0, rows, block):
         part = slice(start, min(start + block, rows))
         solved, meta = Quantizer.quantize(
-            weight[part].float(),
+            weight[part].to(device).float(),
             nbits=bits,
             group_size=group_size,
             axis=1,
             bitpack=False,
             compute_dtype=torch.float32,
-            device="cpu",
+            device=str(device),
         )
         part_scale = meta["scale"].view(-1, columns // group_size)
         codes[part] = solved.view(-1, columns).to(torch.uint8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -10,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from quant.encode import Coding, chunk_rows, encode_rows
+from quant.encode import Coding, DeviceEncoder, chunk_rows, encode_rows
 from quant.errors import PackError
 from quant.record import MatrixSpec, PendingRecord, encode_record, plan_layout
 from quant.scheme import Scheme
@@ -44,6 +45,14 @@ def test_every_dtype_of_weights_reaches_a_process() -> None:
             assert torch.equal(got.weight, expected.weight)
             assert torch.equal(got.scales, expected.scales)
             assert got.steps is None
+
+
+def test_a_device_with_a_thread_of_its_own_gives_the_same_bytes() -> None:
+    coding, weight = Coding(5, 32, 16), torch.randn(130, 128)
+    with contextlib.closing(DeviceEncoder(torch.device("cpu"))) as encoder:
+        got, expected = encoder.submit(weight, coding).result(60), encode_rows(weight, coding)
+    assert torch.equal(got.weight, expected.weight)
+    assert torch.equal(got.scales, expected.scales)
 
 
 def test_no_process_is_left_when_an_error_ends_the_work() -> None:
