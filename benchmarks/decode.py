@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
-import transformers
+from machine import machine
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import offload
@@ -32,16 +30,6 @@ from offload.progress import without_bars
 
 PROMPT_TOKENS, DECODE_TOKENS = 512, 64
 RESULTS = Path(__file__).parent / "results"
-
-
-def cpu_name() -> str:
-    """The processor's own name where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def prefill(model: PreTrainedModel, ids: torch.Tensor) -> float:
@@ -120,18 +108,7 @@ def main() -> None:
         f"{stats.link_gb_per_s / link:.0%} of the {link:.1f} GB/s measured back to back"
     )
     report = {
-        "hardware": {
-            "cpu": cpu_name(),
-            "cores": psutil.cpu_count(logical=False),
-            "threads": torch.get_num_threads(),
-            "ram_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        },
-        "versions": {
-            "moe-offload": offload.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        **machine(),
         "link_gb_per_s": link,
         "quarter_hit_rate": stats.counts.hit_rate,
         "results": rows,

@@ -1,0 +1,42 @@
+"""The hardware and versions that stand beside a figure."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import transformers
+
+import offload
+
+
+def cpu_name() -> str:
+    """The processor's own name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def machine() -> dict[str, Any]:
+    """`hardware` and `versions`, as they go into results."""
+    return {
+        "hardware": {
+            "cpu": cpu_name(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "cores": psutil.cpu_count(logical=False),
+            "threads": torch.get_num_threads(),
+            "ram_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        },
+        "versions": {
+            "moe-offload": offload.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
