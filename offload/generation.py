@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from offload.errors import GenerationError
+from offload.generation_config import end_ids
 from offload.handle import offload_of
 from offload.sampling import Sampler, Sampling, resolve_sampling
 from offload.stats import Stats
@@ -75,7 +76,7 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
     ids = config.eos_token_id if config is not None else None
     if ids is None and tokenizer is not None:
         ids = tokenizer.eos_token_id
-    return frozenset([ids] if isinstance(ids, int) else ids or [])
+    return end_ids(ids)
 
 
 def stream_generate(

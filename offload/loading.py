@@ -39,6 +39,7 @@ from offload.cpu_linear import OneTokenLinear, native_is_quicker
 from offload.cuda_transfer import CudaTransfer
 from offload.engine import Engine
 from offload.errors import BudgetError, CheckpointError, SourceError, UnsupportedModelError
+from offload.generation_config import check_generation_config
 from offload.handle import Offload, Options
 from offload.home import offload_home
 from offload.make_pack import PackMaker, PackSource, fingerprint
@@ -231,6 +232,7 @@ def find_or_make_pack(
             local_files_only=local_files_only,
             trust_remote_code=trust_remote_code,
         )
+    check_generation_config(found.folder)
     if found.is_pack:
         if destination is not None:
             raise SourceError(f"{source} is a pack already: name the checkpoint it was made from")

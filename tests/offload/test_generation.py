@@ -343,6 +343,21 @@ def test_parameters_out_of_range_are_refused_before_the_first_step(
     assert script.prompts == []
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_whose_logits_are_not_finite_says_so_and_nothing_else(
+    temperature: float, model: PreTrainedModel
+) -> None:
+    weight = model.lm_head.weight.data
+    before = weight[7, 0].clone()
+    weight[7, 0] = float("nan")
+    try:
+        with pytest.raises(GenerationError, match="logits are not finite"):
+            next(stream_generate(model, None, [1, 2], temperature=temperature))
+    finally:
+        weight[7, 0] = before
+    assert len(list(stream_generate(model, None, [1, 2], max_new_tokens=2))) > 0
+
+
 def test_whole_numbers_are_numbers_too(model: PreTrainedModel) -> None:
     options: dict[str, Any] = {"temperature": 1, "repetition_penalty": 2, "top_p": 1, "min_p": 0}
     assert len(_tokens(model, [1, 2], max_new_tokens=2, **options)) == 2
