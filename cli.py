@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from offload.errors import OffloadError
+from offload.errors import OffloadError, one_line
 from offload.version import __version__
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from offload.bench import Result
     from offload.sampling import Sampling
 
-NO_MEMORY = "lower --expert-slots, --ctx-size or --expert-bits"
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -48,25 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of stdout left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
-    except OffloadError as error:
-        return _failed(error, str(error), arguments.debug)
-    except OSError as error:
-        text = f"{error}: is the place readable and writable? OFFLOAD_HOME names another"
-        return _failed(error, text, arguments.debug)
-    except MemoryError as error:
-        return _failed(error, f"out of memory: {NO_MEMORY}", arguments.debug)
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
-            return _failed(error, f"out of GPU memory: {NO_MEMORY}", arguments.debug)
-        text = f"{type(error).__name__}: {error} (a bug: --debug shows where)"
-        return _failed(error, text, arguments.debug)
-
-
-def _failed(error: Exception, text: str, debug: bool) -> int:
-    if debug:
-        raise error
-    print(f"offload: error: {' '.join(text.split())}", file=sys.stderr)
-    return FAILED
+        if arguments.debug:
+            raise
+        print(f"offload: error: {one_line(error)}", file=sys.stderr)
+        return FAILED
 
 
 class _Parser(argparse.ArgumentParser):
@@ -409,6 +394,7 @@ def _chat(arguments: argparse.Namespace) -> int:
         timings=arguments.show_timings,
         verbose=arguments.verbose,
         load_seconds=load_seconds,
+        debug=arguments.debug,
     )
     stats = offload_of(model).stats()
     print(

@@ -1,4 +1,7 @@
-"""What can go wrong, by kind. Every message says what was wrong, where, and what to do."""
+"""What can go wrong, by kind. Every message says what was wrong, where, and what to do.
+
+Knows: also how an error that is not ours is told in one line. Does not know: where it is printed.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,27 @@ class BudgetError(OffloadError):
 
 
 class GenerationError(OffloadError):
-    """A prompt or a sampling parameter that cannot be used."""
+    """A prompt or a sampling parameter that cannot be used, or a model that says nothing usable."""
+
+
+NO_MEMORY = "lower --expert-slots, --ctx-size or --expert-bits"
+LONGEST = 1000  # characters of a line: what a file holds may be quoted in it
+
+
+def one_line(error: BaseException) -> str:
+    """`error` as one line for the user."""
+    if isinstance(error, OffloadError):
+        text = str(error)
+    elif isinstance(error, OSError):
+        text = f"{error}: is the place readable and writable? OFFLOAD_HOME names another"
+    elif isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch's words
+        text = f"out of memory: {NO_MEMORY}"
+    elif type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+        text = f"out of GPU memory: {NO_MEMORY}"
+    else:
+        text = f"{type(error).__name__}: {error} (a bug: --debug shows where)"
+    text = " ".join(text.split())
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 
 __all__ = [
@@ -38,4 +61,5 @@ __all__ = [
     "RecipeError",
     "SourceError",
     "UnsupportedModelError",
+    "one_line",
 ]

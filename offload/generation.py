@@ -49,6 +49,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> 
 
     Raises `GenerationError` when that is not possible.
     """
+    if isinstance(prompt, str):
+        check_text(prompt)
     if not isinstance(prompt, str) and all(isinstance(item, int) for item in prompt):
         ids = [int(item) for item in prompt]  # type: ignore[arg-type]
     elif tokenizer is None:
@@ -58,6 +60,9 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> 
     elif not tokenizer.chat_template:
         raise GenerationError("the model has no chat template: give the prompt as a text")
     else:
+        for message in prompt:
+            if isinstance(message, dict):
+                check_text(*map(str, message.values()))
         try:
             text = tokenizer.apply_chat_template(
                 list(prompt), tokenize=False, add_generation_prompt=True
@@ -68,6 +73,19 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> 
     if not ids:
         raise GenerationError("the prompt is empty")
     return ids
+
+
+def check_text(*texts: str) -> None:
+    """Raise `GenerationError` for what no tokenizer takes: bytes that a terminal or a command line
+    gave and that are no UTF-8, which Python keeps as surrogates."""
+    for text in texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            near = text[max(0, error.start - 20) : error.start]
+            raise GenerationError(
+                f"the prompt is not UTF-8 text (after {near!r}): correct it and send it again"
+            ) from None
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
