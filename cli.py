@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from offload.errors import OffloadError, one_line
+from offload.files import read_text, user_path
+from offload.streams import check_streams, give_up_unwritable
 from offload.version import __version__
 
 if TYPE_CHECKING:
@@ -31,13 +33,19 @@ DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    arguments = build_parser().parse_args(argv)
-    if arguments.command is None:
-        build_parser().print_help(sys.stderr)
-        return USAGE
-    logging.basicConfig(format="offload: %(message)s", level=logging.WARNING)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    debug = False
     try:
+        check_streams()
+        try:
+            arguments = build_parser().parse_args(argv)
+        finally:
+            sys.stdout.flush()  # --help and --version leave from there
+        if arguments.command is None:
+            build_parser().print_help(sys.stderr)
+            return USAGE
+        debug = arguments.debug
+        logging.basicConfig(format="offload: %(message)s", level=logging.WARNING)
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         result: int = arguments.run(arguments)
         sys.stdout.flush()
         return result
@@ -45,12 +53,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of stdout left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        give_up_unwritable()
         return DONE
     except Exception as error:
-        if arguments.debug:
+        text = one_line(error)
+        if isinstance(error, OSError) and sys.stdout in give_up_unwritable():
+            text = f"cannot write to stdout: {error.strerror or error}"
+        if debug:
             raise
-        print(f"offload: error: {one_line(error)}", file=sys.stderr)
+        print(f"offload: error: {text}", file=sys.stderr)
         return FAILED
 
 
@@ -314,8 +325,9 @@ def _prompt(arguments: argparse.Namespace) -> str | None:
         return str(arguments.prompt)
     if arguments.file is not None:
         try:
-            return str(arguments.file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
+            with user_path(arguments.file).open(encoding="utf-8") as handle:
+                return read_text(handle, "the prompt")
+        except (OSError, OffloadError) as error:
             raise OffloadError(f"cannot read the prompt from {arguments.file}: {error}") from None
     return None
 
@@ -323,10 +335,7 @@ def _prompt(arguments: argparse.Namespace) -> str | None:
 def _generate(arguments: argparse.Namespace) -> int:
     prompt = _prompt(arguments)
     if prompt is None and not sys.stdin.isatty():
-        try:
-            prompt = sys.stdin.read()
-        except UnicodeDecodeError as error:
-            raise OffloadError(f"the piped prompt is not UTF-8 text: {error}") from None
+        prompt = read_text(sys.stdin, "the piped prompt")
     if not prompt:
         raise OffloadError("there is no prompt: give one with -p, -f or a pipe")
     model, tokenizer, load_seconds = _load(arguments)

@@ -17,9 +17,10 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from offload.errors import OffloadError, one_line
+from offload.files import read_text, user_path
 from offload.generation import GenerationResponse, Message, stream_generate
 from offload.handle import offload_of
-from offload.home import offload_home, user_path
+from offload.home import offload_home
 from offload.report import experts_map, timings, verbose_rows
 from offload.sampling import Sampling
 
@@ -138,9 +139,10 @@ class Chat:
         try:
             if not file.is_file():  # reading from a device or a pipe might never end
                 raise ChatError(f"there is no file {rest!r}: /read FILE sends a file's text")
-            text = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ChatError(f"cannot read {file}: {error}") from None
+            with file.open(encoding="utf-8") as handle:
+                text = read_text(handle, str(file))
+        except OSError as error:
+            raise ChatError(f"cannot read {file}: {error.strerror or error}") from None
         self.say(text)
 
     def _do_save(self, rest: str) -> None:

@@ -39,9 +39,10 @@ from offload.cpu_linear import OneTokenLinear, native_is_quicker
 from offload.cuda_transfer import CudaTransfer
 from offload.engine import Engine
 from offload.errors import BudgetError, CheckpointError, SourceError, UnsupportedModelError
+from offload.files import user_path
 from offload.generation_config import check_generation_config
 from offload.handle import Offload, Options
-from offload.home import offload_home, user_path
+from offload.home import offload_home
 from offload.make_pack import PackMaker, PackSource, fingerprint
 from offload.progress import without_bars
 from offload.quantized import QuantizedEmbedding, QuantizedLinear

@@ -16,7 +16,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from offload.errors import CheckpointError, SourceError
-from offload.home import user_path
+from offload.files import user_path
 from quant.pack import is_pack
 
 DEMO = "demo"
