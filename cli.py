@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from offload.errors import OffloadError, one_line
+from offload.errors import OffloadError, one_line, shortened
 from offload.files import read_text, user_path
 from offload.streams import check_streams, give_up_unwritable
 from offload.version import __version__
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from offload.bench import Result
     from offload.sampling import Sampling
 
+MOST = 2**31 - 1  # of tokens and repetitions
+MOST_THREADS = 1024  # OpenMP ends the process when the system refuses it a thread
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -68,7 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(
-            USAGE, f"offload: error: {message} (offload {self.prog.partition(' ')[2]} --help)\n"
+            USAGE,
+            f"offload: error: {shortened(message)} "
+            f"(offload {self.prog.partition(' ')[2]} --help)\n",
         )
 
 
@@ -204,7 +208,7 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="load what the router will probably want next (while it pays)",
     )
-    group.add_argument("-t", "--threads", type=_positive, metavar="N", help="CPU threads")
+    group.add_argument("-t", "--threads", type=_threads, metavar="N", help="CPU threads")
     group.add_argument("--pack-dir", type=Path, metavar="DIR", help="where packs are kept")
     _add_recipe_flags(parser)
     _add_source_flags(parser)
@@ -247,18 +251,28 @@ def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
+def _between(text: str, least: int, most: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number") from None
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{value} is not at least {least}")
+    if value > most:
+        raise argparse.ArgumentTypeError(f"{text[:40]} is more than {most}")
     return value
+
+
+def _count(text: str) -> int:
+    return _between(text, 0, MOST)
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
+    return _between(text, 1, MOST)
+
+
+def _threads(text: str) -> int:
+    return _between(text, 1, MOST_THREADS)
 
 
 def _pair(text: str) -> tuple[int, int]:
@@ -493,6 +507,9 @@ def _quantize(arguments: argparse.Namespace) -> int:
     from offload.loading import Planner, find_device, find_or_make_pack
     from offload.recipe import AskedBits
 
+    destination = user_path(arguments.destination)
+    if destination.name in ("", ".."):
+        raise OffloadError(f"DST is {destination}: give the name of a new folder")
     asked = AskedBits(
         arguments.bits, arguments.expert_bits, arguments.dense_bits, arguments.group_size
     )
@@ -503,7 +520,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
         asked.recipe(),
         device=device,
         plan=Planner(device, available, context=arguments.ctx_size) if asked.fit else None,
-        destination=arguments.destination,
+        destination=destination,
         revision=arguments.revision,
         local_files_only=arguments.local_files_only,
         trust_remote_code=arguments.trust_remote_code,

@@ -48,8 +48,13 @@ def one_line(error: BaseException) -> str:
         text = f"out of GPU memory: {NO_MEMORY}"
     else:
         text = f"{type(error).__name__}: {error} (a bug: --debug shows where)"
-    text = " ".join(text.split())
-    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+    return shortened(" ".join(text.split()))
+
+
+def shortened(text: str) -> str:
+    """`text` without its middle when it is very long."""
+    half = LONGEST // 2
+    return text if len(text) <= LONGEST else f"{text[:half]} ... {text[-half:]}"
 
 
 __all__ = [
@@ -62,4 +67,5 @@ __all__ = [
     "SourceError",
     "UnsupportedModelError",
     "one_line",
+    "shortened",
 ]

@@ -30,6 +30,8 @@ def read_text(file: TextIO, name: str) -> str:
 
 def user_path(text: str | Path) -> Path:
     """The path a user wrote, `~` replaced. Raises `OffloadError` when it cannot be one."""
+    if not str(text).strip():  # Python would take it for the current folder
+        raise OffloadError("a name is empty: give the name of a file, a folder or a model")
     try:
         path = Path(text).expanduser()
         path.lstat()
