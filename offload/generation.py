@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, TypedDict, Unpack
 
 import psutil
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from offload.errors import GenerationError
 from offload.generation_config import end_ids
 from offload.handle import offload_of
-from offload.sampling import Sampler, Sampling, resolve_sampling
+from offload.sampling import Sampler, Sampling, is_number, resolve_sampling
 from offload.stats import Stats
 from offload.text import TextStream
 
@@ -60,32 +61,29 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> 
     elif not tokenizer.chat_template:
         raise GenerationError("the model has no chat template: give the prompt as a text")
     else:
-        for message in prompt:
-            if isinstance(message, dict):
-                check_text(*map(str, message.values()))
         try:
             text = tokenizer.apply_chat_template(
                 list(prompt), tokenize=False, add_generation_prompt=True
             )
         except Exception as error:  # a template is a program of the checkpoint's
             raise GenerationError(f"the chat template refused the messages: {error}") from None
+        check_text(text)
         ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if not ids:
         raise GenerationError("the prompt is empty")
     return ids
 
 
-def check_text(*texts: str) -> None:
+def check_text(text: str) -> None:
     """Raise `GenerationError` for what no tokenizer takes: bytes that a terminal or a command line
     gave and that are no UTF-8, which Python keeps as surrogates."""
-    for text in texts:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            near = text[max(0, error.start - 20) : error.start]
-            raise GenerationError(
-                f"the prompt is not UTF-8 text (after {near!r}): correct it and send it again"
-            ) from None
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        near = text[max(0, error.start - 20) : error.start]
+        raise GenerationError(
+            f"the prompt is not UTF-8 text (after {near!r}): correct it and send it again"
+        ) from None
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
@@ -130,8 +128,8 @@ def stream_generate(
     limit = max_new_tokens
     if limit is None:
         limit = getattr(model.generation_config, "max_new_tokens", None) or DEFAULT_NEW_TOKENS
-    if limit < 1:
-        raise GenerationError(f"max_new_tokens is {limit}: it must be at least 1")
+    if not is_number(limit, Integral) or limit < 1:
+        raise GenerationError(f"max_new_tokens is {limit!r}: it must be at least 1")
     if offload_of(model).engine.closed:
         raise GenerationError("the model was closed: load it again")
     ids = encode_prompt(tokenizer, prompt)

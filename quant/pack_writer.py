@@ -17,7 +17,7 @@ import shutil
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -196,13 +196,16 @@ def _write_whole(file: Path, chunks: Iterable[bytes | memoryview], pack: Path) -
     part = file.with_name(file.name + ".part")
     with _disk_errors(pack):
         handle = part.open("wb")
-    with handle:
+    try:
         for chunk in chunks:  # an error in making a chunk is not one of the disk
             with _disk_errors(pack):
                 handle.write(chunk)
         with _disk_errors(pack):
             handle.flush()
             os.fsync(handle.fileno())
+    finally:
+        with suppress(OSError):  # what could not be written is tried again, and was told
+            handle.close()
     with _disk_errors(pack):
         part.rename(file)
 

@@ -307,10 +307,7 @@ class FullDisk:
         self.handle = handle
         self.room = room
 
-    def __enter__(self) -> FullDisk:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
         self.handle.close()
 
     def write(self, data: bytes | memoryview) -> int:
@@ -401,6 +398,18 @@ def test_damaged_pack_is_reported_and_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(PackError, match=DENSE):
         write_pack(path, make_info())
     assert (path / DENSE).read_bytes() == b""
+
+
+@pytest.mark.parametrize("size", [1, 100, 9000])
+def test_full_disk_is_told_whatever_is_written(small_disk: Path, size: int) -> None:
+    """Closing a file writes once more what could not be written, and fails once more."""
+    with PackWriter(small_disk / "pack", make_info()) as writer:
+        filler = (small_disk / "filler").open("wb", buffering=0)
+        with filler, contextlib.suppress(OSError):
+            while filler.write(bytes(4096)) == 4096:
+                pass
+        with pytest.raises(PackError, match="the disk is full"):
+            writer.write_file("small.json", bytes(size))
 
 
 @pytest.mark.parametrize("settings", [b"{}", b"\xff\xfe", b""])
