@@ -138,11 +138,11 @@ class Chat:
         file = user_path(rest)
         try:
             if not file.is_file():  # reading from a device or a pipe might never end
-                raise ChatError(f"there is no file {rest!r}: /read FILE sends a file's text")
+                raise ChatError(f"there is no file {rest!r}")
             with file.open(encoding="utf-8") as handle:
-                text = read_text(handle, str(file))
-        except OSError as error:
-            raise ChatError(f"cannot read {file}: {error.strerror or error}") from None
+                text = read_text(handle, "the file")
+        except (OSError, OffloadError) as error:
+            raise ChatError(f"cannot read {file}: {error}") from None
         self.say(text)
 
     def _do_save(self, rest: str) -> None:

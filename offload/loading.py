@@ -286,7 +286,8 @@ def _fitting_recipe(
 
 def pack_path(name: str, mark: str, recipe: Recipe, pack_dir: str | Path | None) -> Path:
     """Where the pack of a model goes: its name says what it was made from and how."""
-    slug = re.sub(r"[^\w.-]+", "--", name)[:100]  # a file's name has 255 bytes at most
+    whole = re.sub(r"[^\w.-]+", "--", name).encode()
+    slug = whole[:100].decode(errors="ignore")  # a file's name has 255 bytes at most
     folder = user_path(pack_dir) if pack_dir else offload_home() / "packs"
     how = re.sub(r"[^\w.-]+", "-", str(recipe).replace("experts=", "e").replace("attention=", "a"))
     if len(how) > 40:

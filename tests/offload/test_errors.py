@@ -544,8 +544,11 @@ def test_a_pack_dir_where_no_lock_can_be_made_does_not_hang(fails: Fails, mixtra
     assert "cannot write /proc/" in fails("generate", mixtral, *HI, "--pack-dir", "/proc")
 
 
-def test_a_source_with_a_very_long_name_gets_a_pack(mixtral: Path, tmp_path: Path) -> None:
-    source = tmp_path / ("n" * 255)
+@pytest.mark.parametrize("name", ["n" * 255, "ש" * 127])
+def test_a_source_with_a_very_long_name_gets_a_pack(
+    name: str, mixtral: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / name
     shutil.copytree(mixtral, source)
     assert cli.main(["generate", str(source), *HI]) == 0
 

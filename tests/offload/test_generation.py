@@ -134,7 +134,7 @@ def test_ids_the_model_does_not_have_are_refused(model: PreTrainedModel, ids: li
         list(stream_generate(model, None, ids, max_new_tokens=1))
 
 
-@pytest.mark.parametrize("text", ["\udcff", "before \udc80 after", "\ud800"])
+@pytest.mark.parametrize("text", ["\udcff", "before \udc80 after"])
 def test_what_is_no_utf_8_is_refused(
     text: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
