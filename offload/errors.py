@@ -9,7 +9,7 @@ from quant.errors import OffloadError, PackError
 
 
 class SourceError(OffloadError):
-    """There is no such model, or it may not be used as asked."""
+    """There is no such model or file, or it may not be used as asked."""
 
 
 class CheckpointError(OffloadError):
