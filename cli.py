@@ -209,7 +209,7 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         help="load what the router will probably want next (while it pays)",
     )
     group.add_argument("-t", "--threads", type=_threads, metavar="N", help="CPU threads")
-    group.add_argument("--pack-dir", type=Path, metavar="DIR", help="where packs are kept")
+    group.add_argument("--pack-dir", metavar="DIR", help="where packs are kept")
     _add_recipe_flags(parser)
     _add_source_flags(parser)
 
