@@ -17,7 +17,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from offload.errors import OffloadError
+from offload.errors import OffloadError, one_line, shortened
+from offload.files import read_text, user_path
+from offload.streams import check_streams, give_up_unwritable
 from offload.version import __version__
 
 if TYPE_CHECKING:
@@ -26,19 +28,26 @@ if TYPE_CHECKING:
     from offload.bench import Result
     from offload.sampling import Sampling
 
-NO_MEMORY = "lower --expert-slots, --ctx-size or --expert-bits"
+MOST = 2**31 - 1  # of tokens and repetitions
+MOST_THREADS = 1024  # OpenMP ends the process when the system refuses it a thread
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    arguments = build_parser().parse_args(argv)
-    if arguments.command is None:
-        build_parser().print_help(sys.stderr)
-        return USAGE
-    logging.basicConfig(format="offload: %(message)s", level=logging.WARNING)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    debug = False
     try:
+        check_streams()
+        try:
+            arguments = build_parser().parse_args(argv)
+        finally:
+            sys.stdout.flush()  # --help and --version leave from there
+        if arguments.command is None:
+            build_parser().print_help(sys.stderr)
+            return USAGE
+        debug = arguments.debug
+        logging.basicConfig(format="offload: %(message)s", level=logging.WARNING)
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         result: int = arguments.run(arguments)
         sys.stdout.flush()
         return result
@@ -46,33 +55,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of stdout left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        give_up_unwritable()
         return DONE
-    except OffloadError as error:
-        return _failed(error, str(error), arguments.debug)
-    except OSError as error:
-        text = f"{error}: is the place readable and writable? OFFLOAD_HOME names another"
-        return _failed(error, text, arguments.debug)
-    except MemoryError as error:
-        return _failed(error, f"out of memory: {NO_MEMORY}", arguments.debug)
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
-            return _failed(error, f"out of GPU memory: {NO_MEMORY}", arguments.debug)
-        text = f"{type(error).__name__}: {error} (a bug: --debug shows where)"
-        return _failed(error, text, arguments.debug)
-
-
-def _failed(error: Exception, text: str, debug: bool) -> int:
-    if debug:
-        raise error
-    print(f"offload: error: {' '.join(text.split())}", file=sys.stderr)
-    return FAILED
+        text = one_line(error)
+        if isinstance(error, OSError) and sys.stdout in give_up_unwritable():
+            text = f"cannot write to stdout: {error.strerror or error}"
+        if debug:
+            raise
+        print(f"offload: error: {text}", file=sys.stderr)
+        return FAILED
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(
-            USAGE, f"offload: error: {message} (offload {self.prog.partition(' ')[2]} --help)\n"
+            USAGE,
+            f"offload: error: {shortened(message)} "
+            f"(offload {self.prog.partition(' ')[2]} --help)\n",
         )
 
 
@@ -208,8 +208,8 @@ def _add_model_flags(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="load what the router will probably want next (while it pays)",
     )
-    group.add_argument("-t", "--threads", type=_positive, metavar="N", help="CPU threads")
-    group.add_argument("--pack-dir", type=Path, metavar="DIR", help="where packs are kept")
+    group.add_argument("-t", "--threads", type=_threads, metavar="N", help="CPU threads")
+    group.add_argument("--pack-dir", metavar="DIR", help="where packs are kept")
     _add_recipe_flags(parser)
     _add_source_flags(parser)
 
@@ -251,18 +251,28 @@ def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
+def _between(text: str, least: int, most: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number") from None
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{value} is not at least {least}")
+    if value > most:
+        raise argparse.ArgumentTypeError(f"{text[:40]} is more than {most}")
     return value
+
+
+def _count(text: str) -> int:
+    return _between(text, 0, MOST)
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
+    return _between(text, 1, MOST)
+
+
+def _threads(text: str) -> int:
+    return _between(text, 1, MOST_THREADS)
 
 
 def _pair(text: str) -> tuple[int, int]:
@@ -329,8 +339,9 @@ def _prompt(arguments: argparse.Namespace) -> str | None:
         return str(arguments.prompt)
     if arguments.file is not None:
         try:
-            return str(arguments.file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
+            with user_path(arguments.file).open(encoding="utf-8") as handle:
+                return read_text(handle, "the prompt")
+        except (OSError, OffloadError) as error:
             raise OffloadError(f"cannot read the prompt from {arguments.file}: {error}") from None
     return None
 
@@ -338,10 +349,7 @@ def _prompt(arguments: argparse.Namespace) -> str | None:
 def _generate(arguments: argparse.Namespace) -> int:
     prompt = _prompt(arguments)
     if prompt is None and not sys.stdin.isatty():
-        try:
-            prompt = sys.stdin.read()
-        except UnicodeDecodeError as error:
-            raise OffloadError(f"the piped prompt is not UTF-8 text: {error}") from None
+        prompt = read_text(sys.stdin, "the piped prompt")
     if not prompt:
         raise OffloadError("there is no prompt: give one with -p, -f or a pipe")
     model, tokenizer, load_seconds = _load(arguments)
@@ -409,6 +417,7 @@ def _chat(arguments: argparse.Namespace) -> int:
         timings=arguments.show_timings,
         verbose=arguments.verbose,
         load_seconds=load_seconds,
+        debug=arguments.debug,
     )
     stats = offload_of(model).stats()
     print(
@@ -498,6 +507,9 @@ def _quantize(arguments: argparse.Namespace) -> int:
     from offload.loading import Planner, find_device, find_or_make_pack
     from offload.recipe import AskedBits
 
+    destination = user_path(arguments.destination)
+    if destination.name in ("", ".."):
+        raise OffloadError(f"DST is {destination}: give the name of a new folder")
     asked = AskedBits(
         arguments.bits, arguments.expert_bits, arguments.dense_bits, arguments.group_size
     )
@@ -508,7 +520,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
         asked.recipe(),
         device=device,
         plan=Planner(device, available, context=arguments.ctx_size) if asked.fit else None,
-        destination=arguments.destination,
+        destination=destination,
         revision=arguments.revision,
         local_files_only=arguments.local_files_only,
         trust_remote_code=arguments.trust_remote_code,

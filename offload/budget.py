@@ -19,16 +19,13 @@ from quant.pack import PackInfo
 SHARE = 0.9  # of the memory that is free at start, when the user names no budget
 BASE_BYTES = 200 * 2**20  # libraries' own buffers, the allocator's slack
 UNPACKED_BYTES = 10  # a weight while its matrix is dequantised: codes, float32, the result
-UNITS = {
-    "": 1,
-    "B": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
+UNITS = {"": 1, "B": 1} | {
+    letter + suffix: base**power
+    for power, letter in enumerate("KMGT", start=1)
+    for suffix, base in (("", 2**10), ("IB", 2**10), ("B", 10**3))
 }
+MOST_SLOTS = 2**31  # asking for more is asking for all
+MOST_BYTES = 2**60  # of a size: more than any machine has
 
 
 def parse_bytes(text: str | int | None) -> int | None:
@@ -39,7 +36,10 @@ def parse_bytes(text: str | int | None) -> int | None:
     unit = UNITS.get(match.group(2).upper()) if match else None
     if match is None or unit is None:
         raise BudgetError(f"{text!r} is not a size: write bytes or a size like 20GiB")
-    return int(float(match.group(1)) * unit)
+    size = float(match.group(1)) * unit
+    if size > MOST_BYTES:
+        raise BudgetError(f"{text!r} is more than any machine has: write a size like 20GiB")
+    return int(size)
 
 
 def parse_slots(text: str | int | None, total: int) -> int | None:
@@ -51,9 +51,8 @@ def parse_slots(text: str | int | None, total: int) -> int | None:
         raise BudgetError(
             f"{text!r} is not a number of expert slots: write a number or a share like 25%"
         )
-    if match.group(2):
-        return max(1, round(total * float(match.group(1)) / 100))
-    return int(match.group(1))
+    value = min(float(match.group(1)), MOST_SLOTS)
+    return max(1, round(total * value / 100)) if match.group(2) else int(value)
 
 
 def gib(size: int) -> str:

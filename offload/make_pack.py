@@ -28,7 +28,7 @@ from offload.recipe import Recipe
 from offload.skeleton import ExpertsModule
 from quant.encode import Encoder
 from quant.pack import PackDense, PackInfo, PackLayer
-from quant.pack_writer import PackWriter
+from quant.pack_writer import ELSEWHERE, PackWriter
 from quant.record import STORED_DTYPES, MatrixSpec, RecordLayout, fitting_group, plan_layout
 
 SAFETENSORS_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -216,7 +216,7 @@ def _check_space(path: Path, needed: int) -> None:
     if needed > free:
         raise PackError(
             f"the pack needs {needed / 2**30:.1f} GiB and {path.parent} has {free / 2**30:.1f} GiB "
-            "free: free some space, or choose another place with --pack-dir or OFFLOAD_HOME"
+            f"free: free some space, or choose {ELSEWHERE}"
         )
 
 

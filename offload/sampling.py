@@ -5,7 +5,9 @@ Knows: names, ranges and defaults. Does not know: models.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -21,6 +23,9 @@ from transformers import (
 
 from offload.errors import GenerationError
 
+COLDEST = 1e-5  # the temperature below which choices are greedy: logits divided by it overflow
+HOTTEST = torch.finfo(torch.float32).max  # above it a float32 temperature is infinite
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -34,18 +39,31 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            if not is_number(getattr(self, name), Real):
+                raise GenerationError(f"{name} is {getattr(self, name)!r}: it must be a number")
+        for name in ("top_k", "seed"):
+            if getattr(self, name) is not None and not is_number(getattr(self, name), Integral):
+                raise GenerationError(
+                    f"{name} is {getattr(self, name)!r}: it must be a whole number"
+                )
         ranges = {
-            "temperature": (self.temperature >= 0, "0 or more"),
+            "temperature": (0 <= self.temperature < math.inf, "0 or more"),
             "top_k": (self.top_k >= 0, "0 (off) or more"),
             "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
             "min_p": (0 <= self.min_p <= 1, "from 0 to 1"),
-            "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
+            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0"),
         }
         for name, (holds, allowed) in ranges.items():
             if not holds:
                 raise GenerationError(f"{name} is {getattr(self, name)}: it must be {allowed}")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise GenerationError(f"seed is {self.seed}: it must be from 0 to 2**63 - 1")
+
+
+def is_number(value: object, kind: type[Real] | type[Integral]) -> bool:
+    """Whether `value` is of `kind`, and no truth value (which Python counts as a whole number)."""
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def resolve_sampling(
@@ -95,9 +113,9 @@ class Sampler:
         processors = LogitsProcessorList()
         if sampling.repetition_penalty != 1.0:
             processors.append(RepetitionPenaltyLogitsProcessor(float(sampling.repetition_penalty)))
-        self._greedy = sampling.temperature == 0
+        self._greedy = sampling.temperature < COLDEST
         if not self._greedy:
-            processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
+            processors.append(TemperatureLogitsWarper(float(min(sampling.temperature, HOTTEST))))
             if sampling.top_k:
                 processors.append(TopKLogitsWarper(sampling.top_k))
             if sampling.top_p < 1:
@@ -112,8 +130,23 @@ class Sampler:
             self._generator.manual_seed(sampling.seed)
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
-        """The next token [1, 1] after `ids` [1, T], from the last token's `logits` [1, V]."""
+        """The next token [1, 1] after `ids` [1, T], from the last token's `logits` [1, V].
+
+        A logit may be -inf (a token that never comes). Raises `GenerationError` where all are, or
+        one is NaN or +inf: what is chosen from such is garbage.
+        """
         scores: Tensor = self._processors(ids, logits.float())
+        # sync: garbage is told, not said. NaN anywhere is the largest.
+        if not math.isfinite(float(scores.max())):
+            if math.isfinite(float(logits.max())):
+                raise GenerationError(
+                    "the sampling parameters leave no finite logits: choose a higher temperature, "
+                    "or a repetition_penalty nearer to 1"
+                )
+            raise GenerationError(
+                "the model's logits are not finite, so no token can be chosen: its weights are "
+                "damaged, or too large for the dtype it is computed in"
+            )
         if self._greedy:
             return scores.argmax(dim=-1, keepdim=True)
         probabilities = torch.softmax(scores, dim=-1)

@@ -16,6 +16,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from offload.errors import CheckpointError, SourceError
+from offload.files import user_path
 from quant.pack import is_pack
 
 DEMO = "demo"
@@ -42,7 +43,7 @@ def find(
 
     Raises `SourceError`.
     """
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.is_dir():
         if is_pack(path):
             return Source(name, path, is_pack=True)

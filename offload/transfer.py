@@ -64,25 +64,28 @@ NOWHERE = -1  # the slot of a ticket that only marks its place in the queue
 
 
 class HostTicket:
-    """A copy from the mapped pack into host memory."""
+    """A copy from the mapped pack into host memory.
 
-    __slots__ = ("error", "expert", "finished", "layer", "slot", "urgent")
+    `under_way` is a lock that the copy thread releases once, after it has set `done`: a bell, which
+    a waiter may leave taken, since nobody waits for what is done.
+    """
+
+    __slots__ = ("done", "error", "expert", "layer", "slot", "under_way", "urgent")
 
     def __init__(self, layer: int, expert: int, slot: int, urgent: bool) -> None:
         self.layer, self.expert, self.slot, self.urgent = layer, expert, slot, urgent
-        self.finished = threading.Event()
+        self.done = False
+        self.under_way = threading.Lock()
+        self.under_way.acquire()
         self.error: Exception | None = None
-
-    @property
-    def done(self) -> bool:
-        return self.finished.is_set()
 
 
 class HostTransfer:
     """Slots in host memory, filled from the mapped pack by one thread.
 
     A record's checksum is compared the first time it is copied. The two sides share nothing but
-    deques and a `SimpleQueue`, whose operations Ctrl-C cannot cut in two; a lock could stay taken.
+    deques, a `SimpleQueue` and each ticket's bell, whose operations Ctrl-C cannot cut in two; the
+    lock inside a `Condition` or `Event` could stay taken. After an interrupted `wait`: `drain`.
     """
 
     def __init__(self, pack: Pack, slots: int) -> None:
@@ -119,9 +122,10 @@ class HostTransfer:
                 self._queues[1].remove(ticket)
                 self._queues[0].append(ticket)
                 self._wake.put(True)  # the thread may have looked while it was in neither
-            while not ticket.finished.wait(1.0):
-                if not self._thread.is_alive():
-                    raise RuntimeError("the copy thread has ended")
+            while not ticket.done:
+                rang = ticket.under_way.acquire(timeout=1.0)
+                if not rang and not ticket.done and not self._thread.is_alive():
+                    raise RuntimeError("the copy thread has ended: load the model again")
         if ticket.error is not None:
             raise ticket.error
 
@@ -149,7 +153,8 @@ class HostTransfer:
             except Exception as error:  # handed to whoever waits for this copy
                 ticket.error = error
             self._busy_seconds += time.perf_counter() - begin
-            ticket.finished.set()
+            ticket.done = True
+            ticket.under_way.release()
 
     def _next(self) -> HostTicket | None:
         for queue in self._queues:

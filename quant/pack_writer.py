@@ -12,17 +12,15 @@ from __future__ import annotations
 import errno
 import itertools
 import json
-import logging
 import os
 import shutil
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
-from filelock import FileLock, Timeout
 from torch import Tensor
 
 from quant.errors import PackError
@@ -36,11 +34,11 @@ from quant.pack import (
     is_pack,
     manifest_check,
 )
+from quant.turn import take_turn
 
 DATA_ALIGNMENT = 4096  # bytes: records start on a page, so that a mapping of them can be pinned
 SETTINGS = ".settings"
-
-logger = logging.getLogger("offload")
+ELSEWHERE = "another place (--pack-dir or OFFLOAD_HOME; for quantize, another DST)"
 
 
 class PackWriter:
@@ -54,17 +52,13 @@ class PackWriter:
         self.path = path
         self.info = info
         self._partial = path.with_name(path.name + ".partial")
-        self._lock = FileLock(str(path) + ".lock")
         self.done = False
 
     def __enter__(self) -> PackWriter:
         with _disk_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                self._lock.acquire(timeout=0)
-            except Timeout:
-                logger.warning("another process is making %s: waiting for it", self.path)
-                self._lock.acquire()
+            lock_file = self.path.with_name(self.path.name + ".lock")
+            self._lock = take_turn(lock_file, str(self.path))
         try:
             self.done = self._is_made(self.path)
             if not self.done and self.path.exists():
@@ -106,7 +100,7 @@ class PackWriter:
             )
         settings = json.dumps(self.info.to_json(), sort_keys=True)
         file = self._partial / SETTINGS
-        if not file.is_file() or file.read_text(encoding="utf-8") != settings:
+        if not file.is_file() or file.read_bytes() != settings.encode():
             self._remove_partial()
             self._partial.mkdir()
             _write_whole(file, [settings.encode()], self.path)
@@ -117,7 +111,9 @@ class PackWriter:
             {entry.name for entry in self._partial.iterdir()} if self._partial.exists() else set()
         )
         if names and not names & {SETTINGS, SETTINGS + ".part"}:
-            raise PackError(f"{self._partial} is not of this program's making: move it elsewhere")
+            raise PackError(
+                f"{self._partial} is not of this program's making: move it or name another place"
+            )
         shutil.rmtree(self._partial, ignore_errors=True)
 
     def has(self, name: str) -> bool:
@@ -200,13 +196,16 @@ def _write_whole(file: Path, chunks: Iterable[bytes | memoryview], pack: Path) -
     part = file.with_name(file.name + ".part")
     with _disk_errors(pack):
         handle = part.open("wb")
-    with handle:
+    try:
         for chunk in chunks:  # an error in making a chunk is not one of the disk
             with _disk_errors(pack):
                 handle.write(chunk)
         with _disk_errors(pack):
             handle.flush()
             os.fsync(handle.fileno())
+    finally:
+        with suppress(OSError):  # what could not be written is tried again, and was told
+            handle.close()
     with _disk_errors(pack):
         part.rename(file)
 
@@ -227,8 +226,8 @@ def _disk_errors(path: Path) -> Iterator[None]:
         if error.errno == errno.ENOSPC:
             raise PackError(
                 f"the disk is full while writing {path}: free some space and run it again, it goes "
-                "on where it stopped; or choose another place with --pack-dir or OFFLOAD_HOME"
+                f"on where it stopped; or choose {ELSEWHERE}"
             ) from None
         raise PackError(
-            f"cannot write {path}: {error.strerror or error}: choose another place with --pack-dir"
+            f"cannot write {path}: {error.strerror or error}: choose {ELSEWHERE}"
         ) from None

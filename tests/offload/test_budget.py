@@ -42,6 +42,13 @@ TOTAL = EXPERTS * LAYERS
         ("20GB", 20 * 10**9),
         ("1MB", 10**6),
         ("1KB", 1000),
+        ("16K", 16 * 1024),
+        ("16M", 16 * MIB),
+        ("16G", 16 * GIB),
+        ("16g", 16 * GIB),
+        ("2T", 2048 * GIB),
+        ("1TiB", 1024 * GIB),
+        ("1TB", 10**12),
     ],
 )
 def test_sizes_are_bytes_or_a_number_with_its_unit(
@@ -54,6 +61,19 @@ def test_sizes_are_bytes_or_a_number_with_its_unit(
 def test_what_is_not_a_size_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(BudgetError, match="is not a size: write bytes or a size like 20GiB"):
         parse_bytes(text)
+
+
+@pytest.mark.parametrize("text", ["9" * 400, "9" * 5000, "1" + "0" * 400 + "GiB", "9999999TiB"])
+def test_a_size_beyond_any_machine_is_refused(text: str) -> None:
+    with pytest.raises(BudgetError, match="more than any machine has"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize("text", ["9" * 400, "9" * 5000, "9" * 400 + "%", "9" * 5000 + " %"])
+def test_any_number_of_slots_is_taken(text: str) -> None:
+    slots = parse_slots(text, 240)
+    assert slots is not None
+    assert slots >= 240
 
 
 @given(st.text("0123456789.%GiBKMbe -+٣²", max_size=8))

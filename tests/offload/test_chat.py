@@ -240,6 +240,19 @@ def test_ctrl_c_while_the_model_works_keeps_the_chat(
         "/_do_clear",
         "/answer",
         "x" * CONTEXT,
+        "/set temperature 1e999",
+        "/set repetition_penalty inf",
+        "/set seed 1" + "0" * 5000,
+        "/set num_predict " + "9" * 5000,
+        "/read ~no-such-user/x",
+        "/read a\0b",
+        "/read " + "x" * 5000,
+        "/read /dev/zero",
+        "/read /",
+        "/load " + "x" * 300,
+        "/save " + "x" * 300,
+        "bytes \udcff that are no text",
+        "/read \ud800",
     ],
 )
 def test_an_error_is_told_and_the_chat_goes_on(
@@ -250,6 +263,84 @@ def test_an_error_is_told_and_the_chat_goes_on(
     assert first not in ("", "yes")
     assert rest == ["yes", ""]
     assert script.prompt == "<user>one</user><assistant>"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("one\ntwo"), MemoryError(), OSError(5, "Input/output error"), KeyError(1)],
+)
+@pytest.mark.parametrize("line", ["one", "/regen"])
+def test_any_error_in_an_answer_is_one_line_and_the_chat_goes_on(
+    line: str, error: Exception, chat: Chat, terminal: Terminal, script: Script
+) -> None:
+    chat.say("before")
+    before, _ = list(chat.messages), terminal.take()
+
+    def fail(step: int) -> None:
+        if step == 1:
+            raise error
+
+    script.at = fail
+    text = _converse(chat, terminal, line)
+    assert chat.messages == before
+    assert text.startswith("y")
+    assert text.count("\n") == 2  # the error's, and the last at the end of the input
+    script.at = lambda step: None
+    assert _converse(chat, terminal, "again").startswith("yes\n")
+    assert script.prompt.endswith("<assistant>yes</assistant><user>again</user><assistant>")
+
+
+def test_under_debug_an_error_that_is_not_ours_is_shown_whole(
+    chat: Chat, terminal: Terminal, script: Script
+) -> None:
+    def fail(step: int) -> None:
+        raise RuntimeError("shown")
+
+    chat.debug, script.at = True, fail
+    with pytest.raises(RuntimeError, match="shown"):
+        _converse(chat, terminal, "one")
+
+
+@pytest.mark.parametrize("error", [OSError, BrokenPipeError])
+def test_a_terminal_that_is_gone_ends_the_chat(
+    error: type[OSError], chat: Chat, terminal: Terminal
+) -> None:
+    terminal.lines = [error, "never read"]
+    with pytest.raises(error):
+        converse(chat, terminal.read)
+
+    def gone(text: str) -> None:
+        raise error
+
+    terminal.lines, terminal.on_write = ["one", "never read"], gone
+    with pytest.raises(error):
+        converse(chat, terminal.read)
+    assert terminal.lines == ["never read"]
+
+
+def test_a_system_prompt_that_is_no_text_is_told_and_can_be_replaced(
+    chat: Chat, terminal: Terminal, home: Path
+) -> None:
+    text = _converse(
+        chat, terminal, "/set system \udc80", "one", "/save mine", "/set system", "two"
+    )
+    assert "not UTF-8" in text
+    assert "cannot write" in text
+    assert text.endswith("yes\n\n")
+    assert list((home / "conversations").iterdir()) == []
+
+
+def test_a_pipe_is_not_read(chat: Chat, terminal: Terminal, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert "there is no file" in _converse(chat, terminal, f"/read {tmp_path / 'pipe'}")
+
+
+def test_an_extreme_temperature_answers(loaded: tuple[Any, Any], terminal: Terminal) -> None:
+    chat = Chat(*loaded, Sampling(), terminal.write, timings=False, max_new_tokens=3)
+    for temperature in ("1e-300", "1e300"):
+        chat.command(f"/set temperature {temperature}")
+        chat.say("one")
+    assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 2
 
 
 def test_a_saved_file_that_cannot_be_written_keeps_the_chat(
@@ -455,6 +546,10 @@ def test_saving_again_replaces(chat: Chat) -> None:
         '{"messages": [], "parameters": {"temperature": "warm"}, "system": ""}',
         '{"messages": [], "parameters": {"temperature": -1}, "system": ""}',
         '{"messages": [], "parameters": [], "system": ""}',
+        "[" * 100_000,
+        '{"messages": ' + "[" * 900 + "]" * 900 + ', "parameters": {}, "system": ""}',
+        '{"messages": [], "parameters": {"temperature": 1, "top_k": Infinity}, "system": ""}',
+        '{"messages": [], "parameters": {"temperature": 1' + "0" * 400 + '}, "system": ""}',
     ],
 )
 def test_a_saved_file_that_is_damaged_changes_nothing(text: str, chat: Chat, home: Path) -> None:

@@ -8,8 +8,7 @@ import io
 import json
 import os
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +97,34 @@ def _packs(home: Path) -> list[Path]:
 
 
 # --- no such model, or none of ours --------------------------------------------------------------
+
+
+NO_PATHS = {
+    "": "a name is empty",
+    " ": "a name is empty",
+    "~no-such-user/x": "that home folder is not known",
+    "a\0b": "is no path",
+    "x" * 300: "is no path (File name too long)",
+    "x/" * 3000: "is no path (File name too long)",
+}
+
+
+@pytest.mark.parametrize("name", NO_PATHS)
+def test_what_is_no_path_is_told_wherever_a_path_is_asked_for(
+    name: str, fails: Fails, mixtral: Path, mixtral_pack: Path
+) -> None:
+    assert NO_PATHS[name] in fails("generate", name, *HI)
+    if name.strip():
+        assert NO_PATHS[name] in fails("generate", mixtral, *HI, "--pack-dir", name)
+        assert NO_PATHS[name] in fails("generate", mixtral_pack, "-f", name)
+        assert NO_PATHS[name] in fails("quantize", mixtral, name)
+
+
+def test_a_home_that_is_no_path_is_told(
+    fails: Fails, mixtral: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OFFLOAD_HOME", "~no-such-user/x")
+    assert "set OFFLOAD_HOME" in fails("generate", mixtral, *HI)
 
 
 def test_a_model_that_is_nowhere(fails: Fails) -> None:
@@ -425,22 +452,6 @@ def test_a_pack_with_a_truncated_file(fails: Fails, pack: Path) -> None:
 # --- the disk ------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 1 MiB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
-    try:
-        mounted = subprocess.run(command, capture_output=True).returncode == 0
-    except OSError:
-        mounted = False
-    if not mounted:
-        pytest.skip("a small disk cannot be mounted here: the simulated one is tested")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
 @pytest.mark.parametrize("free_kib", [8, 120, 420])
 def test_a_disk_that_fills_up_leaves_nothing_that_is_taken_for_a_pack(
     free_kib: int, fails: Fails, small_disk: Path, mixtral: Path, mixtral_pack: Path
@@ -518,6 +529,30 @@ def test_quantising_over_something_else_is_refused_before_any_work(
     assert (target / "precious").exists() if what == "folder" else target.read_text() == "precious"
 
 
+@pytest.mark.parametrize("target", ["", ".", "..", "/"])
+def test_a_destination_that_names_no_folder_is_refused_before_any_work(
+    target: str, fails: Fails, mixtral: Path
+) -> None:
+    assert "give the name of a new folder" in fails("quantize", mixtral, target)
+
+
+def test_advice_for_quantize_names_what_it_has(fails: Fails, mixtral: Path) -> None:
+    assert "for quantize, another DST" in fails("quantize", mixtral, "/proc/pack")
+
+
+def test_a_pack_dir_where_no_lock_can_be_made_does_not_hang(fails: Fails, mixtral: Path) -> None:
+    assert "cannot write /proc/" in fails("generate", mixtral, *HI, "--pack-dir", "/proc")
+
+
+@pytest.mark.parametrize("name", ["n" * 255, "ש" * 127])
+def test_a_source_with_a_very_long_name_gets_a_pack(
+    name: str, mixtral: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / name
+    shutil.copytree(mixtral, source)
+    assert cli.main(["generate", str(source), *HI]) == 0
+
+
 def test_quantising_a_pack_does_not_pretend_to_have_made_another(
     fails: Fails, mixtral_pack: Path, tmp_path: Path
 ) -> None:
@@ -534,6 +569,10 @@ def test_quantising_a_pack_does_not_pretend_to_have_made_another(
         ("--ram", "1MiB", "--ram"),
         ("--ram", "plenty", "'plenty' is not a size: write bytes or a size like 20GiB"),
         ("--vram", "20XB", "'20XB' is not a size"),
+        ("--ram", "9" * 400, "more than any machine has"),
+        ("--ram", "9" * 5000, "more than any machine has"),
+        ("--ram", "-1", "'-1' is not a size"),
+        ("--ctx-size", str(2**31 - 1), "lower --ctx-size"),
         ("--expert-slots", "0", "at least one is needed"),
         ("--expert-slots", "-3", "'-3' is not a number of expert slots"),
         ("--expert-slots", "many", "a number or a share like 25%"),
@@ -547,6 +586,7 @@ def test_quantising_a_pack_does_not_pretend_to_have_made_another(
         ("--device", "cuda:99", "cuda:99"),
         ("--temp", "-1", "temperature is -1.0: it must be 0 or more"),
         ("--temp", "nan", "temperature is nan"),
+        ("--temp", "1e999", "temperature is inf"),
         ("--top-p", "1.5", "top_p is 1.5"),
         ("--top-k", "-1", "top_k is -1"),
         ("--min-p", "2", "min_p is 2.0"),
@@ -660,6 +700,12 @@ def test_an_unexpected_error_is_one_line_too(
         ["generate", "demo", "--temp", "warm"],
         ["generate", "demo", "-c", "0"],
         ["generate", "demo", "--threads", "0"],
+        ["generate", "demo", "--threads", "2147483648"],
+        ["generate", "demo", "--threads", "100000"],
+        ["generate", "demo", "-c", "9" * 400],
+        ["generate", "demo", "-c", "9" * 5000],
+        ["generate", "demo", "--seed", "9" * 5000],
+        ["bench", "demo", "-pg", "a,b"],
         ["generate", "demo", "--expert-bits", "four"],
         ["bench", "demo", "-r", "0"],
         ["bench", "demo", "-p", "-1"],
@@ -678,6 +724,7 @@ def test_wrong_usage_is_exit_code_2_and_one_line(
     assert captured.out == ""
     assert captured.err.startswith("offload: error: ")
     assert captured.err.count("\n") == 1
+    assert len(captured.err) < 1200
     assert "--help" in captured.err
 
 

@@ -134,6 +134,15 @@ def test_ids_the_model_does_not_have_are_refused(model: PreTrainedModel, ids: li
         list(stream_generate(model, None, ids, max_new_tokens=1))
 
 
+@pytest.mark.parametrize("text", ["\udcff", "before \udc80 after"])
+def test_what_is_no_utf_8_is_refused(
+    text: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    for prompt in (text, [{"role": "user", "content": text}]):
+        with pytest.raises(GenerationError, match="not UTF-8"):
+            stream_generate(model, tokenizer, prompt)
+
+
 def test_without_a_chat_template_messages_are_refused(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -251,9 +260,9 @@ def test_max_new_tokens_comes_from_generation_config_when_not_given(
     assert len(_tokens(model, [1], max_new_tokens=6)) == 6
 
 
-@pytest.mark.parametrize("limit", [0, -1])
-def test_less_than_one_new_token_is_refused(model: PreTrainedModel, limit: int) -> None:
-    with pytest.raises(GenerationError, match=f"max_new_tokens is {limit}"):
+@pytest.mark.parametrize("limit", [0, -1, "many", 1.5])
+def test_less_than_one_new_token_is_refused(model: PreTrainedModel, limit: Any) -> None:
+    with pytest.raises(GenerationError, match=f"max_new_tokens is {limit!r}"):
         stream_generate(model, None, [1], max_new_tokens=limit)
 
 
@@ -341,6 +350,21 @@ def test_parameters_out_of_range_are_refused_before_the_first_step(
     with pytest.raises(GenerationError, match="top_p is 2"):
         stream_generate(model, None, [1], top_p=2.0)
     assert script.prompts == []
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_whose_logits_are_not_finite_says_so_and_nothing_else(
+    temperature: float, model: PreTrainedModel
+) -> None:
+    weight = model.lm_head.weight.data
+    before = weight[7, 0].clone()
+    weight[7, 0] = float("nan")
+    try:
+        with pytest.raises(GenerationError, match="logits are not finite"):
+            next(stream_generate(model, None, [1, 2], temperature=temperature))
+    finally:
+        weight[7, 0] = before
+    assert len(list(stream_generate(model, None, [1, 2], max_new_tokens=2))) > 0
 
 
 def test_whole_numbers_are_numbers_too(model: PreTrainedModel) -> None:

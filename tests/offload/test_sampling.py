@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections import Counter
 from typing import Any
 
@@ -85,6 +87,71 @@ def test_a_value_out_of_range_is_named_with_its_range(name: str, value: float) -
     given_: dict[str, Any] = {name: value}
     with pytest.raises(GenerationError, match=rf"{name} is .*: it must be"):
         resolve_sampling(None, **given_)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", "hot"),
+        ("temperature", [1.0]),
+        ("temperature", True),
+        ("top_k", 1.5),
+        ("top_k", "4"),
+        ("top_p", {}),
+        ("repetition_penalty", "1"),
+        ("seed", 1.0),
+    ],
+)
+def test_what_is_no_number_is_named(name: str, value: Any) -> None:
+    given_: dict[str, Any] = {name: value}
+    with pytest.raises(GenerationError, match=rf"{name} is .*: it must be a (whole )?number"):
+        resolve_sampling(None, **given_)
+
+
+@pytest.mark.parametrize("name", ["temperature", "repetition_penalty"])
+def test_infinity_is_out_of_range(name: str) -> None:
+    given_: dict[str, Any] = {name: math.inf}
+    with pytest.raises(GenerationError, match=f"{name} is inf"):
+        resolve_sampling(None, **given_)
+
+
+@given(
+    temperature=st.sampled_from([5e-324, 1e-300, 1e-6, 1e-4, 1.0, 1e38, 1e300, sys.float_info.max]),
+    top_k=st.sampled_from([0, 1, 10**30]),
+    top_p=st.sampled_from([5e-324, 1e-300, 0.5, 1.0]),
+    min_p=st.sampled_from([0.0, 1e-300, 1.0]),
+)
+def test_extreme_parameters_choose_a_possible_token(
+    temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    sampler = Sampler(Sampling(temperature, top_k, top_p, min_p, seed=1), CPU)
+    logits = torch.tensor([[1.0, -2.0, 3.0, -math.inf]])
+    assert int(sampler(torch.tensor([[0, 1]]), logits)) in range(3)
+
+
+@pytest.mark.parametrize("penalty", [5e-324, 1e-300])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_penalty_that_makes_logits_infinite_is_told(penalty: float, temperature: float) -> None:
+    sampler = Sampler(Sampling(temperature, repetition_penalty=penalty), CPU)
+    with pytest.raises(GenerationError, match="repetition_penalty nearer to 1"):
+        sampler(torch.tensor([[0, 1]]), torch.tensor([[1.0, -2.0, 3.0]]))
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7, 2, 0.9, 0.1)])
+@pytest.mark.parametrize(
+    "logits",
+    [
+        [0.0, math.nan, 1.0],
+        [math.nan] * 3,
+        [0.0, math.inf, 1.0],
+        [-math.inf] * 3,
+    ],
+)
+def test_logits_that_are_not_finite_are_told_instead_of_sampled(
+    logits: list[float], sampling: Sampling
+) -> None:
+    with pytest.raises(GenerationError, match="the model's logits are not finite"):
+        Sampler(sampling, CPU)(IDS, torch.tensor([logits]))
 
 
 @pytest.mark.parametrize(

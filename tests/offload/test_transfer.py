@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ import torch
 from offload.errors import PackError
 from offload.loading import find_or_make_pack
 from offload.recipe import Recipe
-from offload.transfer import HostTransfer
+from offload.transfer import HostTicket, HostTransfer
 from quant.pack import Pack, PackLayer
 from tests.tiny import EXPERTS, save_tiny
 
@@ -26,6 +29,28 @@ def pack(tmp_path: Path) -> Iterator[Pack]:
     opened.close()
 
 
+class Gated:
+    """Copies wait for `gate`; `order` is that of their experts."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.order: list[int] = []
+
+
+@pytest.fixture
+def gated(monkeypatch: pytest.MonkeyPatch) -> Gated:
+    """Every copy of this test is gated."""
+    copies, copy = Gated(), HostTransfer._copy
+
+    def gated_copy(self: HostTransfer, ticket: HostTicket) -> None:
+        copies.gate.wait()
+        copies.order.append(ticket.expert)
+        copy(self, ticket)
+
+    monkeypatch.setattr(HostTransfer, "_copy", gated_copy)
+    return copies
+
+
 def test_slot_holds_the_record_after_wait(pack: Pack) -> None:
     transfer = HostTransfer(pack, 3)
     for slot, (layer, expert) in enumerate([(0, 1), (2, 7), (1, 0)]):
@@ -36,51 +61,29 @@ def test_slot_holds_the_record_after_wait(pack: Pack) -> None:
     transfer.close()
 
 
-def test_urgent_copies_overtake_others(pack: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
-    order: list[int] = []
-    gate = threading.Event()
-    copy = HostTransfer._copy
-
-    def slow(self: HostTransfer, ticket: object) -> None:
-        gate.wait()
-        order.append(ticket.expert)  # type: ignore[attr-defined]
-        copy(self, ticket)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(HostTransfer, "_copy", slow)
+def test_urgent_copies_overtake_others(pack: Pack, gated: Gated) -> None:
     transfer = HostTransfer(pack, 4)
     tickets = [transfer.start(0, expert, expert, urgent=False) for expert in (0, 1, 2)]
     while len(transfer._queues[1]) > 2:  # the thread has taken the first
         time.sleep(0.001)
     urgent = transfer.start(0, 3, 3, urgent=True)
-    gate.set()
+    gated.gate.set()
     for ticket in (urgent, *tickets):
         transfer.wait(ticket)
-    assert order == [0, 3, 1, 2]
+    assert gated.order == [0, 3, 1, 2]
     transfer.close()
 
 
-def test_waiting_for_a_look_ahead_copy_makes_it_urgent(
-    pack: Pack, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    order: list[int] = []
-    gate = threading.Event()
-    copy = HostTransfer._copy
-
-    def slow(self: HostTransfer, ticket: object) -> None:
-        gate.wait()
-        order.append(ticket.expert)  # type: ignore[attr-defined]
-        copy(self, ticket)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(HostTransfer, "_copy", slow)
+def test_waiting_for_a_look_ahead_copy_makes_it_urgent(pack: Pack, gated: Gated) -> None:
     transfer = HostTransfer(pack, 4)
     tickets = [transfer.start(0, expert, expert, urgent=False) for expert in range(4)]
     while len(transfer._queues[1]) > 3:  # the thread has taken the first
         time.sleep(0.001)
-    threading.Timer(0.2, gate.set).start()
+    threading.Timer(0.2, gated.gate.set).start()
     transfer.wait(tickets[3])
     for ticket in tickets:
         transfer.wait(ticket)
-    assert order == [0, 3, 1, 2]
+    assert gated.order == [0, 3, 1, 2]
     transfer.close()
 
 
@@ -108,3 +111,57 @@ def test_close_ends_the_thread(pack: Pack) -> None:
         transfer.start(0, expert, expert, urgent=False)
     transfer.close()
     assert threading.active_count() == before
+
+
+def _interrupted(call: Callable[[], object], at: int) -> bool:
+    """Ctrl-C before instruction `at` of `call`, counted through all it calls; False: it ended."""
+    left = at
+
+    def trace(frame: FrameType, event: str, arg: object) -> Any:
+        nonlocal left
+        frame.f_trace_opcodes = True
+        left -= event == "opcode"
+        if left < 0:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def test_ctrl_c_anywhere_in_a_wait_leaves_the_transfer_working(pack: Pack, gated: Gated) -> None:
+    """Before every instruction of a wait that really waits; a lock left taken would hang."""
+    at, interrupted = 0, True
+    while interrupted:
+        transfer = HostTransfer(pack, 2)
+        gated.gate.clear()
+        ticket = transfer.start(0, 0, 0, urgent=False)
+        threading.Timer(0.002, gated.gate.set).start()
+        interrupted = _interrupted(lambda t=transfer, c=ticket: t.wait(c), at)  # type: ignore[misc]
+
+        def go_on(transfer: HostTransfer = transfer) -> None:
+            transfer.drain()  # as the engine does
+            transfer.wait(transfer.start(0, 1, 1, urgent=True))
+            transfer.close()
+
+        after = threading.Thread(target=go_on, daemon=True)
+        after.start()
+        after.join(10)
+        assert not after.is_alive(), f"hangs after Ctrl-C at instruction {at}"
+        at += 1
+    assert at > 20
+
+
+def test_a_waiter_is_told_that_the_copy_thread_ended(pack: Pack) -> None:
+    transfer = HostTransfer(pack, 2)
+    transfer.close()
+    with pytest.raises(RuntimeError, match="the copy thread has ended"):
+        transfer.wait(transfer.start(0, 0, 0, urgent=True))

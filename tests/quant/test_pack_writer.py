@@ -7,6 +7,7 @@ import errno
 import os
 import random
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -306,10 +307,7 @@ class FullDisk:
         self.handle = handle
         self.room = room
 
-    def __enter__(self) -> FullDisk:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
         self.handle.close()
 
     def write(self, data: bytes | memoryview) -> int:
@@ -400,6 +398,98 @@ def test_damaged_pack_is_reported_and_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(PackError, match=DENSE):
         write_pack(path, make_info())
     assert (path / DENSE).read_bytes() == b""
+
+
+@pytest.mark.parametrize("size", [1, 100, 9000])
+def test_full_disk_is_told_whatever_is_written(small_disk: Path, size: int) -> None:
+    """Closing a file writes once more what could not be written, and fails once more."""
+    with PackWriter(small_disk / "pack", make_info()) as writer:
+        filler = (small_disk / "filler").open("wb", buffering=0)
+        with filler, contextlib.suppress(OSError):
+            while filler.write(bytes(4096)) == 4096:
+                pass
+        with pytest.raises(PackError, match="the disk is full"):
+            writer.write_file("small.json", bytes(size))
+
+
+@pytest.mark.parametrize("settings", [b"{}", b"\xff\xfe", b""])
+def test_partial_of_other_settings_is_begun_anew(tmp_path: Path, settings: bytes) -> None:
+    path, info = tmp_path / "pack", make_info()
+    partial = tmp_path / "pack.partial"
+    partial.mkdir()
+    (partial / ".settings").write_bytes(settings)
+    (partial / PackLayer.file_name(0)).write_bytes(b"of other settings")
+    (partial / "half.part").write_bytes(b"of other settings")
+    with PackWriter(path, info) as writer:
+        assert not any(writer.has(PackLayer.file_name(layer)) for layer in range(3))
+        assert sorted(contents(partial)) == [".settings"]
+    write_pack(path, info)
+    assert Pack(path).info == info
+
+
+@pytest.mark.parametrize("left", [set(), {".settings.part"}])
+def test_partial_killed_at_its_very_beginning_is_begun_anew(tmp_path: Path, left: set[str]) -> None:
+    path, info = tmp_path / "pack", make_info()
+    (tmp_path / "pack.partial").mkdir()
+    for name in left:
+        (tmp_path / "pack.partial" / name).write_bytes(b'{"half')
+    write_pack(path, info)
+    assert Pack(path).info == info
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_partial_that_is_not_ours_is_never_removed(tmp_path: Path, kind: str) -> None:
+    path, partial, mine = tmp_path / "pack", tmp_path / "pack.partial", tmp_path / "mine"
+    mine.mkdir()
+    (mine / "letter.txt").write_text("precious")
+    if kind == "folder":
+        mine.rename(partial)
+    elif kind == "file":
+        partial.write_text("precious")
+    else:
+        partial.symlink_to(mine)
+    with pytest.raises(PackError, match=r"pack(\.partial)?") as caught:
+        write_pack(path, make_info())
+    assert REMEDY.search(str(caught.value))
+    kept = partial if kind == "file" else partial / "letter.txt"
+    assert kept.read_text() == "precious"
+
+
+def test_link_to_an_empty_folder_in_place_of_the_partial_is_told(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "pack.partial").symlink_to(tmp_path / "mine")
+    with pytest.raises(PackError, match="cannot write"):
+        write_pack(tmp_path / "pack", make_info())
+    assert (tmp_path / "mine").is_dir()
+
+
+@pytest.mark.parametrize("kind", ["proc", "folder", "dangling link", "missing parent"])
+def test_lock_that_cannot_be_made_is_told_at_once(tmp_path: Path, kind: str) -> None:
+    """filelock would take some of these for a lock that another process has."""
+    path = tmp_path / "pack"
+    if kind == "proc":
+        path = Path("/proc/pack")
+    elif kind == "folder":
+        (tmp_path / "pack.lock").mkdir()
+    elif kind == "dangling link":
+        (tmp_path / "pack.lock").symlink_to(tmp_path / "nowhere" / "else")
+    else:
+        (tmp_path / "file").touch()
+        path = tmp_path / "file" / "pack"
+    told: list[BaseException] = []
+
+    def enter() -> None:
+        try:
+            with PackWriter(path, make_info()):
+                pass
+        except BaseException as error:
+            told.append(error)
+
+    waiting = threading.Thread(target=enter, daemon=True)
+    waiting.start()
+    waiting.join(10)
+    assert [type(error) for error in told] == [PackError]
+    assert f"cannot write {path}" in str(told[0])
 
 
 def test_folder_of_something_else_is_refused_before_any_work(tmp_path: Path) -> None:
