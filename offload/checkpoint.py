@@ -1,24 +1,20 @@
 """A checkpoint's tensors, sorted into experts and the rest by transformers' own conversion rules.
 
-Knows: safetensors folders, and which of their tensors make which expert. Does not know:
-quantisation. A tensor is read when it is asked for.
+Knows: which tensors make which expert and how. Does not know: files and formats
+(`offload.weights`), quantisation. A tensor is read when it is asked for.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Set
 from copy import deepcopy
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -36,90 +32,7 @@ from transformers.core_model_loading import (
 
 from offload.errors import CheckpointError, UnsupportedModelError
 from offload.skeleton import ExpertsModule
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-DTYPES = {
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}  # safetensors' names
-
-
-class SafetensorsSource:
-    """The safetensors files of a checkpoint folder, single or sharded."""
-
-    def __init__(self, folder: Path) -> None:
-        """Open every file's header. Raises `CheckpointError`."""
-        self.folder = folder
-        self.files = _weight_files(folder)
-        self._handles: dict[str, Any] = {}
-        self._file_of: dict[str, str] = {}
-        for file in self.files:
-            try:
-                handle: Any = safe_open(folder / file, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(
-                    f"{folder / file} is not a whole safetensors file ({error}): fetch it again"
-                ) from None
-            self._handles[file] = handle
-            self._file_of.update(dict.fromkeys(handle.keys(), file))
-
-    def names(self) -> list[str]:
-        return list(self._file_of)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Raises `CheckpointError` for a dtype that is not read."""
-        code = str(self._slice(name).get_dtype())
-        if code not in DTYPES:
-            raise CheckpointError(
-                f"{name} is stored as {code}, which is not read yet: use a checkpoint in bfloat16, "
-                "float16 or float32"
-            )
-        return DTYPES[code]
-
-    def read(self, name: str) -> Tensor:
-        return self._handles[self._file_of[name]].get_tensor(name)  # type: ignore[no-any-return]
-
-    def read_slice(self, name: str, index: int) -> Tensor:
-        return self._slice(name)[index : index + 1]  # type: ignore[no-any-return]
-
-    def _slice(self, name: str) -> Any:
-        return self._handles[self._file_of[name]].get_slice(name)
-
-
-def _weight_files(folder: Path) -> list[str]:
-    index = folder / INDEX
-    if not index.is_file():
-        if (folder / SINGLE).is_file():
-            return [SINGLE]
-        if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
-            raise CheckpointError(
-                f"{folder} has its weights as pickle (.bin), which can run code when opened: "
-                "convert them to safetensors first"
-            )
-        raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}: it is not a checkpoint")
-    try:
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is damaged ({error!r}): fetch it again") from None
-    for file in files:
-        if not isinstance(file, str) or Path(file).name != file:
-            raise CheckpointError(f"{index} names a file outside its folder ({file!r}): refused")
-        if not file.endswith(".safetensors"):
-            raise CheckpointError(f"{index} names {file}, which is not safetensors: refused")
-        if not (folder / file).is_file():
-            raise CheckpointError(
-                f"{folder / file} is missing, though {INDEX} names it: fetch it again"
-            )
-    return files
+from offload.weights.source import TensorSource
 
 
 @dataclass
@@ -140,7 +53,7 @@ class Checkpoint:
     """A source's tensors as `model` needs them."""
 
     def __init__(
-        self, source: SafetensorsSource, model: PreTrainedModel, experts: list[ExpertsModule]
+        self, source: TensorSource, model: PreTrainedModel, experts: list[ExpertsModule]
     ) -> None:
         """Match every tensor of `source` with a parameter of `model` (on meta, experts included).
 
@@ -231,7 +144,7 @@ class Checkpoint:
         left_out = {self.plain[parameter] for parameter in leave_out}
         for name in self.dense_names:
             if name not in left_out:
-                yield name, self._source.read(name)
+                yield name, _finite(self._source.read(name), name)
 
     def plain_dtype(self, parameter: str) -> torch.dtype:
         """The dtype that a parameter in `plain` is stored in."""
@@ -239,7 +152,8 @@ class Checkpoint:
 
     def read_plain(self, parameter: str) -> Tensor:
         """A parameter in `plain`, as stored."""
-        return self._source.read(self.plain[parameter])
+        name = self.plain[parameter]
+        return _finite(self._source.read(name), name)
 
     def dense_bytes(self) -> int:
         """Bytes of what `dense` gives."""
@@ -264,7 +178,7 @@ class Checkpoint:
                     f"config asks for {tuple(self._state[name].shape[1:])}: config.json and "
                     "weights do not match"
                 )
-            (biases if is_bias else weights)[matrix] = value
+            (biases if is_bias else weights)[matrix] = _finite(value, f"{name}, expert {expert}")
         return {
             matrix: (weight.t() if module.transposed else weight, biases.get(matrix))
             for matrix, weight in weights.items()
@@ -330,6 +244,18 @@ class _OneExpert:
 
     def get_parameter(self, name: str) -> Tensor:
         return self._state[name][:1]
+
+
+def _finite(tensor: Tensor, name: str) -> Tensor:
+    """`tensor`; raises `CheckpointError` when a value of it is not a number or infinite."""
+    if tensor.is_floating_point() and tensor.numel():
+        low, high = tensor.aminmax()  # both are NaN when anything is
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            raise CheckpointError(
+                f"{name} has values that are not numbers or infinite: the checkpoint is damaged, "
+                "fetch it again"
+            )
+    return tensor
 
 
 def _splits_by_expert(converter: WeightConverter | None) -> bool:

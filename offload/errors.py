@@ -57,6 +57,11 @@ def shortened(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[:half]} ... {text[-half:]}"
 
 
+def reason(error: BaseException) -> str:
+    """What `error` of another library says, in one line that is not too long."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 __all__ = [
     "BudgetError",
     "CheckpointError",
@@ -67,5 +72,6 @@ __all__ = [
     "SourceError",
     "UnsupportedModelError",
     "one_line",
+    "reason",
     "shortened",
 ]

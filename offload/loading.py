@@ -88,8 +88,9 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a Mixture-of-Experts model whose experts need not fit.
 
-    `source` is a checkpoint folder, a pack, a hub id, or "demo". A checkpoint is quantised into a
-    pack the first time (under `pack_dir`, else `$OFFLOAD_HOME/packs`); a pack opens in seconds.
+    `source` is a checkpoint folder, a .gguf file, a pack, a hub id, or "demo". A checkpoint is
+    quantised into a pack the first time (under `pack_dir`, else `$OFFLOAD_HOME/packs`); a pack
+    opens in seconds.
 
     - `expert_bits`, `dense_bits`: 2, 3, 4, 5, 6, 8 or 16 (as stored); `group_size` weights share a
       scale; None: a pack's own, else 4, 16, 64. `bits`: a preset or rules for everything, see

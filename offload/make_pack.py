@@ -19,28 +19,24 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from offload.checkpoint import DTYPES, Checkpoint, SafetensorsSource
+from offload.checkpoint import Checkpoint
+from offload.companions import companions
 from offload.encoding import Matrices, Read, Work, encode_in_turn, make_encoder
 from offload.errors import PackError, UnsupportedModelError
 from offload.parts import DenseMatrix, dense_matrices, layer_of
 from offload.progress import Progress
 from offload.recipe import Recipe
 from offload.skeleton import ExpertsModule
+from offload.weights.opening import files_of, open_weights
+from offload.weights.safetensors import DTYPES, INDEX, SafetensorsSource
 from quant.encode import Encoder
 from quant.pack import PackDense, PackInfo, PackLayer
 from quant.pack_writer import ELSEWHERE, PackWriter
 from quant.record import STORED_DTYPES, MatrixSpec, RecordLayout, fitting_group, plan_layout
 
 SAFETENSORS_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+GGUF_HEADER = 2**16  # bytes of a GGUF file in its fingerprint, beside the samples
 DENSE_FILE_BYTES = 256 * 2**20  # the non-expert weights are written in files of about this size
-INDEX = "model.safetensors.index.json"
-COPIED = (
-    "*.json",
-    "*.jinja",
-    "*.model",
-    "*.txt",
-    "*.py",
-)  # config, tokenizer, template, remote code
 
 
 @dataclass(frozen=True)
@@ -49,7 +45,7 @@ class PackSource:
 
     name: str  # for people
     fingerprint: str  # changes when the weights do
-    folder: Path  # of the checkpoint
+    folder: Path  # of the checkpoint, or its GGUF file
 
 
 class PackMaker:
@@ -60,7 +56,7 @@ class PackMaker:
     ) -> None:
         """`model` is on meta with its experts. Raises `CheckpointError`."""
         self._source = source
-        self._checkpoint = Checkpoint(SafetensorsSource(source.folder), model, experts)
+        self._checkpoint = Checkpoint(open_weights(source.folder, model), model, experts)
         self._experts = experts
         self._dense = dense_matrices(model, experts)
 
@@ -113,6 +109,7 @@ class PackMaker:
                 writer.finish()
 
     def _write(self, writer: PackWriter, info: PackInfo, device: torch.device) -> None:
+        beside = list(companions(self._source.folder))  # first: a tokenizer may be unusable
         work = Work.left(info, writer.has)
         _check_space(writer.path, work.nbytes + self._checkpoint.dense_bytes())
         verb = "quantising" if work.quantises else "packing"
@@ -127,10 +124,8 @@ class PackMaker:
                 self._write_dense_records(writer, members, encoder, progress)
         quantised = {f"{dense.modules[0]}.weight" for dense in info.dense}
         _write_dense(writer, self._checkpoint.dense(quantised))
-        for pattern in COPIED:
-            for file in sorted(self._source.folder.glob(pattern)):
-                if file.name != INDEX:
-                    writer.write_file(file.name, file.read_bytes())
+        for name, data in beside:
+            writer.write_file(name, data)
 
     def _reads(self, layer: int, layout: RecordLayout) -> Iterator[tuple[RecordLayout, Read]]:
         module = self._experts[layer]
@@ -220,19 +215,22 @@ def _check_space(path: Path, needed: int) -> None:
         )
 
 
-def fingerprint(folder: Path) -> str:
-    """A digest of a checkpoint that changes when its weights do, without reading all of them.
+def fingerprint(path: Path) -> str:
+    """A digest of a checkpoint folder or GGUF file that changes when its weights do, without
+    reading all of them.
 
     Covers config.json, each weight file's size, time of change and header, and 64 samples of 4 KiB
     spread over it.
     """
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for name in SafetensorsSource(folder).files:
-        file = folder / name
+    digest = hashlib.sha256()
+    if path.is_dir():
+        digest.update((path / "config.json").read_bytes())
+        SafetensorsSource(path)  # the headers are sound: their lengths can be believed
+    for file in files_of(path):
         size, changed = file.stat().st_size, file.stat().st_mtime_ns
-        digest.update(f"{name} {size} {changed}".encode())
+        digest.update(f"{file.name} {size} {changed}".encode())
         with file.open("rb") as handle:
-            header = int.from_bytes(handle.read(8), "little")
+            header = int.from_bytes(handle.read(8), "little") if path.is_dir() else GGUF_HEADER
             digest.update(handle.read(header))
             for start in range(8 + header, size, max(4096, math.ceil((size - header) / 64))):
                 handle.seek(start)

@@ -22,13 +22,15 @@ from transformers import (
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.integrations.moe import ExpertsInterface
 
-from offload.errors import OffloadError, UnsupportedModelError
+from offload.errors import CheckpointError, OffloadError, UnsupportedModelError, reason
 from offload.quantized import QuantizedEmbedding, QuantizedLinear
 from quant.record import MatrixSpec
 
 IMPLEMENTATION = "offload"  # the name our function is registered under
 BLOCK = "_offload_block"  # attribute of an experts module: what computes its experts
 MATRICES = ("gate_up_proj", "up_proj", "down_proj")
+MOST_LAYERS = 4096  # a config that asks for more is damaged, and would take for ever to build
+CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k")  # configs' names for k
 
 
 class ExpertBlock(Protocol):
@@ -96,9 +98,24 @@ def own_config(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTrain
 
 
 def build_on_meta(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTrainedModel:
-    """The whole model, experts included, without memory for any weight."""
-    with torch.device("meta"):
-        return cls._from_config(config)
+    """The whole model, experts included, without memory for any weight.
+
+    Raises `CheckpointError` for a config that no model can be built from.
+    """
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise CheckpointError(
+            f"the model's config has num_hidden_layers {layers}, more than any model: fetch it "
+            "again"
+        )
+    try:
+        with torch.device("meta"):
+            return cls._from_config(config)
+    except Exception as error:  # whatever a model class raises on odd values
+        raise CheckpointError(
+            f"the model's config has values that no {cls.__name__} can be built from "
+            f"({reason(error)}): fetch it again"
+        ) from None
 
 
 def is_experts_module(module: nn.Module) -> bool:
@@ -112,7 +129,7 @@ def find_experts(model: PreTrainedModel) -> list[ExpertsModule]:
     """Every experts module of `model` in the order of its layers.
 
     Raises `UnsupportedModelError` when there is none, or when one holds parameters that this
-    program would not know how to use.
+    program would not know how to use; `CheckpointError` when the config's numbers make no sense.
     """
     found = [
         _describe(path, module)
@@ -120,6 +137,7 @@ def find_experts(model: PreTrainedModel) -> list[ExpertsModule]:
         if is_experts_module(module)
     ]
     if found:
+        _check_sizes(model.config.get_text_config(), found)
         return found
     kind = model.config.model_type
     if any("expert" in name for name, _ in model.named_parameters()):
@@ -131,6 +149,25 @@ def find_experts(model: PreTrainedModel) -> list[ExpertsModule]:
         f"{kind!r} is not a Mixture-of-Experts model: it has no experts to offload; run it with "
         "transformers itself"
     )
+
+
+def _check_sizes(config: PreTrainedConfig, experts: list[ExpertsModule]) -> None:
+    for module in experts:
+        sizes = {module.num_experts, *(n for m in module.matrices for n in (m.rows, m.columns))}
+        if min(sizes) < 1:
+            raise CheckpointError(
+                f"the model's config makes {module.path} of {module.num_experts} experts with "
+                f"sizes {sorted(sizes)}: fetch it again"
+            )
+    most = max(module.num_experts for module in experts)
+    for name in CHOSEN:
+        given = getattr(config, name, None)
+        for chosen in given if isinstance(given, list) else [given]:
+            if chosen is not None and (type(chosen) is not int or not 1 <= chosen <= most):
+                raise CheckpointError(
+                    f"the model's config has {name} {chosen!r} where a layer has {most} experts: "
+                    "fetch it again"
+                )
 
 
 def _describe(path: str, module: nn.Module) -> ExpertsModule:

@@ -1,11 +1,11 @@
 """What a model's name stands for: a pack, a checkpoint folder, a hub id, or the demo.
 
-Knows: folders, the hub's cache, what is refused and why. Does not know: what is inside the weights.
+Knows: folders, GGUF files, the hub's cache, what is refused and why. Does not know: what is inside
+the weights.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +15,18 @@ import huggingface_hub
 from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from offload.errors import CheckpointError, SourceError
+from offload.errors import CheckpointError, SourceError, reason
 from offload.files import user_path
+from offload.json_file import read_object
+from offload.weights import gguf_config
+from offload.weights.gguf_files import is_gguf, model_name, models_in
 from quant.pack import is_pack
 
 DEMO = "demo"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 TEXT_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 WEIGHT_FILES = ["*.safetensors"]
+DEQUANTISED = ("fp8", "mxfp4")  # quantisation methods whose weights are read
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Source:
     yet."""
 
     name: str
-    folder: Path
+    folder: Path  # or a GGUF file
     is_pack: bool
     commit: str | None = None
 
@@ -49,10 +53,13 @@ def find(
             return Source(name, path, is_pack=True)
         if (path / "config.json").is_file():
             return Source(path.resolve().name, path, is_pack=False)
-        raise SourceError(f"{path} has neither config.json nor manifest.json: it is not a model")
+        return _gguf_in(path)
+    if path.is_file() and is_gguf(path):
+        return Source(model_name(path), path, is_pack=False)
     if path.exists():
         raise SourceError(
-            f"{path} is a file: name the folder of a safetensors checkpoint or a pack"
+            f"{path} is a file: name the folder of a safetensors checkpoint or a pack, or a .gguf "
+            "file"
         )
     if not HUB_ID.fullmatch(name):
         raise SourceError(
@@ -61,6 +68,16 @@ def find(
     patterns = TEXT_FILES + (["*.py"] if trust_remote_code else [])
     folder = _snapshot(name, revision, local_files_only, patterns)
     return Source(name, folder, is_pack=False, commit=folder.name)
+
+
+def _gguf_in(folder: Path) -> Source:
+    models = models_in(folder)
+    if not models:
+        raise SourceError(f"{folder} has neither config.json nor manifest.json: it is not a model")
+    if len(models) > 1:
+        names = ", ".join(model.name for model in models)
+        raise SourceError(f"{folder} has several models: name one of {names}")
+    return Source(model_name(models[0]), models[0], is_pack=False)
 
 
 def fetch_weights(source: Source, *, local_files_only: bool) -> None:
@@ -80,10 +97,9 @@ def _snapshot(name: str, revision: str | None, local_files_only: bool, patterns:
             "asked: check the name, the connection, or HF_HUB_OFFLINE"
         ) from None
     except Exception as error:  # the hub's library lets those of its transport through
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise SourceError(
-            f"{name} is neither a folder here nor a model the hub gives out ({reason}): check the "
-            "name, the revision, and HF_TOKEN for a gated model"
+            f"{name} is neither a folder here nor a model the hub gives out ({reason(error)}): "
+            "check the name, the revision, and HF_TOKEN for a gated model"
         ) from None
     if not (Path(folder) / "config.json").is_file():
         raise SourceError(f"{name} has no config.json: it is not a transformers checkpoint")
@@ -98,13 +114,17 @@ def _remote_code(config: dict[str, Any]) -> str | None:
 
 
 def read_config(source: str, folder: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
-    """The config of a checkpoint or pack. Raises `SourceError` or `CheckpointError`."""
+    """The config of a checkpoint, GGUF file or pack, without word of quantisation.
+
+    Raises `SourceError` or `CheckpointError`.
+    """
+    if is_gguf(folder):
+        return gguf_config.read_config(folder)
     file = folder / "config.json"
-    try:
-        raw: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        kind = str(raw["model_type"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error!r}): fetch it again") from None
+    raw = read_object(file)
+    kind = raw.get("model_type")
+    if not isinstance(kind, str):
+        raise CheckpointError(f"{file} has no model_type: fetch it again")
     if kind not in CONFIG_MAPPING:
         remote = _remote_code(raw)
         if not remote:
@@ -115,16 +135,28 @@ def read_config(source: str, folder: Path, *, trust_remote_code: bool) -> PreTra
                 "folder): read it, then pass --trust-remote-code (trust_remote_code=True) if you "
                 "trust it"
             )
-    if raw.get("quantization_config"):
-        given = raw["quantization_config"]
-        method = given.get("quant_method") if isinstance(given, dict) else given
-        raise SourceError(
-            f"{source} is already quantised ({method}), which is not read yet: use the checkpoint "
-            "in bfloat16, float16 or float32"
-        )
+    _check_quantisation(source, raw)
     try:
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
+        for part in {id(c): c for c in (config, config.get_text_config())}.values():
+            if hasattr(part, "quantization_config"):
+                del part.quantization_config  # weights are dequantised when they are read
     except Exception as error:  # whatever a config class raises on what is in the file
-        raise CheckpointError(f"{file} is not a usable config ({error}): fetch it again") from None
+        raise CheckpointError(
+            f"{file} is not a usable config ({reason(error)}): fetch it again"
+        ) from None
+    return config
+
+
+def _check_quantisation(source: str, raw: dict[str, Any]) -> None:
+    """Raise `SourceError` for weights that are quantised in a way that is not read."""
+    for part in (raw, raw.get("text_config")):
+        given = part.get("quantization_config") if isinstance(part, dict) else None
+        method = given.get("quant_method") if isinstance(given, dict) else given
+        if given and method not in DEQUANTISED:
+            raise SourceError(
+                f"{source} is already quantised ({method}), which is not read: use the checkpoint "
+                "in bfloat16, float16, float32, fp8 or mxfp4, or a GGUF file"
+            )

@@ -137,7 +137,18 @@ def as_buffer(data: Tensor) -> memoryview:
 
 
 def is_pack(path: Path) -> bool:
-    return (path / MANIFEST).is_file()
+    """Whether `path` is a pack, perhaps a damaged one. Other programs too call files manifest.json:
+    a folder with one is a pack when that says so, or when the first layer of experts lies beside
+    it."""
+    if not (path / MANIFEST).is_file():
+        return False
+    if (path / PackLayer.file_name(0)).is_file():
+        return True
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
 
 
 def file_sha256(path: Path) -> str:
@@ -270,7 +281,7 @@ def _whole_record(handle: Any, dense: PackDense, layout: RecordLayout) -> Tensor
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PackError(
             f"{path} is not a pack: cannot read {MANIFEST} ({error}): {REMAKE}"
         ) from None

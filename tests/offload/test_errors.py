@@ -340,11 +340,11 @@ def test_a_checkpoint_without_a_dense_tensor_makes_no_pack(
 
 
 def test_a_checkpoint_that_is_already_quantised(fails: Fails, checkpoint: Path) -> None:
-    quantised = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    quantised = {"quant_method": "awq", "bits": 4}
     _change_json(checkpoint / "config.json", quantization_config=quantised)
     message = fails("generate", checkpoint, *HI)
-    assert "already quantised (fp8)" in message
-    assert "use the checkpoint in bfloat16" in message
+    assert "already quantised (awq)" in message
+    assert "use the checkpoint in bfloat16, float16, float32, fp8 or mxfp4" in message
 
 
 def test_a_tokenizer_that_cannot_be_read(fails: Fails, checkpoint: Path) -> None:

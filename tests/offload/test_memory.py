@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
+from gguf import GGMLQuantizationType
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
+from tests.gguf_files import write_gguf
+from tests.offload.weights.test_fp8 import make_fp8
 from tests.tiny import save_tiny
 
 MIB = 2**20
@@ -44,8 +50,20 @@ def _big(folder: Path) -> None:
     )
 
 
-def test_making_a_pack_holds_at_most_a_layer(tmp_path: Path) -> None:
+def _as_is(checkpoint: Path) -> Path:
+    return checkpoint
+
+
+def _as_gguf(checkpoint: Path) -> Path:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    write_gguf(checkpoint / "q.gguf", model, lambda name: GGMLQuantizationType.Q4_0)
+    return checkpoint / "q.gguf"
+
+
+@pytest.mark.parametrize("form", [_as_is, make_fp8, _as_gguf])
+def test_making_a_pack_holds_at_most_a_layer(form: Callable[[Path], Path], tmp_path: Path) -> None:
     _big(tmp_path / "checkpoint")
+    source = form(tmp_path / "checkpoint")
     before, peak = _run(
         """
 import sys, threading, time
@@ -67,7 +85,7 @@ done.set()
 thread.join()
 print(before, peak)
 """,
-        str(tmp_path / "checkpoint"),
+        str(source),
         str(tmp_path / "packs"),
     )
     layer_bytes = 16 * 3 * 512 * 1024 * 4
@@ -97,7 +115,7 @@ print(before, anonymous(), dense, slots * model.offload.pack.info.slot_bytes)
 
 def test_fused_checkpoints_are_read_an_expert_at_a_time(tmp_path: Path) -> None:
     """A tensor of all experts is sliced, not read whole."""
-    from offload.checkpoint import SafetensorsSource
+    from offload.weights.safetensors import SafetensorsSource
 
     save_file({"fused": torch.arange(24.0).view(4, 2, 3)}, tmp_path / "model.safetensors")
     source = SafetensorsSource(tmp_path)

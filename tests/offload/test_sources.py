@@ -84,7 +84,7 @@ def test_an_empty_folder_is_not_a_model(tmp_path: Path) -> None:
 
 
 def test_a_file_is_not_a_model(tmp_path: Path) -> None:
-    file = tmp_path / "model.gguf"
+    file = tmp_path / "model.bin"
     file.touch()
     with pytest.raises(SourceError, match="is a file: name the folder"):
         _find(str(file))

@@ -1,0 +1,113 @@
+"""The safetensors files of a checkpoint folder, single or sharded, as they are.
+
+Knows: the index, file headers, safetensors' dtypes. Does not know: what a scale belongs to.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from offload.errors import CheckpointError
+from offload.json_file import read_object, unreadable
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}  # safetensors' names
+
+
+class SafetensorsSource:
+    """The safetensors files of a checkpoint folder, single or sharded."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open every file's header. Raises `CheckpointError`."""
+        self._handles: dict[str, Any] = {}
+        self._file_of: dict[str, str] = {}
+        for file in weight_files(folder):
+            try:
+                with (folder / file).open("rb"):  # safe_open calls any refusal an I/O error
+                    handle: Any = safe_open(folder / file, framework="pt")
+            except PermissionError:
+                raise unreadable(folder / file) from None
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(
+                    f"{folder / file} is not a whole safetensors file ({error}): fetch it again"
+                ) from None
+            self._handles[file] = handle
+            self._file_of.update(dict.fromkeys(handle.keys(), file))
+
+    def names(self) -> list[str]:
+        return list(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        dtype = self.stored_dtype(name)
+        if dtype is None:
+            raise CheckpointError(
+                f"{name} is stored as {self._slice(name).get_dtype()}, which is not read: use a "
+                "checkpoint in bfloat16, float16, float32, float8 with scales or MXFP4, or a GGUF "
+                "file"
+            )
+        return dtype
+
+    def stored_dtype(self, name: str) -> torch.dtype | None:
+        """None for a dtype that is not read."""
+        return DTYPES.get(str(self._slice(name).get_dtype()))
+
+    def read(self, name: str) -> Tensor:
+        return self._handles[self._file_of[name]].get_tensor(name)  # type: ignore[no-any-return]
+
+    def read_slice(self, name: str, index: int) -> Tensor:
+        return self._slice(name)[index : index + 1]  # type: ignore[no-any-return]
+
+    def _slice(self, name: str) -> Any:
+        return self._handles[self._file_of[name]].get_slice(name)
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of the weight files in `folder`, which all are there. Raises `CheckpointError`."""
+    index = folder / INDEX
+    if not index.is_file():
+        if (folder / SINGLE).is_file():
+            return [SINGLE]
+        if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
+            raise CheckpointError(
+                f"{folder} has its weights as pickle (.bin), which can run code when opened: "
+                "convert them to safetensors first"
+            )
+        if any(folder.glob("*.gguf")):
+            raise CheckpointError(
+                f"{folder} has its weights as GGUF: name the .gguf file instead of the folder"
+            )
+        raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}: it is not a checkpoint")
+    try:
+        files = sorted(set(read_object(index)["weight_map"].values()))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is damaged ({error!r}): fetch it again") from None
+    for file in files:
+        if not isinstance(file, str) or Path(file).name != file:
+            raise CheckpointError(f"{index} names a file outside its folder ({file!r}): refused")
+        if not file.endswith(".safetensors"):
+            raise CheckpointError(f"{index} names {file}, which is not safetensors: refused")
+        if not (folder / file).is_file():
+            raise CheckpointError(
+                f"{folder / file} is missing, though {INDEX} names it: fetch it again"
+            )
+    return files
