@@ -10,7 +10,7 @@ import functools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Mapping, Set
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -136,15 +136,20 @@ class Checkpoint:
                     f"the checkpoint has no tensor for {name}: it is incomplete, fetch it again"
                 )
 
-    def dense(self, leave_out: Set[str] = frozenset()) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the model that is not an expert's, under its name in the checkpoint.
+    def dense(self, leave_out: Set[str] = frozenset()) -> list[tuple[str, int]]:
+        """Every tensor of the model that is not an expert's: its name in the checkpoint, its bytes.
 
         Without those that make the parameters `leave_out`.
         """
         left_out = {self.plain[parameter] for parameter in leave_out}
-        for name in self.dense_names:
-            if name not in left_out:
-                yield name, _finite(self._source.read(name), name)
+        return [(name, self._bytes(name)) for name in self.dense_names if name not in left_out]
+
+    def read(self, name: str) -> Tensor:
+        """A tensor that `dense` named."""
+        return _finite(self._source.read(name), name)
+
+    def _bytes(self, name: str) -> int:
+        return math.prod(self._source.shape(name)) * self._source.dtype(name).itemsize
 
     def plain_dtype(self, parameter: str) -> torch.dtype:
         """The dtype that a parameter in `plain` is stored in."""
@@ -152,15 +157,11 @@ class Checkpoint:
 
     def read_plain(self, parameter: str) -> Tensor:
         """A parameter in `plain`, as stored."""
-        name = self.plain[parameter]
-        return _finite(self._source.read(name), name)
+        return self.read(self.plain[parameter])
 
     def dense_bytes(self) -> int:
         """Bytes of what `dense` gives."""
-        return sum(
-            math.prod(self._source.shape(name)) * self._source.dtype(name).itemsize
-            for name in self.dense_names
-        )
+        return sum(map(self._bytes, self.dense_names))
 
     def dense_parameters(self) -> int:
         """How many weights `dense` gives."""

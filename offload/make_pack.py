@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -123,7 +123,7 @@ class PackMaker:
             for members in work.dense_files:
                 self._write_dense_records(writer, members, encoder, progress)
         quantised = {f"{dense.modules[0]}.weight" for dense in info.dense}
-        _write_dense(writer, self._checkpoint.dense(quantised))
+        _write_dense(writer, self._checkpoint, quantised)
         for name, data in beside:
             writer.write_file(name, data)
 
@@ -177,26 +177,23 @@ def _as_stored(checkpoint: Checkpoint, module: ExpertsModule, spec: MatrixSpec) 
     return replace(spec, dtype=dtype, bias_dtype=bias_dtype)
 
 
-def _write_dense(writer: PackWriter, tensors: Iterable[tuple[str, Tensor]]) -> None:
+def _write_dense(writer: PackWriter, checkpoint: Checkpoint, leave_out: Set[str]) -> None:
     """The tensors kept as stored, in files a loader of sharded checkpoints reads."""
-    batch: list[tuple[str, Tensor]] = []
-    weight_map: dict[str, str] = {}
-    size = number = 0
-
-    def flush() -> None:
-        nonlocal batch, size, number
-        number += 1
-        file = f"model-{number:05d}.safetensors"
-        writer.write_tensors(file, [_as_bytes(name, tensor) for name, tensor in batch])
-        weight_map.update({name: file for name, _ in batch})
-        batch, size = [], 0
-
-    for name, tensor in tensors:
-        batch.append((name, tensor))
-        size += tensor.nbytes
+    files: list[list[str]] = [[]]
+    size = 0
+    for name, nbytes in checkpoint.dense(leave_out):
+        files[-1].append(name)
+        size += nbytes
         if size >= DENSE_FILE_BYTES:
-            flush()
-    flush()
+            files.append([])
+            size = 0
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(filter(None, files), start=1):
+        file = f"model-{number:05d}.safetensors"
+        weight_map.update(dict.fromkeys(names, file))
+        if not writer.has(file):
+            tensors = [_as_bytes(name, checkpoint.read(name)) for name in names]
+            writer.write_tensors(file, tensors)
     index = {"metadata": {}, "weight_map": weight_map}
     writer.write_file(INDEX, json.dumps(index, indent=1).encode())
 

@@ -43,7 +43,7 @@ def partial_files(destination: Path) -> dict[str, int]:
     return {
         file.name: file.stat().st_mtime_ns
         for file in folder.iterdir()
-        if file.suffix == ".safetensors" and not file.name.startswith("model-")
+        if file.suffix == ".safetensors"
     }
 
 
