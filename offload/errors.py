@@ -57,12 +57,17 @@ def shortened(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[:half]} ... {text[-half:]}"
 
 
+class QualityError(OffloadError):
+    """A text, reference or baseline that quality cannot be measured with."""
+
+
 __all__ = [
     "BudgetError",
     "CheckpointError",
     "GenerationError",
     "OffloadError",
     "PackError",
+    "QualityError",
     "RecipeError",
     "SourceError",
     "UnsupportedModelError",

@@ -1,0 +1,191 @@
+"""Comparing a model with a reference on the same tokens, one after the other.
+
+Knows: that the two are never in memory together: the reference runs first, and its
+log-probabilities wait in a temporary file that is read in the order it was written. Does not know:
+the figures' formulas (`offload.comparison`), what they are held against (`offload.baseline`).
+
+Letters: n tokens of a slice, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from offload.comparison import Comparison, Positions, kl_divergence
+from offload.errors import QualityError
+from offload.handle import Offload
+from offload.perplexity import Report, finite
+from offload.prompts import Prompts
+from offload.scoring import Scores, Sliding, Text, encode_text, score
+from offload.subject import Subject, subject_of
+from quant.pack import is_pack
+
+FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that is loaded when its turn comes."""
+
+    name: str
+    load: Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase | None]]
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What was compared, and the figures: of all prompts together, and of each."""
+
+    model: Subject
+    reference: Subject
+    prompts: Prompts
+    sliding: Sliding
+    overall: Comparison
+    by_prompt: tuple[Comparison, ...]
+
+    def named(self) -> list[tuple[str, Comparison]]:
+        """The prompts' figures with their names."""
+        return list(zip(self.prompts.names, self.by_prompt, strict=True))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "model": self.model.to_json(),
+            "reference": self.reference.to_json(),
+            "prompts": {"names": list(self.prompts.names), "sha256": self.prompts.sha256},
+            "window": self.sliding.window,
+            "stride": self.sliding.stride,
+            "figures": self.overall.to_json(),
+            "by_prompt": {name: comparison.to_json() for name, comparison in self.named()},
+        }
+
+
+def reference_bits(name: str) -> dict[str, int | None]:
+    """The bits a reference called `name` is loaded with: a pack's own, else all that there are."""
+    bits = None if is_pack(Path(name).expanduser()) else 16
+    return {"expert_bits": bits, "dense_bits": bits, "group_size": None}
+
+
+def check(
+    model: Source,
+    reference: Source,
+    prompts: Prompts,
+    sliding: Sliding,
+    report: Report | None = None,
+) -> CheckResult:
+    """Run `reference` over the prompts, free it, run `model`, compare. `report` is told the share.
+
+    Raises `QualityError` when the two have different vocabularies or give numbers that are none.
+    """
+    with tempfile.TemporaryFile(prefix="offload-check-") as kept:
+        texts, reference_subject = _record(reference, prompts, sliding, kept, report)
+        _free()
+        kept.seek(0)
+        parts, subject = _compare(model, reference_subject, prompts, texts, sliding, kept, report)
+    return CheckResult(
+        subject,
+        reference_subject,
+        prompts,
+        sliding,
+        Comparison.of(Positions.joined(parts)),
+        tuple(Comparison.of(part) for part in parts),
+    )
+
+
+def _free() -> None:
+    gc.collect()  # transformers' models have cycles
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the budget of the next model asks the driver what is free
+
+
+@contextlib.contextmanager
+def _opened(source: Source) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase | None]]:
+    model, tokenizer = source.load()
+    try:
+        yield model, tokenizer
+    finally:
+        handle = getattr(model, "offload", None)
+        if isinstance(handle, Offload):
+            handle.close()
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase | None, prompts: Prompts) -> list[Text]:
+    pairs = zip(prompts.names, prompts.texts, strict=True)
+    return [encode_text(tokenizer, text, f"the prompt {name!r}") for name, text in pairs]
+
+
+def _record(
+    reference: Source, prompts: Prompts, sliding: Sliding, kept: IO[bytes], report: Report | None
+) -> tuple[list[Text], Subject]:
+    """Write the reference's log-probabilities [N, V], all prompts one after the other."""
+    with _opened(reference) as (model, tokenizer):
+        texts = _encode(tokenizer, prompts)
+        total, done = sum(text.scored for text in texts), 0
+        for text in texts:
+            for scores in score(model, text, sliding):
+                finite(scores.nll, done, "the reference's negative log-likelihood")
+                _write(kept, scores.log_probs)
+                done += len(scores.targets)
+                if report is not None:
+                    report(done, 2 * total)
+        return texts, subject_of(model, reference.name)
+
+
+def _compare(
+    source: Source,
+    reference: Subject,
+    prompts: Prompts,
+    texts: list[Text],
+    sliding: Sliding,
+    kept: IO[bytes],
+    report: Report | None,
+) -> tuple[list[Positions], Subject]:
+    """The positions of each prompt."""
+    with _opened(source) as (model, tokenizer):
+        subject = subject_of(model, source.name)
+        if subject.vocabulary != reference.vocabulary or _encode(tokenizer, prompts) != texts:
+            raise QualityError(
+                f"{source.name} and {reference.name} have different vocabularies "
+                f"({subject.vocabulary} and {reference.vocabulary} tokens): their next-token "
+                "distributions cannot be compared"
+            )
+        total, done = sum(text.scored for text in texts), 0
+        by_prompt = []
+        for text in texts:
+            parts = []
+            for scores in score(model, text, sliding):
+                n, vocabulary = scores.log_probs.shape
+                base = Scores(scores.targets, _read(kept, n, vocabulary).to(model.device))
+                nll = finite(scores.nll, done, "the model's negative log-likelihood")
+                kl = kl_divergence(base.log_probs, scores.log_probs).cpu()
+                same_top = base.log_probs.argmax(-1) == scores.log_probs.argmax(-1)
+                kl = finite(kl, done, "the KL divergence")
+                parts.append(Positions(kl, same_top.cpu(), nll, base.nll))
+                done += n
+                if report is not None:
+                    report(total + done, 2 * total)
+            by_prompt.append(Positions.joined(parts))
+        return by_prompt, subject
+
+
+def _write(file: IO[bytes], rows: Tensor) -> None:
+    try:
+        file.write(rows.cpu().contiguous().numpy().data)
+    except OSError as error:
+        raise QualityError(
+            f"cannot keep the reference's log-probabilities in {tempfile.gettempdir()} ({error}): "
+            "free some space there or name another folder with TMPDIR"
+        ) from None
+
+
+def _read(file: IO[bytes], count: int, vocabulary: int) -> Tensor:
+    buffer = bytearray(file.read(count * vocabulary * FLOAT_BYTES))
+    return torch.frombuffer(buffer, dtype=torch.float32).view(count, vocabulary)
