@@ -42,20 +42,20 @@ class Tolerance:
     absolute: float = 0.0
 
 
-# One run repeats exactly on one machine, so tolerances are for other processors and versions, and
-# must stay below what a bit less costs: about three times the KL divergence (docs/log.md).
+# On one machine a check repeats to the last bit, so tolerances are for other processors and
+# versions. What rounding alone does is bounded by the demo in bfloat16 against itself in float32:
+# KL mean 0.0010, median 0.0007, 99% 0.006, max 0.02, 2.5% other top tokens, perplexity 0.04%
+# (docs/log.md). The absolute parts are above that, and matter where a figure is near 0 as at 8
+# and 16 bits; the relative parts are well below what a bit less costs.
 TOLERANCES = {
-    # The absolute part is what rounding alone does to a bfloat16 model between two kernels: it
-    # matters where the figure itself is near 0, as at 8 and 16 bits.
     "kl_mean": Tolerance(relative=0.10, absolute=0.002),
     "kl_median": Tolerance(relative=0.15, absolute=0.002),
     # Set by a few positions: steadier than the maximum, less than the mean.
     "kl_p99": Tolerance(relative=0.30, absolute=0.02),
     # Set by one position; twice as far is a new kind of mistake.
     "kl_max": Tolerance(relative=1.00, absolute=0.05),
-    # The same positions both times: only those near a tie change sides.
-    "top1_agreement": Tolerance(absolute=0.015),
-    # llama.cpp's q4_K_M costs 2.8% on Llama 3 8B, its q8_0 0.04%: 1% is felt.
+    "top1_agreement": Tolerance(absolute=0.03),
+    # llama.cpp's q4_K_M costs 2.8% on Llama 3 8B, its q8_0 0.04% (its perplexity README).
     "perplexity_ratio": Tolerance(relative=0.01),
     "perplexity": Tolerance(relative=0.01),
 }

@@ -81,22 +81,50 @@ def check(
     sliding: Sliding,
     report: Report | None = None,
 ) -> CheckResult:
-    """Run `reference` over the prompts, free it, run `model`, compare. `report` is told the share.
+    """Run `reference` over the prompts, free it, run `model`, compare. `report` is told of each.
 
     Raises `QualityError` when the two have different vocabularies or give numbers that are none.
     """
-    with tempfile.TemporaryFile(prefix="offload-check-") as kept:
-        texts, reference_subject = _record(reference, prompts, sliding, kept, report)
-        _free()
-        kept.seek(0)
-        parts, subject = _compare(model, reference_subject, prompts, texts, sliding, kept, report)
+    with record(reference, prompts, sliding, report) as recording:
+        return compare(model, recording, report)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A reference's log-probabilities [N, V] float32 for all prompts, one after the other."""
+
+    file: IO[bytes]
+    reference: Subject
+    prompts: Prompts
+    texts: tuple[Text, ...]
+    sliding: Sliding
+
+    @property
+    def tokens(self) -> int:
+        return sum(text.scored for text in self.texts)
+
+
+@contextlib.contextmanager
+def record(
+    reference: Source, prompts: Prompts, sliding: Sliding, report: Report | None = None
+) -> Iterator[Recording]:
+    """Run `reference` once, for any number of models to be compared with it."""
+    with tempfile.TemporaryFile(prefix="offload-check-") as file:
+        yield _record(reference, prompts, sliding, file, report)
+
+
+def compare(source: Source, recording: Recording, report: Report | None = None) -> CheckResult:
+    """Run the model `source` and compare it with what was recorded. Raises as `check`."""
+    _free()
+    recording.file.seek(0)
+    subject, by_prompt = _compare(source, recording, report)
     return CheckResult(
         subject,
-        reference_subject,
-        prompts,
-        sliding,
-        Comparison.of(Positions.joined(parts)),
-        tuple(Comparison.of(part) for part in parts),
+        recording.reference,
+        recording.prompts,
+        recording.sliding,
+        Comparison.of(Positions.joined(by_prompt)),
+        tuple(Comparison.of(positions) for positions in by_prompt),
     )
 
 
@@ -117,63 +145,63 @@ def _opened(source: Source) -> Iterator[tuple[PreTrainedModel, PreTrainedTokeniz
             handle.close()
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase | None, prompts: Prompts) -> list[Text]:
+def _encode(tokenizer: PreTrainedTokenizerBase | None, prompts: Prompts) -> tuple[Text, ...]:
     pairs = zip(prompts.names, prompts.texts, strict=True)
-    return [encode_text(tokenizer, text, f"the prompt {name!r}") for name, text in pairs]
+    return tuple(encode_text(tokenizer, text, f"the prompt {name!r}") for name, text in pairs)
 
 
 def _record(
-    reference: Source, prompts: Prompts, sliding: Sliding, kept: IO[bytes], report: Report | None
-) -> tuple[list[Text], Subject]:
-    """Write the reference's log-probabilities [N, V], all prompts one after the other."""
-    with _opened(reference) as (model, tokenizer):
-        texts = _encode(tokenizer, prompts)
-        total, done = sum(text.scored for text in texts), 0
+    source: Source, prompts: Prompts, sliding: Sliding, file: IO[bytes], report: Report | None
+) -> Recording:
+    with _opened(source) as (model, tokenizer):
+        subject, texts = subject_of(model, source.name), _encode(tokenizer, prompts)
+        recording = Recording(file, subject, prompts, texts, sliding)
+        done = 0
         for text in texts:
             for scores in score(model, text, sliding):
                 finite(scores.nll, done, "the reference's negative log-likelihood")
-                _write(kept, scores.log_probs)
+                _write(file, scores.log_probs)
                 done += len(scores.targets)
                 if report is not None:
-                    report(done, 2 * total)
-        return texts, subject_of(model, reference.name)
+                    report(done, recording.tokens)
+        return recording
 
 
 def _compare(
-    source: Source,
-    reference: Subject,
-    prompts: Prompts,
-    texts: list[Text],
-    sliding: Sliding,
-    kept: IO[bytes],
-    report: Report | None,
-) -> tuple[list[Positions], Subject]:
-    """The positions of each prompt."""
+    source: Source, recording: Recording, report: Report | None
+) -> tuple[Subject, list[Positions]]:
+    """What was run, and the positions of each prompt."""
     with _opened(source) as (model, tokenizer):
-        subject = subject_of(model, source.name)
-        if subject.vocabulary != reference.vocabulary or _encode(tokenizer, prompts) != texts:
+        subject, reference = subject_of(model, source.name), recording.reference
+        if (
+            subject.vocabulary != reference.vocabulary
+            or _encode(tokenizer, recording.prompts) != recording.texts
+        ):
             raise QualityError(
                 f"{source.name} and {reference.name} have different vocabularies "
                 f"({subject.vocabulary} and {reference.vocabulary} tokens): their next-token "
                 "distributions cannot be compared"
             )
-        total, done = sum(text.scored for text in texts), 0
+        done = 0
         by_prompt = []
-        for text in texts:
+        for text in recording.texts:
             parts = []
-            for scores in score(model, text, sliding):
-                n, vocabulary = scores.log_probs.shape
-                base = Scores(scores.targets, _read(kept, n, vocabulary).to(model.device))
-                nll = finite(scores.nll, done, "the model's negative log-likelihood")
-                kl = kl_divergence(base.log_probs, scores.log_probs).cpu()
-                same_top = base.log_probs.argmax(-1) == scores.log_probs.argmax(-1)
-                kl = finite(kl, done, "the KL divergence")
-                parts.append(Positions(kl, same_top.cpu(), nll, base.nll))
-                done += n
+            for scores in score(model, text, recording.sliding):
+                parts.append(_positions(scores, recording.file, done))
+                done += len(scores.targets)
                 if report is not None:
-                    report(total + done, 2 * total)
+                    report(done, recording.tokens)
             by_prompt.append(Positions.joined(parts))
-        return by_prompt, subject
+        return subject, by_prompt
+
+
+def _positions(scores: Scores, file: IO[bytes], at: int) -> Positions:
+    """`scores` beside what comes next in `file`; `at`: tokens scored before."""
+    base = _read(file, *scores.log_probs.shape).to(scores.log_probs.device)
+    nll = finite(scores.nll, at, "the model's negative log-likelihood")
+    kl = finite(kl_divergence(base, scores.log_probs).cpu(), at, "the KL divergence")
+    same_top = base.argmax(-1) == scores.log_probs.argmax(-1)
+    return Positions(kl, same_top.cpu(), nll, Scores(scores.targets, base).nll)
 
 
 def _write(file: IO[bytes], rows: Tensor) -> None:

@@ -111,7 +111,7 @@ class Ticker:
 
     def __call__(self, done: int, total: int) -> None:
         now = time.perf_counter()
-        if self._first is None:  # what came before was loading
+        if self._first is None or done < self._first[1]:  # what came before was loading
             self._first, self._shown = (now, done), now
         if now - self._shown < self._every or done == self._first[1]:
             return

@@ -80,7 +80,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase | None, text: str, name: str)
             "folder"
         )
     ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-    encoded = Text(_prefix(tokenizer), ids)
+    encoded = Text(prefix_of(tokenizer), ids)
     if encoded.scored < 2:  # one score has no standard error
         raise QualityError(
             f"{name} has {len(ids)} token{'s' * (len(ids) != 1)}, too few to measure: give at "
@@ -89,7 +89,8 @@ def encode_text(tokenizer: PreTrainedTokenizerBase | None, text: str, name: str)
     return encoded
 
 
-def _prefix(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def prefix_of(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """What `tokenizer` puts before a text."""
     probe = "a"
     bare = tokenizer(probe, add_special_tokens=False)["input_ids"]
     full = tokenizer(probe)["input_ids"]
