@@ -545,7 +545,7 @@ def _add_quality_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
         "check",
         _check,
         "how far a model is from a reference: KL divergence, top-1 agreement, perplexity",
-        "offload check demo --expert-bits 4 --against demo --save-baseline demo-q4.json",
+        "offload check demo --bits q4 --against demo --save-baseline demo-q4.json",
     )
     _add_model_flags(check)
     group = check.add_argument_group("comparison")
@@ -644,7 +644,10 @@ def _check(arguments: argparse.Namespace) -> int:
     other = {
         "model": arguments.against,
         "revision": arguments.revision if arguments.against == arguments.model else None,
-        **reference_bits(arguments.against),
+        "bits": reference_bits(arguments.against),
+        "expert_bits": None,
+        "dense_bits": None,
+        "group_size": None,
     }
     against = argparse.Namespace(**{**vars(arguments), **other})
 

@@ -37,7 +37,7 @@ from offload.perplexity import measure_perplexity
 from offload.progress import Ticker
 from offload.prompts import read_prompts
 from offload.scoring import Sliding, Text, prefix_of
-from quant.pack import Pack
+from quant.pack import PackInfo
 
 REFERENCE = "experts=16,dense=16"
 WIDTHS = (16, 8, 6, 5, 4, 3, 2)
@@ -60,15 +60,11 @@ COLUMNS = (
 )
 
 
-def bits_per_weight(pack: Pack) -> float:
-    """Bits an expert weight takes in the pack: codes, scales, padding and all."""
-    info = pack.info
-    record_bytes = weights = 0
-    for index, layer in enumerate(info.layers):
-        layout = info.layout_of(index)
-        record_bytes += layer.num_experts * layout.record_bytes
-        weights += layer.num_experts * sum(m.rows * m.columns for m in layout.matrices)
-    return 8 * record_bytes / weights
+def bits_per_weight(info: PackInfo) -> float:
+    """Bits an expert's weight takes in the pack: codes, scales, padding and all."""
+    layers = enumerate(info.layers)
+    weights = sum(layer.num_experts * info.layout_of(i).weights for i, layer in layers)
+    return 8 * info.expert_bytes / weights
 
 
 def load(source: str, setting: str, packs: Path) -> tuple[PreTrainedModel, Any]:
@@ -86,8 +82,9 @@ def measure(setting: str, source: str, recording: Recording, tokens: int) -> dic
         model, tokenizer = load(source, setting, Path(packs))
         figures["load_seconds"] = time.perf_counter() - begin  # making the pack, most of it
         pack = offload_of(model).pack
+        figures["bits"] = pack.info.bits
         figures["bytes"] = pack.total_bytes
-        figures["expert_bits_per_weight"] = bits_per_weight(pack)
+        figures["expert_bits_per_weight"] = bits_per_weight(pack.info)
         text = Text(prefix_of(tokenizer), tuple(real_text(tokenizer, tokens)))
         with Ticker(setting) as ticker:
             found = measure_perplexity(model, text, SLIDING, ticker)

@@ -31,6 +31,7 @@ from offload.subject import Subject, subject_of
 from quant.pack import is_pack
 
 FLOAT_BYTES = 4
+UNQUANTISED = "experts=16,dense=16"
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,9 @@ class CheckResult:
         }
 
 
-def reference_bits(name: str) -> dict[str, int | None]:
-    """The bits a reference called `name` is loaded with: a pack's own, else all that there are."""
-    bits = None if is_pack(Path(name).expanduser()) else 16
-    return {"expert_bits": bits, "dense_bits": bits, "group_size": None}
+def reference_bits(name: str) -> str | None:
+    """The `bits` a reference called `name` is loaded with: a pack's own, else all there are."""
+    return None if is_pack(Path(name).expanduser()) else UNQUANTISED
 
 
 def check(

@@ -22,7 +22,7 @@ class Subject:
     layers: int
     hidden_size: int
     vocabulary: int
-    settings: dict[str, Any]  # bits, group size, dtype, device: these may change
+    settings: dict[str, Any]  # bits, dtype, device: these may change
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -46,11 +46,7 @@ def subject_of(model: PreTrainedModel, source: str) -> Subject:
         info = handle.pack.info
         source = info.source
         settings["runner"] = "offload"
-        settings |= {
-            "expert_bits": info.expert_bits,
-            "dense_bits": info.dense_bits,
-            "group_size": info.group_size,
-        }
+        settings["bits"] = info.bits
     return Subject(
         name=source,
         model_type=model.config.model_type,

@@ -11,7 +11,7 @@ import pytest
 
 import cli
 from offload.loading import find_or_make_pack
-from offload.make_pack import Recipe
+from offload.recipe import Recipe
 from tests.offload.test_check import perturbed
 from tests.offload.test_cli import Done, Run
 from tests.offload.test_cli import run as run  # a fixture
@@ -67,7 +67,7 @@ def test_ppl_as_json(run: Run, mixtral_pack: Path, text: Path) -> None:
     assert line == f"Perplexity: {figures}\n"
     assert (data["window"], data["stride"]) == (64, 32)
     assert data["tokens"] == len(text.read_bytes()) - 1
-    assert data["model"]["settings"]["expert_bits"] == 4
+    assert data["model"]["settings"]["bits"] == "experts=4g64"
 
 
 def one_line(done: Done) -> str:
@@ -137,7 +137,7 @@ def test_check_as_json(run: Run, mixtral: Path, mixtral_pack: Path) -> None:
     data = json.loads(done.out)
     assert data["prompts"]["names"] == ["prose", "code", "maths", "dialogue", "hebrew"]
     assert data["reference"]["settings"]["runner"] == "transformers"
-    assert data["model"]["settings"]["expert_bits"] == 4
+    assert data["model"]["settings"]["bits"] == "experts=4g64"
     assert 0 < data["figures"]["kl_mean"] < data["figures"]["kl_p99"] < data["figures"]["kl_max"]
     assert data["worse"] is None
     assert data["by_prompt"].keys() == set(data["prompts"]["names"])
