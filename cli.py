@@ -180,7 +180,7 @@ def _add_source_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_budget_flags(group: argparse._ArgumentGroup) -> None:
+def _add_budget_flags(group: argparse._ArgumentGroup, context: int = 4096) -> None:
     group.add_argument(
         "--device", metavar="NAME", help="cuda, cuda:1 or cpu (cuda if there is one)"
     )
@@ -191,14 +191,19 @@ def _add_budget_flags(group: argparse._ArgumentGroup) -> None:
         "--ram", metavar="SIZE", help="RAM to use, like 48GiB (90%% of what is free)"
     )
     group.add_argument(
-        "-c", "--ctx-size", type=_positive, default=4096, metavar="N", help="context (4096)"
+        "-c",
+        "--ctx-size",
+        type=_positive,
+        default=context,
+        metavar="N",
+        help=f"context ({context})",
     )
 
 
-def _add_model_flags(parser: argparse.ArgumentParser) -> None:
+def _add_model_flags(parser: argparse.ArgumentParser, context: int = 4096) -> None:
     parser.add_argument("model", metavar="MODEL", help="checkpoint folder, pack, hub id, or demo")
     group = parser.add_argument_group("memory")
-    _add_budget_flags(group)
+    _add_budget_flags(group, context)
     group.add_argument(
         "--expert-slots", metavar="N", help="resident experts, a number or a share like 25%%"
     )
@@ -534,7 +539,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
 def _add_quality_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     """`ppl` and `check`."""
     ppl = add("ppl", _ppl, "perplexity on a text", "offload ppl demo -f book.txt")
-    _add_model_flags(ppl)
+    _add_model_flags(ppl, context=512)
     ppl.add_argument(
         "-f", "--file", type=Path, metavar="FILE", help="the text, UTF-8 (else a piped stdin)"
     )
@@ -547,7 +552,7 @@ def _add_quality_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
         "how far a model is from a reference: KL divergence, top-1 agreement, perplexity",
         "offload check demo --bits q4 --against demo --save-baseline demo-q4.json",
     )
-    _add_model_flags(check)
+    _add_model_flags(check, context=512)
     group = check.add_argument_group("comparison")
     group.add_argument(
         "--against",
@@ -575,12 +580,11 @@ def _add_quality_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _add_window_flags(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(ctx_size=512)
     parser.add_argument(
         "--stride",
         type=_positive,
         metavar="N",
-        help="new tokens a window of --ctx-size (512 here); the others are context (half)",
+        help="new tokens a window of --ctx-size, the others are context (half)",
     )
 
 
@@ -629,12 +633,14 @@ def _ppl(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from offload.baseline import TOLERANCES, read_baseline, save_baseline
-    from offload.check import Source, check, reference_bits
+    from offload.baseline import read_baseline, save_baseline
+    from offload.check import check, reference_bits
     from offload.comparison import table
     from offload.progress import Ticker
     from offload.prompts import read_prompts
+    from offload.recording import Source
     from offload.scoring import Sliding
+    from offload.tolerance import TOLERANCES
 
     prompts = read_prompts(arguments.prompts)
     # A file that cannot be used is told before two models are run.
@@ -671,6 +677,8 @@ def _check(arguments: argparse.Namespace) -> int:
             ticker,
         )
     changes = baseline.worse(result) if baseline else ()
+    if baseline and baseline.settings != result.model.settings:
+        print(f"the baseline was measured with {baseline.settings}", file=sys.stderr)
     if arguments.json:
         worse = None if baseline is None else [asdict(change) for change in changes]
         print(json.dumps({**result.to_json(), "worse": worse}, indent=2, ensure_ascii=False))

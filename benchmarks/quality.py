@@ -31,11 +31,12 @@ from transformers import PreTrainedModel
 import offload
 from offload import OffloadError
 from offload.bench import real_text
-from offload.check import Recording, Source, compare, record
+from offload.check import compare
 from offload.handle import offload_of
 from offload.perplexity import measure_perplexity
 from offload.progress import Ticker
 from offload.prompts import read_prompts
+from offload.recording import Recording, Source, record
 from offload.scoring import Sliding, Text, prefix_of
 from quant.pack import PackInfo
 

@@ -25,55 +25,13 @@ import transformers
 
 from offload.check import CheckResult
 from offload.errors import QualityError
+from offload.tolerance import TOLERANCES, Change, Tolerance
 from offload.version import __version__
 
 FORMAT = "moe-offload quality baseline"
 VERSION = 1
 AGAIN = "make it again with --save-baseline"
-MORE_IS_BETTER = frozenset({"top1_agreement"})
 SAME_REFERENCE = 0.01  # relative: other processors round a perplexity differently, by far less
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """How much worse a figure may become."""
-
-    relative: float = 0.0
-    absolute: float = 0.0
-
-
-# On one machine a check repeats to the last bit, so tolerances are for other processors and
-# versions. What rounding alone does is bounded by the demo in bfloat16 against itself in float32:
-# KL mean 0.0010, median 0.0007, 99% 0.006, max 0.02, 2.5% other top tokens, perplexity 0.04%
-# (docs/log.md). The absolute parts are above that, and matter where a figure is near 0 as at 8
-# and 16 bits; the relative parts are well below what a bit less costs.
-TOLERANCES = {
-    "kl_mean": Tolerance(relative=0.10, absolute=0.002),
-    "kl_median": Tolerance(relative=0.15, absolute=0.002),
-    # Set by a few positions: steadier than the maximum, less than the mean.
-    "kl_p99": Tolerance(relative=0.30, absolute=0.02),
-    # Set by one position; twice as far is a new kind of mistake.
-    "kl_max": Tolerance(relative=1.00, absolute=0.05),
-    "top1_agreement": Tolerance(absolute=0.03),
-    # llama.cpp's q4_K_M costs 2.8% on Llama 3 8B, its q8_0 0.04% (its perplexity README).
-    "perplexity_ratio": Tolerance(relative=0.01),
-    "perplexity": Tolerance(relative=0.01),
-}
-
-
-@dataclass(frozen=True)
-class Change:
-    """A figure that may not be as it is: `now` is beyond `limit`, `before` is the baseline's."""
-
-    figure: str
-    before: float
-    now: float
-    limit: float
-
-    def __str__(self) -> str:
-        bound = "at least" if self.figure in MORE_IS_BETTER else "at most"
-        now, limit, before = (f"{value:.4g}" for value in (self.now, self.limit, self.before))
-        return f"{self.figure} {now} ({bound} {limit} allowed, was {before})"
 
 
 @dataclass(frozen=True)
@@ -98,14 +56,11 @@ class Baseline:
         """
         self._check_comparable(result)
         now = result.overall.figures()
-        changes = []
-        for name, tolerance in self.tolerances.items():
-            before, value = self.figures[name], now[name]
-            sign = -1 if name in MORE_IS_BETTER else 1
-            limit = before + sign * (tolerance.absolute + tolerance.relative * abs(before))
-            if not sign * value <= sign * limit:  # so written, a NaN is worse
-                changes.append(Change(name, before, value, limit))
-        return tuple(changes)
+        changes = [
+            Change(name, self.figures[name], now[name], tolerance.limit(name, self.figures[name]))
+            for name, tolerance in self.tolerances.items()
+        ]
+        return tuple(change for change in changes if change.is_worse)
 
     def _check_comparable(self, result: CheckResult) -> None:
         def differ(what: str, before: object, now: object) -> QualityError:

@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from offload import PackError, QualityError, SourceError, load
-from offload.check import CheckResult, Source, check, reference_bits
+from offload.check import CheckResult, check, reference_bits
 from offload.comparison import Comparison, Positions, kl_divergence, table
 from offload.plain import load_plain
 from offload.prompts import BUILT_IN, Prompts, read_prompts
+from offload.recording import Source
 from offload.scoring import Sliding
 from tests.conftest import make_tokenizer
 
@@ -193,7 +194,7 @@ def test_a_full_disk_is_told_in_one_line(
         def write(self, _: object) -> int:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("offload.check.tempfile.TemporaryFile", lambda **_: Full())
+    monkeypatch.setattr("offload.recording.tempfile.TemporaryFile", lambda **_: Full())
     with pytest.raises(QualityError, match=r"No space left on device.*TMPDIR"):
         run(source(mixtral_pack), source(mixtral_pack))
 

@@ -152,7 +152,11 @@ def test_check_passes_a_good_pack_and_fails_a_damaged_one(
     assert (saved.code, saved.err.splitlines()[-1]) == (0, f"figures saved in {baseline}")
 
     good = run("check", mixtral_pack, *common, "--baseline", baseline)
-    assert (good.code, good.err.splitlines()[-1]) == (0, f"no worse than {baseline} allows")
+    assert (good.code, good.err) == (0, f"no worse than {baseline} allows\n")
+
+    better = run("check", mixtral, "--bits", "q8", *common, "--baseline", baseline)
+    assert better.code == 0
+    assert "the baseline was measured with {" in better.err
 
     checkpoint = perturbed(mixtral, tmp_path / mixtral.name, 0.5)
     damaged = find_or_make_pack(str(checkpoint), Recipe(), destination=tmp_path / "damaged")
