@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from offload import QualityError, load
 from offload import scoring as scoring_module
 from offload.estimate import Estimate, exp_of, mean_of, share_of
 from offload.perplexity import Perplexity, measure_perplexity
+from offload.progress import Ticker
 from offload.scoring import Sliding, Text, cut, encode_text
 from tests.conftest import BEGIN, make_tokenizer
 
@@ -196,3 +199,13 @@ def test_the_error_goes_through_the_exponential() -> None:
 
 def test_the_line_is_llama_cpps() -> None:
     assert str(Perplexity(Estimate(math.log(12), 0.01), 99)) == "Perplexity: 12.000 ± 0.120"
+
+
+def test_progress_is_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    with Ticker("it", every=0.0) as ticker:
+        for done in (10, 30, 20):  # the first call begins; one that goes back begins again
+            time.sleep(0.01)
+            ticker(done, 100)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert re.fullmatch(r"it: 30 of 100 tokens, \d+ t/s, \d+ s left\n", captured.err)
