@@ -203,7 +203,7 @@ def test_the_line_is_llama_cpps() -> None:
 
 def test_progress_is_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     with Ticker("it", every=0.0) as ticker:
-        for done in (10, 30, 20):  # the first call begins; one that goes back begins again
+        for done in (10, 30, 5):  # the first call begins; one that goes back begins again
             time.sleep(0.01)
             ticker(done, 100)
     captured = capsys.readouterr()
