@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 from pathlib import Path
 
@@ -91,6 +92,7 @@ def test_ppl_needs_a_text(
     assert "cannot read the text" in one_line(run("ppl", mixtral_pack, "-f", tmp_path / "none"))
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
     assert "cannot read the text" in one_line(run("ppl", mixtral_pack, "-f", tmp_path / "bytes"))
+    assert "is empty" in one_line(run("ppl", "none", "-f", os.devnull))
     (tmp_path / "short").write_text("ab")
     error = one_line(run("ppl", mixtral_pack, "-f", tmp_path / "short"))
     assert "short has 2 tokens, too few to measure: give at least 3" in error
