@@ -14,6 +14,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -151,6 +152,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_recipe_flags(quantize)
     _add_budget_flags(quantize.add_argument_group("what --bits fit must fit in"))
     _add_source_flags(quantize)
+    _add_quality_commands(add)
     return parser
 
 
@@ -178,7 +180,7 @@ def _add_source_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_budget_flags(group: argparse._ArgumentGroup) -> None:
+def _add_budget_flags(group: argparse._ArgumentGroup, context: int = 4096) -> None:
     group.add_argument(
         "--device", metavar="NAME", help="cuda, cuda:1 or cpu (cuda if there is one)"
     )
@@ -189,14 +191,19 @@ def _add_budget_flags(group: argparse._ArgumentGroup) -> None:
         "--ram", metavar="SIZE", help="RAM to use, like 48GiB (90%% of what is free)"
     )
     group.add_argument(
-        "-c", "--ctx-size", type=_positive, default=4096, metavar="N", help="context (4096)"
+        "-c",
+        "--ctx-size",
+        type=_positive,
+        default=context,
+        metavar="N",
+        help=f"context ({context})",
     )
 
 
-def _add_model_flags(parser: argparse.ArgumentParser) -> None:
+def _add_model_flags(parser: argparse.ArgumentParser, context: int = 4096) -> None:
     parser.add_argument("model", metavar="MODEL", help="checkpoint folder, pack, hub id, or demo")
     group = parser.add_argument_group("memory")
-    _add_budget_flags(group)
+    _add_budget_flags(group, context)
     group.add_argument(
         "--expert-slots", metavar="N", help="resident experts, a number or a share like 25%%"
     )
@@ -526,6 +533,170 @@ def _quantize(arguments: argparse.Namespace) -> int:
         trust_remote_code=arguments.trust_remote_code,
     )
     print(path)
+    return DONE
+
+
+def _add_quality_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """`ppl` and `check`."""
+    ppl = add("ppl", _ppl, "perplexity on a text", "offload ppl demo -f book.txt")
+    _add_model_flags(ppl, context=512)
+    ppl.add_argument(
+        "-f", "--file", type=Path, metavar="FILE", help="the text, UTF-8 (else a piped stdin)"
+    )
+    _add_window_flags(ppl)
+    ppl.add_argument("--json", action="store_true", help="write JSON instead of the line")
+
+    check = add(
+        "check",
+        _check,
+        "how far a model is from a reference: KL divergence, top-1 agreement, perplexity",
+        "offload check demo --bits q4 --against demo --save-baseline demo-q4.json",
+    )
+    _add_model_flags(check, context=512)
+    group = check.add_argument_group("comparison")
+    group.add_argument(
+        "--against",
+        required=True,
+        metavar="REFERENCE",
+        help="checkpoint (run at 16 bits), pack, hub id, or demo",
+    )
+    group.add_argument(
+        "--plain", action="store_true", help="run the reference by transformers alone, in memory"
+    )
+    group.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="texts, each under a line `--- NAME` (prose, code, maths, dialogue, Hebrew)",
+    )
+    group.add_argument(
+        "--baseline", type=Path, metavar="FILE", help="fail when a figure is worse than it allows"
+    )
+    group.add_argument(
+        "--save-baseline", type=Path, metavar="FILE", help="write the figures for --baseline"
+    )
+    _add_window_flags(check)
+    check.add_argument("--json", action="store_true", help="write JSON instead of a table")
+
+
+def _add_window_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--stride",
+        type=_positive,
+        metavar="N",
+        help="new tokens a window of --ctx-size, the others are context (half)",
+    )
+
+
+def _text(file: Path | None) -> str:
+    """The text of -f or a piped stdin."""
+    if file is None and sys.stdin.isatty():
+        raise OffloadError("there is no text: give one with -f or a pipe, there is no default")
+    try:
+        text = sys.stdin.read() if file is None else file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OffloadError(f"cannot read the text from {file or 'stdin'}: {error}") from None
+    if not text:  # told before the model is loaded
+        raise OffloadError(f"the text from {file or 'stdin'} is empty: give one of a page or more")
+    return text
+
+
+def _ppl(arguments: argparse.Namespace) -> int:
+    text = _text(arguments.file)
+    model, tokenizer, _ = _load(arguments)
+    from offload.handle import offload_of
+    from offload.perplexity import measure_perplexity
+    from offload.progress import Ticker
+    from offload.scoring import Sliding, encode_text
+    from offload.subject import subject_of
+
+    sliding = Sliding.asked(arguments.ctx_size, arguments.stride)
+    encoded = encode_text(tokenizer, text, str(arguments.file or "the piped text"))
+    begin = time.perf_counter()
+    with Ticker("perplexity") as ticker:
+        result = measure_perplexity(model, encoded, sliding, ticker)
+    seconds = time.perf_counter() - begin
+    if arguments.json:
+        report = {
+            "perplexity": result.perplexity.value,
+            "perplexity_error": result.perplexity.error,
+            "nll": result.nll.value,
+            "tokens": result.tokens,
+            "window": sliding.window,
+            "stride": sliding.stride,
+            "seconds": seconds,
+            "model": subject_of(model, arguments.model).to_json(),
+        }
+        print(json.dumps(report, indent=2, ensure_ascii=False))
+    else:
+        print(result)
+    print(offload_of(model).stats().line(), file=sys.stderr)
+    offload_of(model).close()
+    return DONE
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from offload.baseline import read_baseline, save_baseline
+    from offload.check import check, reference_bits
+    from offload.comparison import table
+    from offload.progress import Ticker
+    from offload.prompts import read_prompts
+    from offload.recording import Source
+    from offload.scoring import Sliding
+    from offload.tolerance import TOLERANCES
+
+    prompts = read_prompts(arguments.prompts)
+    # A file that cannot be used is told before two models are run.
+    baseline = read_baseline(arguments.baseline) if arguments.baseline else None
+    if arguments.save_baseline and not arguments.save_baseline.resolve().parent.is_dir():
+        raise OffloadError(f"there is no folder for {arguments.save_baseline}: make it first")
+    other = {
+        "model": arguments.against,
+        "revision": arguments.revision if arguments.against == arguments.model else None,
+        "bits": reference_bits(arguments.against),
+        "expert_bits": None,
+        "dense_bits": None,
+        "group_size": None,
+    }
+    against = argparse.Namespace(**{**vars(arguments), **other})
+
+    def plain() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        from offload.plain import load_plain
+
+        return load_plain(
+            against.model,
+            device=against.device,
+            revision=against.revision,
+            local_files_only=against.local_files_only,
+            trust_remote_code=against.trust_remote_code,
+        )
+
+    with Ticker("check") as ticker:
+        result = check(
+            Source(arguments.model, lambda: _load(arguments)[:2]),
+            Source(against.model, plain if arguments.plain else lambda: _load(against)[:2]),
+            prompts,
+            Sliding.asked(arguments.ctx_size, arguments.stride),
+            ticker,
+        )
+    changes = baseline.worse(result) if baseline else ()
+    if baseline and baseline.settings != result.model.settings:
+        print(f"the baseline was measured with {baseline.settings}", file=sys.stderr)
+    if arguments.json:
+        worse = None if baseline is None else [asdict(change) for change in changes]
+        print(json.dumps({**result.to_json(), "worse": worse}, indent=2, ensure_ascii=False))
+    else:
+        print(table([*result.named(), ("all", result.overall)]))
+    if changes:
+        what = "; ".join(map(str, changes))
+        raise OffloadError(f"worse than {arguments.baseline} allows: {what}")
+    if baseline:
+        print(f"no worse than {arguments.baseline} allows", file=sys.stderr)
+    if arguments.save_baseline:
+        save_baseline(
+            arguments.save_baseline, result, baseline.tolerances if baseline else TOLERANCES
+        )
+        print(f"figures saved in {arguments.save_baseline}", file=sys.stderr)
     return DONE
 
 

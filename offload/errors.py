@@ -28,6 +28,10 @@ class BudgetError(OffloadError):
     """Too little memory for what was asked."""
 
 
+class QualityError(OffloadError):
+    """A text, reference or baseline that quality cannot be measured with."""
+
+
 class GenerationError(OffloadError):
     """A prompt or a sampling parameter that cannot be used, or a model that says nothing usable."""
 
@@ -68,6 +72,7 @@ __all__ = [
     "GenerationError",
     "OffloadError",
     "PackError",
+    "QualityError",
     "RecipeError",
     "SourceError",
     "UnsupportedModelError",

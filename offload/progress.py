@@ -91,6 +91,38 @@ class Progress:
             self._bar.update(self._task, advance=amount, nbytes=self._nbytes)
 
 
+class Ticker:
+    """Told how far something is, `(done, total)`: a line that is overwritten at a terminal, else
+    one every `every` seconds."""
+
+    def __init__(self, title: str, *, every: float = 10.0) -> None:
+        self._title = title
+        self._terminal = sys.stderr.isatty()
+        self._every = 0.2 if self._terminal else every
+
+    def __enter__(self) -> Ticker:
+        self._shown = time.perf_counter()
+        self._first: tuple[float, int] | None = None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.perf_counter()
+        if self._first is None or done < self._first[1]:  # what came before was loading
+            self._first, self._shown = (now, done), now
+        if now - self._shown < self._every or done == self._first[1]:
+            return
+        self._shown = now
+        rate = (done - self._first[1]) / (now - self._first[0])
+        line = f"{self._title}: {done} of {total} tokens, {rate:.0f} t/s, "
+        line += f"{(total - done) / rate:.0f} s left"
+        begin, end = ("\r", "\033[K") if self._terminal else ("", "\n")
+        print(begin + line, end=end, file=sys.stderr, flush=True)
+
+
 @contextmanager
 def without_bars() -> Iterator[None]:
     """Without transformers' own progress bars."""

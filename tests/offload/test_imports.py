@@ -26,6 +26,7 @@ EXPORTED = {
     "GenerationResponse",
     "OffloadError",
     "PackError",
+    "QualityError",
     "RecipeError",
     "SourceError",
     "UnsupportedModelError",

@@ -1,0 +1,50 @@
+"""The fixed texts two models are compared on.
+
+Knows: the format of a file of prompts, and the built-in one. Does not know: tokens, models.
+
+A line `--- NAME` begins the prompt NAME; what stands before the first such line is prompt "1". The
+built-in set (prose, code, maths, dialogue, Hebrew) was written for this project.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from offload.errors import QualityError
+
+BUILT_IN = Path(__file__).with_name("prompts.txt")
+HEADING = re.compile(r"^--- +(\S.*?) *$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Named texts. `sha256` is of the names and texts, whatever file they came from."""
+
+    names: tuple[str, ...]
+    texts: tuple[str, ...]
+
+    @property
+    def sha256(self) -> str:
+        parts = "\0".join(
+            part for pair in zip(self.names, self.texts, strict=True) for part in pair
+        )
+        return hashlib.sha256(parts.encode()).hexdigest()
+
+
+def read_prompts(file: Path | None = None) -> Prompts:
+    """The prompts of `file`; None: the built-in ones. Raises `QualityError`."""
+    try:
+        text = (file or BUILT_IN).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise QualityError(f"cannot read the prompts from {file}: {error}") from None
+    first, *rest = HEADING.split(text)
+    pairs = [("1", first), *zip(rest[::2], rest[1::2], strict=True)]
+    named = {name: body.strip("\n") for name, body in pairs if body.strip()}
+    if not named:
+        raise QualityError(f"{file} holds no prompts: write texts, each under a line `--- NAME`")
+    if len(named) < sum(bool(body.strip()) for _, body in pairs):
+        raise QualityError(f"{file} has two prompts of one name: names must differ")
+    return Prompts(tuple(named), tuple(named.values()))

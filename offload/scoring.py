@@ -1,0 +1,159 @@
+"""Scoring a text: every token's distribution given the tokens before it, in a sliding window.
+
+Knows: tokens, windows, how much is computed at a time. Does not know: what the scores are for, nor
+experts; any causal model of transformers will do.
+
+Letters: N tokens of the text, T of one window, n of one slice, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from offload.errors import QualityError
+
+WINDOW = 512  # tokens, as llama.cpp's perplexity tool; half of them are context by default
+PIECE = 512  # tokens given to the model at once: bounds the logits [PIECE, V] of long windows
+SLICE = 64  # rows whose logits are widened to float32 at once
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text as tokens. `prefix` is what its tokenizer puts before every text, such as BOS."""
+
+    prefix: tuple[int, ...]
+    ids: tuple[int, ...]
+
+    @property
+    def scored(self) -> int:
+        """Tokens that have something before them."""
+        return len(self.ids) if self.prefix else max(0, len(self.ids) - 1)
+
+
+@dataclass(frozen=True)
+class Sliding:
+    """How a text is cut: windows of `window` tokens that begin `stride` tokens apart."""
+
+    window: int
+    stride: int
+
+    @classmethod
+    def asked(cls, window: int = WINDOW, stride: int | None = None) -> Sliding:
+        """With the default stride, half a window, when None is given."""
+        return cls(window, max(1, window // 2) if stride is None else stride)
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens `begin` to `end` of the text, of which those from `scored` on are new."""
+
+    begin: int
+    end: int
+    scored: int
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Some tokens that follow each other, and what was expected in their places."""
+
+    targets: Tensor  # [n]
+    log_probs: Tensor  # [n, V] float32
+
+    @property
+    def nll(self) -> Tensor:
+        """Negative log-likelihood of the targets in nats: [n] float64 on the CPU."""
+        picked = self.log_probs.gather(1, self.targets[:, None]).squeeze(1)
+        return -picked.double().cpu()  # sync: the scores of a slice are done
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase | None, text: str, name: str) -> Text:
+    """`text`, called `name` in errors, as tokens, with what its tokenizer puts before it."""
+    if tokenizer is None:
+        raise QualityError(
+            "the model has no tokenizer: put tokenizer.json and tokenizer_config.json into its "
+            "folder"
+        )
+    ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    encoded = Text(prefix_of(tokenizer), ids)
+    if encoded.scored < 2:  # one score has no standard error
+        raise QualityError(
+            f"{name} has {len(ids)} token{'s' * (len(ids) != 1)}, too few to measure: give at "
+            f"least {2 if encoded.prefix else 3}"
+        )
+    return encoded
+
+
+def prefix_of(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """What `tokenizer` puts before a text."""
+    probe = "a"
+    bare = tokenizer(probe, add_special_tokens=False)["input_ids"]
+    full = tokenizer(probe)["input_ids"]
+    for begin in range(len(full) - len(bare) + 1):
+        if full[begin : begin + len(bare)] == bare:
+            return tuple(full[:begin])
+    return ()
+
+
+def cut(text: Text, sliding: Sliding) -> Iterator[Window]:
+    """The windows over `text`: each token is scored once, after the first window with at least
+    window - stride tokens before it, the prefix among them.
+
+    Raises `QualityError` when window and stride do not allow that.
+    """
+    room = sliding.window - len(text.prefix)
+    if room < 2:
+        raise QualityError(
+            f"a window of {sliding.window} tokens is too short: raise --ctx-size to at least "
+            f"{len(text.prefix) + 2}"
+        )
+    if not 1 <= sliding.stride < room:
+        raise QualityError(
+            f"the stride is {sliding.stride}: give --stride at least 1 and at most {room - 1} with "
+            f"a window of {sliding.window} tokens"
+        )
+    scored = 0 if text.prefix else 1
+    for begin in range(0, len(text.ids), sliding.stride):
+        end = min(begin + room, len(text.ids))
+        yield Window(begin, end, scored)
+        if end == len(text.ids):
+            return
+        scored = end
+
+
+def score(model: PreTrainedModel, text: Text, sliding: Sliding) -> Iterator[Scores]:
+    """The scores of `text`, in the order of its tokens, at most `SLICE` at a time.
+
+    Raises `QualityError` when the text has tokens that the model does not know.
+    """
+    vocabulary = model.config.get_text_config().vocab_size
+    if min(text.ids) < 0 or max(text.ids) >= vocabulary:
+        raise QualityError(
+            f"the text has a token outside the model's {vocabulary}: tokenizer and model do not "
+            "belong together"
+        )
+    for window in cut(text, sliding):
+        row = text.prefix + text.ids[window.begin : window.end]
+        ids = torch.tensor([row], device=model.device)  # [1, T]
+        first = len(text.prefix) + window.scored - window.begin  # of `row`, to be scored
+        cache = None
+        for begin in range(0, len(row) - 1, PIECE):  # nothing is asked about what follows the last
+            end = min(begin + PIECE, len(row) - 1)
+            keep = end - max(begin, first - 1)  # logits at i are about token i + 1
+            logits, cache = _forward(model, ids[:, begin:end], cache, max(1, keep))
+            for at in range(end - keep, end, SLICE):  # none when keep < 1
+                stop = min(at + SLICE, end)
+                some = logits[at - end : stop - end or None].float()
+                yield Scores(ids[0, at + 1 : stop + 1], some.log_softmax(-1))
+
+
+@torch.inference_mode()
+def _forward(model: PreTrainedModel, ids: Tensor, cache: Any, keep: int) -> tuple[Tensor, Any]:
+    """The last `keep` tokens' logits [keep, V], and the KV cache."""
+    out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=keep)
+    return out.logits[0], out.past_key_values
