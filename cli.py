@@ -605,10 +605,10 @@ def _ppl(arguments: argparse.Namespace) -> int:
     text = _text(arguments.file)
     model, tokenizer, _ = _load(arguments)
     from offload.handle import offload_of
-    from offload.perplexity import measure_perplexity
     from offload.progress import Ticker
-    from offload.scoring import Sliding, encode_text
-    from offload.subject import subject_of
+    from offload.quality.perplexity import measure_perplexity
+    from offload.quality.scoring import Sliding, encode_text
+    from offload.quality.subject import subject_of
 
     sliding = Sliding.asked(arguments.ctx_size, arguments.stride)
     encoded = encode_text(tokenizer, text, str(arguments.file or "the piped text"))
@@ -636,14 +636,14 @@ def _ppl(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace) -> int:
-    from offload.baseline import read_baseline, save_baseline
-    from offload.check import check, reference_bits
-    from offload.comparison import table
     from offload.progress import Ticker
-    from offload.prompts import read_prompts
-    from offload.recording import Source
-    from offload.scoring import Sliding
-    from offload.tolerance import TOLERANCES
+    from offload.quality.baseline import read_baseline, save_baseline
+    from offload.quality.check import check, reference_bits
+    from offload.quality.comparison import table
+    from offload.quality.prompts import read_prompts
+    from offload.quality.recording import Source
+    from offload.quality.scoring import Sliding
+    from offload.quality.tolerance import TOLERANCES
 
     prompts = read_prompts(arguments.prompts)
     # A file that cannot be used is told before two models are run.
@@ -661,7 +661,7 @@ def _check(arguments: argparse.Namespace) -> int:
     against = argparse.Namespace(**{**vars(arguments), **other})
 
     def plain() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        from offload.plain import load_plain
+        from offload.quality.plain import load_plain
 
         return load_plain(
             against.model,

@@ -31,13 +31,13 @@ from transformers import PreTrainedModel
 import offload
 from offload import OffloadError
 from offload.bench import real_text
-from offload.check import compare
 from offload.handle import offload_of
-from offload.perplexity import measure_perplexity
 from offload.progress import Ticker
-from offload.prompts import read_prompts
-from offload.recording import Recording, Source, record
-from offload.scoring import Sliding, Text, prefix_of
+from offload.quality.check import compare
+from offload.quality.perplexity import measure_perplexity
+from offload.quality.prompts import read_prompts
+from offload.quality.recording import Recording, Source, record
+from offload.quality.scoring import Sliding, Text, prefix_of
 from quant.pack import PackInfo
 
 REFERENCE = "experts=16,dense=16"

@@ -1,6 +1,7 @@
 """Perplexity of a model on a text.
 
-Knows: its formula and its standard error. Does not know: windows (`offload.scoring`), printing.
+Knows: its formula and its standard error. Does not know: windows (`offload.quality.scoring`),
+printing.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from offload.errors import QualityError
-from offload.estimate import Estimate, exp_of, mean_of
-from offload.scoring import Sliding, Text, score
+from offload.quality.estimate import Estimate, exp_of, mean_of
+from offload.quality.scoring import Sliding, Text, score
 
 Report = Callable[[int, int], None]  # tokens scored, tokens to score
 

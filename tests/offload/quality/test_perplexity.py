@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from offload import QualityError, load
-from offload import scoring as scoring_module
-from offload.estimate import Estimate, exp_of, mean_of, share_of
-from offload.perplexity import Perplexity, measure_perplexity
 from offload.progress import Ticker
-from offload.scoring import Sliding, Text, cut, encode_text
+from offload.quality import scoring as scoring_module
+from offload.quality.estimate import Estimate, exp_of, mean_of, share_of
+from offload.quality.perplexity import Perplexity, measure_perplexity
+from offload.quality.scoring import Sliding, Text, cut, encode_text
 from tests.conftest import BEGIN, make_tokenizer
 
 TEXT = "Every token is scored once, and none of them twice; the window slides over the rest."

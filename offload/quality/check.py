@@ -1,8 +1,8 @@
 """Comparing a model with a reference on the same tokens, one after the other.
 
 Knows: that the reference runs first and is gone before the model is loaded; what must agree for
-two models to be comparable. Does not know: the figures' formulas (`offload.comparison`), what they
-are held against (`offload.baseline`).
+two models to be comparable. Does not know: the figures' formulas (`offload.quality.comparison`),
+what they are held against (`offload.quality.baseline`).
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from offload.comparison import Comparison, Positions, kl_divergence
 from offload.errors import QualityError
-from offload.perplexity import Report, finite
-from offload.prompts import Prompts
-from offload.recording import Recording, Source, encode, opened, record
-from offload.scoring import Scores, Sliding, score
-from offload.subject import Subject, subject_of
+from offload.quality.comparison import Comparison, Positions, kl_divergence
+from offload.quality.perplexity import Report, finite
+from offload.quality.prompts import Prompts
+from offload.quality.recording import Recording, Source, encode, opened, record
+from offload.quality.scoring import Scores, Sliding, score
+from offload.quality.subject import Subject, subject_of
 from quant.pack import is_pack
 
 UNQUANTISED = "experts=16,dense=16"

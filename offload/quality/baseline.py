@@ -1,7 +1,7 @@
 """A file of figures that a later check is held against.
 
 Knows: the file's format, what makes two checks comparable, tolerances. Does not know: how figures
-are measured (`offload.check`), what is printed.
+are measured (`offload.quality.check`), what is printed.
 
 The file is JSON for people to read and edit: `figures` are what was measured, `tolerances` how much
 worse each may become. A figure is too bad when it is worse than
@@ -23,9 +23,9 @@ from typing import Any
 import torch
 import transformers
 
-from offload.check import CheckResult
 from offload.errors import QualityError
-from offload.tolerance import TOLERANCES, Change, Tolerance
+from offload.quality.check import CheckResult
+from offload.quality.tolerance import TOLERANCES, Change, Tolerance
 from offload.version import __version__
 
 FORMAT = "moe-offload quality baseline"

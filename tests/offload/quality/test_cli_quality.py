@@ -13,7 +13,7 @@ import pytest
 import cli
 from offload.loading import find_or_make_pack
 from offload.recipe import Recipe
-from tests.offload.test_check import perturbed
+from tests.offload.quality.test_check import perturbed
 from tests.offload.test_cli import Done, Run
 from tests.offload.test_cli import run as run  # a fixture
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offload.estimate import Estimate, exp_of, mean_of, share_of
+from offload.quality.estimate import Estimate, exp_of, mean_of, share_of
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from offload.errors import QualityError
 from offload.handle import Offload
-from offload.perplexity import Report, finite
-from offload.prompts import Prompts
-from offload.scoring import Sliding, Text, encode_text, score
-from offload.subject import Subject, subject_of
+from offload.quality.perplexity import Report, finite
+from offload.quality.prompts import Prompts
+from offload.quality.scoring import Sliding, Text, encode_text, score
+from offload.quality.subject import Subject, subject_of
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase | None]
 FLOAT_BYTES = 4

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from offload import QualityError
-from offload.baseline import baseline_of, read_baseline, save_baseline
-from offload.check import CheckResult
-from offload.comparison import Comparison
-from offload.estimate import Estimate
-from offload.prompts import Prompts
-from offload.scoring import Sliding
-from offload.subject import Subject
-from offload.tolerance import TOLERANCES, Tolerance
+from offload.quality.baseline import baseline_of, read_baseline, save_baseline
+from offload.quality.check import CheckResult
+from offload.quality.comparison import Comparison
+from offload.quality.estimate import Estimate
+from offload.quality.prompts import Prompts
+from offload.quality.scoring import Sliding
+from offload.quality.subject import Subject
+from offload.quality.tolerance import TOLERANCES, Tolerance
 
 SUBJECT = Subject("tiny", "mixtral", 3, 64, 320, {"expert_bits": 4})
 FIGURES = Comparison(
