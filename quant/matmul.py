@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 # differently, and logits must not depend on what else the machine was doing.
 MOST_PACKED_TOKENS = 24
 SLAB_WEIGHTS = 2**22
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def dequantize(view: MatrixView, dtype: torch.dtype) -> Tensor:
@@ -90,7 +91,8 @@ def matmul_unpacked(x: Tensor, view: MatrixView) -> Tensor:
 
 def matmul(x: Tensor, view: MatrixView) -> Tensor:
     """`x` [M, K] times the matrix in `view`: [M, N], by the fastest way this machine has."""
-    if view.scales is None or x.device.type != "cpu" or not len(x):
+    asked = x.device.type == "cpu" and x.dtype in KERNEL_DTYPES and len(x) > 0
+    if view.scales is None or not asked or x.requires_grad:  # kernels know no gradients
         return matmul_reference(x, view)
     way = matmul_packed if len(x) <= MOST_PACKED_TOKENS else matmul_unpacked
     if cpu_kernel_works(way, view.layout.bits, view.layout.scale_bits, x.dtype):

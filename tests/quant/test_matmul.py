@@ -188,6 +188,14 @@ def test_tokens_may_lie_anywhere() -> None:
     assert matmul(x[:0], view).shape == (0, 64)
 
 
+def test_what_kernels_do_not_know_gets_the_reference() -> None:
+    view, x = sample_matrix(64, 128, Scheme(4)), tokens(2, 128, torch.float64)
+    assert torch.equal(matmul(x, view), matmul_reference(x, view))
+    x = tokens(2, 128, torch.float32).requires_grad_()
+    matmul(x, view).sum().backward()
+    assert x.grad is not None
+
+
 @pytest.mark.parametrize("name", ["haswell", "x86-64", "skylake-avx512"])
 def test_code_for_other_processors_is_right(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled for each; run where this processor has the instructions."""
