@@ -1,26 +1,38 @@
 """Multiplying by a matrix that lies in a record.
 
-Knows: the reference (dequantise, then `linear`) on any device, the fast CPU path, and how to find
-out at start whether this machine has it. Does not know: experts, layers, slots. The only module of
-`quant` that reaches kernels.
+Knows: the reference (dequantise, then `linear`) on any device, which of the CPU's kernels is
+quicker for how many tokens, and whether they can be trusted on this machine. Does not know:
+experts, layers, slots. The only module of `quant` that reaches kernels.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from quant.packing import TILE_ROWS, pack, unpack, unpack_rows
-from quant.record import MatrixLayout, MatrixView
-from quant.scales import decode_scales
+from quant.kernels import cpu
+from quant.packing import TILE_ROWS, unpack, unpack_rows
+from quant.record import MatrixSpec, MatrixView, plan_layout, view_record
+from quant.scales import decode_scales, encode_scales
+from quant.scheme import Scheme
 
 Matmul = Callable[[Tensor, MatrixView], Tensor]
 
+logger = logging.getLogger(__name__)
+
 # M tokens, K inputs, N outputs, g group size
+
+# Above this many tokens unpacking once and multiplying densely wins, and what is unpacked at a time
+# stays in the caches: both measured in docs/log.md. Neither follows a stopwatch: paths round
+# differently, and logits must not depend on what else the machine was doing.
+MOST_PACKED_TOKENS = 24
+SLAB_WEIGHTS = 2**22
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def dequantize(view: MatrixView, dtype: torch.dtype) -> Tensor:
@@ -55,60 +67,79 @@ def matmul_reference(x: Tensor, view: MatrixView) -> Tensor:
     return linear(x, dequantize(view, x.dtype), bias)
 
 
-def matmul_cpu_int4(x: Tensor, view: MatrixView) -> Tensor:
-    """As `matmul_reference` for 4 bits and bfloat16 `x`, without unpacking the matrix first."""
+def matmul_packed(x: Tensor, view: MatrixView) -> Tensor:
+    """As `matmul_reference` on the CPU, without unpacking the matrix first: for few tokens."""
+    if x.dtype == torch.float16:
+        return matmul_packed(x.float(), view).to(x.dtype)
+    out = cpu.multiply(x, view)
+    return out if view.bias is None else out.add_(view.bias)
+
+
+def matmul_unpacked(x: Tensor, view: MatrixView) -> Tensor:
+    """As `matmul_reference` on the CPU, a slab of rows after the other: for many tokens."""
     layout = view.layout
-    out: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(
-        x, view.weight.view(layout.stored_rows, -1), layout.group_size, view.scales
-    )
-    if layout.rows != layout.stored_rows:
-        out = out[:, : layout.rows]
-    return out if view.bias is None else out + view.bias.to(x.dtype)
-
-
-# Above this many tokens unpacking once and multiplying densely wins: measured in docs/log.md.
-INT4_MAX_TOKENS = 64
+    if x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and not bfloat16_is_quick()):
+        return matmul_unpacked(x.float(), view).to(x.dtype)
+    out = x.new_empty(x.shape[0], layout.rows)
+    step = max(1, SLAB_WEIGHTS // (TILE_ROWS * layout.columns)) * TILE_ROWS
+    for start in range(0, layout.rows, step):
+        cells = out[:, start : start + step]
+        weight = cpu.unpack(view, x.dtype, start, min(start + step, layout.stored_rows))
+        torch.mm(x, weight[:, : cells.shape[1]], out=cells)
+    return out if view.bias is None else out.add_(view.bias)
 
 
 def matmul(x: Tensor, view: MatrixView) -> Tensor:
     """`x` [M, K] times the matrix in `view`: [M, N], by the fastest way this machine has."""
-    layout = view.layout
-    if (
-        layout.bits == 4
-        and layout.scale_bits == 16
-        and x.dtype == torch.bfloat16
-        and x.device.type == "cpu"
-        and x.shape[0] <= INT4_MAX_TOKENS
-        and layout.group_size in (32, 64, 128, 256)
-        and cpu_int4_works()
-    ):
-        return matmul_cpu_int4(x, view)
+    asked = x.device.type == "cpu" and x.dtype in KERNEL_DTYPES and len(x) > 0
+    if view.scales is None or not asked or x.requires_grad:  # kernels know no gradients
+        return matmul_reference(x, view)
+    way = matmul_packed if len(x) <= MOST_PACKED_TOKENS else matmul_unpacked
+    if cpu_kernel_works(way, view.layout.bits, view.layout.scale_bits, x.dtype):
+        return way(x, view)
     return matmul_reference(x, view)
 
 
 @functools.cache
-def cpu_int4_works() -> bool:
-    """Whether torch's int4 kernel reads our tiles on this CPU (it does with AVX-512).
+def bfloat16_is_quick() -> bool:
+    """Whether oneDNN multiplies bfloat16 matrices here: without AVX-512 torch can be 40 to 500
+    times slower at it than at float32 (pytorch #146508)."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
-    Other instruction sets use another order of bytes, so a small product is compared with the
-    reference.
-    """
-    view = _probe_view()
-    x = torch.randn(2, view.layout.columns, generator=torch.Generator().manual_seed(1))
-    x = x.to(torch.bfloat16)
+
+@functools.cache
+def cpu_kernel_works(way: Matmul, bits: int, scale_bits: int, dtype: torch.dtype) -> bool:
+    """Whether `way`'s kernel compiles here and a small product is what the reference says."""
+    view = sample_matrix(2 * TILE_ROWS, 64, Scheme(bits, 32, scale_bits))
+    x = torch.randn(1, view.layout.columns, generator=torch.Generator().manual_seed(1)).to(dtype)
     try:
-        fast = matmul_cpu_int4(x, view)
-    except (RuntimeError, AttributeError):  # not built for this CPU, or gone from this torch
+        quick = way(x, view).float()
+    except (ImportError, OSError, RuntimeError) as error:
+        logger.warning("no CPU kernel for %d bits, products will be slow: %s", bits, error)
         return False
-    return torch.allclose(fast.float(), matmul_reference(x, view).float(), rtol=0.05, atol=0.05)
+    exact = matmul_reference(x.float(), view)
+    if torch.allclose(quick, exact, rtol=0.02, atol=0.02 * float(exact.abs().max())):
+        return True
+    logger.warning("the CPU kernel for %d bits is wrong here, products will be slow", bits)
+    return False
 
 
-def _probe_view() -> MatrixView:
-    rows, columns, group = 2 * TILE_ROWS, 128, 64
-    layout = MatrixLayout(
-        "probe", rows, columns, 4, group, 16, "bfloat16", "bfloat16", 0, 0, -1, -1
-    )
-    random = torch.Generator().manual_seed(0)  # equal rows would hide a wrong order of them
-    codes = torch.randint(0, 16, (rows, columns), generator=random, dtype=torch.uint8)
-    scales = torch.full((columns // group, rows, 2), 0.01, dtype=torch.bfloat16)
-    return MatrixView(layout, pack(codes, 4), scales, None, None)
+def sample_matrix(
+    rows: int, columns: int, scheme: Scheme, *, bias: bool = False, seed: int = 0
+) -> MatrixView:
+    """A matrix of random codes, to probe and to measure with."""
+    random = torch.Generator().manual_seed(seed)  # equal rows would hide a wrong order of them
+    spec = MatrixSpec("sample", rows, columns, bias, torch.bfloat16)
+    layout = plan_layout((spec,), scheme)
+    record = torch.randint(0, 256, (layout.record_bytes,), generator=random, dtype=torch.uint8)
+    view = view_record(record, layout)["sample"]
+    assert view.scales is not None
+    pairs = torch.rand(view.scales.shape, generator=random) * 0.02 - 0.01
+    if view.steps is None:
+        view.scales.copy_(pairs)
+    else:
+        for place, encoded in zip((view.scales, view.steps), encode_scales(pairs), strict=True):
+            place.copy_(encoded)
+    if view.bias is not None:
+        view.bias.normal_(generator=random)
+    return view

@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from quant import matmul as module
+from quant.kernels import compiler, cpu
+from quant.kernels.compiler import Processor
 from quant.matmul import (
-    cpu_int4_works,
+    MOST_PACKED_TOKENS,
     dequantize,
     matmul,
-    matmul_cpu_int4,
+    matmul_packed,
     matmul_reference,
+    matmul_unpacked,
+    sample_matrix,
     take_rows,
 )
-from quant.packing import PLANES, pack
+from quant.packing import PLANES
 from quant.record import MatrixSpec, MatrixView, encode_record, plan_layout, view_record
 from quant.scheme import BITS, Scheme
 
 # M tokens, K inputs, N outputs
 
-# Not `cpu_int4_works()`: that is under test.
-AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
-needs_avx512 = pytest.mark.skipif(not AVX512, reason="the int4 kernel needs AVX-512")
+WAYS = [matmul_packed, matmul_unpacked]
+QUANTISED = [bits for bits in BITS if bits < 16]
 
 
 def matrix(
@@ -100,108 +105,135 @@ def test_dequantised_matrix_is_exact_in_float32(bits: int) -> None:
     )
 
 
-@needs_avx512
-@pytest.mark.parametrize("count", [1, 2, 3, 4])
-@pytest.mark.parametrize("rows", [64, 100, 192])
-@pytest.mark.parametrize(
-    ("group_size", "columns", "bias"),
-    [(32, 96, False), (64, 128, True), (128, 256, False), (256, 256, True)],
+def close_to_reference(out: Tensor, x: Tensor, view: MatrixView) -> None:
+    """Whether `out` is the product, within the rounding of x's dtype."""
+    exact = matmul_reference(x.double(), view)
+    assert out.dtype == x.dtype
+    assert out.shape == exact.shape
+    assert out.is_contiguous()
+    allowed = 4 * torch.finfo(x.dtype).eps if x.dtype != torch.float32 else 1e-5
+    largest = float(exact.abs().max())
+    torch.testing.assert_close(out.double(), exact, rtol=allowed, atol=allowed * largest)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    way=st.sampled_from(WAYS),
+    bits=st.sampled_from(QUANTISED),
+    scale_bits=st.sampled_from([8, 16]),
+    group_size=st.sampled_from([16, 32, 64, 128, 256]),
+    columns=st.integers(1, 40).map(lambda n: n * 8) | st.integers(1, 300),
+    rows=st.integers(1, 200),
+    count=st.sampled_from([1, 2, 4, 7]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    bias=st.booleans(),
 )
-def test_fast_path_gives_the_reference_within_bfloat16(
-    count: int, rows: int, group_size: int, columns: int, bias: bool
+@example(matmul_packed, 5, 8, 64, 576, 64, 3, torch.bfloat16, False)
+def test_kernels_give_the_reference(
+    way: module.Matmul,
+    bits: int,
+    scale_bits: int,
+    group_size: int,
+    columns: int,
+    rows: int,
+    count: int,
+    dtype: torch.dtype,
+    bias: bool,
 ) -> None:
-    view = matrix(rows, columns, group_size=group_size, bias=bias)
-    x = tokens(count, columns)
-    fast = matmul_cpu_int4(x, view)
-    exact = matmul_reference(x.float(), view)
-    assert fast.shape == (count, rows)
-    assert fast.dtype == torch.bfloat16
-    torch.testing.assert_close(fast.float(), exact, rtol=0.02, atol=0.02)
-    torch.testing.assert_close(fast, matmul_reference(x, view), rtol=0.02, atol=0.03)
+    """Odd numbers of columns have odd groups: `fitting_group` halves until one divides."""
+    view = sample_matrix(rows, columns, Scheme(bits, group_size, scale_bits), bias=bias)
+    x = tokens(count, columns, dtype)
+    close_to_reference(way(x, view), x, view)
 
 
-@needs_avx512
-def test_fast_path_gives_the_same_bits_each_time() -> None:
-    view, x = matrix(100, 128, bias=True), tokens(3)
-    assert torch.equal(matmul_cpu_int4(x, view), matmul_cpu_int4(x, view))
+@pytest.mark.parametrize("bits", QUANTISED)
+@pytest.mark.parametrize("scale_bits", [8, 16])
+def test_unpacking_gives_the_dequantised_matrix_bit_for_bit(bits: int, scale_bits: int) -> None:
+    view = sample_matrix(256, 96, Scheme(bits, 32, scale_bits))
+    for dtype in (torch.bfloat16, torch.float32):
+        slab = cpu.unpack(view, dtype, 64, 192)  # [K, rows]
+        assert torch.equal(slab.t(), dequantize(view, dtype)[64:192])
 
 
-def test_probe_answers_yes_or_no() -> None:
-    assert isinstance(cpu_int4_works(), bool)
+@pytest.mark.parametrize("bits", QUANTISED)
+def test_number_of_threads_does_not_show(bits: int) -> None:
+    view, x = sample_matrix(320, 256, Scheme(bits)), tokens(4, 256)
+    assert cpu.ALONE < 320 * 256 * 4
+    alone = [way(x, view) for way in WAYS]
+    for threads in (2, 3, 8):
+        torch.set_num_threads(threads)
+        assert torch.equal(WAYS[0](x, view), alone[0])
+        close_to_reference(WAYS[1](x, view), x, view)
 
 
-@needs_avx512
-def test_probe_finds_the_kernel_on_avx512() -> None:
-    assert cpu_int4_works()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_other_tokens_beside_it_do_not_change_a_tokens_result(dtype: torch.dtype) -> None:
+    view, x = sample_matrix(100, 96, Scheme(4, 32)), tokens(9, 96, dtype)
+    together = matmul_packed(x, view)
+    for count in (1, 2, 3, 4, 5, 6):
+        assert torch.equal(matmul_packed(x[:count], view), together[:count])
 
 
-def read_in_tiles_of(rows_of_a_tile: int) -> MatrixView:
-    """The probe's matrix as a kernel with tiles of `rows_of_a_tile` rows takes its bytes."""
-    view = module._probe_view()
-    layout = view.layout
-    half = rows_of_a_tile // 2
-    tiles = view.weight.reshape(-1, layout.columns, half)  # [tile, K, half]
-    codes = torch.cat((tiles & 15, tiles >> 4), dim=2)  # [tile, K, rows of a tile]
-    codes = codes.transpose(1, 2).reshape(layout.rows, layout.columns)
-    return MatrixView(layout, pack(codes, 4), view.scales, None, view.bias)
+def test_slabs_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    view, x = sample_matrix(300, 64, Scheme(4), bias=True), tokens(40, 64, torch.float32)
+    for weights in (1, 2 * 64 * 64, 2**30):
+        monkeypatch.setattr(module, "SLAB_WEIGHTS", weights)
+        close_to_reference(matmul_unpacked(x, view), x, view)
 
 
-@pytest.mark.parametrize("rows_of_a_tile", [16, 32, 64, 128])
-def test_probe_accepts_only_a_kernel_that_reads_tiles_of_64_rows(
-    rows_of_a_tile: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without AVX-512 torch reads tiles of 32 rows."""
-    misread = read_in_tiles_of(rows_of_a_tile)
-    monkeypatch.setattr(module, "matmul_cpu_int4", lambda x, _: matmul_reference(x, misread))
-    assert cpu_int4_works.__wrapped__() is (rows_of_a_tile == 64)
+def test_tokens_may_lie_anywhere() -> None:
+    view, x = sample_matrix(64, 128, Scheme(4)), tokens(128, 6, torch.float32).t()
+    assert not x.is_contiguous()
+    close_to_reference(matmul(x, view), x, view)
+    assert matmul(x[:0], view).shape == (0, 64)
 
 
-def test_probe_tells_rows_apart() -> None:
-    """A kernel that mixes up rows, or the halves of a byte, must be found."""
-    view = module._probe_view()
-    x = torch.eye(view.layout.columns)
-    weight = matmul_reference(x, view).t()  # [N, K]
-    assert len(weight.unique(dim=0)) == view.layout.rows
+def test_what_kernels_do_not_know_gets_the_reference() -> None:
+    view, x = sample_matrix(64, 128, Scheme(4)), tokens(2, 128, torch.float64)
+    assert torch.equal(matmul(x, view), matmul_reference(x, view))
+    x = tokens(2, 128, torch.float32).requires_grad_()
+    matmul(x, view).sum().backward()
+    assert x.grad is not None
 
 
-@pytest.mark.parametrize("error", [RuntimeError("not built"), AttributeError("gone")])
-def test_probe_answers_no_where_the_kernel_is_missing(
-    error: Exception, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def missing(x: Tensor, view: MatrixView) -> Tensor:
-        raise error
+@pytest.mark.parametrize("name", ["haswell", "x86-64", "skylake-avx512"])
+def test_code_for_other_processors_is_right(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled for each; run where this processor has the instructions."""
+    ours = compiler.this_processor().features.split(",")
+    needed = {"haswell": "+avx2", "x86-64": "+sse2", "skylake-avx512": "+avx512vl"}[name]
+    if needed not in ours:
+        pytest.skip(f"this processor has no {needed[1:]}")
+    features = "+avx512f" if "512" in name else ""
+    monkeypatch.setattr(compiler, "this_processor", lambda: Processor(name, features))
+    monkeypatch.setattr(cpu, "_code", cpu._code.__wrapped__)
+    for bits in QUANTISED:
+        view, x = sample_matrix(64, 96, Scheme(bits, 32)), tokens(4, 96)
+        close_to_reference(matmul_packed(x, view), x, view)
+    close_to_reference(matmul_unpacked(x, view), x, view)
 
-    monkeypatch.setattr(module, "matmul_cpu_int4", missing)
-    assert cpu_int4_works.__wrapped__() is False
 
-
-CHECK_THIS_CPU = """
+FRESH_PROCESS = """
 import sys, types
 import torch
 # hqq takes seconds to import and is not needed here.
 sys.modules["hqq"] = sys.modules["hqq.core"] = types.ModuleType("hqq")
 sys.modules["hqq.core.quantize"] = types.ModuleType("quantize")
 sys.modules["hqq.core.quantize"].Quantizer = None
-from quant.matmul import matmul, matmul_reference
-from quant.packing import PLANES, pack
-from quant.record import MatrixLayout, MatrixView
-torch.manual_seed(0)
-layout = MatrixLayout("m", 128, 128, 4, 64, 16, "bfloat16", "bfloat16", 0, 0, -1, -1)
-codes = torch.randint(0, 16, (128, 128), dtype=torch.uint8)
-view = MatrixView(layout, pack(codes, 4), torch.rand(2, 128, 2).bfloat16() * 0.05, None, None)
-x = torch.randn(3, 128).bfloat16()
-torch.testing.assert_close(
-    matmul(x, view).float(), matmul_reference(x.float(), view), rtol=0.02, atol=0.05
-)
+from quant import matmul
+from quant.scheme import Scheme
+assert "llvmlite" not in sys.modules, "a model without packed weights would pay for it"
+assert not matmul.bfloat16_is_quick()
+view, x = matmul.sample_matrix(128, 128, Scheme(4)), torch.randn(3, 128).bfloat16()
+for way in (matmul.matmul_packed, matmul.matmul_unpacked):
+    exact = matmul.matmul_reference(x.float(), view)
+    torch.testing.assert_close(way(x, view).float(), exact, rtol=0.02, atol=0.02)
 """
 
 
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names x86's levels")
-@pytest.mark.parametrize("instructions", ["avx2", "default"])
-def test_products_are_right_without_avx512(instructions: str) -> None:
+def test_llvm_is_loaded_late_and_products_are_right_without_onednns_bfloat16() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", CHECK_THIS_CPU],
-        env={**os.environ, "ATEN_CPU_CAPABILITY": instructions, "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-c", FRESH_PROCESS],
+        env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "default"},
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
@@ -209,38 +241,54 @@ def test_products_are_right_without_avx512(instructions: str) -> None:
     assert done.returncode == 0, done.stderr[-600:]
 
 
-@pytest.mark.parametrize("bits", [4, 8, 16])
-def test_float32_tokens_get_the_reference_bit_for_bit(bits: int) -> None:
-    view = matrix(bits=bits, bias=True)
-    x = tokens(2, dtype=torch.float32)
-    assert torch.equal(matmul(x, view), matmul_reference(x, view))
+@pytest.mark.parametrize("count", [1, MOST_PACKED_TOKENS, MOST_PACKED_TOKENS + 1])
+def test_few_tokens_leave_the_matrix_packed(count: int) -> None:
+    view, x = sample_matrix(100, 128, Scheme(4)), tokens(count)
+    way = matmul_packed if count <= MOST_PACKED_TOKENS else matmul_unpacked
+    assert torch.equal(matmul(x, view), way(x, view))
 
 
-@pytest.mark.parametrize(
-    ("bits", "group_size", "count"),
-    [(8, 64, 2), (16, 64, 2), (4, 16, 2), (4, 64, module.INT4_MAX_TOKENS + 1)],
-)
-def test_what_the_fast_path_cannot_do_gets_the_reference(
-    bits: int, group_size: int, count: int
+@pytest.fixture
+def _untried() -> None:
+    """Nothing is known about this machine's kernels yet."""
+    module.cpu_kernel_works.cache_clear()
+
+
+@pytest.mark.usefixtures("_untried")
+@pytest.mark.parametrize("failure", [ImportError("no llvmlite"), RuntimeError("no such target")])
+def test_machine_without_kernels_gets_the_reference_and_is_told(
+    failure: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    view, x = matrix(bits=bits, group_size=group_size), tokens(count)
+    def fail(*_: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(cpu, "_code", fail)
+    view, x = sample_matrix(70, 64, Scheme(3)), tokens(2, 64)
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(matmul(x, view), matmul_reference(x, view))
+        matmul(x, view)
+    assert [str(failure) in record.message for record in caplog.records] == [True]
+    module.cpu_kernel_works.cache_clear()
+
+
+@pytest.mark.usefixtures("_untried")
+def test_kernel_that_mixes_up_rows_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    right = cpu.multiply
+    monkeypatch.setattr(cpu, "multiply", lambda x, view: right(x, view).roll(1, dims=1))
+    view, x = sample_matrix(70, 64, Scheme(3)), tokens(2, 64)
+    assert torch.equal(matmul(x, view), matmul_reference(x, view))
+    assert "wrong" in caplog.text
+    module.cpu_kernel_works.cache_clear()
+
+
+def test_unquantised_matrix_is_multiplied_as_it_is() -> None:
+    view, x = matrix(bits=16, bias=True), tokens(2)
     assert torch.equal(matmul(x, view), matmul_reference(x, view))
 
 
-def test_machine_without_the_kernel_gets_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "cpu_int4_works", lambda: False)
-    view, x = matrix(), tokens(2)
-    assert torch.equal(matmul(x, view), matmul_reference(x, view))
-
-
-@needs_avx512
-@pytest.mark.parametrize("count", [1, module.INT4_MAX_TOKENS])
-def test_few_bfloat16_tokens_take_the_fast_path(count: int) -> None:
-    view, x = matrix(100, 128), tokens(count)
-    assert torch.equal(matmul(x, view), matmul_cpu_int4(x, view))
-
-
-@pytest.mark.parametrize("bits", [4, 8, 16])
+@pytest.mark.parametrize("bits", [4, 16])
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("computed", [torch.bfloat16, torch.float32])
 def test_result_has_the_dtype_of_the_tokens_whatever_the_bias_is_stored_as(

@@ -1,0 +1,1 @@
+"""Kernels, reached only through `quant.matmul`."""

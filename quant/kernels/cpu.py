@@ -1,0 +1,101 @@
+"""Products with packed weights on the CPU.
+
+Knows: how tensors are told to a kernel. Does not know: when which is quicker (`quant.matmul`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from quant.kernels.kernel import WORDS, Kernel
+from quant.packing import TILE_ROWS
+from quant.record import MatrixView
+from quant.scales import STEP_VALUES
+
+if TYPE_CHECKING:
+    from quant.kernels.compiler import Run
+
+MOST_TOKENS = 4  # a block; more would not fit the registers
+ALONE = 2**16  # weights times tokens below which waking other threads costs more than it saves
+
+Words = ctypes.c_int64 * len(WORDS)
+
+# A demo layer's product takes 30 us: what is called for each is written to cost little.
+
+
+@functools.cache
+def _code(bits: int, scale_bits: int, dtype: torch.dtype, block: int) -> Run:
+    from quant.kernels.compiler import compiled, this_processor  # loads LLVM
+
+    assert dtype in (torch.bfloat16, torch.float32)
+    return compiled(Kernel(bits, scale_bits, dtype == torch.bfloat16, block), this_processor())
+
+
+def multiply(x: Tensor, view: MatrixView) -> Tensor:
+    """`x` [M, K] bfloat16 or float32 times the transposed matrix, without its bias: [M, N]."""
+    layout = view.layout
+    x = x.contiguous()
+    count, columns = x.shape
+    blocks = -(-count // MOST_TOKENS)
+    block = -(-count // blocks)
+    rows, padded = layout.stored_rows, blocks * block
+    out = x.new_empty(padded, rows)
+    floats = torch.empty(padded, columns + layout.groups)  # and, behind them, their sums
+    place = floats.data_ptr()
+    sums = place + 4 * padded * columns
+    words = _words(view, out, 0, rows, x.data_ptr(), place, sums, count, blocks)
+    _code(layout.bits, layout.scale_bits, x.dtype, block)(words)
+    if padded != count or rows != layout.rows:
+        return out[:count, : layout.rows].contiguous()
+    return out
+
+
+def unpack(view: MatrixView, dtype: torch.dtype, start: int, end: int) -> Tensor:
+    """The weights of rows `start` to `end`, both at a tile's edge, transposed: [K, end - start]."""
+    layout = view.layout
+    out = torch.empty(layout.columns, end - start, dtype=dtype)
+    _code(layout.bits, layout.scale_bits, dtype, 0)(_words(view, out, start, end))
+    return out
+
+
+def _words(
+    view: MatrixView,
+    out: Tensor,
+    start: int,
+    end: int,
+    x: int = 0,
+    floats: int = 0,
+    sums: int = 0,
+    tokens: int = 0,
+    blocks: int = 0,
+) -> ctypes.Array[ctypes.c_int64]:
+    assert view.scales is not None
+    layout = view.layout
+    groups, columns, shared = layout.groups, layout.columns, layout.groups
+    steps = 0
+    if view.steps is not None:
+        steps = view.steps.data_ptr() + start * STEP_VALUES * view.steps.itemsize
+        shared = groups // view.steps.shape[0]
+    work = (end - start) * columns * (tokens or 1)
+    return Words(
+        x,
+        view.weight.data_ptr() + start * columns * layout.bits // 8,
+        view.scales.data_ptr() + start * 2 * view.scales.itemsize,
+        steps,
+        out.data_ptr(),
+        floats,
+        sums,
+        tokens,
+        blocks,
+        (end - start) // TILE_ROWS,
+        layout.stored_rows,
+        groups,
+        layout.group_size,
+        shared,
+        1 if work < ALONE else torch.get_num_threads(),
+    )

@@ -1,0 +1,169 @@
+"""The CPU's kernels as LLVM IR: products with packed weights, and unpacking.
+
+Knows: sums, blocks of tokens, threads. Does not know: the order of bytes (`quant.kernels.reader`),
+tensors, nor the machine it is compiled for.
+
+A kernel runs over tiles of 64 rows, vectors of 16 rows at a time. A row is summed by one thread in
+a fixed order, whatever else is computed beside it: neither the number of threads nor that of tokens
+shows in a result. K columns, g group size, B tokens a block.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+
+from quant.kernels.kernel import Kernel
+from quant.kernels.reader import VECTORS, Reader
+from quant.kernels.vectors import FLOAT, INT, LONG, POINTER, SHORT, VOID, Value, every
+
+
+class Emitter(Reader):
+    """Writes one kernel. Its entry is `run(words)`."""
+
+    def __init__(self, kernel: Kernel, *, wide: bool, openmp: bool) -> None:
+        """`wide`: there are 32 registers of 16 floats. `openmp`: there is one to call."""
+        super().__init__(kernel)
+        # As many rows at a time as keep their sums in registers.
+        self._step = VECTORS if wide or not kernel.tokens else max(1, VECTORS // kernel.tokens)
+        part = self._part()
+        self._run(part, self._worker(part) if openmp else None)
+
+    def _part(self) -> Value:
+        """`part(words, thread, threads)`: one thread's share of the tiles."""
+        function = self.begin("part", LONG, LONG)
+        _, thread, threads = function.args
+        tiles = self.word["tiles"]
+        first = self.b.sdiv(self.times(tiles, thread), threads)
+        end = self.b.sdiv(self.times(tiles, self.add(thread, 1)), threads)
+        if self.kernel.tokens:
+            with self.loop(end, first) as tile, self.loop(self.word["blocks"]) as block:
+                self._multiply(tile, block)
+        else:  # groups outside: what is written together lies together
+            with self.loop(self.word["groups"]) as group, self.loop(end, first) as tile:
+                self._unpack(tile, group)
+        self.b.ret_void()
+        return function
+
+    def _multiply(self, tile: Value, block: Value) -> None:
+        """One tile times a block of tokens.
+
+        With codes c and middle m: sum(((c - m) * scale + offset) * x) over a group is
+        scale * sum(c * x) + (offset - m * scale) * sum(x).
+        """
+        count = self.kernel.tokens
+        tokens = [self.cell(block, count, t) for t in range(count)]
+        results = [self.zeros(VECTORS) for _ in tokens]
+        with self.loop(self.word["groups"]) as group:
+            self.prefetch_scales(tile, self.add(group, 1))
+            for first in range(0, VECTORS, self._step):
+                indices = range(first, first + self._step)
+                sums = self._sum_group(tile, group, tokens, indices)
+                for v, index in enumerate(indices):
+                    self._scale_sums(
+                        *self.scale(tile, group, index),
+                        [self._x("sums", token, group) for token in tokens],
+                        [places[v] for places in sums],
+                        [places[index] for places in results],
+                    )
+        for token, places in zip(tokens, results, strict=True):
+            for index, place in enumerate(places):
+                self.store(self.get(place), token, tile, index)
+
+    def _sum_group(
+        self, tile: Value, group: Value, tokens: list[Value], indices: range
+    ) -> list[list[Value]]:
+        """Code times x, summed over a group's columns, for each token and vector."""
+        sums = [self.zeros(len(indices)) for _ in tokens]
+        with self.loop(self.word["group_size"]) as k:
+            column = self.cell(group, self.word["group_size"], k)
+            codes = [self.codes(tile, column, index) for index in indices]
+            for token, places in zip(tokens, sums, strict=True):
+                x = self._x("floats", token, column)
+                for code, place in zip(codes, places, strict=True):
+                    self.b.store(self.multiply_add(x, code, self.get(place)), place)
+        return sums
+
+    def _scale_sums(
+        self, scale: Value, offset: Value, x: list[Value], sums: list[Value], results: list[Value]
+    ) -> None:
+        middle = every(FLOAT, -float(2 ** (self.kernel.bits - 1)))
+        shift = self.multiply_add(middle, scale, offset)
+        for sum_of_x, place, result in zip(x, sums, results, strict=True):
+            scaled = self.multiply_add(scale, self.get(place), self.get(result))
+            self.b.store(self.multiply_add(shift, sum_of_x, scaled), result)
+
+    def _x(self, word: str, token: Value, index: Value) -> Value:
+        """One number of a token's "floats" or "sums", in all lanes."""
+        size = self.word["columns" if word == "floats" else "groups"]
+        at = self.place(word, FLOAT, self.cell(token, size, index))
+        return self.splat(self.b.load(at, typ=FLOAT))
+
+    def _unpack(self, tile: Value, group: Value) -> None:
+        """One tile's weights of one group; product and sum are not fused, so that they are to the
+        bit what `dequantize` gives."""
+        b = self.b
+        middle = every(FLOAT, float(2 ** (self.kernel.bits - 1)))
+        scales = [self.scale(tile, group, index) for index in range(VECTORS)]
+        with self.loop(self.word["group_size"]) as k:
+            column = self.cell(group, self.word["group_size"], k)
+            for index, (scale, offset) in enumerate(scales):
+                centred = b.fsub(self.codes(tile, column, index), middle)
+                weight = b.fadd(b.fmul(centred, scale), offset)
+                self.store(weight, column, tile, index)
+
+    def _prepare(self) -> None:
+        """Tokens in float32 and their sums; a block that is short repeats the last token."""
+        b, word = self.b, self.word
+        total = b.alloca(FLOAT)
+        last = self.add(word["tokens"], -1)
+        with self.loop(self.times(word["blocks"], self.kernel.tokens)) as token:
+            source = b.select(b.icmp_signed("<", token, last), token, last)
+            with self.loop(word["groups"]) as group:
+                b.store(ir.Constant(FLOAT, 0.0), total)
+                with self.loop(word["group_size"]) as k:
+                    column = self.cell(group, word["group_size"], k)
+                    at = self.cell(source, word["columns"], column)
+                    if self.kernel.bfloat16:
+                        short = b.load(self.place("x", SHORT, at), typ=SHORT)
+                        x = b.bitcast(b.shl(b.zext(short, INT), ir.Constant(INT, 16)), FLOAT)
+                    else:
+                        x = b.load(self.place("x", FLOAT, at), typ=FLOAT)
+                    to = self.cell(token, word["columns"], column)
+                    b.store(x, self.place("floats", FLOAT, to))
+                    b.store(b.fadd(b.load(total, typ=FLOAT), x), total)
+                to = self.cell(token, word["groups"], group)
+                b.store(b.load(total, typ=FLOAT), self.place("sums", FLOAT, to))
+
+    # -- threads
+
+    def _worker(self, part: Value) -> Value:
+        """`worker(words)`: what every thread of an OpenMP team calls."""
+        function = self.begin("worker")
+        who = []
+        for name in ("omp_get_thread_num", "omp_get_num_threads"):
+            ask = ir.Function(self.module, ir.FunctionType(INT, []), name)
+            who.append(self.b.sext(self.b.call(ask, []), LONG))
+        self.b.call(part, [function.args[0], *who])
+        self.b.ret_void()
+        return function
+
+    def _run(self, part: Value, worker: Value | None) -> None:
+        """`run(words)`: all of it, on as many threads as the words say."""
+        function = self.begin("run")
+        words = function.args[0]
+        b, one = self.b, ir.Constant(LONG, 1)
+        if self.kernel.tokens:
+            self._prepare()
+        if worker is None:
+            b.call(part, [words, ir.Constant(LONG, 0), one])
+        else:
+            kinds = [POINTER, POINTER, INT, INT]
+            fork = ir.Function(self.module, ir.FunctionType(VOID, kinds), "GOMP_parallel")
+            alone = b.icmp_signed("==", self.word["threads"], one)
+            with b.if_else(alone) as (serial, parallel):
+                with serial:
+                    b.call(part, [words, ir.Constant(LONG, 0), one])
+                with parallel:
+                    threads = b.trunc(self.word["threads"], INT)
+                    b.call(fork, [worker, words, threads, ir.Constant(INT, 0)])
+        b.ret_void()
