@@ -20,9 +20,10 @@ from offload.quantized import QuantizedEmbedding, QuantizedLinear
 from offload.recipe import Recipe
 from offload.skeleton import find_experts
 from quant.pack import Pack, PackInfo
-from tests.offload.test_parity import NAMED, OTHERS, TOLERANCE
+from tests.offload.test_parity import NAMED, OTHERS
 from tests.tiny import EXPERTS, K, save_tiny
 
+TOLERANCE = 5e-5  # of logits of magnitude 2 to 4: kernels add up in another order than `linear`
 EVERYTHING = "experts=16,dense=4,embeddings=4"
 
 
