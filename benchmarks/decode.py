@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import machine
+from machine import RESULTS, machine
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import offload
@@ -29,7 +29,6 @@ from offload.handle import offload_of
 from offload.progress import without_bars
 
 PROMPT_TOKENS, DECODE_TOKENS = 512, 64
-RESULTS = Path(__file__).parent / "results"
 
 
 def prefill(model: PreTrainedModel, ids: torch.Tensor) -> float:

@@ -12,6 +12,8 @@ import transformers
 
 import offload
 
+RESULTS = Path(__file__).parent / "results"
+
 
 def cpu_name() -> str:
     """The processor's own name where the system tells it."""
@@ -32,6 +34,7 @@ def machine() -> dict[str, Any]:
             "cores": psutil.cpu_count(logical=False),
             "threads": torch.get_num_threads(),
             "ram_gib": round(psutil.virtual_memory().total / 2**30, 1),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
         "versions": {
             "moe-offload": offload.__version__,

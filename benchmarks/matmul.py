@@ -21,7 +21,7 @@ from typing import Any
 
 import llvmlite
 import torch
-from machine import machine
+from machine import RESULTS, machine
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -41,7 +41,6 @@ SHAPES = {  # N x K
 BITS = (2, 3, 4, 5, 6, 8)
 TOKENS = (1, 4)
 RING_BYTES = 96 * 2**20  # of matrices that take turns: more than a core's own caches
-RESULTS = Path(__file__).parent / "results"
 
 Clock = Callable[[], float]
 

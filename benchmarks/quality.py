@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import platform
 import shutil
 import sys
 import tempfile
@@ -22,10 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
-import transformers
-from decode import RESULTS, cpu_name
+from machine import RESULTS, machine
 from transformers import PreTrainedModel
 
 import offload
@@ -141,19 +137,7 @@ def conditions(arguments: argparse.Namespace) -> dict[str, Any]:
         "prompts_sha256": read_prompts().sha256,
         "window": SLIDING.window,
         "stride": SLIDING.stride,
-        "hardware": {
-            "cpu": cpu_name(),
-            "cores": psutil.cpu_count(logical=False),
-            "threads": torch.get_num_threads(),
-            "ram_gib": round(psutil.virtual_memory().total / 2**30, 1),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        },
-        "versions": {
-            "moe-offload": offload.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        **machine(),
     }
 
 
