@@ -40,8 +40,14 @@ class Event(NamedTuple):
         return len(self.experts)
 
     def distinct(self) -> list[int]:
-        """The experts asked for, in the order in which the engine asks: first appearance."""
-        return list(dict.fromkeys(expert for row in self.experts for expert in row))
+        """The experts asked for, in the order in which the engine asks: by last appearance."""
+        return by_last_appearance(self.experts)
+
+
+def by_last_appearance(rows: Sequence[Sequence[int]]) -> list[int]:
+    """Each expert once; what the last tokens chose, which the next will likely choose, comes last."""
+    backwards = (expert for row in reversed(rows) for expert in reversed(row))
+    return list(dict.fromkeys(backwards))[::-1]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Segmented LRU (Karedla, Love, Wherry 1994): what was used once leaves before what was used again."""
+"""Segmented LRU (Karedla, Love, Wherry 1994): used once leaves before used again."""
 
 from __future__ import annotations
 
