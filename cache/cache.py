@@ -6,6 +6,7 @@ the same calls lead to the same decisions, live and in a replay.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 from cache.allocation import ALLOCATIONS, Allocation
@@ -36,7 +37,8 @@ class ExpertCache:
         self.table = SlotTable(slots)
         self.statistics = Statistics(layers)
         self.heat = Heat(layers)
-        self._allocation: Allocation = ALLOCATIONS[allocation](slots, layers, policy)
+        self._make = functools.partial(ALLOCATIONS[allocation], slots, layers, policy)
+        self._allocation: Allocation = self._make()
         self._trust = Trust(layers)
         self._keep: set[Key] = set()  # in use, or guessed
         self._in_use: list[Key] = []
@@ -187,7 +189,7 @@ class ExpertCache:
         guess.loaded = before.loaded & guess.experts
         self._useless.update(((layer, expert), None) for expert in before.loaded - guess.experts)
 
-    def warm(self, layer: int, expert: int, heat: float) -> Use | None:
+    def warm(self, layer: int, expert: int) -> Use | None:
         """Load an expert that was hot in an earlier run, if there is a free slot."""
         if (layer, expert) in self.table or not self._allocation.room(layer):
             return None
@@ -195,7 +197,7 @@ class ExpertCache:
         if slot is None:
             return None
         self.statistics.layers[layer].warm_loads += 1
-        return self._place((layer, expert), slot, heat)
+        return self._place((layer, expert), slot, 1.0)
 
     def clear(self) -> None:
         """Forget what is where; counts stay. For a step that broke off at any point."""
@@ -207,6 +209,12 @@ class ExpertCache:
         self._useless.clear()
         for counts in self.statistics.layers:
             counts.requests = counts.hits + counts.misses
+
+    def forget(self) -> None:
+        """`clear`, and begin anew with what was learnt about keys and guesses; heat stays."""
+        self.clear()
+        self._allocation = self._make()
+        self._trust = Trust(len(self.heat))
 
     def is_resident(self, layer: int, expert: int) -> bool:
         return (layer, expert) in self.table

@@ -8,9 +8,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 MOST_AHEAD = 3  # layers
+
+
+class Lookahead(NamedTuple):
+    """Who guesses, and for how many layers ahead; 0: nobody."""
+
+    predictor: str
+    layers: int
 
 
 class Predictor(Protocol):
@@ -95,3 +102,4 @@ def make_predictor(name: str, layers: int) -> Predictor | None:
 
 PREDICTORS = ("router", "previous", "transitions", "union")
 WITH_ROUTER = ("router", "union")  # those that ask a later layer's router, too
+NO_LOOKAHEAD = Lookahead("router", 0)

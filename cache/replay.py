@@ -109,7 +109,7 @@ def replay(
         if event.fresh:
             cache.clear()
         for key in event.warmed:
-            cache.warm(*key, 0.0)
+            cache.warm(*key)
         cache.plan(event.layer, event.distinct(), prompt=event.prompt)
         for guess in guesses(event, setup, predictor, trace.header.layers):
             cache.look_ahead(guess.layer, guess.experts, most=len(guess.experts))

@@ -45,7 +45,7 @@ class Event(NamedTuple):
 
 
 def by_last_appearance(rows: Sequence[Sequence[int]]) -> list[int]:
-    """Each expert once; what the last tokens chose, which the next will likely choose, comes last."""
+    """Each expert once; what the last tokens chose comes last, so that it is there for the next."""
     backwards = (expert for row in reversed(rows) for expert in reversed(row))
     return list(dict.fromkeys(backwards))[::-1]
 

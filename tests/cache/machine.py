@@ -163,7 +163,7 @@ class Machine:
 
     def warm(self, layer: int, expert: int) -> None:
         before = self.resident()
-        use = self.cache.warm(layer, expert, 1.0)
+        use = self.cache.warm(layer, expert)
         if use is not None:
             assert use.slot not in before.values(), "a warm start evicted"
             self._load((layer, expert), use.slot)

@@ -281,10 +281,10 @@ def test_a_nearer_guess_replaces_a_farther_one() -> None:
 
 def test_warm_start_fills_free_slots_only_and_is_neither_hit_nor_miss() -> None:
     cache = lru(2)
-    assert cache.warm(0, 0, 3.0) == Use(0, 0)
-    assert cache.warm(0, 0, 3.0) is None
-    assert cache.warm(0, 1, 2.0) is not None
-    assert cache.warm(0, 2, 1.0) is None
+    assert cache.warm(0, 0) == Use(0, 0)
+    assert cache.warm(0, 0) is None
+    assert cache.warm(0, 1) is not None
+    assert cache.warm(0, 2) is None
     cache.plan(0, (0, 3))
     counts = cache.statistics.total()
     assert (counts.requests, counts.hits, counts.misses, counts.warm_loads) == (2, 1, 1, 2)
