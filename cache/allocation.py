@@ -34,13 +34,14 @@ class Allocation(Protocol):
     def clear(self) -> None: ...
 
     def changed(self, layer: int) -> None:
-        """Which keys of `layer` must stay is other than it was."""
+        """Keys of `layer` left that were no victims, or other ones must stay than before."""
 
     def room(self, layer: int) -> int:
         """How many more keys `layer` may hold while there are free slots."""
 
     def victims(self, layer: int, count: int, keep: Container[Key]) -> list[Key]:
-        """At most `count` keys, none of `keep`, to make way for keys of `layer`."""
+        """At most `count` keys, none of `keep`, to make way for keys of `layer`. They must be
+        removed."""
 
     def order(self) -> Iterator[Key]:
         """Every resident key, for checks."""
@@ -71,7 +72,6 @@ class _Pools:
     def remove(self, key: Key) -> None:
         self.held[key[0]] -= 1
         self.pools[key[0]].remove(key)
-        self.changed(key[0])
 
     def clear(self) -> None:
         for pool in self.pools:
@@ -138,6 +138,11 @@ class Shared(_Pools):
     def changed(self, layer: int) -> None:
         self._changed.add(layer)
 
+    def clear(self) -> None:
+        super().clear()
+        self._worth = [inf] * len(self.held)
+        self._changed = set(range(len(self.held)))
+
     def victims(self, layer: int, count: int, keep: Container[Key]) -> list[Key]:
         worth, found = self._worth, list[Key]()
         open_pools: dict[int, tuple[Key, Iterator[Key]]] = {}
@@ -154,7 +159,6 @@ class Shared(_Pools):
             key, rest = open_pools[giver]
             found.append(key)
             self._advance(giver, rest, keep, open_pools)
-            self._changed.add(giver)
         return found
 
     def _open(

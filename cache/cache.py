@@ -134,7 +134,9 @@ class ExpertCache:
                 for key in self._useless
                 if key not in self._keep and (pooled or key[0] == layer)
             ]
-            slots += [self._evict(layer, key) for key in useless[: count - len(slots)]]
+            for key in useless[: count - len(slots)]:
+                slots.append(self._evict(layer, key))
+                self._allocation.changed(key[0])
         if len(slots) < count and evict:
             victims = self._allocation.victims(layer, count - len(slots), self._keep)
             slots += [self._evict(layer, key) for key in victims]
@@ -146,6 +148,7 @@ class ExpertCache:
         assert keys, "a wave without a slot"
         self._in_use = [key for key in self._in_use if key not in keys]
         self._keep.difference_update(keys)
+        self._allocation.changed(layer)
         return [self._evict(layer, key) for key in keys]
 
     def look_ahead(self, layer: int, experts: Sequence[int], most: int) -> tuple[Use, ...]:

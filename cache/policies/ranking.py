@@ -51,16 +51,20 @@ class Ranking:
 
     def __iter__(self) -> Iterator[Key]:
         heap, taken = self._heap, list[Entry]()
+        inserted, scores = self._inserted, self.scores
         try:
             while heap:
-                score, number, key = heap[0]
-                if self._inserted.get(key) != number:
+                entry = heap[0]
+                score, number, key = entry
+                if inserted.get(key) != number:
                     heappop(heap)
-                elif score != self.scores[key]:
-                    heapreplace(heap, (self.scores[key], number, key))
+                elif score != scores[key]:
+                    heapreplace(heap, (scores[key], number, key))
                 else:
-                    taken.append(heappop(heap))
+                    heappop(heap)
+                    taken.append(entry)
                     yield key
         finally:
             for entry in taken:
-                heappush(heap, entry)
+                if inserted.get(entry[2]) == entry[1]:
+                    heappush(heap, entry)

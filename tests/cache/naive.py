@@ -8,6 +8,7 @@ from cache.cache import PROMPT_WEIGHT
 from cache.policies.slru import PROTECTED_SHARE, SEGMENT
 from cache.policy import Key
 
+LFRU_BONUS = 2.0  # in units, of what was used at the last step: repeats 1/2 over 1 - 1/growth
 LFRU_HALF_LIFE = 1  # powers of two: sums are exact in any order
 
 
@@ -105,9 +106,10 @@ class NaiveCache:
                 return sum(weight for _, _, weight in seen.uses)
             case _:
                 ages = ((now - step, weight) for _, step, weight in seen.uses)
-                return sum(weight * 0.5 ** (age / LFRU_HALF_LIFE) for age, weight in ages)
+                score = sum(weight * 0.5 ** (age / LFRU_HALF_LIFE) for age, weight in ages)
+                return score + LFRU_BONUS * (seen.uses[-1][1] == now)
 
-    def order(self, key: Key) -> tuple[float, int]:
+    def order(self, key: Key) -> tuple[float, ...]:
         """Where `key` stands among those of its pool."""
         seen = self.seen[key]
         match self.policy:
@@ -117,6 +119,9 @@ class NaiveCache:
                 return (0, seen.came[0])
             case "slru":
                 return (seen.protected, self.last(key))
+            case "lfru":
+                recent = seen.uses[-1][1] == self.steps[key[0]]
+                return (self.value(key), recent, self.last(key) if recent else seen.came[0])
             case _:
                 return (self.value(key), seen.came[0])
 

@@ -96,7 +96,7 @@ def test_cache_decides_as_a_naive_model_does(
     layers: int,
     requests: list[tuple[int, list[int], bool]],
 ) -> None:
-    make = POLICIES[policy] if policy != "lfru" else functools.partial(LFRU, LFRU_HALF_LIFE)
+    make = POLICIES[policy] if policy != "lfru" else functools.partial(LFRU, LFRU_HALF_LIFE, 0.5)
     cache = ExpertCache(slots, layers, make, allocation)
     model = NaiveCache(slots, layers, policy, allocation)
     for layer, experts, prompt in requests:
