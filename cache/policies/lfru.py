@@ -67,7 +67,7 @@ class LFRU:
                 continue
             if scores[key] >= bonus:
                 if late is None:
-                    late = sorted(reversed(recent), key=scores.__getitem__, reverse=True)
+                    late = sorted(recent, key=scores.__getitem__)[::-1]
                 while late and scores[late[-1]] + bonus < scores[key]:
                     yield late.pop()
             yield key
