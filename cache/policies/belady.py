@@ -1,7 +1,7 @@
 """What is asked for again last leaves first: the optimum, for replays, which know the future.
 
 Belady 1966; in a step that asks for several experts at once the rule is the same. It is a ceiling
-for caches that load on demand; look-ahead may pass it.
+for caches that load on demand and serve a step in one wave; look-ahead may pass it.
 """
 
 from __future__ import annotations
