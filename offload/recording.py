@@ -13,6 +13,7 @@ from cache.policy import Key
 from cache.trace import Event, Guess, TraceHeader
 from cache.trace_file import TraceWriter
 from offload.errors import SourceError
+from offload.files import user_path
 
 
 class Recorder:
@@ -20,7 +21,7 @@ class Recorder:
 
     def __init__(self, path: str | Path, header: TraceHeader) -> None:
         try:
-            self._writer = TraceWriter(Path(path), header)
+            self._writer = TraceWriter(user_path(path), header)
         except TraceError as error:
             raise SourceError(str(error)) from None
         self._fresh = False

@@ -16,12 +16,13 @@ from cache.statistics import LayerCounts
 from cache.trace import Trace
 from cache.trace_file import read
 from offload.errors import SourceError
+from offload.files import user_path
 
 
 def open_trace(path: Path) -> Trace:
     """The trace in `path`. Raises `SourceError`."""
     try:
-        return read(path)
+        return read(user_path(path))
     except CacheError as error:
         raise SourceError(str(error)) from None
 
