@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from offload.errors import BudgetError
+from quant.matmul import REFERENCE_WEIGHTS
 from quant.pack import PackInfo
 
 SHARE = 0.9  # of the memory that is free at start, when the user names no budget
@@ -120,7 +121,8 @@ def kv_cache_bytes(config: PreTrainedConfig, context: int, dtype: torch.dtype) -
 def workspace_bytes(config: PreTrainedConfig, info: PackInfo, context: int) -> int:
     """Bytes of what comes and goes: one dequantised matrix, and a prefill's activations."""
     text = config.get_text_config()
-    widest = max(m.rows * m.columns for layout in info.layouts for m in layout.matrices)
+    layouts = (*info.layouts, *info.dense_layouts)
+    widest = max(m.rows * m.columns for layout in layouts for m in layout.matrices)
     chosen = getattr(text, "num_experts_per_tok", None) or 8
     cells = context * int(chosen) * int(text.hidden_size) * 4  # [T, k, H], float32 at most
-    return BASE_BYTES + widest * UNPACKED_BYTES + 2 * cells
+    return BASE_BYTES + min(widest, REFERENCE_WEIGHTS) * UNPACKED_BYTES + 2 * cells

@@ -17,7 +17,7 @@ from torch.nn.functional import linear
 
 from quant.kernels import cpu
 from quant.packing import TILE_ROWS, unpack, unpack_rows
-from quant.record import MatrixSpec, MatrixView, plan_layout, view_record
+from quant.record import MatrixSpec, MatrixView, plan_layout, view_record, view_rows
 from quant.scales import decode_scales, encode_scales
 from quant.scheme import Scheme
 
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 # differently, and logits must not depend on what else the machine was doing.
 MOST_PACKED_TOKENS = 24
 SLAB_WEIGHTS = 2**22
+REFERENCE_WEIGHTS = 2**26  # dequantised at a time by the reference: a head can have 600 M
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -64,7 +65,15 @@ def take_rows(view: MatrixView, rows: Tensor, dtype: torch.dtype) -> Tensor:
 def matmul_reference(x: Tensor, view: MatrixView) -> Tensor:
     """`x` [M, K] times the transposed matrix, plus its bias: [M, N] in x's dtype, on any device."""
     bias = None if view.bias is None else view.bias.to(x.dtype)
-    return linear(x, dequantize(view, x.dtype), bias)
+    step = max(1, REFERENCE_WEIGHTS // (TILE_ROWS * view.layout.columns)) * TILE_ROWS
+    if view.scales is None or step >= view.layout.rows:
+        return linear(x, dequantize(view, x.dtype), bias)
+    parts = [
+        linear(x, dequantize(view_rows(view, start, start + step), x.dtype))
+        for start in range(0, view.layout.rows, step)
+    ]
+    out = torch.cat(parts, dim=1)
+    return out if bias is None else out.add_(bias)
 
 
 def matmul_packed(x: Tensor, view: MatrixView) -> Tensor:

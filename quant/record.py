@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -187,6 +187,22 @@ def _view_matrix(record: Tensor, matrix: MatrixLayout) -> MatrixView:
         size = matrix.rows * bias_dtype.itemsize
         bias = record.narrow(0, matrix.bias_offset, size).view(bias_dtype)
     return MatrixView(matrix, weight, scales, steps, bias)
+
+
+def view_rows(view: MatrixView, start: int, end: int) -> MatrixView:
+    """Rows `start` to `end` of a quantised matrix, `start` at a tile's edge; nothing is copied.
+
+    Without the bias. An `end` beyond the matrix is its last row.
+    """
+    assert view.scales is not None
+    rows = slice(start, padded_rows(min(end, view.layout.rows)))
+    return MatrixView(
+        replace(view.layout, rows=min(end, view.layout.rows) - start),
+        view.weight[start // TILE_ROWS : rows.stop // TILE_ROWS],
+        view.scales[:, rows],
+        None if view.steps is None else view.steps[:, rows],
+        None,
+    )
 
 
 class PendingRecord:

@@ -309,3 +309,15 @@ def test_single_rows_are_those_of_the_whole_matrix(
     view = view_record(record, layout)["m"]
     rows = torch.tensor([99, 0, 63, 64, 0])
     torch.testing.assert_close(take_rows(view, rows, dtype), dequantize(view, dtype)[rows])
+
+
+@pytest.mark.parametrize("scale_bits", [8, 16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_reference_takes_a_large_matrix_in_parts(
+    scale_bits: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    view = sample_matrix(300, 96, Scheme(5, 16, scale_bits), bias=bias)
+    x = tokens(3, 96, torch.float32)
+    whole = matmul_reference(x, view)
+    monkeypatch.setattr(module, "REFERENCE_WEIGHTS", 128 * 96)  # two tiles at a time
+    torch.testing.assert_close(matmul_reference(x, view), whole)
