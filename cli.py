@@ -153,7 +153,47 @@ def build_parser() -> argparse.ArgumentParser:
     _add_budget_flags(quantize.add_argument_group("what --bits fit must fit in"))
     _add_source_flags(quantize)
     _add_quality_commands(add)
+
+    trace = add("trace", _usage, "look at a recorded run", "offload trace show run.trace")
+    trace.set_defaults(command=None)
+    _add_trace_commands(trace)
     return parser
+
+
+def _add_trace_commands(parser: argparse.ArgumentParser) -> None:
+    """`show` and `replay`; what draws a trace joins them here."""
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+    show = commands.add_parser("show", help="its text, its routing, layer by layer")
+    show.set_defaults(run=_trace_show)
+    replay = commands.add_parser(
+        "replay",
+        help="what other caches would have done",
+        epilog="example: offload trace replay run.trace --policy lru,lfru --expert-slots 10%%,25%%",
+    )
+    replay.set_defaults(run=_trace_replay)
+    replay.add_argument(
+        "--policy", type=_names, default=[], metavar="NAMES", help="as for chat, or belady"
+    )
+    replay.add_argument("--allocation", type=_names, default=["shared"], metavar="NAMES")
+    replay.add_argument(
+        "--expert-slots", type=_names, default=[], metavar="N,..", help="numbers or shares"
+    )
+    replay.add_argument(
+        "--lookahead",
+        type=_names,
+        default=["live"],
+        metavar="NAMES",
+        help="none, live (as recorded), router, previous, transitions, union (live)",
+    )
+    replay.add_argument(
+        "--layers-ahead", type=_positive, default=1, metavar="N", help="1 to 3 layers (1)"
+    )
+    replay.add_argument("--per-layer", action="store_true", help="each layer's hits and guesses")
+    for command in (show, replay):
+        command.add_argument("trace", type=Path, metavar="FILE", help="what --trace wrote")
+        command.add_argument(
+            "--debug", action="store_true", help="show a traceback when something fails"
+        )
 
 
 def _add_recipe_flags(parser: argparse.ArgumentParser) -> None:
@@ -208,12 +248,39 @@ def _add_model_flags(parser: argparse.ArgumentParser, context: int = 4096) -> No
         "--expert-slots", metavar="N", help="resident experts, a number or a share like 25%%"
     )
     group.add_argument(
-        "--policy", default="lru", metavar="NAME", help="who is evicted: lru, lfu (lru)"
+        "--policy",
+        default="lfru",
+        metavar="NAME",
+        help="who is evicted: lru, slru, lfru, lfu, fifo (lfru)",
+    )
+    group.add_argument(
+        "--allocation",
+        default="shared",
+        metavar="NAME",
+        help="which layer gives a slot: shared, global, quota (shared)",
     )
     group.add_argument(
         "--lookahead",
         action=argparse.BooleanOptionalAction,
         help="load what the router will probably want next (while it pays)",
+    )
+    group.add_argument(
+        "--predictor",
+        default="router",
+        metavar="NAME",
+        help="who guesses that: router, previous, transitions, union (router)",
+    )
+    group.add_argument(
+        "--layers-ahead", type=_positive, default=1, metavar="N", help="1 to 3 layers (1)"
+    )
+    group.add_argument(
+        "--warm-start",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="load first what was hot in the run before (on)",
+    )
+    group.add_argument(
+        "--trace", type=Path, metavar="FILE", help="record what the routers choose (offload trace)"
     )
     group.add_argument("-t", "--threads", type=_threads, metavar="N", help="CPU threads")
     group.add_argument("--pack-dir", metavar="DIR", help="where packs are kept")
@@ -256,6 +323,10 @@ def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="timings after an answer",
     )
+
+
+def _names(text: str) -> list[str]:
+    return text.split(",")
 
 
 def _between(text: str, least: int, most: int) -> int:
@@ -311,7 +382,12 @@ def _load(
         vram=arguments.vram,
         ram=arguments.ram,
         policy=arguments.policy,
+        allocation=arguments.allocation,
         lookahead=arguments.lookahead,
+        predictor=arguments.predictor,
+        layers_ahead=arguments.layers_ahead,
+        warm_start=arguments.warm_start,
+        trace=arguments.trace,
         context=arguments.ctx_size,
         pack_dir=arguments.pack_dir,
         revision=arguments.revision,
@@ -507,6 +583,35 @@ def _row(common: dict[str, Any], result: Result) -> list[str]:
         f"{experts.mib_per_token:.1f}",
         f"{result.link_share:.0%}",
     ]
+
+
+def _usage(arguments: argparse.Namespace) -> int:
+    return USAGE
+
+
+def _trace_show(arguments: argparse.Namespace) -> int:
+    from offload.traces import show
+
+    for line in show(arguments.trace):
+        print(line)
+    return DONE
+
+
+def _trace_replay(arguments: argparse.Namespace) -> int:
+    from offload.traces import replays
+
+    lines = replays(
+        arguments.trace,
+        arguments.policy,
+        arguments.allocation,
+        arguments.expert_slots,
+        arguments.lookahead,
+        arguments.layers_ahead,
+        per_layer=arguments.per_layer,
+    )
+    for line in lines:
+        print(line, flush=True)
+    return DONE
 
 
 def _quantize(arguments: argparse.Namespace) -> int:

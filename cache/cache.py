@@ -1,196 +1,262 @@
 """The expert cache: decides hits, loads, evictions, waves and look-ahead loads.
 
-Knows: which keys are resident, in use and on their way. Does not know: bytes, tensors, clocks,
-threads.
+Knows: which keys are resident, in use and guessed. Does not know: bytes, tensors, clocks, threads:
+the same calls lead to the same decisions, live and in a replay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
+from cache.allocation import ALLOCATIONS, Allocation
+from cache.heat import Heat
 from cache.plan import Plan, Use, Wave
 from cache.policy import Key, Policy
 from cache.slots import SlotTable
 from cache.statistics import Statistics
+from cache.trust import Trust
+
+PROMPT_WEIGHT = 0.25  # of a prompt's use; a generated token's counts 1
 
 
 class ExpertCache:
-    """Slots shared by all layers under one policy.
+    """Slots shared by all layers under one policy and one allocation.
 
-    `plan` is called once a step; the slots of that plan are in use until the next call. Slots being
-    filled by look-ahead are *in flight* from `look_ahead` until `landed`. Neither is ever evicted.
+    `plan` is called once a step; what it names is in use until the next call. What `look_ahead`
+    named stays until the step it was guessed for. Neither is evicted meanwhile.
     """
 
-    def __init__(self, slots: int, layers: int, policy: Policy) -> None:
+    def __init__(
+        self,
+        slots: int,
+        layers: int,
+        policy: Callable[[], Policy],
+        allocation: str = "shared",
+    ) -> None:
         self.table = SlotTable(slots)
         self.statistics = Statistics(layers)
-        self._policy = policy
-        self._held = [0] * layers  # resident keys of each layer
-        self._share = max(1, slots // layers)
-        self._in_use: frozenset[Key] = frozenset()
-        self._in_flight: set[int] = set()
-        self._guesses: dict[int, frozenset[int]] = {}  # layer -> experts guessed for its next step
-        self._guess_loads: dict[int, frozenset[int]] = {}  # layer -> those of them that were loaded
+        self.heat = Heat(layers)
+        self._make = functools.partial(ALLOCATIONS[allocation], slots, layers, policy)
+        self._allocation: Allocation = self._make()
+        self._trust = Trust(layers)
+        self._keep: set[Key] = set()  # in use, or guessed
+        self._in_use: list[Key] = []
+        self._guesses: dict[int, _Guess] = {}  # of a layer's next step
+        self._useless: dict[Key, None] = {}  # loaded by a wrong guess, not asked for since
 
-    def plan(self, layer: int, experts: Sequence[int]) -> Plan:
+    def plan(self, layer: int, experts: Sequence[int], *, prompt: bool = False) -> Plan:
         """Decide how the distinct `experts` of `layer` are served.
 
         Residents come first. What does not fit beside them waits for a later wave, which takes over
         the slots of the wave before it.
         """
+        allocation, table = self._allocation, self.table
+        self._release(layer)
+        allocation.step(layer)
+        weight = PROMPT_WEIGHT if prompt else 1.0
+        self.heat.use(layer, experts, weight)
         counts = self.statistics.layers[layer]
-        guessed = self._guesses.pop(layer, None)
-        if guessed is not None:
-            counts.lookahead_asked += len(experts)
-            counts.lookahead_right += len(guessed.intersection(experts))
-            loaded = self._guess_loads.pop(layer, frozenset())
-            counts.lookahead_loads_right += len(loaded.intersection(experts))
-        keys = [(layer, expert) for expert in experts]
-        self._in_use = frozenset(keys)
+        guess = self._guesses.pop(layer, None)
+        if guess is not None:
+            self._judge(layer, guess, experts)
         hits, missing = [], []
-        for key in keys:
-            if key in self.table:
-                self._policy.use(key)
-                hits.append(Use(key[1], self.table.slot_of(key)))
+        for expert in experts:
+            key = (layer, expert)
+            if key in table:
+                allocation.use(key, weight)
+                hits.append(Use(expert, table.slot_of(key)))
+                self._in_use.append(key)
+                if self._useless:
+                    self._useless.pop(key, None)
             else:
                 missing.append(key)
-        counts.requests += len(keys)
+        self._keep.update(self._in_use)
+        counts.requests += len(experts)
         counts.hits += len(hits)
         counts.misses += len(missing)
+        if not missing:
+            return Plan(layer, (Wave(tuple(hits), ()),) if hits else ())
+        return Plan(layer, self._waves(layer, hits, missing, weight))
+
+    def _release(self, layer: int) -> None:
+        """The step before is over: what it used may leave again."""
+        self._keep.difference_update(self._in_use)
+        if self._in_use:
+            self._allocation.changed(self._in_use[0][0])
+            self._in_use.clear()
+
+    def _judge(self, layer: int, guess: _Guess, experts: Sequence[int]) -> None:
+        """Compare what was guessed for this step with what it asks for."""
+        counts = self.statistics.layers[layer]
+        right = guess.experts.intersection(experts)
+        absent_right = guess.absent.intersection(experts)
+        counts.lookahead_guesses += len(guess.experts)
+        counts.lookahead_asked += len(experts)
+        counts.lookahead_right += len(right)
+        counts.lookahead_loads_right += len(guess.loaded.intersection(experts))
+        self._trust.learn(layer, len(absent_right), len(guess.absent) - len(absent_right))
+        self._keep.difference_update((layer, expert) for expert in guess.experts)
+        self._useless.update(((layer, expert), None) for expert in guess.loaded - right)
+
+    def _waves(
+        self, layer: int, hits: list[Use], missing: list[Key], weight: float
+    ) -> tuple[Wave, ...]:
         waves = []
-        done: list[Use] = hits  # uses whose slots the next wave may take over
+        done = hits  # uses whose slots the next wave may take over
         first_hits = tuple(hits)
         while missing or first_hits:
-            loads = self._take_slots(layer, missing)
-            if not loads and not first_hits:
-                loads = self._take_over(layer, done, missing)
-            waves.append(Wave(first_hits, tuple(loads)))
+            slots = self._take_slots(layer, len(missing), evict=True)
+            if not slots and not first_hits:
+                slots = self._take_over(layer, done[: len(missing)])
+            loads = tuple(
+                self._place(key, slot, weight) for key, slot in zip(missing, slots, strict=False)
+            )
+            taken = missing[: len(loads)]
+            self._in_use += taken
+            self._keep.update(taken)
+            waves.append(Wave(first_hits, loads))
             done = [*first_hits, *loads]
             first_hits = ()
             missing = missing[len(loads) :]
-        return Plan(layer, tuple(waves))
+        return tuple(waves)
 
-    def _take_slots(self, layer: int, keys: Sequence[Key]) -> list[Use]:
-        """Place as many of `keys` as there are free or evictable slots."""
-        placed: list[Use] = []
-        for key in keys:
-            slot = self._free_slot(layer)
-            if slot is None:
-                break
-            self._place(key, slot)
-            placed.append(Use(key[1], slot))
-        return placed
+    def _take_slots(self, layer: int, count: int, *, evict: bool) -> list[int]:
+        """At most `count` slots for keys of `layer`: free ones, useless ones, victims'."""
+        slots: list[int] = []
+        room = self._allocation.room(layer)
+        while len(slots) < min(count, room) and (slot := self.table.take_free()) is not None:
+            slots.append(slot)
+        if len(slots) < count and self._useless:
+            pooled = self._allocation.pooled
+            useless = [
+                key
+                for key in self._useless
+                if key not in self._keep and (pooled or key[0] == layer)
+            ]
+            for key in useless[: count - len(slots)]:
+                slots.append(self._evict(layer, key))
+                self._allocation.changed(key[0])
+        if len(slots) < count and evict:
+            victims = self._allocation.victims(layer, count - len(slots), self._keep)
+            slots += [self._evict(layer, key) for key in victims]
+        return slots
 
-    def _take_over(self, layer: int, done: Sequence[Use], keys: Sequence[Key]) -> list[Use]:
-        """Place `keys` in the slots of uses that are over."""
-        placed = []
-        for use, key in zip(done, keys, strict=False):
-            self._evict(layer, (layer, use.expert))
-            self._place(key, use.slot)
-            placed.append(Use(key[1], use.slot))
-        assert placed, "a wave without a slot"
-        return placed
+    def _take_over(self, layer: int, done: Sequence[Use]) -> list[int]:
+        """The slots of uses that are over."""
+        keys = [(layer, use.expert) for use in done]
+        assert keys, "a wave without a slot"
+        self._in_use = [key for key in self._in_use if key not in keys]
+        self._keep.difference_update(keys)
+        self._allocation.changed(layer)
+        return [self._evict(layer, key) for key in keys]
 
     def look_ahead(self, layer: int, experts: Sequence[int], most: int) -> tuple[Use, ...]:
         """Choose which guessed `experts` of a later `layer` to load now, at most `most` of them.
 
-        Evicts neither what is in use, in flight or guessed, and always leaves one slot that `plan`
-        can have at once.
+        Evicts neither what is in use nor what is guessed, always leaves one slot that `plan` can
+        have at once, and evicts nothing useful for a layer whose guesses do not come true.
         """
-        guessed = frozenset(experts)
-        self._guesses[layer] = guessed
-        counts = self.statistics.layers[layer]
-        counts.lookahead_guesses += len(guessed)
-        loads: list[Use] = []
-        keys = [(layer, expert) for expert in experts]
-        missing = []
-        for key in keys:
-            if key in self.table:
-                self._policy.use(key)  # not to be evicted before it is asked for
-            else:
-                missing.append(key)
-        for key in missing:
-            if len(loads) >= most or len(self._in_flight) + 1 >= self.table.slots:
-                break
-            slot = self._free_slot(layer, keys)
-            if slot is None:
-                break
-            self._place(key, slot)
-            self._in_flight.add(slot)
-            loads.append(Use(key[1], slot))
-        self._guess_loads[layer] = frozenset(use.expert for use in loads)
-        counts.lookahead_loads += len(loads)
-        return tuple(loads)
+        guess = _Guess(frozenset(experts))
+        self._replace_guess(layer, guess)
+        absent = [(layer, expert) for expert in experts if (layer, expert) not in self.table]
+        guess.absent |= {key[1] for key in absent}
+        if not self._trust.may_load(layer):
+            return ()
+        self._allocation.changed(layer)
+        spare = self.table.slots - 1 - (len(self._keep) - len(self._in_use))
+        for expert in experts:
+            key = (layer, expert)
+            if spare > 0 and key in self.table and key not in self._keep:
+                self._keep.add(key)  # not to be evicted before it is asked for
+                spare -= 1
+        count = min(most, len(absent), spare)
+        if count < 1:
+            return ()
+        slots = self._take_slots(layer, count, evict=self._trust.may_evict(layer))
+        loads = tuple(self._place(key, slot, 0.0) for key, slot in zip(absent, slots, strict=False))
+        guess.loaded |= {use.expert for use in loads}
+        self._keep.update((layer, use.expert) for use in loads)
+        self.statistics.layers[layer].lookahead_loads += len(loads)
+        return loads
 
-    def in_flight(self) -> tuple[int, ...]:
-        """Slots of look-ahead loads that have not landed."""
-        return tuple(self._in_flight)
+    def _replace_guess(self, layer: int, guess: _Guess) -> None:
+        """A guess made later, nearer to the step, takes over what was loaded for the earlier."""
+        before = self._guesses.get(layer)
+        self._guesses[layer] = guess
+        if before is None:
+            return
+        self._keep.difference_update((layer, expert) for expert in before.experts)
+        self._keep.update(self._in_use)
+        guess.absent = before.absent
+        guess.loaded = before.loaded & guess.experts
+        self._useless.update(((layer, expert), None) for expert in before.loaded - guess.experts)
 
-    def landed(self, slot: int) -> None:
-        """The look-ahead load into `slot` is complete."""
-        self._in_flight.discard(slot)
+    def warm(self, layer: int, expert: int) -> Use | None:
+        """Load an expert that was hot in an earlier run, if there is a free slot."""
+        if (layer, expert) in self.table or not self._allocation.room(layer):
+            return None
+        slot = self.table.take_free()
+        if slot is None:
+            return None
+        self.statistics.layers[layer].warm_loads += 1
+        return self._place((layer, expert), slot, 1.0)
 
     def clear(self) -> None:
         """Forget what is where; counts stay. For a step that broke off at any point."""
         self.table = SlotTable(self.table.slots)
-        self._policy.clear()
-        self._held = [0] * len(self._held)
-        self._in_use = frozenset()
-        self._in_flight.clear()
+        self._allocation.clear()
+        self._keep.clear()
+        self._in_use.clear()
         self._guesses.clear()
-        self._guess_loads.clear()
+        self._useless.clear()
         for counts in self.statistics.layers:
             counts.requests = counts.hits + counts.misses
+
+    def forget(self) -> None:
+        """`clear`, and begin anew with what was learnt about keys and guesses; heat stays."""
+        self.clear()
+        self._allocation = self._make()
+        self._trust = Trust(len(self.heat))
 
     def is_resident(self, layer: int, expert: int) -> bool:
         return (layer, expert) in self.table
 
-    def _free_slot(self, layer: int, keep: Sequence[Key] = ()) -> int | None:
-        """A slot for a key of `layer`: a free one, else that of the policy's first fitting victim.
-
-        A layer that holds more than its share gives first, as does `layer` itself once it has its
-        share: under plain LRU over layers that are used in turn, the least recently used key is the
-        one that is about to be used.
-        """
-        slot = self.table.take_free()
-        if slot is not None:
-            return slot
-        fallback = None
-        for key in self._policy.victims():
-            if key in self._in_use or key in keep or self.table.slot_of(key) in self._in_flight:
-                continue
-            held = self._held[key[0]]
-            if held > self._share or (key[0] == layer and held == self._share):
-                return self._evict(layer, key)
-            fallback = fallback or key
-        return None if fallback is None else self._evict(layer, fallback)
-
     def _evict(self, layer: int, key: Key) -> int:
         self.statistics.layers[layer].evictions += 1
-        return self._remove(key)
-
-    def _remove(self, key: Key) -> int:
-        self._policy.remove(key)
-        self._held[key[0]] -= 1
+        self._useless.pop(key, None)
+        self._allocation.remove(key)
         return self.table.remove(key)
 
-    def _place(self, key: Key, slot: int) -> None:
+    def _place(self, key: Key, slot: int, weight: float) -> Use:
         self.table.put(key, slot)
-        self._held[key[0]] += 1
-        self._policy.insert(key)
+        self._allocation.insert(key, weight)
+        return Use(key[1], slot)
 
     def check_integrity(self) -> None:
         """Raise `AssertionError` when the parts contradict each other."""
         self.table.check_integrity()
-        assert len(self._in_flight) < self.table.slots or self.table.slots == 1, "all in flight"
-        for slot in self._in_flight:
-            assert self.table.key_in(slot) is not None, f"nothing is on its way to slot {slot}"
-        order = list(self._policy.victims())
+        order = list(self._allocation.order())
         assert len(order) == len(self.table), "policy and table disagree"
         assert all(key in self.table for key in order), (
             "the policy orders a key that is not resident"
         )
-        held = [sum(key[0] == layer for key in order) for layer in range(len(self._held))]
-        assert held == self._held, "resident keys of a layer are miscounted"
+        held = [sum(key[0] == layer for key in order) for layer in range(len(self.heat))]
+        assert held == self._allocation.held, "resident keys of a layer are miscounted"
+        guessed = {(at, expert) for at, guess in self._guesses.items() for expert in guess.experts}
+        assert self._keep <= {*self._in_use, *guessed}, "a key stays for no reason"
+        assert all(key in self.table for key in self._keep), "what is to stay is gone"
+        assert all(key in self.table for key in self._useless), "what is useless is gone"
         for counts in self.statistics.layers:
             assert counts.hits + counts.misses == counts.requests
+
+
+class _Guess:
+    """What was guessed for a layer's next step."""
+
+    __slots__ = ("absent", "experts", "loaded")
+
+    def __init__(self, experts: frozenset[int]) -> None:
+        self.experts = experts
+        self.absent: frozenset[int] = frozenset()  # not resident when it was guessed
+        self.loaded: frozenset[int] = frozenset()  # and then loaded

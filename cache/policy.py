@@ -1,12 +1,11 @@
-"""Which resident expert leaves first.
+"""What every eviction policy offers.
 
-Knows: the order of uses. Does not know: slots, nor which experts must stay (the caller asks for
-victims in order and skips those).
+Knows: keys, the protocol. Does not know: slots, nor which keys must stay (the caller takes victims
+in order and skips those); the policies themselves are in `cache.policies`.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -14,12 +13,19 @@ Key = tuple[int, int]  # (MoE layer, expert)
 
 
 class Policy(Protocol):
-    """Orders resident keys from first to leave to last."""
+    """Orders the resident keys of one pool (a layer's, or all) from first to leave to last.
 
-    def insert(self, key: Key) -> None:
+    `weight` says how much a use counts: 1 for a generated token, less for a prompt, 0 for what
+    came without being asked for.
+    """
+
+    def step(self) -> None:
+        """The pool's clock goes on: each of its layers is about to be asked once more."""
+
+    def insert(self, key: Key, weight: float = 1.0) -> None:
         """`key` became resident."""
 
-    def use(self, key: Key) -> None:
+    def use(self, key: Key, weight: float = 1.0) -> None:
         """The resident `key` was asked for."""
 
     def remove(self, key: Key) -> None:
@@ -31,52 +37,5 @@ class Policy(Protocol):
     def victims(self) -> Iterator[Key]:
         """Resident keys, the one to evict first first. Not to be changed while iterating."""
 
-
-class LRU:
-    """Least recently used leaves first."""
-
-    def __init__(self) -> None:
-        self._order: OrderedDict[Key, None] = OrderedDict()
-
-    def insert(self, key: Key) -> None:
-        self._order[key] = None
-
-    def use(self, key: Key) -> None:
-        self._order.move_to_end(key)
-
-    def remove(self, key: Key) -> None:
-        del self._order[key]
-
-    def clear(self) -> None:
-        self._order.clear()
-
-    def victims(self) -> Iterator[Key]:
-        return iter(self._order)
-
-
-class LFU:
-    """Least frequently used leaves first, the older of equals first. For comparison: counts never
-    age."""
-
-    def __init__(self) -> None:
-        self._uses: dict[Key, int] = {}  # of every key ever resident
-        self._resident: dict[Key, None] = {}
-
-    def insert(self, key: Key) -> None:
-        self._uses[key] = self._uses.get(key, 0) + 1
-        self._resident[key] = None
-
-    def use(self, key: Key) -> None:
-        self._uses[key] += 1
-
-    def remove(self, key: Key) -> None:
-        del self._resident[key]
-
-    def clear(self) -> None:
-        self._resident.clear()
-
-    def victims(self) -> Iterator[Key]:
-        return iter(sorted(self._resident, key=self._uses.__getitem__))
-
-
-POLICIES: dict[str, type[LRU] | type[LFU]] = {"lru": LRU, "lfu": LFU}
+    def value(self, key: Key) -> float:
+        """What keeping the resident `key` is worth, comparable among pools of one policy."""

@@ -36,6 +36,9 @@ class SlotTable:
         """Remove and return a free slot, or None when all are taken."""
         return self._free.pop() if self._free else None
 
+    def has_free(self) -> bool:
+        return bool(self._free)
+
     def put(self, key: Key, slot: int) -> None:
         """Place `key` in `slot`, which `take_free` or `remove` returned."""
         assert self._key_in[slot] is None, f"slot {slot} is taken"

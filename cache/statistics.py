@@ -1,7 +1,7 @@
 """Counters, per MoE layer and in all.
 
 Knows: how to count and to add up. Does not know: what a second or a byte is worth (`offload`).
-Invariants: `hits + misses == requests`; `loads == misses + lookahead_loads`.
+Invariants: `hits + misses == requests`; `loads == misses + lookahead_loads + warm_loads - dropped`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ class LayerCounts:
     lookahead_loads: int = 0  # guesses that were loaded
     lookahead_loads_right: int = 0  # of these, those the layer then asked for
     lookahead_asked: int = 0  # requests in steps that had guesses
+    warm_loads: int = 0  # experts that were hot in an earlier run
+    dropped: int = 0  # of the loads nobody asked for, those given up before their copy began
     wait_seconds: float = 0.0  # compute stood still for a load
 
     @property
     def loads(self) -> int:
-        return self.misses + self.lookahead_loads
+        return self.misses + self.lookahead_loads + self.warm_loads - self.dropped
 
     @property
     def needed_loads(self) -> int:

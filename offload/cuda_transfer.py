@@ -45,6 +45,8 @@ class CudaTransfer:
     at most as many as a token has experts.
     """
 
+    overtakes = False
+
     def __init__(self, pack: Pack, slots: int, device: torch.device, ram: int | None) -> None:
         self.device = device
         self._pack = pack
@@ -125,6 +127,9 @@ class CudaTransfer:
     def wait(self, ticket: Ticket) -> None:
         assert isinstance(ticket, CudaTicket)
         torch.cuda.current_stream(self.device).wait_event(ticket.end)
+
+    def drop(self, ticket: Ticket) -> bool:
+        return False  # what the stream was given it does, before the copy that follows
 
     def drain(self) -> None:
         torch.cuda.synchronize(self.device)

@@ -14,7 +14,8 @@ from __future__ import annotations
 import functools
 import threading
 import time
-from collections.abc import Sequence, Set
+from collections import deque
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -24,12 +25,19 @@ from torch import Tensor, nn
 from cache.cache import ExpertCache
 from cache.lookahead import LookaheadBalance
 from cache.plan import Use
+from cache.policy import Key
+from cache.predictors import NO_LOOKAHEAD, WITH_ROUTER, Lookahead, make_predictor, merged
+from cache.trace import Guess
 from offload.errors import GenerationError
+from offload.norms import NormFinder, scale_between
+from offload.recording import Recorder
 from offload.stats import Stats
 from offload.transfer import Ticket, Transfer
 from quant.matmul import matmul
 from quant.pack import PackInfo
 from quant.record import MatrixView, view_record
+
+WARM_AT_ONCE = 4  # copies a step, where an urgent one cannot overtake them
 
 
 class Layer:
@@ -43,6 +51,8 @@ class Layer:
         self.router: nn.Module | None = None  # of this layer
         self.asked: Tensor | None = None  # what this layer's router was just asked about
         self.constants: tuple[Any, ...] | None = None  # its other arguments; None: not called yet
+        self.finder: NormFinder | None = None  # of the norm that feeds the router
+        self.scales: dict[int, Tensor | None] = {}  # later layer -> what its norm makes of ours
 
     def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         return self.engine.step(self, hidden, top_k_index, top_k_weights)
@@ -67,8 +77,18 @@ class Layer:
         self.constants = args[1:]
         if any(rest is not None and id(rest) not in owned for rest in self.constants):
             self.router = None  # it looks at more than the hidden state
+        if self.finder is not None and self.finder.norm is None and args:
+            self.finder.asked(args[0])
         one_token = bool(args) and args[0].numel() == args[0].shape[-1]
         self.asked = args[0] if one_token else None
+
+    def as_seen_by(self, later: Layer, hidden: Tensor) -> Tensor:
+        """What `later`'s norm would make of the state that ours made `hidden` of."""
+        if later.index not in self.scales:
+            mine, theirs = (at.finder.norm if at.finder else None for at in (self, later))
+            self.scales[later.index] = scale_between(mine, theirs, hidden)
+        scale = self.scales[later.index]
+        return hidden if scale is None else hidden * scale
 
     def expert(self, x: Tensor, matrices: dict[str, MatrixView]) -> Tensor:
         """One expert's output [M, H] for its tokens `x` [M, H], before the router's weight."""
@@ -84,6 +104,14 @@ class Layer:
         return normed
 
 
+def _around(model: nn.Module, experts: nn.Module) -> nn.Module:
+    """The decoder layer that `experts` is part of."""
+    path = next(name for name, module in model.named_modules() if module is experts)
+    parts = path.split(".")
+    deep = max((at for at, part in enumerate(parts) if part.isdigit()), default=len(parts) - 1)
+    return model.get_submodule(".".join(parts[: deep + 1]))
+
+
 class Engine:
     """Serves the experts of a whole model from a cache of slots."""
 
@@ -93,6 +121,7 @@ class Engine:
         cache: ExpertCache,
         transfer: Transfer,
         balance: LookaheadBalance | None,
+        lookahead: Lookahead = NO_LOOKAHEAD,
     ) -> None:
         """With `balance` looking ahead stops while it does not pay; with None it never does."""
         self._info = info
@@ -100,7 +129,14 @@ class Engine:
         self.transfer = transfer
         self._balance = balance
         self.layers: list[Layer] = []
-        self._tickets: dict[int, Ticket] = {}  # slot -> the copy into it nobody waited for yet
+        self._lookahead = lookahead
+        self._predictor = make_predictor(lookahead.predictor, len(info.layers))
+        self._tickets: dict[int, tuple[Ticket, int]] = {}  # slot -> unawaited copy, its layer
+        self._guessed: deque[Ticket] = deque()  # copies of guesses that may not have landed
+        self._cold: deque[Key] = deque()  # hot experts of the run before, not begun to load
+        self._recorder: Recorder | None = None
+        self._noted_layers = 0  # guesses for so many later layers are written down
+        self.prompt: bool | None = None  # whether prefill is running; None: not known
         self._views: dict[tuple[int, int], dict[str, MatrixView]] = {}  # (layout, slot)
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._started = 0  # copies
@@ -116,12 +152,23 @@ class Engine:
         self.layers.append(layer)
         return layer
 
+    def watch_calls(self, model: nn.Module) -> None:
+        """Notice when the model reads a prompt: a call of several positions."""
+        self._hooks.append(model.register_forward_pre_hook(self._note_call, with_kwargs=True))
+
+    def _note_call(self, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        for given in (*args[:1], named.get("input_ids"), named.get("inputs_embeds")):
+            if isinstance(given, Tensor):
+                self.prompt = given.shape[1] > 1
+                return
+
     def watch_routers(self, model: nn.Module, routers: Sequence[nn.Module | None]) -> None:
         """Look ahead with these routers, one for each layer; None where there is none to ask."""
         owned = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         for layer, router in zip(self.layers, routers, strict=True):
             layer.router = router
             if router is not None:
+                layer.finder = NormFinder(_around(model, layer.module))
                 hook = functools.partial(layer.remember, owned)
                 self._hooks.append(router.register_forward_pre_hook(hook))
 
@@ -146,17 +193,20 @@ class Engine:
     ) -> Tensor:
         if layer.index == 0:
             self.tokens += hidden.shape[0]
-        self._note_landed()
+        if self._cold:
+            self._warm_some()
         chosen = top_k_index.tolist()  # sync: the plan is made on the host
         cells_of = _cells_by_expert(chosen, layer.num_experts)
+        prompt = len(chosen) > 1 if self.prompt is None else self.prompt
         needed_before = self.cache.statistics.layers[layer.index].needed_loads
-        plan = self.cache.plan(layer.index, list(cells_of))
+        plan = self.cache.plan(layer.index, list(cells_of), prompt=prompt)
+        guesses: list[Guess] = []
         cells: Tensor | None = None  # [S, H]
         for wave in plan.waves:
             for use in wave.loads:
                 self._start(layer.index, use, urgent=True)
             if wave is plan.waves[-1]:
-                self._look_ahead(layer)
+                guesses = self._look_ahead(layer, cells_of if len(chosen) == 1 else None)
             for use in (*wave.hits, *wave.loads):
                 matrices = self._ready(layer.index, use)
                 where = cells_of[use.expert]
@@ -166,6 +216,9 @@ class Engine:
                 _put(cells, where, out)
                 self.transfer.release(use.slot)
         self._weigh(layer.index, needed_before)
+        if self._recorder is not None:
+            scores = top_k_weights.tolist()  # sync: only while a trace is recorded
+            self._recorder.note(layer.index, prompt, chosen, scores, layer.num_experts, guesses)
         if cells is None:  # every index was a sentinel
             return torch.zeros_like(hidden)
         weighted = cells.view(*top_k_index.shape, -1) * top_k_weights.unsqueeze(-1)  # [T, k, H]
@@ -176,51 +229,132 @@ class Engine:
         self._lock = threading.RLock()  # Ctrl-C inside its release may have left the old one taken
         self.transfer.drain()
         self._tickets.clear()
+        self._guessed.clear()
+        self._cold.clear()
         self.cache.clear()
+        if self._recorder is not None:
+            self._recorder.started_over()
 
-    def _start(self, layer: int, use: Use, *, urgent: bool) -> None:
+    def _start(self, layer: int, use: Use, *, urgent: bool) -> Ticket:
+        before = self._tickets.pop(use.slot, None)
+        if before is not None and not before[0].done and self.transfer.drop(before[0]):
+            self.cache.statistics.layers[before[1]].dropped += 1  # nobody had asked for it
+            if before[0] in self._guessed:
+                self._guessed.remove(before[0])
         self._started += 1
-        self._tickets[use.slot] = self.transfer.start(layer, use.expert, use.slot, urgent=urgent)
+        ticket = self.transfer.start(layer, use.expert, use.slot, urgent=urgent)
+        self._tickets[use.slot] = ticket, layer
+        return ticket
 
     def _ready(self, layer: int, use: Use) -> dict[str, MatrixView]:
         """The matrices of an expert, once they have arrived."""
-        ticket = self._tickets.pop(use.slot, None)
-        if ticket is not None:
+        copy = self._tickets.pop(use.slot, None)
+        if copy is not None:
             begin = time.perf_counter()
-            self.transfer.wait(ticket)
+            self.transfer.wait(copy[0])
             self.cache.statistics.layers[layer].wait_seconds += time.perf_counter() - begin
-            self.cache.landed(use.slot)
         key = (self._info.layers[layer].layout, use.slot)
         if key not in self._views:
             self._views[key] = view_record(self.transfer.slot(use.slot), self._info.layouts[key[0]])
         return self._views[key]
 
-    def _look_ahead(self, layer: Layer) -> None:
-        """Ask the next layer's router about this hidden state; load what it would choose."""
+    def _look_ahead(self, layer: Layer, chosen: Iterable[int] | None) -> list[Guess]:
+        """Guess what the next layers will want and load it; `chosen`: what the one token wants."""
         hidden, layer.asked = layer.asked, None
-        if hidden is None or layer.index + 1 == len(self.layers):
-            return
-        if self._balance is not None and not self._balance.worthwhile:
-            return
+        if chosen is None:  # of many tokens' experts nearly all are wanted: no need to guess
+            return []
+        wanted = list(chosen)
+        if self._predictor is not None:
+            self._predictor.observe(layer.index, wanted)
+        ahead = min(self._lookahead.layers, len(self.layers) - 1 - layer.index)
+        if ahead < 1 or (self._balance is not None and not self._balance.worthwhile):
+            return self._note_guesses(layer, hidden, 0)
+        if self._link_is_behind(ahead * len(wanted)):
+            return self._note_guesses(layer, hidden, 0)
         begin = time.perf_counter()
-        ahead = self.layers[layer.index + 1]
-        experts = ahead.guess(hidden)
-        for use in self.cache.look_ahead(ahead.index, experts, most=len(experts)):
-            self._start(ahead.index, use, urgent=False)
+        guesses = []
+        for later in self.layers[layer.index + 1 : layer.index + 1 + ahead]:
+            experts = self._guess(layer, later, hidden)
+            if not experts:
+                continue
+            guesses.append(Guess(later.index, tuple(experts)))
+            for use in self.cache.look_ahead(later.index, experts, most=len(experts)):
+                self._guessed.append(self._start(later.index, use, urgent=False))
         if self._balance is not None:
             self._balance.guessed(time.perf_counter() - begin)
+        return guesses + self._note_guesses(layer, hidden, ahead)
 
     def _weigh(self, layer: int, needed_before: int) -> None:
         """Tell the balance what this step needed, where there is anything to weigh."""
-        if self._balance is None or not self._hooks:
+        if self._balance is None or not self._lookahead.layers:
             return
         needed = self.cache.statistics.layers[layer].needed_loads - needed_before
         self._balance.step(needed, self._started, self.transfer.busy_seconds)
 
-    def _note_landed(self) -> None:
-        for slot in self.cache.in_flight():
-            if self._tickets[slot].done:
-                self.cache.landed(slot)
+    def _guess(self, layer: Layer, later: Layer, hidden: Tensor | None) -> list[int]:
+        """Experts of `later`, likeliest first, now that `layer` was asked about `hidden`."""
+        experts: list[int] = []
+        if hidden is not None and self._lookahead.predictor in WITH_ROUTER:
+            experts = later.guess(layer.as_seen_by(later, hidden))
+        if self._predictor is not None:
+            said = self._predictor.guess(layer.index, later.index - layer.index)
+            experts = merged(experts, said)
+        return experts
+
+    def _link_is_behind(self, most: int) -> bool:
+        """Whether `most` or more guessed experts still wait to be copied."""
+        while self._guessed and self._guessed[0].done:
+            self._guessed.popleft()
+        return len(self._guessed) >= most
+
+    def _note_guesses(self, layer: Layer, hidden: Tensor | None, ahead: int) -> list[Guess]:
+        """For a trace: what routers past `ahead` layers would say."""
+        if hidden is None or self._noted_layers <= ahead:
+            return []
+        later = self.layers[layer.index + 1 + ahead : layer.index + 1 + self._noted_layers]
+        said = ((at.index, at.guess(layer.as_seen_by(at, hidden))) for at in later)
+        return [Guess(index, tuple(experts), live=False) for index, experts in said]
+
+    def warm(self, keys: Iterable[Key]) -> None:
+        """Load these experts, hottest first, whenever nobody waits for another."""
+        with self._lock:
+            self._cold.extend(keys)
+            self._warm_some()
+
+    def _warm_some(self) -> None:
+        """Begin as many of them as cannot delay an urgent copy."""
+        most = len(self._cold) if self.transfer.overtakes else WARM_AT_ONCE
+        while self._cold and most and self.cache.table.has_free():
+            key = self._cold.popleft()
+            use = self.cache.warm(*key)
+            if use is None:
+                continue
+            most -= 1
+            self._start(key[0], use, urgent=False)
+            if self._recorder is not None:
+                self._recorder.warmed(key)
+        if not self.cache.table.has_free():
+            self._cold.clear()
+
+    def record(self, recorder: Recorder, noted_layers: int = 0) -> None:
+        """Write down every call from now on, beginning with empty slots, so that a replay is exact.
+
+        `noted_layers`: routers of so many later layers are asked too, whether or not that is acted
+        on.
+        """
+        with self._lock:
+            self.stop_recording()
+            self._start_over()
+            self.cache.forget()
+            self._predictor = make_predictor(self._lookahead.predictor, len(self.layers))
+            self._recorder = recorder
+            self._noted_layers = noted_layers
+
+    def stop_recording(self) -> None:
+        """The trace is complete."""
+        recorder, self._recorder, self._noted_layers = self._recorder, None, 0
+        if recorder is not None:
+            recorder.close()
 
     def record_bytes(self, layer: int) -> int:
         return self._info.layout_of(layer).record_bytes
@@ -244,6 +378,7 @@ class Engine:
         if self.closed:
             return
         self.closed = True
+        self.stop_recording()
         for hook in self._hooks:
             hook.remove()
         self._views.clear()
@@ -252,7 +387,10 @@ class Engine:
 
 
 def _cells_by_expert(chosen: list[list[int]], num_experts: int) -> dict[int, list[int]]:
-    """Expert -> its cells (token * k + place); an index past the experts is a sentinel."""
+    """Expert -> its cells (token * k + place); an index past the experts is a sentinel.
+
+    Experts are in the order of their last cell: what the last tokens chose is loaded last.
+    """
     cells: dict[int, list[int]] = {}
     cell = 0
     for places in chosen:
@@ -260,6 +398,8 @@ def _cells_by_expert(chosen: list[list[int]], num_experts: int) -> dict[int, lis
             if 0 <= expert < num_experts:
                 cells.setdefault(expert, []).append(cell)
             cell += 1
+    if len(chosen) > 1:  # as `cache.trace.by_last_appearance`
+        return dict(sorted(cells.items(), key=lambda item: item[1][-1]))
     return cells
 
 

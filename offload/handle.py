@@ -6,14 +6,20 @@ be.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
+from cache.trace import TraceHeader
 from offload.cpu_linear import OneTokenLinear
 from offload.engine import Engine
+from offload.recording import Recorder
+from offload.residency import Residency
 from offload.stats import Stats
+from offload.version import __version__
+from offload.warm import write_hot
 from quant.pack import Pack
 
 
@@ -24,28 +30,67 @@ class Options:
     device: torch.device
     dtype: torch.dtype
     slots: int
-    policy: str
-    lookahead: bool | None  # None: while it pays
+    residency: Residency
     context: int
+
+    @property
+    def policy(self) -> str:
+        return self.residency.policy
+
+    @property
+    def lookahead(self) -> bool | None:
+        return self.residency.lookahead
 
 
 class Offload:
     """A model's experts: `model.offload`."""
 
     def __init__(
-        self, pack: Pack, engine: Engine, options: Options, one_token: OneTokenLinear | None
+        self,
+        pack: Pack,
+        engine: Engine,
+        options: Options,
+        one_token: OneTokenLinear | None,
+        top_k: int,
     ) -> None:
         self.pack = pack
         self.engine = engine
         self.options = options
+        self.top_k = top_k
         self._one_token = one_token
 
     def stats(self) -> Stats:
         """Hits, misses, bytes, waiting and look-ahead since the model was loaded."""
         return self.engine.stats()
 
+    def record(self, path: str | Path, noted_layers: int = 0) -> None:
+        """Write a trace of what the routers choose from now on to `path`, until `close` or another
+        trace; with `noted_layers` also what routers of so many later layers would have said.
+
+        The slots are emptied first, so that a replay can do exactly what this run does.
+        """
+        self.engine.record(Recorder(path, self.trace_header()), noted_layers)
+
+    def trace_header(self) -> TraceHeader:
+        """What a trace says of this model and this run."""
+        info, residency = self.pack.info, self.options.residency
+        return TraceHeader(
+            model=info.source,
+            experts=tuple(layer.num_experts for layer in info.layers),
+            top_k=self.top_k,
+            record_bytes=tuple(self.engine.record_bytes(i) for i in range(len(info.layers))),
+            settings={
+                "slots": self.options.slots,
+                **asdict(residency),
+                "device": self.options.device.type,
+                "version": __version__,
+            },
+        )
+
     def close(self) -> None:
         """Free the slots, the mapping and the copy thread. The model cannot be used afterwards."""
+        if self.options.residency.warm_start and not self.engine.closed:
+            write_hot(self.pack.path, self.engine.cache.heat)
         if self._one_token is not None:
             self._one_token.close()
         self.engine.close()

@@ -13,7 +13,7 @@ import re
 import weakref
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,7 @@ import torch
 import transformers
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from cache.cache import ExpertCache
-from cache.lookahead import LookaheadBalance
-from cache.policy import POLICIES
+from cache.predictors import WITH_ROUTER
 from offload import demo, sources
 from offload.budget import (
     SHARE,
@@ -38,7 +36,7 @@ from offload.budget import (
 from offload.cpu_linear import OneTokenLinear, native_is_quicker
 from offload.cuda_transfer import CudaTransfer
 from offload.engine import Engine
-from offload.errors import BudgetError, CheckpointError, SourceError, UnsupportedModelError
+from offload.errors import BudgetError, CheckpointError, SourceError
 from offload.files import user_path
 from offload.generation_config import check_generation_config
 from offload.handle import Offload, Options
@@ -47,6 +45,7 @@ from offload.make_pack import PackMaker, PackSource, fingerprint
 from offload.progress import without_bars
 from offload.quantized import QuantizedEmbedding, QuantizedLinear
 from offload.recipe import AskedBits, Recipe, most_bits
+from offload.residency import ALLOCATION, POLICY, PREDICTOR, Residency
 from offload.skeleton import (
     IMPLEMENTATION,
     build_on_meta,
@@ -59,6 +58,7 @@ from offload.skeleton import (
     without_packed_weights,
 )
 from offload.transfer import HostTransfer, Transfer
+from offload.warm import read_hot
 from quant.hqq import CPU
 from quant.pack import VERSION, Pack, PackInfo, is_pack
 from quant.record import view_record
@@ -78,8 +78,13 @@ def load(
     expert_slots: int | str | None = None,
     vram: str | int | None = None,
     ram: str | int | None = None,
-    policy: str = "lru",
+    policy: str = POLICY,
+    allocation: str = ALLOCATION,
     lookahead: bool | None = None,
+    predictor: str = PREDICTOR,
+    layers_ahead: int = 1,
+    warm_start: bool = True,
+    trace: str | Path | None = None,
     context: int = 4096,
     pack_dir: str | Path | None = None,
     revision: str | None = None,
@@ -97,8 +102,12 @@ def load(
       `offload.recipe`; "fit": the most bits at which all experts are resident.
     - `expert_slots`: experts resident on the compute device, over all layers, a number or a share
       like "25%"; None: as many as `vram` (GPU) or `ram` (CPU), bytes or "20GiB", allow.
-    - `lookahead`: load what the next layer's router will probably want; None: while measured to
-      pay.
+    - `policy`: who is evicted, lru, slru, lfru, lfu or fifo; `allocation`: which layer gives a
+      slot, shared, global or quota.
+    - `lookahead`: load what the next layers will probably want; None: while measured to pay.
+      `predictor` guesses that: router, previous, transitions or union; `layers_ahead` 1 to 3.
+    - `warm_start`: load first what was hot when the pack was last closed, in the background.
+    - `trace`: a file to record in what the routers choose (`offload trace`).
     - `context`: tokens the KV cache is budgeted for, and the most a conversation may have.
     - `dtype`: of the computation; None: as the checkpoint's config says.
 
@@ -107,10 +116,7 @@ def load(
     Raises `OffloadError`, whose message says what to do.
     """
     asked = AskedBits(bits, expert_bits, dense_bits, group_size)
-    if policy not in POLICIES:
-        raise UnsupportedModelError(
-            f"there is no policy {policy!r}: choose {' or '.join(POLICIES)}"
-        )
+    residency = Residency(policy, allocation, lookahead, predictor, layers_ahead, warm_start)
     place = find_device(device)
     ram_bytes = parse_bytes(ram)
     plan = Planner(
@@ -118,8 +124,7 @@ def load(
         available_bytes(place, parse_bytes(vram), ram_bytes),
         dtype,
         expert_slots,
-        policy,
-        lookahead,
+        residency,
         context,
     )
     path = find_or_make_pack(
@@ -145,6 +150,12 @@ def load(
         transfer = _transfer(pack, options, ram_bytes)
         undo.callback(transfer.close)
         _connect(model, pack, options, transfer)
+        undo.callback(model.offload.close)
+        if trace is not None:
+            model.offload.record(trace)
+        if warm_start:
+            hot = read_hot(pack.path, pack.info)
+            model.offload.engine.warm((layer, expert) for layer, expert, _ in hot)
         undo.pop_all()
     return model, tokenizer
 
@@ -157,8 +168,7 @@ class Planner:
     available: int  # bytes
     dtype: torch.dtype | None = None
     slots: int | str | None = None
-    policy: str = "lru"
-    lookahead: bool | None = None
+    residency: Residency = field(default_factory=Residency)
     context: int = 4096
 
     def __call__(self, info: PackInfo, config: PreTrainedConfig) -> Options:
@@ -173,7 +183,7 @@ class Planner:
             total_experts=info.total_experts,
         )
         slots = budget.slots(parse_slots(self.slots, info.total_experts))
-        return Options(self.device, compute, slots, self.policy, self.lookahead, self.context)
+        return Options(self.device, compute, slots, self.residency, self.context)
 
 
 def _check_recipe(pack: Pack, asked: AskedBits) -> None:
@@ -355,19 +365,32 @@ def _connect(model: PreTrainedModel, pack: Pack, options: Options, transfer: Tra
             f"{transformers.__version__} has: delete the folder and load the model again to remake "
             f"it"
         )
-    cache = ExpertCache(options.slots, len(info.layers), POLICIES[options.policy]())
-    balance = LookaheadBalance() if options.lookahead is None else None
-    engine = Engine(info, cache, transfer, balance)
+    residency = options.residency
+    cache = residency.cache(options.slots, len(info.layers))
+    everything_fits = options.slots >= info.total_experts
+    ahead = residency.ahead(everything_fits)
+    engine = Engine(info, cache, transfer, residency.balance(), ahead)
     for module in modules:
         install(module, engine.add_layer(module))
-    everything_fits = options.slots >= info.total_experts  # then nothing is ever loaded twice
-    if options.lookahead is not False and not everything_fits:
-        routers = [find_router(model, layer.module, layer.num_experts) for layer in info.layers]
-        engine.watch_routers(model, routers)
+    engine.watch_calls(model)
+    if ahead.layers and ahead.predictor in WITH_ROUTER:
+        engine.watch_routers(model, routers(model, info))
     single = options.device.type == "cpu" and options.dtype == torch.bfloat16
     one_token = OneTokenLinear(model) if single and native_is_quicker() else None
-    model.offload = Offload(pack, engine, options, one_token)
+    model.offload = Offload(pack, engine, options, one_token, _top_k(model))
     weakref.finalize(model, model.offload.close)  # a model that is dropped frees what it held
+
+
+def routers(model: PreTrainedModel, info: PackInfo) -> list[torch.nn.Module | None]:
+    """The router of each MoE layer, None where it cannot be told."""
+    return [find_router(model, layer.module, layer.num_experts) for layer in info.layers]
+
+
+def _top_k(model: PreTrainedModel) -> int:
+    """Experts a token, as the config says under one of its names; 0 when it does not."""
+    config = model.config.get_text_config()
+    names = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "num_experts_per_token")
+    return next((k for name in names if isinstance(k := getattr(config, name, None), int)), 0)
 
 
 def _transfer(pack: Pack, options: Options, ram: int | None) -> Transfer:

@@ -32,6 +32,7 @@ class Transfer(Protocol):
     """Copies records into numbered slots. Not for use by several threads at once."""
 
     device: torch.device
+    overtakes: bool  # an urgent copy goes before any other, even one that is under way
 
     def slot(self, index: int) -> Tensor:
         """The bytes [slot_bytes] uint8 of a slot, on `device`."""
@@ -45,6 +46,9 @@ class Transfer(Protocol):
 
     def wait(self, ticket: Ticket) -> None:
         """Return when compute on `device` may use the slot. Raises what the copy raised."""
+
+    def drop(self, ticket: Ticket) -> bool:
+        """Nobody wants this copy any more, its slot is used again; whether it never began."""
 
     def drain(self) -> None:
         """Drop the copies not yet begun and return when none is under way."""
@@ -60,6 +64,7 @@ class Transfer(Protocol):
         """Finish what is under way, free the slots, end the threads."""
 
 
+CHUNK = 1 << 18  # bytes of a copy that is not urgent, between looks at those that are
 NOWHERE = -1  # the slot of a ticket that only marks its place in the queue
 
 
@@ -70,7 +75,7 @@ class HostTicket:
     a waiter may leave taken, since nobody waits for what is done.
     """
 
-    __slots__ = ("done", "error", "expert", "layer", "slot", "under_way", "urgent")
+    __slots__ = ("done", "dropped", "error", "expert", "layer", "slot", "under_way", "urgent")
 
     def __init__(self, layer: int, expert: int, slot: int, urgent: bool) -> None:
         self.layer, self.expert, self.slot, self.urgent = layer, expert, slot, urgent
@@ -78,6 +83,7 @@ class HostTicket:
         self.under_way = threading.Lock()
         self.under_way.acquire()
         self.error: Exception | None = None
+        self.dropped = False
 
 
 class HostTransfer:
@@ -87,6 +93,8 @@ class HostTransfer:
     deques, a `SimpleQueue` and each ticket's bell, whose operations Ctrl-C cannot cut in two; the
     lock inside a `Condition` or `Event` could stay taken. After an interrupted `wait`: `drain`.
     """
+
+    overtakes = True
 
     def __init__(self, pack: Pack, slots: int) -> None:
         self.device = torch.device("cpu")
@@ -129,6 +137,15 @@ class HostTransfer:
         if ticket.error is not None:
             raise ticket.error
 
+    def drop(self, ticket: Ticket) -> bool:
+        assert isinstance(ticket, HostTicket)
+        ticket.dropped = True  # should it be under way, and give way to the one that follows
+        try:
+            self._queues[1].remove(ticket)
+        except ValueError:  # the thread has taken it
+            return False
+        return True
+
     def drain(self) -> None:
         for queue in self._queues:
             queue.clear()
@@ -138,6 +155,8 @@ class HostTransfer:
         """Nothing to do: on a CPU what was called has finished."""
 
     def close(self) -> None:
+        for queue in self._queues:
+            queue.clear()
         self._wake.put(False)
         self._thread.join()
         self._slots = torch.empty(0, 0, dtype=torch.uint8)
@@ -147,14 +166,25 @@ class HostTransfer:
             ticket = self._next()
             if ticket is None:  # it was dropped
                 continue
-            begin = time.perf_counter()
-            try:
-                self._copy(ticket)
-            except Exception as error:  # handed to whoever waits for this copy
-                ticket.error = error
-            self._busy_seconds += time.perf_counter() - begin
-            ticket.done = True
-            ticket.under_way.release()
+            self._serve(ticket)
+
+    def _serve(self, ticket: HostTicket) -> None:
+        begin = time.perf_counter()
+        try:
+            self._copy(ticket)
+        except Exception as error:  # handed to whoever waits for this copy
+            ticket.error = error
+        self._busy_seconds += time.perf_counter() - begin
+        ticket.done = True
+        ticket.under_way.release()
+
+    def _give_way(self) -> None:
+        """Do urgent copies in the middle of one that is not."""
+        with contextlib.suppress(IndexError):  # there is none (any more)
+            while self._queues[0][0].slot != NOWHERE:
+                begin = time.perf_counter()
+                self._serve(self._queues[0].popleft())
+                self._busy_seconds -= time.perf_counter() - begin  # counted by the one around it
 
     def _next(self) -> HostTicket | None:
         for queue in self._queues:
@@ -172,4 +202,12 @@ class HostTransfer:
         record = self._pack.record(ticket.layer, ticket.expert)
         slot = self._slots[ticket.slot]
         # Not Tensor.copy_: it would take the compute's threads. memmove runs without the GIL.
-        ctypes.memmove(slot.data_ptr(), record.data_ptr(), record.numel())
+        if ticket.urgent:
+            ctypes.memmove(slot.data_ptr(), record.data_ptr(), record.numel())
+            return
+        for at in range(0, record.numel(), CHUNK):
+            self._give_way()
+            if ticket.dropped:
+                return
+            size = min(CHUNK, record.numel() - at)
+            ctypes.memmove(slot.data_ptr() + at, record.data_ptr() + at, size)

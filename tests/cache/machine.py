@@ -1,8 +1,8 @@
 """A machine that carries out what the cache decides, over slots that hold only names.
 
 It does what an engine does: starts the loads of a wave, waits for what it uses, computes, goes on
-to the next wave; a look-ahead load stays under way until somebody lands it. It asserts that what is
-computed is in its slot, and checks the cache's promises after every step.
+to the next wave. It asserts that what is computed is in its slot, and checks the cache's promises
+after every step.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 from hypothesis import strategies as st
 
+from cache.allocation import ALLOCATIONS
 from cache.cache import ExpertCache
 from cache.plan import Plan, Use
-from cache.policy import POLICIES, Key
+from cache.policies import POLICIES
+from cache.policy import Key
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Size:
     layers: int
     experts: int
     policy: str = "lru"
+    allocation: str = "shared"
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,7 @@ class PlanStep:
     layer: int
     experts: tuple[int, ...]
     fails_after: int | None = None  # uses, when the step is to fail
+    prompt: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,9 @@ class LookAhead:
 
 
 @dataclass(frozen=True)
-class Landed:
-    which: int  # of the loads under way, modulo their number
+class Warm:
+    layer: int
+    expert: int
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ class StartOver:
     """What an engine does after a step that broke off."""
 
 
-Step = PlanStep | LookAhead | Landed | StartOver
+Step = PlanStep | LookAhead | Warm | StartOver
 
 
 def sizes(most_slots: int = 8) -> st.SearchStrategy[Size]:
@@ -58,15 +63,18 @@ def sizes(most_slots: int = 8) -> st.SearchStrategy[Size]:
         layers=st.integers(1, 3),
         experts=st.integers(1, 6),
         policy=st.sampled_from(sorted(POLICIES)),
+        allocation=st.sampled_from(sorted(ALLOCATIONS)),
     )
 
 
 def steps_of(size: Size, *, breaks: bool = True) -> st.SearchStrategy[list[Step]]:
     layer = st.integers(0, size.layers - 1)
     experts = st.lists(st.integers(0, size.experts - 1), unique=True).map(tuple)
-    plans = st.builds(PlanStep, layer, experts)
+    plans = st.builds(PlanStep, layer, experts, prompt=st.booleans())
     guesses = st.builds(LookAhead, layer, experts, st.integers(0, size.experts))
-    kinds: list[st.SearchStrategy[Step]] = [plans, plans, guesses, st.builds(Landed, st.integers())]
+    kinds: list[st.SearchStrategy[Step]] = [plans, plans, guesses]
+    warm = st.builds(Warm, layer, st.integers(0, size.experts - 1))
+    kinds.append(warm)
     if breaks:
         failing = st.builds(PlanStep, layer, experts, st.integers(0, 4))
         kinds += [failing, st.builds(StartOver)]
@@ -82,26 +90,27 @@ class Machine:
 
     def __init__(self, size: Size) -> None:
         self.size = size
-        self.cache = ExpertCache(size.slots, size.layers, POLICIES[size.policy]())
+        self.cache = ExpertCache(size.slots, size.layers, POLICIES[size.policy], size.allocation)
         self.content: dict[int, Key] = {}  # what was last loaded into a slot
-        self.under_way: set[int] = set()  # slots that look-ahead is filling
+        self.guessed: dict[int, set[Key]] = {}  # layer -> loads nobody asked for yet
         self.in_use: dict[Key, int] = {}  # of the latest plan, what is resident after it
         self.decisions: list[Plan | tuple[Use, ...]] = []
         self.loaded: list[Key] = []
-        self.hits = self.misses = self.evictions = self.lookahead_loads = 0
+        self.hits = self.misses = self.evictions = 0
+        self.lookahead_loads = self.warm_loads = 0
 
     def do(self, step: Step) -> None:
         before = self.resident()
         loads = len(self.loaded)
         match step:
-            case PlanStep(layer, experts, None):
-                self.plan(layer, experts)
-            case PlanStep(layer, experts, int(uses)):
-                self.failing_plan(layer, experts, uses)
+            case PlanStep(layer, experts, None, prompt):
+                self.plan(layer, experts, prompt)
+            case PlanStep(layer, experts, int(uses), prompt):
+                self.failing_plan(layer, experts, uses, prompt)
             case LookAhead(layer, experts, most):
                 self.look_ahead(layer, experts, most)
-            case Landed(which):
-                self.land(which)
+            case Warm(layer, expert):
+                self.warm(layer, expert)
             case StartOver():
                 self.start_over()
         self.check(before, len(self.loaded) - loads, step)
@@ -111,8 +120,8 @@ class Machine:
         keys = [table.key_in(slot) for slot in range(table.slots)]
         return {key: slot for slot, key in enumerate(keys) if key is not None}
 
-    def plan(self, layer: int, experts: tuple[int, ...]) -> Plan:
-        plan = self._decide(layer, experts)
+    def plan(self, layer: int, experts: tuple[int, ...], prompt: bool = False) -> Plan:
+        plan = self._decide(layer, experts, prompt)
         for wave in plan.waves:
             for use in wave.loads:
                 self._load((layer, use.expert), use.slot)
@@ -122,9 +131,9 @@ class Machine:
         self.in_use = {(layer, e): resident[layer, e] for e in experts if (layer, e) in resident}
         return plan
 
-    def failing_plan(self, layer: int, experts: tuple[int, ...], uses: int) -> None:
+    def failing_plan(self, layer: int, experts: tuple[int, ...], uses: int, prompt: bool) -> None:
         """A step that fails at its use number `uses`, and what an engine does then."""
-        plan = self._decide(layer, experts)
+        plan = self._decide(layer, experts, prompt)
         for wave in plan.waves:
             for use in wave.loads:
                 self._load((layer, use.expert), use.slot)
@@ -143,29 +152,34 @@ class Machine:
         for use in loads:
             assert use.expert in experts
             self._load((layer, use.expert), use.slot)
-            self.under_way.add(use.slot)
+        self.guessed[layer] = self.guessed.get(layer, set()) & {(layer, e) for e in experts}
+        self.guessed[layer] |= {(layer, use.expert) for use in loads}
         self.lookahead_loads += len(loads)
         resident = self.resident()
         assert self.in_use.items() <= resident.items(), "look-ahead evicted what is in use"
-        assert len(self.under_way) < max(2, self.size.slots), "no slot is left to plan with"
+        kept = {key for keys in self.guessed.values() for key in keys}
+        assert len(kept) < self.size.slots, "no slot is left to plan with"
         return loads
 
-    def land(self, which: int) -> None:
-        if self.under_way:
-            slot = sorted(self.under_way)[which % len(self.under_way)]
-            self.under_way.remove(slot)
-            self.cache.landed(slot)
+    def warm(self, layer: int, expert: int) -> None:
+        before = self.resident()
+        use = self.cache.warm(layer, expert)
+        if use is not None:
+            assert use.slot not in before.values(), "a warm start evicted"
+            self._load((layer, expert), use.slot)
+            self.warm_loads += 1
 
     def start_over(self) -> None:
         self.cache.clear()
-        self.under_way.clear()
+        self.guessed.clear()
         self.in_use = {}
         assert not self.resident()
 
-    def _decide(self, layer: int, experts: tuple[int, ...]) -> Plan:
+    def _decide(self, layer: int, experts: tuple[int, ...], prompt: bool) -> Plan:
         before = self.resident()
         known = {expert for expert in experts if (layer, expert) in before}
-        plan = self.cache.plan(layer, experts)
+        plan = self.cache.plan(layer, experts, prompt=prompt)
+        self.guessed.pop(layer, None)
         self.decisions.append(plan)
         assert plan.layer == layer
         uses = [use for wave in plan.waves for use in (*wave.hits, *wave.loads)]
@@ -191,14 +205,10 @@ class Machine:
         return plan
 
     def _load(self, key: Key, slot: int) -> None:
-        assert slot not in self.under_way, f"slot {slot} is overwritten while it is being filled"
         self.content[slot] = key
         self.loaded.append(key)
 
     def _compute(self, layer: int, use: Use) -> None:
-        if use.slot in self.under_way:  # waited for
-            self.under_way.remove(use.slot)
-            self.cache.landed(use.slot)
         assert self.content[use.slot] == (layer, use.expert), "computed from another expert's bytes"
 
     def check(self, before: dict[Key, int], loads: int, step: Step) -> None:
@@ -207,13 +217,14 @@ class Machine:
         resident = self.resident()
         for key, slot in resident.items():
             assert self.content[slot] == key, f"the table promises {key}, which was never loaded"
-        for slot in self.under_way:
-            assert slot in resident.values(), "a slot was freed while it is being filled"
+        for keys in self.guessed.values():
+            assert keys <= resident.keys(), "a guess left before it was asked for"
         total = self.cache.statistics.total()
         assert (total.hits, total.misses) == (self.hits, self.misses)
         assert total.hits + total.misses == total.requests
         assert total.lookahead_loads == self.lookahead_loads
-        assert total.loads == total.misses + total.lookahead_loads
+        assert total.warm_loads == self.warm_loads
+        assert total.loads == total.misses + total.lookahead_loads + total.warm_loads
         assert total.lookahead_loads_right <= min(total.lookahead_loads, total.lookahead_right)
         whole = not isinstance(step, StartOver) and getattr(step, "fails_after", None) is None
         if whole:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cache.allocation import ALLOCATIONS
 from cache.cache import ExpertCache
 from cache.plan import Use, Wave
-from cache.policy import LRU, POLICIES, Key
-from tests.cache.machine import Landed, LookAhead, Machine, PlanStep, Size, Step, runs
+from cache.policies import POLICIES
+from cache.policies.lfru import LFRU
+from cache.policies.lru import LRU
+from tests.cache.machine import LookAhead, Machine, PlanStep, Size, Step, Warm, runs
+from tests.cache.naive import LFRU_HALF_LIFE, NaiveCache
 
 
 def lru(slots: int, layers: int = 1) -> ExpertCache:
-    return ExpertCache(slots, layers, LRU())
+    return ExpertCache(slots, layers, LRU)
 
 
 @settings(max_examples=300)
@@ -67,57 +73,42 @@ def test_one_slot_is_enough_for_any_plan(experts: list[int], policy: str) -> Non
     assert len(plan.waves) == len(experts)
 
 
-class PlainCache:
-    """LRU in which a layer above its share of the slots gives first, over a sorted list."""
-
-    def __init__(self, slots: int, layers: int) -> None:
-        self.slots = slots
-        self.share = max(1, slots // layers)
-        self.order: list[Key] = []  # least recent first
-
-    def plan(self, layer: int, experts: list[int]) -> tuple[list[int], list[int]]:
-        """The hits and the misses of a step that fits."""
-        asked = [(layer, expert) for expert in experts]
-        hits = [key for key in asked if key in self.order]
-        misses = [key for key in asked if key not in self.order]
-        self.order = [key for key in self.order if key not in hits] + hits
-        for key in misses:
-            if len(self.order) == self.slots:
-                self.order.remove(self.victim(layer, asked))
-            self.order.append(key)
-        return [expert for _, expert in hits], [expert for _, expert in misses]
-
-    def victim(self, layer: int, asked: list[Key]) -> Key:
-        idle = [key for key in self.order if key not in asked]
-        held = Counter(key[0] for key in self.order)
-        rich = [key for key in idle if held[key[0]] >= self.share + (key[0] != layer)]
-        return (rich or idle)[0]
-
-
-@settings(max_examples=150)
+@pytest.mark.parametrize("allocation", sorted(ALLOCATIONS))
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@settings(max_examples=40)
 @given(
     slots=st.integers(1, 6),
     layers=st.integers(1, 3),
     requests=st.lists(
         st.tuples(
-            st.integers(0, 2), st.lists(st.integers(0, 4), min_size=1, max_size=2, unique=True)
+            st.integers(0, 2),
+            st.lists(st.integers(0, 4), min_size=1, max_size=3, unique=True),
+            st.booleans(),
         ),
         min_size=10,
         max_size=30,
     ),
 )
-def test_lru_cache_decides_as_a_plain_model_does(
-    slots: int, layers: int, requests: list[tuple[int, list[int]]]
+def test_cache_decides_as_a_naive_model_does(
+    policy: str,
+    allocation: str,
+    slots: int,
+    layers: int,
+    requests: list[tuple[int, list[int], bool]],
 ) -> None:
-    cache, model = lru(slots, layers), PlainCache(slots, layers)
-    for layer, experts in requests:
-        layer, experts = layer % layers, experts[:slots]  # what fits: no waves
-        hits, misses = model.plan(layer, experts)
-        (wave,) = cache.plan(layer, experts).waves
+    make = POLICIES[policy] if policy != "lfru" else functools.partial(LFRU, LFRU_HALF_LIFE, 0.5)
+    cache = ExpertCache(slots, layers, make, allocation)
+    model = NaiveCache(slots, layers, policy, allocation)
+    for layer, experts, prompt in requests:
+        layer %= layers
+        experts = experts[: model.quota(layer) if allocation == "quota" else slots]  # no waves
+        hits, misses = model.plan(layer, experts, prompt)
+        (wave,) = cache.plan(layer, experts, prompt=prompt).waves
         assert [use.expert for use in wave.hits] == hits
         assert [use.expert for use in wave.loads] == misses
-        assert len(cache.table) == len(model.order)
-        assert all(cache.is_resident(*key) for key in model.order)
+        assert len(cache.table) == len(model.resident)
+        assert all(cache.is_resident(*key) for key in model.resident)
+        cache.check_integrity()
 
 
 def test_plan_of_no_experts_has_no_waves() -> None:
@@ -164,14 +155,20 @@ def test_layers_used_in_turn_keep_their_experts() -> None:
     assert cache.statistics.total().misses == 2 * layers
 
 
-def test_layer_with_more_than_its_share_gives_first() -> None:
+def test_a_layer_that_changes_its_experts_takes_slots_of_one_that_does_not_use_its_own() -> None:
     cache = lru(4, layers=2)
-    cache.plan(1, (0,))
     cache.plan(0, (0, 1, 2))
-    cache.plan(1, (1,))  # (1, 0) is the oldest, but layer 0 holds three of four
-    assert cache.is_resident(1, 0)
-    assert cache.is_resident(1, 1)
-    assert not cache.is_resident(0, 0)
+    for token in range(4):
+        cache.plan(0, (0,))
+        cache.plan(1, (token % 3,))
+    assert [e for e in range(3) if cache.is_resident(1, e)] == [0, 1, 2]
+    assert [e for e in range(3) if cache.is_resident(0, e)] == [0]
+
+
+def test_quota_gives_no_layer_more_than_its_share() -> None:
+    cache = ExpertCache(4, 2, LRU, "quota")
+    cache.plan(0, (0, 1, 2))
+    assert sum(cache.is_resident(0, e) for e in range(3)) == 2
 
 
 def test_look_ahead_turns_a_miss_into_a_hit_and_is_counted() -> None:
@@ -235,16 +232,63 @@ def test_one_slot_is_never_given_to_look_ahead() -> None:
     assert lru(1, layers=2).look_ahead(1, (0,), most=1) == ()
 
 
-def test_slot_in_flight_is_not_evicted_until_it_landed() -> None:
+def test_guess_is_not_evicted_before_its_step_and_is_the_first_to_leave_when_it_was_wrong() -> None:
     cache = lru(2, layers=2)
     (ahead,) = cache.look_ahead(1, (0,), most=1)
     for expert in range(4):
         cache.plan(0, (expert,))
-        assert cache.is_resident(1, 0)
         assert cache.table.slot_of((1, 0)) == ahead.slot
-    cache.landed(ahead.slot)
-    cache.plan(0, (8, 9))
-    assert not cache.is_resident(1, 0)
+    (wave,) = cache.plan(1, (1,)).waves
+    assert wave.loads == (Use(1, ahead.slot),)
+    assert cache.is_resident(0, 3)
+
+
+def test_guesses_evict_only_after_they_proved_right() -> None:
+    cache = lru(2, layers=2)
+    for expert in (0, 1):
+        cache.plan(0, (expert,))
+    assert cache.look_ahead(1, (0,), most=1) == (), "unproven, and no slot is free"
+    cache.plan(1, (0,))
+    cache.plan(0, (1,))
+    assert len(cache.look_ahead(1, (1,), most=1)) == 1, "proven"
+
+
+def test_wrong_guesses_lose_the_right_to_load_and_right_ones_win_it_back() -> None:
+    cache = lru(6, layers=2)
+    assert len(cache.look_ahead(1, (7,), most=1)) == 1, "a free slot"
+    for _ in range(20):
+        cache.plan(1, (0,))
+        assert cache.look_ahead(1, (8,), most=1) == ()
+    for expert in range(1, 40):
+        cache.look_ahead(1, (expert,), most=1)
+        cache.plan(1, (expert,))
+        cache.plan(0, (0,))
+    assert len(cache.look_ahead(1, (99,), most=1)) == 1
+
+
+def test_a_nearer_guess_replaces_a_farther_one() -> None:
+    cache = lru(6, layers=3)
+    cache.plan(0, (0,))
+    cache.look_ahead(2, (4, 5), most=2)
+    cache.plan(1, (0,))
+    assert [use.expert for use in cache.look_ahead(2, (5, 6), most=2)] == [6]
+    cache.plan(2, (5, 6))
+    counts = cache.statistics.layers[2]
+    assert (counts.lookahead_guesses, counts.lookahead_right) == (2, 2)
+    assert (counts.lookahead_loads, counts.lookahead_loads_right) == (3, 2)
+    cache.check_integrity()
+
+
+def test_warm_start_fills_free_slots_only_and_is_neither_hit_nor_miss() -> None:
+    cache = lru(2)
+    assert cache.warm(0, 0) == Use(0, 0)
+    assert cache.warm(0, 0) is None
+    assert cache.warm(0, 1) is not None
+    assert cache.warm(0, 2) is None
+    cache.plan(0, (0, 3))
+    counts = cache.statistics.total()
+    assert (counts.requests, counts.hits, counts.misses, counts.warm_loads) == (2, 1, 1, 2)
+    cache.check_integrity()
 
 
 def test_guessed_resident_is_kept_for_the_step_that_will_ask_for_it() -> None:
@@ -259,7 +303,8 @@ def test_guessed_resident_is_kept_for_the_step_that_will_ask_for_it() -> None:
 
 def test_look_ahead_does_not_evict_a_guess_to_load_another() -> None:
     cache = lru(3, layers=2)
-    cache.plan(1, (2,))  # the first to leave
+    cache.look_ahead(1, (2,), most=1)
+    cache.plan(1, (2,))  # the first to leave, and a guess that proved right
     cache.plan(0, (0,))
     cache.plan(0, (1,))
     loads = cache.look_ahead(1, (3, 2), most=2)
@@ -303,7 +348,7 @@ def test_failed_step_leaves_a_cache_that_goes_on() -> None:
         LookAhead(1, (2,), 1),
         PlanStep(1, (2, 3, 4, 5), fails_after=1),
         PlanStep(1, (2, 3, 4, 5)),
-        Landed(0),
+        Warm(1, 0),
         PlanStep(0, (0, 1)),
     ):
         machine.do(step)

@@ -6,7 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache.policy import LFU, LRU, POLICIES, Key, Policy
+from cache.policies import POLICIES
+from cache.policies.lfu import LFU
+from cache.policies.lru import LRU
+from cache.policy import Key, Policy
 
 keys = st.tuples(st.integers(0, 1), st.integers(0, 4))
 steps = st.lists(st.tuples(st.sampled_from(("use", "use", "remove")), keys), max_size=60)

@@ -1,0 +1,65 @@
+"""What deciding costs: processor microseconds of `ExpertCache.plan` a layer, for every policy.
+
+48 layers of 128 experts, top-8, a quarter resident. Choices are drawn so that they repeat as those
+of real models do: each layer prefers some experts (Zipf) and keeps part of the token's before.
+
+    python benchmarks/planning.py [--tokens 300]
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from statistics import median
+
+from cache.allocation import ALLOCATIONS
+from cache.cache import ExpertCache
+from cache.policies import POLICIES
+
+LAYERS, EXPERTS, TOP_K = 48, 128, 8
+KEPT = 0.45  # of a choice is as at the token before
+
+
+def choices(tokens: int, seed: int = 0) -> list[list[list[int]]]:
+    """[token][layer] -> distinct experts."""
+    chooser = random.Random(seed)
+    weights = [1 / (rank + 3) for rank in range(EXPERTS)]
+    orders = [chooser.sample(range(EXPERTS), EXPERTS) for _ in range(LAYERS)]
+    last: list[list[int]] = [[] for _ in range(LAYERS)]
+    found = []
+    for _ in range(tokens):
+        for layer in range(LAYERS):
+            chosen = [expert for expert in last[layer] if chooser.random() < KEPT]
+            while len(chosen) < TOP_K:
+                (expert,) = chooser.choices(orders[layer], weights)
+                if expert not in chosen:
+                    chosen.append(expert)
+            last[layer] = chosen
+        found.append([list(row) for row in last])
+    return found
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=300)
+    tokens = choices(parser.parse_args().tokens)
+    slots = LAYERS * EXPERTS // 4
+    print("| allocation | policy | us a layer, median token | hits |\n| --- | --- | ---: | ---: |")
+    for allocation in ALLOCATIONS:
+        for name, policy in POLICIES.items():
+            cache = ExpertCache(slots, LAYERS, policy, allocation)
+            seconds = []
+            for token in tokens:
+                begin = time.thread_time()
+                for layer, experts in enumerate(token):
+                    cache.plan(layer, experts)
+                seconds.append((time.thread_time() - begin) / LAYERS)
+            cost = median(seconds[len(seconds) // 4 :]) * 1e6
+            hits = cache.statistics.total().hit_rate
+            print(f"| {allocation} | {name} | {cost:.1f} | {hits:.1%} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,13 @@
+"""Longest resident leaves first: what a cache does that does not watch uses. For comparison."""
+
+from __future__ import annotations
+
+from cache.policies.lru import LRU
+from cache.policy import Key
+
+
+class FIFO(LRU):
+    """LRU in which only becoming resident counts as a use."""
+
+    def use(self, key: Key, weight: float = 1.0) -> None:
+        pass

@@ -1,0 +1,38 @@
+"""Least recently used leaves first."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+
+from cache.policy import Key
+
+
+class LRU:
+    """Keys in the order of their last use, with the step of it."""
+
+    def __init__(self) -> None:
+        self._used: OrderedDict[Key, int] = OrderedDict()
+        self._now = 0
+
+    def step(self) -> None:
+        self._now += 1
+
+    def insert(self, key: Key, weight: float = 1.0) -> None:
+        self._used[key] = self._now
+
+    def use(self, key: Key, weight: float = 1.0) -> None:
+        self._used[key] = self._now
+        self._used.move_to_end(key)
+
+    def remove(self, key: Key) -> None:
+        del self._used[key]
+
+    def clear(self) -> None:
+        self._used.clear()
+
+    def victims(self) -> Iterator[Key]:
+        return iter(self._used)
+
+    def value(self, key: Key) -> float:
+        return self._used[key] - self._now

@@ -1,0 +1,154 @@
+"""What a cache would have done on a recorded run.
+
+Knows: the order of calls an engine makes on its cache. Does not know: seconds; when a copy lands
+does not change what a cache decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from cache.allocation import ALLOCATIONS
+from cache.cache import ExpertCache
+from cache.errors import CacheError
+from cache.policies import POLICIES
+from cache.policies.belady import Belady
+from cache.policy import Policy
+from cache.predictors import MOST_AHEAD, PREDICTORS, WITH_ROUTER, Predictor, make_predictor, merged
+from cache.statistics import LayerCounts
+from cache.trace import Event, Guess, Trace
+
+BELADY = "belady"
+LIVE, NONE = "live", "none"  # look-ahead as it was recorded; no look-ahead
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One way to run a trace."""
+
+    slots: int
+    policy: str = "lru"
+    allocation: str = "shared"
+    lookahead: str = NONE  # LIVE, NONE, or the name of a predictor
+    ahead: int = 1  # layers
+
+    @property
+    def name(self) -> str:
+        looks = "" if self.lookahead == NONE else f" {self.lookahead}"
+        return f"{self.policy}/{self.allocation}{looks}" + (f"+{self.ahead}" if looks else "")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of it."""
+
+    setup: Setup
+    layers: tuple[LayerCounts, ...]
+    tokens: int
+    bytes_loaded: int
+
+    @property
+    def counts(self) -> LayerCounts:
+        return sum(self.layers, LayerCounts())
+
+    @property
+    def loads_per_token(self) -> float:
+        return self.counts.loads / self.tokens if self.tokens else 0.0
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.bytes_loaded / self.tokens if self.tokens else 0.0
+
+
+def recorded_setup(trace: Trace) -> Setup:
+    """How the trace was recorded: replayed so, it does what the live run did."""
+    settings = trace.header.settings
+    try:
+        slots, policy, allocation = (settings[n] for n in ("slots", "policy", "allocation"))
+    except KeyError as error:
+        raise CacheError(f"the trace does not say {error} of its run: name it") from None
+    return Setup(int(slots or 0), str(policy), str(allocation), LIVE)
+
+
+def make_policy(name: str, trace: Trace) -> Callable[[], Policy]:
+    """A maker of the policy called `name`; Belady's learns the future from `trace`."""
+    if name == BELADY:
+        return lambda: Belady((event.layer, event.distinct()) for event in trace.events)
+    if name not in POLICIES:
+        raise CacheError(f"there is no policy {name!r}: choose among {', '.join(POLICIES)}, belady")
+    return POLICIES[name]
+
+
+def make_cache(trace: Trace, setup: Setup) -> ExpertCache:
+    """An empty cache as `setup` says. Raises `CacheError` for names and numbers that are none."""
+    if setup.allocation not in ALLOCATIONS:
+        names = ", ".join(ALLOCATIONS)
+        raise CacheError(f"there is no allocation {setup.allocation!r}: choose among {names}")
+    if setup.lookahead not in (LIVE, NONE, *PREDICTORS) or not 1 <= setup.ahead <= MOST_AHEAD:
+        raise CacheError(
+            f"there is no look-ahead {setup.lookahead!r} by {setup.ahead} layers: choose among "
+            f"{', '.join((NONE, LIVE, *PREDICTORS))}, 1 to {MOST_AHEAD} layers"
+        )
+    if setup.slots < 1:
+        raise CacheError(f"a cache needs at least one slot, not {setup.slots}")
+    allocation = "global" if setup.policy == BELADY else setup.allocation  # it knows all layers
+    policy = make_policy(setup.policy, trace)
+    return ExpertCache(setup.slots, trace.header.layers, policy, allocation)
+
+
+def replay(
+    trace: Trace,
+    setup: Setup,
+    after: Callable[[ExpertCache, Event], None] | None = None,
+) -> Outcome:
+    """Run `setup` over `trace`; `after` is called after each event."""
+    cache = make_cache(trace, setup)
+    predictor = make_predictor(setup.lookahead, trace.header.layers)
+    for event in trace.events:
+        if event.fresh:
+            cache.clear()
+        for key in event.warmed:
+            cache.warm(*key)
+        cache.plan(event.layer, event.distinct(), prompt=event.prompt)
+        for guess in guesses(event, setup, predictor, trace.header.layers):
+            cache.look_ahead(guess.layer, guess.experts, most=len(guess.experts))
+        if after is not None:
+            after(cache, event)
+    return _outcome(trace, setup, cache)
+
+
+def guesses(
+    event: Event, setup: Setup, predictor: Predictor | None, layers: int
+) -> Iterable[Guess]:
+    """What is guessed during `event`, the nearest layer first."""
+    if setup.lookahead == LIVE:
+        return (guess for guess in event.guesses if guess.live)
+    routed = [g for g in event.guesses if g.layer - event.layer <= setup.ahead]
+    if predictor is None or event.prompt or event.tokens != 1:
+        return routed if setup.lookahead in WITH_ROUTER else ()
+    predictor.observe(event.layer, event.experts[0])
+    named = said(predictor, event.layer, setup.ahead, layers)
+    return united(routed, named) if setup.lookahead in WITH_ROUTER else named
+
+
+def said(predictor: Predictor, layer: int, ahead: int, layers: int) -> Iterator[Guess]:
+    """Its guesses for the `ahead` layers that follow `layer`."""
+    for distance in range(1, min(ahead, layers - 1 - layer) + 1):
+        if experts := predictor.guess(layer, distance):
+            yield Guess(layer + distance, tuple(experts))
+
+
+def united(some: Iterable[Guess], others: Iterable[Guess]) -> Iterator[Guess]:
+    """One guess a layer, of what both say for it."""
+    by_layer: dict[int, tuple[int, ...]] = {}
+    for layer, experts, _ in (*some, *others):
+        by_layer[layer] = tuple(merged(by_layer.get(layer, ()), experts))
+    return (Guess(layer, by_layer[layer]) for layer in sorted(by_layer))
+
+
+def _outcome(trace: Trace, setup: Setup, cache: ExpertCache) -> Outcome:
+    layers = tuple(replace(counts) for counts in cache.statistics.layers)
+    sizes = trace.header.record_bytes
+    loaded = sum(counts.loads * size for counts, size in zip(layers, sizes, strict=True))
+    return Outcome(setup, layers, trace.tokens, loaded)

@@ -1,0 +1,60 @@
+"""Writing down what the routers chose.
+
+Knows: when a trace begins and ends. Does not know: the file's format (`cache.trace_file`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from cache.errors import TraceError
+from cache.policy import Key
+from cache.trace import Event, Guess, TraceHeader
+from cache.trace_file import TraceWriter
+from offload.errors import SourceError
+from offload.files import user_path
+
+
+class Recorder:
+    """A trace being written; each event is whole before the next begins."""
+
+    def __init__(self, path: str | Path, header: TraceHeader) -> None:
+        try:
+            self._writer = TraceWriter(user_path(path), header)
+        except TraceError as error:
+            raise SourceError(str(error)) from None
+        self._fresh = False
+        self._warmed: list[Key] = []
+
+    def started_over(self) -> None:
+        """The slots were emptied."""
+        self._fresh = True
+        self._warmed.clear()
+
+    def warmed(self, key: Key) -> None:
+        """A warm start loaded `key`."""
+        self._warmed.append(key)
+
+    def note(
+        self,
+        layer: int,
+        prompt: bool,
+        chosen: Sequence[Sequence[int]],
+        scores: Sequence[Sequence[float]],
+        experts: int,
+        guesses: Sequence[Guess],
+    ) -> None:
+        """One call of a layer of `experts` experts; a choice past them is a sentinel."""
+        rows, marks = [], []
+        for row, mark in zip(chosen, scores, strict=True):
+            kept = [(e, score) for e, score in zip(row, mark, strict=True) if 0 <= e < experts]
+            rows.append(tuple(e for e, _ in kept))
+            marks.append(tuple(score for _, score in kept))
+        event = Event(layer, prompt, tuple(rows), tuple(marks), tuple(guesses), self._fresh)
+        self._writer.append(event._replace(warmed=tuple(self._warmed)))
+        self._fresh = False
+        self._warmed.clear()
+
+    def close(self) -> None:
+        self._writer.close()

@@ -1,0 +1,57 @@
+"""The hot experts of the run before: a small file beside the pack's manifest.
+
+Knows: where the file is, how it is written whole or not at all, and that it may be missing, foreign
+or damaged (then nothing is warm). Does not know: what heat is (`cache.heat`), when experts are
+loaded (`offload.engine`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from cache.heat import Heat
+from quant.pack import PackInfo
+
+HOT = "hot.json"
+VERSION = 1
+
+
+def read_hot(pack: Path, info: PackInfo) -> list[tuple[int, int, float]]:
+    """(layer, expert, decayed uses) of the run before, the hottest first; empty if not known."""
+    try:
+        found = json.loads((pack / HOT).read_text(encoding="utf-8"))
+        if found["version"] != VERSION:
+            return []
+        hot = [(int(layer), int(expert), float(uses)) for layer, expert, uses in found["hot"]]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, OverflowError):
+        return []  # a matter of speed only
+    sizes = [layer.num_experts for layer in info.layers]
+    known = {
+        (layer, expert): uses
+        for layer, expert, uses in hot
+        if 0 <= layer < len(sizes) and 0 <= expert < sizes[layer] and 0 < uses < 1e9
+    }
+    return sorted(
+        ((layer, expert, uses) for (layer, expert), uses in known.items()),
+        key=lambda row: (-row[2], row[:2]),
+    )
+
+
+def write_hot(pack: Path, heat: Heat) -> None:
+    """Save the present heat; of two processes the last one's stays. Not being able to is fine."""
+    hot = [(*key, round(heat.of(*key), 4)) for key in heat.hottest()]
+    if not hot:
+        return
+    with contextlib.suppress(OSError):  # a pack may lie where nobody may write
+        handle, name = tempfile.mkstemp(prefix=f".{HOT}-", dir=pack)
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump({"version": VERSION, "hot": hot}, file)
+            Path(name).replace(pack / HOT)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise

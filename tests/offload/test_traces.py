@@ -1,0 +1,76 @@
+"""`offload trace` and the flags that record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import cli
+from cache.trace_file import read
+
+DEMO = Path(__file__).parents[2] / "benchmarks" / "traces" / "code.trace"
+
+
+def test_show_tells_the_run_the_text_and_each_layer(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["trace", "show", str(DEMO)]) == 0
+    out = capsys.readouterr().out
+    assert "30 layers x 8, top-2" in out
+    assert "348: 49 of prompts, 299 generated" in out
+    assert "recall +3" in out
+    assert sum(line.startswith("| ") for line in out.splitlines()) == 30 + 3
+
+
+def test_replay_compares_setups_with_belady(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--policy", "lru,lfru", "--expert-slots", "25%,120", "--lookahead", "none,router"]
+    assert cli.main(["trace", "replay", str(DEMO), *arguments]) == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert len(rows) == 2 * (1 + 4)
+    assert [row[0] for row in rows if row[2] == "belady"] == ["| 60", "| 120"]
+    hits = {(row[0], row[2], row[4]): float(row[5].rstrip("%")) for row in rows}
+    assert hits["| 60", "lfru", ""] < hits["| 60", "belady", ""] < hits["| 60", "lfru", "router"]
+
+
+def test_replay_without_options_repeats_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["trace", "replay", str(DEMO), "--per-layer"]) == 0
+    out = capsys.readouterr().out
+    assert "| 240 | 100% | lfru | shared | live" in out
+    assert "layer  29: hits" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["show", "nowhere"], "cannot read the trace"),
+        (["show", __file__], "not a trace"),
+        (["replay", str(DEMO), "--policy", "best"], "no policy 'best'"),
+        (["replay", str(DEMO), "--expert-slots", "many", "--policy", "lru"], "'many'"),
+        (["replay", str(DEMO), "--lookahead", "far"], "no look-ahead 'far'"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["trace", *arguments]) == 1
+    err = capsys.readouterr().err
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_trace_alone_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["trace"]) == 2
+
+
+def test_generate_records_a_trace(
+    mixtral_pack: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.trace"
+    run = ["generate", str(mixtral_pack), "-p", "Hello", "-n", "6", "--device", "cpu", "-s", "1"]
+    assert cli.main([*run, "--expert-slots", "5", "--trace", str(path), "--no-warm-start"]) == 0
+    trace = read(path)
+    assert trace.header.settings["slots"] == 5
+    assert 0 < trace.generated < trace.tokens
+    assert all(score <= 1 for event in trace.events for row in event.scores for score in row)
+    capsys.readouterr()
+    assert cli.main(["trace", "replay", str(path)]) == 0
+    assert "lfru" in capsys.readouterr().out
