@@ -166,24 +166,31 @@ class _Simulation:
         self._host_works(self.software.host_seconds_per_layer)
         self.host = max(self.host, self.device)  # the plan needs the router's answer
 
-    def _compute(self, card: _Card, layer: int, use: Use, tokens: int, phase: Phase) -> None:
-        self._host_works(self.software.launches_per_expert * self.hardware.launch_seconds)
+    def _arrive(self, card: _Card, layer: int, use: Use, phase: Phase) -> None:
+        """Wait for the copy into a slot, if there is one under way."""
         copy = card.copies.pop(use.slot, None)
-        seconds = self._stream_seconds(
-            self.header.record_bytes[layer], self.setup.expert_bits, tokens
-        )
-        if copy is not None:
-            guessed = not copy.urgent
-            arrived = card.link.wait(self.host, copy)
-            card.cache.landed(use.slot)
-            wait = max(0.0, arrived - max(self.host, self.device))
-            card.cache.statistics.layers[layer - card.first].wait_seconds += wait
-            if guessed:
-                phase.guess_wait_seconds += wait
-            else:
-                phase.demand_wait_seconds += wait
-            phase.host_seconds += max(0.0, self.host - self.device)
-            self.device = max(self.host, self.device) + wait
+        if copy is None:
+            return
+        guessed = not copy.urgent
+        arrived = card.link.wait(self.host, copy)
+        card.cache.landed(use.slot)
+        self._device_works(self.host, 0.0, phase)
+        wait = max(0.0, arrived - self.device)
+        card.cache.statistics.layers[layer - card.first].wait_seconds += wait
+        if guessed:
+            phase.guess_wait_seconds += wait
+        else:
+            phase.demand_wait_seconds += wait
+        self.device += wait
+        if self.software.host_waits or not self.hardware.runs_ahead:
+            self.host = self.device
+
+    def _compute(self, card: _Card, layer: int, use: Use, tokens: int, phase: Phase) -> None:
+        """One expert's products for its `tokens` rows."""
+        self._host_works(self.software.launches_per_expert * self.hardware.launch_seconds)
+        self._arrive(card, layer, use, phase)
+        size = self.header.record_bytes[layer]
+        seconds = self._stream_seconds(size, self.setup.expert_bits, tokens)
         self._device_works(self.host, seconds, phase)
         phase.expert_seconds += seconds
         card.released[use.slot] = self.device
@@ -239,7 +246,13 @@ class _Simulation:
             self.host = self.device
 
     def _span(
-        self, track: str, name: str, begin: float, seconds: float, layer: int, expert: int | None = None
+        self,
+        track: str,
+        name: str,
+        begin: float,
+        seconds: float,
+        layer: int,
+        expert: int | None = None,
     ) -> None:
         if self.timeline is not None:
             self.timeline.add(Span(track, f"{name} ({layer})", begin, seconds, layer, expert))

@@ -6,7 +6,7 @@ Knows: costs of a piece of software, each measured somewhere or derived. Does no
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 # transformers' Python around the matmuls of 30 layers takes about 14 ms a token.
 TRANSFORMERS_LAYER = 14e-3 / 30
@@ -24,13 +24,13 @@ class Software:
     launches_per_expert: int = 4  # kernels: two products, activation, sum
     memory_passes: float = 1.0  # bytes through device memory for a byte of weights
     link_share: float = 1.0  # of the hardware's rate for pinned copies
-
-    def without_lookahead(self) -> Software:
-        return replace(self, guess_seconds=0.0)
+    host_waits: bool = False  # for each copy; else only the device does
 
 
 # This project's engine as it is: a plan in Python and a sync for each layer.
 HOST_PLANNED = Software("host-planned", TRANSFORMERS_LAYER, guess_seconds=GUESS)
 # A whole-token CUDA graph: one launch a token, nothing for a layer (FreeToken, field figures).
-DEVICE_PLANNED = Software("device-planned", 0.0, host_seconds_per_token=50e-6, launches_per_expert=0)
+DEVICE_PLANNED = Software(
+    "device-planned", 0.0, host_seconds_per_token=50e-6, launches_per_expert=0
+)
 SOFTWARE = {software.name: software for software in (HOST_PLANNED, DEVICE_PLANNED)}

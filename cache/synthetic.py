@@ -112,7 +112,9 @@ class _Layer:
         return self._last
 
 
-def _guess(source: random.Random, right: tuple[int, ...], experts: int, recall: float) -> tuple[int, ...]:
+def _guess(
+    source: random.Random, right: tuple[int, ...], experts: int, recall: float
+) -> tuple[int, ...]:
     """As many guesses as experts; each of `right` is among them with probability `recall`."""
     guessed = [expert for expert in right if source.random() < recall]
     wrong = [expert for expert in range(experts) if expert not in right]
