@@ -28,12 +28,17 @@ class Link:
     def __init__(self) -> None:
         self.free_at = 0.0
         self.busy_seconds = 0.0
+        self.guess_delay_seconds = 0.0  # urgent copies waited for the rest of others
+        self._under_way: Copy | None = None
         self._queues: tuple[deque[Copy], deque[Copy]] = (deque(), deque())  # urgent first
 
     def submit(self, now: float, seconds: float, *, urgent: bool, earliest: float = 0.0) -> Copy:
         """Queue a copy at `now` that may begin at `earliest` or later."""
         self.advance(now)
         copy = Copy(seconds, max(now, earliest), urgent)
+        before = self._under_way
+        if urgent and before is not None and not before.urgent:
+            self.guess_delay_seconds += max(0.0, self.free_at - copy.earliest)
         self._queues[0 if urgent else 1].append(copy)
         return copy
 
@@ -69,6 +74,7 @@ class Link:
 
     def _begin(self, copy: Copy) -> None:
         self._queues[0 if copy.urgent else 1].popleft()
+        self._under_way = copy
         copy.begin = max(self.free_at, copy.earliest)
         self.free_at = copy.end = copy.begin + copy.seconds
         self.busy_seconds += copy.seconds

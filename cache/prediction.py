@@ -69,6 +69,7 @@ class Prediction:
     slots: int
     total_experts: int
     counts: LayerCounts  # of the cache, both phases
+    guess_delay_seconds: float  # what loads on demand waited for guesses under way
 
     @property
     def seconds(self) -> float:

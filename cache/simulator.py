@@ -134,6 +134,7 @@ class _Simulation:
             slots=self.setup.slots,
             total_experts=self.header.total_experts,
             counts=sum(counts, LayerCounts()),
+            guess_delay_seconds=sum(card.link.guess_delay_seconds for card in self.cards),
         )
 
     def _step(self, event: Event, phase: Phase) -> None:
