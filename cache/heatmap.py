@@ -11,6 +11,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cache.cache import ExpertCache
+from cache.trace import Trace
+
 BLOCKS, POINTS = "░▒▓█", " .:!"
 PLAIN_BLOCKS = "-+*#"  # where blocks cannot be written
 GREENS, REDS = (22, 28, 34, 46), (236, 88, 124, 196)  # of the 256 colours of a terminal
@@ -76,3 +79,27 @@ def _legend(signs: str, codes: tuple[int, ...], color: bool) -> str:
 
 def _painted(sign: str, code: int) -> str:
     return f"\x1b[38;5;{code}m{sign}\x1b[0m"
+
+
+def collect(trace: Trace, cache: ExpertCache) -> HeatMap:
+    """Replay `trace` through the empty `cache`, without look-ahead, and count."""
+    hits = [[0] * experts for experts in trace.header.experts]
+    misses = [[0] * experts for experts in trace.header.experts]
+    for event in trace.events:
+        for wave in cache.plan(event.layer, event.distinct()).waves:
+            for use in wave.hits:
+                hits[event.layer][use.expert] += 1
+            for use in wave.loads:
+                misses[event.layer][use.expert] += 1
+    return HeatMap(
+        uses=tuple(
+            tuple(map(sum, zip(*pair, strict=True))) for pair in zip(hits, misses, strict=True)
+        ),
+        resident=tuple(
+            tuple(cache.is_resident(layer, expert) for expert in range(experts))
+            for layer, experts in enumerate(trace.header.experts)
+        ),
+        hit_rates=tuple(counts.hit_rate for counts in cache.statistics.layers),
+        hits=tuple(map(tuple, hits)),
+        misses=tuple(map(tuple, misses)),
+    )

@@ -6,6 +6,8 @@ Knows: how to time copies, products and empty calls. Does not know: what is made
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -31,18 +33,20 @@ def _measure_cpu() -> Hardware:
     """Slots in RAM, filled from RAM by one thread; the same cores compute and plan."""
     source = torch.ones(BLOCK_BYTES, dtype=torch.uint8)
     slot = torch.empty(RECORD_BYTES, dtype=torch.uint8)
-    records = source.view(-1, RECORD_BYTES)
-    turns = iter(range(10**9))
+    turns = itertools.cycle(range(0, BLOCK_BYTES, RECORD_BYTES))
 
-    def copy() -> None:  # a record that was not touched lately, into the same slot
-        slot.copy_(records[next(turns) % len(records)])
+    def copy() -> None:  # as `offload.transfer`: one thread, a record that was not touched lately
+        ctypes.memmove(slot.data_ptr(), source.data_ptr() + next(turns), RECORD_BYTES)
 
     copy_seconds = _median(copy, 8 * ROUNDS)
     small = torch.ones(64, dtype=torch.uint8)
     launch = _median(lambda: small.add_(1), 64)
     rows = BLOCK_BYTES // 2 // 4096
     weights = torch.ones(rows, 4096, dtype=torch.bfloat16)
-    one, many = torch.ones(1, 4096, dtype=torch.bfloat16), torch.ones(64, 4096, dtype=torch.bfloat16)
+    one, many = (
+        torch.ones(1, 4096, dtype=torch.bfloat16),
+        torch.ones(64, 4096, dtype=torch.bfloat16),
+    )
     read = _median(lambda: torch.nn.functional.linear(one, weights), ROUNDS)
     product = _median(lambda: torch.nn.functional.linear(many, weights), ROUNDS)
     return Hardware(

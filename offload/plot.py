@@ -38,7 +38,9 @@ def save_png(heat: HeatMap, file: Path, title: str) -> None:
     wide = experts > 2 * layers  # then panels lie one below the other
     grid = (3, 1) if wide else (1, 3)
     side = (min(MOST_INCHES, 3 + experts * 0.09), 1 + layers * 0.09)
-    size = (side[0], 3 * side[1]) if wide else (3 * max(2.6, 1 + experts * 0.09), 1.2 + layers * 0.16)
+    size = (
+        (side[0], 3 * side[1]) if wide else (3 * max(2.6, 1 + experts * 0.09), 1.2 + layers * 0.16)
+    )
     figure = Figure(figsize=size, layout="constrained", dpi=DPI)
     figure.suptitle(title)
     for at, (name, counts, colors) in enumerate(panels):

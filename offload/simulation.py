@@ -45,7 +45,9 @@ def answer(question: Question) -> list[str]:
     try:
         trace, machine = open_trace(question.trace), find_machine(question.hardware)
         setup = make_setup(question, trace, machine)
-        timeline = Timeline(f"{trace.header.model} on {machine.name}") if question.timeline else None
+        timeline = (
+            Timeline(f"{trace.header.model} on {machine.name}") if question.timeline else None
+        )
         prediction = simulate(trace, setup, timeline)
     except CacheError as error:
         raise OffloadError(str(error)) from None

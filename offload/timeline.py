@@ -21,7 +21,6 @@ from offload.errors import OffloadError
 from offload.handle import offload_of
 from offload.marks import NO_MARKS
 
-
 SHORTEST = 2e-6  # seconds
 
 

@@ -48,11 +48,18 @@ def test_every_copy_and_every_layer_is_in_it(model: PreTrainedModel, tmp_path: P
     assert sum("expert" in span["args"] for span in compute) == counts.requests
 
 
-def test_a_run_that_breaks_off_is_written_too(model: PreTrainedModel, tmp_path: Path) -> None:
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_run_that_breaks_off_is_written_too(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "timeline.json"
+    layer = offload_of(model).engine.layers[1]
+    monkeypatch.setattr(layer, "expert", interrupt)
     with pytest.raises(KeyboardInterrupt), recording(model, file):
         model.generate(PROMPT, max_new_tokens=2, do_sample=False)
-        raise KeyboardInterrupt
     check_chrome_trace(json.loads(file.read_text()))
     assert offload_of(model).engine.transfer.marks is NO_MARKS
 
