@@ -261,6 +261,9 @@ def _add_trace_file(parser: argparse.ArgumentParser, help_text: str) -> None:
         help="resident experts, a number or a share (25%%)",
     )
     parser.add_argument("--policy", default="lru", metavar="NAME", help="who is evicted (lru)")
+    parser.add_argument(
+        "--allocation", default="shared", metavar="NAME", help="how layers share slots (shared)"
+    )
 
 
 def _add_timeline(parser: argparse.ArgumentParser) -> None:
@@ -702,6 +705,7 @@ def _simulate(arguments: argparse.Namespace) -> int:
         arguments.hardware,
         arguments.expert_slots,
         arguments.policy,
+        arguments.allocation,
         arguments.software,
         arguments.lookahead,
         arguments.dense,
@@ -715,7 +719,13 @@ def _simulate(arguments: argparse.Namespace) -> int:
 def _plot(arguments: argparse.Namespace) -> int:
     from offload.picture import plot
 
-    drawn = plot(arguments.trace, arguments.expert_slots, arguments.policy, arguments.output)
+    drawn = plot(
+        arguments.trace,
+        arguments.expert_slots,
+        arguments.policy,
+        arguments.allocation,
+        arguments.output,
+    )
     if drawn:
         print(drawn)
     return DONE

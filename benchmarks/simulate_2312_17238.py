@@ -21,7 +21,8 @@ from typing import Any
 
 from cache.hardware import PAGEABLE_SHARE, PCIE3_X16, PINNED_SHARE, PROFILES, Hardware
 from cache.prediction import Prediction
-from cache.simulator import Setup, recorded, simulate
+from cache.replay import LIVE, NONE, Setup
+from cache.simulator import Scenario, simulate
 from cache.software import Software
 from cache.synthetic import MIXTRAL, Routing, synthesize
 from cache.trace import Trace
@@ -132,20 +133,22 @@ def run(trace: Trace, bits: int, algorithm: str, card: str, constants: Constants
         link_share=PAGEABLE_SHARE if naive else 1.0,
         host_waits=True,  # the loop over experts syncs (`tolist`) once an expert
     )
-    setup = Setup(
+    scenario = Scenario(
         MACHINES[card],
         # No cache: slots for the layer at hand, which the next one takes over. Naive: copies and
         # products on one stream, one expert after the other.
-        slots={NAIVE: 1, NO_LRU: 2}.get(algorithm, 32 * CACHED[card]),
+        Setup(
+            {NAIVE: 1, NO_LRU: 2}.get(algorithm, 32 * CACHED[card]),
+            lookahead=LIVE if algorithm == FULL else NONE,
+        ),
         # Attention is dequantised like the experts, the head is not.
         dense_bytes=ATTENTION_WEIGHTS * stored / 8 + HEAD_BYTES / passes,
         software=software,
-        predictor=recorded if algorithm == FULL else None,
         gentle=False,  # the paper queues its guesses behind the loads, whatever comes next
         expert_bits=stored,
         dense_bits=stored,
     )
-    return simulate(trace, setup)
+    return simulate(trace, scenario)
 
 
 def predict(traces: dict[int, Trace], constants: Constants) -> list[Row]:

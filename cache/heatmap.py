@@ -9,9 +9,11 @@ more the expert was asked for.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cache.cache import ExpertCache
+from cache.replay import Setup, make_cache
 from cache.trace import Trace
 
 BLOCKS, POINTS = "░▒▓█", " .:!"
@@ -81,25 +83,35 @@ def _painted(sign: str, code: int) -> str:
     return f"\x1b[38;5;{code}m{sign}\x1b[0m"
 
 
-def collect(trace: Trace, cache: ExpertCache) -> HeatMap:
-    """Replay `trace` through the empty `cache`, without look-ahead, and count."""
+def collect(trace: Trace, setup: Setup) -> HeatMap:
+    """Replay `trace` as `setup` says, without look-ahead, and count for each expert."""
+    cache = make_cache(trace, setup)
     hits = [[0] * experts for experts in trace.header.experts]
     misses = [[0] * experts for experts in trace.header.experts]
     for event in trace.events:
-        for wave in cache.plan(event.layer, event.distinct()).waves:
+        for wave in cache.plan(event.layer, event.distinct(), prompt=event.prompt).waves:
             for use in wave.hits:
                 hits[event.layer][use.expert] += 1
             for use in wave.loads:
                 misses[event.layer][use.expert] += 1
+    both = zip(hits, misses, strict=True)
     return HeatMap(
-        uses=tuple(
-            tuple(map(sum, zip(*pair, strict=True))) for pair in zip(hits, misses, strict=True)
-        ),
-        resident=tuple(
-            tuple(cache.is_resident(layer, expert) for expert in range(experts))
-            for layer, experts in enumerate(trace.header.experts)
-        ),
+        uses=tuple(tuple(map(sum, zip(*pair, strict=True))) for pair in both),
+        resident=_resident(cache, trace.header.experts),
         hit_rates=tuple(counts.hit_rate for counts in cache.statistics.layers),
         hits=tuple(map(tuple, hits)),
         misses=tuple(map(tuple, misses)),
     )
+
+
+def of_cache(cache: ExpertCache, experts: Sequence[int]) -> HeatMap:
+    """What `cache` holds now, and how hot the `experts` of each layer are lately."""
+    return HeatMap(
+        uses=tuple(tuple(cache.heat.of(i, e) for e in range(n)) for i, n in enumerate(experts)),
+        resident=_resident(cache, experts),
+        hit_rates=tuple(counts.hit_rate for counts in cache.statistics.layers),
+    )
+
+
+def _resident(cache: ExpertCache, experts: Sequence[int]) -> tuple[tuple[bool, ...], ...]:
+    return tuple(tuple(cache.is_resident(i, e) for e in range(n)) for i, n in enumerate(experts))

@@ -60,6 +60,14 @@ class Link:
             self._begin(following)
         return copy.end
 
+    def drop(self, now: float, copy: Copy) -> bool:
+        """Take a copy out of the queue, unless it has begun."""
+        self.advance(now)
+        if copy.begin is not None:
+            return False
+        self._queues[0 if copy.urgent else 1].remove(copy)
+        return True
+
     def backlog(self, now: float) -> float:
         """Seconds of copying that are begun or queued at `now`."""
         self.advance(now)

@@ -23,6 +23,7 @@ class Phase:
     guess_wait_seconds: float = 0.0  # for a right guess that was late
     loads: int = 0
     loaded_bytes: int = 0
+    dropped: int = 0  # guesses given up before their copies began
     copy_seconds: float = 0.0  # of those loads, over all links
     disk_seconds: float = 0.0  # of these, for records that RAM did not hold
 

@@ -12,15 +12,16 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
-from cache.cache import ExpertCache
 from cache.errors import CacheError
 from cache.heatmap import HeatMap, collect, draw
-from cache.policy import POLICIES
+from cache.replay import Setup
 from offload.errors import OffloadError
 from offload.simulation import open_trace
 
 
-def plot(trace_name: str, expert_slots: str, policy: str, file: Path | None) -> str:
+def plot(
+    trace_name: str, expert_slots: str, policy: str, allocation: str, file: Path | None
+) -> str:
     """The heat map of a replayed trace: drawn to `file`, else returned as text."""
     from offload.budget import parse_slots
 
@@ -28,30 +29,21 @@ def plot(trace_name: str, expert_slots: str, policy: str, file: Path | None) -> 
         trace = open_trace(trace_name)
         slots = parse_slots(expert_slots, trace.header.total_experts)
         assert slots is not None
-        cache = ExpertCache(slots, trace.header.layers, POLICIES[policy]())
-        heat = collect(trace, cache)
+        heat = collect(trace, Setup(slots, policy, allocation))
     except CacheError as error:
         raise OffloadError(str(error)) from None
     if file is None:
         return show(heat, sys.stdout)
     from offload.plot import save_png
 
-    hits = cache.statistics.total().hit_rate
-    about = f"{slots} of {trace.header.total_experts} experts resident, {policy}, hits {hits:.1%}"
-    save_png(heat, file, f"{trace.header.model}: {about}")
-    return ""
-
-
-def live(cache: ExpertCache, experts: tuple[int, ...]) -> HeatMap:
-    """The heat map of a running model whose layers have so many `experts`."""
-    layers = cache.statistics.layers
-    return HeatMap(
-        uses=tuple(tuple(cache.heat.of(i, e) for e in range(n)) for i, n in enumerate(experts)),
-        resident=tuple(
-            tuple(cache.is_resident(i, e) for e in range(n)) for i, n in enumerate(experts)
-        ),
-        hit_rates=tuple(counts.hit_rate for counts in layers),
+    hits, misses = sum(map(sum, heat.hits)), sum(map(sum, heat.misses))
+    save_png(
+        heat,
+        file,
+        f"{trace.header.model}: {slots} of {trace.header.total_experts} experts resident, "
+        f"{policy}, hits {hits / max(1, hits + misses):.1%}",
     )
+    return ""
 
 
 def show(heat: HeatMap, stream: TextIO) -> str:

@@ -12,7 +12,8 @@ from pathlib import Path
 from cache.errors import CacheError
 from cache.hardware import PROFILES, Hardware, find_hardware
 from cache.prediction import Prediction
-from cache.simulator import Setup, recorded, simulate
+from cache.replay import LIVE, NONE, Setup
+from cache.simulator import Scenario, simulate
 from cache.software import SOFTWARE
 from cache.synthetic import SHAPES, Routing, synthesize
 from cache.timeline import Timeline
@@ -33,6 +34,7 @@ class Question:
     hardware: str
     expert_slots: str = "25%"
     policy: str = "lru"
+    allocation: str = "shared"
     software: str = "host-planned"
     lookahead: bool = True
     dense: str | None = None  # size; None: what the trace says
@@ -44,11 +46,11 @@ def answer(question: Question) -> list[str]:
     """The prediction's lines. Raises `OffloadError`, also for what `cache` finds wrong."""
     try:
         trace, machine = open_trace(question.trace), find_machine(question.hardware)
-        setup = make_setup(question, trace, machine)
+        scenario = make_scenario(question, trace, machine)
         timeline = (
             Timeline(f"{trace.header.model} on {machine.name}") if question.timeline else None
         )
-        prediction = simulate(trace, setup, timeline)
+        prediction = simulate(trace, scenario, timeline)
     except CacheError as error:
         raise OffloadError(str(error)) from None
     if timeline is not None and question.timeline is not None:
@@ -59,7 +61,7 @@ def answer(question: Question) -> list[str]:
                 f"cannot write the timeline to {question.timeline} ({error.strerror}): name "
                 "another --timeline"
             ) from None
-    return describe(trace, setup, prediction)
+    return describe(trace, scenario, prediction)
 
 
 def open_trace(name: str) -> Trace:
@@ -87,7 +89,7 @@ def find_machine(name: str) -> Hardware:
     return found
 
 
-def make_setup(question: Question, trace: Trace, machine: Hardware) -> Setup:
+def make_scenario(question: Question, trace: Trace, machine: Hardware) -> Scenario:
     """Texts as numbers."""
     from offload.budget import parse_bytes, parse_slots
 
@@ -106,22 +108,20 @@ def make_setup(question: Question, trace: Trace, machine: Hardware) -> Setup:
     software = SOFTWARE.get(question.software)
     if software is None:
         raise OffloadError(f"there is no software {question.software!r}: {' or '.join(SOFTWARE)}")
-    setup = Setup(
-        machine,
+    cache = Setup(
         min(slots, trace.header.total_experts),
-        dense,
-        software,
-        policy=question.policy,
-        predictor=recorded if question.lookahead else None,
-        ram_bytes=parse_bytes(question.ram),
+        question.policy,
+        question.allocation,
+        LIVE if question.lookahead else NONE,
     )
+    scenario = Scenario(machine, cache, dense, software, ram_bytes=parse_bytes(question.ram))
     bits = settings.get("expert_bits")
-    return replace(setup, expert_bits=float(bits)) if isinstance(bits, int | float) else setup
+    return replace(scenario, expert_bits=float(bits)) if isinstance(bits, int | float) else scenario
 
 
-def describe(trace: Trace, setup: Setup, prediction: Prediction) -> list[str]:
+def describe(trace: Trace, scenario: Scenario, prediction: Prediction) -> list[str]:
     """What was simulated, then what was found."""
-    machine = setup.hardware
+    machine = scenario.hardware
     cards = f"{machine.cards} cards, each " if machine.cards > 1 else ""
     return [
         f"{trace.header.model}, {trace.tokens} tokens, on {machine.name}: {cards}memory "

@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
 from cache.errors import CacheError
 from cache.hardware import Hardware
 from cache.prediction import Prediction
-from cache.simulator import Setup, recorded, simulate
+from cache.replay import LIVE, Setup, replay
+from cache.simulator import Scenario, simulate
 from cache.software import HOST_PLANNED, Software
 from cache.synthetic import MIXTRAL, QWEN3_30B, Routing, Shape, synthesize
 from cache.timeline import Timeline
@@ -46,8 +48,10 @@ def trace_of(layers: int, *rows: tuple[int, ...], guesses: bool = False) -> Trac
 
 
 def hand(trace: Trace, slots: int, **more: object) -> Prediction:
-    setup = Setup(SLOW, slots, dense_bytes=0.0, software=FREE)
-    return simulate(trace, replace(setup, **more))  # type: ignore[arg-type]
+    lookahead = str(more.pop("lookahead", "none"))
+    cache = Setup(slots, lookahead=lookahead)
+    scenario = Scenario(SLOW, cache, dense_bytes=0.0, software=FREE)
+    return simulate(trace, replace(scenario, **more))  # type: ignore[arg-type]
 
 
 def test_two_loads_on_one_link() -> None:
@@ -103,7 +107,7 @@ def test_two_cards_have_a_link_each() -> None:
     # layer 1's guess is copied by the second card's link while the first is busy with layer 0
     two = replace(SLOW, cards=2)
     trace = trace_of(2, (0,), (0,), guesses=True)
-    setup = {"predictor": recorded, "gentle": False}
+    setup = {"lookahead": LIVE, "gentle": False}
     assert hand(trace, 4, hardware=two, **setup).decode.seconds == pytest.approx(30 + 10)
     assert hand(trace, 4, **setup).decode.seconds == pytest.approx(30 + 10 + 10)
 
@@ -127,50 +131,76 @@ def test_a_demand_waits_for_the_rest_of_one_guess_at_most() -> None:
         Event(1, False, ((1,),)),
     ]
     trace = Trace(TraceHeader("hand", (8, 8), 1, (RECORD, RECORD)), events)
-    assert hand(trace, 8, predictor=recorded, gentle=False).decode.seconds == pytest.approx(70)
-    assert hand(trace, 8, predictor=recorded).decode.seconds == pytest.approx(60)
+    assert hand(trace, 8, lookahead=LIVE, gentle=False).decode.seconds == pytest.approx(70)
+    assert hand(trace, 8, lookahead=LIVE).decode.seconds == pytest.approx(60)
     assert hand(trace, 8).decode.seconds == pytest.approx(60)
 
 
-def wrong(event: Event) -> tuple[int, ...]:
-    """Two experts that the next layer does not want, as the trace's own guesses know."""
-    return tuple(e for e in range(8) if e not in recorded(event))[:2]
+def wrong(trace: Trace) -> Trace:
+    """The same run, guessed wrong on purpose."""
+
+    def lie(event: Event) -> Event:
+        guesses = (
+            Guess(g.layer, tuple(e for e in range(8) if e not in g.experts)[:2])
+            for g in event.guesses
+        )
+        return event._replace(guesses=tuple(guesses))
+
+    return Trace(trace.header, [lie(event) for event in trace.events])
 
 
+@pytest.mark.parametrize("slots", [6, 16, 24])
 @pytest.mark.parametrize("gb_per_s", [0.5, 2.0, 8.0, 32.0])
-def test_a_wrong_predictor_keeps_no_demand_waiting(gb_per_s: float) -> None:
-    trace = synthesize(SMALL, Routing(recall=1.0), 200)
+def test_a_wrong_predictor_keeps_no_demand_waiting(gb_per_s: float, slots: int) -> None:
+    trace = synthesize(SMALL, Routing(recall=1.0), 300)
     machine = Hardware("card", memory_gb_per_s=20.0, link_gb_per_s=gb_per_s, ram_gb_per_s=50.0)
-    base = Setup(machine, 16, SMALL.dense_bytes, replace(HOST_PLANNED, guess_seconds=0.0))
-    gentle = simulate(trace, replace(base, predictor=wrong))
+    base = Scenario(
+        machine, Setup(slots), SMALL.dense_bytes, replace(HOST_PLANNED, guess_seconds=0.0)
+    )
+    without = simulate(trace, base)
+    looking = replace(base, cache=Setup(slots, lookahead=LIVE))
+    gentle = simulate(wrong(trace), looking)
     assert gentle.counts.lookahead_right == 0
     assert gentle.guess_delay_seconds < 1e-12
-    eager = simulate(trace, replace(base, predictor=wrong, gentle=False))
+    assert gentle.counts.misses <= without.counts.misses
+    assert gentle.decode.demand_wait_seconds <= without.decode.demand_wait_seconds + 1e-9
+    assert gentle.decode.seconds <= without.decode.seconds + 1e-9
+    eager = simulate(wrong(trace), replace(looking, gentle=False))
     rest_of_a_copy = machine.copy_seconds(SMALL.record_bytes)
-    assert eager.counts.lookahead_loads > gentle.counts.lookahead_loads
     assert eager.guess_delay_seconds <= eager.counts.misses * rest_of_a_copy
 
 
 def test_right_guesses_pay() -> None:
     trace = synthesize(SMALL, Routing(recall=0.9), 200)
     machine = Hardware("card", memory_gb_per_s=5.0, link_gb_per_s=2.0, ram_gb_per_s=50.0)
-    base = Setup(machine, 16, SMALL.dense_bytes, FREE)
+    base = Scenario(machine, Setup(16), SMALL.dense_bytes, FREE)
     without = simulate(trace, base).decode
+    looking = replace(base, cache=Setup(16, lookahead=LIVE))
     for gentle in (True, False):
-        guessing = simulate(trace, replace(base, predictor=recorded, gentle=gentle)).decode
+        guessing = simulate(trace, replace(looking, gentle=gentle)).decode
         assert guessing.tokens_per_s > 1.1 * without.tokens_per_s
 
 
-def card_setup(**more: object) -> Setup:
+def card(slots: int = 16, lookahead: str = "none", **more: object) -> Scenario:
     machine = Hardware("card", memory_gb_per_s=300.0, link_gb_per_s=12.0, ram_gb_per_s=50.0)
-    return replace(Setup(machine, 16, SMALL.dense_bytes), **more)  # type: ignore[arg-type]
+    scenario = Scenario(machine, Setup(slots, lookahead=lookahead), SMALL.dense_bytes)
+    return replace(scenario, **more)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("lookahead", [None, recorded])
-def test_bytes_are_loads_times_record_and_time_adds_up(lookahead: object) -> None:
+@pytest.mark.parametrize("lookahead", ["live", "none", "previous", "transitions"])
+@pytest.mark.parametrize("policy", ["lru", "lfru", "belady"])
+def test_the_cache_does_what_a_replay_says(lookahead: str, policy: str) -> None:
+    trace = synthesize(SMALL, Routing(recall=0.8), 60, prompt_tokens=8)
+    setup = Setup(12, policy, lookahead=lookahead)
+    found = simulate(trace, card(cache=setup, gentle=False)).counts
+    assert replace(found, wait_seconds=0.0) == replay(trace, setup).counts
+
+
+@pytest.mark.parametrize("lookahead", ["live", "none"])
+def test_bytes_are_loads_times_record_and_time_adds_up(lookahead: str) -> None:
     trace = synthesize(SMALL, Routing(recall=0.8), 100, prompt_tokens=16)
     timeline = Timeline("test")
-    prediction = simulate(trace, card_setup(predictor=lookahead), timeline)
+    prediction = simulate(trace, card(lookahead=lookahead), timeline)
     phases = (prediction.decode, prediction.prefill)
     loads = sum(phase.loads for phase in phases)
     assert loads == prediction.counts.loads
@@ -189,25 +219,25 @@ def falls(seconds: list[float]) -> bool:
 def test_more_slots_and_faster_machines_are_never_slower() -> None:
     trace = synthesize(SMALL, Routing(), 200)
 
-    def seconds(**more: object) -> float:
-        return simulate(trace, card_setup(**more)).decode.seconds
+    def seconds(**more: Any) -> float:
+        return simulate(trace, card(**more)).decode.seconds
 
     assert falls([seconds(slots=slots) for slots in (2, 8, 16, 32)])
     for name in ("link_gb_per_s", "memory_gb_per_s", "ram_gb_per_s"):
-        machines = [replace(card_setup().hardware, **{name: rate}) for rate in (1.0, 8.0, 64.0)]
+        machines = [replace(card().hardware, **{name: rate}) for rate in (1.0, 8.0, 64.0)]
         assert falls([seconds(hardware=machine) for machine in machines])
     assert falls([seconds(software=Software("x", host)) for host in (1e-3, 1e-4, 0.0)])
 
 
 def test_the_same_trace_gives_the_same_figures() -> None:
     routing = Routing(recall=0.8, seed=3)
-    first = simulate(synthesize(SMALL, routing, 50), card_setup(predictor=recorded))
-    assert simulate(synthesize(SMALL, routing, 50), card_setup(predictor=recorded)) == first
+    first = simulate(synthesize(SMALL, routing, 50), card(lookahead=LIVE))
+    assert simulate(synthesize(SMALL, routing, 50), card(lookahead=LIVE)) == first
 
 
 def test_everything_resident_loads_each_expert_once() -> None:
     trace = synthesize(SMALL, Routing(), 200)
-    prediction = simulate(trace, card_setup(slots=32))
+    prediction = simulate(trace, card(slots=32))
     assert prediction.decode.loads <= 32
     assert prediction.counts.hit_rate > 0.95
 
@@ -216,7 +246,7 @@ def test_a_prompt_is_limited_by_operations_not_by_bytes() -> None:
     machine = Hardware("card", 300.0, 12.0, 50.0, tflops=1e-3)
     header = TraceHeader("hand", (8,), 2, (1_000_000,))
     trace = Trace(header, [Event(0, True, ((0, 1),) * 100)])
-    prefill = simulate(trace, Setup(machine, 8, 0.0, FREE, expert_bits=8.0)).prefill
+    prefill = simulate(trace, Scenario(machine, Setup(8), 0.0, FREE, expert_bits=8.0)).prefill
     assert prefill.expert_seconds == pytest.approx(2 * 2 * 100 * 1e6 / 1e9)
     assert prefill.tokens == 100
 
@@ -230,12 +260,12 @@ def test_two_thousand_tokens_take_seconds() -> None:
     shape = replace(MIXTRAL, layers=8)
     trace = synthesize(shape, Routing(recall=0.8), 2000)
     begin = time.process_time()
-    simulate(trace, card_setup(slots=32, predictor=recorded))
+    simulate(trace, card(32, LIVE))
     assert time.process_time() - begin < 20
 
 
 def test_lines_say_speed_waits_link_and_limit() -> None:
     trace = synthesize(replace(QWEN3_30B, layers=2), Routing(recall=0.8), 10, prompt_tokens=8)
-    text = "\n".join(simulate(trace, card_setup(slots=64, predictor=recorded)).lines())
+    text = "\n".join(simulate(trace, card(64, LIVE)).lines())
     for word in ("prefill", "tokens/s", "limited by", "busy", "waited", "hits", "precision"):
         assert word in text

@@ -6,18 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from cache.cache import ExpertCache
 from cache.errors import CacheError
-from cache.policy import POLICIES
+from cache.replay import Setup, replay
 from cache.synthetic import MIXTRAL, SHAPES, Routing, synthesize
 from cache.trace import Trace
 
 
 def hit_rate(trace: Trace, slots: int) -> float:
-    cache = ExpertCache(slots, trace.header.layers, POLICIES["lru"]())
-    for event in trace.events:
-        cache.plan(event.layer, event.distinct())
-    return cache.statistics.total().hit_rate
+    return replay(trace, Setup(slots)).counts.hit_rate
 
 
 def test_a_seed_decides_everything() -> None:
