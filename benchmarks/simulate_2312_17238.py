@@ -34,8 +34,8 @@ TOKENS, FIT_TOKENS = 200, 50
 #
 # Python, launches and syncs of one decoder layer in PyTorch with HQQ in 2023. Ten quantised linears
 # a layer, each unpacking, casting, subtracting and scaling with quantised scales and zeros of their
-# own, are some 300 small operations of 25 to 30 microseconds.
-HOST_SECONDS_PER_LAYER = 8e-3
+# own, are some 300 small operations of about 30 microseconds.
+HOST_SECONDS_PER_LAYER = 9e-3
 # Bytes through device memory for a weight that HQQ dequantises by eager operations. Counted, reads
 # and writes: unpacking to uint8 1.25, cast to 16 bits 3, subtraction 4, scaling 4, the product's
 # read 2: 14, of which caches take a part.
