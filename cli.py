@@ -223,9 +223,9 @@ def _add_simulate(actions: argparse._SubParsersAction[_Parser]) -> None:
     )
     simulate.add_argument(
         "--lookahead",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="load what the trace says was guessed",
+        default="router",
+        metavar="NAME",
+        help="none, live (as recorded), router, previous, transitions, union (router)",
     )
     simulate.add_argument(
         "--dense", metavar="SIZE", help="dense weights a token reads (what the trace says)"
@@ -260,7 +260,7 @@ def _add_trace_file(parser: argparse.ArgumentParser, help_text: str) -> None:
         metavar="N",
         help="resident experts, a number or a share (25%%)",
     )
-    parser.add_argument("--policy", default="lru", metavar="NAME", help="who is evicted (lru)")
+    parser.add_argument("--policy", default="lfru", metavar="NAME", help="who is evicted (lfru)")
     parser.add_argument(
         "--allocation", default="shared", metavar="NAME", help="how layers share slots (shared)"
     )

@@ -19,7 +19,7 @@ from cache.trace import Trace
 BLOCKS, POINTS = "░▒▓█", " .:!"
 PLAIN_BLOCKS = "-+*#"  # where blocks cannot be written
 GREENS, REDS = (22, 28, 34, 46), (236, 88, 124, 196)  # of the 256 colours of a terminal
-LABEL, RATE = 5, 8  # columns before and after a row
+LABEL, RATE = 5, 13  # columns before and after a row
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,14 @@ def draw(heat: HeatMap, *, width: int = 80, color: bool = False, blocks: bool = 
             row = label + "".join(cells[begin : begin + room])
             if begin + room >= len(cells):
                 pad = " " * (min(room, len(cells)) - len(cells[begin : begin + room]))
-                row += f"{pad} {heat.hit_rates[layer]:>6.1%}"
+                row += f"{pad} {heat.hit_rates[layer]:>6.1%} hits"
             rows.append(row)
     signs = BLOCKS if blocks else PLAIN_BLOCKS
     resident = sum(map(sum, heat.resident))
     total = sum(map(len, heat.resident))
     rows.append(
         f"     {resident} of {total} experts resident: {_legend(signs, GREENS, color)} by use; "
-        f"elsewhere: {_legend(POINTS.strip(), REDS[1:], color)}; hits of each layer"
+        f"elsewhere: {_legend(POINTS.strip(), REDS[1:], color)}"
     )
     return "\n".join(rows)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from cache.errors import CacheError
 from cache.hardware import PROFILES, Hardware, find_hardware
 from cache.prediction import Prediction
-from cache.replay import LIVE, NONE, Setup
+from cache.replay import Setup
 from cache.simulator import Scenario, simulate
 from cache.software import SOFTWARE
 from cache.synthetic import SHAPES, Routing, synthesize
@@ -33,10 +33,10 @@ class Question:
     trace: str  # a file, or synthetic:MODEL
     hardware: str
     expert_slots: str = "25%"
-    policy: str = "lru"
+    policy: str = "lfru"
     allocation: str = "shared"
     software: str = "host-planned"
-    lookahead: bool = True
+    lookahead: str = "router"
     dense: str | None = None  # size; None: what the trace says
     ram: str | None = None
     timeline: Path | None = None
@@ -112,7 +112,7 @@ def make_scenario(question: Question, trace: Trace, machine: Hardware) -> Scenar
         min(slots, trace.header.total_experts),
         question.policy,
         question.allocation,
-        LIVE if question.lookahead else NONE,
+        question.lookahead,
     )
     scenario = Scenario(machine, cache, dense, software, ram_bytes=parse_bytes(question.ram))
     bits = settings.get("expert_bits")

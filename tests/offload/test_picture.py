@@ -46,8 +46,8 @@ def trace_file(tmp_path: Path) -> Path:
 
 def test_blocks_are_resident_points_are_not_fuller_is_used_more() -> None:
     first, second, legend = draw(HEAT).splitlines()
-    assert first == "   0 █▒░.  90.0%"
-    assert second == "   1  !█   50.0%"
+    assert first == "   0 █▒░.  90.0% hits"
+    assert second == "   1  !█   50.0% hits"
     assert "4 of 8 experts resident" in legend
 
 

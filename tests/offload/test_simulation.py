@@ -43,7 +43,7 @@ def test_prints_speed_waits_link_and_limit(
 
 
 def test_two_cards_and_a_known_model(capsys: pytest.CaptureFixture[str]) -> None:
-    assert simulate("synthetic:mixtral", "--hardware", "2x4090", "--no-lookahead") == 0
+    assert simulate("synthetic:mixtral", "--hardware", "2x4090", "--lookahead", "none") == 0
     out = capsys.readouterr().out
     assert "2 cards, each" in out
     assert "guesses" not in out
@@ -76,7 +76,8 @@ def test_a_simulated_timeline_is_valid(trace_file: Path, tmp_path: Path) -> None
         (["--software", "magic"], "there is no software 'magic'"),
         (["--expert-slots", "many"], "not a number of expert slots"),
         (["--expert-slots", "1", "--hardware", "2x4090"], "raise --expert-slots"),
-        (["--policy", "coin"], "coin"),
+        (["--policy", "coin"], "there is no policy 'coin'"),
+        (["--lookahead", "stars"], "there is no look-ahead 'stars'"),
         (["--timeline", "/nowhere/a.json"], "cannot write the timeline"),
     ],
 )
@@ -104,11 +105,6 @@ def test_a_missing_file_and_a_wrong_model_are_told(capsys: pytest.CaptureFixture
     assert simulate("nowhere.trace", "--hardware", "a100") == 1
     assert simulate("synthetic:elsewhere", "--hardware", "a100") == 1
     assert "nowhere.trace" in capsys.readouterr().err
-
-
-def test_trace_without_an_action_says_which_there_are(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["trace"]) != 0
-    assert "simulate" in capsys.readouterr().err
 
 
 def test_this_machine_is_measured() -> None:
