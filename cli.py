@@ -144,6 +144,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--random", action="store_true", help="random tokens, as llama-bench, not real text"
     )
 
+    _add_timeline(generate)
+    _add_timeline(bench)
+
     quantize = add(
         "quantize", _quantize, "make a pack", "offload quantize demo ./demo-q8 --expert-bits 8"
     )
@@ -161,7 +164,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_trace_commands(parser: argparse.ArgumentParser) -> None:
-    """`show` and `replay`; what draws a trace joins them here."""
+    """`show`, `replay`, `simulate` and `plot`."""
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
     show = commands.add_parser("show", help="its text, its routing, layer by layer")
     show.set_defaults(run=_trace_show)
@@ -194,6 +197,82 @@ def _add_trace_commands(parser: argparse.ArgumentParser) -> None:
         command.add_argument(
             "--debug", action="store_true", help="show a traceback when something fails"
         )
+    _add_simulate(commands)
+    _add_plot(commands)
+
+
+def _add_simulate(actions: argparse._SubParsersAction[_Parser]) -> None:
+    help_text = "predict tokens/second on a machine"
+    simulate = actions.add_parser(
+        "simulate",
+        help=help_text,
+        description=help_text,
+        epilog='example: offload trace simulate chat.trace --hardware "RTX 4090" '
+        "--expert-slots 25%%",
+    )
+    simulate.set_defaults(run=_simulate)
+    _add_trace_file(simulate, "recorded with --trace, or synthetic:MODEL")
+    simulate.add_argument(
+        "--hardware",
+        default="here",
+        metavar="NAME",
+        help="a card, like 3060, 4090, 2x4090, a100; here measures this machine (here)",
+    )
+    simulate.add_argument(
+        "--software", default="host-planned", metavar="NAME", help="host-planned or device-planned"
+    )
+    simulate.add_argument(
+        "--lookahead",
+        default="router",
+        metavar="NAME",
+        help="none, live (as recorded), router, previous, transitions, union (router)",
+    )
+    simulate.add_argument(
+        "--dense", metavar="SIZE", help="dense weights a token reads (what the trace says)"
+    )
+    simulate.add_argument(
+        "--ram", metavar="SIZE", help="RAM for experts; the rest is on disk (all)"
+    )
+    _add_timeline(simulate)
+
+
+def _add_plot(actions: argparse._SubParsersAction[_Parser]) -> None:
+    help_text = "experts by layers: resident, hits, misses"
+    plot = actions.add_parser(
+        "plot",
+        help=help_text,
+        description=help_text,
+        epilog="example: offload trace plot chat.trace --expert-slots 25%% -o experts.png",
+    )
+    plot.set_defaults(run=_plot)
+    _add_trace_file(plot, "recorded with --trace, or synthetic:MODEL")
+    plot.add_argument("-o", "--output", type=Path, metavar="PNG", help="draw to a file instead")
+
+
+def _add_trace_file(parser: argparse.ArgumentParser, help_text: str) -> None:
+    parser.add_argument(
+        "--debug", action="store_true", help="show a traceback when something fails"
+    )
+    parser.add_argument("trace", metavar="FILE", help=help_text)
+    parser.add_argument(
+        "--expert-slots",
+        default="25%",
+        metavar="N",
+        help="resident experts, a number or a share (25%%)",
+    )
+    parser.add_argument("--policy", default="lfru", metavar="NAME", help="who is evicted (lfru)")
+    parser.add_argument(
+        "--allocation", default="shared", metavar="NAME", help="how layers share slots (shared)"
+    )
+
+
+def _add_timeline(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--timeline",
+        type=Path,
+        metavar="FILE",
+        help="write compute and copies as a JSON file for ui.perfetto.dev",
+    )
 
 
 def _add_recipe_flags(parser: argparse.ArgumentParser) -> None:
@@ -439,6 +518,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     from offload.generation import Prompt, stream_generate
     from offload.handle import offload_of
     from offload.report import timings, verbose_rows
+    from offload.timeline import recording
 
     full: Prompt = prompt
     if tokenizer is not None and tokenizer.chat_template and not arguments.raw:
@@ -450,20 +530,21 @@ def _generate(arguments: argparse.Namespace) -> int:
         full = [*system, {"role": "user", "content": prompt}]
     sampling = _sampling(arguments, model)
     step = None
-    for step in stream_generate(
-        model,
-        tokenizer,
-        full,
-        max_new_tokens=arguments.ctx_size if arguments.n_predict < 0 else arguments.n_predict,
-        stop_strings=arguments.reverse_prompt,
-        temperature=sampling.temperature,
-        top_k=sampling.top_k,
-        top_p=sampling.top_p,
-        min_p=sampling.min_p,
-        repetition_penalty=sampling.repetition_penalty,
-        seed=sampling.seed,
-    ):
-        print(step.text, end="", flush=True)
+    with recording(model, arguments.timeline):
+        for step in stream_generate(
+            model,
+            tokenizer,
+            full,
+            max_new_tokens=arguments.ctx_size if arguments.n_predict < 0 else arguments.n_predict,
+            stop_strings=arguments.reverse_prompt,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty,
+            seed=sampling.seed,
+        ):
+            print(step.text, end="", flush=True)
     print(flush=True)
     assert step is not None
     if arguments.verbose:
@@ -520,6 +601,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     model, tokenizer, _ = _load(arguments)
     from offload.bench import Test, run
     from offload.handle import offload_of
+    from offload.timeline import recording
 
     depth = arguments.n_depth
     tests = [Test(arguments.n_prompt, 0, depth)] if arguments.n_prompt else []
@@ -549,10 +631,11 @@ def _bench(arguments: argparse.Namespace) -> int:
         warmup=not arguments.no_warmup,
         random=arguments.random,
     )
-    if arguments.output == "json":
-        print(json.dumps([{**common, **result.to_json()} for result in results], indent=2))
-    else:
-        _print_table(common, results)
+    with recording(model, arguments.timeline):
+        if arguments.output == "json":
+            print(json.dumps([{**common, **result.to_json()} for result in results], indent=2))
+        else:
+            _print_table(common, results)
     offload.close()
     return DONE
 
@@ -611,6 +694,40 @@ def _trace_replay(arguments: argparse.Namespace) -> int:
     )
     for line in lines:
         print(line, flush=True)
+    return DONE
+
+
+def _simulate(arguments: argparse.Namespace) -> int:
+    from offload.simulation import Question, answer
+
+    question = Question(
+        arguments.trace,
+        arguments.hardware,
+        arguments.expert_slots,
+        arguments.policy,
+        arguments.allocation,
+        arguments.software,
+        arguments.lookahead,
+        arguments.dense,
+        arguments.ram,
+        arguments.timeline,
+    )
+    print("\n".join(answer(question)))
+    return DONE
+
+
+def _plot(arguments: argparse.Namespace) -> int:
+    from offload.picture import plot
+
+    drawn = plot(
+        arguments.trace,
+        arguments.expert_slots,
+        arguments.policy,
+        arguments.allocation,
+        arguments.output,
+    )
+    if drawn:
+        print(drawn)
     return DONE
 
 

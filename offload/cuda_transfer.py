@@ -11,6 +11,7 @@ stays in the mapping and is copied from there, slower.
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 
 import psutil
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from offload.budget import SHARE, gib
+from offload.marks import NO_MARKS, Marks
 from offload.transfer import Ticket
 from quant.pack import Pack
 
@@ -27,9 +29,10 @@ logger = logging.getLogger("offload")
 class CudaTicket:
     """A copy on the copy stream; complete when its second event is."""
 
-    __slots__ = ("begin", "end")
+    __slots__ = ("begin", "end", "expert", "layer", "urgent")
 
-    def __init__(self) -> None:
+    def __init__(self, layer: int, expert: int, urgent: bool) -> None:
+        self.layer, self.expert, self.urgent = layer, expert, urgent
         self.begin = torch.cuda.Event(enable_timing=True)
         self.end = torch.cuda.Event(enable_timing=True)
 
@@ -55,6 +58,9 @@ class CudaTransfer:
         self._released: dict[int, torch.cuda.Event] = {}  # slot -> when compute was done with it
         self._timed: deque[CudaTicket] = deque()  # not yet counted in `busy_seconds`
         self._busy_seconds = 0.0
+        self._marks: Marks = NO_MARKS
+        self._zero: torch.cuda.Event | None = None  # when `_zero_moment` was, on the device
+        self._zero_moment = 0.0
         self._copied_bytes = 0  # from the pack into host memory
         self._pinned: list[Tensor] = []
         self._pinning_failed = False
@@ -97,10 +103,31 @@ class CudaTransfer:
         return records
 
     @property
+    def marks(self) -> Marks:
+        return self._marks
+
+    @marks.setter
+    def marks(self, marks: Marks) -> None:
+        """Tell `marks` of copies; events know only distances, so one is tied to the clock."""
+        torch.cuda.synchronize(self.device)
+        _ = self.busy_seconds  # tells whoever listened until now
+        self._marks = marks
+        self._zero = None
+        if marks is not NO_MARKS:
+            self._zero = torch.cuda.Event(enable_timing=True)
+            self._zero.record(self._stream)
+            self._zero.synchronize()
+            self._zero_moment = time.perf_counter()
+
+    @property
     def busy_seconds(self) -> float:
         while self._timed and self._timed[0].done:
             ticket = self._timed.popleft()
-            self._busy_seconds += ticket.begin.elapsed_time(ticket.end) / 1e3
+            seconds = ticket.begin.elapsed_time(ticket.end) / 1e3
+            self._busy_seconds += seconds
+            if self._zero is not None:
+                begin = self._zero_moment + self._zero.elapsed_time(ticket.begin) / 1e3
+                self._marks.copied(ticket.layer, ticket.expert, ticket.urgent, begin, seconds)
         return self._busy_seconds
 
     def slot(self, index: int) -> Tensor:
@@ -111,7 +138,7 @@ class CudaTransfer:
         record = self._pack.record(layer, expert) if host is None else host[expert]
         if host is None:
             self._pack.check_record(layer, expert)
-        ticket = CudaTicket()
+        ticket = CudaTicket(layer, expert, urgent)
         with torch.cuda.stream(self._stream):
             released = self._released.pop(slot, None)
             if released is not None:

@@ -29,6 +29,7 @@ from cache.policy import Key
 from cache.predictors import NO_LOOKAHEAD, WITH_ROUTER, Lookahead, make_predictor, merged
 from cache.trace import Guess
 from offload.errors import GenerationError
+from offload.marks import NO_MARKS, Marks
 from offload.norms import NormFinder, scale_between
 from offload.recording import Recorder
 from offload.stats import Stats
@@ -144,6 +145,11 @@ class Engine:
         self._broken_off = False  # the step before did not come to its end
         self.tokens = 0  # that went through the first layer
         self.closed = False
+        self._marks: Marks = NO_MARKS
+
+    def tell(self, marks: Marks) -> None:
+        """Tell `marks` when steps and copies happen."""
+        self._marks = self.transfer.marks = marks
 
     def add_layer(self, module: nn.Module) -> Layer:
         """The next MoE layer of the model."""
@@ -191,6 +197,7 @@ class Engine:
     def _serve(
         self, layer: Layer, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> Tensor:
+        self._marks.mark("dense", layer.index)
         if layer.index == 0:
             self.tokens += hidden.shape[0]
         if self._cold:
@@ -207,13 +214,16 @@ class Engine:
                 self._start(layer.index, use, urgent=True)
             if wave is plan.waves[-1]:
                 guesses = self._look_ahead(layer, cells_of if len(chosen) == 1 else None)
+            self._marks.mark("plan", layer.index)
             for use in (*wave.hits, *wave.loads):
                 matrices = self._ready(layer.index, use)
+                self._marks.mark("wait", layer.index)
                 where = cells_of[use.expert]
                 out = layer.expert(_rows(hidden, where, len(chosen[0])), matrices)
                 if cells is None:
                     cells = out.new_zeros(top_k_index.numel(), out.shape[-1])
                 _put(cells, where, out)
+                self._marks.mark("expert", layer.index, use.expert)
                 self.transfer.release(use.slot)
         self._weigh(layer.index, needed_before)
         if self._recorder is not None:

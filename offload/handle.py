@@ -74,6 +74,8 @@ class Offload:
     def trace_header(self) -> TraceHeader:
         """What a trace says of this model and this run."""
         info, residency = self.pack.info, self.options.residency
+        layouts = [info.layout_of(i) for i in range(len(info.layers))]
+        stored = sum(8 * layout.record_bytes for layout in layouts)
         return TraceHeader(
             model=info.source,
             experts=tuple(layer.num_experts for layer in info.layers),
@@ -83,6 +85,8 @@ class Offload:
                 "slots": self.options.slots,
                 **asdict(residency),
                 "device": self.options.device.type,
+                "dense_bytes": info.dense_bytes(self.options.dtype.itemsize),  # for the simulator
+                "expert_bits": stored / sum(layout.weights for layout in layouts),
                 "version": __version__,
             },
         )

@@ -6,8 +6,12 @@ printed.
 
 from __future__ import annotations
 
+import sys
+
 from cache.cache import ExpertCache
+from cache.heatmap import of_cache
 from offload.generation import GenerationResponse
+from offload.picture import show
 from quant.pack import PackInfo
 
 
@@ -41,11 +45,5 @@ def _duration(seconds: float) -> str:
 
 
 def experts_map(cache: ExpertCache, info: PackInfo) -> str:
-    """A row a layer, a sign an expert: # resident, . not."""
-    rows = []
-    for index, layer in enumerate(info.layers):
-        signs = "".join(
-            "#" if cache.is_resident(index, e) else "." for e in range(layer.num_experts)
-        )
-        rows.append(f"{index:>4} {signs} {cache.statistics.layers[index].hit_rate:>6.1%} hits")
-    return "\n".join(rows)
+    """A row a layer, a sign an expert, for where stdout goes."""
+    return show(of_cache(cache, [layer.num_experts for layer in info.layers]), sys.stdout)

@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from offload.marks import NO_MARKS, Marks
 from quant.pack import Pack
 
 
@@ -33,6 +34,7 @@ class Transfer(Protocol):
 
     device: torch.device
     overtakes: bool  # an urgent copy goes before any other, even one that is under way
+    marks: Marks  # told of each copy that is over
 
     def slot(self, index: int) -> Tensor:
         """The bytes [slot_bytes] uint8 of a slot, on `device`."""
@@ -98,6 +100,7 @@ class HostTransfer:
 
     def __init__(self, pack: Pack, slots: int) -> None:
         self.device = torch.device("cpu")
+        self.marks: Marks = NO_MARKS
         self._pack = pack
         self._slots = torch.empty(slots, pack.info.slot_bytes, dtype=torch.uint8)
         self._checked = [[False] * layer.num_experts for layer in pack.info.layers]
@@ -174,7 +177,10 @@ class HostTransfer:
             self._copy(ticket)
         except Exception as error:  # handed to whoever waits for this copy
             ticket.error = error
-        self._busy_seconds += time.perf_counter() - begin
+        seconds = time.perf_counter() - begin
+        self._busy_seconds += seconds
+        if ticket.slot != NOWHERE:
+            self.marks.copied(ticket.layer, ticket.expert, ticket.urgent, begin, seconds)
         ticket.done = True
         ticket.under_way.release()
 

@@ -1,0 +1,71 @@
+"""Recording who was busy when, while a model runs.
+
+Knows: the clock, and that a step's work comes in a row, so that one mark ends a span and begins
+the next. Does not know: the file's format (`cache.timeline`), what is worth a mark (`engine`).
+
+On a GPU the marks are the host's: they show when work was queued, not when it ran. Copies are timed
+on the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from cache.timeline import Span, Timeline
+from offload.errors import OffloadError
+from offload.handle import offload_of
+from offload.marks import NO_MARKS
+
+SHORTEST = 2e-6  # seconds
+
+
+class Recorder:
+    """Marks of one engine's compute and copies, on the clock of `time.perf_counter`."""
+
+    def __init__(self, process: str) -> None:
+        self.timeline = Timeline(process)
+        self._last = time.perf_counter()
+
+    def mark(self, name: str, layer: int, expert: int | None = None) -> None:
+        """What was going on since the last mark was `name`."""
+        now = time.perf_counter()
+        if now - self._last < SHORTEST:
+            return  # the next span takes it in
+        label = f"{name} ({layer})" if expert is None else f"{name} {expert} ({layer})"
+        self.timeline.add(Span("compute", label, self._last, now - self._last, layer, expert))
+        self._last = now
+
+    def copied(self, layer: int, expert: int, urgent: bool, begin: float, seconds: float) -> None:
+        """A copy of a record ran from `begin` on. Called by the copy thread."""
+        label = f"{'load' if urgent else 'guess'} {layer}/{expert}"
+        self.timeline.add(Span("link", label, begin, seconds, layer, expert))
+
+
+@contextlib.contextmanager
+def recording(model: PreTrainedModel, file: Path | None) -> Iterator[None]:
+    """Record what `model` does meanwhile and write it to `file`, also when it breaks off.
+
+    None: record nothing. Raises `OffloadError` before anything runs where `file` cannot be written.
+    """
+    if file is None:
+        yield
+        return
+    try:
+        file.touch()
+    except OSError as error:
+        raise OffloadError(
+            f"cannot write the timeline to {file} ({error.strerror}): name another --timeline"
+        ) from None
+    offload = offload_of(model)
+    recorder = Recorder(f"offload {offload.pack.info.source}")
+    offload.engine.tell(recorder)
+    try:
+        yield
+    finally:
+        offload.engine.tell(NO_MARKS)
+        recorder.timeline.write(file)
