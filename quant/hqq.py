@@ -22,7 +22,7 @@ with warnings.catch_warnings():
 # values torch sums in one thread, and the result does not depend on the number of threads.
 BLOCK_WEIGHTS = 32000
 CPU = torch.device("cpu")
-FLAT_RANGE = 1e-4  # of a group, up to which hqq takes a step of 1, and rounds everything away
+SMALLEST_STEP = 5e-5  # between codes; hqq takes no smaller one, and below a range of 1e-4 takes 1
 
 
 class Quantized(NamedTuple):
@@ -70,9 +70,10 @@ def quantize(weight: Tensor, bits: int, group_size: int, device: torch.device = 
 def _quantize_flat_groups(
     groups: Tensor, bits: int, codes: Tensor, scale: Tensor, offset: Tensor
 ) -> None:
-    """Where a group [N, K/g, g] is nearly constant: plain rounding between its extremes."""
+    """Where a group [N, K/g, g] needs finer steps than hqq takes: plain rounding between its
+    extremes."""
     low, high = groups.float().aminmax(dim=-1)
-    flat = high - low <= FLAT_RANGE
+    flat = high - low <= SMALLEST_STEP * (2**bits - 1)
     if not flat.any():
         return
     low, step = low[flat], (high - low)[flat] / (2**bits - 1)
