@@ -15,16 +15,9 @@ from torch import Tensor
 from quant.hqq import CPU, quantize
 from quant.packing import TILE_ROWS, pack, padded_rows
 from quant.scales import encode_scales
+from quant.scheme import Scheme
 
 CHUNK_WEIGHTS = 2**20  # about; 0.1 s of a CPU core's work
-
-
-class Coding(NamedTuple):
-    """What a matrix is to become; the numbers of `quant.scheme`, its group already fitting."""
-
-    bits: int
-    group_size: int
-    scale_bits: int
 
 
 class EncodedRows(NamedTuple):
@@ -40,30 +33,29 @@ class Encoder(Protocol):
 
     width: int
 
-    def submit(self, weight: Tensor, coding: Coding) -> Future[EncodedRows]:
-        """Begin `encode_rows(weight, coding)`; `weight` must not change until it is done."""
+    def submit(self, weight: Tensor, scheme: Scheme) -> Future[EncodedRows]:
+        """Begin `encode_rows(weight, scheme)`; `weight` must not change until it is done."""
 
 
-def encode_rows(weight: Tensor, coding: Coding, device: torch.device = CPU) -> EncodedRows:
+def encode_rows(weight: Tensor, scheme: Scheme, device: torch.device = CPU) -> EncodedRows:
     """Encode `weight` [R, K] of any floating-point dtype; padding rows are zero bytes.
 
     `device` is where the solver runs.
     """
-    bits, group_size, scale_bits = coding
     rows, columns = weight.shape
     stored = padded_rows(rows)
-    solved = quantize(weight, bits, group_size, device)
+    solved = quantize(weight, scheme.bits, scheme.group_size, device)
     codes = torch.zeros(stored, columns, dtype=torch.uint8)
     codes[:rows] = solved.codes
     pairs = torch.stack((solved.scale.t(), solved.offset.t()), dim=-1)  # [K/g, R, 2]
     padding = (0, 0, 0, stored - rows)
     steps = None
-    if scale_bits == 8:
+    if scheme.scale_bits == 8:
         scales, steps = encode_scales(pairs)
         steps = torch.nn.functional.pad(steps, padding)
     else:
         scales = pairs.to(torch.bfloat16)
-    return EncodedRows(pack(codes, bits), torch.nn.functional.pad(scales, padding), steps)
+    return EncodedRows(pack(codes, scheme.bits), torch.nn.functional.pad(scales, padding), steps)
 
 
 def chunk_rows(columns: int) -> int:
@@ -80,8 +72,8 @@ class DeviceEncoder:
         self._device = device
         self._thread = ThreadPoolExecutor(1, "offload-encode")
 
-    def submit(self, weight: Tensor, coding: Coding) -> Future[EncodedRows]:
-        return self._thread.submit(encode_rows, weight, coding, self._device)
+    def submit(self, weight: Tensor, scheme: Scheme) -> Future[EncodedRows]:
+        return self._thread.submit(encode_rows, weight, scheme, self._device)
 
     def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)
@@ -92,7 +84,7 @@ class HereEncoder:
 
     width = 1
 
-    def submit(self, weight: Tensor, coding: Coding) -> Future[EncodedRows]:
+    def submit(self, weight: Tensor, scheme: Scheme) -> Future[EncodedRows]:
         future: Future[EncodedRows] = Future()
-        future.set_result(encode_rows(weight, coding))
+        future.set_result(encode_rows(weight, scheme))
         return future

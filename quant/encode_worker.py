@@ -14,28 +14,31 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from quant.encode import Coding, EncodedRows, encode_rows
+from quant.encode import EncodedRows, encode_rows
 from quant.packing import TILE_ROWS
+from quant.scheme import Scheme
 
 REQUEST = struct.Struct("<6q")  # rows, columns, dtype, bits, group size, bits of a scale
 ANSWER = struct.Struct("<4q")  # stored rows, columns, groups, values of the steps
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def write_request(pipe: BinaryIO, weight: Tensor, coding: Coding) -> None:
-    """Ask for `encode_rows(weight, coding)`."""
-    pipe.write(REQUEST.pack(*weight.shape, DTYPES.index(weight.dtype), *coding))
+def write_request(pipe: BinaryIO, weight: Tensor, scheme: Scheme) -> None:
+    """Ask for `encode_rows(weight, scheme)`."""
+    dtype = DTYPES.index(weight.dtype)
+    numbers = (scheme.bits, scheme.group_size, scheme.scale_bits)
+    pipe.write(REQUEST.pack(*weight.shape, dtype, *numbers))
     _write(pipe, weight)
     pipe.flush()
 
 
-def read_request(pipe: BinaryIO) -> tuple[Tensor, Coding] | None:
+def read_request(pipe: BinaryIO) -> tuple[Tensor, Scheme] | None:
     """The next request, or None at the end."""
     head = pipe.read(REQUEST.size)
     if len(head) < REQUEST.size:
         return None
-    rows, columns, dtype, *coding = REQUEST.unpack(head)
-    return _read(pipe, (rows, columns), DTYPES[dtype]), Coding(*coding)
+    rows, columns, dtype, *numbers = REQUEST.unpack(head)
+    return _read(pipe, (rows, columns), DTYPES[dtype]), Scheme(*numbers)
 
 
 def write_answer(pipe: BinaryIO, encoded: EncodedRows) -> None:

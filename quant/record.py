@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quant.encode import Coding, EncodedRows, Encoder, HereEncoder, chunk_rows
+from quant.encode import EncodedRows, Encoder, HereEncoder, chunk_rows
 from quant.packing import TILE_ROWS, padded_rows
 from quant.scales import STEP_VALUES, shared_steps
-from quant.scheme import Scheme
+from quant.scheme import SMALLEST_GROUP, Scheme
 
 ALIGNMENT = 256  # bytes; more than any vector load or copy engine asks for
 STORED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -95,15 +95,20 @@ class MatrixSpec:
 
 
 def fitting_group(columns: int, group_size: int) -> int:
-    """The largest group not above `group_size` that divides `columns`, halving from
-    `group_size`."""
-    while group_size > 1 and columns % group_size:
+    """The largest group not above `group_size` that divides `columns`, halving from `group_size`.
+
+    0 where none of `SMALLEST_GROUP` does: scales would then outweigh what is saved.
+    """
+    while columns % group_size:
         group_size //= 2
-    return group_size
+    return group_size if group_size >= SMALLEST_GROUP else 0
 
 
 def plan_layout(specs: tuple[MatrixSpec, ...], scheme: Scheme) -> RecordLayout:
-    """Lay out an expert's matrices one after the other, each part aligned."""
+    """Lay out an expert's matrices one after the other, each part aligned.
+
+    A matrix whose columns no group divides is stored as it is.
+    """
     end = 0
 
     def place(size: int) -> int:
@@ -115,12 +120,12 @@ def plan_layout(specs: tuple[MatrixSpec, ...], scheme: Scheme) -> RecordLayout:
     matrices = []
     for spec in specs:
         bias_dtype = spec.bias_dtype or spec.dtype
-        if scheme.quantised:
+        group = fitting_group(spec.columns, scheme.group_size) if scheme.quantised else 0
+        if group:
             bits, rows = scheme.bits, padded_rows(spec.rows)
-            group = fitting_group(spec.columns, scheme.group_size)
             pairs = rows * spec.columns // group * 2
         else:
-            bits, rows, group, pairs = spec.dtype.itemsize * 8, spec.rows, 0, 0
+            bits, rows, pairs = spec.dtype.itemsize * 8, spec.rows, 0
         scale_bits = scheme.scale_bits if pairs else 0
         weight = place(rows * spec.columns * bits // 8)
         scale = place(pairs * scale_bits // 8) if pairs else -1
@@ -220,9 +225,9 @@ class PendingRecord:
         self._chunks: dict[str, list[Future[EncodedRows]]] = {}
         for matrix in layout.matrices:
             if matrix.group_size:
-                coding = Coding(matrix.bits, matrix.group_size, matrix.scale_bits)
+                scheme = Scheme(matrix.bits, matrix.group_size, matrix.scale_bits)
                 parts = matrices[matrix.name][0].split(chunk_rows(matrix.columns))
-                self._chunks[matrix.name] = [encoder.submit(part, coding) for part in parts]
+                self._chunks[matrix.name] = [encoder.submit(part, scheme) for part in parts]
 
     @property
     def chunks(self) -> int:

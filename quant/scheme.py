@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 BITS = (2, 3, 4, 5, 6, 8, 16)
 GROUP_SIZES = (16, 32, 64, 128, 256)
+SMALLEST_GROUP = GROUP_SIZES[0]
 SCALE_BITS = (8, 16)
 
 

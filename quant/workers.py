@@ -17,9 +17,10 @@ from types import TracebackType
 
 from torch import Tensor
 
-from quant.encode import Coding, EncodedRows
+from quant.encode import EncodedRows
 from quant.encode_worker import read_answer, write_request
 from quant.errors import PackError
+from quant.scheme import Scheme
 
 
 class WorkerEncoder:
@@ -35,15 +36,15 @@ class WorkerEncoder:
     def _take_process(self) -> None:
         self._local.process = self._idle.pop()
 
-    def submit(self, weight: Tensor, coding: Coding) -> Future[EncodedRows]:
-        return self._threads.submit(self._encode, weight, coding)
+    def submit(self, weight: Tensor, scheme: Scheme) -> Future[EncodedRows]:
+        return self._threads.submit(self._encode, weight, scheme)
 
-    def _encode(self, weight: Tensor, coding: Coding) -> EncodedRows:
+    def _encode(self, weight: Tensor, scheme: Scheme) -> EncodedRows:
         process: subprocess.Popen[bytes] = self._local.process
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            write_request(process.stdin, weight, coding)  # type: ignore[arg-type]
+            write_request(process.stdin, weight, scheme)  # type: ignore[arg-type]
             return read_answer(process.stdout)  # type: ignore[arg-type]
         except (EOFError, OSError):
             raise PackError(

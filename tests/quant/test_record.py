@@ -50,14 +50,14 @@ def two_matrices(dtype: torch.dtype = torch.bfloat16) -> tuple[MatrixSpec, ...]:
     """A gated expert with one bias; rows and columns that fill neither tiles nor groups evenly."""
     return (
         MatrixSpec("gate_up_proj", 80, 96, True, dtype),
-        MatrixSpec("down_proj", 96, 40, False, dtype),
+        MatrixSpec("down_proj", 96, 48, False, dtype),
     )
 
 
 specs = st.lists(
     st.tuples(
         st.integers(1, 150),
-        st.integers(1, 60).map(lambda n: 2 * n),
+        st.integers(1, 60).map(lambda n: 2 * n) | st.integers(1, 8).map(lambda n: 16 * n),
         st.booleans(),
         st.sampled_from((torch.bfloat16, torch.float16, torch.float32)),
     ),
@@ -81,8 +81,9 @@ def test_parts_are_aligned_apart_and_inside_the_record(
     start = record.data_ptr()
     spans = []
     for spec, view in zip(specs, view_record(record, layout).values(), strict=True):
-        assert (view.scales is not None) == scheme.quantised
-        assert (view.steps is not None) == (scheme.quantised and scheme.scale_bits == 8)
+        quantised = scheme.quantised and spec.columns % 16 == 0
+        assert (view.scales is not None) == quantised
+        assert (view.steps is not None) == (quantised and scheme.scale_bits == 8)
         assert (view.bias is not None) == spec.has_bias
         for part in (view.weight, view.scales, view.steps, view.bias):
             if part is not None:
@@ -106,6 +107,10 @@ def test_layout_survives_json(specs: tuple[MatrixSpec, ...], bits: int) -> None:
 @given(columns=st.integers(1, 5000), group_size=st.sampled_from((16, 32, 64, 128, 256)))
 def test_fitting_group_is_the_largest_halving_that_divides(columns: int, group_size: int) -> None:
     group = fitting_group(columns, group_size)
+    if not group:
+        assert columns % 16
+        return
+    assert group >= 16
     assert columns % group == 0
     assert group_size % group == 0
     assert group == group_size or columns % (2 * group)
@@ -162,7 +167,17 @@ def test_weights_of_two_bits_with_quantised_scales_take_three_bits_each() -> Non
 
 def test_groups_shrink_to_fit_a_matrix_of_their_own() -> None:
     layout = plan_layout(two_matrices(), Scheme(4, 64))
-    assert [matrix.group_size for matrix in layout.matrices] == [32, 8]
+    assert [matrix.group_size for matrix in layout.matrices] == [32, 16]
+
+
+def test_a_matrix_that_no_group_divides_is_stored_as_it_is() -> None:
+    """Four columns a group would take more bytes than the weights themselves."""
+    specs = (MatrixSpec("m", 80, 100, False, torch.bfloat16),)
+    (matrix,) = plan_layout(specs, Scheme(4, 64)).matrices
+    assert (matrix.bits, matrix.group_size, matrix.scale_offset) == (16, 0, -1)
+    weight, _ = (matrices := expert(specs))["m"]
+    layout = plan_layout(specs, Scheme(4, 64))
+    assert torch.equal(view_record(encode(layout, matrices), layout)["m"].weight, weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -1,4 +1,4 @@
-"""Encoding in processes: the same bytes, no process left over, errors that are told."""
+"""Enscheme in processes: the same bytes, no process left over, errors that are told."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import psutil
 import pytest
 import torch
 
-from quant.encode import Coding, DeviceEncoder, chunk_rows, encode_rows
+from quant.encode import DeviceEncoder, chunk_rows, encode_rows
 from quant.errors import PackError
 from quant.record import MatrixSpec, PendingRecord, encode_record, plan_layout
 from quant.scheme import Scheme
@@ -37,20 +37,20 @@ def test_processes_give_the_bytes_that_one_thread_gives() -> None:
 
 
 def test_every_dtype_of_weights_reaches_a_process() -> None:
-    coding = Coding(4, 64, 16)
+    scheme = Scheme(4, 64, 16)
     with WorkerEncoder(1) as encoder:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             weight = torch.randn(70, 128).to(dtype)
-            got, expected = encoder.submit(weight, coding).result(60), encode_rows(weight, coding)
+            got, expected = encoder.submit(weight, scheme).result(60), encode_rows(weight, scheme)
             assert torch.equal(got.weight, expected.weight)
             assert torch.equal(got.scales, expected.scales)
             assert got.steps is None
 
 
 def test_a_device_with_a_thread_of_its_own_gives_the_same_bytes() -> None:
-    coding, weight = Coding(5, 32, 16), torch.randn(130, 128)
+    scheme, weight = Scheme(5, 32, 16), torch.randn(130, 128)
     with contextlib.closing(DeviceEncoder(torch.device("cpu"))) as encoder:
-        got, expected = encoder.submit(weight, coding).result(60), encode_rows(weight, coding)
+        got, expected = encoder.submit(weight, scheme).result(60), encode_rows(weight, scheme)
     assert torch.equal(got.weight, expected.weight)
     assert torch.equal(got.scales, expected.scales)
 
@@ -59,7 +59,7 @@ def test_no_process_is_left_when_an_error_ends_the_work() -> None:
     def fail() -> None:
         with WorkerEncoder(2) as encoder:
             assert len(children()) == 2
-            encoder.submit(torch.randn(1024, 1024), Coding(4, 64, 16))
+            encoder.submit(torch.randn(1024, 1024), Scheme(4, 64, 16))
             raise KeyError
 
     with pytest.raises(KeyError):
@@ -70,7 +70,7 @@ def test_no_process_is_left_when_an_error_ends_the_work() -> None:
 def test_a_process_that_is_killed_is_told_of() -> None:
     with WorkerEncoder(1) as encoder:
         os.kill(children()[0].pid, signal.SIGKILL)
-        future = encoder.submit(torch.randn(1024, 1024), Coding(4, 64, 16))
+        future = encoder.submit(torch.randn(1024, 1024), Scheme(4, 64, 16))
         with pytest.raises(
             PackError, match=r"quantising process ended .* goes on where it stopped"
         ):
@@ -83,4 +83,4 @@ def test_a_folder_called_quant_where_the_user_works_is_not_run(
     (tmp_path / "quant.py").write_text("raise SystemExit('the wrong one')")
     monkeypatch.chdir(tmp_path)
     with WorkerEncoder(1) as encoder:
-        assert encoder.submit(torch.randn(64, 64), Coding(8, 64, 16)).result(60).steps is None
+        assert encoder.submit(torch.randn(64, 64), Scheme(8, 64, 16)).result(60).steps is None
