@@ -732,7 +732,7 @@ def _plot(arguments: argparse.Namespace) -> int:
 
 
 def _quantize(arguments: argparse.Namespace) -> int:
-    from offload.budget import available_bytes, parse_bytes
+    from offload.budget import Memory
     from offload.loading import Planner, find_device, find_or_make_pack
     from offload.recipe import AskedBits
 
@@ -743,12 +743,12 @@ def _quantize(arguments: argparse.Namespace) -> int:
         arguments.bits, arguments.expert_bits, arguments.dense_bits, arguments.group_size
     )
     device = find_device(arguments.device)
-    available = available_bytes(device, parse_bytes(arguments.vram), parse_bytes(arguments.ram))
+    memory = Memory.of(device, arguments.vram, arguments.ram)
     path = find_or_make_pack(
         arguments.model,
         asked.recipe(),
         device=device,
-        plan=Planner(device, available, context=arguments.ctx_size) if asked.fit else None,
+        plan=Planner(device, memory, context=arguments.ctx_size) if asked.fit else None,
         destination=destination,
         revision=arguments.revision,
         local_files_only=arguments.local_files_only,

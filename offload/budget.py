@@ -92,6 +92,21 @@ class Budget:
         return wanted if asked is not None else min(fit, self.total_experts)
 
 
+@dataclass(frozen=True)
+class Memory:
+    """What may be used, in bytes: on the compute device, and of RAM."""
+
+    device: int
+    ram: int
+
+    @classmethod
+    def of(cls, device: torch.device, vram: str | int | None, ram: str | int | None) -> Memory:
+        """What the user gave, else a share of what is free. Raises `BudgetError`."""
+        given = parse_bytes(ram)
+        host = available_bytes(torch.device("cpu"), None, given)
+        return cls(available_bytes(device, parse_bytes(vram), given), host)
+
+
 def available_bytes(device: torch.device, vram: int | None, ram: int | None) -> int:
     """The budget on `device`: what the user gave, else a share of what is free."""
     given = ram if device.type == "cpu" else vram

@@ -13,11 +13,10 @@ import re
 import weakref
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import transformers
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -25,9 +24,8 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 from cache.predictors import WITH_ROUTER
 from offload import demo, sources
 from offload.budget import (
-    SHARE,
     Budget,
-    available_bytes,
+    Memory,
     kv_cache_bytes,
     parse_bytes,
     parse_slots,
@@ -121,7 +119,7 @@ def load(
     ram_bytes = parse_bytes(ram)
     plan = Planner(
         place,
-        available_bytes(place, parse_bytes(vram), ram_bytes),
+        Memory.of(place, vram, ram),
         dtype,
         expert_slots,
         residency,
@@ -165,7 +163,7 @@ class Planner:
     """Resolves what was asked to numbers, before anything is made or allocated."""
 
     device: torch.device
-    available: int  # bytes
+    memory: Memory
     dtype: torch.dtype | None = None
     slots: int | str | None = None
     residency: Residency = field(default_factory=Residency)
@@ -175,7 +173,7 @@ class Planner:
         """How a pack like `info` would be run. Raises `BudgetError`."""
         compute = self.dtype or _config_dtype(config)
         budget = Budget(
-            self.available,
+            self.memory.device,
             dense=info.dense_bytes(compute.itemsize),
             kv_cache=kv_cache_bytes(config, self.context, compute),
             workspace=workspace_bytes(config, info, self.context),
@@ -191,8 +189,8 @@ def _check_recipe(pack: Pack, asked: AskedBits) -> None:
     made = Recipe.parse(pack.info.bits)
     if (wanted := asked.on(made)) != made:
         raise SourceError(
-            f"{pack.path} is a pack with {made}, not {wanted}: leave the option out, or name the "
-            "checkpoint to make another pack"
+            f"{pack.path} is a pack with {made.name}, not {wanted.name}: leave the option out, or "
+            "name the checkpoint to make another pack"
         )
 
 
@@ -275,23 +273,35 @@ def find_or_make_pack(
 def _fitting_recipe(
     maker: PackMaker, plan: Planner, config: PreTrainedConfig, place: Callable[[Recipe], Path]
 ) -> Recipe:
-    """The recipe for what `plan` has; one that was chosen before, while it still fits."""
+    """The recipe for what `plan` has: the most bits at which all experts are resident, else in RAM.
+
+    A pack that was made before is taken while all of it is resident: what is free changes from one
+    start to the next, and quantising takes long.
+    """
+    everything = replace(plan, slots=None)
 
     def resident(recipe: Recipe) -> bool:
         info = maker.describe(recipe)
         try:
-            return plan(info, config).slots >= info.total_experts
+            return everything(info, config).slots >= info.total_experts
         except BudgetError:
             return False
 
-    def in_ram(recipe: Recipe) -> bool:
-        return maker.describe(recipe).expert_bytes < psutil.virtual_memory().total * SHARE
+    def in_ram(recipe: Recipe) -> bool:  # without a GPU that is what resident means
+        host = plan.memory.ram if plan.device.type != "cpu" else 0
+        return maker.describe(recipe).expert_bytes < host
 
-    def made_and_resident(recipe: Recipe) -> bool:
+    def made(recipe: Recipe) -> bool:
         return is_pack(place(recipe)) and resident(recipe)
 
-    chosen = most_bits(made_and_resident, resident, in_ram)
-    logger.warning("bits that fit: %s", chosen)
+    chosen, best = most_bits(made, resident, in_ram), most_bits(resident, in_ram)
+    space = f"{plan.memory.device / 2**30:.1f} GiB"
+    if chosen != best:
+        logger.warning("%s is here and fits %s; --bits %s would too", chosen.name, space, best.name)
+    elif resident(chosen):
+        logger.warning("bits that fit %s: %s", space, chosen.name)
+    else:
+        logger.warning("no bits fit %s: %s, and experts are streamed", space, chosen.name)
     return chosen
 
 

@@ -10,8 +10,9 @@ Rules are read from left to right, and a later one wins. A preset stands for its
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
@@ -27,11 +28,13 @@ PRESETS = MappingProxyType(
         "q6": "experts=6,dense=6",
         "q5": "experts=5,dense=5,head=6",
         "q4": "experts=4,dense=4,head=6",
+        "q3": "experts=3,dense=4,head=6",
+        "q2": "experts=2g16s8,dense=4,head=6",
         "mixtral-offloading": "experts=2g16s8,attention=4g64s8",  # arXiv 2312.17238, its default
     }
 )
 FIT = "fit"  # chosen by the budget: the first of `FITTING` whose experts are all resident
-FITTING = ("q8", "q6", "q5", "q4", "experts=3,dense=4,head=6", "experts=2g16s8,dense=4,head=6")
+FITTING = ("q8", "q6", "q5", "q4", "q3", "q2")
 _RULE = re.compile(r"(?:layers\.(\d{1,4})(?:-(\d{1,4}))?\.)?(\w+)=(\w+)")
 
 
@@ -51,7 +54,10 @@ class LayerRule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How every weight of a model is stored. `str` gives text that `parse` reads back."""
+    """How every weight of a model is stored; usually experts at 4 bits and the rest as stored.
+
+    `str` gives text that `parse` reads back.
+    """
 
     parts: Mapping[str, Scheme] = field(
         default_factory=lambda: {**dict.fromkeys(PARTS, AS_STORED), "experts": Scheme(4)}
@@ -60,11 +66,11 @@ class Recipe:
 
     @classmethod
     def parse(cls, text: str, group_size: int = 64) -> Recipe:
-        """A recipe from rules or a preset's name; parts that no rule names are as stored.
+        """A recipe from rules or a preset's name, on top of the usual one.
 
         `group_size` is for schemes that name none. Raises `RecipeError`.
         """
-        recipe = cls(dict.fromkeys(PARTS, AS_STORED))
+        recipe = cls()
         for rule in text.split(","):
             recipe = recipe.with_rule(rule.strip(), group_size)
         return recipe
@@ -84,6 +90,12 @@ class Recipe:
         ]
         return ",".join([*parts, *map(str, self.layer_rules)])
 
+    @property
+    def name(self) -> str:
+        """The preset that this is, else its rules."""
+        presets = (name for name in PRESETS if Recipe.parse(name) == self)
+        return next(presets, str(self))
+
     def with_rule(self, rule: str, group_size: int = 64) -> Recipe:
         """This recipe, changed by one rule or a preset. Raises `RecipeError`."""
         if rule in PRESETS:
@@ -92,11 +104,13 @@ class Recipe:
                 recipe = recipe.with_rule(part, group_size)
             return recipe
         match = _RULE.fullmatch(rule)
-        part = match[3] if match else ""
-        if match is None or part not in (*PARTS, "dense"):
+        if match is None:
+            raise RecipeError(_no_rule(rule))
+        part = match[3]
+        if part not in (*PARTS, "dense"):
             raise RecipeError(
-                f"{rule!r} is not a rule for bits: write a preset ({', '.join(PRESETS)}, {FIT}) or "
-                f"rules like experts=3,layers.0-1.experts=8; parts are {', '.join(PARTS)} and dense"
+                f"{rule}: there is no part {part!r}{_like(part, PARTS)}: the parts are "
+                f"{', '.join(PARTS)}, and dense for all but experts and embeddings"
             )
         try:
             scheme = Scheme.parse(match[4], group_size)
@@ -131,6 +145,24 @@ class Recipe:
         return Recipe({part: regroup(scheme) for part, scheme in self.parts.items()}, rules)
 
 
+def _like(word: str, known: Iterable[str]) -> str:
+    """A hint at the known word that was probably meant."""
+    close = difflib.get_close_matches(word.lower(), list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _no_rule(rule: str) -> str:
+    """What to say to text that is neither a preset nor a rule."""
+    if " " in rule:
+        hint = " (a comma goes between rules)"
+    else:  # llama.cpp's Q4_K_M is our q4
+        hint = _like(re.sub(r"^(q\d)_.*", r"\1", rule.lower()), PRESETS)
+    return (
+        f"{rule!r} is not a rule for bits{hint}: write a preset ({', '.join(PRESETS)}, {FIT}) or "
+        "rules like experts=3,layers.0-1.experts=8"
+    )
+
+
 @dataclass(frozen=True)
 class AskedBits:
     """What a caller said about bits; None where nothing was said."""
@@ -141,6 +173,8 @@ class AskedBits:
     group_size: int | None = None
 
     def __post_init__(self) -> None:
+        if self.bits is not None and not isinstance(self.bits, str):
+            raise RecipeError(f"bits is {self.bits!r}: write text like 'q4' or 'experts=3'")
         others = (self.expert_bits, self.dense_bits, self.group_size)
         if self.fit and any(other is not None for other in others):
             raise RecipeError(f"{FIT!r} chooses everything: leave the other options on bits out")

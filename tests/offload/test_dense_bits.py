@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import offload
-from offload.budget import kv_cache_bytes, workspace_bytes
+from offload.budget import Memory, kv_cache_bytes, workspace_bytes
 from offload.errors import BudgetError
 from offload.generation import generate
 from offload.handle import offload_of
@@ -160,10 +160,27 @@ def test_fit_takes_the_most_bits_that_are_all_resident(preset: str, tmp_path: Pa
     offload_of(ours).close()
 
 
+def test_fit_streams_the_fewest_bits_where_none_are_all_resident(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = save_tiny("mixtral", tmp_path / "checkpoint", hidden_size=256, intermediate_size=256)
+    info = made(tmp_path, "q2")
+    needed = info.dense_bytes(4) + workspace_bytes(model.config, info, 64)
+    needed += kv_cache_bytes(model.config, 64, torch.float32) + 3 * info.slot_bytes
+    ours, _ = offload.load(
+        tmp_path / "checkpoint", device="cpu", bits="fit", ram=needed, context=64, pack_dir=tmp_path
+    )
+    handle = offload_of(ours)
+    assert handle.pack.info.bits == info.bits
+    assert handle.options.slots == 3
+    assert "no bits fit" in caplog.text
+    handle.close()
+
+
 def test_fit_is_no_way_around_the_budget(tmp_path: Path) -> None:
     save_tiny("mixtral", tmp_path / "checkpoint")
     folder = str(tmp_path / "checkpoint")
-    plan = Planner(torch.device("cpu"), available=1)
+    plan = Planner(torch.device("cpu"), Memory(1, 1))
     with pytest.raises(BudgetError):  # not one slot fits: told before anything is made
         find_or_make_pack(folder, None, pack_dir=tmp_path / "new", plan=plan)
     assert not list((tmp_path / "new").glob("*"))

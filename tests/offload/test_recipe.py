@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -43,7 +45,7 @@ def test_text_of_a_recipe_reads_back_as_the_recipe(given_rules: list[str]) -> No
 
 @given(st.lists(rules, min_size=1, max_size=8), st.sampled_from(PARTS), st.integers(0, 9))
 def test_the_last_rule_that_fits_wins(given_rules: list[str], part: str, layer: int) -> None:
-    expected = Scheme(16)
+    expected = Recipe().parts[part]
     for rule in given_rules:
         selector, _, text = rule.partition("=")
         where, _, name = selector.rpartition(".")
@@ -59,6 +61,16 @@ def test_a_preset_can_be_refined() -> None:
     assert recipe.scheme("experts", 0).bits == 8
     assert recipe.scheme("experts", 1).bits == 4
     assert recipe.scheme("head", None).bits == 8
+
+
+def test_experts_keep_four_bits_when_only_the_rest_is_named() -> None:
+    assert str(Recipe.parse("attention=8")) == "experts=4g64,attention=8g64"
+    assert str(Recipe.parse("experts=16,attention=8")) == "experts=16,attention=8g64"
+
+
+def test_a_preset_is_called_by_its_name() -> None:
+    assert Recipe.parse("experts=4,dense=4,head=6").name == "q4"
+    assert Recipe.parse("experts=4,dense=4").name != "q4"
 
 
 def test_the_preset_of_mixtral_offloading_is_as_published() -> None:
@@ -95,6 +107,21 @@ def test_flags_are_shorthand_for_rules(asked: AskedBits, text: str | None) -> No
         assert not scheme.quantised or scheme.group_size == group
 
 
+asked_bits = st.sampled_from((None, *BITS))
+
+
+@given(asked_bits, asked_bits, st.sampled_from((None, *GROUP_SIZES)))
+def test_whatever_is_asked_for_comes_back_from_a_packs_text(
+    experts: int | None, dense: int | None, group_size: int | None
+) -> None:
+    """Or the pack could be made, and never loaded with the same options again."""
+    asked = AskedBits(None, experts, dense, group_size)
+    made = asked.recipe()
+    assert made is not None
+    assert Recipe.parse(str(made)) == made
+    assert asked.on(Recipe.parse(str(made))) == made
+
+
 def test_nothing_asked_leaves_what_is_there() -> None:
     made = Recipe.parse("q5,layers.1.experts=2g16s8")
     assert AskedBits().on(made) == made
@@ -103,7 +130,15 @@ def test_nothing_asked_leaves_what_is_there() -> None:
 
 NO_RULES = (
     *("", "q7", "experts", "experts=", "experts=7", "experts=4g48", "experts=4s4", "x=4", "=4"),
-    *("layers.1-0.experts=4", "layers.a.experts=4", "experts=4,,", "experts=4x", "fit,q4"),
+    *(
+        "experts=16g64",
+        "experts=16s8",
+        "layers.1-0.experts=4",
+        "layers.a.experts=4",
+        "experts=4,,",
+        "experts=4x",
+        "fit,q4",
+    ),
 )
 
 
@@ -130,3 +165,22 @@ def test_most_bits_that_meet_the_first_condition_that_can_be_met() -> None:
 def test_fitting_goes_from_many_bits_to_few() -> None:
     bits = [Recipe.parse(text).scheme("experts", 0).bits for text in FITTING]
     assert bits == sorted(bits, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("expert=4", "did you mean experts?"),
+        ("Q4_K_M", "did you mean q4?"),
+        ("experts=4 attention=8", "a comma goes between rules"),
+        ("norm=4", "the parts are experts, attention, shared, mlp, head, embeddings"),
+    ],
+)
+def test_what_was_probably_meant_is_said(text: str, hint: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(hint)):
+        Recipe.parse(text)
+
+
+def test_a_number_is_no_rule() -> None:
+    with pytest.raises(RecipeError, match="write text like"):
+        AskedBits(4)  # type: ignore[arg-type]
