@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from offload.errors import QualityError
 
 WINDOW = 512  # tokens, as llama.cpp's perplexity tool; half of them are context by default
+DECODED = 16  # tokens at a window's end given singly: other kernels compute those
 PIECE = 512  # tokens given to the model at once: bounds the logits [PIECE, V] of long windows
 SLICE = 64  # rows whose logits are widened to float32 at once
 
@@ -142,14 +143,22 @@ def score(model: PreTrainedModel, text: Text, sliding: Sliding) -> Iterator[Scor
         ids = torch.tensor([row], device=model.device)  # [1, T]
         first = len(text.prefix) + window.scored - window.begin  # of `row`, to be scored
         cache = None
-        for begin in range(0, len(row) - 1, PIECE):  # nothing is asked about what follows the last
-            end = min(begin + PIECE, len(row) - 1)
+        for begin, end in _pieces(len(row) - 1):  # nothing is asked about what follows the last
             keep = end - max(begin, first - 1)  # logits at i are about token i + 1
             logits, cache = _forward(model, ids[:, begin:end], cache, max(1, keep))
             for at in range(end - keep, end, SLICE):  # none when keep < 1
                 stop = min(at + SLICE, end)
                 some = logits[at - end : stop - end or None].float()
                 yield Scores(ids[0, at + 1 : stop + 1], some.log_softmax(-1))
+
+
+def _pieces(count: int) -> Iterator[tuple[int, int]]:
+    """Begin and end of what is given to the model at once: prefill, then the last ones singly."""
+    bulk = max(0, count - DECODED)
+    for begin in range(0, bulk, PIECE):
+        yield begin, min(begin + PIECE, bulk)
+    for begin in range(bulk, count):
+        yield begin, begin + 1
 
 
 @torch.inference_mode()
