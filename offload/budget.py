@@ -57,7 +57,8 @@ def parse_slots(text: str | int | None, total: int) -> int | None:
 
 
 def gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
+    """A size as people read it."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,7 @@ class Checkpoint:
 
         Without those that make the parameters `leave_out`.
         """
-        left_out = {self.plain[parameter] for parameter in leave_out}
+        left_out = {self.plain[parameter] for parameter in leave_out & self.plain.keys()}
         return [(name, self._bytes(name)) for name in self.dense_names if name not in left_out]
 
     def read(self, name: str) -> Tensor:

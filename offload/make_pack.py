@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from offload.budget import gib
 from offload.checkpoint import Checkpoint
 from offload.companions import companions
 from offload.encoding import Matrices, Read, Work, encode_in_turn, make_encoder
@@ -111,7 +112,10 @@ class PackMaker:
     def _write(self, writer: PackWriter, info: PackInfo, device: torch.device) -> None:
         beside = list(companions(self._source.folder))  # first: a tokenizer may be unusable
         work = Work.left(info, writer.has)
-        _check_space(writer.path, work.nbytes + self._checkpoint.dense_bytes())
+        files = self._dense_files(info)
+        missing = [tensors for file, tensors in files.items() if not writer.has(file)]
+        as_stored = sum(nbytes for tensors in missing for _, nbytes in tensors)
+        _check_space(writer.path, work.nbytes + as_stored)
         verb = "quantising" if work.quantises else "packing"
         with (
             Progress(f"{verb} {info.source}", total=work.weights, unit="weights") as progress,
@@ -122,8 +126,7 @@ class PackMaker:
                 writer.write_layer(layer, encode_in_turn(reads, encoder, progress))
             for members in work.dense_files:
                 self._write_dense_records(writer, members, encoder, progress)
-        quantised = {f"{dense.modules[0]}.weight" for dense in info.dense}
-        _write_dense(writer, self._checkpoint, quantised)
+        self._write_dense(writer, files)
         for name, data in beside:
             writer.write_file(name, data)
 
@@ -152,6 +155,27 @@ class PackMaker:
         ]
         writer.write_tensors(members[0].file_name, tensors)
 
+    def _dense_files(self, info: PackInfo) -> dict[str, list[tuple[str, int]]]:
+        """The tensors kept as stored, by file: names and bytes."""
+        quantised = {f"{module}.weight" for dense in info.dense for module in dense.modules}
+        files: list[list[tuple[str, int]]] = [[]]
+        for name, nbytes in self._checkpoint.dense(quantised):
+            if sum(size for _, size in files[-1]) >= DENSE_FILE_BYTES:
+                files.append([])
+            files[-1].append((name, nbytes))
+        return {f"model-{n:05d}.safetensors": tensors for n, tensors in enumerate(files, start=1)}
+
+    def _write_dense(self, writer: PackWriter, files: dict[str, list[tuple[str, int]]]) -> None:
+        """Files that a loader of sharded checkpoints reads."""
+        weight_map: dict[str, str] = {}
+        for file, tensors in files.items():
+            weight_map.update((name, file) for name, _ in tensors)
+            if not writer.has(file):
+                loaded = [_as_bytes(name, self._checkpoint.read(name)) for name, _ in tensors]
+                writer.write_tensors(file, loaded)
+        index = {"metadata": {}, "weight_map": weight_map}
+        writer.write_file(INDEX, json.dumps(index, indent=1).encode())
+
 
 def _index(layouts: list[RecordLayout], layout: RecordLayout) -> int:
     if layout not in layouts:
@@ -177,27 +201,6 @@ def _as_stored(checkpoint: Checkpoint, module: ExpertsModule, spec: MatrixSpec) 
     return replace(spec, dtype=dtype, bias_dtype=bias_dtype)
 
 
-def _write_dense(writer: PackWriter, checkpoint: Checkpoint, leave_out: Set[str]) -> None:
-    """The tensors kept as stored, in files a loader of sharded checkpoints reads."""
-    files: list[list[str]] = [[]]
-    size = 0
-    for name, nbytes in checkpoint.dense(leave_out):
-        files[-1].append(name)
-        size += nbytes
-        if size >= DENSE_FILE_BYTES:
-            files.append([])
-            size = 0
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(filter(None, files), start=1):
-        file = f"model-{number:05d}.safetensors"
-        weight_map.update(dict.fromkeys(names, file))
-        if not writer.has(file):
-            tensors = [_as_bytes(name, checkpoint.read(name)) for name in names]
-            writer.write_tensors(file, tensors)
-    index = {"metadata": {}, "weight_map": weight_map}
-    writer.write_file(INDEX, json.dumps(index, indent=1).encode())
-
-
 def _as_bytes(name: str, tensor: Tensor) -> tuple[str, str, tuple[int, ...], Tensor]:
     kind = SAFETENSORS_NAMES[tensor.dtype]
     return name, kind, tuple(tensor.shape), tensor.contiguous().view(-1).view(torch.uint8)
@@ -207,7 +210,7 @@ def _check_space(path: Path, needed: int) -> None:
     free = shutil.disk_usage(path.parent).free
     if needed > free:
         raise PackError(
-            f"the pack needs {needed / 2**30:.1f} GiB and {path.parent} has {free / 2**30:.1f} GiB "
+            f"the pack needs {gib(needed)} and {path.parent} has {gib(free)} "
             f"free: free some space, or choose {ELSEWHERE}"
         )
 

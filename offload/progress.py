@@ -77,6 +77,12 @@ class Progress:
     ) -> None:
         if self._bar:
             self._bar.stop()
+        if kind is KeyboardInterrupt:
+            share = self._done / self._total if self._total else 0
+            print(
+                f"{self._title}: interrupted at {share:.0%}; run the same again, it goes on there",
+                file=sys.stderr,
+            )
         if kind is None and self._done:
             seconds = time.perf_counter() - self._begin
             rate = _rate(self._done / seconds, self._unit)

@@ -53,6 +53,7 @@ class PackWriter:
         self.info = info
         self._partial = path.with_name(path.name + ".partial")
         self.done = False
+        self._names: set[str] = set()  # of the files that make the pack
 
     def __enter__(self) -> PackWriter:
         with _disk_errors(self.path):
@@ -106,7 +107,11 @@ class PackWriter:
             _write_whole(file, [settings.encode()], self.path)
 
     def _remove_partial(self) -> None:
-        """Remove what an earlier run with other settings left; never a folder that is not ours."""
+        """Remove what is left of a run with other settings that had finished nothing.
+
+        Raises `PackError` for one that had, which may be hours of work, and for a folder that is
+        not ours.
+        """
         names = (
             {entry.name for entry in self._partial.iterdir()} if self._partial.exists() else set()
         )
@@ -114,11 +119,18 @@ class PackWriter:
             raise PackError(
                 f"{self._partial} is not of this program's making: move it or name another place"
             )
+        if PackLayer.file_name(0) in names:
+            raise PackError(
+                f"{self._partial} is an interrupted pack with other settings: remove it, finish it "
+                "with its own, or name another place"
+            )
         shutil.rmtree(self._partial, ignore_errors=True)
 
     def has(self, name: str) -> bool:
-        """Whether the file `name` was finished by this or an earlier run."""
-        return (self._partial / name).is_file()
+        """Whether the file `name` was finished by this or an earlier run; it is kept then."""
+        if (self._partial / name).is_file():
+            self._names.add(name)
+        return name in self._names
 
     def write_layer(self, layer: int, records: Iterable[Tensor]) -> None:
         """Write one MoE layer from its experts' records [record_bytes] uint8, in order."""
@@ -140,12 +152,12 @@ class PackWriter:
             assert len(checksums) == experts, f"{len(checksums)} records for {experts} experts"
             yield struct.pack(f"<{experts}q", *checksums)
 
-        _write_whole(self._partial / PackLayer.file_name(layer), chunks(), self.path)
+        self._write(PackLayer.file_name(layer), chunks())
 
     def write_file(self, name: str, data: bytes) -> None:
         """Write a small file as it is. A manifest is only written by `finish`."""
         if name != MANIFEST:
-            _write_whole(self._partial / name, [data], self.path)
+            self._write(name, [data])
 
     def write_tensors(
         self, name: str, tensors: Iterable[tuple[str, str, tuple[int, ...], Tensor]]
@@ -163,17 +175,22 @@ class PackWriter:
             start = end
         head: list[bytes | memoryview] = [_safetensors_header(header)]
         chunks = itertools.chain(head, map(as_buffer, parts))
+        self._write(name, chunks)
+
+    def _write(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
         _write_whole(self._partial / name, chunks, self.path)
+        self._names.add(name)
 
     def finish(self) -> None:
         """Write the manifest over everything written so far and give the folder its name."""
         with _disk_errors(self.path):
-            for leftover in self._partial.glob("*.part"):
-                leftover.unlink()
+            for file in self._partial.iterdir():
+                if file.name not in self._names | {SETTINGS}:
+                    file.unlink()  # of an earlier run, and not of this pack
             files = {
                 file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
                 for file in sorted(self._partial.iterdir())
-                if file.name not in (MANIFEST, SETTINGS)
+                if file.name != SETTINGS
             }
             manifest = json.loads(json.dumps({**self.info.to_json(), "files": files}))
             manifest["check"] = manifest_check(manifest)
@@ -181,6 +198,7 @@ class PackWriter:
                 self._partial / MANIFEST, [json.dumps(manifest, indent=1).encode()], self.path
             )
             (self._partial / SETTINGS).unlink()
+            _sync(self._partial)  # or the manifest might outlive a power cut that its files do not
             self._partial.rename(self.path)
             _sync(self.path.parent)
         self.done = True

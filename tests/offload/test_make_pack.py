@@ -136,6 +136,6 @@ def test_quantising_processes_end_with_the_one_that_is_killed(
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     child.join()
-    _, left = psutil.wait_procs(workers, timeout=60)
+    _, left = psutil.wait_procs(workers, timeout=120)
     assert not left
     make(checkpoint, tmp_path / "pack", "q4")

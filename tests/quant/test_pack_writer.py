@@ -119,16 +119,38 @@ def test_finished_layers_are_kept_and_the_interrupted_one_is_not(
     assert contents(path) == uninterrupted
 
 
-def test_other_settings_start_afresh(tmp_path: Path) -> None:
+def test_layers_of_other_settings_are_not_thrown_away(tmp_path: Path) -> None:
+    """They may be hours of work, and what asks for other settings a slip of the fingers."""
+    path, info, other = tmp_path / "pack", make_info(), make_info(group_size=32)
+    stop_in_layer(path, info, layer=2, expert=1)
+    partial = tmp_path / "pack.partial"
+    before = contents(partial)
+    with pytest.raises(
+        PackError, match=r"pack\.partial is an interrupted pack with other settings"
+    ):
+        write_pack(path, other)
+    assert contents(partial) == before
+    assert write_pack(path, info) == [2]
+
+
+def test_other_settings_start_afresh_where_nothing_was_finished(tmp_path: Path) -> None:
     path, other = tmp_path / "pack", make_info(group_size=32)
-    stop_in_layer(path, make_info(), layer=2, expert=1)
-    with PackWriter(path, other) as writer:
-        assert not writer.has(FIRST)
-        assert not writer.has(SECOND)
+    stop_in_layer(path, make_info(), layer=0, expert=1)
     assert write_pack(path, other) == [0, 1, 2]
     assert Pack(path).info == other
     write_pack(tmp_path / "plain", other)
     assert contents(path) == contents(tmp_path / "plain")
+
+
+def test_a_file_of_an_earlier_run_that_this_pack_has_not_is_left_out(tmp_path: Path) -> None:
+    """A template that was taken out of the checkpoint between a kill and the next run."""
+    path, info = tmp_path / "pack", make_info()
+    with pytest.raises(Stopped), PackWriter(path, info) as writer:
+        writer.write_file("chat_template.jinja", b"old")
+        raise Stopped
+    write_pack(path, info)
+    assert not (path / "chat_template.jinja").exists()
+    Pack(path).close()
 
 
 class Fuse:
@@ -413,12 +435,13 @@ def test_full_disk_is_told_whatever_is_written(small_disk: Path, size: int) -> N
 
 
 @pytest.mark.parametrize("settings", [b"{}", b"\xff\xfe", b""])
-def test_partial_of_other_settings_is_begun_anew(tmp_path: Path, settings: bytes) -> None:
+def test_partial_with_damaged_settings_and_nothing_finished_is_begun_anew(
+    tmp_path: Path, settings: bytes
+) -> None:
     path, info = tmp_path / "pack", make_info()
     partial = tmp_path / "pack.partial"
     partial.mkdir()
     (partial / ".settings").write_bytes(settings)
-    (partial / PackLayer.file_name(0)).write_bytes(b"of other settings")
     (partial / "half.part").write_bytes(b"of other settings")
     with PackWriter(path, info) as writer:
         assert not any(writer.has(PackLayer.file_name(layer)) for layer in range(3))
