@@ -161,7 +161,11 @@ def _index(layouts: list[RecordLayout], layout: RecordLayout) -> int:
 
 def _can_be_quantised(checkpoint: Checkpoint, matrix: DenseMatrix) -> bool:
     """Not where the checkpoint has it in another form, nor where groups would be tiny."""
-    return matrix.parameter in checkpoint.plain and fitting_group(matrix.columns, 16) == 16
+    return (
+        matrix.parameter in checkpoint.plain
+        and checkpoint.plain_dtype(matrix.parameter) in STORED_DTYPES.values()
+        and fitting_group(matrix.columns, 16) == 16
+    )
 
 
 def _as_stored(checkpoint: Checkpoint, module: ExpertsModule, spec: MatrixSpec) -> MatrixSpec:
