@@ -61,7 +61,10 @@ class PackMaker:
         self._dense = dense_matrices(model, experts)
 
     def describe(self, recipe: Recipe) -> PackInfo:
-        """Everything about a pack that is known before a weight is read."""
+        """Everything about a pack that is known before a weight is read. Raises `RecipeError`."""
+        places = [layer_of(module.path) for module in self._experts]
+        places += [matrix.layer for matrix in self._dense]
+        recipe.check_layers(max((layer for layer in places if layer is not None), default=0))
         layouts: list[RecordLayout] = []
         layers = []
         for module in self._experts:
