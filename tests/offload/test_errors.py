@@ -428,6 +428,29 @@ def test_a_manifest_that_is_none(text: str, fails: Fails, pack: Path) -> None:
     assert str(pack) in fails("generate", pack, *HI)
 
 
+@pytest.mark.parametrize("rule", ["layers.99.experts=8", "layers.2-3.attention=4"])
+def test_bits_of_a_layer_that_does_not_exist(
+    rule: str, fails: Fails, mixtral: Path, tmp_path: Path
+) -> None:
+    message = fails("quantize", mixtral, tmp_path / "new", "--bits", rule)
+    assert message.startswith(rule.partition("=")[0])
+    assert "has layers 0 to 2" in message
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="has no file without an end")
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("ppl", "-f"),
+        ("check", "--against", "nowhere", "--prompts"),
+        ("check", "--against", "nowhere", "--baseline"),
+    ],
+)
+def test_a_text_without_an_end(flags: tuple[str, ...], fails: Fails, mixtral_pack: Path) -> None:
+    command, *rest = flags
+    assert "more than" in fails(command, mixtral_pack, *rest, "/dev/zero")
+
+
 @pytest.fixture(scope="module")
 def whole_pack(mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pack whose dense part is quantised too. Copy it before changing it."""
