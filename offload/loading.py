@@ -45,6 +45,7 @@ from offload.quantized import QuantizedEmbedding, QuantizedLinear
 from offload.recipe import AskedBits, Recipe, most_bits
 from offload.residency import ALLOCATION, POLICY, PREDICTOR, Residency
 from offload.skeleton import (
+    BUILDING,
     IMPLEMENTATION,
     build_on_meta,
     described_experts,
@@ -329,7 +330,7 @@ def _load_dense(
     if any(len(dense.modules) > 1 for dense in pack.info.dense):
         config = _untied(config)  # one record serves both: there are no parameters to tie
     quantised = [path for dense in pack.info.dense for path in dense.modules]
-    with without_bars():
+    with BUILDING, without_bars():
         loaded: tuple[PreTrainedModel, dict[str, Any]]
         loaded = without_packed_weights(cls, quantised).from_pretrained(
             pack.path,

@@ -7,6 +7,7 @@ not know: where weights come from, nor how experts are computed.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -35,6 +36,7 @@ from quant.record import MatrixSpec
 
 IMPLEMENTATION = "offload"  # the name our function is registered under
 DESCRIBED = "_offload_experts"  # attribute of a model: its experts before they were stripped
+BUILDING = threading.Lock()  # transformers changes torch's default dtype while it builds a model
 BLOCK = "_offload_block"  # attribute of an experts module: what computes its experts
 MATRICES = ("gate_up_proj", "up_proj", "down_proj")
 MOST_LAYERS = 4096  # a config that asks for more is damaged, and would take for ever to build
@@ -117,7 +119,7 @@ def build_on_meta(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTr
             "again"
         )
     try:
-        with torch.device("meta"):
+        with BUILDING, torch.device("meta"):
             return cls._from_config(config)
     except Exception as error:  # whatever a model class raises on odd values
         raise CheckpointError(
