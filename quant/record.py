@@ -183,12 +183,12 @@ def _plans(matrices: tuple[MatrixLayout, ...]) -> Iterator[RecordLayout]:
         if any(type(size) is not int for size in sizes) or min(sizes[:3]) < 1:
             raise ValueError(f"{matrix.name} has sizes {sizes}")
     specs = tuple(matrix.spec for matrix in matrices)
-    first = matrices[0] if matrices else None
-    if first is not None and first.group_size == 0:
-        yield plan_layout(specs, Scheme(16))
-    elif first is not None:
+    first = next((matrix for matrix in matrices if matrix.group_size), None)
+    if first is not None:
         for group_size in GROUP_SIZES:
             yield plan_layout(specs, Scheme(first.bits, group_size, first.scale_bits))
+    elif matrices:
+        yield plan_layout(specs, Scheme(16))
 
 
 @dataclass(frozen=True)
