@@ -145,9 +145,9 @@ def read_baseline(file: Path) -> Baseline:
         if data.get("version") != VERSION:
             raise ValueError(f"its version is {data.get('version')}, not {VERSION}")
         return _parse(data)
-    except (OSError, SourceError) as error:
+    except OSError as error:
         raise QualityError(f"cannot read the baseline: {error}") from None
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+    except (SourceError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else error
         raise QualityError(f"{file} is not a usable baseline ({what}): {AGAIN}") from None
 
