@@ -815,8 +815,12 @@ def _text(file: Path | None) -> str:
     if file is None and sys.stdin.isatty():
         raise OffloadError("there is no text: give one with -f or a pipe, there is no default")
     try:
-        text = sys.stdin.read() if file is None else file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        if file is None:
+            text = read_text(sys.stdin, "the piped text")
+        else:
+            with user_path(file).open(encoding="utf-8") as handle:
+                text = read_text(handle, "the text")
+    except (OSError, OffloadError) as error:
         raise OffloadError(f"cannot read the text from {file or 'stdin'}: {error}") from None
     if not text:  # told before the model is loaded
         raise OffloadError(f"the text from {file or 'stdin'} is empty: give one of a page or more")

@@ -34,7 +34,7 @@ from offload.budget import (
 from offload.cpu_linear import OneTokenLinear, native_is_quicker
 from offload.cuda_transfer import CudaTransfer
 from offload.engine import Engine
-from offload.errors import BudgetError, CheckpointError, SourceError
+from offload.errors import BudgetError, CheckpointError, PackError, SourceError
 from offload.files import user_path
 from offload.generation_config import check_generation_config
 from offload.handle import Offload, Options
@@ -45,8 +45,10 @@ from offload.quantized import QuantizedEmbedding, QuantizedLinear
 from offload.recipe import AskedBits, Recipe, most_bits
 from offload.residency import ALLOCATION, POLICY, PREDICTOR, Residency
 from offload.skeleton import (
+    BUILDING,
     IMPLEMENTATION,
     build_on_meta,
+    described_experts,
     experts_modules,
     find_experts,
     find_router,
@@ -58,7 +60,7 @@ from offload.skeleton import (
 from offload.transfer import HostTransfer, Transfer
 from offload.warm import read_hot
 from quant.hqq import CPU
-from quant.pack import VERSION, Pack, PackInfo, is_pack
+from quant.pack import REMAKE, VERSION, Pack, PackInfo, is_pack
 from quant.record import view_record
 
 logger = logging.getLogger("offload")
@@ -328,7 +330,7 @@ def _load_dense(
     if any(len(dense.modules) > 1 for dense in pack.info.dense):
         config = _untied(config)  # one record serves both: there are no parameters to tie
     quantised = [path for dense in pack.info.dense for path in dense.modules]
-    with without_bars():
+    with BUILDING, without_bars():
         loaded: tuple[PreTrainedModel, dict[str, Any]]
         loaded = without_packed_weights(cls, quantised).from_pretrained(
             pack.path,
@@ -353,6 +355,10 @@ def _load_dense(
         for path in dense.modules:
             module = model.get_submodule(path)
             assert isinstance(module, QuantizedLinear | QuantizedEmbedding)
+            if module.shape != (view.layout.rows, view.layout.columns):
+                raise PackError(
+                    f"{pack.path} has a matrix of another shape than the model's {path}: {REMAKE}"
+                )
             module.bind(view, options.dtype)
     return model.requires_grad_(False)  # slots are reused: there is nothing to train
 
@@ -367,20 +373,25 @@ def _untied(config: PreTrainedConfig) -> PreTrainedConfig:
 def _connect(model: PreTrainedModel, pack: Pack, options: Options, transfer: Transfer) -> None:
     """Put the engine behind the model's experts."""
     info = pack.info
-    modules = experts_modules(model)
-    paths = [name for name, module in model.named_modules() if module in modules]
-    if paths != [layer.module for layer in info.layers]:
-        raise SourceError(
+    asked = [
+        (module.path, module.num_experts, [matrix.shape for matrix in module.matrices])
+        for module in described_experts(model)
+    ]
+    given = [
+        (layer.module, layer.num_experts, [m.spec.shape for m in info.layout_of(i).matrices])
+        for i, layer in enumerate(info.layers)
+    ]
+    if asked != given:  # kernels believe these sizes
+        raise PackError(
             f"{pack.path} was made for other experts modules than transformers "
-            f"{transformers.__version__} has: delete the folder and load the model again to remake "
-            f"it"
+            f"{transformers.__version__} has: {REMAKE}"
         )
     residency = options.residency
     cache = residency.cache(options.slots, len(info.layers))
     everything_fits = options.slots >= info.total_experts
     ahead = residency.ahead(everything_fits)
     engine = Engine(info, cache, transfer, residency.balance(), ahead)
-    for module in modules:
+    for module in experts_modules(model):
         install(module, engine.add_layer(module))
     engine.watch_calls(model)
     if ahead.layers and ahead.predictor in WITH_ROUTER:

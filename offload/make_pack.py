@@ -62,7 +62,10 @@ class PackMaker:
         self._dense = dense_matrices(model, experts)
 
     def describe(self, recipe: Recipe) -> PackInfo:
-        """Everything about a pack that is known before a weight is read."""
+        """Everything about a pack that is known before a weight is read. Raises `RecipeError`."""
+        places = [layer_of(module.path) for module in self._experts]
+        places += [matrix.layer for matrix in self._dense]
+        recipe.check_layers(max((layer for layer in places if layer is not None), default=0))
         layouts: list[RecordLayout] = []
         layers = []
         for module in self._experts:
@@ -185,7 +188,11 @@ def _index(layouts: list[RecordLayout], layout: RecordLayout) -> int:
 
 def _can_be_quantised(checkpoint: Checkpoint, matrix: DenseMatrix) -> bool:
     """Not where the checkpoint has it in another form, nor where groups would be tiny."""
-    return matrix.parameter in checkpoint.plain and fitting_group(matrix.columns, 16) == 16
+    return (
+        matrix.parameter in checkpoint.plain
+        and checkpoint.plain_dtype(matrix.parameter) in STORED_DTYPES.values()
+        and fitting_group(matrix.columns, 16) == 16
+    )
 
 
 def _as_stored(checkpoint: Checkpoint, module: ExpertsModule, spec: MatrixSpec) -> MatrixSpec:

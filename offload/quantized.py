@@ -41,6 +41,7 @@ class QuantizedLinear(_FromRecord):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.shape = (linear.out_features, linear.in_features)
         self.bias = linear.bias  # stays a parameter of the model
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,6 +58,7 @@ class QuantizedEmbedding(_FromRecord):
     def __init__(self, table: nn.Embedding) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim = table.num_embeddings, table.embedding_dim
+        self.shape = (table.num_embeddings, table.embedding_dim)
         self.padding_idx = table.padding_idx
 
     def forward(self, ids: Tensor) -> Tensor:

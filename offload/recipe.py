@@ -82,6 +82,12 @@ class Recipe:
                 return rule.scheme
         return self.parts[part]
 
+    def check_layers(self, last: int) -> None:
+        """Raise `RecipeError` when a rule is about layers after `last`, the model's last one."""
+        for rule in self.layer_rules:
+            if rule.last > last:
+                raise RecipeError(f"{rule}: the model has layers 0 to {last}, name some of them")
+
     def __str__(self) -> str:
         parts = [
             f"{part}={scheme}"

@@ -7,6 +7,7 @@ not know: where weights come from, nor how experts are computed.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,11 +23,20 @@ from transformers import (
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.integrations.moe import ExpertsInterface
 
-from offload.errors import CheckpointError, OffloadError, UnsupportedModelError, reason
+from offload.errors import (
+    CheckpointError,
+    OffloadError,
+    PackError,
+    UnsupportedModelError,
+    reason,
+)
 from offload.quantized import QuantizedEmbedding, QuantizedLinear
+from quant.pack import REMAKE
 from quant.record import MatrixSpec
 
 IMPLEMENTATION = "offload"  # the name our function is registered under
+DESCRIBED = "_offload_experts"  # attribute of a model: its experts before they were stripped
+BUILDING = threading.Lock()  # transformers changes torch's default dtype while it builds a model
 BLOCK = "_offload_block"  # attribute of an experts module: what computes its experts
 MATRICES = ("gate_up_proj", "up_proj", "down_proj")
 MOST_LAYERS = 4096  # a config that asks for more is damaged, and would take for ever to build
@@ -109,7 +119,7 @@ def build_on_meta(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTr
             "again"
         )
     try:
-        with torch.device("meta"):
+        with BUILDING, torch.device("meta"):
             return cls._from_config(config)
     except Exception as error:  # whatever a model class raises on odd values
         raise CheckpointError(
@@ -204,11 +214,12 @@ def without_packed_weights(
         self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any
     ) -> None:
         cls.__init__(self, config, *args, **kwargs)
-        for module in self.modules():
-            if is_experts_module(module):
-                _strip(module)
+        setattr(self, DESCRIBED, find_experts(self))
+        for module in experts_modules(self):
+            _strip(module)
+        modules = dict(self.named_modules())
         for path in quantised:
-            self.set_submodule(path, _from_record(self.get_submodule(path)))
+            self.set_submodule(path, _from_record(path, modules.get(path)))
 
     def save_pretrained(self: PreTrainedModel, *_: Any, **__: Any) -> None:
         raise OffloadError(
@@ -225,17 +236,24 @@ def without_packed_weights(
     return type(cls.__name__, (cls,), members)
 
 
-def _from_record(module: nn.Module) -> QuantizedLinear | QuantizedEmbedding:
-    if isinstance(module, nn.Embedding):
+def _from_record(path: str, module: nn.Module | None) -> QuantizedLinear | QuantizedEmbedding:
+    if type(module) is nn.Embedding:
         return QuantizedEmbedding(module)
-    assert isinstance(module, nn.Linear), f"{type(module).__name__} has no quantised form"
-    return QuantizedLinear(module)
+    if type(module) is nn.Linear:
+        return QuantizedLinear(module)
+    raise PackError(f"the pack has a matrix for {path!r}, where the model has none: {REMAKE}")
 
 
 def _strip(module: nn.Module) -> None:
     for name, _ in list(module.named_parameters(recurse=False)):
         delattr(module, name)
     module._is_hf_initialized = True  # type: ignore[assignment]  # its class would fill the weights
+
+
+def described_experts(model: PreTrainedModel) -> list[ExpertsModule]:
+    """What `find_experts` found in a model `without_packed_weights`, when it still had them."""
+    described: list[ExpertsModule] = getattr(model, DESCRIBED)
+    return described
 
 
 def experts_modules(model: PreTrainedModel) -> list[nn.Module]:

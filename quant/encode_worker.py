@@ -6,7 +6,6 @@ Knows: the bytes that pass between it and `quant.workers`. Run as `python -m qua
 from __future__ import annotations
 
 import os
-import signal
 import struct
 import sys
 from typing import BinaryIO
@@ -82,8 +81,7 @@ def _read(pipe: BinaryIO, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def main() -> None:
-    """Answer until stdin ends; Ctrl-C is for the process that asks."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Answer until stdin ends."""
     torch.set_num_threads(1)
     try:
         while (request := read_request(sys.stdin.buffer)) is not None:

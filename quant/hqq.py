@@ -44,8 +44,8 @@ def quantize(weight: Tensor, bits: int, group_size: int, device: torch.device = 
         raise ValueError(f"group size {group_size} does not divide {columns} columns")
     block = max(1, BLOCK_WEIGHTS // columns) if device.type == "cpu" else rows
     codes = torch.empty(rows, columns, dtype=torch.uint8)
-    scale = torch.empty(rows, columns // group_size)
-    offset = torch.empty(rows, columns // group_size)
+    scale = torch.empty(rows, columns // group_size, dtype=torch.float32)
+    offset = torch.empty_like(scale)
     middle = 2 ** (bits - 1)
     for start in range(0, rows, block):
         part = slice(start, min(start + block, rows))

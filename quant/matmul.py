@@ -120,7 +120,8 @@ def bfloat16_is_quick() -> bool:
 def cpu_kernel_works(way: Matmul, bits: int, scale_bits: int, dtype: torch.dtype) -> bool:
     """Whether `way`'s kernel compiles here and a small product is what the reference says."""
     view = sample_matrix(2 * TILE_ROWS, 64, Scheme(bits, 32, scale_bits))
-    x = torch.randn(1, view.layout.columns, generator=torch.Generator().manual_seed(1)).to(dtype)
+    random = torch.Generator().manual_seed(1)
+    x = torch.randn(1, view.layout.columns, generator=random, dtype=torch.float32).to(dtype)
     try:
         quick = way(x, view).float()
     except (ImportError, OSError, RuntimeError) as error:
@@ -143,7 +144,7 @@ def sample_matrix(
     record = torch.randint(0, 256, (layout.record_bytes,), generator=random, dtype=torch.uint8)
     view = view_record(record, layout)["sample"]
     assert view.scales is not None
-    pairs = torch.rand(view.scales.shape, generator=random) * 0.02 - 0.01
+    pairs = torch.rand(view.scales.shape, generator=random, dtype=torch.float32) * 0.02 - 0.01
     if view.steps is None:
         view.scales.copy_(pairs)
     else:

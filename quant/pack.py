@@ -97,10 +97,30 @@ class PackInfo:
                 for dense in data["dense"]
             ),
         )
-        for members, layouts in ((info.layers, info.layouts), (info.dense, info.dense_layouts)):
-            if any(not 0 <= member.layout < len(layouts) for member in members):
-                raise ValueError("a layout that is not there")
+        info._check()
         return info
+
+    def _check(self) -> None:
+        for members, layouts in ((self.layers, self.layouts), (self.dense, self.dense_layouts)):
+            if any(
+                type(member.layout) is not int or not 0 <= member.layout < len(layouts)
+                for member in members
+            ):
+                raise ValueError("a layout that is not there")
+        counts = [*(layer.num_experts for layer in self.layers), *(d.file + 1 for d in self.dense)]
+        if any(type(count) is not int or count < 1 for count in counts):
+            raise ValueError("a layer without experts, or a file without a number")
+        modules = [path for dense in self.dense for path in dense.modules]
+        if len(set(modules)) < len(modules) or not all(dense.modules for dense in self.dense):
+            raise ValueError("a matrix of two records, or a record of no matrix")
+        if any(
+            [(matrix.name, matrix.group_size > 0) for matrix in layout.matrices]
+            != [("weight", True)]
+            for layout in self.dense_layouts
+        ):
+            raise ValueError("a record beside the experts' that is not of one quantised matrix")
+        if self.dense_parameters < sum(self.dense_layout(d).weights for d in self.dense):
+            raise ValueError("more quantised weights than there are")
 
     def layout_of(self, layer: int) -> RecordLayout:
         return self.layouts[self.layers[layer].layout]

@@ -10,7 +10,7 @@ Every matrix is stored as [out, in] whatever the checkpoint's orientation. Scale
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor
 from quant.encode import EncodedRows, Encoder, HereEncoder, chunk_rows
 from quant.packing import TILE_ROWS, padded_rows
 from quant.scales import STEP_VALUES, shared_steps
-from quant.scheme import SMALLEST_GROUP, Scheme
+from quant.scheme import GROUP_SIZES, SMALLEST_GROUP, Scheme
 
 ALIGNMENT = 256  # bytes; more than any vector load or copy engine asks for
 STORED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -48,6 +48,18 @@ class MatrixLayout:
     scale_offset: int  # -1 when unquantised
     step_offset: int  # -1 unless scales are quantised
     bias_offset: int  # -1 when there is none
+
+    @property
+    def spec(self) -> MatrixSpec:
+        """What it was planned from."""
+        return MatrixSpec(
+            self.name,
+            self.rows,
+            self.columns,
+            self.bias_offset >= 0,
+            STORED_DTYPES[self.dtype],
+            STORED_DTYPES[self.bias_dtype],
+        )
 
     @property
     def stored_rows(self) -> int:
@@ -78,8 +90,14 @@ class RecordLayout:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> RecordLayout:
+        """Raises `KeyError`, `TypeError` or `ValueError` on what `plan_layout` would not make:
+        kernels believe offsets and sizes, and would read or write elsewhere."""
         matrices = tuple(MatrixLayout(**matrix) for matrix in data["matrices"])
-        return cls(matrices, int(data["record_bytes"]))
+        given = cls(matrices, data["record_bytes"])
+        for planned in _plans(matrices):
+            if planned == given:
+                return planned
+        raise ValueError("a layout that makes no sense")
 
 
 @dataclass(frozen=True)
@@ -92,6 +110,11 @@ class MatrixSpec:
     has_bias: bool
     dtype: torch.dtype
     bias_dtype: torch.dtype | None = None  # None: as the weight
+
+    @property
+    def shape(self) -> tuple[str, int, int, bool]:
+        """All but the dtypes."""
+        return self.name, self.rows, self.columns, self.has_bias
 
 
 def fitting_group(columns: int, group_size: int) -> int:
@@ -151,6 +174,21 @@ def plan_layout(specs: tuple[MatrixSpec, ...], scheme: Scheme) -> RecordLayout:
             )
         )
     return RecordLayout(tuple(matrices), end)
+
+
+def _plans(matrices: tuple[MatrixLayout, ...]) -> Iterator[RecordLayout]:
+    """Every layout that could be planned for matrices of these sizes and bits."""
+    for matrix in matrices:
+        sizes = (matrix.rows, matrix.columns, matrix.bits, matrix.scale_bits)
+        if any(type(size) is not int for size in sizes) or min(sizes[:3]) < 1:
+            raise ValueError(f"{matrix.name} has sizes {sizes}")
+    specs = tuple(matrix.spec for matrix in matrices)
+    first = next((matrix for matrix in matrices if matrix.group_size), None)
+    if first is not None:
+        for group_size in GROUP_SIZES:
+            yield plan_layout(specs, Scheme(first.bits, group_size, first.scale_bits))
+    elif matrices:
+        yield plan_layout(specs, Scheme(16))
 
 
 @dataclass(frozen=True)

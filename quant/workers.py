@@ -77,4 +77,5 @@ def _start() -> subprocess.Popen[bytes]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        process_group=0,  # Ctrl-C in a terminal is for the process that asks
     )

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 import transformers
 
-from offload.errors import QualityError
+from offload.errors import QualityError, SourceError
+from offload.files import read_text
 from offload.quality.check import CheckResult
 from offload.quality.tolerance import TOLERANCES, Change, Tolerance
 from offload.version import __version__
@@ -137,7 +138,8 @@ def save_baseline(
 def read_baseline(file: Path) -> Baseline:
     """The baseline in `file`; nothing that it must hold is guessed. Raises `QualityError`."""
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        with file.open(encoding="utf-8") as handle:
+            data = json.loads(read_text(handle, "it"))
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError(f"it is not a {FORMAT}")
         if data.get("version") != VERSION:
@@ -145,7 +147,7 @@ def read_baseline(file: Path) -> Baseline:
         return _parse(data)
     except OSError as error:
         raise QualityError(f"cannot read the baseline: {error}") from None
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+    except (SourceError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else error
         raise QualityError(f"{file} is not a usable baseline ({what}): {AGAIN}") from None
 

@@ -13,7 +13,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from offload.errors import QualityError
+from offload.errors import QualityError, SourceError
+from offload.files import read_text
 
 BUILT_IN = Path(__file__).with_name("prompts.txt")
 HEADING = re.compile(r"^--- +(\S.*?) *$", re.MULTILINE)
@@ -37,8 +38,9 @@ class Prompts:
 def read_prompts(file: Path | None = None) -> Prompts:
     """The prompts of `file`; None: the built-in ones. Raises `QualityError`."""
     try:
-        text = (file or BUILT_IN).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with (file or BUILT_IN).open(encoding="utf-8") as handle:
+            text = read_text(handle, "it")
+    except (OSError, SourceError) as error:
         raise QualityError(f"cannot read the prompts from {file}: {error}") from None
     first, *rest = HEADING.split(text)
     pairs = [("1", first), *zip(rest[::2], rest[1::2], strict=True)]

@@ -14,7 +14,7 @@ from offload.weights.safetensors import SafetensorsSource
 
 BLOCKS, SCALES = "_blocks", "_scales"
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-VALUES = torch.tensor([*_E2M1, *(-value for value in _E2M1)])  # by code
+VALUES = torch.tensor([*_E2M1, *(-value for value in _E2M1)], dtype=torch.float32)  # by code
 PAIRS = torch.stack([VALUES.repeat(16), VALUES.repeat_interleave(16)], dim=1)  # [256, 2] by byte
 
 

@@ -45,7 +45,8 @@ def multiply(x: Tensor, view: MatrixView) -> Tensor:
     block = -(-count // blocks)
     rows, padded = layout.stored_rows, blocks * block
     out = x.new_empty(padded, rows)
-    floats = torch.empty(padded, columns + layout.groups)  # and, behind them, their sums
+    # And, behind them, their sums. The default dtype is a setting of whoever uses torch here.
+    floats = torch.empty(padded, columns + layout.groups, dtype=torch.float32)
     place = floats.data_ptr()
     sums = place + 4 * padded * columns
     words = _words(view, out, 0, rows, x.data_ptr(), place, sums, count, blocks)

@@ -428,6 +428,67 @@ def test_a_manifest_that_is_none(text: str, fails: Fails, pack: Path) -> None:
     assert str(pack) in fails("generate", pack, *HI)
 
 
+@pytest.mark.parametrize("rule", ["layers.99.experts=8", "layers.2-3.attention=4"])
+def test_bits_of_a_layer_that_does_not_exist(
+    rule: str, fails: Fails, mixtral: Path, tmp_path: Path
+) -> None:
+    message = fails("quantize", mixtral, tmp_path / "new", "--bits", rule)
+    assert message.startswith(rule.partition("=")[0])
+    assert "has layers 0 to 2" in message
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="has no file without an end")
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("ppl", "-f"),
+        ("check", "--against", "nowhere", "--prompts"),
+        ("check", "--against", "nowhere", "--baseline"),
+    ],
+)
+def test_a_text_without_an_end(flags: tuple[str, ...], fails: Fails, mixtral_pack: Path) -> None:
+    command, *rest = flags
+    assert "more than" in fails(command, mixtral_pack, *rest, "/dev/zero")
+
+
+@pytest.fixture(scope="module")
+def whole_pack(mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pack whose dense part is quantised too. Copy it before changing it."""
+    from offload.loading import find_or_make_pack
+    from offload.recipe import Recipe
+
+    destination = tmp_path_factory.mktemp("packs") / "whole"
+    return find_or_make_pack(str(mixtral), Recipe.parse("q4"), destination=destination)
+
+
+def _transpose(matrix: dict[str, Any]) -> None:
+    """As many bytes in another shape: what the layout says of itself holds."""
+    matrix.update(rows=matrix["columns"], columns=matrix["rows"])
+
+
+LIES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "made for other experts": lambda m: _transpose(m["layouts"][0]["matrices"][0]),
+    "made for other experts modules": lambda m: m["layouts"][0]["matrices"][0].update(name="up"),
+    "matrix of another shape": lambda m: _transpose(m["dense_layouts"][-1]["matrices"][0]),
+    "where the model has none": lambda m: m["dense"][0].update(modules=["model.q_proj"]),
+    "where the model has none: ": lambda m: m["dense"][0].update(modules=["model.norm"]),
+}
+
+
+@pytest.mark.parametrize("what", LIES)
+def test_a_pack_that_is_not_of_its_model(
+    what: str, fails: Fails, whole_pack: Path, tmp_path: Path
+) -> None:
+    """Its bytes are as they were written; the kernels would compute with the wrong ones."""
+    pack = Path(shutil.copytree(whole_pack, tmp_path / "lying"))
+    manifest = json.loads((pack / "manifest.json").read_text())
+    del manifest["check"]
+    LIES[what](manifest)
+    manifest["check"] = manifest_check(manifest)
+    (pack / "manifest.json").write_text(json.dumps(manifest))
+    assert what in fails("generate", pack, *HI)
+
+
 def test_a_manifest_that_names_a_file_outside(fails: Fails, pack: Path) -> None:
     files = json.loads((pack / "manifest.json").read_text())["files"]
     entry = {"bytes": 1, "sha256": ""}

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quant import matmul as module
+from quant.hqq import quantize
 from quant.kernels import compiler, cpu
 from quant.kernels.compiler import Processor
 from quant.matmul import (
@@ -320,3 +321,21 @@ def test_reference_takes_a_large_matrix_in_parts(
     whole = matmul_reference(x, view)
     monkeypatch.setattr(module, "REFERENCE_WEIGHTS", 128 * 96)  # two tiles at a time
     torch.testing.assert_close(matmul_reference(x, view), whole)
+
+
+def test_default_dtype_of_torch_changes_nothing() -> None:
+    """It is the user's, and transformers' while another thread loads a model."""
+    view = sample_matrix(128, 256, Scheme(4, 64))
+    x = torch.randn(3, 256)
+    expected = matmul_packed(x, view)
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    solved = quantize(weight, 4, 64)
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        assert torch.equal(matmul_packed(x, view), expected)
+        again = quantize(weight, 4, 64)
+    finally:
+        torch.set_default_dtype(before)
+    assert again.scale.dtype == torch.float32
+    assert all(torch.equal(one, other) for one, other in zip(again, solved, strict=True))

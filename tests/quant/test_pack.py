@@ -16,8 +16,9 @@ import torch
 from safetensors import safe_open
 
 from quant.errors import OffloadError, PackError
-from quant.pack import MANIFEST, VERSION, Pack, PackInfo, PackLayer, is_pack
-from quant.record import view_record
+from quant.pack import MANIFEST, VERSION, Pack, PackInfo, PackLayer, is_pack, manifest_check
+from quant.record import MatrixSpec, RecordLayout, plan_layout, view_record
+from quant.scheme import Scheme
 from tests.quant.packs import CONFIG, DENSE, FORK, make_info, needs_fork, record_of, write_pack
 
 EXPERTS = PackLayer.file_name(1)
@@ -225,6 +226,87 @@ def test_manifest_that_names_a_file_outside_is_refused(pack: Path, name: str) ->
 def test_layer_whose_layout_does_not_exist_is_refused(pack: Path) -> None:
     change_manifest(pack, lambda manifest: manifest["layers"][1].update(layout=7))
     assert_refused(pack, MANIFEST)
+
+
+def lie(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the manifest and its checksum with it."""
+    manifest = json.loads((path / MANIFEST).read_text())
+    del manifest["check"]
+    change(manifest)
+    manifest["check"] = manifest_check(manifest)
+    (path / MANIFEST).write_text(json.dumps(manifest))
+
+
+def test_manifest_whose_checksum_was_made_anew_is_read(pack: Path) -> None:
+    lie(pack, lambda manifest: manifest.update(source="someone/else"))
+    assert Pack(pack).info.source == "someone/else"
+
+
+LIES: dict[str, tuple[Any, ...]] = {
+    "weight_offset": (-1, -256, 1, 256, 8192, 10**12, None),
+    "scale_offset": (-1, -256, 0, 1, 8192, 10**12, None),
+    "step_offset": (0, 256),
+    "bias_offset": (-256, 1, 8192, 10**12, None),
+    "bits": (0, 1, 3, 7, 16, -8, 8.0),
+    "group_size": (0, 1, 3, 7, 64, -16, 10**9),
+    "scale_bits": (0, 4, 7, 8, 32),
+    "rows": (0, -64, 65, 8.0, True, 10**12),
+    "columns": (0, 1, -32, 64, 32.0, 10**12),
+    "dtype": ("int64", "x", None),
+    "bias_dtype": ("int64", None),
+}
+
+
+@pytest.mark.parametrize("key", LIES)
+def test_layout_that_lies_is_refused(pack: Path, key: str) -> None:
+    """Its checksum is right, and kernels would believe it: they would read and write elsewhere."""
+    original = (pack / MANIFEST).read_bytes()
+    for value in LIES[key]:
+        lie(pack, lambda m, v=value: m["layouts"][1]["matrices"][0].update({key: v}))  # type: ignore[misc]
+        assert "damaged" in assert_refused(pack, MANIFEST), f"{key} = {value!r}"
+        (pack / MANIFEST).write_bytes(original)
+
+
+@pytest.mark.parametrize("size", [0, 256, 2**60, 1024.0, "1024"])
+def test_layout_of_another_size_is_refused(pack: Path, size: object) -> None:
+    lie(pack, lambda manifest: manifest["layouts"][0].update(record_bytes=size))
+    assert_refused(pack, MANIFEST)
+
+
+def test_layout_without_matrices_is_refused(pack: Path) -> None:
+    lie(pack, lambda manifest: manifest["layouts"].append({"matrices": [], "record_bytes": 0}))
+    assert_refused(pack, MANIFEST)
+
+
+@pytest.mark.parametrize("change", [{"layout": 0.0}, {"layout": True}, {"num_experts": 0}])
+def test_layer_that_lies_is_refused(pack: Path, change: dict[str, object]) -> None:
+    lie(pack, lambda manifest: manifest["layers"][0].update(change))
+    assert_refused(pack, MANIFEST)
+
+
+WEIGHT = plan_layout((MatrixSpec("weight", 8, 16, False, torch.bfloat16),), Scheme(4, 16))
+
+
+@pytest.mark.parametrize(
+    ("dense", "layout"),
+    [
+        ([{"modules": ["a"], "file": 0}, {"modules": ["a"], "file": 0}], WEIGHT),
+        ([{"modules": ["a", "a"], "file": 0}], WEIGHT),
+        ([{"modules": [], "file": 0}], WEIGHT),
+        ([{"modules": ["a"], "file": -1}], WEIGHT),
+        ([{"modules": ["a"], "file": 0.0}], WEIGHT),
+        ([{"modules": ["a"], "file": 0}], make_info().layouts[0]),
+        ([{"modules": ["a"], "file": 0}], plan_layout((WEIGHT.matrices[0].spec,), Scheme(16))),
+    ],
+    ids=["twice", "twice in one", "none", "negative", "fraction", "name", "unquantised"],
+)
+def test_dense_matrix_that_lies_is_refused(
+    pack: Path, dense: list[dict[str, Any]], layout: RecordLayout
+) -> None:
+    entries = [{**entry, "layout": 0} for entry in dense]
+    more = {"dense": entries, "dense_layouts": [layout.to_json()], "dense_parameters": 10**6}
+    lie(pack, lambda manifest: manifest.update(more))
+    assert "damaged" in assert_refused(pack, MANIFEST)
 
 
 def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -84,3 +87,35 @@ def test_a_folder_called_quant_where_the_user_works_is_not_run(
     monkeypatch.chdir(tmp_path)
     with WorkerEncoder(1) as encoder:
         assert encoder.submit(torch.randn(64, 64), Scheme(8, 64, 16)).result(60).steps is None
+
+
+INTERRUPTED = """
+import sys, time
+from quant.workers import WorkerEncoder
+with WorkerEncoder(2):
+    print("started", flush=True)
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        time.sleep(0.5)  # what the processes have to say arrives
+sys.exit(130)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has no groups of processes")
+@pytest.mark.parametrize("after_seconds", [0.05, 0.5])
+def test_ctrl_c_while_processes_start_is_not_heard_by_them(after_seconds: float) -> None:
+    """Importing torch takes them a second, in which they had no handler yet."""
+    terminal = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        text=True,
+    )
+    assert terminal.stdout is not None
+    assert terminal.stdout.readline() == "started\n"
+    time.sleep(after_seconds)
+    os.killpg(terminal.pid, signal.SIGINT)
+    _, said = terminal.communicate(timeout=60)
+    assert (terminal.returncode, said) == (130, "")
