@@ -446,7 +446,8 @@ def _load(
         _sampling(arguments, None)  # a wrong value is told before the model is loaded
         if arguments.n_predict == 0:
             raise OffloadError("--n-predict is 0: give at least 1, or -1 for no limit")
-    from offload.loading import load, set_threads
+    from offload.loading import load
+    from offload.planning import set_threads
 
     if arguments.threads:
         set_threads(arguments.threads)
@@ -733,7 +734,8 @@ def _plot(arguments: argparse.Namespace) -> int:
 
 def _quantize(arguments: argparse.Namespace) -> int:
     from offload.budget import Memory
-    from offload.loading import Planner, find_device, find_or_make_pack
+    from offload.packs import find_or_make_pack
+    from offload.planning import Planner, find_device
     from offload.recipe import AskedBits
 
     destination = user_path(arguments.destination)

@@ -31,7 +31,7 @@ SHAPES = {  # hidden, inner
 MAKE = """
 import sys
 from pathlib import Path
-from offload.loading import find_or_make_pack
+from offload.packs import find_or_make_pack
 from offload.recipe import Recipe
 find_or_make_pack(sys.argv[1], Recipe.parse(sys.argv[2]), destination=Path(sys.argv[3]))
 """

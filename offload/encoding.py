@@ -19,7 +19,8 @@ from torch import Tensor
 from offload.progress import Progress
 from quant.encode import DeviceEncoder, Encoder, HereEncoder
 from quant.pack import PackDense, PackInfo, PackLayer
-from quant.record import PendingRecord, RecordLayout
+from quant.pending import PendingRecord
+from quant.record import RecordLayout
 from quant.workers import WorkerEncoder
 
 Matrices = Mapping[str, tuple[Tensor, Tensor | None]]  # what `quant.record.PendingRecord` takes

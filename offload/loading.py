@@ -7,13 +7,8 @@ details of any of it.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import logging
-import re
 import weakref
-from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,35 +17,28 @@ import transformers
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cache.predictors import WITH_ROUTER
-from offload import demo, sources
+from offload import sources
 from offload.budget import (
-    Budget,
     Memory,
-    kv_cache_bytes,
     parse_bytes,
-    parse_slots,
-    workspace_bytes,
 )
 from offload.cpu_linear import OneTokenLinear, native_is_quicker
 from offload.cuda_transfer import CudaTransfer
 from offload.engine import Engine
-from offload.errors import BudgetError, CheckpointError, PackError, SourceError
-from offload.files import user_path
+from offload.errors import CheckpointError, PackError
 from offload.generation_config import check_generation_config
 from offload.handle import Offload, Options
-from offload.home import offload_home
-from offload.make_pack import PackMaker, PackSource, fingerprint
+from offload.packs import check_recipe, find_or_make_pack
+from offload.planning import Planner, find_device
 from offload.progress import without_bars
 from offload.quantized import QuantizedEmbedding, QuantizedLinear
-from offload.recipe import AskedBits, Recipe, most_bits
+from offload.recipe import AskedBits
 from offload.residency import ALLOCATION, POLICY, PREDICTOR, Residency
 from offload.skeleton import (
     BUILDING,
     IMPLEMENTATION,
-    build_on_meta,
     described_experts,
     experts_modules,
-    find_experts,
     find_router,
     install,
     model_class,
@@ -59,11 +47,8 @@ from offload.skeleton import (
 )
 from offload.transfer import HostTransfer, Transfer
 from offload.warm import read_hot
-from quant.hqq import CPU
-from quant.pack import REMAKE, VERSION, Pack, PackInfo, is_pack
+from quant.pack import REMAKE, Pack, PackInfo
 from quant.record import view_record
-
-logger = logging.getLogger("offload")
 
 
 def load(
@@ -141,7 +126,7 @@ def load(
         pack = Pack(path)
         undo.callback(pack.close)
         check_generation_config(path)
-        _check_recipe(pack, asked)
+        check_recipe(pack, asked)
         config = sources.read_config(str(source), path, trust_remote_code=trust_remote_code)
         options = plan(pack.info, config)
         tokenizer = _tokenizer(path, trust_remote_code)
@@ -158,169 +143,6 @@ def load(
             model.offload.engine.warm((layer, expert) for layer, expert, _ in hot)
         undo.pop_all()
     return model, tokenizer
-
-
-@dataclass(frozen=True)
-class Planner:
-    """Resolves what was asked to numbers, before anything is made or allocated."""
-
-    device: torch.device
-    memory: Memory
-    dtype: torch.dtype | None = None
-    slots: int | str | None = None
-    residency: Residency = field(default_factory=Residency)
-    context: int = 4096
-
-    def __call__(self, info: PackInfo, config: PreTrainedConfig) -> Options:
-        """How a pack like `info` would be run. Raises `BudgetError`."""
-        compute = self.dtype or _config_dtype(config)
-        budget = Budget(
-            self.memory.device,
-            dense=info.dense_bytes(compute.itemsize),
-            kv_cache=kv_cache_bytes(config, self.context, compute),
-            workspace=workspace_bytes(config, info, self.context),
-            slot=info.slot_bytes,
-            total_experts=info.total_experts,
-        )
-        slots = budget.slots(parse_slots(self.slots, info.total_experts))
-        return Options(self.device, compute, slots, self.residency, self.context)
-
-
-def _check_recipe(pack: Pack, asked: AskedBits) -> None:
-    """A pack is as it was made: asking for something else is an error, not ignored."""
-    made = Recipe.parse(pack.info.bits)
-    if (wanted := asked.on(made)) != made:
-        raise SourceError(
-            f"{pack.path} is a pack with {made.name}, not {wanted.name}: leave the option out, or "
-            "name the checkpoint to make another pack"
-        )
-
-
-def find_device(name: str | torch.device | None) -> torch.device:
-    """The compute device called `name`; None: a GPU if there is one. Raises `BudgetError`."""
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise BudgetError(
-            f"there is no device {name!r}: name cpu, cuda, or one like cuda:1"
-        ) from None
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type not in ("cpu", "cuda") or (
-        device.type == "cuda" and (device.index or 0) >= gpus
-    ):
-        raise BudgetError(
-            f"there is no device {str(name)!r} here: torch sees the CPU and {gpus} CUDA GPUs"
-        )
-    return device
-
-
-def set_threads(count: int) -> None:
-    """Compute with `count` CPU threads."""
-    torch.set_num_threads(count)
-
-
-def find_or_make_pack(
-    source: str,
-    recipe: Recipe | None,
-    *,
-    pack_dir: str | Path | None = None,
-    destination: Path | None = None,
-    revision: str | None = None,
-    local_files_only: bool = False,
-    trust_remote_code: bool = False,
-    device: torch.device = CPU,
-    plan: Planner | None = None,
-) -> Path:
-    """The folder of the pack for `source`, made if need be, at `destination` or under `pack_dir`.
-
-    Weights are quantised on `device`. What `plan` refuses is not made. A `recipe` of None is the
-    one that fits what `plan` (then not None) has.
-    """
-    if source == sources.DEMO:
-        found = sources.Source(sources.DEMO, demo.checkpoint(), is_pack=False)
-    else:
-        found = sources.find(
-            source,
-            revision=revision,
-            local_files_only=local_files_only,
-            trust_remote_code=trust_remote_code,
-        )
-    if found.is_pack:
-        if destination is not None:
-            raise SourceError(f"{source} is a pack already: name the checkpoint it was made from")
-        return found.folder
-    check_generation_config(found.folder)
-    config = sources.read_config(found.name, found.folder, trust_remote_code=trust_remote_code)
-    cls = model_class(config, str(found.folder), trust_remote_code)
-    model = build_on_meta(own_config(config, cls), cls)
-    experts = find_experts(model)
-    mark = found.commit or fingerprint(found.folder)
-
-    def place(recipe: Recipe) -> Path:
-        return destination or pack_path(found.name, mark, recipe, pack_dir)
-
-    if recipe is not None and destination is None and is_pack(place(recipe)):
-        return place(recipe)
-    sources.fetch_weights(found, local_files_only=local_files_only)
-    maker = PackMaker(PackSource(found.name, mark, found.folder), model, experts)
-    if recipe is None:
-        assert plan is not None, "what fits depends on a plan"
-        recipe = _fitting_recipe(maker, plan, config, place)
-    if plan is not None:
-        plan(maker.describe(recipe), config)
-    maker.make(place(recipe), recipe, device)
-    return place(recipe)
-
-
-def _fitting_recipe(
-    maker: PackMaker, plan: Planner, config: PreTrainedConfig, place: Callable[[Recipe], Path]
-) -> Recipe:
-    """The recipe for what `plan` has: the most bits at which all experts are resident, else in RAM.
-
-    A pack that was made before is taken while all of it is resident: what is free changes from one
-    start to the next, and quantising takes long.
-    """
-    everything = replace(plan, slots=None)
-
-    def resident(recipe: Recipe) -> bool:
-        info = maker.describe(recipe)
-        try:
-            return everything(info, config).slots >= info.total_experts
-        except BudgetError:
-            return False
-
-    def in_ram(recipe: Recipe) -> bool:  # without a GPU that is what resident means
-        host = plan.memory.ram if plan.device.type != "cpu" else 0
-        return maker.describe(recipe).expert_bytes < host
-
-    def made(recipe: Recipe) -> bool:
-        return is_pack(place(recipe)) and resident(recipe)
-
-    chosen, best = most_bits(made, resident, in_ram), most_bits(resident, in_ram)
-    space = f"{plan.memory.device / 2**30:.1f} GiB"
-    if chosen != best:
-        logger.warning("%s is here and fits %s; --bits %s would too", chosen.name, space, best.name)
-    elif resident(chosen):
-        logger.warning("bits that fit %s: %s", space, chosen.name)
-    else:
-        logger.warning("no bits fit %s: %s, and experts are streamed", space, chosen.name)
-    return chosen
-
-
-def pack_path(name: str, mark: str, recipe: Recipe, pack_dir: str | Path | None) -> Path:
-    """Where the pack of a model goes: its name says what it was made from and how."""
-    whole = re.sub(r"[^\w.-]+", "--", name).encode()
-    slug = whole[:100].decode(errors="ignore")  # a file's name has 255 bytes at most
-    folder = user_path(pack_dir) if pack_dir else offload_home() / "packs"
-    how = re.sub(r"[^\w.-]+", "-", str(recipe).replace("experts=", "e").replace("attention=", "a"))
-    if len(how) > 40:
-        how = how[:30] + "-" + hashlib.sha256(str(recipe).encode()).hexdigest()[:8]
-    return folder / f"{slug}-{how}-v{VERSION}-{mark[:12]}"
-
-
-def _config_dtype(config: PreTrainedConfig) -> torch.dtype:
-    dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-    return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
 
 
 def _load_dense(

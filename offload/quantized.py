@@ -62,5 +62,12 @@ class QuantizedEmbedding(_FromRecord):
         self.padding_idx = table.padding_idx
 
     def forward(self, ids: Tensor) -> Tensor:
-        """[..] -> [.., embedding_dim]"""
+        """[..] -> [.., embedding_dim]
+
+        Raises `IndexError` on the CPU for an id that is not in the table.
+        """
+        if ids.device.type == "cpu" and ids.numel():
+            low, high = torch.aminmax(ids)
+            if low < 0 or high >= self.num_embeddings:
+                raise IndexError(f"there is no row {int(high if low >= 0 else low)} in the table")
         return take_rows(self.view, ids.flatten(), self._dtype).view(*ids.shape, -1)

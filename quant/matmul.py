@@ -118,20 +118,22 @@ def bfloat16_is_quick() -> bool:
 
 @functools.cache
 def cpu_kernel_works(way: Matmul, bits: int, scale_bits: int, dtype: torch.dtype) -> bool:
-    """Whether `way`'s kernel compiles here and a small product is what the reference says."""
-    view = sample_matrix(2 * TILE_ROWS, 64, Scheme(bits, 32, scale_bits))
+    """Whether `way`'s kernels compile here and small products are what the reference says: of each
+    number of tokens that has a kernel of its own, by one thread and by all."""
     random = torch.Generator().manual_seed(1)
-    x = torch.randn(1, view.layout.columns, generator=random, dtype=torch.float32).to(dtype)
-    try:
-        quick = way(x, view).float()
-    except (ImportError, OSError, RuntimeError) as error:
-        logger.warning("no CPU kernel for %d bits, products will be slow: %s", bits, error)
-        return False
-    exact = matmul_reference(x.float(), view)
-    if torch.allclose(quick, exact, rtol=0.02, atol=0.02 * float(exact.abs().max())):
-        return True
-    logger.warning("the CPU kernel for %d bits is wrong here, products will be slow", bits)
-    return False
+    for rows, columns, tokens in ((128, 64, 1), (256, 256, 2), (256, 256, 3), (256, 256, 8)):
+        view = sample_matrix(rows, columns, Scheme(bits, 32, scale_bits))
+        x = torch.randn(tokens, columns, generator=random, dtype=torch.float32).to(dtype)
+        try:
+            quick = way(x, view).float()
+        except (ImportError, OSError, RuntimeError) as error:
+            logger.warning("no CPU kernel for %d bits, products will be slow: %s", bits, error)
+            return False
+        exact = matmul_reference(x.float(), view)
+        if not torch.allclose(quick, exact, rtol=0.02, atol=0.02 * float(exact.abs().max())):
+            logger.warning("the CPU kernel for %d bits is wrong here, products will be slow", bits)
+            return False
+    return True
 
 
 def sample_matrix(

@@ -135,7 +135,7 @@ def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def mixtral_pack(mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Mixtral as a 4-bit pack. Copy it before changing it."""
-    from offload.loading import find_or_make_pack
+    from offload.packs import find_or_make_pack
     from offload.recipe import Recipe
 
     destination = tmp_path_factory.mktemp("packs") / "tiny-mixtral-q4"

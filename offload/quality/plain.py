@@ -16,7 +16,7 @@ from transformers import (
 
 from offload import demo, sources
 from offload.errors import SourceError
-from offload.loading import find_device
+from offload.planning import find_device
 from offload.progress import without_bars
 
 

@@ -41,6 +41,7 @@ def multiply(x: Tensor, view: MatrixView) -> Tensor:
     layout = view.layout
     x = x.contiguous()
     count, columns = x.shape
+    assert columns == layout.columns, f"{columns} inputs for {layout.columns} columns"
     blocks = -(-count // MOST_TOKENS)
     block = -(-count // blocks)
     rows, padded = layout.stored_rows, blocks * block
@@ -76,6 +77,7 @@ def _words(
     blocks: int = 0,
 ) -> ctypes.Array[ctypes.c_int64]:
     assert view.scales is not None
+    assert view.scales.is_contiguous(), "part of a matrix has the whole one's distances"
     layout = view.layout
     groups, columns, shared = layout.groups, layout.columns, layout.groups
     steps = 0

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import offload
 from offload.cuda_transfer import CudaTransfer
 from offload.handle import offload_of
-from offload.loading import find_or_make_pack
+from offload.packs import find_or_make_pack
 from offload.recipe import Recipe
 from quant.pack import Pack
 from tests.tiny import EXPERTS, K, save_tiny

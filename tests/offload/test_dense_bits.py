@@ -14,8 +14,9 @@ from offload.budget import Memory, kv_cache_bytes, workspace_bytes
 from offload.errors import BudgetError
 from offload.generation import generate
 from offload.handle import offload_of
-from offload.loading import Planner, find_or_make_pack
+from offload.packs import find_or_make_pack
 from offload.parts import dense_matrices
+from offload.planning import Planner
 from offload.quantized import QuantizedEmbedding, QuantizedLinear
 from offload.recipe import Recipe
 from offload.skeleton import find_experts
@@ -184,6 +185,15 @@ def test_fit_is_no_way_around_the_budget(tmp_path: Path) -> None:
     with pytest.raises(BudgetError):  # not one slot fits: told before anything is made
         find_or_make_pack(folder, None, pack_dir=tmp_path / "new", plan=plan)
     assert not list((tmp_path / "new").glob("*"))
+
+
+@pytest.mark.parametrize("token", [-1, 128])
+def test_a_token_that_is_not_in_the_table_is_an_error(token: int, tmp_path: Path) -> None:
+    save_tiny("mixtral", tmp_path / "checkpoint")
+    model = load(tmp_path, "embeddings=4")
+    with pytest.raises(IndexError, match=str(token)):
+        model(input_ids=torch.tensor([[5, token]]))
+    offload_of(model).close()
 
 
 def test_code_that_asks_a_layer_for_its_weight_gets_it(tmp_path: Path) -> None:

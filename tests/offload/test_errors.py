@@ -454,7 +454,7 @@ def test_a_text_without_an_end(flags: tuple[str, ...], fails: Fails, mixtral_pac
 @pytest.fixture(scope="module")
 def whole_pack(mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pack whose dense part is quantised too. Copy it before changing it."""
-    from offload.loading import find_or_make_pack
+    from offload.packs import find_or_make_pack
     from offload.recipe import Recipe
 
     destination = tmp_path_factory.mktemp("packs") / "whole"

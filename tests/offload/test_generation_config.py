@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from offload.errors import CheckpointError
 from offload.generation import GenerationError
 from offload.generation_config import NUMBERS, WHOLE_NUMBERS, check_generation_config, end_ids
-from offload.loading import find_or_make_pack
 from offload.make_pack import Recipe
+from offload.packs import find_or_make_pack
 
 NESTED = "[" * 300 + "]" * 300
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from offload import encoding
-from offload.loading import find_or_make_pack
+from offload.packs import find_or_make_pack
 from offload.recipe import Recipe
 from quant.pack import Pack, is_pack
 from tests.quant.packs import FORK, contents, needs_fork

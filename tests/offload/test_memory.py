@@ -67,7 +67,7 @@ def test_making_a_pack_holds_at_most_a_layer(form: Callable[[Path], Path], tmp_p
     before, peak = _run(
         """
 import sys, threading, time
-from offload.loading import find_or_make_pack
+from offload.packs import find_or_make_pack
 from offload.recipe import Recipe
 from quant.hqq import quantize
 import torch

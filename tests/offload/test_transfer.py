@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from offload.errors import PackError
-from offload.loading import find_or_make_pack
+from offload.packs import find_or_make_pack
 from offload.recipe import Recipe
 from offload.transfer import HostTicket, HostTransfer
 from quant.pack import Pack, PackLayer

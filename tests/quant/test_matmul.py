@@ -29,8 +29,9 @@ from quant.matmul import (
     take_rows,
 )
 from quant.packing import PLANES
-from quant.record import MatrixSpec, MatrixView, encode_record, plan_layout, view_record
+from quant.record import MatrixSpec, MatrixView, plan_layout, view_record
 from quant.scheme import BITS, Scheme
+from tests.quant.records import encode_record
 
 # M tokens, K inputs, N outputs
 

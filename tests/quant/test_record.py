@@ -17,13 +17,13 @@ from quant.record import (
     ALIGNMENT,
     MatrixSpec,
     RecordLayout,
-    encode_record,
     fitting_group,
     plan_layout,
     view_record,
 )
 from quant.scales import STEP_VALUES, decode_scales
 from quant.scheme import BITS, GROUP_SIZES, Scheme
+from tests.quant.records import encode_record
 
 Matrices = dict[str, tuple[Tensor, Tensor | None]]
 

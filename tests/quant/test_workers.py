@@ -16,9 +16,11 @@ import torch
 
 from quant.encode import DeviceEncoder, chunk_rows, encode_rows
 from quant.errors import PackError
-from quant.record import MatrixSpec, PendingRecord, encode_record, plan_layout
+from quant.pending import PendingRecord
+from quant.record import MatrixSpec, plan_layout
 from quant.scheme import Scheme
 from quant.workers import WorkerEncoder
+from tests.quant.records import encode_record
 
 
 def children() -> list[psutil.Process]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import cli
-from offload.loading import find_or_make_pack
+from offload.packs import find_or_make_pack
 from offload.recipe import Recipe
 from tests.offload.quality.test_check import perturbed
 from tests.offload.test_cli import Done, Run

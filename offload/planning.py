@@ -1,0 +1,71 @@
+"""Everything about a run resolved to numbers, before anything is made or allocated.
+
+Knows: devices, what was asked, the budget. Does not know: how a pack or a model comes to be.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedConfig
+
+from offload.budget import Budget, Memory, kv_cache_bytes, parse_slots, workspace_bytes
+from offload.errors import BudgetError
+from offload.handle import Options
+from offload.residency import Residency
+from quant.pack import PackInfo
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Resolves what was asked to numbers, before anything is made or allocated."""
+
+    device: torch.device
+    memory: Memory
+    dtype: torch.dtype | None = None
+    slots: int | str | None = None
+    residency: Residency = field(default_factory=Residency)
+    context: int = 4096
+
+    def __call__(self, info: PackInfo, config: PreTrainedConfig) -> Options:
+        """How a pack like `info` would be run. Raises `BudgetError`."""
+        compute = self.dtype or _config_dtype(config)
+        budget = Budget(
+            self.memory.device,
+            dense=info.dense_bytes(compute.itemsize),
+            kv_cache=kv_cache_bytes(config, self.context, compute),
+            workspace=workspace_bytes(config, info, self.context),
+            slot=info.slot_bytes,
+            total_experts=info.total_experts,
+        )
+        slots = budget.slots(parse_slots(self.slots, info.total_experts))
+        return Options(self.device, compute, slots, self.residency, self.context)
+
+
+def _config_dtype(config: PreTrainedConfig) -> torch.dtype:
+    dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+
+
+def find_device(name: str | torch.device | None) -> torch.device:
+    """The compute device called `name`; None: a GPU if there is one. Raises `BudgetError`."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise BudgetError(
+            f"there is no device {name!r}: name cpu, cuda, or one like cuda:1"
+        ) from None
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type not in ("cpu", "cuda") or (
+        device.type == "cuda" and (device.index or 0) >= gpus
+    ):
+        raise BudgetError(
+            f"there is no device {str(name)!r} here: torch sees the CPU and {gpus} CUDA GPUs"
+        )
+    return device
+
+
+def set_threads(count: int) -> None:
+    """Compute with `count` CPU threads."""
+    torch.set_num_threads(count)

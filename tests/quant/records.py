@@ -1,0 +1,18 @@
+"""Records made here and now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from quant.encode import HereEncoder
+from quant.pending import PendingRecord
+from quant.record import RecordLayout
+
+
+def encode_record(
+    out: Tensor, layout: RecordLayout, matrices: Mapping[str, tuple[Tensor, Tensor | None]]
+) -> None:
+    """Write one expert into `out` [record_bytes] uint8, encoded here and now."""
+    PendingRecord(layout, matrices, HereEncoder()).write(out)
