@@ -38,7 +38,7 @@ from quant.pack import PackInfo
 
 REFERENCE = "experts=16,dense=16"
 WIDTHS = (16, 8, 6, 5, 4, 3, 2)
-PRESETS = ("q8", "q6", "q5", "q4", "mixtral-offloading")
+PRESETS = ("q8", "q6", "q5", "q4", "q3", "q2", "mixtral-offloading")
 SETTINGS = (
     *(f"experts={bits},dense=16" for bits in WIDTHS),
     *(f"experts=16,dense={bits}" for bits in WIDTHS[1:]),

@@ -26,10 +26,10 @@ PRESETS = MappingProxyType(
     {
         "q8": "experts=8,dense=8",
         "q6": "experts=6,dense=6",
-        "q5": "experts=5,dense=5,head=6",
-        "q4": "experts=4,dense=4,head=6",
-        "q3": "experts=3,dense=4,head=6",
-        "q2": "experts=2g16s8,dense=4,head=6",
+        "q5": "experts=5,dense=6",  # fewer bits in the rest save little and cost much
+        "q4": "experts=4,dense=6",
+        "q3": "experts=3g32,dense=6",
+        "q2": "experts=2g16s8,dense=6",
         "mixtral-offloading": "experts=2g16s8,attention=4g64s8",  # arXiv 2312.17238, its default
     }
 )

@@ -69,8 +69,8 @@ def test_experts_keep_four_bits_when_only_the_rest_is_named() -> None:
 
 
 def test_a_preset_is_called_by_its_name() -> None:
-    assert Recipe.parse("experts=4,dense=4,head=6").name == "q4"
-    assert Recipe.parse("experts=4,dense=4").name != "q4"
+    assert Recipe.parse("experts=4,dense=6").name == "q4"
+    assert Recipe.parse("experts=4,dense=5").name != "q4"
 
 
 def test_the_preset_of_mixtral_offloading_is_as_published() -> None:
