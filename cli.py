@@ -102,7 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
         return command
 
-    chat = add("chat", _chat, "talk to a model", "offload chat demo --expert-slots 25%%")
+    chat = add("chat", _chat, "talk to a model", "offload chat demo --expert-slots 25%")
     _add_model_flags(chat)
     _add_sampling_flags(chat)
     chat.add_argument(
@@ -148,9 +148,11 @@ def build_parser() -> argparse.ArgumentParser:
     _add_timeline(bench)
 
     quantize = add(
-        "quantize", _quantize, "make a pack", "offload quantize demo ./demo-q8 --expert-bits 8"
+        "quantize", _quantize, "make a pack", "offload quantize demo ./demo-q4 --bits q4"
     )
-    quantize.add_argument("model", metavar="SRC", help="checkpoint folder, hub id, or demo")
+    quantize.add_argument(
+        "model", metavar="SRC", help="checkpoint folder, .gguf file, hub id, or demo"
+    )
     quantize.add_argument("destination", metavar="DST", type=Path, help="folder of the pack, new")
     _add_recipe_flags(quantize)
     _add_budget_flags(quantize.add_argument_group("what --bits fit must fit in"))
@@ -171,7 +173,7 @@ def _add_trace_commands(parser: argparse.ArgumentParser) -> None:
     replay = commands.add_parser(
         "replay",
         help="what other caches would have done",
-        epilog="example: offload trace replay run.trace --policy lru,lfru --expert-slots 10%%,25%%",
+        epilog="example: offload trace replay run.trace --policy lru,lfru --expert-slots 10%,25%",
     )
     replay.set_defaults(run=_trace_replay)
     replay.add_argument(
@@ -208,7 +210,7 @@ def _add_simulate(actions: argparse._SubParsersAction[_Parser]) -> None:
         help=help_text,
         description=help_text,
         epilog='example: offload trace simulate chat.trace --hardware "RTX 4090" '
-        "--expert-slots 25%%",
+        "--expert-slots 25%",
     )
     simulate.set_defaults(run=_simulate)
     _add_trace_file(simulate, "recorded with --trace, or synthetic:MODEL")
@@ -242,7 +244,7 @@ def _add_plot(actions: argparse._SubParsersAction[_Parser]) -> None:
         "plot",
         help=help_text,
         description=help_text,
-        epilog="example: offload trace plot chat.trace --expert-slots 25%% -o experts.png",
+        epilog="example: offload trace plot chat.trace --expert-slots 25% -o experts.png",
     )
     plot.set_defaults(run=_plot)
     _add_trace_file(plot, "recorded with --trace, or synthetic:MODEL")
@@ -280,14 +282,18 @@ def _add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--bits",
         metavar="RULES",
-        help="q8, q6, q5, q4, mixtral-offloading, fit (the most that is all resident), or rules "
-        "like experts=3,attention=4,layers.0-1.experts=8",
+        help="q8, q6, q5, q4, q3, q2, mixtral-offloading, fit (the most that is all resident), or "
+        "rules PART=BITS or layers.A-B.PART=BITS with commas between, a later one wins; PART: "
+        "experts, attention, shared, mlp, head, embeddings, or dense for all but the first and "
+        "last; BITS: 2, 3, 4, 5, 6, 8 or 16, with group size and 8-bit scales like 4g32, 2g16s8",
     )
     group.add_argument(
         "--expert-bits", type=int, metavar="N", help="2, 3, 4, 5, 6, 8, or 16 = as stored (4)"
     )
     group.add_argument("--dense-bits", type=int, metavar="N", help="the same for the rest (16)")
-    group.add_argument("--group-size", type=int, metavar="N", help="weights sharing a scale (64)")
+    group.add_argument(
+        "--group-size", type=int, metavar="N", help="weights sharing a scale: 16 to 256 (64)"
+    )
 
 
 def _add_source_flags(parser: argparse.ArgumentParser) -> None:
@@ -320,7 +326,9 @@ def _add_budget_flags(group: argparse._ArgumentGroup, context: int = 4096) -> No
 
 
 def _add_model_flags(parser: argparse.ArgumentParser, context: int = 4096) -> None:
-    parser.add_argument("model", metavar="MODEL", help="checkpoint folder, pack, hub id, or demo")
+    parser.add_argument(
+        "model", metavar="MODEL", help="checkpoint folder, .gguf file, pack, hub id, or demo"
+    )
     group = parser.add_argument_group("memory")
     _add_budget_flags(group, context)
     group.add_argument(
@@ -602,6 +610,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     model, tokenizer, _ = _load(arguments)
     from offload.bench import Test, run
     from offload.handle import offload_of
+    from offload.report import bits_name
     from offload.timeline import recording
 
     depth = arguments.n_depth
@@ -619,7 +628,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         "model_type": model.config.model_type,
         "model_size": offload.pack.total_bytes,
         "model_n_params": offload.pack.parameters,
-        "bits": offload.pack.info.bits,
+        "bits": bits_name(offload.pack.info),
         "policy": offload.options.policy,
         "lookahead": offload.options.lookahead,
         "text": "random" if arguments.random else "real",
@@ -737,6 +746,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
     from offload.packs import find_or_make_pack
     from offload.planning import Planner, find_device
     from offload.recipe import AskedBits
+    from offload.report import pack_line
 
     destination = user_path(arguments.destination)
     if destination.name in ("", ".."):
@@ -756,6 +766,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
         local_files_only=arguments.local_files_only,
         trust_remote_code=arguments.trust_remote_code,
     )
+    print(pack_line(path), file=sys.stderr)
     print(path)
     return DONE
 

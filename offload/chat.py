@@ -21,7 +21,7 @@ from offload.files import read_text, user_path
 from offload.generation import GenerationResponse, Message, stream_generate
 from offload.handle import offload_of
 from offload.home import offload_home
-from offload.report import experts_map, timings, verbose_rows
+from offload.report import bits_name, experts_map, timings, verbose_rows
 from offload.sampling import Sampling
 
 HELP = """\
@@ -214,7 +214,7 @@ class Chat:
             info, options = offload.pack.info, offload.options
             self.write(
                 f"{info.source}: {self.model.config.model_type}, {len(info.layers)} MoE layers, "
-                f"{info.total_experts} experts; bits: {info.bits}\n"
+                f"{info.total_experts} experts; bits: {bits_name(info)}\n"
                 f"pack {offload.pack.path}\n{options.slots} experts resident on {options.device}, "
                 f"computing in {str(options.dtype).removeprefix('torch.')}, context "
                 f"{options.context}\n"

@@ -6,13 +6,30 @@ printed.
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from pathlib import Path
 
 from cache.cache import ExpertCache
 from cache.heatmap import of_cache
+from offload.budget import gib
 from offload.generation import GenerationResponse
 from offload.picture import show
-from quant.pack import PackInfo
+from offload.recipe import Recipe
+from quant.pack import Pack, PackInfo
+
+
+def bits_name(info: PackInfo) -> str:
+    """The preset a pack was made with, else its rules."""
+    return Recipe.parse(info.bits).name
+
+
+def pack_line(path: Path) -> str:
+    """What a pack is, and what to do with it."""
+    with contextlib.closing(Pack(path)) as pack:
+        weight = pack.total_bytes * 8 / pack.parameters
+        how = f"{weight:.1f} bits a weight, {bits_name(pack.info)}"
+        return f"{gib(pack.total_bytes)} ({how}); go on with: offload chat {path}"
 
 
 def timings(response: GenerationResponse) -> str:

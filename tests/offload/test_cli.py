@@ -282,7 +282,9 @@ def test_quantize_makes_a_pack_that_answers_as_the_checkpoint(
 def test_quantizing_again_does_nothing(run: Run, mixtral: Path, tmp_path: Path) -> None:
     run("quantize", mixtral, tmp_path / "pack")
     done = run("quantize", mixtral, tmp_path / "pack")
-    assert (done.code, done.out, done.err) == (0, f"{tmp_path / 'pack'}\n", "")
+    assert (done.code, done.out) == (0, f"{tmp_path / 'pack'}\n")
+    assert "quantising" not in done.err
+    assert f"go on with: offload chat {tmp_path / 'pack'}" in done.err
 
 
 # --- bench ---------------------------------------------------------------------------------------
