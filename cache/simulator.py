@@ -38,7 +38,9 @@ class Scenario:
     cache: Setup  # its slots over all cards
     dense_bytes: float  # weights that each token reads beside the experts
     software: Software = HOST_PLANNED
-    gentle: bool = True  # load guesses only as far as they end before the next demand
+    # Load guesses only as far as they end before the next demand: a rule of the model's own. The
+    # live engine queues every guess that `cache.cache` allows, as long as the link keeps up.
+    gentle: bool = False
     expert_bits: float = 4.5  # stored for a weight; with `dense_bits` it sets a prompt's operations
     dense_bits: float = 16.0
     ram_bytes: int | None = None  # what RAM holds of the experts; None: all
@@ -136,7 +138,7 @@ class _Simulation:
         """What changed who is resident since the last step."""
         if event.fresh:
             for card in self.cards:
-                card.cache.clear()
+                card.cache.forget()
                 for copy in card.copies.values():
                     card.link.drop(self.host, copy)
                 card.copies.clear()

@@ -241,7 +241,7 @@ class Engine:
         self._tickets.clear()
         self._guessed.clear()
         self._cold.clear()
-        self.cache.clear()
+        self.cache.forget()
         if self._recorder is not None:
             self._recorder.started_over()
 
@@ -325,10 +325,15 @@ class Engine:
         said = ((at.index, at.guess(layer.as_seen_by(at, hidden))) for at in later)
         return [Guess(index, tuple(experts), live=False) for index, experts in said]
 
-    def warm(self, keys: Iterable[Key]) -> None:
-        """Load these experts, hottest first, whenever nobody waits for another."""
+    def warm(self, hot: Iterable[tuple[int, int, float]]) -> None:
+        """Load what was hot in an earlier run, hottest first, whenever nobody waits for another.
+
+        `hot`: layer, expert, decayed uses, which count on: a short run does not forget a long one.
+        """
         with self._lock:
-            self._cold.extend(keys)
+            for layer, expert, uses in hot:
+                self.cache.heat.restore(layer, expert, uses)
+                self._cold.append((layer, expert))
             self._warm_some()
 
     def _warm_some(self) -> None:
@@ -355,7 +360,6 @@ class Engine:
         with self._lock:
             self.stop_recording()
             self._start_over()
-            self.cache.forget()
             self._predictor = make_predictor(self._lookahead.predictor, len(self.layers))
             self._recorder = recorder
             self._noted_layers = noted_layers
