@@ -48,6 +48,14 @@ def test_every_copy_and_every_layer_is_in_it(model: PreTrainedModel, tmp_path: P
     assert sum("expert" in span["args"] for span in compute) == counts.requests
 
 
+def test_a_file_that_cannot_be_written_is_told_before_anything_runs(
+    model: PreTrainedModel, tmp_path: Path
+) -> None:
+    for file in (tmp_path, tmp_path / "no" / "where"):
+        with pytest.raises(OffloadError, match="name another --timeline"), recording(model, file):
+            pytest.fail("it runs")
+
+
 def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
