@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from cache.replay import recorded_setup, replay
 from cache.statistics import LayerCounts
 from cache.trace_file import read
 from offload.handle import offload_of
+from offload.warm import MOST_USES, read_hot
 from tests.tiny import save_tiny
 
 PROMPT = torch.arange(5, 25)[None]
@@ -154,6 +156,8 @@ def test_the_hot_experts_of_the_run_before_are_resident_before_the_first_token(
         '{"version": 9}',
         '{"version": 1, "hot": [[99, 0, 1.0]]}',
         '{"version": 1, "hot": [[0, 0, NaN], 3]}',
+        '{"version": 1, "hot": [[0, 0, -Infinity], [0, 1e400, 1]]}',
+        '{"version": 1, "hot": [' + " " * 2**24 + "[0, 0, 1.0]]}",
     ],
 )
 def test_a_damaged_list_of_hot_experts_is_no_list(content: str, tmp_path: Path) -> None:
@@ -167,6 +171,18 @@ def test_a_damaged_list_of_hot_experts_is_no_list(content: str, tmp_path: Path) 
     _run(again)
     offload_of(again).close()
     assert json.loads(hot.read_text())["hot"], "and the next run has one again"
+
+
+def test_heat_beyond_measure_is_cut_and_what_is_no_file_is_not_read(tmp_path: Path) -> None:
+    save_tiny("mixtral", tmp_path / "checkpoint")
+    model = _load(tmp_path, expert_slots=6)
+    hot, info = offload_of(model).pack.path / "hot.json", offload_of(model).pack.info
+    offload_of(model).close()
+    hot.write_text('{"version": 1, "hot": [[0, 1, 1e300], [0, 2, 5.0]]}')
+    assert read_hot(hot.parent, info) == [(0, 1, MOST_USES), (0, 2, 5.0)]
+    hot.unlink()
+    os.mkfifo(hot)  # opening it would wait for ever
+    assert read_hot(hot.parent, info) == []
 
 
 def test_a_pack_that_cannot_be_written_has_no_warm_start(

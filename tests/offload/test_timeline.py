@@ -48,14 +48,6 @@ def test_every_copy_and_every_layer_is_in_it(model: PreTrainedModel, tmp_path: P
     assert sum("expert" in span["args"] for span in compute) == counts.requests
 
 
-def test_a_file_that_cannot_be_written_is_told_before_anything_runs(
-    model: PreTrainedModel, tmp_path: Path
-) -> None:
-    for file in (tmp_path, tmp_path / "no" / "where"):
-        with pytest.raises(OffloadError, match="name another --timeline"), recording(model, file):
-            pytest.fail("it runs")
-
-
 def interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
@@ -80,8 +72,6 @@ def test_nothing_is_recorded_unasked(model: PreTrainedModel) -> None:
 def test_a_place_that_cannot_be_written_is_told_first(
     model: PreTrainedModel, tmp_path: Path
 ) -> None:
-    with (
-        pytest.raises(OffloadError, match="cannot write the timeline"),
-        recording(model, tmp_path / "missing" / "a.json"),
-    ):
-        pytest.fail("nothing may run")
+    for file in (tmp_path, tmp_path / "missing" / "a.json"):
+        with pytest.raises(OffloadError, match="cannot write"), recording(model, file):
+            pytest.fail("nothing may run")
