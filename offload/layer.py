@@ -62,7 +62,10 @@ class Layer:
         return [expert for expert in chosen if 0 <= expert < self.num_experts]
 
     def _asked(self, owned: Set[int], _: nn.Module, args: tuple[Any, ...]) -> None:
-        """The router is asked. With many tokens nearly every expert is chosen: guessing is no help, nothing is kept."""
+        """The router is asked: keep what of one token, and nothing of many.
+
+        With many tokens nearly every expert is chosen: guessing is no help.
+        """
         self.constants = args[1:]
         if any(rest is not None and id(rest) not in owned for rest in self.constants):
             self.router = None  # it looks at more than the hidden state
