@@ -6,7 +6,7 @@ does not change what a cache decides.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from cache.allocation import ALLOCATIONS
@@ -14,7 +14,7 @@ from cache.cache import ExpertCache
 from cache.errors import CacheError
 from cache.policies import POLICIES
 from cache.policies.belady import Belady
-from cache.policy import Policy
+from cache.policy import Key, Policy
 from cache.predictors import MOST_AHEAD, PREDICTORS, WITH_ROUTER, Predictor, make_predictor, merged
 from cache.statistics import LayerCounts
 from cache.trace import Event, Guess, Trace
@@ -81,7 +81,8 @@ def recorded_setup(trace: Trace) -> Setup:
 def make_policy(name: str, trace: Trace) -> Callable[[], Policy]:
     """A maker of the policy called `name`; Belady's learns the future from `trace`."""
     if name == BELADY:
-        return lambda: Belady((event.layer, event.distinct()) for event in trace.events)
+        future = Belady((event.layer, event.distinct()) for event in trace.events)
+        return lambda: future  # one for all layers, that goes on where the slots were emptied
     return POLICIES[name]
 
 
@@ -102,16 +103,26 @@ def replay(
     cache = make_cache(trace, setup)
     predictor = make_predictor(setup.lookahead, trace.header.layers)
     for event in trace.events:
-        if event.fresh:
-            cache.forget()
-        for key in event.warmed:
-            cache.warm(*key)
+        prepare(cache, event, setup)
         cache.plan(event.layer, event.distinct(), prompt=event.prompt)
         for guess in guesses(event, setup, predictor, trace.header.layers):
             cache.look_ahead(guess.layer, guess.experts, most=len(guess.experts))
         if after is not None:
             after(cache, event)
     return _outcome(trace, setup, cache)
+
+
+def prepare(cache: ExpertCache, event: Event, setup: Setup) -> None:
+    """What changed who is resident since the event before."""
+    if event.fresh:
+        cache.forget()
+    for key in warmed(event, setup):
+        cache.warm(*key)
+
+
+def warmed(event: Event, setup: Setup) -> Sequence[Key]:
+    """What a warm start loaded before `event`; Belady's would take that for the uses to come."""
+    return () if setup.policy == BELADY else event.warmed
 
 
 def guesses(

@@ -23,7 +23,7 @@ from cache.link import Copy, Link
 from cache.plan import Use
 from cache.prediction import Phase, Prediction
 from cache.predictors import make_predictor
-from cache.replay import Setup, guesses, make_cache
+from cache.replay import Setup, guesses, make_cache, warmed
 from cache.software import HOST_PLANNED, Software
 from cache.statistics import LayerCounts
 from cache.timeline import Span, Timeline
@@ -142,7 +142,7 @@ class _Simulation:
                 for copy in card.copies.values():
                     card.link.drop(self.host, copy)
                 card.copies.clear()
-        for layer, expert in event.warmed:
+        for layer, expert in warmed(event, self.scenario.cache):
             card = self.cards[self.card_of[layer]]
             use = card.cache.warm(layer - card.first, expert)
             if use is not None:

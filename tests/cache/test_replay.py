@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from cache.analysis import shapes, total
 from cache.errors import CacheError
+from cache.heatmap import collect
 from cache.policies import POLICIES
 from cache.predictors import PREDICTORS, Previous, Transitions, Union, merged
 from cache.replay import BELADY, LIVE, Setup, recorded_setup, replay
@@ -154,3 +155,21 @@ def test_more_slots_than_experts_are_all_experts() -> None:
 def test_a_trace_that_does_not_say_how_it_was_recorded_is_told() -> None:
     with pytest.raises(CacheError, match="slots"):
         recorded_setup(made_up(1, 0))
+
+
+@pytest.mark.parametrize("slots", [4, 9, 16])
+def test_the_optimum_stays_the_optimum_after_warm_starts_and_emptied_slots(slots: int) -> None:
+    trace = made_up(40, 3)
+    never = [(layer, expert) for layer, n in enumerate(trace.header.experts) for expert in range(n)]
+    events = list(trace.events)
+    for at in (0, len(events) // 2):
+        events[at] = events[at]._replace(fresh=at > 0, warmed=tuple(never[:slots]))
+    changed = Trace(trace.header, events)
+    best = replay(changed, Setup(slots, BELADY)).counts
+    assert best.warm_loads == 0
+    cold = Trace(trace.header, [event._replace(warmed=()) for event in events])
+    for policy in POLICIES:
+        assert replay(cold, Setup(slots, policy)).counts.hits <= best.hits
+        assert replay(changed, Setup(slots, policy)).counts.hits <= best.hits + 2 * slots
+    drawn = collect(changed, Setup(slots))
+    assert sum(map(sum, drawn.hits)) == replay(changed, Setup(slots)).counts.hits
