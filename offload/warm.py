@@ -56,6 +56,7 @@ def write_hot(pack: Path, heat: Heat) -> None:
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 json.dump({"version": VERSION, "hot": hot}, file)
+            Path(name).chmod(0o644)  # a temporary file is its owner's alone, a pack may be shared
             Path(name).replace(pack / HOT)
         except BaseException:
             Path(name).unlink(missing_ok=True)

@@ -171,6 +171,7 @@ def test_a_damaged_list_of_hot_experts_is_no_list(content: str, tmp_path: Path) 
     _run(again)
     offload_of(again).close()
     assert json.loads(hot.read_text())["hot"], "and the next run has one again"
+    assert hot.stat().st_mode & 0o044 == 0o044, "for whoever may read the pack"
 
 
 def test_heat_beyond_measure_is_cut_and_what_is_no_file_is_not_read(tmp_path: Path) -> None:
