@@ -7,6 +7,7 @@ torch is imported by the command that uses it, so that `--help` answers at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -195,7 +196,7 @@ def _add_trace_commands(parser: argparse.ArgumentParser) -> None:
     )
     replay.add_argument("--per-layer", action="store_true", help="each layer's hits and guesses")
     for command in (show, replay):
-        command.add_argument("trace", type=Path, metavar="FILE", help="what --trace wrote")
+        command.add_argument("trace", metavar="FILE", help="what --trace wrote, or synthetic:MODEL")
         command.add_argument(
             "--debug", action="store_true", help="show a traceback when something fails"
         )
@@ -539,7 +540,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         full = [*system, {"role": "user", "content": prompt}]
     sampling = _sampling(arguments, model)
     step = None
-    with recording(model, arguments.timeline):
+    with contextlib.closing(offload_of(model)), recording(model, arguments.timeline):
         for step in stream_generate(
             model,
             tokenizer,
@@ -560,7 +561,6 @@ def _generate(arguments: argparse.Namespace) -> int:
         print(verbose_rows(step, load_seconds), file=sys.stderr)
     if arguments.show_timings:
         print(f"\n{timings(step)}\n{step.experts.line()}", file=sys.stderr)
-    offload_of(model).close()
     return DONE
 
 
@@ -598,11 +598,11 @@ def _chat(arguments: argparse.Namespace) -> int:
         f"leaves",
         file=sys.stderr,
     )
-    if prompt is not None:
-        chat.say(prompt)
-    if not arguments.single_turn:
-        converse(chat, reader())
-    offload_of(model).close()
+    with contextlib.closing(offload_of(model)):
+        if prompt is not None:
+            chat.say(prompt)
+        if not arguments.single_turn:
+            converse(chat, reader())
     return DONE
 
 
@@ -641,12 +641,11 @@ def _bench(arguments: argparse.Namespace) -> int:
         warmup=not arguments.no_warmup,
         random=arguments.random,
     )
-    with recording(model, arguments.timeline):
+    with contextlib.closing(offload), recording(model, arguments.timeline):
         if arguments.output == "json":
             print(json.dumps([{**common, **result.to_json()} for result in results], indent=2))
         else:
             _print_table(common, results)
-    offload.close()
     return DONE
 
 

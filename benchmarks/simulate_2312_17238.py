@@ -144,7 +144,6 @@ def run(trace: Trace, bits: int, algorithm: str, card: str, constants: Constants
         # Attention is dequantised like the experts, the head is not.
         dense_bytes=ATTENTION_WEIGHTS * stored / 8 + HEAD_BYTES / passes,
         software=software,
-        gentle=False,  # the paper queues its guesses behind the loads, whatever comes next
         expert_bits=stored,
         dense_bits=stored,
     )

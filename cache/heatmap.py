@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cache.cache import ExpertCache
-from cache.replay import Setup, make_cache
+from cache.replay import Setup, make_cache, prepare
 from cache.trace import Trace
 
 BLOCKS, POINTS = "░▒▓█", " .:!"
@@ -89,6 +89,7 @@ def collect(trace: Trace, setup: Setup) -> HeatMap:
     hits = [[0] * experts for experts in trace.header.experts]
     misses = [[0] * experts for experts in trace.header.experts]
     for event in trace.events:
+        prepare(cache, event, setup)
         for wave in cache.plan(event.layer, event.distinct(), prompt=event.prompt).waves:
             for use in wave.hits:
                 hits[event.layer][use.expert] += 1

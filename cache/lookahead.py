@@ -46,6 +46,8 @@ class LookaheadBalance:
             seconds = copy_seconds - self._copy_seconds_before
             a_copy = seconds / (copies - self._copies_before)
             self.worthwhile = self._needed / self._steps * a_copy > self._cost
+        elif not self._needed:  # a guess cannot spare what nobody waits for
+            self.worthwhile = False
         self._copies_before, self._copy_seconds_before = copies, copy_seconds
         self._steps = self._guesses = self._needed = 0
         self._guess_seconds = 0.0

@@ -6,7 +6,7 @@ does not change what a cache decides.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from cache.allocation import ALLOCATIONS
@@ -14,7 +14,7 @@ from cache.cache import ExpertCache
 from cache.errors import CacheError
 from cache.policies import POLICIES
 from cache.policies.belady import Belady
-from cache.policy import Policy
+from cache.policy import Key, Policy
 from cache.predictors import MOST_AHEAD, PREDICTORS, WITH_ROUTER, Predictor, make_predictor, merged
 from cache.statistics import LayerCounts
 from cache.trace import Event, Guess, Trace
@@ -25,7 +25,7 @@ LIVE, NONE = "live", "none"  # look-ahead as it was recorded; no look-ahead
 
 @dataclass(frozen=True)
 class Setup:
-    """One way to run a trace."""
+    """One way to run a trace. Raises `CacheError` for names and numbers that are none."""
 
     slots: int
     policy: str = "lru"
@@ -33,10 +33,18 @@ class Setup:
     lookahead: str = NONE  # LIVE, NONE, or the name of a predictor
     ahead: int = 1  # layers
 
-    @property
-    def name(self) -> str:
-        looks = "" if self.lookahead == NONE else f" {self.lookahead}"
-        return f"{self.policy}/{self.allocation}{looks}" + (f"+{self.ahead}" if looks else "")
+    def __post_init__(self) -> None:
+        for what, name, known in (
+            ("policy", self.policy, (*POLICIES, BELADY)),
+            ("allocation", self.allocation, ALLOCATIONS),
+            ("look-ahead", self.lookahead, (NONE, LIVE, *PREDICTORS)),
+        ):
+            if name not in known:
+                raise CacheError(f"there is no {what} {name!r}: choose among {', '.join(known)}")
+        if not 1 <= self.ahead <= MOST_AHEAD:
+            raise CacheError(f"cannot look {self.ahead} layers ahead: choose 1 to {MOST_AHEAD}")
+        if self.slots < 1:
+            raise CacheError(f"a cache needs at least one slot, not {self.slots}")
 
 
 @dataclass(frozen=True)
@@ -64,37 +72,26 @@ class Outcome:
 def recorded_setup(trace: Trace) -> Setup:
     """How the trace was recorded: replayed so, it does what the live run did."""
     settings = trace.header.settings
-    try:
-        slots, policy, allocation = (settings[n] for n in ("slots", "policy", "allocation"))
-    except KeyError as error:
-        raise CacheError(f"the trace does not say {error} of its run: name it") from None
-    return Setup(int(slots or 0), str(policy), str(allocation), LIVE)
+    slots, policy, allocation = (settings.get(n) for n in ("slots", "policy", "allocation"))
+    if not isinstance(slots, int):
+        raise CacheError("the trace does not say how many slots its run had: give --expert-slots")
+    return Setup(slots, str(policy), str(allocation), LIVE)
 
 
 def make_policy(name: str, trace: Trace) -> Callable[[], Policy]:
     """A maker of the policy called `name`; Belady's learns the future from `trace`."""
     if name == BELADY:
-        return lambda: Belady((event.layer, event.distinct()) for event in trace.events)
-    if name not in POLICIES:
-        raise CacheError(f"there is no policy {name!r}: choose among {', '.join(POLICIES)}, belady")
+        future = Belady((event.layer, event.distinct()) for event in trace.events)
+        return lambda: future  # one for all layers, that goes on where the slots were emptied
     return POLICIES[name]
 
 
 def make_cache(trace: Trace, setup: Setup) -> ExpertCache:
-    """An empty cache as `setup` says. Raises `CacheError` for names and numbers that are none."""
-    if setup.allocation not in ALLOCATIONS:
-        names = ", ".join(ALLOCATIONS)
-        raise CacheError(f"there is no allocation {setup.allocation!r}: choose among {names}")
-    if setup.lookahead not in (LIVE, NONE, *PREDICTORS) or not 1 <= setup.ahead <= MOST_AHEAD:
-        raise CacheError(
-            f"there is no look-ahead {setup.lookahead!r} by {setup.ahead} layers: choose among "
-            f"{', '.join((NONE, LIVE, *PREDICTORS))}, 1 to {MOST_AHEAD} layers"
-        )
-    if setup.slots < 1:
-        raise CacheError(f"a cache needs at least one slot, not {setup.slots}")
+    """An empty cache as `setup` says; more slots than experts are of no use, and left out."""
+    slots = min(setup.slots, trace.header.total_experts)
     allocation = "global" if setup.policy == BELADY else setup.allocation  # it knows all layers
     policy = make_policy(setup.policy, trace)
-    return ExpertCache(setup.slots, trace.header.layers, policy, allocation)
+    return ExpertCache(slots, trace.header.layers, policy, allocation)
 
 
 def replay(
@@ -106,16 +103,26 @@ def replay(
     cache = make_cache(trace, setup)
     predictor = make_predictor(setup.lookahead, trace.header.layers)
     for event in trace.events:
-        if event.fresh:
-            cache.clear()
-        for key in event.warmed:
-            cache.warm(*key)
+        prepare(cache, event, setup)
         cache.plan(event.layer, event.distinct(), prompt=event.prompt)
         for guess in guesses(event, setup, predictor, trace.header.layers):
             cache.look_ahead(guess.layer, guess.experts, most=len(guess.experts))
         if after is not None:
             after(cache, event)
     return _outcome(trace, setup, cache)
+
+
+def prepare(cache: ExpertCache, event: Event, setup: Setup) -> None:
+    """What changed who is resident since the event before."""
+    if event.fresh:
+        cache.forget()
+    for key in warmed(event, setup):
+        cache.warm(*key)
+
+
+def warmed(event: Event, setup: Setup) -> Sequence[Key]:
+    """What a warm start loaded before `event`; Belady's would take that for the uses to come."""
+    return () if setup.policy == BELADY else event.warmed
 
 
 def guesses(

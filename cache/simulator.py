@@ -23,7 +23,7 @@ from cache.link import Copy, Link
 from cache.plan import Use
 from cache.prediction import Phase, Prediction
 from cache.predictors import make_predictor
-from cache.replay import Setup, guesses, make_cache
+from cache.replay import Setup, guesses, make_cache, warmed
 from cache.software import HOST_PLANNED, Software
 from cache.statistics import LayerCounts
 from cache.timeline import Span, Timeline
@@ -38,7 +38,9 @@ class Scenario:
     cache: Setup  # its slots over all cards
     dense_bytes: float  # weights that each token reads beside the experts
     software: Software = HOST_PLANNED
-    gentle: bool = True  # load guesses only as far as they end before the next demand
+    # Load guesses only as far as they end before the next demand: a rule of the model's own. The
+    # live engine queues every guess that `cache.cache` allows, as long as the link keeps up.
+    gentle: bool = False
     expert_bits: float = 4.5  # stored for a weight; with `dense_bits` it sets a prompt's operations
     dense_bits: float = 16.0
     ram_bytes: int | None = None  # what RAM holds of the experts; None: all
@@ -136,11 +138,11 @@ class _Simulation:
         """What changed who is resident since the last step."""
         if event.fresh:
             for card in self.cards:
-                card.cache.clear()
+                card.cache.forget()
                 for copy in card.copies.values():
                     card.link.drop(self.host, copy)
                 card.copies.clear()
-        for layer, expert in event.warmed:
+        for layer, expert in warmed(event, self.scenario.cache):
             card = self.cards[self.card_of[layer]]
             use = card.cache.warm(layer - card.first, expert)
             if use is not None:

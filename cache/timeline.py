@@ -37,11 +37,12 @@ class Timeline:
 
     def events(self) -> list[dict[str, Any]]:
         """The file's events; the earliest span begins at 0."""
-        zero = min((span.begin for span in self.spans), default=0.0)
-        tracks = {track: i for i, track in enumerate(dict.fromkeys(s.track for s in self.spans))}
+        spans = tuple(self.spans)  # a copy thread may add some yet
+        zero = min((span.begin for span in spans), default=0.0)
+        tracks = {track: i for i, track in enumerate(dict.fromkeys(s.track for s in spans))}
         rows: list[dict[str, Any]] = [_name("process_name", self.process, 0)]
         rows += [_name("thread_name", track, thread) for track, thread in tracks.items()]
-        for span in self.spans:
+        for span in spans:
             details = {"layer": span.layer}
             if span.expert is not None:
                 details["expert"] = span.expert

@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cache.errors import TraceError
 from cache.trace import Event, Guess, Trace, TraceHeader
@@ -25,6 +25,7 @@ from cache.trace import Event, Guess, Trace, TraceHeader
 FORMAT, VERSION = "offload-trace", 1
 MAX_HEADER = 1 << 20
 MAX_BLOCK = 1 << 28
+MOST = 1 << 16  # layers, experts of one: what a record's fields can say
 PROMPT, FRESH, RAGGED, SCORED = 1, 2, 4, 8  # bits of a record's first byte
 HALF_MAX = 65504.0  # the largest float16
 _BLOCK = struct.Struct("<II")
@@ -32,33 +33,60 @@ _RECORD = struct.Struct("<BHIBBH")  # bits, layer, T, k, guesses, warmed
 _GUESS = struct.Struct("<HH?")  # layer, experts, live
 
 
+class _Written(NamedTuple):
+    """What a file holds so far; replaced at once, so that Ctrl-C cannot leave half of it."""
+
+    size: int
+    pack: zlib._Compress
+    pending: list[bytes]  # records of the next block
+
+
 class TraceWriter:
-    """Appends events to a new file; every call of layer 0 closes the block before it."""
+    """Appends events to a new file; every call of layer 0 closes the block before it.
+
+    May be interrupted anywhere: a block that was not noted as written is written again.
+    """
 
     def __init__(self, path: Path, header: TraceHeader) -> None:
         self.path = path
         self._sign = _sign(header)
-        self._pack = zlib.compressobj(6, zlib.DEFLATED, -15)
-        self._pending: list[bytes] = []
         try:
             self._file = path.open("wb", buffering=0)
         except OSError as error:
             raise TraceError(f"cannot write a trace to {path}: {error.strerror}") from None
         about = {"format": FORMAT, "version": VERSION, **asdict(header)}
-        self._file.write(json.dumps(about, ensure_ascii=False).encode() + b"\n")
+        line = json.dumps(about, ensure_ascii=False).encode() + b"\n"
+        self._written = _Written(0, zlib.compressobj(6, zlib.DEFLATED, -15), [])
+        self._write(line)
+        self._written = self._written._replace(size=len(line))
 
     def append(self, event: Event) -> None:
-        if event.layer == 0 and self._pending:
+        if event.layer == 0:
             self.flush()
-        self._pending.append(_encode(event, self._sign))
+        self._written.pending.append(_encode(event, self._sign))
 
     def flush(self) -> None:
-        """Write what was appended so far."""
-        if self._pending:
-            data = self._pack.compress(b"".join(self._pending))
-            data += self._pack.flush(zlib.Z_SYNC_FLUSH)
-            self._pending.clear()
-            self._file.write(_BLOCK.pack(len(data), zlib.crc32(data)) + data)
+        """Write what was appended so far. Raises `TraceError`; the file is closed then."""
+        size, before, pending = self._written
+        if pending:
+            pack = before.copy()
+            data = pack.compress(b"".join(pending)) + pack.flush(zlib.Z_SYNC_FLUSH)
+            block = _BLOCK.pack(len(data), zlib.crc32(data)) + data
+            self._write(block)
+            self._written = _Written(size + len(block), pack, [])
+
+    def _write(self, data: bytes) -> None:
+        """Write `data` behind what is there."""
+        rest = memoryview(data)
+        try:
+            if self._file.tell() != self._written.size:  # the flush before was interrupted
+                self._file.seek(self._written.size)
+                self._file.truncate()
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            self._file.close()
+            raise TraceError(f"cannot write a trace to {self.path}: {error.strerror}") from None
 
     def close(self) -> None:
         if not self._file.closed:
@@ -114,12 +142,16 @@ def _header(path: Path, line: bytes) -> TraceHeader:
             record_bytes=tuple(int(n) for n in about["record_bytes"]),
             settings=dict(about["settings"]),
         )
-        if not header.experts or len(header.experts) != len(header.record_bytes):
+        if not 0 < len(header.experts) == len(header.record_bytes) < MOST:
+            raise ValueError
+        if not all(0 < experts < MOST for experts in header.experts):
+            raise ValueError
+        if header.top_k < 1 or min(header.record_bytes) < 1:
             raise ValueError
         return header
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        if isinstance(error, TraceError):
-            raise
+    except TraceError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
         raise TraceError(f"{path} is not a trace: name a file that --trace wrote") from None
 
 

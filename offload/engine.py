@@ -15,7 +15,7 @@ import functools
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,91 +26,19 @@ from cache.cache import ExpertCache
 from cache.lookahead import LookaheadBalance
 from cache.plan import Use
 from cache.policy import Key
-from cache.predictors import NO_LOOKAHEAD, WITH_ROUTER, Lookahead, make_predictor, merged
+from cache.predictors import NO_LOOKAHEAD, Lookahead
 from cache.trace import Guess
+from offload.ahead import Ahead
 from offload.errors import GenerationError
+from offload.layer import Layer
 from offload.marks import NO_MARKS, Marks
-from offload.norms import NormFinder, scale_between
 from offload.recording import Recorder
 from offload.stats import Stats
 from offload.transfer import Ticket, Transfer
-from quant.matmul import matmul
 from quant.pack import PackInfo
 from quant.record import MatrixView, view_record
 
 WARM_AT_ONCE = 4  # copies a step, where an urgent one cannot overtake them
-
-
-class Layer:
-    """One MoE layer's experts, called by transformers in place of its own."""
-
-    def __init__(self, engine: Engine, index: int, module: nn.Module, num_experts: int) -> None:
-        self.engine = engine
-        self.index = index
-        self.module = module
-        self.num_experts = num_experts
-        self.router: nn.Module | None = None  # of this layer
-        self.asked: Tensor | None = None  # what this layer's router was just asked about
-        self.constants: tuple[Any, ...] | None = None  # its other arguments; None: not called yet
-        self.finder: NormFinder | None = None  # of the norm that feeds the router
-        self.scales: dict[int, Tensor | None] = {}  # later layer -> what its norm makes of ours
-
-    def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        return self.engine.step(self, hidden, top_k_index, top_k_weights)
-
-    def guess(self, hidden: Tensor) -> list[int]:
-        """The experts this layer's router would choose for `hidden` [.., H] of one token."""
-        if self.router is None or self.constants is None:
-            return []
-        answer = self.router.forward(hidden, *self.constants)  # without hooks: nobody else asked
-        index = answer[2] if isinstance(answer, tuple) and len(answer) > 2 else None
-        if not isinstance(index, Tensor) or index.is_floating_point():
-            self.router = None  # not a router as transformers writes them
-            return []
-        chosen = index.flatten().tolist()  # sync: the plan is made on the host
-        return [expert for expert in chosen if 0 <= expert < self.num_experts]
-
-    def remember(self, owned: Set[int], _: nn.Module, args: tuple[Any, ...]) -> None:
-        """Note what the router is asked; `owned` are the ids of the model's parameters and buffers.
-
-        With many tokens nearly every expert is chosen: guessing is no help, nothing is kept.
-        """
-        self.constants = args[1:]
-        if any(rest is not None and id(rest) not in owned for rest in self.constants):
-            self.router = None  # it looks at more than the hidden state
-        if self.finder is not None and self.finder.norm is None and args:
-            self.finder.asked(args[0])
-        one_token = bool(args) and args[0].numel() == args[0].shape[-1]
-        self.asked = args[0] if one_token else None
-
-    def as_seen_by(self, later: Layer, hidden: Tensor) -> Tensor:
-        """What `later`'s norm would make of the state that ours made `hidden` of."""
-        if later.index not in self.scales:
-            mine, theirs = (at.finder.norm if at.finder else None for at in (self, later))
-            self.scales[later.index] = scale_between(mine, theirs, hidden)
-        scale = self.scales[later.index]
-        return hidden if scale is None else hidden * scale
-
-    def expert(self, x: Tensor, matrices: dict[str, MatrixView]) -> Tensor:
-        """One expert's output [M, H] for its tokens `x` [M, H], before the router's weight."""
-        module: Any = self.module  # what the experts seam promises is not in its type
-        if module.has_gate:
-            inner = module._apply_gate(matmul(x, matrices["gate_up_proj"]))  # [M, I]
-        else:
-            inner = module.act_fn(matmul(x, matrices["up_proj"]))  # [M, I]
-        out = matmul(inner, matrices["down_proj"])  # [M, H]
-        if not module.has_post_expert_norm:
-            return out
-        normed: Tensor = module.post_expert_norm(out)
-        return normed
-
-
-def _around(model: nn.Module, experts: nn.Module) -> nn.Module:
-    """The decoder layer that `experts` is part of."""
-    path = next(name for name, module in model.named_modules() if module is experts)
-    parts = path.split(".")
-    deep = max((at for at, part in enumerate(parts) if part.isdigit()), default=len(parts) - 1)
-    return model.get_submodule(".".join(parts[: deep + 1]))
 
 
 class Engine:
@@ -128,15 +56,12 @@ class Engine:
         self._info = info
         self.cache = cache
         self.transfer = transfer
-        self._balance = balance
         self.layers: list[Layer] = []
-        self._lookahead = lookahead
-        self._predictor = make_predictor(lookahead.predictor, len(info.layers))
+        start = functools.partial(self._start, urgent=False)
+        self._ahead = Ahead(self.layers, cache, lookahead, balance, start)
         self._tickets: dict[int, tuple[Ticket, int]] = {}  # slot -> unawaited copy, its layer
-        self._guessed: deque[Ticket] = deque()  # copies of guesses that may not have landed
         self._cold: deque[Key] = deque()  # hot experts of the run before, not begun to load
         self._recorder: Recorder | None = None
-        self._noted_layers = 0  # guesses for so many later layers are written down
         self.prompt: bool | None = None  # whether prefill is running; None: not known
         self._views: dict[tuple[int, int], dict[str, MatrixView]] = {}  # (layout, slot)
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -172,11 +97,8 @@ class Engine:
         """Look ahead with these routers, one for each layer; None where there is none to ask."""
         owned = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         for layer, router in zip(self.layers, routers, strict=True):
-            layer.router = router
             if router is not None:
-                layer.finder = NormFinder(_around(model, layer.module))
-                hook = functools.partial(layer.remember, owned)
-                self._hooks.append(router.register_forward_pre_hook(hook))
+                self._hooks.append(layer.watch(model, router, owned))
 
     def step(
         self, layer: Layer, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
@@ -205,7 +127,8 @@ class Engine:
         chosen = top_k_index.tolist()  # sync: the plan is made on the host
         cells_of = _cells_by_expert(chosen, layer.num_experts)
         prompt = len(chosen) > 1 if self.prompt is None else self.prompt
-        needed_before = self.cache.statistics.layers[layer.index].needed_loads
+        counts = self.cache.statistics.layers[layer.index]
+        needed_before = counts.needed_loads
         plan = self.cache.plan(layer.index, list(cells_of), prompt=prompt)
         guesses: list[Guess] = []
         cells: Tensor | None = None  # [S, H]
@@ -213,7 +136,7 @@ class Engine:
             for use in wave.loads:
                 self._start(layer.index, use, urgent=True)
             if wave is plan.waves[-1]:
-                guesses = self._look_ahead(layer, cells_of if len(chosen) == 1 else None)
+                guesses = self._ahead.look(layer, cells_of if len(chosen) == 1 else None)
             self._marks.mark("plan", layer.index)
             for use in (*wave.hits, *wave.loads):
                 matrices = self._ready(layer.index, use)
@@ -225,7 +148,9 @@ class Engine:
                 _put(cells, where, out)
                 self._marks.mark("expert", layer.index, use.expert)
                 self.transfer.release(use.slot)
-        self._weigh(layer.index, needed_before)
+        if self._ahead.weighs:
+            needed = counts.needed_loads - needed_before
+            self._ahead.weigh(needed, self._started, self.transfer.busy_seconds)
         if self._recorder is not None:
             scores = top_k_weights.tolist()  # sync: only while a trace is recorded
             self._recorder.note(layer.index, prompt, chosen, scores, layer.num_experts, guesses)
@@ -239,9 +164,9 @@ class Engine:
         self._lock = threading.RLock()  # Ctrl-C inside its release may have left the old one taken
         self.transfer.drain()
         self._tickets.clear()
-        self._guessed.clear()
         self._cold.clear()
-        self.cache.clear()
+        self._ahead.start_over()
+        self.cache.forget()
         if self._recorder is not None:
             self._recorder.started_over()
 
@@ -249,8 +174,7 @@ class Engine:
         before = self._tickets.pop(use.slot, None)
         if before is not None and not before[0].done and self.transfer.drop(before[0]):
             self.cache.statistics.layers[before[1]].dropped += 1  # nobody had asked for it
-            if before[0] in self._guessed:
-                self._guessed.remove(before[0])
+            self._ahead.dropped(before[0])
         self._started += 1
         ticket = self.transfer.start(layer, use.expert, use.slot, urgent=urgent)
         self._tickets[use.slot] = ticket, layer
@@ -268,67 +192,15 @@ class Engine:
             self._views[key] = view_record(self.transfer.slot(use.slot), self._info.layouts[key[0]])
         return self._views[key]
 
-    def _look_ahead(self, layer: Layer, chosen: Iterable[int] | None) -> list[Guess]:
-        """Guess what the next layers will want and load it; `chosen`: what the one token wants."""
-        hidden, layer.asked = layer.asked, None
-        if chosen is None:  # of many tokens' experts nearly all are wanted: no need to guess
-            return []
-        wanted = list(chosen)
-        if self._predictor is not None:
-            self._predictor.observe(layer.index, wanted)
-        ahead = min(self._lookahead.layers, len(self.layers) - 1 - layer.index)
-        if ahead < 1 or (self._balance is not None and not self._balance.worthwhile):
-            return self._note_guesses(layer, hidden, 0)
-        if self._link_is_behind(ahead * len(wanted)):
-            return self._note_guesses(layer, hidden, 0)
-        begin = time.perf_counter()
-        guesses = []
-        for later in self.layers[layer.index + 1 : layer.index + 1 + ahead]:
-            experts = self._guess(layer, later, hidden)
-            if not experts:
-                continue
-            guesses.append(Guess(later.index, tuple(experts)))
-            for use in self.cache.look_ahead(later.index, experts, most=len(experts)):
-                self._guessed.append(self._start(later.index, use, urgent=False))
-        if self._balance is not None:
-            self._balance.guessed(time.perf_counter() - begin)
-        return guesses + self._note_guesses(layer, hidden, ahead)
+    def warm(self, hot: Iterable[tuple[int, int, float]]) -> None:
+        """Load what was hot in an earlier run, hottest first, whenever nobody waits for another.
 
-    def _weigh(self, layer: int, needed_before: int) -> None:
-        """Tell the balance what this step needed, where there is anything to weigh."""
-        if self._balance is None or not self._lookahead.layers:
-            return
-        needed = self.cache.statistics.layers[layer].needed_loads - needed_before
-        self._balance.step(needed, self._started, self.transfer.busy_seconds)
-
-    def _guess(self, layer: Layer, later: Layer, hidden: Tensor | None) -> list[int]:
-        """Experts of `later`, likeliest first, now that `layer` was asked about `hidden`."""
-        experts: list[int] = []
-        if hidden is not None and self._lookahead.predictor in WITH_ROUTER:
-            experts = later.guess(layer.as_seen_by(later, hidden))
-        if self._predictor is not None:
-            said = self._predictor.guess(layer.index, later.index - layer.index)
-            experts = merged(experts, said)
-        return experts
-
-    def _link_is_behind(self, most: int) -> bool:
-        """Whether `most` or more guessed experts still wait to be copied."""
-        while self._guessed and self._guessed[0].done:
-            self._guessed.popleft()
-        return len(self._guessed) >= most
-
-    def _note_guesses(self, layer: Layer, hidden: Tensor | None, ahead: int) -> list[Guess]:
-        """For a trace: what routers past `ahead` layers would say."""
-        if hidden is None or self._noted_layers <= ahead:
-            return []
-        later = self.layers[layer.index + 1 + ahead : layer.index + 1 + self._noted_layers]
-        said = ((at.index, at.guess(layer.as_seen_by(at, hidden))) for at in later)
-        return [Guess(index, tuple(experts), live=False) for index, experts in said]
-
-    def warm(self, keys: Iterable[Key]) -> None:
-        """Load these experts, hottest first, whenever nobody waits for another."""
+        `hot`: layer, expert, decayed uses, which count on: a short run does not forget a long one.
+        """
         with self._lock:
-            self._cold.extend(keys)
+            for layer, expert, uses in hot:
+                self.cache.heat.restore(layer, expert, uses)
+                self._cold.append((layer, expert))
             self._warm_some()
 
     def _warm_some(self) -> None:
@@ -355,14 +227,14 @@ class Engine:
         with self._lock:
             self.stop_recording()
             self._start_over()
-            self.cache.forget()
-            self._predictor = make_predictor(self._lookahead.predictor, len(self.layers))
+            self._ahead.forget()
             self._recorder = recorder
-            self._noted_layers = noted_layers
+            self._ahead.noted_layers = noted_layers
 
     def stop_recording(self) -> None:
         """The trace is complete."""
-        recorder, self._recorder, self._noted_layers = self._recorder, None, 0
+        recorder, self._recorder = self._recorder, None
+        self._ahead.noted_layers = 0
         if recorder is not None:
             recorder.close()
 

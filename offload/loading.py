@@ -139,8 +139,7 @@ def load(
         if trace is not None:
             model.offload.record(trace)
         if warm_start:
-            hot = read_hot(pack.path, pack.info)
-            model.offload.engine.warm((layer, expert) for layer, expert, _ in hot)
+            model.offload.engine.warm(read_hot(pack.path, pack.info))
         undo.pop_all()
     return model, tokenizer
 

@@ -16,7 +16,7 @@ from cache.errors import CacheError
 from cache.heatmap import HeatMap, collect, draw
 from cache.replay import Setup
 from offload.errors import OffloadError
-from offload.simulation import open_trace
+from offload.traces import open_trace
 
 
 def plot(

@@ -1,10 +1,12 @@
 """Writing down what the routers chose.
 
-Knows: when a trace begins and ends. Does not know: the file's format (`cache.trace_file`).
+Knows: when a trace begins and ends, and that an answer goes on when the disk is full. Does not
+know: the file's format (`cache.trace_file`).
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from cache.trace_file import TraceWriter
 from offload.errors import SourceError
 from offload.files import user_path
 
+logger = logging.getLogger("offload")
+
 
 class Recorder:
     """A trace being written; each event is whole before the next begins."""
@@ -24,6 +28,7 @@ class Recorder:
             self._writer = TraceWriter(user_path(path), header)
         except TraceError as error:
             raise SourceError(str(error)) from None
+        self._full = False  # the disk
         self._fresh = False
         self._warmed: list[Key] = []
 
@@ -52,9 +57,20 @@ class Recorder:
             rows.append(tuple(e for e, _ in kept))
             marks.append(tuple(score for _, score in kept))
         event = Event(layer, prompt, tuple(rows), tuple(marks), tuple(guesses), self._fresh)
-        self._writer.append(event._replace(warmed=tuple(self._warmed)))
+        if not self._full:
+            try:
+                self._writer.append(event._replace(warmed=tuple(self._warmed)))
+            except TraceError as error:
+                self._stop(error)
         self._fresh = False
         self._warmed.clear()
 
     def close(self) -> None:
-        self._writer.close()
+        try:
+            self._writer.close()
+        except TraceError as error:
+            self._stop(error)
+
+    def _stop(self, error: TraceError) -> None:
+        self._full = True
+        logger.warning("%s; the trace ends before the run does", error)

@@ -15,14 +15,11 @@ from cache.prediction import Prediction
 from cache.replay import Setup
 from cache.simulator import Scenario, simulate
 from cache.software import SOFTWARE
-from cache.synthetic import SHAPES, Routing, synthesize
 from cache.timeline import Timeline
 from cache.trace import Trace
-from cache.trace_file import read
 from offload.errors import OffloadError
+from offload.traces import open_trace
 
-SYNTHETIC = "synthetic:"
-TOKENS = 300  # of a synthetic trace
 HERE = "here"
 
 
@@ -44,34 +41,21 @@ class Question:
 
 def answer(question: Question) -> list[str]:
     """The prediction's lines. Raises `OffloadError`, also for what `cache` finds wrong."""
+    from offload.timeline import check_writable, write
+
+    file = question.timeline
     try:
         trace, machine = open_trace(question.trace), find_machine(question.hardware)
         scenario = make_scenario(question, trace, machine)
-        timeline = (
-            Timeline(f"{trace.header.model} on {machine.name}") if question.timeline else None
-        )
+        if file is None:
+            return describe(trace, scenario, simulate(trace, scenario))
+        check_writable(file)
+        timeline = Timeline(f"{trace.header.model} on {machine.name}")
         prediction = simulate(trace, scenario, timeline)
     except CacheError as error:
         raise OffloadError(str(error)) from None
-    if timeline is not None and question.timeline is not None:
-        try:
-            timeline.write(question.timeline)
-        except OSError as error:
-            raise OffloadError(
-                f"cannot write the timeline to {question.timeline} ({error.strerror}): name "
-                "another --timeline"
-            ) from None
+    write(timeline, file)
     return describe(trace, scenario, prediction)
-
-
-def open_trace(name: str) -> Trace:
-    """A recorded trace, or a synthetic one of a known model."""
-    if not name.startswith(SYNTHETIC):
-        return read(Path(name))
-    shape = SHAPES.get(name.removeprefix(SYNTHETIC))
-    if shape is None:
-        raise OffloadError(f"there is no model {name}: write {SYNTHETIC}{' or '.join(SHAPES)}")
-    return synthesize(shape, Routing(recall=0.85), TOKENS)
 
 
 def find_machine(name: str) -> Hardware:

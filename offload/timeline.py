@@ -10,8 +10,10 @@ on the device.
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
+from errno import EISDIR
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -55,12 +57,7 @@ def recording(model: PreTrainedModel, file: Path | None) -> Iterator[None]:
     if file is None:
         yield
         return
-    try:
-        file.touch()
-    except OSError as error:
-        raise OffloadError(
-            f"cannot write the timeline to {file} ({error.strerror}): name another --timeline"
-        ) from None
+    check_writable(file)
     offload = offload_of(model)
     recorder = Recorder(f"offload {offload.pack.info.source}")
     offload.engine.tell(recorder)
@@ -68,4 +65,28 @@ def recording(model: PreTrainedModel, file: Path | None) -> Iterator[None]:
         yield
     finally:
         offload.engine.tell(NO_MARKS)
-        recorder.timeline.write(file)
+        write(recorder.timeline, file)
+
+
+def check_writable(file: Path) -> None:
+    """Raise `OffloadError` now where `write` would raise it later."""
+    try:
+        if file.is_dir():
+            raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
+        file.touch()
+    except OSError as error:
+        raise _unwritable(file, error) from None
+
+
+def write(timeline: Timeline, file: Path) -> None:
+    """Write `timeline` to `file`. Raises `OffloadError`."""
+    try:
+        timeline.write(file)
+    except OSError as error:
+        raise _unwritable(file, error) from None
+
+
+def _unwritable(file: Path, error: OSError) -> OffloadError:
+    return OffloadError(
+        f"cannot write the timeline to {file} ({error.strerror}): name another --timeline"
+    )

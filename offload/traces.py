@@ -1,35 +1,43 @@
 """`offload trace`: a trace as text.
 
-Knows: the tables. Does not know: how a trace is read, measured or replayed (`cache`); flags
-(`cli`). Needs no torch.
+Knows: the tables, and what names a trace. Does not know: how a trace is read, measured or replayed
+(`cache`); flags (`cli`). Needs no torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from cache.analysis import LayerShape, shapes, total
 from cache.errors import CacheError
 from cache.replay import BELADY, NONE, Outcome, Setup, recorded_setup, replay
 from cache.statistics import LayerCounts
+from cache.synthetic import SHAPES, Routing, synthesize
 from cache.trace import Trace
 from cache.trace_file import read
 from offload.errors import SourceError
 from offload.files import user_path
 
-
-def open_trace(path: Path) -> Trace:
-    """The trace in `path`. Raises `SourceError`."""
-    try:
-        return read(user_path(path))
-    except CacheError as error:
-        raise SourceError(str(error)) from None
+SYNTHETIC = "synthetic:"
+TOKENS = 300  # of a synthetic trace
 
 
-def show(path: Path) -> Iterator[str]:
+def open_trace(name: str) -> Trace:
+    """The trace in the file `name`, or a synthetic one of a known model. Raises `SourceError`."""
+    if not name.startswith(SYNTHETIC):
+        try:
+            return read(user_path(name))
+        except CacheError as error:
+            raise SourceError(str(error)) from None
+    shape = SHAPES.get(name.removeprefix(SYNTHETIC))
+    if shape is None:
+        raise SourceError(f"there is no model {name}: write {SYNTHETIC}{' or '.join(SHAPES)}")
+    return synthesize(shape, Routing(recall=0.85), TOKENS)
+
+
+def show(name: str) -> Iterator[str]:
     """Lines about a trace: its run, its text, each layer's routing."""
-    trace = open_trace(path)
+    trace = open_trace(name)
     header = trace.header
     kinds = sorted(set(header.experts))
     yield f"model        {header.model}"
@@ -70,7 +78,7 @@ def _recall(shape: LayerShape, ahead: int) -> str:
 
 
 def replays(
-    path: Path,
+    name: str,
     policies: Sequence[str],
     allocations: Sequence[str],
     slots: Sequence[str],
@@ -83,7 +91,7 @@ def replays(
 
     With no `policies` and `slots`, the run as it was recorded.
     """
-    trace = open_trace(path)
+    trace = open_trace(name)
     try:
         setups = list(_setups(trace, policies, allocations, slots, lookaheads, ahead))
         names = "slots resident policy allocation look-ahead hit of-Belady loads/token MiB/token"

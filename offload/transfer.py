@@ -187,10 +187,11 @@ class HostTransfer:
     def _give_way(self) -> None:
         """Do urgent copies in the middle of one that is not."""
         with contextlib.suppress(IndexError):  # there is none (any more)
-            while self._queues[0][0].slot != NOWHERE:
+            while (ticket := self._queues[0].popleft()).slot != NOWHERE:
                 begin = time.perf_counter()
-                self._serve(self._queues[0].popleft())
+                self._serve(ticket)
                 self._busy_seconds -= time.perf_counter() - begin  # counted by the one around it
+            self._queues[0].appendleft(ticket)  # a drain waits for this copy, too
 
     def _next(self) -> HostTicket | None:
         for queue in self._queues:

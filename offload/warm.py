@@ -18,12 +18,17 @@ from quant.pack import PackInfo
 
 HOT = "hot.json"
 VERSION = 1
+MOST_BYTES = 2**24  # of the file: 100,000 experts take three million
+MOST_USES = 400.0  # uses that halve every 256 tokens add up to 370 at most
 
 
 def read_hot(pack: Path, info: PackInfo) -> list[tuple[int, int, float]]:
     """(layer, expert, decayed uses) of the run before, the hottest first; empty if not known."""
+    file = pack / HOT
     try:
-        found = json.loads((pack / HOT).read_text(encoding="utf-8"))
+        if not file.is_file() or file.stat().st_size > MOST_BYTES:
+            return []
+        found = json.loads(file.read_text(encoding="utf-8"))
         if found["version"] != VERSION:
             return []
         hot = [(int(layer), int(expert), float(uses)) for layer, expert, uses in found["hot"]]
@@ -31,9 +36,9 @@ def read_hot(pack: Path, info: PackInfo) -> list[tuple[int, int, float]]:
         return []  # a matter of speed only
     sizes = [layer.num_experts for layer in info.layers]
     known = {
-        (layer, expert): uses
+        (layer, expert): min(uses, MOST_USES)
         for layer, expert, uses in hot
-        if 0 <= layer < len(sizes) and 0 <= expert < sizes[layer] and 0 < uses < 1e9
+        if 0 <= layer < len(sizes) and 0 <= expert < sizes[layer] and uses > 0
     }
     return sorted(
         ((layer, expert, uses) for (layer, expert), uses in known.items()),
@@ -51,6 +56,7 @@ def write_hot(pack: Path, heat: Heat) -> None:
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 json.dump({"version": VERSION, "hot": hot}, file)
+            Path(name).chmod(0o644)  # a temporary file is its owner's alone, a pack may be shared
             Path(name).replace(pack / HOT)
         except BaseException:
             Path(name).unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -10,9 +11,10 @@ from hypothesis import strategies as st
 
 from cache.analysis import shapes, total
 from cache.errors import CacheError
+from cache.heatmap import collect
 from cache.policies import POLICIES
 from cache.predictors import PREDICTORS, Previous, Transitions, Union, merged
-from cache.replay import BELADY, LIVE, NONE, Setup, recorded_setup, replay
+from cache.replay import BELADY, LIVE, Setup, recorded_setup, replay
 from cache.trace import Event, Guess, Trace, TraceHeader
 
 LAYERS, EXPERTS = 4, 6
@@ -132,21 +134,42 @@ def test_shapes_count_repetitions_and_reuse() -> None:
 @pytest.mark.parametrize(
     "setup",
     [
-        Setup(0),
-        Setup(1, "best"),
-        Setup(1, "lru", "fair"),
-        Setup(1, lookahead="oracle"),
-        Setup(1, lookahead="previous", ahead=4),
+        {"slots": 0},
+        {"policy": "best"},
+        {"allocation": "fair"},
+        {"lookahead": "oracle"},
+        {"lookahead": "previous", "ahead": 4},
     ],
 )
-def test_setups_that_are_none_are_told(setup: Setup) -> None:
+def test_setups_that_are_none_are_told(setup: dict[str, Any]) -> None:
     with pytest.raises(CacheError):
-        replay(made_up(1, 0), setup)
+        Setup(**{"slots": 1, **setup})
+
+
+def test_more_slots_than_experts_are_all_experts() -> None:
+    trace = made_up(20, 3)
+    everything = replay(trace, Setup(trace.header.total_experts))
+    assert replay(trace, Setup(10**15)).counts == everything.counts
 
 
 def test_a_trace_that_does_not_say_how_it_was_recorded_is_told() -> None:
     with pytest.raises(CacheError, match="slots"):
         recorded_setup(made_up(1, 0))
-    assert Setup(3).name == "lru/shared"
-    assert Setup(3, lookahead="union", ahead=2).name == "lru/shared union+2"
-    assert NONE != LIVE
+
+
+@pytest.mark.parametrize("slots", [4, 9, 16])
+def test_the_optimum_stays_the_optimum_after_warm_starts_and_emptied_slots(slots: int) -> None:
+    trace = made_up(40, 3)
+    never = [(layer, expert) for layer, n in enumerate(trace.header.experts) for expert in range(n)]
+    events = list(trace.events)
+    for at in (0, len(events) // 2):
+        events[at] = events[at]._replace(fresh=at > 0, warmed=tuple(never[:slots]))
+    changed = Trace(trace.header, events)
+    best = replay(changed, Setup(slots, BELADY)).counts
+    assert best.warm_loads == 0
+    cold = Trace(trace.header, [event._replace(warmed=()) for event in events])
+    for policy in POLICIES:
+        assert replay(cold, Setup(slots, policy)).counts.hits <= best.hits
+        assert replay(changed, Setup(slots, policy)).counts.hits <= best.hits + 2 * slots
+    drawn = collect(changed, Setup(slots))
+    assert sum(map(sum, drawn.hits)) == replay(changed, Setup(slots)).counts.hits

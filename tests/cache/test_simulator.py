@@ -107,9 +107,8 @@ def test_two_cards_have_a_link_each() -> None:
     # layer 1's guess is copied by the second card's link while the first is busy with layer 0
     two = replace(SLOW, cards=2)
     trace = trace_of(2, (0,), (0,), guesses=True)
-    setup = {"lookahead": LIVE, "gentle": False}
-    assert hand(trace, 4, hardware=two, **setup).decode.seconds == pytest.approx(30 + 10)
-    assert hand(trace, 4, **setup).decode.seconds == pytest.approx(30 + 10 + 10)
+    assert hand(trace, 4, hardware=two, lookahead=LIVE).decode.seconds == pytest.approx(30 + 10)
+    assert hand(trace, 4, lookahead=LIVE).decode.seconds == pytest.approx(30 + 10 + 10)
 
 
 def test_host_work_hides_behind_the_device_or_shows() -> None:
@@ -131,8 +130,8 @@ def test_a_demand_waits_for_the_rest_of_one_guess_at_most() -> None:
         Event(1, False, ((1,),)),
     ]
     trace = Trace(TraceHeader("hand", (8, 8), 1, (RECORD, RECORD)), events)
-    assert hand(trace, 8, lookahead=LIVE, gentle=False).decode.seconds == pytest.approx(70)
-    assert hand(trace, 8, lookahead=LIVE).decode.seconds == pytest.approx(60)
+    assert hand(trace, 8, lookahead=LIVE).decode.seconds == pytest.approx(70)
+    assert hand(trace, 8, lookahead=LIVE, gentle=True).decode.seconds == pytest.approx(60)
     assert hand(trace, 8).decode.seconds == pytest.approx(60)
 
 
@@ -159,13 +158,13 @@ def test_a_wrong_predictor_keeps_no_demand_waiting(gb_per_s: float, slots: int) 
     )
     without = simulate(trace, base)
     looking = replace(base, cache=Setup(slots, lookahead=LIVE))
-    gentle = simulate(wrong(trace), looking)
+    gentle = simulate(wrong(trace), replace(looking, gentle=True))
     assert gentle.counts.lookahead_right == 0
     assert gentle.guess_delay_seconds < 1e-12
     assert gentle.counts.misses <= without.counts.misses
     assert gentle.decode.demand_wait_seconds <= without.decode.demand_wait_seconds + 1e-9
     assert gentle.decode.seconds <= without.decode.seconds + 1e-9
-    eager = simulate(wrong(trace), replace(looking, gentle=False))
+    eager = simulate(wrong(trace), looking)
     rest_of_a_copy = machine.copy_seconds(SMALL.record_bytes)
     assert eager.guess_delay_seconds <= eager.counts.misses * rest_of_a_copy
 
@@ -192,7 +191,7 @@ def card(slots: int = 16, lookahead: str = "none", **more: object) -> Scenario:
 def test_the_cache_does_what_a_replay_says(lookahead: str, policy: str) -> None:
     trace = synthesize(SMALL, Routing(recall=0.8), 60, prompt_tokens=8)
     setup = Setup(12, policy, lookahead=lookahead)
-    found = simulate(trace, card(cache=setup, gentle=False)).counts
+    found = simulate(trace, card(cache=setup)).counts
     assert replace(found, wait_seconds=0.0) == replay(trace, setup).counts
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+from errno import ENOSPC
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -13,6 +16,7 @@ from hypothesis import strategies as st
 from cache.errors import TraceError
 from cache.trace import Event, Guess, Trace, TraceHeader
 from cache.trace_file import TraceWriter, read, write
+from tests.interrupt import interrupt_before
 
 LAYERS, EXPERTS = 3, 5
 HEADER = TraceHeader("tiny", (EXPERTS,) * LAYERS, 2, (100,) * LAYERS, {"slots": 4, "policy": "lru"})
@@ -73,6 +77,75 @@ def test_a_run_that_is_not_closed_leaves_every_token_but_the_last(tmp_path: Path
     assert list(read(tmp_path / "t").events) == _tokens(5)
     writer.close()
     assert list(read(tmp_path / "t").events) == _tokens(6)
+
+
+def test_ctrl_c_anywhere_in_a_flush_leaves_a_whole_trace(tmp_path: Path) -> None:
+    at, interrupted = 0, True
+    while interrupted:
+        writer = TraceWriter(tmp_path / "t", HEADER)
+        for event in _tokens(2):
+            writer.append(event)
+        interrupted = interrupt_before(writer.flush, at)
+        for event in _tokens(3)[-LAYERS:]:
+            writer.append(event)
+        writer.close()
+        assert list(read(tmp_path / "t").events) == _tokens(3), f"after Ctrl-C at {at}"
+        at += 1
+    assert at > 40
+
+
+class FullDisk:
+    """A file that takes `room` more bytes, a few at a time."""
+
+    def __init__(self, file: Any, room: int) -> None:
+        self._file, self._room = file, room
+        self.tell, self.close = file.tell, file.close
+
+    @property
+    def closed(self) -> bool:
+        return bool(self._file.closed)
+
+    def write(self, data: bytes) -> int:
+        if not self._room:
+            raise OSError(ENOSPC, os.strerror(ENOSPC))
+        count: int = self._file.write(data[: min(7, self._room)])
+        self._room -= count
+        return count
+
+
+def test_what_a_full_disk_took_can_be_read(tmp_path: Path) -> None:
+    writer = TraceWriter(tmp_path / "t", HEADER)
+    writer._file = FullDisk(writer._file, 90)  # type: ignore[assignment]
+    with pytest.raises(TraceError, match="No space left"):
+        [writer.append(event) for event in _tokens(50)]
+    writer.close()
+    found = list(read(tmp_path / "t").events)
+    assert found
+    assert found == _tokens(50)[: len(found)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"experts": [1e400] * LAYERS},
+        {"experts": [0] * LAYERS},
+        {"experts": [-5] * LAYERS},
+        {"experts": [10**9] * LAYERS},
+        {"experts": [5]},
+        {"experts": []},
+        {"top_k": 0},
+        {"record_bytes": [0] * LAYERS},
+        {"settings": 7},
+    ],
+)
+def test_a_header_that_describes_no_model_is_refused(
+    change: dict[str, object], tmp_path: Path
+) -> None:
+    write(tmp_path / "t", Trace(HEADER, _tokens(2)))
+    line, _, body = (tmp_path / "t").read_bytes().partition(b"\n")
+    (tmp_path / "t").write_bytes(json.dumps(json.loads(line) | change).encode() + b"\n" + body)
+    with pytest.raises(TraceError, match="not a trace"):
+        read(tmp_path / "t")
 
 
 def test_a_flipped_bit_is_an_error_not_another_trace(tmp_path: Path) -> None:

@@ -20,11 +20,13 @@ from transformers import PreTrainedModel
 import cache.cache as cache_module
 import cache.slots as slots_module
 import offload
+import offload.ahead as ahead_module
 import offload.engine as engine_module
+import offload.layer as layer_module
 from offload.cpu_linear import OneTokenLinear
-from offload.engine import Layer
 from offload.errors import OffloadError
 from offload.handle import offload_of
+from offload.layer import Layer
 from tests.tiny import EXPERTS, LAYERS, save_tiny
 
 PROMPT = torch.arange(5, 25)[None]
@@ -51,7 +53,8 @@ def _tokens(model: PreTrainedModel) -> Tensor:
 def test_interruption_at_any_line_does_not_change_later_answers(model: PreTrainedModel) -> None:
     """Ctrl-C can come between any two lines of the engine and the cache."""
     expected = _tokens(model)
-    files = {engine_module.__file__, cache_module.__file__, slots_module.__file__}
+    modules = (engine_module, ahead_module, layer_module, cache_module, slots_module)
+    files = {module.__file__ for module in modules}
     total = _lines_run(model, files, stop_at=None)
     for line in range(1, total, max(1, total // 60)):
         with pytest.raises(KeyboardInterrupt):

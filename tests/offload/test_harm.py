@@ -15,8 +15,8 @@ import offload.transfer as transfer_module
 from cache.statistics import LayerCounts
 from cache.trace import Trace
 from cache.trace_file import read
-from offload.engine import Layer
 from offload.handle import offload_of
+from offload.layer import Layer
 from tests.tiny import EXPERTS, K, save_tiny
 
 PROMPT = torch.arange(5, 25)[None]

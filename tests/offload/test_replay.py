@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from cache.replay import recorded_setup, replay
 from cache.statistics import LayerCounts
 from cache.trace_file import read
 from offload.handle import offload_of
+from offload.warm import MOST_USES, read_hot
 from tests.tiny import save_tiny
 
 PROMPT = torch.arange(5, 25)[None]
@@ -154,6 +156,8 @@ def test_the_hot_experts_of_the_run_before_are_resident_before_the_first_token(
         '{"version": 9}',
         '{"version": 1, "hot": [[99, 0, 1.0]]}',
         '{"version": 1, "hot": [[0, 0, NaN], 3]}',
+        '{"version": 1, "hot": [[0, 0, -Infinity], [0, 1e400, 1]]}',
+        '{"version": 1, "hot": [' + " " * 2**24 + "[0, 0, 1.0]]}",
     ],
 )
 def test_a_damaged_list_of_hot_experts_is_no_list(content: str, tmp_path: Path) -> None:
@@ -167,6 +171,19 @@ def test_a_damaged_list_of_hot_experts_is_no_list(content: str, tmp_path: Path) 
     _run(again)
     offload_of(again).close()
     assert json.loads(hot.read_text())["hot"], "and the next run has one again"
+    assert hot.stat().st_mode & 0o044 == 0o044, "for whoever may read the pack"
+
+
+def test_heat_beyond_measure_is_cut_and_what_is_no_file_is_not_read(tmp_path: Path) -> None:
+    save_tiny("mixtral", tmp_path / "checkpoint")
+    model = _load(tmp_path, expert_slots=6)
+    hot, info = offload_of(model).pack.path / "hot.json", offload_of(model).pack.info
+    offload_of(model).close()
+    hot.write_text('{"version": 1, "hot": [[0, 1, 1e300], [0, 2, 5.0]]}')
+    assert read_hot(hot.parent, info) == [(0, 1, MOST_USES), (0, 2, 5.0)]
+    hot.unlink()
+    os.mkfifo(hot)  # opening it would wait for ever
+    assert read_hot(hot.parent, info) == []
 
 
 def test_a_pack_that_cannot_be_written_has_no_warm_start(
@@ -182,3 +199,73 @@ def test_a_pack_that_cannot_be_written_has_no_warm_start(
     monkeypatch.setattr("offload.warm.tempfile.mkstemp", refuse)
     offload_of(model).close()
     assert not (offload_of(model).pack.path / "hot.json").exists()
+
+
+def _break_off(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the middle of a step of the second layer."""
+
+    def interrupt(*_: object) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(offload_of(model).engine.layers[1], "expert", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            _run(model)
+
+
+@pytest.mark.parametrize("policy", ["lfru", "lru", "slru", "lfu"])
+def test_replay_agrees_after_a_step_that_broke_off(
+    policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny("mixtral", tmp_path / "checkpoint")
+    model = _load(tmp_path, expert_slots=6, policy=policy, lookahead=True, trace=tmp_path / "trace")
+    _run(model)
+    _break_off(model, monkeypatch)
+    before = offload_of(model).stats().counts
+    _run(model)
+    offload_of(model).close()
+    live = offload_of(model).stats().counts - before
+    trace = read(tmp_path / "trace")
+    assert sum(event.fresh for event in trace.events) == 1
+    counted: list[LayerCounts] = []
+    outcome = replay(
+        trace,
+        recorded_setup(trace),
+        after=lambda cache, _: counted.append(cache.statistics.total()),
+    )
+    at = next(i for i, event in enumerate(trace.events) if event.fresh)
+    replayed = outcome.counts - counted[at - 1]
+    for name in ("hits", "misses", "evictions", "lookahead_guesses", "lookahead_loads_right"):
+        assert getattr(replayed, name) == getattr(live, name), name
+
+
+def test_a_short_run_does_not_forget_what_a_long_one_found_hot(tmp_path: Path) -> None:
+    save_tiny("mixtral", tmp_path / "checkpoint")
+    model = _load(tmp_path, expert_slots=6)
+    _run(model)
+    hottest = offload_of(model).engine.cache.heat.hottest(6)
+    offload_of(model).close()
+    for _ in range(2):
+        short = _load(tmp_path, expert_slots=6)
+        offload_of(short).close()
+    again = _load(tmp_path, expert_slots=6)
+    cache = offload_of(again).engine.cache
+    assert cache.heat.hottest(6) == hottest
+    assert all(cache.is_resident(*key) for key in hottest)
+    offload_of(again).close()
+
+
+def test_an_answer_goes_on_when_the_disk_has_no_room_for_its_trace(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_tiny("mixtral", tmp_path / "checkpoint")
+    model = _load(tmp_path, expert_slots=6, warm_start=False)
+    expected = model.generate(PROMPT, max_new_tokens=12, do_sample=False)
+    offload_of(model).record(tmp_path / "trace")
+    recorder = offload_of(model).engine._recorder
+    assert recorder is not None
+    recorder._writer._file.close()
+    recorder._writer._file = Path("/dev/full").open("wb", buffering=0)  # noqa: SIM115
+    assert torch.equal(model.generate(PROMPT, max_new_tokens=12, do_sample=False), expected)
+    offload_of(model).close()
+    assert "the trace ends before the run does" in caplog.text

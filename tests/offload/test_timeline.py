@@ -72,8 +72,6 @@ def test_nothing_is_recorded_unasked(model: PreTrainedModel) -> None:
 def test_a_place_that_cannot_be_written_is_told_first(
     model: PreTrainedModel, tmp_path: Path
 ) -> None:
-    with (
-        pytest.raises(OffloadError, match="cannot write the timeline"),
-        recording(model, tmp_path / "missing" / "a.json"),
-    ):
-        pytest.fail("nothing may run")
+    for file in (tmp_path, tmp_path / "missing" / "a.json"):
+        with pytest.raises(OffloadError, match="cannot write"), recording(model, file):
+            pytest.fail("nothing may run")

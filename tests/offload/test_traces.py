@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import cli
+import offload.generation
 from cache.trace_file import read
+from offload.generation import GenerationResponse
 
 DEMO = Path(__file__).parents[2] / "benchmarks" / "traces" / "code.trace"
 
@@ -46,15 +51,20 @@ def test_replay_without_options_repeats_the_run(capsys: pytest.CaptureFixture[st
         (["replay", str(DEMO), "--policy", "best"], "no policy 'best'"),
         (["replay", str(DEMO), "--expert-slots", "many", "--policy", "lru"], "'many'"),
         (["replay", str(DEMO), "--lookahead", "far"], "no look-ahead 'far'"),
+        (["replay", str(DEMO), "--layers-ahead", "7"], "cannot look 7 layers ahead"),
+        (["replay", str(DEMO), "--expert-slots", "0", "--policy", "lru"], "at least one slot"),
+        (["show", "synthetic:gpt-9"], "no model synthetic:gpt-9"),
+        (["show", ""], "a name is empty"),
     ],
 )
 def test_mistakes_are_told_in_one_line(
     arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["trace", *arguments]) == 1
-    err = capsys.readouterr().err
-    assert words in err
-    assert err.count("\n") == 1
+    said = capsys.readouterr()
+    assert words in said.err
+    assert said.err.count("\n") == 1
+    assert not said.out
 
 
 def test_trace_alone_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
@@ -74,3 +84,23 @@ def test_generate_records_a_trace(
     capsys.readouterr()
     assert cli.main(["trace", "replay", str(path)]) == 0
     assert "lfru" in capsys.readouterr().out
+
+
+def test_an_interrupted_run_leaves_its_trace_and_its_hot_experts(
+    mixtral_pack: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = offload.generation.stream_generate
+
+    def interrupted(*arguments: Any, **options: Any) -> Iterator[GenerationResponse]:
+        for _, step in zip(range(3), whole(*arguments, **options), strict=False):
+            yield step
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("offload.generation.stream_generate", interrupted)
+    pack = shutil.copytree(mixtral_pack, tmp_path / "pack")
+    run = ["generate", str(pack), "-p", "Hello", "-n", "6", "--device", "cpu"]
+    assert cli.main([*run, "--expert-slots", "5", "--trace", str(tmp_path / "t")]) == 130
+    assert (pack / "hot.json").exists()
+    trace = read(tmp_path / "t")
+    assert len(trace.events) % trace.header.layers == 0
+    assert trace.generated >= 2

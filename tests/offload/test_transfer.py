@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 import pytest
 import torch
@@ -16,8 +14,9 @@ import torch
 from offload.errors import PackError
 from offload.packs import find_or_make_pack
 from offload.recipe import Recipe
-from offload.transfer import HostTicket, HostTransfer
+from offload.transfer import NOWHERE, HostTicket, HostTransfer
 from quant.pack import Pack, PackLayer
+from tests.interrupt import interrupt_before
 from tests.tiny import EXPERTS, save_tiny
 
 
@@ -113,30 +112,6 @@ def test_close_ends_the_thread(pack: Pack) -> None:
     assert threading.active_count() == before
 
 
-def _interrupted(call: Callable[[], object], at: int) -> bool:
-    """Ctrl-C before instruction `at` of `call`, counted through all it calls; False: it ended."""
-    left = at
-
-    def trace(frame: FrameType, event: str, arg: object) -> Any:
-        nonlocal left
-        frame.f_trace_opcodes = True
-        left -= event == "opcode"
-        if left < 0:
-            sys.settrace(None)
-            raise KeyboardInterrupt
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        call()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(before)
-    return False
-
-
 def test_ctrl_c_anywhere_in_a_wait_leaves_the_transfer_working(pack: Pack, gated: Gated) -> None:
     """Before every instruction of a wait that really waits; a lock left taken would hang."""
     at, interrupted = 0, True
@@ -145,7 +120,7 @@ def test_ctrl_c_anywhere_in_a_wait_leaves_the_transfer_working(pack: Pack, gated
         gated.gate.clear()
         ticket = transfer.start(0, 0, 0, urgent=False)
         threading.Timer(0.002, gated.gate.set).start()
-        interrupted = _interrupted(lambda t=transfer, c=ticket: t.wait(c), at)  # type: ignore[misc]
+        interrupted = interrupt_before(lambda t=transfer, c=ticket: t.wait(c), at)  # type: ignore[misc]
 
         def go_on(transfer: HostTransfer = transfer) -> None:
             transfer.drain()  # as the engine does
@@ -165,3 +140,45 @@ def test_a_waiter_is_told_that_the_copy_thread_ended(pack: Pack) -> None:
     transfer.close()
     with pytest.raises(RuntimeError, match="the copy thread has ended"):
         transfer.wait(transfer.start(0, 0, 0, urgent=True))
+
+
+class Preempted(deque[HostTicket]):
+    """Another thread runs `meanwhile` just before a ticket is taken, once."""
+
+    meanwhile: Callable[[], object] | None = None
+
+    def popleft(self) -> HostTicket:
+        if len(self) and self.meanwhile is not None:
+            call, self.meanwhile = self.meanwhile, None
+            call()
+        return super().popleft()
+
+
+def test_a_drain_waits_for_a_copy_that_is_just_giving_way(
+    pack: Pack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else that copy would go on into a slot which is somebody else's by then."""
+    transfer = HostTransfer(pack, 2)
+    urgent = Preempted()
+    transfer._queues = (urgent, transfer._queues[1])
+    marker = HostTicket(0, 0, NOWHERE, True)
+
+    def drain() -> None:  # what `drain` does on its side
+        urgent.clear()
+        urgent.append(marker)
+
+    give_way = HostTransfer._give_way
+    done_early = []
+
+    def watched(self: HostTransfer) -> None:
+        urgent.append(HostTicket(0, 1, 1, True))
+        urgent.meanwhile = drain
+        give_way(self)
+        done_early.append(marker.done)
+
+    monkeypatch.setattr(HostTransfer, "_give_way", watched)
+    transfer.wait(transfer.start(0, 0, 0, urgent=False))
+    monkeypatch.undo()
+    transfer.drain()
+    assert done_early == [False]
+    transfer.close()
