@@ -11,8 +11,7 @@ served. `Quota` lets no layer have more than its share.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
-from itertools import islice
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from math import inf
 from typing import Protocol
 
@@ -25,25 +24,28 @@ class Allocation(Protocol):
     pooled: bool  # a slot of any layer may be given to any other
     held: list[int]  # resident keys of each layer
 
-    def step(self, layer: int) -> None:
-        """A step of `layer` begins; its uses follow."""
+    def use(self, layer: int, keys: Iterable[Key], weight: float) -> None:
+        """A step of `layer` begins, which asks for the resident `keys`."""
 
-    def insert(self, key: Key, weight: float) -> None: ...
-    def use(self, key: Key, weight: float) -> None: ...
-    def remove(self, key: Key) -> None: ...
-    def clear(self) -> None: ...
+    def insert(self, layer: int, keys: Sequence[Key], weight: float) -> None:
+        """`keys` of `layer` became resident."""
+
+    def remove(self, key: Key) -> None:
+        """`key` is no longer resident."""
+
+    def clear(self) -> None:
+        """Nothing is resident any more."""
 
     def changed(self, layer: int) -> None:
-        """Keys of `layer` left that were no victims, or other ones must stay than before."""
+        """Other keys of `layer` must stay than before."""
 
     def room(self, layer: int) -> int:
         """How many more keys `layer` may hold while there are free slots."""
 
-    def victims(self, layer: int, count: int, keep: Container[Key]) -> list[Key]:
-        """At most `count` keys, none of `keep`, to make way for keys of `layer`. They must be
-        removed."""
+    def evict(self, layer: int, count: int, keep: Container[Key]) -> list[Key]:
+        """Remove at most `count` keys, none of `keep`, to make way for keys of `layer`."""
 
-    def order(self) -> Iterator[Key]:
+    def keys(self) -> Iterator[Key]:
         """Every resident key, for checks."""
 
 
@@ -57,17 +59,14 @@ class _Pools:
         self.held = [0] * layers
         self.pools = [policy() for _ in range(layers)]
 
-    def step(self, layer: int) -> None:
-        self.pools[layer].step()
-        self.changed(layer)
+    def use(self, layer: int, keys: Iterable[Key], weight: float) -> None:
+        pool = self.pools[layer]
+        pool.step()
+        pool.use(keys, weight)
 
-    def insert(self, key: Key, weight: float) -> None:
-        self.held[key[0]] += 1
-        self.pools[key[0]].insert(key, weight)
-        self.changed(key[0])
-
-    def use(self, key: Key, weight: float) -> None:
-        self.pools[key[0]].use(key, weight)
+    def insert(self, layer: int, keys: Sequence[Key], weight: float) -> None:
+        self.held[layer] += len(keys)
+        self.pools[layer].insert(keys, weight)
 
     def remove(self, key: Key) -> None:
         self.held[key[0]] -= 1
@@ -84,9 +83,16 @@ class _Pools:
     def room(self, layer: int) -> int:
         return self.slots
 
-    def order(self) -> Iterator[Key]:
+    def keys(self) -> Iterator[Key]:
         for pool in dict.fromkeys(self.pools):
-            yield from pool.victims()
+            yield from pool.keys()
+
+    def _evict_from(self, giver: int, count: int, keep: Container[Key]) -> list[Key]:
+        pool, found = self.pools[giver], list[Key]()
+        while len(found) < count and (key := pool.first(keep)) is not None:
+            self.remove(key)
+            found.append(key)
+        return found
 
 
 class Global(_Pools):
@@ -96,12 +102,14 @@ class Global(_Pools):
         super().__init__(slots, layers, policy)
         self.pools = [self.pools[0]] * layers
 
-    def step(self, layer: int) -> None:
+    def use(self, layer: int, keys: Iterable[Key], weight: float) -> None:
+        pool = self.pools[0]
         if layer == 0:  # once a token
-            self.pools[0].step()
+            pool.step()
+        pool.use(keys, weight)
 
-    def victims(self, layer: int, count: int, keep: Container[Key]) -> list[Key]:
-        return _first(self.pools[0], count, keep)
+    def evict(self, layer: int, count: int, keep: Container[Key]) -> list[Key]:
+        return self._evict_from(layer, count, keep)
 
 
 class Quota(_Pools):
@@ -118,11 +126,11 @@ class Quota(_Pools):
     def room(self, layer: int) -> int:
         return max(0, self.quotas[layer] - self.held[layer])
 
-    def victims(self, layer: int, count: int, keep: Container[Key]) -> list[Key]:
+    def evict(self, layer: int, count: int, keep: Container[Key]) -> list[Key]:
         if self.held[layer] or not self._too_few:
-            return _first(self.pools[layer], count, keep)
+            return self._evict_from(layer, count, keep)
         for _, giver in sorted((-held, giver) for giver, held in enumerate(self.held)):
-            if found := _first(self.pools[giver], 1, keep):
+            if found := self._evict_from(giver, 1, keep):
                 return found
         return []
 
@@ -132,58 +140,49 @@ class Shared(_Pools):
 
     def __init__(self, slots: int, layers: int, policy: Callable[[], Policy]) -> None:
         super().__init__(slots, layers, policy)
-        self._worth = [inf] * layers  # of the first victim of each layer
+        self._first: list[Key | None] = [None] * layers  # victim of each layer
+        self._worth = [inf] * layers  # what it is worth
         self._changed = set(range(layers))
+
+    def use(self, layer: int, keys: Iterable[Key], weight: float) -> None:
+        super().use(layer, keys, weight)
+        self._changed.add(layer)
+
+    def insert(self, layer: int, keys: Sequence[Key], weight: float) -> None:
+        super().insert(layer, keys, weight)
+        self._changed.add(layer)
+
+    def remove(self, key: Key) -> None:
+        super().remove(key)
+        self._changed.add(key[0])
+
+    def clear(self) -> None:
+        super().clear()
+        self._changed.update(range(len(self.held)))
 
     def changed(self, layer: int) -> None:
         self._changed.add(layer)
 
-    def clear(self) -> None:
-        super().clear()
-        self._worth = [inf] * len(self.held)
-        self._changed = set(range(len(self.held)))
-
-    def victims(self, layer: int, count: int, keep: Container[Key]) -> list[Key]:
+    def evict(self, layer: int, count: int, keep: Container[Key]) -> list[Key]:
         worth, found = self._worth, list[Key]()
-        open_pools: dict[int, tuple[Key, Iterator[Key]]] = {}
-        for changed in self._changed:
-            self._open(changed, keep, open_pools)
-        self._changed.clear()
         while len(found) < count:
+            self._look(keep)
             least = min(worth)
             if least == inf:
                 break
-            giver = _nearest_before(worth, least, layer)
-            if giver not in open_pools:
-                self._open(giver, keep, open_pools)
-            key, rest = open_pools[giver]
+            key = self._first[_nearest_before(worth, least, layer)]
+            assert key is not None, "worth something, but no key"
+            self.remove(key)
             found.append(key)
-            self._advance(giver, rest, keep, open_pools)
         return found
 
-    def _open(
-        self, layer: int, keep: Container[Key], open_pools: dict[int, tuple[Key, Iterator[Key]]]
-    ) -> None:
-        self._advance(layer, iter(self.pools[layer].victims()), keep, open_pools)
-
-    def _advance(
-        self,
-        layer: int,
-        rest: Iterator[Key],
-        keep: Container[Key],
-        open_pools: dict[int, tuple[Key, Iterator[Key]]],
-    ) -> None:
-        for key in rest:
-            if key not in keep:
-                open_pools[layer] = key, rest
-                self._worth[layer] = self.pools[layer].value(key)
-                return
-        self._worth[layer] = inf
-
-
-def _first(pool: Policy, count: int, keep: Container[Key]) -> list[Key]:
-    """The first `count` victims of `pool` that need not stay."""
-    return list(islice((key for key in pool.victims() if key not in keep), count))
+    def _look(self, keep: Container[Key]) -> None:
+        """Find anew the first victims of the layers that changed."""
+        for layer in self._changed:
+            pool = self.pools[layer]
+            key = self._first[layer] = pool.first(keep)
+            self._worth[layer] = inf if key is None else pool.value(key)
+        self._changed.clear()
 
 
 def _nearest_before(worth: list[float], least: float, layer: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterable
 
 from cache.policies.ranking import Ranking
 from cache.policy import Key
@@ -12,30 +12,36 @@ class LFU:
     """Keys in the order of their uses, those of keys that left and came back included."""
 
     def __init__(self) -> None:
+        self._uses: dict[Key, float] = {}  # of every key that ever had one
+        self._insertions = 0
         self._ranking = Ranking()
 
     def step(self) -> None:
         pass
 
-    def insert(self, key: Key, weight: float = 1.0) -> None:
-        self._count(key, weight)
-        self._ranking.insert(key)
+    def insert(self, keys: Iterable[Key], weight: float = 1.0) -> None:
+        for key in keys:
+            self._insertions += 1
+            uses = self._uses[key] = self._uses.get(key, 0.0) + weight
+            self._ranking.add((uses, self._insertions, key))
 
-    def use(self, key: Key, weight: float = 1.0) -> None:
-        self._count(key, weight)
-
-    def _count(self, key: Key, weight: float) -> None:
-        scores = self._ranking.scores
-        scores[key] = scores.get(key, 0.0) + weight
+    def use(self, keys: Iterable[Key], weight: float = 1.0) -> None:
+        for key in keys:
+            uses, number, _ = self._ranking.pop(key)
+            uses = self._uses[key] = uses + weight
+            self._ranking.add((uses, number, key))
 
     def remove(self, key: Key) -> None:
-        self._ranking.remove(key)
+        self._ranking.pop(key)
 
     def clear(self) -> None:
         self._ranking.clear()
 
-    def victims(self) -> Iterator[Key]:
-        return iter(self._ranking)
+    def first(self, keep: Container[Key]) -> Key | None:
+        return self._ranking.first(keep)
 
     def value(self, key: Key) -> float:
-        return self._ranking.scores[key]
+        return self._uses[key]
+
+    def keys(self) -> Iterable[Key]:
+        return self._ranking.entries
