@@ -164,33 +164,27 @@ class Shared(_Pools):
         self._changed.add(layer)
 
     def evict(self, layer: int, count: int, keep: Container[Key]) -> list[Key]:
+        for changed in self._changed:
+            self._look(changed, keep)
+        self._changed.clear()
         worth, found = self._worth, list[Key]()
-        while len(found) < count:
-            self._look(keep)
-            least = min(worth)
-            if least == inf:
-                break
-            key = self._first[_nearest_before(worth, least, layer)]
+        turns = worth[layer::-1] + worth[:layer:-1]  # the layer that was served last first
+        while len(found) < count and (least := min(turns)) < inf:
+            turn = turns.index(least)
+            giver = (layer - turn) % len(worth)
+            key = self._first[giver]
             assert key is not None, "worth something, but no key"
-            self.remove(key)
+            super().remove(key)
             found.append(key)
+            turns[turn] = self._look(giver, keep)
         return found
 
-    def _look(self, keep: Container[Key]) -> None:
-        """Find anew the first victims of the layers that changed."""
-        for layer in self._changed:
-            pool = self.pools[layer]
-            key = self._first[layer] = pool.first(keep)
-            self._worth[layer] = inf if key is None else pool.value(key)
-        self._changed.clear()
-
-
-def _nearest_before(worth: list[float], least: float, layer: int) -> int:
-    """The layer worth `least` that was served last, `layer` itself being the very last."""
-    served = worth[layer::-1]
-    if least in served:
-        return layer - served.index(least)
-    return len(worth) - 1 - worth[:layer:-1].index(least)
+    def _look(self, layer: int, keep: Container[Key]) -> float:
+        """Find the first victim of `layer` and what it is worth."""
+        pool = self.pools[layer]
+        key = self._first[layer] = pool.first(keep)
+        worth = self._worth[layer] = inf if key is None else pool.value(key)
+        return worth
 
 
 ALLOCATIONS: dict[str, type[Shared] | type[Global] | type[Quota]] = {

@@ -114,7 +114,8 @@ class ExpertCache:
             self._in_use += taken
             self._keep.update(taken)
             waves.append(Wave(first_hits, loads))
-            done = [*first_hits, *loads]
+            if missing:
+                done = [*first_hits, *loads]
             first_hits = ()
         return tuple(waves)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable
 
-from cache.policies.ranking import Ranking
+from cache.policies.ranking import Entry, Ranking
 from cache.policy import Key
 
 HALF_LIFE = 16.0  # steps of a layer, that is tokens; docs/log.md compares others
@@ -27,62 +27,97 @@ class LFRU:
         self._growth = 2.0 ** (1.0 / half_life)
         self._unit = 1.0  # what a use counts now
         self._bonus = repeats / (1.0 - repeats) / (1.0 - 1.0 / self._growth)  # in units
-        self._scores: dict[Key, float] = {}  # of every key that ever had one
         self._insertions = 0
-        self._recent: dict[Key, int] = {}  # used since the last step -> number of the insertion
+        self._known: dict[Key, _Standing] = {}  # every key that ever was resident
+        self._recent: list[_Standing] = []  # resident, used since the last step
         self._idle = Ranking()  # the other resident keys: their scores stay as they are
 
     def step(self) -> None:
-        scores = self._scores
-        self._idle.extend([(scores[key], number, key) for key, number in self._recent.items()])
+        self._idle.extend([standing.rest() for standing in self._recent])
         self._recent.clear()
         self._unit *= self._growth
         if self._unit > MOST:
-            for key in scores:
-                scores[key] /= self._unit
-            self._unit = 1.0
-            idle = self._idle.entries.items()
-            self._idle = Ranking((scores[key], number, key) for key, (_, number, _) in idle)
+            self._scale_down()
+
+    def _scale_down(self) -> None:
+        for standing in self._known.values():
+            standing.score /= self._unit
+        self._unit = 1.0
+        idle = [self._known[key] for _, _, key in self._idle.entries]
+        self._idle.clear()
+        self._idle.extend([standing.rest() for standing in idle])
 
     def insert(self, keys: Iterable[Key], weight: float = 1.0) -> None:
-        scores, counted = self._scores, weight * self._unit
         for key in keys:
+            standing = self._known.get(key)
+            if standing is None:
+                standing = self._known[key] = _Standing(key)
             self._insertions += 1
-            scores[key] = scores.get(key, 0.0) + counted
+            standing.number = self._insertions
+            standing.score += weight * self._unit
             if weight:
-                self._recent[key] = self._insertions
+                self._recent.append(standing)
             else:
-                self._idle.add((scores[key], self._insertions, key))
+                self._idle.add(standing.rest())
 
     def use(self, keys: Iterable[Key], weight: float = 1.0) -> None:
-        recent, scores, counted = self._recent, self._scores, weight * self._unit
+        counted = weight * self._unit
         for key in keys:
-            scores[key] += counted
-            if key not in recent:
-                _, recent[key], _ = self._idle.pop(key)
+            standing = self._known[key]
+            standing.score += counted
+            if standing.entry is not None:
+                self._idle.remove(standing.entry)
+                standing.entry = None
+                self._recent.append(standing)
 
     def remove(self, key: Key) -> None:
-        if self._recent.pop(key, None) is None:
-            self._idle.pop(key)
+        standing = self._known[key]
+        if standing.entry is None:
+            self._recent.remove(standing)
+        else:
+            self._idle.remove(standing.entry)
+            standing.entry = None
 
     def clear(self) -> None:
+        for key in self.keys():
+            self._known[key].entry = None
         self._recent.clear()
         self._idle.clear()
 
     def first(self, keep: Container[Key]) -> Key | None:
-        scores, bonus = self._scores, self._bonus * self._unit
         idle = self._idle.first(keep)
-        if idle is not None and scores[idle] <= bonus:
+        bonus = self._bonus * self._unit
+        if idle is not None and self._known[idle].score <= bonus:
             return idle
-        recent = [key for key in self._recent if key not in keep]
+        recent = [standing for standing in self._recent if standing.key not in keep]
         if not recent:
             return idle
-        least = min(recent, key=scores.__getitem__)
-        return least if idle is None or scores[least] + bonus < scores[idle] else idle
+        least = min(recent, key=lambda standing: standing.score)
+        if idle is None or least.score + bonus < self._known[idle].score:
+            return least.key
+        return idle
 
     def value(self, key: Key) -> float:
-        score = self._scores[key] / self._unit
-        return score + self._bonus if key in self._recent else score
+        standing = self._known[key]
+        score = standing.score / self._unit
+        return score + self._bonus if standing.entry is None else score
 
     def keys(self) -> Iterable[Key]:
-        return self._recent.keys() | self._idle.entries.keys()
+        return [standing.key for standing in self._recent] + [key for *_, key in self._idle.entries]
+
+
+class _Standing:
+    """One key's uses, and its place among the idle ones."""
+
+    __slots__ = ("entry", "key", "number", "score")
+
+    def __init__(self, key: Key) -> None:
+        self.key = key
+        self.score = 0.0
+        self.number = 0  # of its last insertion
+        self.entry: Entry | None = None  # None: not idle
+
+    def rest(self) -> Entry:
+        """It becomes idle, with the score it has."""
+        entry = self.entry = (self.score, self.number, self.key)
+        return entry

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable
 
-from cache.policies.ranking import Ranking
+from cache.policies.ranking import Entry, Ranking
 from cache.policy import Key
 
 
@@ -14,6 +14,7 @@ class LFU:
     def __init__(self) -> None:
         self._uses: dict[Key, float] = {}  # of every key that ever had one
         self._insertions = 0
+        self._entries: dict[Key, Entry] = {}  # of the resident keys
         self._ranking = Ranking()
 
     def step(self) -> None:
@@ -22,19 +23,24 @@ class LFU:
     def insert(self, keys: Iterable[Key], weight: float = 1.0) -> None:
         for key in keys:
             self._insertions += 1
-            uses = self._uses[key] = self._uses.get(key, 0.0) + weight
-            self._ranking.add((uses, self._insertions, key))
+            self._rank(key, weight, self._insertions)
 
     def use(self, keys: Iterable[Key], weight: float = 1.0) -> None:
         for key in keys:
-            uses, number, _ = self._ranking.pop(key)
-            uses = self._uses[key] = uses + weight
-            self._ranking.add((uses, number, key))
+            entry = self._entries[key]
+            self._ranking.remove(entry)
+            self._rank(key, weight, entry[1])
+
+    def _rank(self, key: Key, weight: float, number: int) -> None:
+        uses = self._uses[key] = self._uses.get(key, 0.0) + weight
+        entry = self._entries[key] = (uses, number, key)
+        self._ranking.add(entry)
 
     def remove(self, key: Key) -> None:
-        self._ranking.pop(key)
+        self._ranking.remove(self._entries.pop(key))
 
     def clear(self) -> None:
+        self._entries.clear()
         self._ranking.clear()
 
     def first(self, keep: Container[Key]) -> Key | None:
@@ -44,4 +50,4 @@ class LFU:
         return self._uses[key]
 
     def keys(self) -> Iterable[Key]:
-        return self._ranking.entries
+        return self._entries

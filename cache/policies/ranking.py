@@ -17,34 +17,28 @@ Entry = tuple[float, int, Key]  # score, number of the insertion, key
 
 
 class Ranking:
-    """Lowest score first, the longer resident of equals first."""
+    """Entries, the lowest score first, the longer resident of equals first."""
 
-    def __init__(self, entries: Iterable[Entry] = ()) -> None:
-        self._order = sorted(entries)
-        self.entries = {entry[2]: entry for entry in self._order}
+    def __init__(self) -> None:
+        self.entries: list[Entry] = []
 
     def add(self, entry: Entry) -> None:
-        insort(self._order, entry)
-        self.entries[entry[2]] = entry
+        insort(self.entries, entry)
 
-    def extend(self, entries: list[Entry]) -> None:
+    def extend(self, entries: Iterable[Entry]) -> None:
         """Add many at once."""
-        self._order += entries
-        self._order.sort()
-        self.entries.update({entry[2]: entry for entry in entries})
+        self.entries.extend(entries)
+        self.entries.sort()
 
-    def pop(self, key: Key) -> Entry:
-        """Remove and return the entry of `key`."""
-        entry = self.entries.pop(key)
-        del self._order[bisect_left(self._order, entry)]
-        return entry
+    def remove(self, entry: Entry) -> None:
+        del self.entries[bisect_left(self.entries, entry)]
 
     def clear(self) -> None:
-        self._order.clear()
         self.entries.clear()
 
     def first(self, keep: Container[Key]) -> Key | None:
-        for _, _, key in self._order:
+        """The key of the lowest entry that is not in `keep`."""
+        for _, _, key in self.entries:
             if key not in keep:
                 return key
         return None
