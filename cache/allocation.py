@@ -15,7 +15,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from math import inf
 from typing import Protocol
 
-from cache.policy import Key, Policy
+from cache.policy import Key, Policy, Victim
 
 
 class Allocation(Protocol):
@@ -88,8 +88,9 @@ class _Pools:
             yield from pool.keys()
 
     def _evict_from(self, giver: int, count: int, keep: Container[Key]) -> list[Key]:
-        pool, found = self.pools[giver], list[Key]()
-        while len(found) < count and (key := pool.first(keep)) is not None:
+        found: list[Key] = []
+        while len(found) < count and (victim := self.pools[giver].first(keep)) is not None:
+            _, key = victim
             self.remove(key)
             found.append(key)
         return found
@@ -135,13 +136,15 @@ class Quota(_Pools):
         return []
 
 
+_NONE: Victim = (inf, (-1, -1))  # of a layer that has nothing to give
+
+
 class Shared(_Pools):
     """One pool in which every layer's first victim is compared with every other's."""
 
     def __init__(self, slots: int, layers: int, policy: Callable[[], Policy]) -> None:
         super().__init__(slots, layers, policy)
-        self._first: list[Key | None] = [None] * layers  # victim of each layer
-        self._worth = [inf] * layers  # what it is worth
+        self._first: list[Victim] = [_NONE] * layers  # of each layer
         self._changed = set(range(layers))
 
     def use(self, layer: int, keys: Iterable[Key], weight: float) -> None:
@@ -167,24 +170,22 @@ class Shared(_Pools):
         for changed in self._changed:
             self._look(changed, keep)
         self._changed.clear()
-        worth, found = self._worth, list[Key]()
-        turns = worth[layer::-1] + worth[:layer:-1]  # the layer that was served last first
-        while len(found) < count and (least := min(turns)) < inf:
-            turn = turns.index(least)
+        found: list[Key] = []
+        worth = [victim[0] for victim in self._first]
+        worth = worth[layer::-1] + worth[:layer:-1]  # of the layer that was served last first
+        while len(found) < count and (least := min(worth)) < inf:
+            turn = worth.index(least)
             giver = (layer - turn) % len(worth)
-            key = self._first[giver]
-            assert key is not None, "worth something, but no key"
+            _, key = self._first[giver]
             super().remove(key)
             found.append(key)
-            turns[turn] = self._look(giver, keep)
+            self._look(giver, keep)
+            worth[turn] = self._first[giver][0]
         return found
 
-    def _look(self, layer: int, keep: Container[Key]) -> float:
-        """Find the first victim of `layer` and what it is worth."""
-        pool = self.pools[layer]
-        key = self._first[layer] = pool.first(keep)
-        worth = self._worth[layer] = inf if key is None else pool.value(key)
-        return worth
+    def _look(self, layer: int, keep: Container[Key]) -> None:
+        """Find the first victim of `layer`."""
+        self._first[layer] = self.pools[layer].first(keep) or _NONE
 
 
 ALLOCATIONS: dict[str, type[Shared] | type[Global] | type[Quota]] = {

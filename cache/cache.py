@@ -57,10 +57,10 @@ class ExpertCache:
         guess = self._guesses.pop(layer, None)
         if guess is not None:
             self._judge(layer, guess, experts)
-        table, hits, missing = self.table, list[Use](), list[Key]()
-        for expert in experts:
-            key = (layer, expert)
-            use = table.use_of(key)
+        keys = [(layer, expert) for expert in experts]
+        hits: list[Use] = []
+        missing: list[Key] = []
+        for key, use in zip(keys, self.table.uses_of(keys), strict=True):
             if use is None:
                 missing.append(key)
             else:

@@ -10,6 +10,7 @@ from collections.abc import Container, Iterable
 from typing import Protocol
 
 Key = tuple[int, int]  # (MoE layer, expert)
+Victim = tuple[float, Key]  # what keeping the key is worth, comparable among pools of one policy
 
 
 class Policy(Protocol):
@@ -34,11 +35,8 @@ class Policy(Protocol):
     def clear(self) -> None:
         """Nothing is resident any more."""
 
-    def first(self, keep: Container[Key]) -> Key | None:
-        """The key to evict first of those that are not in `keep`, which stays in the pool."""
-
-    def value(self, key: Key) -> float:
-        """What keeping the resident `key` is worth, comparable among pools of one policy."""
+    def first(self, keep: Container[Key]) -> Victim | None:
+        """The key to evict first of those that are not in `keep`. It stays in the pool."""
 
     def keys(self) -> Iterable[Key]:
         """The resident keys, for checks."""

@@ -6,6 +6,8 @@ is there (`cache.policy`) nor what it weighs.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from cache.plan import Use
 from cache.policy import Key
 
@@ -27,9 +29,10 @@ class SlotTable:
     def __len__(self) -> int:
         return len(self._uses)
 
-    def use_of(self, key: Key) -> Use | None:
-        """The expert and its slot, or None when it has none."""
-        return self._uses.get(key)
+    def uses_of(self, keys: Iterable[Key]) -> list[Use | None]:
+        """The expert and the slot of each key, None where it has none."""
+        get = self._uses.get
+        return [get(key) for key in keys]
 
     def slot_of(self, key: Key) -> int:
         return self._uses[key].slot

@@ -10,7 +10,7 @@ from collections.abc import Container, Iterable
 from heapq import heappop, heappush
 from itertools import count
 
-from cache.policy import Key
+from cache.policy import Key, Victim
 
 NEVER = 1 << 60
 
@@ -59,8 +59,9 @@ class Belady:
         self._resident.clear()
         self._heap.clear()
 
-    def first(self, keep: Container[Key]) -> Key | None:
-        kept, found = [], None
+    def first(self, keep: Container[Key]) -> Victim | None:
+        kept: list[tuple[int, Key]] = []
+        found: Victim | None = None
         while self._heap and found is None:
             negative, key = self._heap[0]
             if key not in self._resident or -negative != self._next(key):
@@ -68,13 +69,10 @@ class Belady:
             elif key in keep:
                 kept.append(heappop(self._heap))
             else:
-                found = key
+                found = negative, key
         for entry in kept:
             heappush(self._heap, entry)
         return found
-
-    def value(self, key: Key) -> float:
-        return -self._next(key)
 
     def keys(self) -> Iterable[Key]:
         return self._resident

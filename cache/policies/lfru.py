@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable
 
 from cache.policies.ranking import Entry, Ranking
-from cache.policy import Key
+from cache.policy import Key, Victim
 
 HALF_LIFE = 16.0  # steps of a layer, that is tokens; docs/log.md compares others
 REPEATS = 0.1  # more of them on models of few experts a layer would be wrong, see docs/log.md
@@ -84,23 +84,16 @@ class LFRU:
         self._recent.clear()
         self._idle.clear()
 
-    def first(self, keep: Container[Key]) -> Key | None:
+    def first(self, keep: Container[Key]) -> Victim | None:
         idle = self._idle.first(keep)
         bonus = self._bonus * self._unit
-        if idle is not None and self._known[idle].score <= bonus:
-            return idle
-        recent = [standing for standing in self._recent if standing.key not in keep]
-        if not recent:
-            return idle
-        least = min(recent, key=lambda standing: standing.score)
-        if idle is None or least.score + bonus < self._known[idle].score:
-            return least.key
-        return idle
-
-    def value(self, key: Key) -> float:
-        standing = self._known[key]
-        score = standing.score / self._unit
-        return score + self._bonus if standing.entry is None else score
+        if idle is None or idle[0] > bonus:  # what was just used may be worth less
+            recent = [standing for standing in self._recent if standing.key not in keep]
+            if recent:
+                least = min(recent, key=lambda standing: standing.score)
+                if idle is None or least.score + bonus < idle[0]:
+                    return least.score / self._unit + self._bonus, least.key
+        return None if idle is None else (idle[0] / self._unit, idle[1])
 
     def keys(self) -> Iterable[Key]:
         return [standing.key for standing in self._recent] + [key for *_, key in self._idle.entries]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Iterable
 
 from cache.policies.ranking import Entry, Ranking
-from cache.policy import Key
+from cache.policy import Key, Victim
 
 
 class LFU:
@@ -43,11 +43,8 @@ class LFU:
         self._entries.clear()
         self._ranking.clear()
 
-    def first(self, keep: Container[Key]) -> Key | None:
+    def first(self, keep: Container[Key]) -> Victim | None:
         return self._ranking.first(keep)
-
-    def value(self, key: Key) -> float:
-        return self._uses[key]
 
     def keys(self) -> Iterable[Key]:
         return self._entries

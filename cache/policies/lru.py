@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Container, Iterable
 
-from cache.policy import Key
+from cache.policy import Key, Victim
 
 
 class LRU:
@@ -33,14 +33,11 @@ class LRU:
     def clear(self) -> None:
         self._used.clear()
 
-    def first(self, keep: Container[Key]) -> Key | None:
-        for key in self._used:
+    def first(self, keep: Container[Key]) -> Victim | None:
+        for key, used in self._used.items():
             if key not in keep:
-                return key
+                return used - self._now, key
         return None
-
-    def value(self, key: Key) -> float:
-        return self._used[key] - self._now
 
     def keys(self) -> Iterable[Key]:
         return self._used

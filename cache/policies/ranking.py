@@ -11,7 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Container, Iterable
 
-from cache.policy import Key
+from cache.policy import Key, Victim
 
 Entry = tuple[float, int, Key]  # score, number of the insertion, key
 
@@ -36,9 +36,9 @@ class Ranking:
     def clear(self) -> None:
         self.entries.clear()
 
-    def first(self, keep: Container[Key]) -> Key | None:
-        """The key of the lowest entry that is not in `keep`."""
-        for _, _, key in self.entries:
+    def first(self, keep: Container[Key]) -> Victim | None:
+        """The lowest entry whose key is not in `keep`."""
+        for score, _, key in self.entries:
             if key not in keep:
-                return key
+                return score, key
         return None

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Container, Iterable
-from itertools import chain
 
-from cache.policy import Key
+from cache.policy import Key, Victim
 
 PROTECTED_SHARE = 0.8  # of the resident keys, at most; Karedla et al. found 0.6 to 0.8 best
 SEGMENT = 1e9  # steps: a protected key is worth more than any that is not
@@ -60,16 +59,14 @@ class SLRU:
         self._protected.clear()
         self._unused.clear()
 
-    def first(self, keep: Container[Key]) -> Key | None:
-        for key in chain(self._probation, self._protected):
+    def first(self, keep: Container[Key]) -> Victim | None:
+        for key, used in self._probation.items():
             if key not in keep:
-                return key
+                return used - self._now, key
+        for key, used in self._protected.items():
+            if key not in keep:
+                return SEGMENT + used - self._now, key
         return None
-
-    def value(self, key: Key) -> float:
-        if key in self._probation:
-            return self._probation[key] - self._now
-        return SEGMENT + self._protected[key] - self._now
 
     def keys(self) -> Iterable[Key]:
         return self._probation.keys() | self._protected.keys()

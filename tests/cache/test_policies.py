@@ -31,8 +31,8 @@ def apply(policy: Policy, resident: list[Key], step: str, key: Key) -> bool:
 def order(policy: Policy) -> list[Key]:
     """The resident keys as they would leave."""
     found: list[Key] = []
-    while (key := policy.first(found)) is not None:
-        found.append(key)
+    while (victim := policy.first(found)) is not None:
+        found.append(victim[1])
     return found
 
 
