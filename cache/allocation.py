@@ -15,7 +15,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from math import inf
 from typing import Protocol
 
-from cache.policy import Key, Policy, Victim
+from cache.policy import Key, Policy
 
 
 class Allocation(Protocol):
@@ -136,15 +136,13 @@ class Quota(_Pools):
         return []
 
 
-_NONE: Victim = (inf, (-1, -1))  # of a layer that has nothing to give
-
-
 class Shared(_Pools):
     """One pool in which every layer's first victim is compared with every other's."""
 
     def __init__(self, slots: int, layers: int, policy: Callable[[], Policy]) -> None:
         super().__init__(slots, layers, policy)
-        self._first: list[Victim] = [_NONE] * layers  # of each layer
+        self._first: list[Key | None] = [None] * layers  # victim of each layer
+        self._worth = [inf] * layers  # what it is worth
         self._changed = set(range(layers))
 
     def use(self, layer: int, keys: Iterable[Key], weight: float) -> None:
@@ -171,21 +169,24 @@ class Shared(_Pools):
             self._look(changed, keep)
         self._changed.clear()
         found: list[Key] = []
-        worth = [victim[0] for victim in self._first]
-        worth = worth[layer::-1] + worth[:layer:-1]  # of the layer that was served last first
-        while len(found) < count and (least := min(worth)) < inf:
-            turn = worth.index(least)
-            giver = (layer - turn) % len(worth)
-            _, key = self._first[giver]
-            super().remove(key)
+        turns = self._worth[layer::-1] + self._worth[:layer:-1]  # the layer served last first
+        while len(found) < count and (least := min(turns)) < inf:
+            turn = turns.index(least)
+            giver = (layer - turn) % len(turns)
+            key = self._first[giver]
+            assert key is not None, "worth something, but no key"
+            self.held[giver] -= 1
+            self.pools[giver].remove(key)
             found.append(key)
-            self._look(giver, keep)
-            worth[turn] = self._first[giver][0]
+            turns[turn] = self._look(giver, keep)
         return found
 
-    def _look(self, layer: int, keep: Container[Key]) -> None:
-        """Find the first victim of `layer`."""
-        self._first[layer] = self.pools[layer].first(keep) or _NONE
+    def _look(self, layer: int, keep: Container[Key]) -> float:
+        """Find the first victim of `layer` and what it is worth."""
+        worth, key = self.pools[layer].first(keep) or (inf, None)
+        self._first[layer] = key
+        self._worth[layer] = worth
+        return worth
 
 
 ALLOCATIONS: dict[str, type[Shared] | type[Global] | type[Quota]] = {
