@@ -5,14 +5,15 @@ Does not know: slots; which order keys of one layer have (`cache.policy`).
 
 Layers are used in turn. One list of all keys by last use (`Global`) therefore gives up, first of
 all, what the deep layers are about to ask for. `Shared` asks how many steps *of its own layer* a
-key was not used, and among equals takes it from the layer that is asked again last: the one just
-served. `Quota` lets no layer have more than its share.
+key was not used, and counts for how long its slot waits until that layer is asked again: a whole
+token for the layer just served. `Quota` lets no layer have more than its share.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from math import inf
+from operator import mul
 from typing import Protocol
 
 from cache.policy import Key, Policy
@@ -144,6 +145,11 @@ class Shared(_Pools):
         self._first: list[Key | None] = [None] * layers  # victim of each layer
         self._worth = [inf] * layers  # what it is worth
         self._changed = set(range(layers))
+        # A slot kept for a layer that was served `turn` layers ago pays after this part of a token
+        # at the earliest, and a token later on average: the chance is worth less the longer it
+        # ties up the slot.
+        waits = [(layers - turn) / layers for turn in range(layers)]
+        self._pace = [1.0 / (wait + 1.0) for wait in waits]
 
     def use(self, layer: int, keys: Iterable[Key], weight: float) -> None:
         super().use(layer, keys, weight)
@@ -169,7 +175,8 @@ class Shared(_Pools):
             self._look(changed, keep)
         self._changed.clear()
         found: list[Key] = []
-        turns = self._worth[layer::-1] + self._worth[:layer:-1]  # the layer served last first
+        worth, pace = self._worth, self._pace
+        turns = list(map(mul, worth[layer::-1] + worth[:layer:-1], pace))  # served last first
         while len(found) < count and (least := min(turns)) < inf:
             turn = turns.index(least)
             giver = (layer - turn) % len(turns)
@@ -178,15 +185,14 @@ class Shared(_Pools):
             self.held[giver] -= 1
             self.pools[giver].remove(key)
             found.append(key)
-            turns[turn] = self._look(giver, keep)
+            self._look(giver, keep)
+            turns[turn] = worth[giver] * pace[turn]
         return found
 
-    def _look(self, layer: int, keep: Container[Key]) -> float:
+    def _look(self, layer: int, keep: Container[Key]) -> None:
         """Find the first victim of `layer` and what it is worth."""
-        worth, key = self.pools[layer].first(keep) or (inf, None)
-        self._first[layer] = key
-        self._worth[layer] = worth
-        return worth
+        victim = self.pools[layer].first(keep)
+        self._worth[layer], self._first[layer] = victim or (inf, None)
 
 
 ALLOCATIONS: dict[str, type[Shared] | type[Global] | type[Quota]] = {

@@ -10,7 +10,9 @@ from collections.abc import Container, Iterable
 from typing import Protocol
 
 Key = tuple[int, int]  # (MoE layer, expert)
-Victim = tuple[float, Key]  # what keeping the key is worth, comparable among pools of one policy
+# What keeping a key is worth, and the key: how likely its layer's next step asks for it, in a unit
+# that all pools of one policy share.
+Victim = tuple[float, Key]
 
 
 class Policy(Protocol):

@@ -36,7 +36,7 @@ class LRU:
     def first(self, keep: Container[Key]) -> Victim | None:
         for key, used in self._used.items():
             if key not in keep:
-                return used - self._now, key
+                return 1.0 / (1 + self._now - used), key
         return None
 
     def keys(self) -> Iterable[Key]:

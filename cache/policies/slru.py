@@ -8,7 +8,7 @@ from collections.abc import Container, Iterable
 from cache.policy import Key, Victim
 
 PROTECTED_SHARE = 0.8  # of the resident keys, at most; Karedla et al. found 0.6 to 0.8 best
-SEGMENT = 1e9  # steps: a protected key is worth more than any that is not
+SEGMENT = 1e9  # times: a protected key is worth more than any that is not
 
 
 class SLRU:
@@ -62,10 +62,10 @@ class SLRU:
     def first(self, keep: Container[Key]) -> Victim | None:
         for key, used in self._probation.items():
             if key not in keep:
-                return used - self._now, key
+                return 1.0 / (1 + self._now - used), key
         for key, used in self._protected.items():
             if key not in keep:
-                return SEGMENT + used - self._now, key
+                return SEGMENT / (1 + self._now - used), key
         return None
 
     def keys(self) -> Iterable[Key]:
