@@ -145,11 +145,10 @@ class Shared(_Pools):
         self._first: list[Key | None] = [None] * layers  # victim of each layer
         self._worth = [inf] * layers  # what it is worth
         self._changed = set(range(layers))
-        # A slot kept for a layer that was served `turn` layers ago pays after this part of a token
-        # at the earliest, and a token later on average: the chance is worth less the longer it
-        # ties up the slot.
-        waits = [(layers - turn) / layers for turn in range(layers)]
-        self._pace = [1.0 / (wait + 1.0) for wait in waits]
+        self._paces = [
+            [_pace((giver - layer - 1) % layers + 1, layers) for giver in range(layers)]
+            for layer in range(layers)
+        ]
 
     def use(self, layer: int, keys: Iterable[Key], weight: float) -> None:
         super().use(layer, keys, weight)
@@ -175,24 +174,32 @@ class Shared(_Pools):
             self._look(changed, keep)
         self._changed.clear()
         found: list[Key] = []
-        worth, pace = self._worth, self._pace
-        turns = list(map(mul, worth[layer::-1] + worth[:layer:-1], pace))  # served last first
-        while len(found) < count and (least := min(turns)) < inf:
-            turn = turns.index(least)
-            giver = (layer - turn) % len(turns)
+        paces = self._paces[layer]
+        worth = list(map(mul, self._worth, paces))
+        while len(found) < count and (least := min(worth)) < inf:
+            giver = worth.index(least)
             key = self._first[giver]
             assert key is not None, "worth something, but no key"
             self.held[giver] -= 1
             self.pools[giver].remove(key)
             found.append(key)
             self._look(giver, keep)
-            turns[turn] = worth[giver] * pace[turn]
+            worth[giver] = self._worth[giver] * paces[giver]
         return found
 
     def _look(self, layer: int, keep: Container[Key]) -> None:
         """Find the first victim of `layer` and what it is worth."""
         victim = self.pools[layer].first(keep)
         self._worth[layer], self._first[layer] = victim or (inf, None)
+
+
+def _pace(ahead: int, layers: int) -> float:
+    """What a chance is worth to a slot kept for a layer asked again `ahead` layers from now.
+
+    The slot is tied up for that part of a token at least. That a token is added, for when the key
+    is not asked for, is an estimate: 0.3 to 3 tokens hit within 0.2 points of it.
+    """
+    return 1.0 / (ahead / layers + 1.0)
 
 
 ALLOCATIONS: dict[str, type[Shared] | type[Global] | type[Quota]] = {

@@ -33,7 +33,11 @@ class LFRU:
         self._idle = Ranking()  # the other resident keys: their scores stay as they are
 
     def step(self) -> None:
-        self._idle.extend([standing.rest() for standing in self._recent])
+        rest: list[Entry] = []
+        for standing in self._recent:
+            entry = standing.entry = (standing.score, standing.number, standing.key)
+            rest.append(entry)
+        self._idle.extend(rest)
         self._recent.clear()
         self._unit *= self._growth
         if self._unit > MOST:

@@ -136,9 +136,9 @@ class NaiveCache:
             return by_held[0]
         givers = {key[0] for key in idle}
         firsts = [min((k for k in idle if k[0] == giver), key=self.order) for giver in givers]
-        return min(firsts, key=lambda k: self.worth(k, (layer - k[0]) % self.layers))
+        return min(firsts, key=lambda key: self.worth(layer, key))
 
-    def worth(self, key: Key, turn: int) -> tuple[float, int]:
-        """Of a key whose layer was served `turn` layers ago."""
-        wait = (self.layers - turn) / self.layers
-        return self.value(key) * (1 / (wait + 1)), turn
+    def worth(self, layer: int, key: Key) -> tuple[float, int]:
+        """While `layer` is served: the value over a token and the wait for the layer of `key`."""
+        ahead = key[0] - layer if key[0] > layer else key[0] - layer + self.layers
+        return self.value(key) * (1 / (ahead / self.layers + 1)), key[0]
