@@ -64,14 +64,18 @@ class _Pools:
         pool = self.pools[layer]
         pool.step()
         pool.use(keys, weight)
+        self.changed(layer)
 
     def insert(self, layer: int, keys: Sequence[Key], weight: float) -> None:
         self.held[layer] += len(keys)
         self.pools[layer].insert(keys, weight)
+        self.changed(layer)
 
     def remove(self, key: Key) -> None:
-        self.held[key[0]] -= 1
-        self.pools[key[0]].remove(key)
+        layer = key[0]
+        self.held[layer] -= 1
+        self.pools[layer].remove(key)
+        self.changed(layer)
 
     def clear(self) -> None:
         for pool in self.pools:
@@ -150,18 +154,6 @@ class Shared(_Pools):
             for layer in range(layers)
         ]
 
-    def use(self, layer: int, keys: Iterable[Key], weight: float) -> None:
-        super().use(layer, keys, weight)
-        self._changed.add(layer)
-
-    def insert(self, layer: int, keys: Sequence[Key], weight: float) -> None:
-        super().insert(layer, keys, weight)
-        self._changed.add(layer)
-
-    def remove(self, key: Key) -> None:
-        super().remove(key)
-        self._changed.add(key[0])
-
     def clear(self) -> None:
         super().clear()
         self._changed.update(range(len(self.held)))
@@ -176,13 +168,16 @@ class Shared(_Pools):
         found: list[Key] = []
         paces = self._paces[layer]
         worth = list(map(mul, self._worth, paces))
-        while len(found) < count and (least := min(worth)) < inf:
+        while (least := min(worth)) < inf:
             giver = worth.index(least)
             key = self._first[giver]
             assert key is not None, "worth something, but no key"
             self.held[giver] -= 1
             self.pools[giver].remove(key)
             found.append(key)
+            if len(found) == count:
+                self.changed(giver)
+                break
             self._look(giver, keep)
             worth[giver] = self._worth[giver] * paces[giver]
         return found
