@@ -51,27 +51,27 @@ class ExpertCache:
         Residents come first. What does not fit beside them waits for a later wave, which takes over
         the slots of the wave before it.
         """
-        allocation, table = self._allocation, self.table
-        self._release(layer)
-        allocation.step(layer)
+        self._release()
         weight = PROMPT_WEIGHT if prompt else 1.0
         self.heat.use(layer, experts, weight)
-        counts = self.statistics.layers[layer]
         guess = self._guesses.pop(layer, None)
         if guess is not None:
             self._judge(layer, guess, experts)
-        hits, missing = [], []
-        for expert in experts:
-            key = (layer, expert)
-            if key in table:
-                allocation.use(key, weight)
-                hits.append(Use(expert, table.slot_of(key)))
-                self._in_use.append(key)
-                if self._useless:
-                    self._useless.pop(key, None)
-            else:
+        keys = [(layer, expert) for expert in experts]
+        hits: list[Use] = []
+        missing: list[Key] = []
+        for key, use in zip(keys, self.table.uses_of(keys), strict=True):
+            if use is None:
                 missing.append(key)
+            else:
+                hits.append(use)
+                self._in_use.append(key)
         self._keep.update(self._in_use)
+        self._allocation.use(layer, self._in_use, weight)
+        if self._useless:
+            for key in self._in_use:
+                self._useless.pop(key, None)
+        counts = self.statistics.layers[layer]
         counts.requests += len(experts)
         counts.hits += len(hits)
         counts.misses += len(missing)
@@ -79,10 +79,10 @@ class ExpertCache:
             return Plan(layer, (Wave(tuple(hits), ()),) if hits else ())
         return Plan(layer, self._waves(layer, hits, missing, weight))
 
-    def _release(self, layer: int) -> None:
+    def _release(self) -> None:
         """The step before is over: what it used may leave again."""
-        self._keep.difference_update(self._in_use)
         if self._in_use:
+            self._keep.difference_update(self._in_use)
             self._allocation.changed(self._in_use[0][0])
             self._in_use.clear()
 
@@ -109,24 +109,23 @@ class ExpertCache:
             slots = self._take_slots(layer, len(missing), evict=True)
             if not slots and not first_hits:
                 slots = self._take_over(layer, done[: len(missing)])
-            loads = tuple(
-                self._place(key, slot, weight) for key, slot in zip(missing, slots, strict=False)
-            )
-            taken = missing[: len(loads)]
+            taken, missing = missing[: len(slots)], missing[len(slots) :]
+            loads = self._place(layer, taken, slots, weight)
             self._in_use += taken
             self._keep.update(taken)
             waves.append(Wave(first_hits, loads))
-            done = [*first_hits, *loads]
+            if missing:
+                done = [*first_hits, *loads]
             first_hits = ()
-            missing = missing[len(loads) :]
         return tuple(waves)
 
     def _take_slots(self, layer: int, count: int, *, evict: bool) -> list[int]:
         """At most `count` slots for keys of `layer`: free ones, useless ones, victims'."""
         slots: list[int] = []
-        room = self._allocation.room(layer)
-        while len(slots) < min(count, room) and (slot := self.table.take_free()) is not None:
-            slots.append(slot)
+        if self.table.has_free():
+            room = min(count, self._allocation.room(layer))
+            while len(slots) < room and (slot := self.table.take_free()) is not None:
+                slots.append(slot)
         if len(slots) < count and self._useless:
             pooled = self._allocation.pooled
             useless = [
@@ -134,12 +133,10 @@ class ExpertCache:
                 for key in self._useless
                 if key not in self._keep and (pooled or key[0] == layer)
             ]
-            for key in useless[: count - len(slots)]:
-                slots.append(self._evict(layer, key))
-                self._allocation.changed(key[0])
+            slots += self._evict(layer, useless[: count - len(slots)])
         if len(slots) < count and evict:
-            victims = self._allocation.victims(layer, count - len(slots), self._keep)
-            slots += [self._evict(layer, key) for key in victims]
+            victims = self._allocation.evict(layer, count - len(slots), self._keep)
+            slots += self._vacate(layer, victims)
         return slots
 
     def _take_over(self, layer: int, done: Sequence[Use]) -> list[int]:
@@ -148,8 +145,7 @@ class ExpertCache:
         assert keys, "a wave without a slot"
         self._in_use = [key for key in self._in_use if key not in keys]
         self._keep.difference_update(keys)
-        self._allocation.changed(layer)
-        return [self._evict(layer, key) for key in keys]
+        return self._evict(layer, keys)
 
     def look_ahead(self, layer: int, experts: Sequence[int], most: int) -> tuple[Use, ...]:
         """Choose which guessed `experts` of a later `layer` to load now, at most `most` of them.
@@ -174,7 +170,7 @@ class ExpertCache:
         if count < 1:
             return ()
         slots = self._take_slots(layer, count, evict=self._trust.may_evict(layer))
-        loads = tuple(self._place(key, slot, 0.0) for key, slot in zip(absent, slots, strict=False))
+        loads = self._place(layer, absent[: len(slots)], slots, 0.0)
         guess.loaded |= {use.expert for use in loads}
         self._keep.update((layer, use.expert) for use in loads)
         self.statistics.layers[layer].lookahead_loads += len(loads)
@@ -200,7 +196,7 @@ class ExpertCache:
         if slot is None:
             return None
         self.statistics.layers[layer].warm_loads += 1
-        return self._place((layer, expert), slot, 1.0)
+        return self._place(layer, [(layer, expert)], [slot], 1.0)[0]
 
     def clear(self) -> None:
         """Forget what is where; counts stay. For a step that broke off at any point."""
@@ -222,21 +218,32 @@ class ExpertCache:
     def is_resident(self, layer: int, expert: int) -> bool:
         return (layer, expert) in self.table
 
-    def _evict(self, layer: int, key: Key) -> int:
-        self.statistics.layers[layer].evictions += 1
-        self._useless.pop(key, None)
-        self._allocation.remove(key)
-        return self.table.remove(key)
+    def _evict(self, layer: int, keys: Sequence[Key]) -> list[int]:
+        """The slots of `keys`, which make way for keys of `layer`."""
+        for key in keys:
+            self._allocation.remove(key)
+        return self._vacate(layer, keys)
 
-    def _place(self, key: Key, slot: int, weight: float) -> Use:
-        self.table.put(key, slot)
-        self._allocation.insert(key, weight)
-        return Use(key[1], slot)
+    def _vacate(self, layer: int, keys: Sequence[Key]) -> list[int]:
+        """The slots of `keys`, which the allocation gave up for `layer`."""
+        self.statistics.layers[layer].evictions += len(keys)
+        if self._useless:
+            for key in keys:
+                self._useless.pop(key, None)
+        return [self.table.remove(key) for key in keys]
+
+    def _place(
+        self, layer: int, keys: Sequence[Key], slots: Sequence[int], weight: float
+    ) -> tuple[Use, ...]:
+        """Put `keys` of `layer` into as many slots."""
+        self._allocation.insert(layer, keys, weight)
+        put = self.table.put
+        return tuple([put(key, slot) for key, slot in zip(keys, slots, strict=True)])
 
     def check_integrity(self) -> None:
         """Raise `AssertionError` when the parts contradict each other."""
         self.table.check_integrity()
-        order = list(self._allocation.order())
+        order = list(self._allocation.keys())
         assert len(order) == len(self.table), "policy and table disagree"
         assert all(key in self.table for key in order), (
             "the policy orders a key that is not resident"

@@ -5,6 +5,7 @@ Knows: uses that count half as much every `HALF_LIFE` steps. Does not know: who 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 from cache.policy import Key
@@ -18,7 +19,7 @@ class Heat:
     """Decayed uses of every expert of every layer."""
 
     def __init__(self, layers: int) -> None:
-        self._uses: list[dict[int, float]] = [{} for _ in range(layers)]
+        self._uses = [defaultdict[int, float](float) for _ in range(layers)]
         self._unit = [1.0] * layers  # what a use of the layer counts now
 
     def __len__(self) -> int:
@@ -30,10 +31,11 @@ class Heat:
         uses = self._uses[layer]
         unit = self._unit[layer] * weight
         for expert in experts:
-            uses[expert] = uses.get(expert, 0.0) + unit
+            uses[expert] += unit
         self._unit[layer] *= _GROWTH
         if self._unit[layer] > _MOST:
-            self._uses[layer] = {expert: n / self._unit[layer] for expert, n in uses.items()}
+            for expert in uses:
+                uses[expert] /= self._unit[layer]
             self._unit[layer] = 1.0
 
     def of(self, layer: int, expert: int) -> float:

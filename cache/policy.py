@@ -1,15 +1,18 @@
 """What every eviction policy offers.
 
-Knows: keys, the protocol. Does not know: slots, nor which keys must stay (the caller takes victims
-in order and skips those); the policies themselves are in `cache.policies`.
+Knows: keys, the protocol. Does not know: slots, nor which keys must stay (the caller says); the
+policies themselves are in `cache.policies`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterable
 from typing import Protocol
 
 Key = tuple[int, int]  # (MoE layer, expert)
+# What keeping a key is worth, and the key: how likely its layer's next step asks for it, in a unit
+# that all pools of one policy share.
+Victim = tuple[float, Key]
 
 
 class Policy(Protocol):
@@ -22,11 +25,11 @@ class Policy(Protocol):
     def step(self) -> None:
         """The pool's clock goes on: each of its layers is about to be asked once more."""
 
-    def insert(self, key: Key, weight: float = 1.0) -> None:
-        """`key` became resident."""
+    def insert(self, keys: Iterable[Key], weight: float = 1.0) -> None:
+        """`keys` became resident."""
 
-    def use(self, key: Key, weight: float = 1.0) -> None:
-        """The resident `key` was asked for."""
+    def use(self, keys: Iterable[Key], weight: float = 1.0) -> None:
+        """The resident `keys` were asked for."""
 
     def remove(self, key: Key) -> None:
         """`key` is no longer resident."""
@@ -34,8 +37,8 @@ class Policy(Protocol):
     def clear(self) -> None:
         """Nothing is resident any more."""
 
-    def victims(self) -> Iterator[Key]:
-        """Resident keys, the one to evict first first. Not to be changed while iterating."""
+    def first(self, keep: Container[Key]) -> Victim | None:
+        """The key to evict first of those that are not in `keep`. It stays in the pool."""
 
-    def value(self, key: Key) -> float:
-        """What keeping the resident `key` is worth, comparable among pools of one policy."""
+    def keys(self) -> Iterable[Key]:
+        """The resident keys, for checks."""

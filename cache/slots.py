@@ -6,6 +6,9 @@ is there (`cache.policy`) nor what it weighs.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from cache.plan import Use
 from cache.policy import Key
 
 
@@ -16,18 +19,23 @@ class SlotTable:
         if slots < 1:
             raise ValueError(f"a cache needs at least one slot, not {slots}")
         self.slots = slots
-        self._slot_of: dict[Key, int] = {}
+        self._uses: dict[Key, Use] = {}  # made once a load, handed out at each hit
         self._key_in: list[Key | None] = [None] * slots
         self._free = list(range(slots - 1, -1, -1))
 
     def __contains__(self, key: Key) -> bool:
-        return key in self._slot_of
+        return key in self._uses
 
     def __len__(self) -> int:
-        return len(self._slot_of)
+        return len(self._uses)
+
+    def uses_of(self, keys: Iterable[Key]) -> list[Use | None]:
+        """The expert and the slot of each key, None where it has none."""
+        get = self._uses.get
+        return [get(key) for key in keys]
 
     def slot_of(self, key: Key) -> int:
-        return self._slot_of[key]
+        return self._uses[key].slot
 
     def key_in(self, slot: int) -> Key | None:
         return self._key_in[slot]
@@ -39,24 +47,26 @@ class SlotTable:
     def has_free(self) -> bool:
         return bool(self._free)
 
-    def put(self, key: Key, slot: int) -> None:
+    def put(self, key: Key, slot: int) -> Use:
         """Place `key` in `slot`, which `take_free` or `remove` returned."""
         assert self._key_in[slot] is None, f"slot {slot} is taken"
-        assert key not in self._slot_of, f"{key} has a slot"
-        self._slot_of[key] = slot
+        assert key not in self._uses, f"{key} has a slot"
         self._key_in[slot] = key
+        use = self._uses[key] = Use(key[1], slot)
+        return use
 
     def remove(self, key: Key) -> int:
         """Take `key` out and return its slot, which is not put among the free ones."""
-        slot = self._slot_of.pop(key)
+        slot = self._uses.pop(key).slot
         self._key_in[slot] = None
         return slot
 
     def check_integrity(self) -> None:
         """Raise `AssertionError` when the table contradicts itself."""
-        assert len(self._slot_of) + len(self._free) == self.slots, "a slot is lost"
+        assert len(self._uses) + len(self._free) == self.slots, "a slot is lost"
         assert len(set(self._free)) == len(self._free), "a slot is free twice"
-        for key, slot in self._slot_of.items():
+        for key, (expert, slot) in self._uses.items():
             assert self._key_in[slot] == key, f"slot {slot} does not hold {key}"
+            assert key[1] == expert, f"{key} is handed out as {expert}"
         for slot in self._free:
             assert self._key_in[slot] is None, f"free slot {slot} holds a key"

@@ -6,11 +6,11 @@ for caches that load on demand and serve a step in one wave; look-ahead may pass
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable
 from heapq import heappop, heappush
 from itertools import count
 
-from cache.policy import Key
+from cache.policy import Key, Victim
 
 NEVER = 1 << 60
 
@@ -34,11 +34,16 @@ class Belady:
     def step(self) -> None:
         pass
 
-    def insert(self, key: Key, weight: float = 1.0) -> None:
-        self._resident.add(key)
-        self.use(key, weight)
+    def insert(self, keys: Iterable[Key], weight: float = 1.0) -> None:
+        for key in keys:
+            self._resident.add(key)
+            self._use(key, weight)
 
-    def use(self, key: Key, weight: float = 1.0) -> None:
+    def use(self, keys: Iterable[Key], weight: float = 1.0) -> None:
+        for key in keys:
+            self._use(key, weight)
+
+    def _use(self, key: Key, weight: float) -> None:
         if weight:
             self._uses[key].pop()
         heappush(self._heap, (-self._next(key), key))
@@ -54,18 +59,20 @@ class Belady:
         self._resident.clear()
         self._heap.clear()
 
-    def victims(self) -> Iterator[Key]:
-        taken: dict[Key, int] = {}
-        try:
-            while self._heap:
-                negative, key = heappop(self._heap)
-                if key in taken or key not in self._resident or -negative != self._next(key):
-                    continue
-                taken[key] = negative
-                yield key
-        finally:
-            for key, negative in taken.items():
-                heappush(self._heap, (negative, key))
+    def first(self, keep: Container[Key]) -> Victim | None:
+        kept: list[tuple[int, Key]] = []
+        found: Victim | None = None
+        while self._heap and found is None:
+            negative, key = self._heap[0]
+            if key not in self._resident or -negative != self._next(key):
+                heappop(self._heap)
+            elif key in keep:
+                kept.append(heappop(self._heap))
+            else:
+                found = negative, key
+        for entry in kept:
+            heappush(self._heap, entry)
+        return found
 
-    def value(self, key: Key) -> float:
-        return -self._next(key)
+    def keys(self) -> Iterable[Key]:
+        return self._resident

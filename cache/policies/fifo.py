@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from cache.policies.lru import LRU
 from cache.policy import Key
 
@@ -9,5 +11,5 @@ from cache.policy import Key
 class FIFO(LRU):
     """LRU in which only becoming resident counts as a use."""
 
-    def use(self, key: Key, weight: float = 1.0) -> None:
+    def use(self, keys: Iterable[Key], weight: float = 1.0) -> None:
         pass

@@ -1,7 +1,7 @@
 """Frequency and recency: how likely a key is asked for at its layer's next step.
 
 Knows: uses that count half as much every `half_life` steps, and who was asked for at the last one.
-Does not know: how the lowest is found (`cache.policies.ranking`).
+Does not know: how scores are kept in order (`cache.policies.ranking`).
 
 P(next) = repeats * [asked for at the last step] + (1 - repeats) * rate, the rate being the decayed
 count over its sum of weights. Counts age without being touched: a use counts more the later it is.
@@ -9,10 +9,10 @@ count over its sum of weights. Counts age without being touched: a use counts mo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterable
 
-from cache.policies.ranking import Ranking
-from cache.policy import Key
+from cache.policies.ranking import Entry, Ranking
+from cache.policy import Key, Victim
 
 HALF_LIFE = 16.0  # steps of a layer, that is tokens; docs/log.md compares others
 REPEATS = 0.1  # more of them on models of few experts a layer would be wrong, see docs/log.md
@@ -27,52 +27,94 @@ class LFRU:
         self._growth = 2.0 ** (1.0 / half_life)
         self._unit = 1.0  # what a use counts now
         self._bonus = repeats / (1.0 - repeats) / (1.0 - 1.0 / self._growth)  # in units
-        self._recent: dict[Key, None] = {}  # used since the last step
-        self._ranking = Ranking()
+        self._insertions = 0
+        self._known: dict[Key, _Standing] = {}  # every key that ever was resident
+        self._recent: list[_Standing] = []  # resident, used since the last step
+        self._idle = Ranking()  # the other resident keys: their scores stay as they are
 
     def step(self) -> None:
+        rest: list[Entry] = []
+        for standing in self._recent:
+            entry = standing.entry = (standing.score, standing.number, standing.key)
+            rest.append(entry)
+        self._idle.extend(rest)
         self._recent.clear()
         self._unit *= self._growth
         if self._unit > MOST:
-            scores = self._ranking.scores
-            for key in scores:
-                scores[key] /= self._unit
-            self._unit = 1.0
-            self._ranking.rebuild()
+            self._scale_down()
 
-    def insert(self, key: Key, weight: float = 1.0) -> None:
-        self.use(key, weight)
-        self._ranking.insert(key)
+    def _scale_down(self) -> None:
+        for standing in self._known.values():
+            standing.score /= self._unit
+        self._unit = 1.0
+        idle = [self._known[key] for _, _, key in self._idle.entries]
+        self._idle.clear()
+        self._idle.extend([standing.rest() for standing in idle])
 
-    def use(self, key: Key, weight: float = 1.0) -> None:
-        scores = self._ranking.scores
-        scores[key] = scores.get(key, 0.0) + weight * self._unit
-        if weight:
-            self._recent[key] = None
+    def insert(self, keys: Iterable[Key], weight: float = 1.0) -> None:
+        for key in keys:
+            standing = self._known.get(key)
+            if standing is None:
+                standing = self._known[key] = _Standing(key)
+            self._insertions += 1
+            standing.number = self._insertions
+            standing.score += weight * self._unit
+            if weight:
+                self._recent.append(standing)
+            else:
+                self._idle.add(standing.rest())
+
+    def use(self, keys: Iterable[Key], weight: float = 1.0) -> None:
+        counted = weight * self._unit
+        for key in keys:
+            standing = self._known[key]
+            standing.score += counted
+            if standing.entry is not None:
+                self._idle.remove(standing.entry)
+                standing.entry = None
+                self._recent.append(standing)
 
     def remove(self, key: Key) -> None:
-        self._recent.pop(key, None)
-        self._ranking.remove(key)
+        standing = self._known[key]
+        if standing.entry is None:
+            self._recent.remove(standing)
+        else:
+            self._idle.remove(standing.entry)
+            standing.entry = None
 
     def clear(self) -> None:
+        for key in self.keys():
+            self._known[key].entry = None
         self._recent.clear()
-        self._ranking.clear()
+        self._idle.clear()
 
-    def victims(self) -> Iterator[Key]:
-        recent, scores = self._recent, self._ranking.scores
+    def first(self, keep: Container[Key]) -> Victim | None:
+        idle = self._idle.first(keep)
         bonus = self._bonus * self._unit
-        late: list[Key] | None = None  # the recent ones, sorted once one may be next, last first
-        for key in self._ranking:
-            if key in recent:
-                continue
-            if scores[key] >= bonus:
-                if late is None:
-                    late = sorted(recent, key=scores.__getitem__)[::-1]
-                while late and scores[late[-1]] + bonus < scores[key]:
-                    yield late.pop()
-            yield key
-        yield from sorted(recent, key=scores.__getitem__) if late is None else reversed(late)
+        if idle is None or idle[0] > bonus:  # what was just used may be worth less
+            recent = [standing for standing in self._recent if standing.key not in keep]
+            if recent:
+                least = min(recent, key=lambda standing: standing.score)
+                if idle is None or least.score + bonus < idle[0]:
+                    return least.score / self._unit + self._bonus, least.key
+        return None if idle is None else (idle[0] / self._unit, idle[1])
 
-    def value(self, key: Key) -> float:
-        score = self._ranking.scores[key] / self._unit
-        return score + self._bonus if key in self._recent else score
+    def keys(self) -> Iterable[Key]:
+        return [standing.key for standing in self._recent] + [key for *_, key in self._idle.entries]
+
+
+class _Standing:
+    """One key's uses, and its place among the idle ones."""
+
+    __slots__ = ("entry", "key", "number", "score")
+
+    def __init__(self, key: Key) -> None:
+        self.key = key
+        self.score = 0.0
+        self.number = 0  # of its last insertion
+        self.entry: Entry | None = None  # None: not idle
+
+    def rest(self) -> Entry:
+        """It becomes idle, with the score it has."""
+        entry = self.entry = (self.score, self.number, self.key)
+        return entry

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Container, Iterable
 
-from cache.policy import Key
+from cache.policy import Key, Victim
 
 
 class LRU:
@@ -18,12 +18,14 @@ class LRU:
     def step(self) -> None:
         self._now += 1
 
-    def insert(self, key: Key, weight: float = 1.0) -> None:
-        self._used[key] = self._now
+    def insert(self, keys: Iterable[Key], weight: float = 1.0) -> None:
+        for key in keys:
+            self._used[key] = self._now
 
-    def use(self, key: Key, weight: float = 1.0) -> None:
-        self._used[key] = self._now
-        self._used.move_to_end(key)
+    def use(self, keys: Iterable[Key], weight: float = 1.0) -> None:
+        for key in keys:
+            self._used[key] = self._now
+            self._used.move_to_end(key)
 
     def remove(self, key: Key) -> None:
         del self._used[key]
@@ -31,8 +33,11 @@ class LRU:
     def clear(self) -> None:
         self._used.clear()
 
-    def victims(self) -> Iterator[Key]:
-        return iter(self._used)
+    def first(self, keep: Container[Key]) -> Victim | None:
+        for key, used in self._used.items():
+            if key not in keep:
+                return 1.0 / (1 + self._now - used), key
+        return None
 
-    def value(self, key: Key) -> float:
-        return self._used[key] - self._now
+    def keys(self) -> Iterable[Key]:
+        return self._used

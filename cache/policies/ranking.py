@@ -1,70 +1,44 @@
-"""Keys in the order of scores that only grow.
+"""Keys in the order of their scores.
 
-Knows: how to find the lowest score without sorting. Does not know: what a score means (`LFU`,
-`LFRU`).
+Knows: how to keep a sorted list sorted. Does not know: what a score means (`LFU`, `LFRU`).
 
-A heap holds one entry a key with the score it had when the entry was made. Scores only grow, so an
-entry is never too high: one that reaches the top with an old score is put back with the present
-one. A use therefore costs no work on the heap.
+Every operation moves some pointers in one list, which for a layer's keys, and for all layers'
+some thousand, costs less than what a heap would have to keep in order about keys that left.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from heapq import heapify, heappop, heappush, heapreplace
+from bisect import bisect_left, insort
+from collections.abc import Container, Iterable
 
-from cache.policy import Key
+from cache.policy import Key, Victim
 
 Entry = tuple[float, int, Key]  # score, number of the insertion, key
 
 
 class Ranking:
-    """Resident keys, lowest score first, the longer resident of equals first."""
+    """Entries, the lowest score first, the longer resident of equals first."""
 
     def __init__(self) -> None:
-        self.scores: dict[Key, float] = {}  # of every key that ever had one
-        self._inserted: dict[Key, int] = {}  # resident key -> number of its insertion
-        self._heap: list[Entry] = []
-        self._insertions = 0
+        self.entries: list[Entry] = []
 
-    def __len__(self) -> int:
-        return len(self._inserted)
+    def add(self, entry: Entry) -> None:
+        insort(self.entries, entry)
 
-    def insert(self, key: Key) -> None:
-        self._insertions += 1
-        self._inserted[key] = self._insertions
-        heappush(self._heap, (self.scores[key], self._insertions, key))
-        if len(self._heap) > 4 * len(self._inserted) + 64:  # mostly keys that left
-            self.rebuild()
+    def extend(self, entries: Iterable[Entry]) -> None:
+        """Add many at once."""
+        self.entries.extend(entries)
+        self.entries.sort()
 
-    def remove(self, key: Key) -> None:
-        del self._inserted[key]  # its entry is dropped when it reaches the top
+    def remove(self, entry: Entry) -> None:
+        del self.entries[bisect_left(self.entries, entry)]
 
     def clear(self) -> None:
-        self._inserted.clear()
-        self._heap.clear()
+        self.entries.clear()
 
-    def rebuild(self) -> None:
-        """Make the heap anew: scores were changed other than by growing."""
-        self._heap = [(self.scores[key], number, key) for key, number in self._inserted.items()]
-        heapify(self._heap)
-
-    def __iter__(self) -> Iterator[Key]:
-        heap, taken = self._heap, list[Entry]()
-        inserted, scores = self._inserted, self.scores
-        try:
-            while heap:
-                entry = heap[0]
-                score, number, key = entry
-                if inserted.get(key) != number:
-                    heappop(heap)
-                elif score != scores[key]:
-                    heapreplace(heap, (scores[key], number, key))
-                else:
-                    heappop(heap)
-                    taken.append(entry)
-                    yield key
-        finally:
-            for entry in taken:
-                if inserted.get(entry[2]) == entry[1]:
-                    heappush(heap, entry)
+    def first(self, keep: Container[Key]) -> Victim | None:
+        """The lowest entry whose key is not in `keep`."""
+        for score, _, key in self.entries:
+            if key not in keep:
+                return score, key
+        return None

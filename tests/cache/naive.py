@@ -97,11 +97,11 @@ class NaiveCache:
         seen, now = self.seen[key], self.steps[key[0]]
         match self.policy:
             case "lru":
-                return seen.uses[-1][1] - now
+                return 1 / (1 + now - seen.uses[-1][1])
             case "fifo":
-                return seen.came[1] - now
+                return 1 / (1 + now - seen.came[1])
             case "slru":
-                return seen.protected * SEGMENT + seen.uses[-1][1] - now
+                return (SEGMENT if seen.protected else 1) / (1 + now - seen.uses[-1][1])
             case "lfu":
                 return sum(weight for _, _, weight in seen.uses)
             case _:
@@ -136,4 +136,9 @@ class NaiveCache:
             return by_held[0]
         givers = {key[0] for key in idle}
         firsts = [min((k for k in idle if k[0] == giver), key=self.order) for giver in givers]
-        return min(firsts, key=lambda k: (self.value(k), (layer - k[0]) % self.layers))
+        return min(firsts, key=lambda key: self.worth(layer, key))
+
+    def worth(self, layer: int, key: Key) -> tuple[float, int]:
+        """While `layer` is served: the value over a token and the wait for the layer of `key`."""
+        ahead = key[0] - layer if key[0] > layer else key[0] - layer + self.layers
+        return self.value(key) * (1 / (ahead / self.layers + 1)), key[0]
