@@ -137,7 +137,7 @@ def load(
         _connect(model, pack, options, transfer)
         undo.callback(model.offload.close)
         if trace is not None:
-            model.offload.record(trace)
+            model.offload.record(trace, noted_layers=1)  # so that replays can look ahead
         if warm_start:
             model.offload.engine.warm(read_hot(pack.path, pack.info))
         undo.pop_all()
