@@ -136,8 +136,10 @@ def load(
         undo.callback(transfer.close)
         _connect(model, pack, options, transfer)
         undo.callback(model.offload.close)
-        if trace is not None:
-            model.offload.record(trace, noted_layers=1)  # so that replays can look ahead
+        if trace is not None:  # with what routers say of the next layer, for replays to act on
+            if not model.offload.engine.watches_routers:
+                model.offload.engine.watch_routers(model, routers(model, pack.info))
+            model.offload.record(trace, noted_layers=1)
         if warm_start:
             model.offload.engine.warm(read_hot(pack.path, pack.info))
         undo.pop_all()

@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import cli
+import offload
 import offload.generation
 from cache.trace_file import read
 from offload.generation import GenerationResponse
+from offload.handle import offload_of
+from tests.tiny import LAYERS, save_tiny
 
 DEMO = Path(__file__).parents[2] / "benchmarks" / "traces" / "code.trace"
 
@@ -104,3 +108,26 @@ def test_an_interrupted_run_leaves_its_trace_and_its_hot_experts(
     trace = read(tmp_path / "t")
     assert len(trace.events) % trace.header.layers == 0
     assert trace.generated >= 2
+
+
+@pytest.mark.parametrize("slots", [4, None])
+@pytest.mark.parametrize("lookahead", [True, False, None])
+def test_a_trace_tells_what_routers_said_whether_or_not_it_was_acted_on(
+    slots: int | None, lookahead: bool | None, tmp_path: Path
+) -> None:
+    """Or a replay with look-ahead would show figures of some steps only, and not say so."""
+    save_tiny("mixtral", tmp_path / "checkpoint")
+    model, _ = offload.load(
+        tmp_path / "checkpoint",
+        device="cpu",
+        expert_slots=slots,
+        lookahead=lookahead,
+        pack_dir=tmp_path,
+        trace=tmp_path / "run.trace",
+    )
+    model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8, do_sample=False)
+    offload_of(model).close()
+    events = read(tmp_path / "run.trace").events
+    followed = [event for event in events if not event.prompt and event.layer < LAYERS - 1]
+    assert followed
+    assert all(event.guesses for event in followed)
