@@ -1,8 +1,9 @@
 """A link in simulated time: one copy after the other, urgent ones first.
 
 Knows: when each copy begins and ends. Does not know: bytes, slots, why something is copied.
-As with the real ones, a copy that has begun runs to its end: an urgent copy waits for the rest of
-at most one other.
+A copy that has begun runs to its end: an urgent copy waits for the rest of at most one other. (The
+host's copy thread even gives way in the middle; a CUDA stream, which works in order, is not
+modelled.)
 """
 
 from __future__ import annotations
