@@ -672,7 +672,7 @@ def test_too_little_memory_names_the_shortage_and_the_flags(
 ) -> None:
     message = fails("generate", mixtral_pack, *HI, "--ram", "1MiB")
     assert message.startswith("needs 1 expert slot")
-    assert "0 fit in 0.00 GiB" in message
+    assert "0 fit in 1.0 MiB" in message
     for flag in ("--ctx-size", "--expert-bits", "--ram"):
         assert flag in message
 
