@@ -792,7 +792,8 @@ def _add_quality_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
         "--against",
         required=True,
         metavar="REFERENCE",
-        help="checkpoint (run at 16 bits), pack, hub id, or demo",
+        help="checkpoint (run at 16 bits, for which a pack as large as it is written), pack, hub "
+        "id, or demo",
     )
     group.add_argument(
         "--plain", action="store_true", help="run the reference by transformers alone, in memory"
