@@ -31,6 +31,20 @@ from quant.pack import VERSION, Pack, is_pack
 logger = logging.getLogger("offload")
 
 
+def find_source(
+    name: str, *, revision: str | None, local_files_only: bool, trust_remote_code: bool
+) -> sources.Source:
+    """What `name` stands for; "demo" is built if need be. Raises `SourceError`."""
+    if name == sources.DEMO:
+        return sources.Source(name, demo.checkpoint(), is_pack=False)
+    return sources.find(
+        name,
+        revision=revision,
+        local_files_only=local_files_only,
+        trust_remote_code=trust_remote_code,
+    )
+
+
 def find_or_make_pack(
     source: str,
     recipe: Recipe | None,
@@ -48,15 +62,12 @@ def find_or_make_pack(
     Weights are quantised on `device`. What `plan` refuses is not made. A `recipe` of None is the
     one that fits what `plan` (then not None) has.
     """
-    if source == sources.DEMO:
-        found = sources.Source(sources.DEMO, demo.checkpoint(), is_pack=False)
-    else:
-        found = sources.find(
-            source,
-            revision=revision,
-            local_files_only=local_files_only,
-            trust_remote_code=trust_remote_code,
-        )
+    found = find_source(
+        source,
+        revision=revision,
+        local_files_only=local_files_only,
+        trust_remote_code=trust_remote_code,
+    )
     if found.is_pack:
         if destination is not None:
             raise SourceError(f"{source} is a pack already: name the checkpoint it was made from")

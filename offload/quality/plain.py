@@ -5,8 +5,6 @@ Knows: how to open one from the names `load` takes. Does not know: what it is co
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -14,8 +12,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from offload import demo, sources
+from offload import sources
 from offload.errors import SourceError
+from offload.packs import find_source
 from offload.planning import find_device
 from offload.progress import without_bars
 
@@ -32,19 +31,16 @@ def load_plain(
 
     Raises `SourceError`, also for a pack.
     """
-    if source == sources.DEMO:
-        folder: Path = demo.checkpoint()
-    else:
-        found = sources.find(
-            source,
-            revision=revision,
-            local_files_only=local_files_only,
-            trust_remote_code=trust_remote_code,
-        )
-        if found.is_pack:
-            raise SourceError(f"{source} is a pack, which transformers cannot run: leave --plain")
-        sources.fetch_weights(found, local_files_only=local_files_only)
-        folder = found.folder
+    found = find_source(
+        source,
+        revision=revision,
+        local_files_only=local_files_only,
+        trust_remote_code=trust_remote_code,
+    )
+    if found.is_pack:
+        raise SourceError(f"{source} is a pack, which transformers cannot run: leave --plain")
+    sources.fetch_weights(found, local_files_only=local_files_only)
+    folder = found.folder
     options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     try:
         with without_bars():
