@@ -361,21 +361,22 @@ def _fails(file: Path, kind: type[OffloadError], match: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_dense_model(tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "dense.gguf", "llama")
+def _write_empty(file: Path, architecture: str) -> None:
+    """A GGUF file without tensors."""
+    writer = gguf.GGUFWriter(file, architecture)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def test_a_dense_model(tmp_path: Path) -> None:
+    _write_empty(tmp_path / "dense.gguf", "llama")
     _fails(tmp_path / "dense.gguf", UnsupportedModelError, "not a Mixture-of-Experts model")
 
 
 def test_an_architecture_that_is_not_read(tmp_path: Path) -> None:
-    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "deepseek2")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    _write_empty(tmp_path / "other.gguf", "deepseek2")
     _fails(tmp_path / "other.gguf", UnsupportedModelError, "'deepseek2'; llama, qwen2moe, qwen3moe")
 
 
