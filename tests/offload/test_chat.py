@@ -572,7 +572,8 @@ def test_a_saved_file_that_is_damaged_changes_nothing(text: str, chat: Chat, hom
 def test_a_chat_in_a_terminal(mixtral: Path, home: Path) -> None:
     import pexpect
 
-    arguments = ["cli.py", "chat", str(mixtral), "-n", "8", "--temp", "0", "--expert-slots", "25%"]
+    arguments = ["-m", "cli", "chat", str(mixtral), "-n", "8", "--temp", "0"]
+    arguments += ["--expert-slots", "25%"]
     environment = {
         **os.environ,
         "TERM": "xterm",

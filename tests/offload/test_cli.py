@@ -157,7 +157,7 @@ def test_a_pipe_is_a_prompt_unless_there_is_another(
 
 def test_the_command_in_a_pipeline(mixtral_pack: Path) -> None:
     """One real process: a prompt comes in by a pipe, the answer alone goes out by another."""
-    command = [sys.executable, "cli.py", "generate", mixtral_pack, "-n", "12", "--temp", "0"]
+    command = [sys.executable, "-m", "cli", "generate", mixtral_pack, "-n", "12", "--temp", "0"]
     done = subprocess.run(
         command,
         cwd=ROOT,

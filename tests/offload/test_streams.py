@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import cli
-from offload import terminal
+from offload import OffloadError, terminal
 from offload.chat import read_message
 from offload.files import MOST_CHARACTERS, read_text
 from tests.conftest import Script
@@ -25,7 +25,7 @@ def _shell(line: str, *arguments: str | Path) -> tuple[int, str, str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "LC_ALL": "C.UTF-8"}
     environment.pop("PYTHONUNBUFFERED", None)
     done = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", line, "-", sys.executable, "cli.py", *arguments],
+        ["bash", "-o", "pipefail", "-c", line, "-", sys.executable, "-m", "cli", *arguments],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -96,7 +96,7 @@ def test_a_piped_line_that_is_no_text_is_one_message(monkeypatch: pytest.MonkeyP
 
 
 def test_a_pipe_without_end_is_not_read_for_ever() -> None:
-    told = pytest.raises(cli.OffloadError, match=f"more than {MOST_CHARACTERS} characters")
+    told = pytest.raises(OffloadError, match=f"more than {MOST_CHARACTERS} characters")
     with Path("/dev/zero").open(encoding="utf-8") as endless, told:
         read_text(endless, "the pipe")
 
