@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from offload.errors import GenerationError
 from offload.generation_config import end_ids
 from offload.handle import offload_of
+from offload.prompt_cache import PromptCache
 from offload.sampling import Sampler, Sampling, is_number, resolve_sampling
 from offload.stats import Stats
 from offload.text import TextStream
@@ -37,7 +38,8 @@ class GenerationResponse:
     text: str  # new since the step before
     token: int
     prompt_tokens: int
-    prompt_tps: float  # tokens/s of the prefill
+    cached_tokens: int  # of them, in the KV cache from the prompt before
+    prompt_tps: float  # tokens/s of the prefill, those in the cache not counted
     generation_tokens: int
     generation_tps: float  # tokens/s of the decode, the prefill's token not counted
     peak_memory: int  # bytes: of the process, or of the GPU's allocations
@@ -45,8 +47,12 @@ class GenerationResponse:
     experts: Stats  # of this generation
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> list[int]:
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt, *, think: bool | None = None
+) -> list[int]:
     """Token ids of a text as it stands, of messages through the chat template, or of ids.
+
+    `think`: what the template is told as `enable_thinking`; None: nothing.
 
     Raises `GenerationError` when that is not possible.
     """
@@ -61,9 +67,10 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> 
     elif not tokenizer.chat_template:
         raise GenerationError("the model has no chat template: give the prompt as a text")
     else:
+        thinking = {} if think is None else {"enable_thinking": think}
         try:
             text = tokenizer.apply_chat_template(
-                list(prompt), tokenize=False, add_generation_prompt=True
+                list(prompt), tokenize=False, add_generation_prompt=True, **thinking
             )
         except Exception as error:  # a template is a program of the checkpoint's
             raise GenerationError(f"the chat template refused the messages: {error}") from None
@@ -108,12 +115,15 @@ def stream_generate(
     min_p: float | None = None,
     repetition_penalty: float | None = None,
     seed: int | None = None,
+    skip_special_tokens: bool = True,
+    prompt_cache: PromptCache | None = None,
 ) -> Iterator[GenerationResponse]:
     """Generate from `prompt`: a text as it stands, a list of `{"role", "content"}` messages, or
     ids.
 
     What is not given comes from the checkpoint's `generation_config`; greedy if that does not
     sample. `max_new_tokens` None: the config's, else 256. Stop strings are not part of the text.
+    With a `prompt_cache` only what differs from the prompt and answer before is read again.
     Raises `GenerationError` before the first step.
     """
     sampling = resolve_sampling(
@@ -145,9 +155,17 @@ def stream_generate(
     stops = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or [])
     if stops and tokenizer is None:
         raise GenerationError("stop strings need a tokenizer, and the model has none")
-    text = TextStream(tokenizer, stops) if tokenizer is not None else None
+    text = None
+    if tokenizer is not None:
+        text = TextStream(tokenizer, stops, skip_special_tokens)
     return _stream(
-        model, ids, min(limit, context - len(ids)), sampling, end_tokens(model, tokenizer), text
+        model,
+        ids,
+        min(limit, context - len(ids)),
+        sampling,
+        end_tokens(model, tokenizer),
+        text,
+        prompt_cache or PromptCache(),
     )
 
 
@@ -158,17 +176,19 @@ def _stream(
     sampling: Sampling,
     ends: frozenset[int],
     text: TextStream | None,
+    kept: PromptCache,
 ) -> Iterator[GenerationResponse]:
     sampler = Sampler(sampling, model.device)
     handle = offload_of(model)
     before = handle.stats()
     begin = time.perf_counter()
     ids = torch.tensor([prompt], device=model.device)
-    logits, cache = forward(model, ids, None)
+    cache, cached = kept.take(prompt)
+    logits, cache = forward(model, ids[:, cached:], cache)
     token = sampler(ids, logits)
     value = int(token)  # sync: the text is made on the host
     decode_begin = time.perf_counter()
-    prompt_tps = len(prompt) / (decode_begin - begin)
+    prompt_tps = (len(prompt) - cached) / (decode_begin - begin)
     for count in range(1, limit + 1):
         piece = "" if text is None or value in ends else text.push(value)
         reason = None
@@ -178,11 +198,14 @@ def _stream(
             reason = "length"
         if reason and text is not None:
             piece += text.finish()
+        if reason:
+            kept.keep(ids[0].tolist(), cache)
         seconds = time.perf_counter() - decode_begin
         yield GenerationResponse(
             piece,
             value,
             len(prompt),
+            cached,
             prompt_tps,
             count,
             (count - 1) / seconds if count > 1 else 0.0,
@@ -217,6 +240,8 @@ class GenerateOptions(TypedDict, total=False):
     min_p: float | None
     repetition_penalty: float | None
     seed: int | None
+    skip_special_tokens: bool
+    prompt_cache: PromptCache | None
 
 
 def generate(
