@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Protocol
 
 from markdown_it import MarkdownIt
@@ -23,6 +24,7 @@ from offload.printable import printable
 from offload.thinking import Piece
 
 REFRESH_SECONDS = 0.08  # between two drawings of what grows
+DRAWING_SHARE = 0.1  # of the time, at most: long blocks take long to draw
 THINKING, THOUGHT = "Thinking...", "...done thinking."  # ollama's words
 
 Panel = Callable[[], RenderableType]
@@ -86,7 +88,7 @@ class Rendered:
         self._source = ""  # of the block that grows
         self._thinking = False
         self._begun = False  # something of the answer is on the screen for good
-        self._drawn = 0.0  # when, by `time.monotonic`
+        self._next_drawing = 0.0  # by `time.monotonic`
 
     def write(self, text: str) -> None:
         print(text, end="", flush=True)
@@ -99,12 +101,15 @@ class Rendered:
                 self._print(Text(THINKING if piece.thought else THOUGHT, style="dim"))
             self._thinking = piece.thought
         self._source += printable(piece.text)
-        over, self._source = self._split(self._source)
-        self._settle(over)
-        now = time.monotonic()
-        if now - self._drawn >= REFRESH_SECONDS:
-            self._drawn = now
+        if "\n" in piece.text:
+            *over, self._source = self._blocks(self._source)
+            for block in over:
+                self._settle(block)
+        begin = time.monotonic()
+        if begin >= self._next_drawing:
             self._draw()
+            end = time.monotonic()
+            self._next_drawing = end + max(REFRESH_SECONDS, (end - begin) / DRAWING_SHARE)
 
     def finish(self) -> None:
         self._settle(self._source)
@@ -116,15 +121,16 @@ class Rendered:
             self._live.stop()
             self._live = None
 
-    def _split(self, source: str) -> tuple[str, str]:
-        """What will not change any more, and the rest."""
+    def _blocks(self, source: str) -> list[str]:
+        """The blocks of `source`: all but the last will not change any more."""
         if self._thinking:
             over, newline, rest = source.rpartition("\n")
-            return over + newline, rest
+            return [over + newline, rest]
         starts = [token.map[0] for token in _PARSER.parse(source) if token.level == 0 and token.map]
-        lines = source.splitlines(keepends=True)
-        last = starts[-1] if starts else 0
-        return "".join(lines[:last]), "".join(lines[last:])
+        lines = [f"{line}\n" for line in source.split("\n")]  # as markdown-it counts them
+        lines[-1] = lines[-1][:-1]
+        edges = [0, *starts[1:], len(lines)]
+        return ["".join(lines[begin:end]) for begin, end in pairwise(edges)]
 
     def _settle(self, source: str) -> None:
         """Print a block for good."""

@@ -150,10 +150,12 @@ class ScriptCache:
     def __init__(self) -> None:
         self.ids: list[int] = []
         self.step = 0  # of the answer
+        self.said: int | None = None  # the answer's last token, not read yet
 
     def crop(self, count: int) -> None:
         """Forget the last `-count` ids, as transformers' caches do."""
         del self.ids[count:]
+        self.said = None
 
 
 class Script:
@@ -182,14 +184,15 @@ class Script:
         """In place of `offload.generation.forward`."""
         cache = cache or ScriptCache()
         read = ids[0].tolist()
-        if len(read) > 1:
+        if read != [cache.said]:
             self.prompts.append(cache.ids + read)
             self.read.append(len(read))
             cache.step = 0
         cache.ids += read
         self.at(cache.step)
         logits = torch.full((1, VOCABULARY), -1e4)
-        logits[0, self.ids[cache.step] if cache.step < len(self.ids) else END] = 0.0
+        cache.said = self.ids[cache.step] if cache.step < len(self.ids) else END
+        logits[0, cache.said] = 0.0
         cache.step += 1
         return logits, cache
 

@@ -287,8 +287,8 @@ def test_any_error_in_an_answer_is_one_line_and_the_chat_goes_on(
     script.at = fail
     text = _converse(chat, terminal, line)
     assert chat.messages == before
-    assert text.startswith("y")
-    assert text.count("\n") == 2  # the error's, and the last at the end of the input
+    assert text.startswith("y\n")  # what was said ends its line
+    assert text.count("\n") == 3  # the error's, and the last at the end of the input
     script.at = lambda step: None
     assert _converse(chat, terminal, "again").startswith("yes\n")
     assert script.prompt.endswith("<assistant>yes</assistant><user>again</user><assistant>")
