@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, TypedDict, Unpack
+from typing import Any
 
 import psutil
 import torch
@@ -135,6 +135,31 @@ def stream_generate(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
+    request = prepare(model, tokenizer, prompt, max_new_tokens, stop_strings)
+    text = None
+    if tokenizer is not None:
+        text = TextStream(tokenizer, request.stops, skip_special_tokens)
+    ends = end_tokens(model, tokenizer)
+    return _stream(model, request, sampling, ends, text, prompt_cache or PromptCache())
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt that can be answered."""
+
+    ids: list[int]
+    limit: int  # of new tokens
+    stops: list[str]
+
+
+def prepare(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompt: Prompt,
+    max_new_tokens: int | None,
+    stop_strings: str | Sequence[str] | None,
+) -> Request:
+    """Check what was asked, as `stream_generate` documents it. Raises `GenerationError`."""
     limit = max_new_tokens
     if limit is None:
         limit = getattr(model.generation_config, "max_new_tokens", None) or DEFAULT_NEW_TOKENS
@@ -155,24 +180,12 @@ def stream_generate(
     stops = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or [])
     if stops and tokenizer is None:
         raise GenerationError("stop strings need a tokenizer, and the model has none")
-    text = None
-    if tokenizer is not None:
-        text = TextStream(tokenizer, stops, skip_special_tokens)
-    return _stream(
-        model,
-        ids,
-        min(limit, context - len(ids)),
-        sampling,
-        end_tokens(model, tokenizer),
-        text,
-        prompt_cache or PromptCache(),
-    )
+    return Request(ids, min(limit, context - len(ids)), [stop for stop in stops if stop])
 
 
 def _stream(
     model: PreTrainedModel,
-    prompt: list[int],
-    limit: int,
+    request: Request,
     sampling: Sampling,
     ends: frozenset[int],
     text: TextStream | None,
@@ -182,6 +195,7 @@ def _stream(
     handle = offload_of(model)
     before = handle.stats()
     begin = time.perf_counter()
+    prompt, limit = request.ids, request.limit
     ids = torch.tensor([prompt], device=model.device)
     cache, cached = kept.take(prompt)
     logits, cache = forward(model, ids[:, cached:], cache)
@@ -227,33 +241,6 @@ def forward(model: PreTrainedModel, ids: Tensor, cache: Any) -> tuple[Tensor, An
     sequence."""
     out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return out.logits[:, -1], out.past_key_values
-
-
-class GenerateOptions(TypedDict, total=False):
-    """What `stream_generate` takes by name."""
-
-    max_new_tokens: int | None
-    stop_strings: str | Sequence[str] | None
-    temperature: float | None
-    top_k: int | None
-    top_p: float | None
-    min_p: float | None
-    repetition_penalty: float | None
-    seed: int | None
-    skip_special_tokens: bool
-    prompt_cache: PromptCache | None
-
-
-def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    prompt: Prompt,
-    **options: Unpack[GenerateOptions],
-) -> str:
-    """The whole text of `stream_generate`, which documents the options."""
-    if tokenizer is None:
-        raise GenerationError("the model has no tokenizer: use stream_generate for token ids")
-    return "".join(step.text for step in stream_generate(model, tokenizer, prompt, **options))
 
 
 def peak_memory(device: torch.device) -> int:
