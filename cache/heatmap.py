@@ -9,6 +9,7 @@ more the expert was asked for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from cache.replay import Setup, make_cache, prepare
 from cache.trace import Trace
 
 BLOCKS, POINTS = "░▒▓█", " .:!"
+FULLNESS = " ░▒▓█"  # of a part of the model: no expert resident, up to all
 PLAIN_BLOCKS = "-+*#"  # where blocks cannot be written
 GREENS, REDS = (22, 28, 34, 46), (236, 88, 124, 196)  # of the 256 colours of a terminal
 LABEL, RATE = 5, 13  # columns before and after a row
@@ -62,6 +64,28 @@ def draw(heat: HeatMap, *, width: int = 80, color: bool = False, blocks: bool = 
         f"elsewhere: {_legend(POINTS.strip(), REDS[1:], color)}"
     )
     return "\n".join(rows)
+
+
+def squeezed(heat: HeatMap, rows: int = 4, width: int = 64) -> str:
+    """How full each part of the model is, in at most `rows` rows of layers and `width` columns of
+    experts; a legend beside it."""
+    layers = len(heat.resident)
+    lines = []
+    for begin, end in _parts(layers, rows):
+        most = max(len(experts) for experts in heat.resident[begin:end])
+        signs = ""
+        for first, last in _parts(most, width):
+            here = [is_in for experts in heat.resident[begin:end] for is_in in experts[first:last]]
+            share = sum(here) / max(1, len(here))
+            signs += FULLNESS[math.ceil(share * (len(FULLNESS) - 1))]
+        lines.append(f"layers {begin:>2} to {end - 1:>2} |{signs}|")
+    return "\n".join(lines)
+
+
+def _parts(count: int, most: int) -> list[tuple[int, int]]:
+    """`range(count)` as at most `most` ranges of nearly equal lengths."""
+    parts = min(count, most)
+    return [(count * i // parts, count * (i + 1) // parts) for i in range(parts)]
 
 
 def _cell(heat: HeatMap, layer: int, expert: int, color: bool, blocks: bool) -> str:

@@ -24,6 +24,9 @@ def add(commands: Commands) -> None:
     chat.add_argument(
         "-st", "--single-turn", action="store_true", help="answer once (-p) and leave"
     )
+    chat.add_argument(
+        "--hide-thoughts", action="store_true", help="show only what follows a model's thoughts"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -33,19 +36,16 @@ def run(arguments: argparse.Namespace) -> int:
     model, tokenizer, load_seconds = load_model(arguments)
     from offload.chat import Chat, converse
     from offload.handle import offload_of
-    from offload.terminal import reader
+    from offload.terminal import display, reader
 
     if tokenizer is None or not tokenizer.chat_template:
         raise OffloadError(f"{arguments.model} has no chat template: use offload generate --raw")
-
-    def write(text: str) -> None:
-        print(text, end="", flush=True)
 
     chat = Chat(
         model,
         tokenizer,
         asked_sampling(arguments, model),
-        write,
+        display(),
         system=arguments.system_prompt,
         max_new_tokens=None if arguments.n_predict < 0 else arguments.n_predict,
         stop_strings=tuple(arguments.reverse_prompt),
@@ -60,6 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
         f"leaves",
         file=sys.stderr,
     )
+    chat.display.thoughts = not arguments.hide_thoughts
     with contextlib.closing(offload_of(model)):
         if prompt is not None:
             chat.say(prompt)

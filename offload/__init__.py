@@ -20,7 +20,8 @@ from offload.errors import (
 from offload.version import __version__
 
 if TYPE_CHECKING:
-    from offload.generation import GenerationResponse, generate, stream_generate
+    from offload.batch import generate
+    from offload.generation import GenerationResponse, stream_generate
     from offload.loading import load
 
 __all__ = [
@@ -42,7 +43,7 @@ __all__ = [
 
 _LATER = {
     "GenerationResponse": "offload.generation",
-    "generate": "offload.generation",
+    "generate": "offload.batch",
     "load": "offload.loading",
     "stream_generate": "offload.generation",
 }

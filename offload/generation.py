@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, TypedDict, Unpack
+from typing import Any
 
 import psutil
 import torch
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from offload.errors import GenerationError
 from offload.generation_config import end_ids
 from offload.handle import offload_of
+from offload.prompt_cache import PromptCache
 from offload.sampling import Sampler, Sampling, is_number, resolve_sampling
 from offload.stats import Stats
 from offload.text import TextStream
@@ -37,7 +38,8 @@ class GenerationResponse:
     text: str  # new since the step before
     token: int
     prompt_tokens: int
-    prompt_tps: float  # tokens/s of the prefill
+    cached_tokens: int  # of them, in the KV cache from the prompt before
+    prompt_tps: float  # tokens/s of the prefill, those in the cache not counted
     generation_tokens: int
     generation_tps: float  # tokens/s of the decode, the prefill's token not counted
     peak_memory: int  # bytes: of the process, or of the GPU's allocations
@@ -45,8 +47,12 @@ class GenerationResponse:
     experts: Stats  # of this generation
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> list[int]:
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt, *, think: bool | None = None
+) -> list[int]:
     """Token ids of a text as it stands, of messages through the chat template, or of ids.
+
+    `think`: what the template is told as `enable_thinking`; None: nothing.
 
     Raises `GenerationError` when that is not possible.
     """
@@ -61,9 +67,10 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> 
     elif not tokenizer.chat_template:
         raise GenerationError("the model has no chat template: give the prompt as a text")
     else:
+        thinking = {} if think is None else {"enable_thinking": think}
         try:
             text = tokenizer.apply_chat_template(
-                list(prompt), tokenize=False, add_generation_prompt=True
+                list(prompt), tokenize=False, add_generation_prompt=True, **thinking
             )
         except Exception as error:  # a template is a program of the checkpoint's
             raise GenerationError(f"the chat template refused the messages: {error}") from None
@@ -108,12 +115,15 @@ def stream_generate(
     min_p: float | None = None,
     repetition_penalty: float | None = None,
     seed: int | None = None,
+    skip_special_tokens: bool = True,
+    prompt_cache: PromptCache | None = None,
 ) -> Iterator[GenerationResponse]:
     """Generate from `prompt`: a text as it stands, a list of `{"role", "content"}` messages, or
     ids.
 
     What is not given comes from the checkpoint's `generation_config`; greedy if that does not
     sample. `max_new_tokens` None: the config's, else 256. Stop strings are not part of the text.
+    With a `prompt_cache` only what differs from the prompt and answer before is read again.
     Raises `GenerationError` before the first step.
     """
     sampling = resolve_sampling(
@@ -125,6 +135,31 @@ def stream_generate(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
+    request = prepare(model, tokenizer, prompt, max_new_tokens, stop_strings)
+    text = None
+    if tokenizer is not None:
+        text = TextStream(tokenizer, request.stops, skip_special_tokens)
+    ends = end_tokens(model, tokenizer)
+    return _stream(model, request, sampling, ends, text, prompt_cache or PromptCache())
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt that can be answered."""
+
+    ids: list[int]
+    limit: int  # of new tokens
+    stops: list[str]
+
+
+def prepare(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompt: Prompt,
+    max_new_tokens: int | None,
+    stop_strings: str | Sequence[str] | None,
+) -> Request:
+    """Check what was asked, as `stream_generate` documents it. Raises `GenerationError`."""
     limit = max_new_tokens
     if limit is None:
         limit = getattr(model.generation_config, "max_new_tokens", None) or DEFAULT_NEW_TOKENS
@@ -145,30 +180,29 @@ def stream_generate(
     stops = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or [])
     if stops and tokenizer is None:
         raise GenerationError("stop strings need a tokenizer, and the model has none")
-    text = TextStream(tokenizer, stops) if tokenizer is not None else None
-    return _stream(
-        model, ids, min(limit, context - len(ids)), sampling, end_tokens(model, tokenizer), text
-    )
+    return Request(ids, min(limit, context - len(ids)), [stop for stop in stops if stop])
 
 
 def _stream(
     model: PreTrainedModel,
-    prompt: list[int],
-    limit: int,
+    request: Request,
     sampling: Sampling,
     ends: frozenset[int],
     text: TextStream | None,
+    kept: PromptCache,
 ) -> Iterator[GenerationResponse]:
     sampler = Sampler(sampling, model.device)
     handle = offload_of(model)
     before = handle.stats()
     begin = time.perf_counter()
+    prompt, limit = request.ids, request.limit
     ids = torch.tensor([prompt], device=model.device)
-    logits, cache = forward(model, ids, None)
+    cache, cached = kept.take(prompt)
+    logits, cache = forward(model, ids[:, cached:], cache)
     token = sampler(ids, logits)
     value = int(token)  # sync: the text is made on the host
     decode_begin = time.perf_counter()
-    prompt_tps = len(prompt) / (decode_begin - begin)
+    prompt_tps = (len(prompt) - cached) / (decode_begin - begin)
     for count in range(1, limit + 1):
         piece = "" if text is None or value in ends else text.push(value)
         reason = None
@@ -178,11 +212,14 @@ def _stream(
             reason = "length"
         if reason and text is not None:
             piece += text.finish()
+        if reason:
+            kept.keep(ids[0].tolist(), cache)
         seconds = time.perf_counter() - decode_begin
         yield GenerationResponse(
             piece,
             value,
             len(prompt),
+            cached,
             prompt_tps,
             count,
             (count - 1) / seconds if count > 1 else 0.0,
@@ -204,31 +241,6 @@ def forward(model: PreTrainedModel, ids: Tensor, cache: Any) -> tuple[Tensor, An
     sequence."""
     out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return out.logits[:, -1], out.past_key_values
-
-
-class GenerateOptions(TypedDict, total=False):
-    """What `stream_generate` takes by name."""
-
-    max_new_tokens: int | None
-    stop_strings: str | Sequence[str] | None
-    temperature: float | None
-    top_k: int | None
-    top_p: float | None
-    min_p: float | None
-    repetition_penalty: float | None
-    seed: int | None
-
-
-def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    prompt: Prompt,
-    **options: Unpack[GenerateOptions],
-) -> str:
-    """The whole text of `stream_generate`, which documents the options."""
-    if tokenizer is None:
-        raise GenerationError("the model has no tokenizer: use stream_generate for token ids")
-    return "".join(step.text for step in stream_generate(model, tokenizer, prompt, **options))
 
 
 def peak_memory(device: torch.device) -> int:

@@ -10,10 +10,13 @@ import contextlib
 import sys
 from pathlib import Path
 
+from rich.text import Text
+
 from cache.cache import ExpertCache
-from cache.heatmap import of_cache
+from cache.heatmap import of_cache, squeezed
 from offload.budget import gib
 from offload.generation import GenerationResponse
+from offload.handle import Offload
 from offload.picture import show
 from offload.recipe import Recipe
 from quant.pack import Pack, PackInfo
@@ -59,6 +62,20 @@ def verbose_rows(response: GenerationResponse, load_seconds: float) -> str:
 
 def _duration(seconds: float) -> str:
     return f"{seconds * 1e3:.2f}ms" if seconds < 1 else f"{seconds:.2f}s"
+
+
+def live_panel(response: GenerationResponse | None, offload: Offload) -> Text:
+    """Speed, hits, and where the resident experts are, while an answer comes."""
+    if response is None:
+        return Text()
+    counts, info = response.experts.counts, offload.pack.info
+    cache = offload.engine.cache
+    heat = of_cache(cache, [layer.num_experts for layer in info.layers])
+    line = (
+        f"{response.generation_tokens} tokens, {response.generation_tps:.1f} t/s, "
+        f"hits {counts.hit_rate:.1%}, {response.experts.mib_per_token:.1f} MiB/token"
+    )
+    return Text(f"{line}\n{squeezed(heat)}", style="dim")
 
 
 def experts_map(cache: ExpertCache, info: PackInfo) -> str:

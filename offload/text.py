@@ -17,9 +17,13 @@ class TextStream:
     """Turns tokens into text that never holds part of a character nor anything of a stop string."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, stop_strings: Sequence[str] = ()
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        stop_strings: Sequence[str] = (),
+        skip_special_tokens: bool = True,
     ) -> None:
         self._tokenizer = tokenizer
+        self._skip_special = skip_special_tokens
         self._stops = tuple(stop for stop in stop_strings if stop)
         self._ids: list[int] = []
         self._context = 0  # decoding starts here, so that spaces between tokens come out right
@@ -53,7 +57,9 @@ class TextStream:
         return text[len(shown) :]
 
     def _decode(self, start: int, end: int) -> str:
-        return str(self._tokenizer.decode(self._ids[start:end], skip_special_tokens=True))
+        return str(
+            self._tokenizer.decode(self._ids[start:end], skip_special_tokens=self._skip_special)
+        )
 
     def _emit(self, new: str) -> str:
         if not self._stops:
@@ -63,14 +69,15 @@ class TextStream:
         if found:
             self.stopped, self._held = True, ""
             return text[: min(found)]
-        keep = max(_overlap(text, stop) for stop in self._stops)
+        keep = held_back(text, self._stops)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
-    for size in range(min(len(text), len(stop) - 1), 0, -1):
-        if stop.startswith(text[-size:]):
+def held_back(text: str, marks: Sequence[str]) -> int:
+    """Length of the longest end of `text` that may turn out to begin one of `marks`."""
+    longest = max((len(mark) for mark in marks), default=0)
+    for size in range(min(len(text), longest - 1), 0, -1):
+        if any(mark.startswith(text[-size:]) and len(mark) > size for mark in marks):
             return size
     return 0

@@ -142,6 +142,22 @@ def mixtral_pack(mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return find_or_make_pack(str(mixtral), Recipe(), destination=destination)
 
 
+class ScriptCache:
+    """In place of transformers' KV cache."""
+
+    is_croppable = True
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+        self.step = 0  # of the answer
+        self.said: int | None = None  # the answer's last token, not read yet
+
+    def crop(self, count: int) -> None:
+        """Forget the last `-count` ids, as transformers' caches do."""
+        del self.ids[count:]
+        self.said = None
+
+
 class Script:
     """What a model is made to say, token by token, and the prompts it was given.
 
@@ -151,6 +167,7 @@ class Script:
     def __init__(self) -> None:
         self.ids: list[int] = []
         self.prompts: list[list[int]] = []
+        self.read: list[int] = []  # tokens of each prompt that were not in the KV cache
         self.at: Callable[[int], None] = lambda step: None
 
     def say(self, text: str) -> None:
@@ -161,15 +178,23 @@ class Script:
         """The last prompt as text."""
         return bytes(self.prompts[-1]).decode()
 
-    def forward(self, model: Any, ids: Tensor, cache: int | None) -> tuple[Tensor, int]:
-        """In place of `offload.generation.forward`; its KV cache is the number of steps."""
-        if cache is None:
-            self.prompts.append(ids[0].tolist())
-        step = 0 if cache is None else cache
-        self.at(step)
+    def forward(
+        self, model: Any, ids: Tensor, cache: ScriptCache | None
+    ) -> tuple[Tensor, ScriptCache]:
+        """In place of `offload.generation.forward`."""
+        cache = cache or ScriptCache()
+        read = ids[0].tolist()
+        if read != [cache.said]:
+            self.prompts.append(cache.ids + read)
+            self.read.append(len(read))
+            cache.step = 0
+        cache.ids += read
+        self.at(cache.step)
         logits = torch.full((1, VOCABULARY), -1e4)
-        logits[0, self.ids[step] if step < len(self.ids) else END] = 0.0
-        return logits, step + 1
+        cache.said = self.ids[cache.step] if cache.step < len(self.ids) else END
+        logits[0, cache.said] = 0.0
+        cache.step += 1
+        return logits, cache
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import offload
 from cache.heatmap import BLOCKS, PLAIN_BLOCKS, POINTS
 from offload.chat import Chat, ChatError, converse, read_message
+from offload.display import Plain
 from offload.sampling import Sampling
 from tests.conftest import Script
 from tests.tiny import EXPERTS, LAYERS
@@ -76,7 +77,7 @@ def chat(loaded: tuple[Any, Any], terminal: Terminal, script: Script) -> Chat:
     """A chat whose model says "yes", without timings."""
     script.say("yes")
     model, tokenizer = loaded
-    return Chat(model, tokenizer, Sampling(), terminal.write, timings=False)
+    return Chat(model, tokenizer, Sampling(), Plain(terminal.write), timings=False)
 
 
 def _converse(chat: Chat, terminal: Terminal, *lines: str | type[BaseException]) -> str:
@@ -114,7 +115,9 @@ def test_an_answer_comes_in_whole_characters(
 
 def test_an_answer_is_made_by_the_model_itself(loaded: tuple[Any, Any], terminal: Terminal) -> None:
     model, tokenizer = loaded
-    chat = Chat(model, tokenizer, Sampling(), terminal.write, max_new_tokens=8, timings=False)
+    chat = Chat(
+        model, tokenizer, Sampling(), Plain(terminal.write), max_new_tokens=8, timings=False
+    )
     chat.say("hello")
     messages = [{"role": "user", "content": "hello"}]
     text = offload.generate(model, tokenizer, messages, max_new_tokens=8)
@@ -284,8 +287,8 @@ def test_any_error_in_an_answer_is_one_line_and_the_chat_goes_on(
     script.at = fail
     text = _converse(chat, terminal, line)
     assert chat.messages == before
-    assert text.startswith("y")
-    assert text.count("\n") == 2  # the error's, and the last at the end of the input
+    assert text.startswith("y\n")  # what was said ends its line
+    assert text.count("\n") == 3  # the error's, and the last at the end of the input
     script.at = lambda step: None
     assert _converse(chat, terminal, "again").startswith("yes\n")
     assert script.prompt.endswith("<assistant>yes</assistant><user>again</user><assistant>")
@@ -337,7 +340,7 @@ def test_a_pipe_is_not_read(chat: Chat, terminal: Terminal, tmp_path: Path) -> N
 
 
 def test_an_extreme_temperature_answers(loaded: tuple[Any, Any], terminal: Terminal) -> None:
-    chat = Chat(*loaded, Sampling(), terminal.write, timings=False, max_new_tokens=3)
+    chat = Chat(*loaded, Sampling(), Plain(terminal.write), timings=False, max_new_tokens=3)
     for temperature in ("1e-300", "1e300"):
         chat.command(f"/set temperature {temperature}")
         chat.say("one")
@@ -482,7 +485,9 @@ def test_show_info(chat: Chat, terminal: Terminal) -> None:
 
 def test_show_experts_draws_who_is_resident(loaded: tuple[Any, Any], terminal: Terminal) -> None:
     model, tokenizer = loaded
-    chat = Chat(model, tokenizer, Sampling(), terminal.write, max_new_tokens=3, timings=False)
+    chat = Chat(
+        model, tokenizer, Sampling(), Plain(terminal.write), max_new_tokens=3, timings=False
+    )
     chat.say("hello")
     terminal.take()
     chat.command("/show experts")
@@ -514,7 +519,7 @@ def test_a_conversation_is_saved_and_loaded(
     messages, sampling = list(chat.messages), chat.sampling
     chat.command("/save my-chat.1")
     assert str(home / "conversations" / "my-chat.1.json") in terminal.take()
-    other = Chat(chat.model, chat.tokenizer, Sampling(), terminal.write)
+    other = Chat(chat.model, chat.tokenizer, Sampling(), Plain(terminal.write))
     other.say("something else")
     other.command("/load my-chat.1")
     assert (other.messages, other.system, other.sampling) == (messages, "קצר", sampling)

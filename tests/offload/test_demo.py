@@ -9,7 +9,8 @@ import torch
 
 import offload
 from offload import demo
-from offload.generation import generate, stream_generate
+from offload.batch import generate
+from offload.generation import stream_generate
 from offload.handle import offload_of
 from offload.progress import without_bars
 

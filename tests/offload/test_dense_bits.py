@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import offload
+from offload.batch import generate
 from offload.budget import Memory, kv_cache_bytes, workspace_bytes
 from offload.errors import BudgetError
-from offload.generation import generate
 from offload.handle import offload_of
 from offload.packs import find_or_make_pack
 from offload.parts import dense_matrices

@@ -1,0 +1,144 @@
+"""Prompts from a file, answers to a file: resumed, never half a line."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import offload.answers_file
+from cli import main
+from offload.answers_file import AnswersFile, read_prompts
+from offload.errors import OffloadError
+
+GIVEN = [{"prompt": f"number {i}", "id": i} for i in range(6)]
+
+
+def _prompts(folder: Path) -> Path:
+    file = folder / "prompts.jsonl"
+    file.write_text("".join(json.dumps(given) + "\n" for given in GIVEN), encoding="utf-8")
+    return file
+
+
+@pytest.mark.parametrize(
+    "line", ["{", "[]", "3", '{"text": "a"}', '{"prompt": 3}', '{"messages": [{}]}', "[" * 10000]
+)
+def test_a_line_that_is_no_prompt_is_named(line: str, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(f'"fine"\n\n{line}\n')
+    with pytest.raises(OffloadError, match="line 3"):
+        read_prompts(file)
+
+
+def test_half_a_line_is_cut_off_and_answered_again(tmp_path: Path) -> None:
+    file = tmp_path / "answers.jsonl"
+    answers = AnswersFile(file)
+    assert answers.done(GIVEN) == 0
+    answers.append(GIVEN[0], {"answer": "שלום"})
+    answers.close()
+    whole = file.read_bytes()
+    with file.open("ab") as handle:
+        handle.write(b'{"prompt": "numb')
+    answers = AnswersFile(file)
+    assert answers.done(GIVEN) == 1
+    answers.append(GIVEN[1], {"answer": "b"})
+    answers.close()
+    assert file.read_bytes().startswith(whole)
+    assert [json.loads(line)["id"] for line in file.read_text().splitlines()] == [0, 1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.jsonl"]
+
+
+def test_answers_to_other_prompts_are_left_alone(tmp_path: Path) -> None:
+    file = tmp_path / "answers.jsonl"
+    file.write_text('{"prompt": "another", "answer": "x"}\n')
+    answers = AnswersFile(file)
+    with pytest.raises(OffloadError, match="line 1"):
+        answers.done(GIVEN)
+    answers.close()
+    assert file.read_text() == '{"prompt": "another", "answer": "x"}\n'
+
+
+def test_a_file_has_one_writer(tmp_path: Path) -> None:
+    answers = AnswersFile(tmp_path / "answers.jsonl")
+    with pytest.raises(OffloadError, match="another process"):
+        AnswersFile(tmp_path / "answers.jsonl")
+    answers.close()
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "answers.jsonl"
+    answers = AnswersFile(file)
+    answers.done(GIVEN)
+    answers.append(GIVEN[0], {"answer": "a"})
+    whole = file.read_bytes()
+
+    def half(handle: int, data: bytes, at: int) -> None:
+        os.pwrite(handle, data[:5], at)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(offload.answers_file, "_write", half)
+    with pytest.raises(OffloadError, match="No space left"):
+        answers.append(GIVEN[1], {"answer": "b"})
+    answers.close()
+    assert file.read_bytes() == whole
+
+
+def _arguments(mixtral: Path, folder: Path) -> list[str]:
+    named = ["-f", str(_prompts(folder)), "-o", str(folder / "answers.jsonl")]
+    return ["generate", str(mixtral), *named, "-n", "4", "--temp", "0", "-np", "2"]
+
+
+def _answers(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+
+
+def test_the_command_answers_every_line_and_goes_on_where_it_stopped(
+    mixtral: Path, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(_arguments(mixtral, tmp_path)) == 0
+    said = _answers(tmp_path)
+    assert [answer["id"] for answer in said] == list(range(6))
+    assert all(answer["generated_tokens"] == 4 for answer in said)
+    file = tmp_path / "answers.jsonl"
+    file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:3]) + b'{"prom')
+    capsys.readouterr()
+    assert main(_arguments(mixtral, tmp_path)) == 0
+    assert "3 of 6 prompts are answered already" in capsys.readouterr().err
+    assert [answer["id"] for answer in _answers(tmp_path)] == list(range(6))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
+def test_a_kill_loses_no_line_that_was_written(mixtral: Path, home: Path, tmp_path: Path) -> None:
+    arguments = _arguments(mixtral, tmp_path)
+    child = subprocess.Popen(
+        [sys.executable, "-m", "cli", *arguments], stderr=subprocess.DEVNULL, cwd=Path.cwd()
+    )
+    file, end = tmp_path / "answers.jsonl", time.monotonic() + 60
+    while not (file.exists() and file.read_bytes().count(b"\n")) and time.monotonic() < end:
+        time.sleep(0.01)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    before = file.read_bytes()
+    assert before.count(b"\n") >= 1
+    assert main(arguments) == 0
+    assert file.read_bytes().startswith(before[: before.rfind(b"\n") + 1])
+    assert [answer["id"] for answer in _answers(tmp_path)] == list(range(6))
+
+
+def test_a_vote_prints_one_answer_and_its_tally(
+    mixtral: Path, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["generate", str(mixtral), "-p", "a", "-n", "6", "--vote", "5", "--seed", "1"]
+    assert main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert out.strip()
+    counts = [int(line.split()[0]) for line in err.splitlines() if " of 5: " in line]
+    assert sum(counts) == 5
