@@ -130,6 +130,10 @@ class CudaTransfer:
                 self._marks.copied(ticket.layer, ticket.expert, ticket.urgent, begin, seconds)
         return self._busy_seconds
 
+    @property
+    def slots(self) -> Tensor:
+        return self._slots
+
     def slot(self, index: int) -> Tensor:
         return self._slots[index]
 

@@ -24,11 +24,12 @@ from torch import Tensor, nn
 
 from cache.cache import ExpertCache
 from cache.lookahead import LookaheadBalance
-from cache.plan import Use
+from cache.plan import Use, Wave
 from cache.policy import Key
 from cache.predictors import NO_LOOKAHEAD, Lookahead
 from cache.trace import Guess
 from offload.ahead import Ahead
+from offload.compute import Compute
 from offload.errors import GenerationError
 from offload.layer import Layer
 from offload.marks import NO_MARKS, Marks
@@ -36,7 +37,6 @@ from offload.recording import Recorder
 from offload.stats import Stats
 from offload.transfer import Ticket, Transfer
 from quant.pack import PackInfo
-from quant.record import MatrixView, view_record
 
 WARM_AT_ONCE = 4  # copies a step, where an urgent one cannot overtake them
 
@@ -49,6 +49,7 @@ class Engine:
         info: PackInfo,
         cache: ExpertCache,
         transfer: Transfer,
+        compute: Compute,
         balance: LookaheadBalance | None,
         lookahead: Lookahead = NO_LOOKAHEAD,
     ) -> None:
@@ -63,7 +64,7 @@ class Engine:
         self._cold: deque[Key] = deque()  # hot experts of the run before, not begun to load
         self._recorder: Recorder | None = None
         self.prompt: bool | None = None  # whether prefill is running; None: not known
-        self._views: dict[tuple[int, int], dict[str, MatrixView]] = {}  # (layout, slot)
+        self._compute = compute
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._started = 0  # copies
         self._lock = threading.RLock()  # a step at a time, whoever calls the model
@@ -135,31 +136,27 @@ class Engine:
         needed_before = counts.needed_loads
         plan = self.cache.plan(layer.index, list(cells_of), prompt=prompt)
         guesses: list[Guess] = []
-        cells: Tensor | None = None  # [S, H]
+        cells = hidden.new_zeros(top_k_index.numel(), hidden.shape[-1])  # [S, H]
         for wave in plan.waves:
             for use in wave.loads:
                 self._start(layer.index, use, urgent=True)
             if wave is plan.waves[-1]:
                 guesses = self._ahead.look(layer, cells_of if len(chosen) == 1 else None)
             self._marks.mark("plan", layer.index)
-            for use in (*wave.hits, *wave.loads):
-                matrices = self._ready(layer.index, use)
+            for uses in self._turns(wave):
+                for use in uses:
+                    self._wait(layer.index, use)
                 self._marks.mark("wait", layer.index)
-                where = cells_of[use.expert]
-                out = layer.expert(_rows(hidden, where, len(chosen[0])), matrices)
-                if cells is None:
-                    cells = out.new_zeros(top_k_index.numel(), out.shape[-1])
-                _put(cells, where, out)
-                self._marks.mark("expert", layer.index, use.expert)
-                self.transfer.release(use.slot)
+                self._compute.run(layer, uses, hidden, cells_of, len(chosen[0]), cells)
+                self._marks.mark("expert", layer.index, uses[0].expert)
+                for use in uses:
+                    self.transfer.release(use.slot)
         if self._ahead.weighs:
             needed = counts.needed_loads - needed_before
             self._ahead.weigh(needed, self._started, self.transfer.busy_seconds)
         if self._recorder is not None:
             scores = top_k_weights.tolist()  # sync: only while a trace is recorded
             self._recorder.note(layer.index, prompt, chosen, scores, layer.num_experts, guesses)
-        if cells is None:  # every index was a sentinel
-            return torch.zeros_like(hidden)
         weighted = cells.view(*top_k_index.shape, -1) * top_k_weights.unsqueeze(-1)  # [T, k, H]
         return weighted.sum(dim=1).to(hidden.dtype)
 
@@ -184,17 +181,26 @@ class Engine:
         self._tickets[use.slot] = ticket, layer
         return ticket
 
-    def _ready(self, layer: int, use: Use) -> dict[str, MatrixView]:
-        """The matrices of an expert, once they have arrived."""
+    def _turns(self, wave: Wave) -> list[tuple[Use, ...]]:
+        """The experts of a wave in the order in which they are computed, some of them together."""
+        uses = (*wave.hits, *wave.loads)
+        if not self._compute.together:
+            return [(use,) for use in uses]
+        late = [use for use in uses if not self._is_here(use)]
+        here = tuple(use for use in uses if use not in late)
+        return [*([here] if here else []), *((use,) for use in late)]
+
+    def _is_here(self, use: Use) -> bool:
+        copy = self._tickets.get(use.slot)
+        return copy is None or copy[0].done
+
+    def _wait(self, layer: int, use: Use) -> None:
+        """Return when what is in an expert's slot can be computed with."""
         copy = self._tickets.pop(use.slot, None)
         if copy is not None:
             begin = time.perf_counter()
             self.transfer.wait(copy[0])
             self.cache.statistics.layers[layer].wait_seconds += time.perf_counter() - begin
-        key = (self._info.layers[layer].layout, use.slot)
-        if key not in self._views:
-            self._views[key] = view_record(self.transfer.slot(use.slot), self._info.layouts[key[0]])
-        return self._views[key]
 
     def warm(self, hot: Iterable[tuple[int, int, float]]) -> None:
         """Load what was hot in an earlier run, hottest first, whenever nobody waits for another.
@@ -267,7 +273,7 @@ class Engine:
         self.stop_recording()
         for hook in self._hooks:
             hook.remove()
-        self._views.clear()
+        self._compute.close()
         self._tickets.clear()
         self.transfer.close()
 
@@ -287,17 +293,3 @@ def _cells_by_expert(chosen: list[list[int]], num_experts: int) -> dict[int, lis
     if len(chosen) > 1:  # as `cache.trace.by_last_appearance`
         return dict(sorted(cells.items(), key=lambda item: item[1][-1]))
     return cells
-
-
-def _rows(hidden: Tensor, cells: list[int], k: int) -> Tensor:
-    """The hidden states [M, H] of the tokens that `cells` belong to."""
-    if hidden.shape[0] == 1:
-        return hidden
-    return hidden[[cell // k for cell in cells]]
-
-
-def _put(cells: Tensor, where: list[int], out: Tensor) -> None:
-    if len(where) == 1:
-        cells[where[0]] = out[0]
-    else:
-        cells[where] = out

@@ -22,6 +22,7 @@ from offload.budget import (
     Memory,
     parse_bytes,
 )
+from offload.compute import Grouped, OneByOne
 from offload.cpu_linear import OneTokenLinear, native_is_quicker
 from offload.cuda_transfer import CudaTransfer
 from offload.engine import Engine
@@ -213,7 +214,8 @@ def _connect(model: PreTrainedModel, pack: Pack, options: Options, transfer: Tra
     cache = residency.cache(options.slots, len(info.layers))
     everything_fits = options.slots >= info.total_experts
     ahead = residency.ahead(everything_fits)
-    engine = Engine(info, cache, transfer, residency.balance(), ahead)
+    way = OneByOne if options.device.type == "cpu" else Grouped
+    engine = Engine(info, cache, transfer, way(info, transfer), residency.balance(), ahead)
     for module in experts_modules(model):
         install(module, engine.add_layer(module))
     engine.watch_calls(model)

@@ -36,6 +36,10 @@ class Transfer(Protocol):
     overtakes: bool  # an urgent copy goes before any other, even one that is under way
     marks: Marks  # told of each copy that is over
 
+    @property
+    def slots(self) -> Tensor:
+        """The bytes [slots, slot_bytes] uint8 of all slots, on `device`."""
+
     def slot(self, index: int) -> Tensor:
         """The bytes [slot_bytes] uint8 of a slot, on `device`."""
 
@@ -116,6 +120,10 @@ class HostTransfer:
     @property
     def busy_seconds(self) -> float:
         return self._busy_seconds
+
+    @property
+    def slots(self) -> Tensor:
+        return self._slots
 
     def slot(self, index: int) -> Tensor:
         return self._slots[index]

@@ -17,7 +17,14 @@ from torch.nn.functional import linear
 
 from quant.kernels import cpu
 from quant.packing import TILE_ROWS, unpack, unpack_rows
-from quant.record import MatrixSpec, MatrixView, plan_layout, view_record, view_rows
+from quant.record import (
+    MatrixSpec,
+    MatrixView,
+    RecordLayout,
+    plan_layout,
+    view_record,
+    view_rows,
+)
 from quant.scales import decode_scales, encode_scales
 from quant.scheme import Scheme
 
@@ -140,18 +147,27 @@ def sample_matrix(
     rows: int, columns: int, scheme: Scheme, *, bias: bool = False, seed: int = 0
 ) -> MatrixView:
     """A matrix of random codes, to probe and to measure with."""
+    layout = plan_layout((MatrixSpec("sample", rows, columns, bias, torch.bfloat16),), scheme)
+    return view_record(sample_record(layout, seed), layout)["sample"]
+
+
+def sample_record(layout: RecordLayout, seed: int = 0) -> Tensor:
+    """A record of random codes with small scales, to probe and to measure with."""
     random = torch.Generator().manual_seed(seed)  # equal rows would hide a wrong order of them
-    spec = MatrixSpec("sample", rows, columns, bias, torch.bfloat16)
-    layout = plan_layout((spec,), scheme)
     record = torch.randint(0, 256, (layout.record_bytes,), generator=random, dtype=torch.uint8)
-    view = view_record(record, layout)["sample"]
-    assert view.scales is not None
-    pairs = torch.rand(view.scales.shape, generator=random, dtype=torch.float32) * 0.02 - 0.01
-    if view.steps is None:
-        view.scales.copy_(pairs)
-    else:
-        for place, encoded in zip((view.scales, view.steps), encode_scales(pairs), strict=True):
-            place.copy_(encoded)
-    if view.bias is not None:
-        view.bias.normal_(generator=random)
-    return view
+    for view in view_record(record, layout).values():
+        if view.scales is None:
+            view.weight.normal_(generator=random).mul_(0.02)
+        else:
+            pairs = torch.rand(view.scales.shape, generator=random, dtype=torch.float32)
+            pairs.mul_(0.02).sub_(0.01)
+            if view.steps is None:
+                view.scales.copy_(pairs)
+            else:
+                for place, encoded in zip(
+                    (view.scales, view.steps), encode_scales(pairs), strict=True
+                ):
+                    place.copy_(encoded)
+        if view.bias is not None:
+            view.bias.normal_(generator=random)
+    return record

@@ -18,6 +18,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it when it is import
 
 import pytest
 import torch
+
+# Triton decides when it is first imported whether kernels are compiled or interpreted. A process
+# that is to compile them starts without this.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor

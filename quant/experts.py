@@ -1,0 +1,176 @@
+"""All experts of a layer at once, from records in slots.
+
+Knows: the reference on any device, the GPU's kernels with the same signature, and whether they can
+be trusted here. Does not know: who is in which slot and why, nor engines, models, layers.
+
+Letters: T tokens, k experts a token, S = T * k cells (cell // k is its token), H hidden, I inner.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quant.gpu import gpu_kernels
+from quant.matmul import KERNEL_DTYPES, matmul, sample_record
+from quant.program import Program
+from quant.record import view_record
+
+logger = logging.getLogger(__name__)
+
+SMALLEST_BLOCK, LARGEST_BLOCK = 16, 64  # cells that read a tile of weights together
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Cells sorted by slot, in blocks of at most `block_cells`."""
+
+    order: Tensor  # [C] int32 cells
+    blocks: Tensor  # [B, 3] int32: slot, first and end in `order`
+    block_cells: int
+
+
+def block_cells(cells: int, experts: int) -> int:
+    """How many cells of an expert are computed together when `cells` of a call fall on `experts`.
+
+    To be told of the whole call and the whole layer, or residency would show in the results.
+    """
+    size = SMALLEST_BLOCK
+    while size < LARGEST_BLOCK and size * experts < cells:
+        size *= 2
+    return size
+
+
+def make_batch(
+    cells_of_slot: Mapping[int, Sequence[int]], size: int, device: torch.device
+) -> Batch:
+    """The cells that the record in each slot is for, in blocks of `size`."""
+    order: list[int] = []
+    blocks: list[tuple[int, int, int]] = []
+    for slot, cells in cells_of_slot.items():
+        first = len(order)
+        order.extend(cells)
+        blocks.extend(
+            (slot, at, min(at + size, len(order))) for at in range(first, len(order), size)
+        )
+    return Batch(
+        torch.tensor(order, dtype=torch.int32).to(device, non_blocking=True),
+        torch.tensor(blocks, dtype=torch.int32).view(-1, 3).to(device, non_blocking=True),
+        size,
+    )
+
+
+def decode(
+    hidden: Tensor, slots: Tensor, slot_of_cell: Tensor, program: Program, cells: Tensor
+) -> None:
+    """Fill `cells` [S, H] for few tokens `hidden` [T, H].
+
+    `slots` [n, slot_bytes] uint8: a record begins at each. `slot_of_cell` [S] int32; cells where it
+    is negative stay as they are. A cell's result depends on nothing but its token and its record,
+    and nothing waits for the device.
+    """
+    way = _decode if kernels_work(program, hidden.dtype, slots.device) else decode_reference
+    way(hidden, slots, slot_of_cell, program, cells)
+
+
+def prefill(hidden: Tensor, slots: Tensor, batch: Batch, program: Program, cells: Tensor) -> None:
+    """As `decode` for many tokens: fill the cells in `batch`."""
+    way = _prefill if kernels_work(program, hidden.dtype, slots.device) else prefill_reference
+    way(hidden, slots, batch, program, cells)
+
+
+def decode_reference(
+    hidden: Tensor, slots: Tensor, slot_of_cell: Tensor, program: Program, cells: Tensor
+) -> None:
+    """As `decode`, a cell after the other, on any device."""
+    k = len(cells) // len(hidden)
+    for cell, slot in enumerate(slot_of_cell.tolist()):  # sync: this way goes by the host
+        if slot >= 0:
+            token = cell // k
+            cells[cell] = _expert(hidden[token : token + 1], slots[slot], program)[0]
+
+
+def prefill_reference(
+    hidden: Tensor, slots: Tensor, batch: Batch, program: Program, cells: Tensor
+) -> None:
+    """As `prefill`, a block after the other, on any device."""
+    k = len(cells) // len(hidden)
+    for slot, first, end in batch.blocks.tolist():  # sync: this way goes by the host
+        where = batch.order[first:end].long()
+        cells[where] = _expert(hidden[where // k], slots[slot], program)
+
+
+def _expert(x: Tensor, record: Tensor, program: Program) -> Tensor:
+    views = view_record(record, program.layout)
+    inner = program.apply(matmul(x, views[program.up.name]))
+    return matmul(inner, views[program.down.name])
+
+
+def _decode(
+    hidden: Tensor, slots: Tensor, slot_of_cell: Tensor, program: Program, cells: Tensor
+) -> None:
+    gpu = gpu_kernels(slots.device)
+    assert gpu is not None
+    tokens = len(hidden)
+    raw = hidden.new_empty(len(cells), program.up.rows)  # [S, 2I]
+    gpu.gemv(hidden, slots, slot_of_cell, program.up, raw, tokens=tokens)
+    if program.gate is None:
+        inner, gated = program.apply(raw), gpu.AS_THEY_ARE
+    else:
+        inner, gated = raw, gpu.Gated(program.gate, program.gated, program.interleaved)
+    gpu.gemv(inner, slots, slot_of_cell, program.down, cells, tokens=tokens, gated=gated)
+
+
+def _prefill(hidden: Tensor, slots: Tensor, batch: Batch, program: Program, cells: Tensor) -> None:
+    gpu = gpu_kernels(slots.device)
+    assert gpu is not None
+    raw = hidden.new_empty(len(cells), program.up.rows)  # [S, 2I]
+    blocks = (slots, batch.blocks, batch.order, batch.block_cells)
+    gpu.gemm(hidden, *blocks, program.up, raw)
+    if program.gate is None:
+        inner = program.apply(raw)
+    else:
+        inner = hidden.new_empty(len(cells), program.down.columns)  # [S, I]
+        gated = gpu.Gated(program.gate, program.gated, program.interleaved)
+        gpu.activate(raw, batch.order, gated, inner)
+    gpu.gemm(inner, *blocks, program.down, cells)
+
+
+@functools.cache
+def kernels_work(program: Program, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the kernels for `program` compile here and give what the reference gives, for records
+    of random codes."""
+    if dtype not in KERNEL_DTYPES or gpu_kernels(device) is None:
+        return False
+    random = torch.Generator().manual_seed(1)
+    slots = torch.stack([sample_record(program.layout, seed) for seed in (1, 2)]).to(device)
+    tokens = torch.randn(3, program.up.columns, generator=random, dtype=torch.float32)
+    hidden = tokens.to(device, dtype)
+    where = torch.tensor([1, 0, -1], dtype=torch.int32, device=device)
+    batch = make_batch({1: [0], 0: [1]}, SMALLEST_BLOCK, device)
+    expected = hidden.new_zeros(3, program.down.rows)
+    decode_reference(hidden, slots, where, program, expected)
+    scale = float(expected.abs().max())
+    few = functools.partial(_decode, hidden, slots, where, program)
+    many = functools.partial(_prefill, hidden, slots, batch, program)
+    for name, way in (("decode", few), ("prefill", many)):
+        got = torch.zeros_like(expected)
+        try:
+            way(got)
+            close = torch.allclose(got.float(), expected.float(), rtol=0.05, atol=0.05 * scale)
+        except Exception as error:  # whatever a compiler or a driver raises
+            logger.warning("no %s kernels here, experts will be slow: %s", name, _line(error))
+            return False
+        if not close:
+            logger.warning("the %s kernels are wrong here, experts will be slow", name)
+            return False
+    return True
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: " + " ".join(str(error).split())[:200]

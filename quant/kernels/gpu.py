@@ -1,0 +1,193 @@
+"""Products with matrices in records on a GPU.
+
+Knows: how tensors, layouts and sizes are told to the kernels, and with which launch parameters:
+they follow from a matrix's shape and how many matrices a token has, so that results do too. Does
+not know: when which is used (`quant.experts`, `quant.matmul`), who is in which slot.
+
+Letters: S cells, T tokens, k cells a token, N rows, K columns, I inner.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quant.gate import Gate
+from quant.kernels.gpu_codes import INTERPRETED
+from quant.kernels.gpu_gemm import gate_rows, plain_gemm, quantised_gemm
+from quant.kernels.gpu_gemv import add_parts, plain_gemv, quantised_gemv
+from quant.packing import PLANES, TILE_ROWS
+from quant.record import STORED_DTYPES, MatrixLayout
+from quant.scales import shared_steps
+
+DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+WARPS = 4
+WORDS_A_THREAD = 4  # 16 bytes a load
+# Columns of a span that threads read at a time: 128 bytes of a 4-bit tile. The interpreter is paid
+# by the operation, not by the element.
+COLUMNS = 16 if INTERPRETED.value else 4
+LONGEST_SPAN = 64  # columns between two scalings
+ENOUGH_BLOCKS = 96  # thread blocks that keep a large GPU's memory busy
+MOST_SPLITS = 8
+
+Constants = dict[str, Any]
+
+
+class Gated:
+    """What a kernel is told about the activation it applies to its inputs."""
+
+    def __init__(self, gate: Gate | None, gated: bool = False, interleaved: bool = False) -> None:
+        limit = None if gate is None else gate.limit
+        self.numbers = (0.0 if limit is None else limit, 0.0 if gate is None else gate.alpha)
+        self.constants: Constants = {
+            "GATE": "none" if gate is None else gate.name,
+            "GATED": gated,
+            "INTERLEAVED": interleaved,
+            "CLAMPED": limit is not None,
+        }
+
+
+AS_THEY_ARE = Gated(None)
+
+
+def _bias(matrix: MatrixLayout) -> Any:
+    return DTYPES[STORED_DTYPES[matrix.bias_dtype]] if matrix.bias_offset >= 0 else None
+
+
+def _quantised(matrix: MatrixLayout) -> Constants:
+    return {
+        "K": matrix.columns,
+        "GROUP": matrix.group_size,
+        "BITS": matrix.bits,
+        "SCALE_BITS": matrix.scale_bits,
+        "SHARED": shared_steps(matrix.groups),
+        "BIAS": _bias(matrix),
+        "WIDTHS": PLANES[matrix.bits],
+    }
+
+
+def spans(matrix: MatrixLayout) -> tuple[int, int]:
+    """Columns of a span and spans that a thread block walks at once.
+
+    Longer spans scale less often, shorter ones may leave fewer threads idle at the end.
+    """
+    words = COLUMNS * 2 * PLANES[matrix.bits][0]
+    lanes = max(1, WARPS * 32 * WORDS_A_THREAD // words)
+    best, least = 0, 0.0
+    for span in (LONGEST_SPAN, 32, 16):
+        if matrix.group_size % span == 0:
+            count = matrix.columns // span
+            walked = -(-count // lanes) * lanes * span  # columns, idle ones included
+            cost = walked * (1 + 6 / span)
+            if not best or cost < least:
+                best, least = span, cost
+    return best, lanes
+
+
+def splits(matrix: MatrixLayout, matrices: int) -> int:
+    """Into how many parts the columns are cut where a token has so many `matrices`."""
+    span, lanes = spans(matrix)
+    blocks = matrix.stored_rows // TILE_ROWS * matrices
+    steps = -(-matrix.columns // (span * lanes))
+    split = 1
+    while blocks * split < ENOUGH_BLOCKS and split * 2 <= min(MOST_SPLITS, steps):
+        split *= 2
+    return split
+
+
+def gemv(
+    x: Tensor,
+    slots: Tensor,
+    slot_of_cell: Tensor,
+    matrix: MatrixLayout,
+    out: Tensor,
+    *,
+    tokens: int,
+    gated: Gated = AS_THEY_ARE,
+) -> None:
+    """out [S, N]: each cell's row of `x` times the matrix in its slot.
+
+    `x` has a row for each of T `tokens`, or for each cell. Cells whose slot is negative stay.
+    """
+    count = out.shape[0]
+    cells_a_row = count // x.shape[0]
+    bias_at, rows = matrix.bias_offset, matrix.rows
+    common = (x.stride(0), cells_a_row, slots.stride(0), matrix.weight_offset)
+    dtype = DTYPES[x.dtype]
+    if not matrix.group_size:
+        plain_gemv[(triton.cdiv(rows, 8), count)](
+            x, out, slots, slot_of_cell, *common, bias_at, rows, *gated.numbers,
+            K=matrix.columns, STORED=DTYPES[STORED_DTYPES[matrix.dtype]], BIAS=_bias(matrix),
+            **gated.constants, DTYPE=dtype, ROWS=8, COLS=512, num_warps=WARPS,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+        return
+    span, lanes = spans(matrix)
+    split = splits(matrix, count // tokens)
+    widths = PLANES[matrix.bits]
+    parts = split * len(widths)
+    place = out if parts == 1 else out.new_empty(parts, count, rows, dtype=torch.float32)
+    quantised_gemv[(matrix.stored_rows // TILE_ROWS, count, parts)](
+        x, place, slots, slot_of_cell, *common, matrix.scale_offset, matrix.step_offset, bias_at,
+        rows, matrix.stored_rows, *gated.numbers,
+        **_quantised(matrix), **gated.constants, DTYPE=dtype,
+        SPAN=span, COLUMNS=COLUMNS, LANES=lanes, SPLIT=split, UNROLL=8,
+        CODES_0=tuple(range(32 // widths[0])), CODES_1=tuple(range(32 // widths[-1])),
+        num_warps=WARPS, enable_fp_fusion=True,
+    )  # fmt: skip
+    if parts > 1:
+        add_parts[(triton.cdiv(rows, 256), count)](
+            place, out, slots, slot_of_cell, slots.stride(0), bias_at, rows,
+            PARTS=parts, BIAS=_bias(matrix), DTYPE=dtype, BLOCK=256, num_warps=WARPS,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+def gemm(
+    x: Tensor,
+    slots: Tensor,
+    blocks: Tensor,
+    order: Tensor,
+    block_cells: int,
+    matrix: MatrixLayout,
+    out: Tensor,
+) -> None:
+    """out [S, N]: each ordered cell's row of `x` times the matrix in its block's slot.
+
+    `x` has a row for each token, or for each cell; `blocks` [B, 3]: a slot, where its cells, at
+    most `block_cells`, begin and end in `order`.
+    """
+    cells_a_row = out.shape[0] // x.shape[0]
+    bias_at, rows = matrix.bias_offset, matrix.rows
+    common = (x.stride(0), cells_a_row, slots.stride(0), matrix.weight_offset)
+    dtype = DTYPES[x.dtype]
+    if not matrix.group_size:
+        plain_gemm[(triton.cdiv(rows, 64), len(blocks))](
+            x, out, slots, blocks, order, *common, bias_at, rows,
+            K=matrix.columns, STORED=DTYPES[STORED_DTYPES[matrix.dtype]], BIAS=_bias(matrix),
+            DTYPE=dtype, ROWS=64, CELLS=block_cells, COLS=32, num_warps=WARPS,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+        return
+    single = len(PLANES[matrix.bits]) == 1
+    parts = 8 // matrix.bits if single else 1
+    quantised_gemm[(triton.cdiv(matrix.stored_rows, 2 * TILE_ROWS), len(blocks))](
+        x, out, slots, blocks, order, *common, matrix.scale_offset, matrix.step_offset, bias_at,
+        rows, matrix.stored_rows,
+        **_quantised(matrix), DTYPE=dtype, PARTS=tuple(range(parts)), TILES=2, CELLS=block_cells,
+        COLS=min(matrix.group_size, 64), num_warps=WARPS, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def activate(x: Tensor, order: Tensor, gated: Gated, out: Tensor) -> None:
+    """out [S, I]: the activation of x [S, 2I] or [S, I], of the cells in `order`."""
+    inner = out.shape[1]
+    gate_rows[(triton.cdiv(inner, 1024), len(order))](
+        x, out, order, *gated.numbers, INNER=inner, **gated.constants, DTYPE=DTYPES[x.dtype],
+        BLOCK=1024, num_warps=WARPS, enable_fp_fusion=True,
+    )  # fmt: skip

@@ -1,0 +1,184 @@
+"""Products of single tokens with matrices in records: one token and matrix a cell.
+
+Knows: how a matrix is walked by a block of threads. Does not know: what a program is, nor how it is
+launched (`quant.kernels.gpu`).
+
+A block has a tile of 64 rows. Its threads walk *spans* of columns that share a scale: eight threads
+read 128 neighbouring bytes, four columns of a 4-bit tile, and the warps' other threads do so in
+other spans, so that scales are applied once a span and nothing is exchanged until the end. A plane
+of codes is a summand of its own. Sums are float32, in an order that depends on the shape alone.
+
+Letters: S cells, N rows, K columns.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.language import tensor
+
+from quant.kernels.gpu_codes import MAGIC, centred, load_inputs, scale_pairs, with_bias
+
+
+@triton.jit
+def plane_sums(
+    x: tensor, record: tensor, plane: tensor, tile: tensor, first: tensor, magic: tensor,
+    scale_at: tensor, step_at: tensor, stored_rows: tensor, limit: tensor, alpha: tensor,
+    K: tl.constexpr, GROUP: tl.constexpr, LOW: tl.constexpr, WIDTH: tl.constexpr,
+    CENTRE: tl.constexpr, SCALE_BITS: tl.constexpr, SHARED: tl.constexpr,
+    GATE: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, CLAMPED: tl.constexpr,
+    DTYPE: tl.constexpr, SPAN: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr,
+    SPLIT: tl.constexpr, UNROLL: tl.constexpr, CODES: tl.constexpr,
+) -> Any:  # fmt: skip
+    """The sums [2 * WIDTH] of each code of the plane's words."""
+    WORDS: tl.constexpr = 2 * WIDTH
+    SPANS: tl.constexpr = K // SPAN
+    span_lane = tl.arange(0, LANES)
+    column = tl.arange(0, COLUMNS)
+    word = tl.arange(0, WORDS)
+    zero = tl.zeros([LANES, COLUMNS, WORDS], tl.float32)
+    outs = [zero for _ in CODES]
+    for start in range(first * LANES, SPANS, SPLIT * LANES):
+        span = start + span_lane
+        live = span < SPANS
+        here = live[:, None, None]
+        group = ((span * SPAN) // GROUP)[:, None, None]
+        row = tile * 64 + word[None, None, :] * 4
+        pairs = [
+            scale_pairs(
+                record, scale_at, step_at, group,
+                row + (c * WIDTH // 8 + (c * WIDTH % 8) // WIDTH * (8 * WIDTH)),
+                stored_rows, here, SCALE_BITS, SHARED,
+            )
+            for c in CODES
+        ]  # fmt: skip
+        sums = tl.zeros([LANES, COLUMNS, 1], tl.float32)
+        accs = [zero for _ in CODES]
+        begin = span[:, None] * SPAN + column[None, :]
+        for step in tl.range(0, SPAN, COLUMNS, loop_unroll_factor=UNROLL):
+            k = begin + step
+            v = load_inputs(
+                x, k, live[:, None], limit, alpha, K, GATE, GATED, INTERLEAVED, CLAMPED, DTYPE
+            )[:, :, None]  # fmt: skip
+            at = k[:, :, None] * WORDS + word[None, None, :]
+            words = tl.load(plane + at, mask=here, other=0)
+            sums += v
+            accs = [accs[c] + centred(words, magic, CENTRE, c * WIDTH, WIDTH) * v for c in CODES]
+        if LOW == 0:
+            outs = [outs[c] + sums * pairs[c][1] for c in CODES]
+        outs = [
+            outs[c] + accs[c] * (pairs[c][0] * (2.0**LOW / 2.0 ** (c * WIDTH % 16))) for c in CODES
+        ]
+    return [tl.sum(tl.sum(outs[c], 0), 0) for c in CODES]
+
+
+@triton.jit
+def quantised_gemv(
+    x: tensor, out: tensor, slots: tensor, slot_of_cell: tensor,
+    x_stride: tensor, cells_a_row: tensor, slot_bytes: tensor, weight_at: tensor, scale_at: tensor,
+    step_at: tensor, bias_at: tensor, rows: tensor, stored_rows: tensor, limit: tensor,
+    alpha: tensor,
+    K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, SCALE_BITS: tl.constexpr,
+    SHARED: tl.constexpr, BIAS: tl.constexpr, GATE: tl.constexpr, GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr, CLAMPED: tl.constexpr, DTYPE: tl.constexpr, SPAN: tl.constexpr,
+    COLUMNS: tl.constexpr, LANES: tl.constexpr, SPLIT: tl.constexpr, UNROLL: tl.constexpr,
+    WIDTHS: tl.constexpr, CODES_0: tl.constexpr, CODES_1: tl.constexpr,
+) -> None:  # fmt: skip
+    """out [S, N], or [SPLIT * planes, S, N] float32 where there is more than one part."""
+    tile = tl.program_id(0)
+    cell = tl.program_id(1)
+    part = tl.program_id(2)
+    slot = tl.load(slot_of_cell + cell)
+    if slot < 0:
+        return
+    # The slot has fewer than 30 bits, which the compiler cannot know: it keeps the constant in a
+    # register, and masking and OR-ing are one instruction.
+    magic = ((slot >> 30) | MAGIC).to(tl.uint32)
+    record = slots + slot.to(tl.int64) * slot_bytes
+    row_x = x + (cell // cells_a_row).to(tl.int64) * x_stride
+    words = (record + weight_at).to(tl.pointer_type(tl.uint32)) + tile.to(tl.int64) * (K * 2 * BITS)
+    WIDTH: tl.constexpr = WIDTHS[0]
+    PARTS: tl.constexpr = SPLIT * len(WIDTHS)
+    place = out + (part * tl.num_programs(1) + cell).to(tl.int64) * rows
+    if part < SPLIT:
+        totals = plane_sums(
+            row_x, record, words, tile, part, magic, scale_at, step_at, stored_rows, limit, alpha,
+            K, GROUP, 0, WIDTH, 2 ** (BITS - 1), SCALE_BITS, SHARED, GATE, GATED,
+            INTERLEAVED, CLAMPED, DTYPE, SPAN, COLUMNS, LANES, SPLIT, UNROLL, CODES_0,
+        )  # fmt: skip
+        word = tl.arange(0, 2 * WIDTH)
+        for c in tl.static_range(32 // WIDTH):
+            row = tile * 64 + word * 4 + (c * WIDTH // 8 + (c * WIDTH % 8) // WIDTH * (8 * WIDTH))
+            total = totals[c]
+            if PARTS == 1:
+                total = with_bias(total, record, bias_at, row, row < rows, BIAS, DTYPE)
+            tl.store(place + row, total.to(out.dtype.element_ty), mask=row < rows)
+    elif len(WIDTHS) == 2:
+        HIGH: tl.constexpr = WIDTHS[1]
+        totals = plane_sums(
+            row_x, record, words + K * 2 * WIDTH, tile, part - SPLIT, magic,
+            scale_at, step_at, stored_rows, limit, alpha,
+            K, GROUP, WIDTH, HIGH, 0, SCALE_BITS, SHARED, GATE, GATED,
+            INTERLEAVED, CLAMPED, DTYPE, SPAN, COLUMNS, LANES, SPLIT, UNROLL, CODES_1,
+        )  # fmt: skip
+        word = tl.arange(0, 2 * HIGH)
+        for c in tl.static_range(32 // HIGH):
+            row = tile * 64 + word * 4 + (c * HIGH // 8 + (c * HIGH % 8) // HIGH * (8 * HIGH))
+            tl.store(place + row, totals[c].to(out.dtype.element_ty), mask=row < rows)
+
+
+@triton.jit
+def add_parts(
+    parts: tensor, out: tensor, slots: tensor, slot_of_cell: tensor, slot_bytes: tensor,
+    bias_at: tensor, rows: tensor,
+    PARTS: tl.constexpr, BIAS: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
+    """out [S, N] from parts [PARTS, S, N] float32, added in their order."""
+    cell = tl.program_id(1)
+    slot = tl.load(slot_of_cell + cell)
+    if slot < 0:
+        return
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = row < rows
+    total = tl.zeros([BLOCK], tl.float32)
+    for part in tl.static_range(PARTS):
+        place = parts + (part * tl.num_programs(1) + cell).to(tl.int64) * rows
+        total += tl.load(place + row, mask=live, other=0.0)
+    record = slots + slot.to(tl.int64) * slot_bytes
+    total = with_bias(total, record, bias_at, row, live, BIAS, DTYPE)
+    tl.store(out + cell.to(tl.int64) * rows + row, total.to(DTYPE), mask=live)
+
+
+@triton.jit
+def plain_gemv(
+    x: tensor, out: tensor, slots: tensor, slot_of_cell: tensor,
+    x_stride: tensor, cells_a_row: tensor, slot_bytes: tensor, weight_at: tensor,
+    bias_at: tensor, rows: tensor, limit: tensor, alpha: tensor,
+    K: tl.constexpr, STORED: tl.constexpr, BIAS: tl.constexpr, GATE: tl.constexpr,
+    GATED: tl.constexpr, INTERLEAVED: tl.constexpr, CLAMPED: tl.constexpr, DTYPE: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+) -> None:  # fmt: skip
+    """out [S, N] with matrices [N, K] stored as they are, as STORED."""
+    cell = tl.program_id(1)
+    slot = tl.load(slot_of_cell + cell)
+    if slot < 0:
+        return
+    record = slots + slot.to(tl.int64) * slot_bytes
+    row_x = x + (cell // cells_a_row).to(tl.int64) * x_stride
+    weight = (record + weight_at).to(tl.pointer_type(STORED))
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLS)
+    lines = weight + row.to(tl.int64)[:, None] * K
+    acc = tl.zeros([ROWS, COLS], tl.float32)
+    for start in range(0, K, COLS):
+        k = start + column
+        v = load_inputs(
+            row_x, k, k < K, limit, alpha, K, GATE, GATED, INTERLEAVED, CLAMPED, DTYPE
+        )  # fmt: skip
+        live = (row < rows)[:, None] & (k < K)[None, :]
+        w = tl.load(lines + k[None, :], mask=live, other=0.0).to(tl.float32)
+        acc += w * v[None, :]
+    total = with_bias(tl.sum(acc, 1), record, bias_at, row, row < rows, BIAS, DTYPE)
+    tl.store(out + cell.to(tl.int64) * rows + row, total.to(DTYPE), mask=row < rows)
