@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 QUESTION := What is the capital of France?
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo test test-long lint types bench clean
 
 demo: $(INSTALLED)
 	@echo "> $(QUESTION)"
@@ -14,6 +14,10 @@ demo: $(INSTALLED)
 
 test: lint types
 	$(BIN)/python -m pytest
+
+# What takes minutes; before a release.
+test-long: $(INSTALLED)
+	$(BIN)/python -m pytest -m long -s
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from offload.context import NEARLY_FULL, first_kept
 from offload.display import Display
 from offload.errors import OffloadError, one_line
-from offload.files import read_text, user_path
+from offload.files import read_text, user_path, write_whole
 from offload.generation import GenerationResponse, Message, encode_prompt, stream_generate
 from offload.handle import offload_of
 from offload.home import offload_home
@@ -213,11 +213,9 @@ class Chat:
             "parameters": {name: getattr(self.sampling, name) for name in PARAMETERS},
             "messages": self.messages,
         }
-        part = file.with_suffix(".part")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            part.write_bytes(json.dumps(data, indent=1, ensure_ascii=False).encode())
-            part.replace(file)
+            write_whole(file, json.dumps(data, indent=1, ensure_ascii=False).encode())
         except (OSError, UnicodeEncodeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ChatError(f"cannot write {file}: {reason}") from None

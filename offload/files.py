@@ -1,14 +1,17 @@
-"""Paths and texts that a user names.
+"""Paths and texts that a user names; files that are whole or not there.
 
-Knows: which names are no paths, and that a text may be no text or have no end. Does not know: what
-they are for.
+Knows: which names are no paths, that a text may be no text or have no end, and that a program may
+be killed while it writes. Does not know: what files are for.
 """
 
 from __future__ import annotations
 
+import os
 from errno import ELOOP, ENAMETOOLONG
 from pathlib import Path
 from typing import TextIO
+
+import psutil
 
 from offload.errors import SourceError
 
@@ -45,3 +48,25 @@ def user_path(text: str | Path) -> Path:
         if error.errno in (ELOOP, ENAMETOOLONG):
             raise SourceError(f"{text} is no path ({error.strerror}): correct it") from None
     return path
+
+
+def write_whole(file: Path, data: bytes) -> None:
+    """Write `file` so that at any moment it holds what it held, or `data`; of two processes the
+    last one's stays. Raises `OSError`.
+
+    What killed processes left of their own attempts is removed.
+    """
+    for left in file.parent.glob(f".{file.name}.*.part"):
+        pid = left.name.split(".")[-2]
+        if not (pid.isdecimal() and psutil.pid_exists(int(pid))):
+            left.unlink(missing_ok=True)
+    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        part.replace(file)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise

@@ -114,8 +114,13 @@ class HostTransfer:
         )  # urgent first
         self._wake: SimpleQueue[bool] = SimpleQueue()  # True: look at the queues, False: end
         self._busy_seconds = 0.0
-        self._thread = threading.Thread(target=self._run, name="offload-copy", daemon=True)
-        self._thread.start()
+        self._closed = False
+        self._thread = self._new_thread()
+
+    def _new_thread(self) -> threading.Thread:
+        thread = threading.Thread(target=self._run, name="offload-copy", daemon=True)
+        thread.start()
+        return thread
 
     @property
     def busy_seconds(self) -> float:
@@ -144,7 +149,7 @@ class HostTransfer:
             while not ticket.done:
                 rang = ticket.under_way.acquire(timeout=1.0)
                 if not rang and not ticket.done and not self._thread.is_alive():
-                    raise RuntimeError("the copy thread has ended: load the model again")
+                    raise RuntimeError("the copy thread has ended: ask again")
         if ticket.error is not None:
             raise ticket.error
 
@@ -160,6 +165,8 @@ class HostTransfer:
     def drain(self) -> None:
         for queue in self._queues:
             queue.clear()
+        if not self._closed and not self._thread.is_alive():  # whatever ended it is over
+            self._thread = self._new_thread()
         self.wait(self.start(0, 0, NOWHERE, urgent=True))  # what is under way comes before it
 
     def release(self, slot: int) -> None:
@@ -168,6 +175,7 @@ class HostTransfer:
     def close(self) -> None:
         for queue in self._queues:
             queue.clear()
+        self._closed = True
         self._wake.put(False)
         self._thread.join()
         self._slots = torch.empty(0, 0, dtype=torch.uint8)

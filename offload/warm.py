@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import tempfile
 from pathlib import Path
 
 from cache.heat import Heat
+from offload.files import write_whole
 from quant.pack import PackInfo
 
 HOT = "hot.json"
@@ -49,15 +48,6 @@ def read_hot(pack: Path, info: PackInfo) -> list[tuple[int, int, float]]:
 def write_hot(pack: Path, heat: Heat) -> None:
     """Save the present heat; of two processes the last one's stays. Not being able to is fine."""
     hot = [(*key, round(heat.of(*key), 4)) for key in heat.hottest()]
-    if not hot:
-        return
-    with contextlib.suppress(OSError):  # a pack may lie where nobody may write
-        handle, name = tempfile.mkstemp(prefix=f".{HOT}-", dir=pack)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump({"version": VERSION, "hot": hot}, file)
-            Path(name).chmod(0o644)  # a temporary file is its owner's alone, a pack may be shared
-            Path(name).replace(pack / HOT)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+    if hot:
+        with contextlib.suppress(OSError):  # a pack may lie where nobody may write
+            write_whole(pack / HOT, json.dumps({"version": VERSION, "hot": hot}).encode())

@@ -16,11 +16,12 @@ import hashlib
 import itertools
 import json
 import mmap
+import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -206,6 +207,8 @@ class Pack:
             raise PackError(f"{path / MANIFEST} does not list its own files: {REMAKE}")
         for name, (size, sha256) in files.items():
             _check_file(path, name, size, sha256 if name not in expert_files else None)
+        self._files_open: list[BinaryIO] = []  # of each layer
+        self._stamps: list[tuple[int, int]] = []  # what they were when they were opened
         self._maps: list[mmap.mmap] = []
         self._records: list[Tensor] = []
         self._checksums: list[list[int]] = []
@@ -213,7 +216,17 @@ class Pack:
             self._map_layer(path / PackLayer.file_name(index), layer, self.info.layout_of(index))
 
     def record(self, layer: int, expert: int) -> Tensor:
-        """The record [record_bytes] uint8 of one expert, mapped. Do not write to it."""
+        """The record [record_bytes] uint8 of one expert, mapped. Do not write to it.
+
+        Raises `PackError` when the file was written to since it was opened: what is mapped may be
+        other bytes by now, and none behind its end.
+        """
+        if _stamp(self._files_open[layer].fileno()) != self._stamps[layer]:
+            name = PackLayer.file_name(layer)
+            raise PackError(
+                f"{self.path / name} was changed while it was in use: leave packs alone while a "
+                f"model runs; load it again, and if that fails, {REMAKE}"
+            )
         return self._records[layer][expert]
 
     def check_record(self, layer: int, expert: int) -> None:
@@ -259,10 +272,15 @@ class Pack:
         """Unmap the files. No view may be used afterwards."""
         self._records.clear()
         self._maps.clear()  # the last view of a mapping unmaps it
+        for file in self._files_open:
+            file.close()
+        self._files_open.clear()
 
     def _map_layer(self, file: Path, layer: PackLayer, layout: RecordLayout) -> None:
-        with file.open("rb") as handle:
-            mapping = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
+        handle = file.open("rb")
+        self._files_open.append(handle)
+        self._stamps.append(_stamp(handle.fileno()))
+        mapping = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
         try:
             header_bytes = int.from_bytes(mapping[:8], "little")
             header = json.loads(mapping[8 : 8 + header_bytes])
@@ -289,6 +307,12 @@ class Pack:
         self._maps.append(mapping)
         self._records.append(records)
         self._checksums.append(checksums.tolist())
+
+
+def _stamp(file: int) -> tuple[int, int]:
+    """Size and time of the last change of an open file."""
+    status = os.fstat(file)
+    return status.st_size, status.st_mtime_ns
 
 
 def _whole_record(handle: Any, dense: PackDense, layout: RecordLayout) -> Tensor:

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ import torch
 import transformers
 
 from offload.errors import QualityError, SourceError
-from offload.files import read_text
+from offload.files import read_text, write_whole
 from offload.quality.check import CheckResult
 from offload.quality.tolerance import TOLERANCES, Change, Tolerance
 from offload.version import __version__
@@ -123,14 +121,7 @@ def save_baseline(
     """Write `result` as a baseline; the file that was there stays until the new one is whole."""
     text = json.dumps(baseline_of(result, tolerances), indent=2, ensure_ascii=False) + "\n"
     try:
-        handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as scratch:
-                scratch.write(text)
-            Path(name).replace(file)
-        except BaseException:
-            Path(name).unlink()
-            raise
+        write_whole(file, text.encode())
     except OSError as error:
         raise QualityError(f"cannot write the baseline to {file}: {error}") from None
 
