@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from offload.errors import GenerationError
 from offload.generation_config import end_ids
 from offload.handle import offload_of
+from offload.patience import OutOfPatience, patiently
 from offload.prompt_cache import PromptCache
 from offload.sampling import Sampler, Sampling, is_number, resolve_sampling
 from offload.stats import Stats
@@ -29,6 +30,7 @@ from offload.text import TextStream
 Message = dict[str, str]  # role, content
 Prompt = str | Sequence[Message] | Sequence[int]
 DEFAULT_NEW_TOKENS = 256
+TEMPLATE_SECONDS, TEMPLATE_BYTES = 20.0, 2**30  # what a chat template may take
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,19 @@ def encode_prompt(
         raise GenerationError("the model has no chat template: give the prompt as a text")
     else:
         thinking = {} if think is None else {"enable_thinking": think}
-        try:
-            text = tokenizer.apply_chat_template(
+
+        def render() -> Any:
+            return tokenizer.apply_chat_template(
                 list(prompt), tokenize=False, add_generation_prompt=True, **thinking
             )
+
+        try:
+            text = patiently(render, seconds=TEMPLATE_SECONDS, most_bytes=TEMPLATE_BYTES)
+        except OutOfPatience:
+            raise GenerationError(
+                f"the chat template took more than {TEMPLATE_SECONDS:.0f} s or "
+                f"{TEMPLATE_BYTES >> 20} MiB: it is broken or hostile, use offload generate --raw"
+            ) from None
         except Exception as error:  # a template is a program of the checkpoint's
             raise GenerationError(f"the chat template refused the messages: {error}") from None
         check_text(text)

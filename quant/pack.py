@@ -200,7 +200,7 @@ class Pack:
                 for name, entry in manifest["files"].items()
             }
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise PackError(f"{path / MANIFEST} is damaged ({error!r}): {REMAKE}") from None
+            raise PackError(f"{path / MANIFEST} is damaged ({_short(error)}): {REMAKE}") from None
         expert_files = {PackLayer.file_name(i) for i in range(len(self.info.layers))}
         dense_files = {dense.file_name for dense in self.info.dense}
         if not self.info.layers or not expert_files | dense_files <= files.keys():
@@ -292,7 +292,7 @@ class Pack:
             ):
                 raise ValueError("offsets")
         except (ValueError, KeyError, TypeError) as error:
-            raise PackError(f"{file} is damaged ({error!r}): {REMAKE}") from None
+            raise PackError(f"{file} is damaged ({_short(error)}): {REMAKE}") from None
         data, experts = 8 + header_bytes, layer.num_experts
         sizes_fit = (
             end - begin == experts * layout.record_bytes and crc_end - crc_begin == 8 * experts
@@ -307,6 +307,11 @@ class Pack:
         self._maps.append(mapping)
         self._records.append(records)
         self._checksums.append(checksums.tolist())
+
+
+def _short(error: Exception) -> str:
+    """An error's kind and words; some quote all that they were given."""
+    return f"{type(error).__name__}: {error}"[:200]
 
 
 def _stamp(file: int) -> tuple[int, int]:
