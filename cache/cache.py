@@ -45,11 +45,19 @@ class ExpertCache:
         self._guesses: dict[int, _Guess] = {}  # of a layer's next step
         self._useless: dict[Key, None] = {}  # loaded by a wrong guess, not asked for since
 
-    def plan(self, layer: int, experts: Sequence[int], *, prompt: bool = False) -> Plan:
+    def plan(
+        self,
+        layer: int,
+        experts: Sequence[int],
+        *,
+        prompt: bool = False,
+        admit: int | None = None,
+    ) -> Plan:
         """Decide how the distinct `experts` of `layer` are served.
 
-        Residents come first. What does not fit beside them waits for a later wave, which takes over
-        the slots of the wave before it.
+        Residents come first. Of what is missing the last `admit` of `experts` may evict; the
+        others get free slots, as far as there are any, or are streamed. With None all may, and what
+        does not fit waits for a later wave, which takes over the slots of the wave before it.
         """
         self._release()
         weight = PROMPT_WEIGHT if prompt else 1.0
@@ -77,7 +85,27 @@ class ExpertCache:
         counts.misses += len(missing)
         if not missing:
             return Plan(layer, (Wave(tuple(hits), ()),) if hits else ())
-        return Plan(layer, self._waves(layer, hits, missing, weight))
+        if admit is None:
+            return Plan(layer, self._waves(layer, hits, missing, weight))
+        last = set(keys[max(0, len(keys) - admit) :])
+        loads = self._admit(layer, missing, last, weight)
+        placed = {use.expert for use in loads}
+        streamed = tuple(expert for _, expert in missing if expert not in placed)
+        counts.streamed += len(streamed)
+        waves = (Wave(tuple(hits), loads),) if hits or loads else ()
+        return Plan(layer, waves, streamed)
+
+    def _admit(
+        self, layer: int, missing: list[Key], last: set[Key], weight: float
+    ) -> tuple[Use, ...]:
+        """Load what may evict, and what finds room without; the later asked for goes first."""
+        slots = self._take_slots(layer, sum(key in last for key in missing), evict=True)
+        slots += self._take_slots(layer, len(missing) - len(slots), evict=False)
+        wanted = sorted(missing, key=last.__contains__)  # a stable sort: `last` comes last
+        taken = wanted[len(wanted) - len(slots) :]
+        self._in_use += taken
+        self._keep.update(taken)
+        return self._place(layer, taken, slots, weight)
 
     def _release(self) -> None:
         """The step before is over: what it used may leave again."""
