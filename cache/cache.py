@@ -99,8 +99,7 @@ class ExpertCache:
         self, layer: int, missing: list[Key], last: set[Key], weight: float
     ) -> tuple[Use, ...]:
         """Load what may evict, and what finds room without; the later asked for goes first."""
-        slots = self._take_slots(layer, sum(key in last for key in missing), evict=True)
-        slots += self._take_slots(layer, len(missing) - len(slots), evict=False)
+        slots = self._take_slots(layer, len(missing), evict=sum(key in last for key in missing))
         wanted = sorted(missing, key=last.__contains__)  # a stable sort: `last` comes last
         taken = wanted[len(wanted) - len(slots) :]
         self._in_use += taken
@@ -134,7 +133,7 @@ class ExpertCache:
         done = hits  # uses whose slots the next wave may take over
         first_hits = tuple(hits)
         while missing or first_hits:
-            slots = self._take_slots(layer, len(missing), evict=True)
+            slots = self._take_slots(layer, len(missing), evict=len(missing))
             if not slots and not first_hits:
                 slots = self._take_over(layer, done[: len(missing)])
             taken, missing = missing[: len(slots)], missing[len(slots) :]
@@ -147,8 +146,9 @@ class ExpertCache:
             first_hits = ()
         return tuple(waves)
 
-    def _take_slots(self, layer: int, count: int, *, evict: bool) -> list[int]:
-        """At most `count` slots for keys of `layer`: free ones, useless ones, victims'."""
+    def _take_slots(self, layer: int, count: int, *, evict: int) -> list[int]:
+        """At most `count` slots for keys of `layer`: free ones, useless ones, and as far as these
+        are fewer than `evict`, victims'."""
         slots: list[int] = []
         if self.table.has_free():
             room = min(count, self._allocation.room(layer))
@@ -162,8 +162,8 @@ class ExpertCache:
                 if key not in self._keep and (pooled or key[0] == layer)
             ]
             slots += self._evict(layer, useless[: count - len(slots)])
-        if len(slots) < count and evict:
-            victims = self._allocation.evict(layer, count - len(slots), self._keep)
+        if len(slots) < evict:
+            victims = self._allocation.evict(layer, evict - len(slots), self._keep)
             slots += self._vacate(layer, victims)
         return slots
 
@@ -197,7 +197,8 @@ class ExpertCache:
         count = min(most, len(absent), spare)
         if count < 1:
             return ()
-        slots = self._take_slots(layer, count, evict=self._trust.may_evict(layer))
+        evict = count if self._trust.may_evict(layer) else 0
+        slots = self._take_slots(layer, count, evict=evict)
         loads = self._place(layer, absent[: len(slots)], slots, 0.0)
         guess.loaded |= {use.expert for use in loads}
         self._keep.update((layer, use.expert) for use in loads)
