@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from offload.budget import UBATCH
+from offload.budget import READ_WHOLE, UBATCH
 from offload.errors import GenerationError
 from offload.generation_config import end_ids
 from offload.handle import offload_of
@@ -253,6 +253,8 @@ def forward(
 ) -> tuple[Tensor, Any]:
     """The last token's logits [1, V] after `ids` [1, T], and the KV cache; None begins a
     sequence. At most `ubatch` tokens go through the model at once."""
+    if model.config.get_text_config().model_type in READ_WHOLE:
+        ubatch = ids.shape[1] if cache is None else 1
     for chunk in ids.split(ubatch, dim=1):
         out = model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = out.past_key_values
