@@ -275,7 +275,11 @@ class Engine:
     def stats(self) -> Stats:
         """The figures of everything so far; subtract two to get what happened between them."""
         counts = self.cache.statistics
-        loaded = (n.loads * self.record_bytes(i) for i, n in enumerate(counts.layers))
+        sizes = [self.record_bytes(layer) for layer in range(len(counts.layers))]
+        loaded = (n.loads * size for n, size in zip(counts.layers, sizes, strict=True))
+        in_place = 0
+        if len(self.transfer.slots) <= self.cache.table.slots:  # no rows to copy into
+            in_place = sum(n.streamed * size for n, size in zip(counts.layers, sizes, strict=True))
         return Stats(
             counts=counts.total(),
             layers=tuple(replace(layer) for layer in counts.layers),
@@ -284,6 +288,7 @@ class Engine:
             bytes_loaded=sum(loaded),
             link_busy_seconds=self.transfer.busy_seconds,
             tokens=self.tokens,
+            bytes_in_place=in_place,
         )
 
     def close(self) -> None:

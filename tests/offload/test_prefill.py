@@ -110,7 +110,9 @@ def test_each_expert_crosses_the_link_once_a_chunk_and_the_next_ones_early(
         assert stats.counts.misses == len(begun)
         assert stats.counts.hits + stats.counts.misses == stats.counts.requests
         assert stats.counts.streamed == sum(slot >= 6 for _, _, slot in begun)
-        assert stats.bytes_loaded == len(begun) * offload_of(model).engine.record_bytes(0)
+        size = offload_of(model).engine.record_bytes(0)
+        assert stats.bytes_loaded == len(begun) * size
+        assert stats.bytes_in_place == stats.counts.streamed * size
 
 
 def test_a_prompt_does_not_flush_what_decode_holds(tmp_path: Path) -> None:
