@@ -49,7 +49,9 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.model,
         asked.recipe(),
         device=device,
-        plan=Planner(device, memory, context=arguments.ctx_size) if asked.fit else None,
+        plan=Planner(device, memory, context=arguments.ctx_size, ubatch=arguments.ubatch_size)
+        if asked.fit
+        else None,
         destination=destination,
         revision=arguments.revision,
         local_files_only=arguments.local_files_only,

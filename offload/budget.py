@@ -19,6 +19,11 @@ from quant.pack import PackInfo
 
 SHARE = 0.9  # of the memory that is free at start, when the user names no budget
 BASE_BYTES = 200 * 2**20  # libraries' own buffers, the allocator's slack
+STAGING_BYTES = 128 * 2**20  # for small records more than two rows: fewer, larger kernels
+MOST_STAGING_ROWS = 32
+UBATCH = 2048  # tokens of a prompt at once: an expert crosses the link once for all of them
+# Their states (transformers 5.23) forget what was before when several tokens follow others.
+READ_WHOLE = frozenset({"jamba"})
 UNPACKED_BYTES = 10  # a weight while its matrix is dequantised: codes, float32, the result
 UNITS = {"": 1, "B": 1} | {
     letter + suffix: base**power
@@ -71,12 +76,15 @@ class Budget:
     workspace: int
     slot: int
     total_experts: int
+    staging: int = 0  # rows of a slot's size beside the slots, unless all experts have one
 
     def slots(self, asked: int | None) -> int:
         """The number of expert slots to allocate, `asked` or as many as fit. Raises
         `BudgetError`."""
         left = self.available - self.dense - self.kv_cache - self.workspace
         fit = max(0, left // self.slot)
+        if fit < self.total_experts or (asked is not None and asked < self.total_experts):
+            fit = max(0, fit - self.staging)
         wanted = 1 if asked is None else asked
         if wanted < 1:
             raise BudgetError(
@@ -87,10 +95,15 @@ class Budget:
             raise BudgetError(
                 f"needs {wanted} expert slot{'s' * (wanted > 1)} of {self.slot / 2**20:.1f} MiB, "
                 f"{fit} fit in {gib(self.available)} beside {gib(self.dense)} of dense weights, "
-                f"{gib(self.kv_cache)} of KV cache and {gib(self.workspace)} of workspace: lower "
-                "--ctx-size, --expert-slots or --expert-bits, or raise --vram (GPU) or --ram (CPU)"
+                f"{gib(self.kv_cache)} of KV cache and {gib(self.workspace)} of workspace"
+                f"{self._staging_words()}: lower --ctx-size, --ubatch-size, --expert-slots or "
+                "--expert-bits, or raise --vram (GPU) or --ram (CPU)"
             )
         return wanted if asked is not None else min(fit, self.total_experts)
+
+    def _staging_words(self) -> str:
+        size = gib(self.staging * self.slot)
+        return f", and {size} that prompts are streamed through" if self.staging else ""
 
 
 @dataclass(frozen=True)
@@ -134,11 +147,28 @@ def kv_cache_bytes(config: PreTrainedConfig, context: int, dtype: torch.dtype) -
     return values * context * dtype.itemsize
 
 
-def workspace_bytes(config: PreTrainedConfig, info: PackInfo, context: int) -> int:
-    """Bytes of what comes and goes: one dequantised matrix, and a prefill's activations."""
+def staging_rows(device: torch.device, slot_bytes: int) -> int:
+    """Rows beside the slots for a prompt's experts: two halves, one filled while the other is
+    computed from."""
+    if device.type == "cpu":
+        return 2  # takes no memory: they are computed from where they are mapped
+    return max(2, min(MOST_STAGING_ROWS, STAGING_BYTES // slot_bytes) // 2 * 2)
+
+
+def chunk_tokens(config: PreTrainedConfig, asked: int, context: int) -> int:
+    """Tokens of a prompt that go through the model at once. Raises `BudgetError`."""
+    if asked < 1:
+        raise BudgetError(f"{asked} tokens at once: at least one is needed, raise --ubatch-size")
+    whole = config.get_text_config().model_type in READ_WHOLE
+    return context if whole else min(asked, context)
+
+
+def workspace_bytes(config: PreTrainedConfig, info: PackInfo, tokens: int) -> int:
+    """Bytes of what comes and goes: one dequantised matrix, and the activations of `tokens` at
+    once."""
     text = config.get_text_config()
     layouts = (*info.layouts, *info.dense_layouts)
     widest = max(m.rows * m.columns for layout in layouts for m in layout.matrices)
     chosen = getattr(text, "num_experts_per_tok", None) or 8
-    cells = context * int(chosen) * int(text.hidden_size) * 4  # [T, k, H], float32 at most
+    cells = tokens * int(chosen) * int(text.hidden_size) * 4  # [T, k, H], float32 at most
     return BASE_BYTES + min(widest, REFERENCE_WEIGHTS) * UNPACKED_BYTES + 2 * cells

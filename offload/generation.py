@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from offload.budget import READ_WHOLE, UBATCH
 from offload.errors import GenerationError
 from offload.generation_config import end_ids
 from offload.handle import offload_of
@@ -209,7 +210,7 @@ def _stream(
     prompt, limit = request.ids, request.limit
     ids = torch.tensor([prompt], device=model.device)
     cache, cached = kept.take(prompt)
-    logits, cache = forward(model, ids[:, cached:], cache)
+    logits, cache = forward(model, ids[:, cached:], cache, handle.options.ubatch)
     token = sampler(ids, logits)
     value = int(token)  # sync: the text is made on the host
     decode_begin = time.perf_counter()
@@ -247,11 +248,17 @@ def _stream(
 
 
 @torch.inference_mode()
-def forward(model: PreTrainedModel, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
+def forward(
+    model: PreTrainedModel, ids: Tensor, cache: Any, ubatch: int = UBATCH
+) -> tuple[Tensor, Any]:
     """The last token's logits [1, V] after `ids` [1, T], and the KV cache; None begins a
-    sequence."""
-    out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return out.logits[:, -1], out.past_key_values
+    sequence. At most `ubatch` tokens go through the model at once."""
+    if model.config.get_text_config().model_type in READ_WHOLE:
+        ubatch = ids.shape[1] if cache is None else 1
+    for chunk in ids.split(ubatch, dim=1):
+        out = model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = out.past_key_values
+    return out.logits[:, -1], cache
 
 
 def peak_memory(device: torch.device) -> int:

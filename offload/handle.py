@@ -32,6 +32,8 @@ class Options:
     slots: int
     residency: Residency
     context: int
+    staging: int  # rows past the slots, through which a prompt's experts are streamed
+    ubatch: int  # tokens of a prompt that go through the model at once
 
     @property
     def policy(self) -> str:

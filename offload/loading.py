@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 from cache.predictors import WITH_ROUTER
 from offload import sources
 from offload.budget import (
+    UBATCH,
     Memory,
     parse_bytes,
 )
@@ -72,6 +73,7 @@ def load(
     warm_start: bool = True,
     trace: str | Path | None = None,
     context: int = 4096,
+    ubatch_size: int = UBATCH,
     pack_dir: str | Path | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
@@ -95,6 +97,8 @@ def load(
     - `warm_start`: load first what was hot when the pack was last closed, in the background.
     - `trace`: a file to record in what the routers choose (`offload trace`).
     - `context`: tokens the KV cache is budgeted for, and the most a conversation may have.
+    - `ubatch_size`: tokens of a prompt that go through the model at once; every expert they need is
+      loaded once for all of them.
     - `dtype`: of the computation; None: as the checkpoint's config says.
 
     Returns `(model, tokenizer)`; the tokenizer is None when the checkpoint has none. The model is a
@@ -112,6 +116,7 @@ def load(
         expert_slots,
         residency,
         context,
+        ubatch_size,
     )
     path = find_or_make_pack(
         str(source),
@@ -215,7 +220,8 @@ def _connect(model: PreTrainedModel, pack: Pack, options: Options, transfer: Tra
     everything_fits = options.slots >= info.total_experts
     ahead = residency.ahead(everything_fits)
     way = OneByOne if options.device.type == "cpu" else Grouped
-    engine = Engine(info, cache, transfer, way(info, transfer), residency.balance(), ahead)
+    compute = way(info, transfer)
+    engine = Engine(info, cache, transfer, compute, residency.balance(), ahead, options.staging)
     for module in experts_modules(model):
         install(module, engine.add_layer(module))
     engine.watch_calls(model)
@@ -242,7 +248,7 @@ def _top_k(model: PreTrainedModel) -> int:
 def _transfer(pack: Pack, options: Options, ram: int | None) -> Transfer:
     if options.device.type == "cpu":
         return HostTransfer(pack, options.slots)
-    return CudaTransfer(pack, options.slots, options.device, ram)
+    return CudaTransfer(pack, options.slots + options.staging, options.device, ram)
 
 
 def _tokenizer(path: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:

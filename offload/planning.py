@@ -10,7 +10,16 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedConfig
 
-from offload.budget import Budget, Memory, kv_cache_bytes, parse_slots, workspace_bytes
+from offload.budget import (
+    UBATCH,
+    Budget,
+    Memory,
+    chunk_tokens,
+    kv_cache_bytes,
+    parse_slots,
+    staging_rows,
+    workspace_bytes,
+)
 from offload.errors import BudgetError
 from offload.handle import Options
 from offload.residency import Residency
@@ -27,20 +36,26 @@ class Planner:
     slots: int | str | None = None
     residency: Residency = field(default_factory=Residency)
     context: int = 4096
+    ubatch: int = UBATCH
 
     def __call__(self, info: PackInfo, config: PreTrainedConfig) -> Options:
         """How a pack like `info` would be run. Raises `BudgetError`."""
         compute = self.dtype or _config_dtype(config)
+        ubatch = chunk_tokens(config, self.ubatch, self.context)
+        staging = staging_rows(self.device, info.slot_bytes)
         budget = Budget(
             self.memory.device,
             dense=info.dense_bytes(compute.itemsize),
             kv_cache=kv_cache_bytes(config, self.context, compute),
-            workspace=workspace_bytes(config, info, self.context),
+            workspace=workspace_bytes(config, info, ubatch),
             slot=info.slot_bytes,
             total_experts=info.total_experts,
+            staging=0 if self.device.type == "cpu" else staging,
         )
         slots = budget.slots(parse_slots(self.slots, info.total_experts))
-        return Options(self.device, compute, slots, self.residency, self.context)
+        if slots >= info.total_experts:
+            staging = 0
+        return Options(self.device, compute, slots, self.residency, self.context, staging, ubatch)
 
 
 def _config_dtype(config: PreTrainedConfig) -> torch.dtype:

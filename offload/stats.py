@@ -22,6 +22,7 @@ class Stats:
     bytes_loaded: int
     link_busy_seconds: float
     tokens: int  # tokens that went through the model
+    bytes_in_place: int = 0  # of those loaded, what no link was needed for: read where it is mapped
 
     def __add__(self, other: Stats) -> Stats:
         return replace(
@@ -31,6 +32,7 @@ class Stats:
             bytes_loaded=self.bytes_loaded + other.bytes_loaded,
             link_busy_seconds=self.link_busy_seconds + other.link_busy_seconds,
             tokens=self.tokens + other.tokens,
+            bytes_in_place=self.bytes_in_place + other.bytes_in_place,
         )
 
     def __sub__(self, other: Stats) -> Stats:
@@ -41,6 +43,7 @@ class Stats:
             bytes_loaded=self.bytes_loaded - other.bytes_loaded,
             link_busy_seconds=self.link_busy_seconds - other.link_busy_seconds,
             tokens=self.tokens - other.tokens,
+            bytes_in_place=self.bytes_in_place - other.bytes_in_place,
         )
 
     @property
@@ -50,7 +53,8 @@ class Stats:
     @property
     def link_gb_per_s(self) -> float:
         """Rate of the copies while they ran; 0 when there were none."""
-        return self.bytes_loaded / 1e9 / self.link_busy_seconds if self.link_busy_seconds else 0.0
+        copied = self.bytes_loaded - self.bytes_in_place
+        return copied / 1e9 / self.link_busy_seconds if self.link_busy_seconds else 0.0
 
     def line(self) -> str:
         """The experts' line printed after an answer."""

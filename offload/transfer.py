@@ -30,7 +30,10 @@ class Ticket(Protocol):
 
 
 class Transfer(Protocol):
-    """Copies records into numbered slots. Not for use by several threads at once."""
+    """Copies records into numbered slots. Not for use by several threads at once.
+
+    Rows past the cache's slots are for experts that are streamed: used once, and not kept.
+    """
 
     device: torch.device
     overtakes: bool  # an urgent copy goes before any other, even one that is under way
@@ -71,6 +74,7 @@ class Transfer(Protocol):
 
 
 CHUNK = 1 << 18  # bytes of a copy that is not urgent, between looks at those that are
+PAGE = 4096
 NOWHERE = -1  # the slot of a ticket that only marks its place in the queue
 
 
@@ -95,6 +99,8 @@ class HostTicket:
 class HostTransfer:
     """Slots in host memory, filled from the mapped pack by one thread.
 
+    What goes into a row past the slots is not copied: it is read into memory, should it not be
+    there, and computed from where it is mapped.
     A record's checksum is compared the first time it is copied. The two sides share nothing but
     deques, a `SimpleQueue` and each ticket's bell, whose operations Ctrl-C cannot cut in two; the
     lock inside a `Condition` or `Event` could stay taken. After an interrupted `wait`: `drain`.
@@ -107,6 +113,7 @@ class HostTransfer:
         self.marks: Marks = NO_MARKS
         self._pack = pack
         self._slots = torch.empty(slots, pack.info.slot_bytes, dtype=torch.uint8)
+        self._mapped: dict[int, Tensor] = {}  # row past the slots -> record
         self._checked = [[False] * layer.num_experts for layer in pack.info.layers]
         self._queues: tuple[deque[HostTicket], deque[HostTicket]] = (
             deque(),
@@ -131,9 +138,11 @@ class HostTransfer:
         return self._slots
 
     def slot(self, index: int) -> Tensor:
-        return self._slots[index]
+        return self._slots[index] if index < len(self._slots) else self._mapped[index]
 
     def start(self, layer: int, expert: int, slot: int, *, urgent: bool) -> HostTicket:
+        if slot >= len(self._slots):
+            self._mapped[slot] = self._pack.record(layer, expert)
         ticket = HostTicket(layer, expert, slot, urgent)
         self._queues[0 if urgent else 1].append(ticket)
         self._wake.put(True)
@@ -179,6 +188,7 @@ class HostTransfer:
         self._wake.put(False)
         self._thread.join()
         self._slots = torch.empty(0, 0, dtype=torch.uint8)
+        self._mapped.clear()
 
     def _run(self) -> None:
         while self._wake.get():
@@ -223,6 +233,9 @@ class HostTransfer:
             self._pack.check_record(ticket.layer, ticket.expert)
             checked[ticket.expert] = True
         record = self._pack.record(ticket.layer, ticket.expert)
+        if ticket.slot >= len(self._slots):
+            record[::PAGE].sum()  # reads from disk what has left memory
+            return
         slot = self._slots[ticket.slot]
         # Not Tensor.copy_: it would take the compute's threads. memmove runs without the GIL.
         if ticket.urgent:

@@ -185,7 +185,7 @@ class Script:
         return bytes(self.prompts[-1]).decode()
 
     def forward(
-        self, model: Any, ids: Tensor, cache: ScriptCache | None
+        self, model: Any, ids: Tensor, cache: ScriptCache | None, ubatch: int = 1
     ) -> tuple[Tensor, ScriptCache]:
         """In place of `offload.generation.forward`."""
         cache = cache or ScriptCache()

@@ -18,6 +18,7 @@ from offload.budget import (
     kv_cache_bytes,
     parse_bytes,
     parse_slots,
+    staging_rows,
 )
 from offload.errors import BudgetError
 from tests.tiny import EXPERTS, LAYERS, tiny_config
@@ -128,6 +129,23 @@ def test_asked_slots_are_given_when_they_fit() -> None:
     assert _budget(2340 + 1000).slots(7) == 7
     assert _budget(2340 + 1000).slots(10) == 10
     assert _budget(10**9).slots(999) == 24
+
+
+def test_rows_that_prompts_are_streamed_through_are_counted_unless_everything_fits() -> None:
+    assert _budget(2340 + 1000, staging=2).slots(None) == 8
+    assert _budget(2340 + 1000, staging=2).slots(8) == 8
+    assert _budget(2340 + 2400, staging=2).slots(None) == 24
+    assert _budget(2340 + 2399, staging=2).slots(None) == 21
+    with pytest.raises(BudgetError, match=r"needs 9 .* 8 fit in .* prompts are streamed through"):
+        _budget(2340 + 1000, staging=2).slots(9)
+
+
+def test_small_records_get_more_rows_and_a_cpu_none_of_its_own() -> None:
+    gpu = torch.device("cuda")
+    assert staging_rows(gpu, 100 * 2**20) == 2
+    assert staging_rows(gpu, 10 * 2**20) == 12
+    assert staging_rows(gpu, 2**10) == 32
+    assert staging_rows(torch.device("cpu"), 2**10) == 2
 
 
 @pytest.mark.parametrize("available", [0, 1, 2340, 2439])
