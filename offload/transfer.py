@@ -69,6 +69,10 @@ class Transfer(Protocol):
     def busy_seconds(self) -> float:
         """Time the link spent copying so far."""
 
+    def resize(self, slots: int) -> None:
+        """Give the slots' memory back and take `slots` instead, which hold nothing. Views of the
+        old ones have to be gone."""
+
     def close(self) -> None:
         """Finish what is under way, free the slots, end the threads."""
 
@@ -180,6 +184,12 @@ class HostTransfer:
 
     def release(self, slot: int) -> None:
         """Nothing to do: on a CPU what was called has finished."""
+
+    def resize(self, slots: int) -> None:
+        self.drain()
+        size = self._slots.shape[1]
+        self._slots = torch.empty(0, size, dtype=torch.uint8)  # first, before more is taken
+        self._slots = torch.empty(slots, size, dtype=torch.uint8)
 
     def close(self) -> None:
         for queue in self._queues:
