@@ -110,6 +110,21 @@ def test_a_demand_into_the_slot_of_a_guess_under_way_comes_after_it(pack: Pack) 
         transfer.close()
 
 
+def test_a_guess_waits_on_the_device_for_the_demands_before_it_and_no_demand_for_it(
+    pack: Pack,
+) -> None:
+    link = FakeLink(eager=False)
+    link.stands_still = True
+    transfer = transfer_of(pack, 4, EVERYTHING, link)
+    first = transfer.start(0, 0, 0, urgent=True)
+    transfer.start(0, 1, 1, urgent=False)
+    transfer.start(0, 2, 2, urgent=True)
+    demands, guesses = link._queues["demands"], link._queues["guesses"]
+    assert [after for after, _ in guesses] == [[first.end], ()]
+    assert not any(after for after, _ in demands)
+    transfer.close()
+
+
 @pytest.mark.parametrize("ram", [EVERYTHING, FEW])
 def test_after_a_drain_nothing_is_under_way_and_work_goes_on(pack: Pack, ram: int) -> None:
     link = FakeLink(eager=False)
