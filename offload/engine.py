@@ -263,7 +263,7 @@ class Engine:
             before = slots = self.cache.table.slots
             self._start_over()
             self._broken_off = False
-            self._views.clear()
+            self._compute.close()  # its views of the slots
             while True:
                 if slots == 1:
                     raise GenerationError(

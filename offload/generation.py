@@ -211,7 +211,9 @@ def _stream(
     prompt, limit = request.ids, request.limit
     ids = torch.tensor([prompt], device=model.device)
     cache, cached = kept.take(prompt)
-    logits, cache = forward(model, ids[:, cached:], cache, handle.options.ubatch)
+    logits, cache = forward(
+        model, ids[:, cached:], cache, handle.options.ubatch, ids[:, :cached]
+    )
     token = sampler(ids, logits)
     value = int(token)  # sync: the text is made on the host
     decode_begin = time.perf_counter()
@@ -242,7 +244,7 @@ def _stream(
         )
         if reason:
             return
-        logits, cache = forward(model, token, cache, ids)
+        logits, cache = forward(model, token, cache, before=ids)
         ids = torch.cat((ids, token), dim=-1)
         token = sampler(ids, logits)
         value = int(token)  # sync: the text is made on the host

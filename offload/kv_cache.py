@@ -81,7 +81,7 @@ def _on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     model = build_on_meta(own_config(config, cls), cls).to(dtype).eval()
     for module in model.modules():
         if is_experts_module(module):
-            module.forward = _unchanged  # type: ignore[method-assign]  # what they do is not asked
+            module.forward = _unchanged  # what they do is not asked
     return model
 
 
@@ -111,10 +111,11 @@ def keep_past(cache: Any) -> None:
 
 
 def settle(cache: Any) -> None:
-    """The step is over: what was pushed out of a window may go."""
+    """The step is over: what was pushed out of a window goes, and cannot be had back."""
     for layer in cache.layers:
-        if type(layer) is DynamicSlidingWindowLayer and layer.record_past:
+        if type(layer) is DynamicSlidingWindowLayer:
             layer.crop(0)
+            layer.record_past = False
 
 
 def restore(cache: Any, tokens: int) -> None:

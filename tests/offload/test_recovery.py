@@ -188,3 +188,23 @@ def test_so_many_slots_go_that_the_shortage_and_some_more_fit() -> None:
     assert fewer_slots(5, 1 << 40, 1 << 20) == 1
     assert fewer_slots(2, 0, 1 << 30) == 1
     assert SLACK == 64 << 20
+
+
+def test_a_window_that_was_passed_cannot_be_cut_back_afterwards(
+    models: Callable[[str], Path],
+) -> None:
+    """A prompt that parts from the one before early is read anew, with the same answer."""
+    folder = models("gpt_oss")
+    other = [*PROMPT[:20], 77, 78, 79]
+
+    def answers(prompts: list[list[int]]) -> list[int]:
+        model, _ = offload.load(
+            folder, device="cpu", expert_slots=13, pack_dir=folder.parent / "packs"
+        )
+        for prompt in prompts:
+            steps = offload.stream_generate(model, None, prompt, max_new_tokens=20, temperature=0.0)
+            tokens = [step.token for step in steps]
+        offload_of(model).close()
+        return tokens
+
+    assert answers([PROMPT, other]) == answers([other])
