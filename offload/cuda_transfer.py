@@ -75,6 +75,7 @@ class CudaTransfer:
         self._link = link
         self._slot_bytes = pack.info.slot_bytes
         self._slots = link.allocate(slots, self._slot_bytes)
+        link.synchronize()  # compute may still use what this memory was before
         if tier is None:
             budget = int(psutil.virtual_memory().available * SHARE) if ram is None else ram
             tier = HostTier(pack, budget, CudaPinner(device), cuda.rate)
@@ -182,11 +183,11 @@ class CudaTransfer:
         if self._waiting:
             self._go_on()
 
-    def resize(self, slots: int) -> None:
+    def resize(self, slots: int, staging: int) -> None:
         self.drain()
         self._slots = self._slots[:0].clone()  # its memory, before other is taken
         self._link.free_cached()
-        self._slots = self._link.allocate(slots, self._slot_bytes)
+        self._slots = self._link.allocate(slots + staging, self._slot_bytes)
 
     def close(self) -> None:
         self._link.synchronize()

@@ -271,11 +271,12 @@ class Engine:
                     )
                 slots = fewer_slots(slots, shortage, self._info.slot_bytes)
                 try:
-                    self.transfer.resize(slots)
+                    self.transfer.resize(slots, self._staging.rows)
                     break
                 except torch.OutOfMemoryError:  # somebody else took it meanwhile
                     shortage = 0
             self.cache.resize(slots)
+            self._staging = Staging(slots, self._staging.rows)
         logger.warning(
             "out of GPU memory: %d of %d expert slots (%s) are given back, and it goes on",
             before - slots,

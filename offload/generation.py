@@ -211,9 +211,7 @@ def _stream(
     prompt, limit = request.ids, request.limit
     ids = torch.tensor([prompt], device=model.device)
     cache, cached = kept.take(prompt)
-    logits, cache = forward(
-        model, ids[:, cached:], cache, handle.options.ubatch, ids[:, :cached]
-    )
+    logits, cache = forward(model, ids[:, cached:], cache, handle.options.ubatch, ids[:, :cached])
     token = sampler(ids, logits)
     value = int(token)  # sync: the text is made on the host
     decode_begin = time.perf_counter()

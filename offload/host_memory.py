@@ -26,7 +26,10 @@ def own_memory(size: int) -> Tensor:
 
     Not torch's: its pinning allocator rounds up to powers of two, its plain one begins anywhere.
     """
-    memory = mmap.mmap(-1, in_pages(size))
+    if hasattr(mmap, "MAP_PRIVATE"):  # shared memory has no large pages as a rule
+        memory = mmap.mmap(-1, in_pages(size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    else:
+        memory = mmap.mmap(-1, in_pages(size))
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # advice: fewer pages to pin
             memory.madvise(mmap.MADV_HUGEPAGE)

@@ -360,7 +360,6 @@ def test_plan_is_made_of_plain_values() -> None:
     assert hash(plan) == hash((0, (((), ((4, 0),)),), ()))
 
 
-
 @pytest.mark.parametrize("allocation", ["shared", "global", "quota"])
 def test_with_fewer_slots_it_begins_anew_and_keeps_its_counts(allocation: str) -> None:
     cache = ExpertCache(6, 2, LRU, allocation)

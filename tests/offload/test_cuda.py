@@ -168,7 +168,7 @@ def test_fewer_slots_take_less_memory(pack: Pack) -> None:
     before = torch.cuda.memory_allocated()
     transfer = CudaTransfer(pack, 20, DEVICE, 1 << 40)
     held = torch.cuda.memory_allocated() - before
-    transfer.resize(5)
+    transfer.resize(5, 0)
     assert torch.cuda.memory_allocated() - before < held / 2
     transfer.wait(transfer.start(2, 1, 4, urgent=True))
     assert torch.equal(transfer.slot(4).cpu(), pack.record(2, 1))

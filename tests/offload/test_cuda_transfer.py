@@ -142,8 +142,8 @@ def test_after_a_drain_nothing_is_under_way_and_work_goes_on(pack: Pack, ram: in
 def test_resized_slots_are_filled_anew(pack: Pack, ram: int) -> None:
     transfer = transfer_of(pack, 8, ram, FakeLink())
     transfer.wait(transfer.start(0, 1, 7, urgent=True))
-    transfer.resize(3)
-    assert transfer._slots.shape[0] == 3
+    transfer.resize(3, 2)
+    assert transfer._slots.shape[0] == 5
     transfer.wait(transfer.start(0, 2, 2, urgent=True))
     assert torch.equal(transfer.slot(2), pack.record(0, 2))
     transfer.close()
@@ -230,7 +230,7 @@ def test_an_engine_over_it_gives_the_same_logits(
     expected = logits(EXPERTS * LAYERS)
 
     def played(pack: Pack, options: Options, _: int | None) -> CudaTransfer:
-        return transfer_of(pack, options.slots, ram, FakeLink(options.slots))
+        return transfer_of(pack, options.slots + options.staging, ram, FakeLink(options.slots))
 
     monkeypatch.setattr(offload.loading, "_transfer", played)
     for slots in (1, 3, 7, 13):

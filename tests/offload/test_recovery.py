@@ -155,11 +155,11 @@ def test_a_smaller_piece_is_tried_when_the_first_cannot_be_had_either(
     resize = HostTransfer.resize
     asked: list[int] = []
 
-    def short(self: HostTransfer, slots: int) -> None:
+    def short(self: HostTransfer, slots: int, staging: int) -> None:
         asked.append(slots)
         if slots > 5:
             raise torch.OutOfMemoryError(MESSAGE.format("2.00 GiB"))
-        resize(self, slots)
+        resize(self, slots, staging)
 
     monkeypatch.setattr(HostTransfer, "resize", short)
     got, slots = answer(folder, lambda model: Shortage(model, "mlp", (40,)))
