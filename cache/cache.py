@@ -37,8 +37,8 @@ class ExpertCache:
         self.table = SlotTable(slots)
         self.statistics = Statistics(layers)
         self.heat = Heat(layers)
-        self._make = functools.partial(ALLOCATIONS[allocation], slots, layers, policy)
-        self._allocation: Allocation = self._make()
+        self._make = functools.partial(ALLOCATIONS[allocation], layers=layers, policy=policy)
+        self._allocation: Allocation = self._make(slots)
         self._trust = Trust(layers)
         self._keep: set[Key] = set()  # in use, or guessed
         self._in_use: list[Key] = []
@@ -241,8 +241,13 @@ class ExpertCache:
     def forget(self) -> None:
         """`clear`, and begin anew with what was learnt about keys and guesses; heat stays."""
         self.clear()
-        self._allocation = self._make()
+        self._allocation = self._make(self.table.slots)
         self._trust = Trust(len(self.heat))
+
+    def resize(self, slots: int) -> None:
+        """Have `slots` from now on, all of them empty: `forget`."""
+        self.table = SlotTable(slots)
+        self.forget()
 
     def is_resident(self, layer: int, expert: int) -> bool:
         return (layer, expert) in self.table

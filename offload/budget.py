@@ -6,6 +6,7 @@ Knows: what takes memory and how much. Does not know: how it is allocated.
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass
 
@@ -13,9 +14,12 @@ import psutil
 import torch
 from transformers import PreTrainedConfig
 
-from offload.errors import BudgetError
+from offload.errors import BudgetError, reason
+from offload.kv_cache import cache_bytes
 from quant.matmul import REFERENCE_WEIGHTS
 from quant.pack import PackInfo
+
+logger = logging.getLogger("offload")
 
 SHARE = 0.9  # of the memory that is free at start, when the user names no budget
 BASE_BYTES = 200 * 2**20  # libraries' own buffers, the allocator's slack
@@ -116,6 +120,8 @@ class Memory:
     @classmethod
     def of(cls, device: torch.device, vram: str | int | None, ram: str | int | None) -> Memory:
         """What the user gave, else a share of what is free. Raises `BudgetError`."""
+        if vram is not None and device.type == "cpu":
+            logger.warning("--vram has no effect without a GPU: --ram is the limit here")
         given = parse_bytes(ram)
         host = available_bytes(torch.device("cpu"), None, given)
         return cls(available_bytes(device, parse_bytes(vram), given), host)
@@ -131,11 +137,34 @@ def available_bytes(device: torch.device, vram: int | None, ram: int | None) -> 
     return int(psutil.virtual_memory().available * SHARE)
 
 
-def kv_cache_bytes(config: PreTrainedConfig, context: int, dtype: torch.dtype) -> int:
-    """Bytes of the KV cache at `context` tokens, for one sequence.
+def hold_vram(device: torch.device, budget: int) -> None:
+    """Let torch take no more than `budget` beside what it has: more is out of memory, which leads
+    to slots being given back, instead of other programs' shortage."""
+    total = torch.cuda.get_device_properties(device).total_memory
+    share = (torch.cuda.memory_reserved(device) + budget) / total
+    torch.cuda.set_per_process_memory_fraction(min(share, 1.0), device)
 
-    An estimate: every layer is counted as full attention (2 * heads * head_dim a token).
-    """
+
+def kv_cache_bytes(
+    config: PreTrainedConfig, context: int, dtype: torch.dtype, ubatch: int | None = None
+) -> int:
+    """Bytes of the KV cache at `context` tokens, for one sequence read `ubatch` tokens at a time
+    (None: at once)."""
+    key = (type(config), config.to_json_string(), context, dtype, ubatch or context)
+    if key not in _KV_CACHE:
+        try:
+            _KV_CACHE[key] = cache_bytes(config, context, dtype, ubatch or context)
+        except Exception as error:  # whatever a model raises that does not run without memory
+            logger.debug("the KV cache is estimated: %s", reason(error))
+            _KV_CACHE[key] = _estimated_kv_bytes(config, context, dtype)
+    return _KV_CACHE[key]
+
+
+_KV_CACHE: dict[tuple[object, ...], int] = {}  # a model is asked about several times
+
+
+def _estimated_kv_bytes(config: PreTrainedConfig, context: int, dtype: torch.dtype) -> int:
+    """Every layer counted as full attention (2 * heads * head_dim a token)."""
     text = config.get_text_config()
     layers = getattr(text, "per_layer_config", None) or [text] * text.num_hidden_layers
     values = 0

@@ -12,6 +12,7 @@ Letters: T tokens, k experts a token, S = T * k cells, H hidden, I inner, E expe
 from __future__ import annotations
 
 import functools
+import logging
 import threading
 import time
 from collections import deque
@@ -30,8 +31,9 @@ from cache.predictors import NO_LOOKAHEAD, Lookahead
 from cache.staging import Staging, Step
 from cache.trace import Guess
 from offload.ahead import Ahead
+from offload.budget import gib
 from offload.compute import Compute
-from offload.errors import GenerationError
+from offload.errors import NO_MEMORY, GenerationError
 from offload.layer import Layer
 from offload.marks import NO_MARKS, Marks
 from offload.recording import Recorder
@@ -39,6 +41,9 @@ from offload.stats import Stats
 from offload.transfer import Ticket, Transfer
 from quant.pack import PackInfo
 
+logger = logging.getLogger("offload")
+
+SLACK = 64 << 20  # bytes given back beyond those that were missing, or a quarter of them
 WARM_AT_ONCE = 4  # copies a step, where an urgent one cannot overtake them
 
 
@@ -249,6 +254,36 @@ class Engine:
         if not self.cache.table.has_free():
             self._cold.clear()
 
+    def give_back(self, shortage: int) -> None:
+        """An allocation of `shortage` bytes failed on the device: have fewer slots from now on.
+
+        What they held is forgotten. Raises `GenerationError` when there is but one slot.
+        """
+        with self._lock:
+            before = slots = self.cache.table.slots
+            self._start_over()
+            self._broken_off = False
+            self._compute.close()  # its views of the slots
+            while True:
+                if slots == 1:
+                    raise GenerationError(
+                        f"out of GPU memory with one expert slot left: {NO_MEMORY}, or raise --vram"
+                    )
+                slots = fewer_slots(slots, shortage, self._info.slot_bytes)
+                try:
+                    self.transfer.resize(slots, self._staging.rows)
+                    break
+                except torch.OutOfMemoryError:  # somebody else took it meanwhile
+                    shortage = 0
+            self.cache.resize(slots)
+            self._staging = Staging(slots, self._staging.rows)
+        logger.warning(
+            "out of GPU memory: %d of %d expert slots (%s) are given back, and it goes on",
+            before - slots,
+            before,
+            gib((before - slots) * self._info.slot_bytes),
+        )
+
     def record(self, recorder: Recorder, noted_layers: int = 0) -> None:
         """Write down every call from now on, beginning with empty slots, so that a replay is exact.
 
@@ -302,6 +337,12 @@ class Engine:
         self._compute.close()
         self._tickets.clear()
         self.transfer.close()
+
+
+def fewer_slots(slots: int, shortage: int, slot_bytes: int) -> int:
+    """How many of `slots` remain so that `shortage` bytes and some more become free."""
+    wanted = -(-(shortage + max(shortage // 4, SLACK)) // slot_bytes) if shortage else 0
+    return max(1, slots - max(wanted, -(-slots // 10)))
 
 
 def _cells_by_expert(chosen: list[list[int]], num_experts: int) -> dict[int, list[int]]:

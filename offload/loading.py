@@ -21,6 +21,7 @@ from offload import sources
 from offload.budget import (
     UBATCH,
     Memory,
+    hold_vram,
     parse_bytes,
 )
 from offload.compute import Grouped, OneByOne
@@ -118,6 +119,8 @@ def load(
         context,
         ubatch_size,
     )
+    if place.type == "cuda":
+        hold_vram(place, plan.memory.device)
     path = find_or_make_pack(
         str(source),
         asked.recipe(),

@@ -46,7 +46,7 @@ class Planner:
         budget = Budget(
             self.memory.device,
             dense=info.dense_bytes(compute.itemsize),
-            kv_cache=kv_cache_bytes(config, self.context, compute),
+            kv_cache=kv_cache_bytes(config, self.context, compute, ubatch),
             workspace=workspace_bytes(config, info, ubatch),
             slot=info.slot_bytes,
             total_experts=info.total_experts,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from offload.marks import NO_MARKS, Marks
+from offload.page_in import PageIn
 from quant.pack import Pack
 
 
@@ -69,6 +70,10 @@ class Transfer(Protocol):
     def busy_seconds(self) -> float:
         """Time the link spent copying so far."""
 
+    def resize(self, slots: int, staging: int) -> None:
+        """Give the slots' memory back and take `slots` instead, which hold nothing, and `staging`
+        rows past them. Views of the old ones have to be gone."""
+
     def close(self) -> None:
         """Finish what is under way, free the slots, end the threads."""
 
@@ -101,7 +106,8 @@ class HostTransfer:
 
     What goes into a row past the slots is not copied: it is read into memory, should it not be
     there, and computed from where it is mapped.
-    A record's checksum is compared the first time it is copied. The two sides share nothing but
+    A record that has left memory is read as a whole before it is copied, and its checksum is
+    compared the first time. The two sides share nothing but
     deques, a `SimpleQueue` and each ticket's bell, whose operations Ctrl-C cannot cut in two; the
     lock inside a `Condition` or `Event` could stay taken. After an interrupted `wait`: `drain`.
     """
@@ -112,6 +118,7 @@ class HostTransfer:
         self.device = torch.device("cpu")
         self.marks: Marks = NO_MARKS
         self._pack = pack
+        self._page_in = PageIn(pack)
         self._slots = torch.empty(slots, pack.info.slot_bytes, dtype=torch.uint8)
         self._mapped: dict[int, Tensor] = {}  # row past the slots -> record
         self._checked = [[False] * layer.num_experts for layer in pack.info.layers]
@@ -181,12 +188,20 @@ class HostTransfer:
     def release(self, slot: int) -> None:
         """Nothing to do: on a CPU what was called has finished."""
 
+    def resize(self, slots: int, staging: int) -> None:
+        self.drain()
+        self._mapped.clear()
+        size = self._slots.shape[1]
+        self._slots = torch.empty(0, size, dtype=torch.uint8)  # first, before more is taken
+        self._slots = torch.empty(slots, size, dtype=torch.uint8)
+
     def close(self) -> None:
         for queue in self._queues:
             queue.clear()
         self._closed = True
         self._wake.put(False)
         self._thread.join()
+        self._page_in.close()
         self._slots = torch.empty(0, 0, dtype=torch.uint8)
         self._mapped.clear()
 
@@ -228,6 +243,8 @@ class HostTransfer:
     def _copy(self, ticket: HostTicket) -> None:
         if ticket.slot == NOWHERE:
             return
+        between = None if ticket.urgent else self._give_way
+        self._page_in.bring_in(ticket.layer, ticket.expert, between)
         checked = self._checked[ticket.layer]
         if not checked[ticket.expert]:
             self._pack.check_record(ticket.layer, ticket.expert)
