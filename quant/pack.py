@@ -199,7 +199,7 @@ class Pack:
                 str(name): (int(entry["bytes"]), str(entry["sha256"]))
                 for name, entry in manifest["files"].items()
             }
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise PackError(f"{path / MANIFEST} is damaged ({_short(error)}): {REMAKE}") from None
         expert_files = {PackLayer.file_name(i) for i in range(len(self.info.layers))}
         dense_files = {dense.file_name for dense in self.info.dense}
