@@ -17,6 +17,8 @@ from cli.flags import add_recipe_flags, add_source_flags
 from cli.values import positive
 from offload.errors import BudgetError
 
+UBATCH = 2048  # as for other commands
+
 if TYPE_CHECKING:
     from offload.plan import Plan
     from offload.target import Target
@@ -46,6 +48,14 @@ def add(commands: Commands) -> None:
     group.add_argument("--ram", metavar="SIZE", help="RAM, like 48GiB (90%% of what is free)")
     group.add_argument(
         "-c", "--ctx-size", type=positive, default=4096, metavar="N", help="context (4096)"
+    )
+    group.add_argument(
+        "-ub",
+        "--ubatch-size",
+        type=positive,
+        default=UBATCH,
+        metavar="N",
+        help=f"tokens of a prompt that are read at once ({UBATCH})",
     )
     group.add_argument(
         "--expert-slots", metavar="N", help="resident experts, a number or a share like 25%%"
@@ -79,7 +89,9 @@ def run(arguments: argparse.Namespace) -> int:
         local_files_only=arguments.local_files_only,
         trust_remote_code=arguments.trust_remote_code,
     )
-    question = Question(bits, arguments.expert_slots, arguments.ctx_size, trace)
+    question = Question(
+        bits, arguments.expert_slots, arguments.ctx_size, arguments.ubatch_size, trace
+    )
     plan = make_plan(model, _target(arguments), question)
     command = _command(arguments, plan)
     if arguments.output == "json":
@@ -114,6 +126,8 @@ def _command(arguments: argparse.Namespace, plan: Plan) -> str:
     if plan.chosen is not None and plan.outline.made is None and not settled:
         words += ["--expert-bits", str(plan.chosen.bits.bits)]
     words += ["-c", str(arguments.ctx_size)]
+    if arguments.ubatch_size != UBATCH:
+        words += ["-ub", str(arguments.ubatch_size)]
     if plan.target.here:
         for name in ("device", "vram", "ram"):
             value = getattr(arguments, name)

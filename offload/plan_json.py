@@ -56,6 +56,7 @@ def _row_json(row: Row) -> dict[str, Any]:
         "dense_bytes": row.budget.dense,
         "kv_cache_bytes": row.budget.kv_cache,
         "workspace_bytes": row.budget.workspace,
+        "staging_bytes": row.staging_bytes,
         "slots": row.slots,
         "rest_in": row.rest,
         "disk_share": row.disk_share,

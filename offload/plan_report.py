@@ -121,6 +121,8 @@ def _sizes(plan: Plan, row: Row) -> Iterator[str]:
     yield f"  dense      {gib(budget.dense):>10}{each} in {device}"
     yield f"  KV cache   {gib(budget.kv_cache):>10}{each}, {plan.context} tokens"
     yield f"  workspace  {gib(budget.workspace):>10}{each}"
+    if row.staging_bytes:
+        yield f"  staging    {gib(row.staging_bytes):>10}{each}, prompts are streamed through it"
     yield f"  experts    {gib(info.expert_bytes):>10}, {gib(info.slot_bytes)} each: {where}"
     yield f"  pack       {gib(row.pack_bytes):>10} on the disk{_download(plan)}"
 

@@ -12,7 +12,7 @@ from cache.errors import CacheError
 from cache.forecast import Forecast, Load, forecast, forecast_of
 from cache.synthetic import Shape
 from cache.trace import Trace
-from offload.budget import Budget, parse_slots
+from offload.budget import UBATCH, Budget, parse_slots
 from offload.errors import BudgetError
 from offload.outline import Outline
 from offload.planning import Planner
@@ -29,6 +29,7 @@ class Question:
     bits: AskedBits = field(default_factory=AskedBits)
     slots: str | None = None
     context: int = 4096
+    ubatch: int = UBATCH
     trace: Trace | None = None
 
 
@@ -51,6 +52,11 @@ class Row:
         return self.slots >= self.info.total_experts
 
     @property
+    def staging_bytes(self) -> int:
+        """On a card, for prompts to be streamed through."""
+        return 0 if self.resident else self.budget.staging * self.budget.slot
+
+    @property
     def pack_bytes(self) -> int:
         """On the disk, where weights that are kept as stored have 16 bits."""
         return self.info.dense_bytes(2) + self.info.expert_bytes
@@ -64,7 +70,7 @@ def experts_scheme(recipe: Recipe) -> Scheme:
 def make_row(outline: Outline, target: Target, question: Question, recipe: Recipe) -> Row:
     """`recipe` on `target`; a model that does not fit is a row too. Raises `OffloadError`."""
     info = outline.describe(recipe)
-    planner = Planner(target.device, target.memory, context=question.context)
+    planner = _planner(target, question)
     budget = _of_a_card(planner.budget(info, outline.config), target.cards)
     slots, refusal = 0, ""
     try:
@@ -79,6 +85,10 @@ def make_row(outline: Outline, target: Target, question: Question, recipe: Recip
     held = _held_in_ram(target, row)
     row = replace(row, rest=_rest(target, row, held), disk_share=_disk_share(row, held))
     return replace(row, forecast=_forecast(outline, target, question, row, held))
+
+
+def _planner(target: Target, question: Question) -> Planner:
+    return Planner(target.device, target.memory, context=question.context, ubatch=question.ubatch)
 
 
 def _of_a_card(whole: Budget, cards: int) -> Budget:
@@ -116,7 +126,7 @@ def _forecast(
     info = row.info
     layers = len(info.layers)
     weights = sum(n.num_experts * info.layout_of(i).weights for i, n in enumerate(info.layers))
-    planner = Planner(target.device, target.memory, context=question.context)
+    planner = _planner(target, question)
     shape = Shape(
         outline.name,
         layers,
