@@ -40,22 +40,38 @@ class Planner:
 
     def __call__(self, info: PackInfo, config: PreTrainedConfig) -> Options:
         """How a pack like `info` would be run. Raises `BudgetError`."""
-        compute = self.dtype or _config_dtype(config)
+        asked = parse_slots(self.slots, info.total_experts)
+        budget = self.budget(info, config)
+        slots = budget.slots(asked)
+        whole = slots >= info.total_experts
+        return Options(
+            self.device,
+            self.compute_dtype(config),
+            slots,
+            self.residency,
+            self.context,
+            0 if whole else staging_rows(self.device, info.slot_bytes),
+            chunk_tokens(config, self.ubatch, self.context),
+        )
+
+    def budget(self, info: PackInfo, config: PreTrainedConfig) -> Budget:
+        """What goes into the compute device's memory beside the experts, and into how much."""
+        compute = self.compute_dtype(config)
         ubatch = chunk_tokens(config, self.ubatch, self.context)
-        staging = staging_rows(self.device, info.slot_bytes)
-        budget = Budget(
+        on_cpu = self.device.type == "cpu"
+        return Budget(
             self.memory.device,
             dense=info.dense_bytes(compute.itemsize),
             kv_cache=kv_cache_bytes(config, self.context, compute, ubatch),
             workspace=workspace_bytes(config, info, ubatch),
             slot=info.slot_bytes,
             total_experts=info.total_experts,
-            staging=0 if self.device.type == "cpu" else staging,
+            staging=0 if on_cpu else staging_rows(self.device, info.slot_bytes),
         )
-        slots = budget.slots(parse_slots(self.slots, info.total_experts))
-        if slots >= info.total_experts:
-            staging = 0
-        return Options(self.device, compute, slots, self.residency, self.context, staging, ubatch)
+
+    def compute_dtype(self, config: PreTrainedConfig) -> torch.dtype:
+        """What was asked for, else what the config says."""
+        return self.dtype or _config_dtype(config)
 
 
 def _config_dtype(config: PreTrainedConfig) -> torch.dtype:

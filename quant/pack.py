@@ -147,6 +147,12 @@ class PackInfo:
         )
 
     @property
+    def parameters(self) -> int:
+        """Weights of the whole model, experts and the rest."""
+        experts = sum(n.num_experts * self.layout_of(i).weights for i, n in enumerate(self.layers))
+        return experts + self.dense_parameters
+
+    @property
     def slot_bytes(self) -> int:
         """Bytes that hold any record of this pack."""
         return max(layout.record_bytes for layout in self.layouts)
@@ -180,6 +186,17 @@ def file_sha256(path: Path) -> str:
 def manifest_check(manifest: dict[str, Any]) -> str:
     """The checksum a manifest carries as `check`, over the rest of it."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def read_info(path: Path) -> PackInfo:
+    """What the pack at `path` was made from and with; nothing but its manifest is read.
+
+    Raises `PackError`.
+    """
+    try:
+        return PackInfo.from_json(_read_manifest(path))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise PackError(f"{path / MANIFEST} is damaged ({error!r}): {REMAKE}") from None
 
 
 class Pack:
@@ -269,11 +286,7 @@ class Pack:
     @property
     def parameters(self) -> int:
         """Weights of the whole model, experts and the rest."""
-        experts = sum(
-            layer.num_experts * self.info.layout_of(i).weights
-            for i, layer in enumerate(self.info.layers)
-        )
-        return experts + self.info.dense_parameters
+        return self.info.parameters
 
     def close(self) -> None:
         """Unmap the files. No view may be used afterwards."""
