@@ -97,4 +97,4 @@ def dense_bytes(model: PreTrainedModel) -> int:
     for dense in info.dense:
         if path in dense.modules:
             return size - (len(dense.modules) == 1) * info.dense_layout(dense).record_bytes
-    return size - table.weight.nbytes
+    return size - int(table.weight.nbytes)

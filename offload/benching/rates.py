@@ -1,6 +1,7 @@
 """The rates that stand beside a speed: the link's, the memory's.
 
-Knows: how to time copies without disturbing the cache, and a sum over a large block. Does not know: what is compared with them.
+Knows: how to time copies without disturbing the cache, and a sum over a large block. Does not know:
+what is compared with them.
 """
 
 from __future__ import annotations

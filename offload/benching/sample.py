@@ -6,6 +6,7 @@ run, what its figures mean.
 
 from __future__ import annotations
 
+import itertools
 import time
 from dataclasses import dataclass
 
@@ -55,7 +56,7 @@ def take_sample(model: PreTrainedModel, test: Test, ids: list[int]) -> Sample:
         at += 1
         sync(model.device)  # as in use, where the next token depends on this one
         ends.append(time.perf_counter_ns())
-    prompt_ns, *token_ns = (end - begin for begin, end in zip(ends, ends[1:], strict=False))
+    prompt_ns, *token_ns = (end - begin for begin, end in itertools.pairwise(ends))
     experts = offload_of(model).stats() - before
     return Sample(prompt_ns if test.n_prompt else 0, tuple(token_ns), experts)
 

@@ -64,15 +64,7 @@ class Subject:
 
     @property
     def lookahead_name(self) -> str:
-        return lookahead_name(self.lookahead)
+        return {True: "on", False: "off", None: "auto"}[self.lookahead]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
-
-
-LOOKAHEAD = {"on": True, "off": False, "auto": None}
-
-
-def lookahead_name(value: bool | None) -> str:
-    """As the flag and the table say it."""
-    return next(name for name, known in LOOKAHEAD.items() if known is value)

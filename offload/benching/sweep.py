@@ -19,6 +19,8 @@ from offload.benching.result import Result
 from offload.benching.run import run
 from offload.benching.subject import Subject
 from offload.benching.tests import Test
+from offload.budget import parse_slots
+from offload.residency import Residency
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,12 @@ def settings_of(
     policies: Sequence[str],
     lookaheads: Sequence[bool | None],
 ) -> list[Setting]:
-    """Every combination; the last one named changes first."""
+    """Every combination; the last one named changes first. Raises `OffloadError` for one that
+    could not be loaded."""
+    for policy in policies:
+        Residency(policy)
+    for slots in expert_slots:
+        parse_slots(slots, 1)
     every = itertools.product(expert_bits, expert_slots, policies, lookaheads)
     return [Setting(*one) for one in every]
 

@@ -391,7 +391,8 @@ def test_bench_of_a_model_without_tokenizer_needs_random_tokens(
 
 def test_bench_leaves_the_cache_in_order(mixtral_pack: Path) -> None:
     from offload import load, stream_generate
-    from offload.bench import Test, run
+    from offload.benching.run import run
+    from offload.benching.tests import Test
     from offload.handle import offload_of
 
     model, tokenizer = load(mixtral_pack, device="cpu", expert_slots=3)
@@ -412,7 +413,7 @@ def test_the_links_ceiling_does_not_depend_on_when_copies_are_waited_for(
     mixtral_pack: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from offload import load
-    from offload.bench import measure_link
+    from offload.benching.rates import measure_link
 
     model, _ = load(mixtral_pack, device="cpu", expert_slots=1)
     transfer = model.offload.engine.transfer
