@@ -46,10 +46,10 @@ def run(arguments: argparse.Namespace) -> int:
     from offload.benching.formats import ended
     from offload.benching.picture import check_picture, save_picture
     from offload.benching.run import check_context
-    from offload.benching.sweep import settings_of, sweep
-    from offload.benching.tests import tests_of
+    from offload.benching.sweep import make_settings, sweep
+    from offload.benching.tests import make_tests
 
-    tests = tests_of(
+    tests = make_tests(
         arguments.n_prompt or PROMPT,
         arguments.n_gen or GENERATED,
         arguments.pg,
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not tests:
         raise OffloadError("there is nothing to measure: -p, -n and -pg are all 0")
     check_context(tests, arguments.ctx_size)
-    settings = settings_of(
+    settings = make_settings(
         arguments.expert_bits, arguments.expert_slots, arguments.policy, arguments.lookahead
     )
     for flag in ("trace", "timeline"):

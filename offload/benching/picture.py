@@ -6,7 +6,9 @@ about.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from errno import EISDIR
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ def check_picture(file: Path) -> None:
             "--plot needs matplotlib: pip install 'moe-offload[plot]', or leave it out"
         ) from None
     try:
+        if file.is_dir():
+            raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
         file.touch()
     except OSError as error:
         raise _unwritable(file, error) from None

@@ -48,7 +48,7 @@ Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase | None]
 Load = Callable[[Setting], AbstractContextManager[Loaded]]
 
 
-def settings_of(
+def make_settings(
     expert_bits: Sequence[int | None],
     expert_slots: Sequence[str | None],
     policies: Sequence[str],

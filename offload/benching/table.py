@@ -8,6 +8,7 @@ The first table grows row by row; what does not fit beside it comes in a second 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TextIO
@@ -50,19 +51,18 @@ EXPERTS = (
     Column("link %", lambda row: f"{row.result.link_share:.0%}"),
 )
 DETAILS = (
-    Column("first token", lambda row: _ms(row.result.first_token_ns)),
-    Column("p50", lambda row: _ms(row.result.token_ns[50])),
+    Column("first ms", lambda row: _ms(row.result.first_token_ns)),
+    Column("p50 ms", lambda row: _ms(row.result.token_ns[50])),
     Column("p95", lambda row: _ms(row.result.token_ns[95])),
     Column("p99", lambda row: _ms(row.result.token_ns[99])),
-    Column("peak memory", lambda row: f"{row.result.peak_memory / 2**30:.2f} GiB"),
+    Column("peak GiB", lambda row: f"{row.result.peak_memory / 2**30:.2f}"),
     Column("bound t/s", lambda row: f"{row.result.bound.tokens_per_s:.1f}"),
     Column("reached", lambda row: f"{row.result.bound_share:.0%}"),
-    Column("bound by", lambda row: row.result.bound.limited_by, left=True),
 )
 
 
 def _ms(ns: float | None) -> str:
-    return NONE if ns is None else f"{ns / 1e6:.1f} ms"
+    return NONE if ns is None else f"{ns / 1e6:.1f}"
 
 
 class TablePrinter:
@@ -95,34 +95,48 @@ class TablePrinter:
             self._main.append(
                 Column("of before", lambda row: _ratio(earlier, row), len("0.00 ± 0.00"))
             )
-        self._models = len({s.expert_bits for s in settings}) > 1
         self._more = [SLOTS, *swept, test, *DETAILS]
         self._rows: list[Row] = []
         self._widths: list[int] = []
 
     def row(self, row: Row) -> None:
-        before = self._rows[-1].subject.name if self._rows else None
-        narrow = self._is_narrow(row)
-        columns = self._main if narrow else [*MODEL, *self._main]
-        if not self._rows or (narrow and row.subject.name != before):
-            if self._rows:
-                self._print("")
-            if narrow:
-                self._print(", ".join(column.cell(row) for column in MODEL) + "\n")
-            self._widths = [column.fit([row]) for column in columns]
-            self._head(columns)
+        columns = self._main if self._is_narrow(row) else [*MODEL, *self._main]
+        if not self._rows or (columns is self._main and self._is_of_another_model(row)):
+            self._begin(columns, [row])
         self._rows.append(row)
         self._line(columns, row)
 
     def end(self) -> None:
+        models = {row.subject.name for row in self._rows}
         if not self._rows:
             return
-        columns = [MODEL[0], *self._more] if self._models else self._more
-        self._widths = [column.fit(self._rows) for column in columns]
-        self._print("")
+        if len(models) == 1 or not self._is_narrow(self._rows[0]):
+            parts = [self._rows]
+            columns = [MODEL[0], *self._more] if len(models) > 1 else self._more
+        else:
+            columns = self._more
+            parts = [
+                list(part)
+                for _, part in itertools.groupby(self._rows, key=lambda row: row.subject.name)
+            ]
+        for part in parts:
+            self._begin(columns, part, named=len(parts) > 1)
+            for row in part:
+                self._line(columns, row)
+
+    def _begin(
+        self, columns: Sequence[Column], rows: Sequence[Row], *, named: bool | None = None
+    ) -> None:
+        """Headings wide enough for `rows`; above them what is not in a column."""
+        if self._rows:
+            self._print("")
+        if columns is self._main if named is None else named:
+            self._print(", ".join(column.cell(rows[0]) for column in MODEL) + "\n")
+        self._widths = [column.fit(rows) for column in columns]
         self._head(columns)
-        for row in self._rows:
-            self._line(columns, row)
+
+    def _is_of_another_model(self, row: Row) -> bool:
+        return row.subject.name != self._rows[-1].subject.name
 
     def _is_narrow(self, row: Row) -> bool:
         """Whether what all rows of a model share stands above them, once."""

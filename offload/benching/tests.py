@@ -36,7 +36,7 @@ class Test:
         return self.n_depth + self.tokens
 
 
-def tests_of(
+def make_tests(
     prompts: Sequence[int],
     gens: Sequence[int],
     pairs: Sequence[tuple[int, int]],

@@ -1,0 +1,335 @@
+"""The demo through transformers, accelerate's offloading, llama.cpp and this project, side by side.
+
+Each peer runs in a process of its own and all of them read the same tokens, in turns, several
+rounds in one run, so that ratios hold on a machine whose speed drifts. Before anything is timed
+every peer must say what the reference says (transformers in bfloat16): the distributions after a
+few prompts are compared, and greedy text. Prints a table and ratios, then writes JSON.
+
+    pip install -e '.[demo,peers]'            # without llama-cpp-python its rows are left out
+    python benchmarks/peers.py                # under 12 minutes on two quiet cores
+    python benchmarks/peers.py --quick        # about 3 minutes; says only that everything works
+
+The first run also makes packs and GGUF files (about 4 minutes more, 4 GB under OFFLOAD_HOME).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import importlib.util
+import json
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from machine import RESULTS, machine
+from peer_process import Spec, Vector, serve
+from transformers import AutoTokenizer
+
+from offload import demo
+from offload.benching.texts import real_text, stretches
+from offload.budget import parse_slots
+from offload.home import offload_home
+from offload.packs import find_or_make_pack
+from offload.quality.prompts import read_prompts
+from offload.recipe import AskedBits
+from quant.pack import Pack
+
+MIXES = ("BF16", "Q8_0", "Q4_1")
+# The most that a peer may differ from the reference: KL divergence in nats, mean over the prompts.
+# It tells a wrong model from few bits, not good bits from better ones: `offload check` does that.
+MOST_KL = {"16": 0.02, "8": 0.05, "4": 1.0}
+SLOW_ROUNDS = 2  # of what takes a second a token
+# Pairs whose ratio people ask for: ours over theirs.
+PAIRS = (
+    ("ours, 4 bits, 25% resident", "accelerate, bf16, CPU and disk"),
+    ("ours, 16 bits, 25% resident", "accelerate, bf16, CPU and disk"),
+    ("ours, 4 bits, all resident", "transformers, bf16"),
+    ("ours, q4, all resident", "llama.cpp, Q4_1"),
+    ("ours, q8, all resident", "llama.cpp, Q8_0"),
+)
+
+
+@dataclass(frozen=True)
+class Load:
+    """How much is run."""
+
+    prompt: int
+    decode: int
+    rounds: int
+    greedy: int
+    warm: int  # decoded tokens of the warm-up
+
+    @property
+    def context(self) -> int:
+        return max(256, self.prompt + self.decode)
+
+
+FULL = Load(prompt=256, decode=48, rounds=5, greedy=24, warm=16)
+QUICK = Load(prompt=64, decode=8, rounds=1, greedy=4, warm=1)
+
+
+@dataclass
+class Peer:
+    """A process and what came of it."""
+
+    spec: Spec
+    pipe: Connection
+    process: Any
+    prefill: dict[int, float] = field(default_factory=dict)  # round -> tokens/s
+    decode: dict[int, float] = field(default_factory=dict)
+    check: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def ask(self, name: str, *arguments: Any) -> Any:
+        """Let the process do it. Raises `SystemExit` when it could not."""
+        self.pipe.send((name, arguments))
+        return self.answer()
+
+    def answer(self) -> Any:
+        try:
+            state, value = self.pipe.recv()
+        except EOFError:
+            state, value = "failed", "the process has ended"
+        if state != "ok":
+            sys.exit(f"{self.spec.name} failed:\n{value}")
+        return value
+
+
+def specs() -> list[Spec]:
+    """Every peer that can run here; packs and files are made first."""
+
+    def pack(bits: str) -> Path:
+        return find_or_make_pack("demo", AskedBits(bits, None, None, None).recipe())
+
+    ours = [
+        Spec("ours, 16 bits, 25% resident", "ours", "experts=16", "25%"),
+        Spec("ours, 4 bits, all resident", "ours", "experts=4"),
+        Spec("ours, 4 bits, 50% resident", "ours", "experts=4", "50%"),
+        Spec("ours, 4 bits, 25% resident", "ours", "experts=4", "25%"),
+        Spec("ours, q8, all resident", "ours", "q8"),
+        Spec("ours, q4, all resident", "ours", "q4"),
+    ]
+    packs = {spec.bits: pack(spec.bits) for spec in ours}
+    with contextlib.closing(Pack(packs["experts=4"])) as quarter:
+        info = quarter.info
+        slots = parse_slots("25%", info.total_experts)
+        assert slots is not None
+        memory = info.dense_bytes(2) + slots * info.slot_bytes
+    accelerate = Spec(
+        "accelerate, bf16, CPU and disk",
+        "accelerate",
+        "16",
+        memory=memory,
+        rounds=SLOW_ROUNDS,
+    )
+    return [Spec("transformers, bf16", "transformers", "16"), accelerate, *ours, *_llama_cpp()]
+
+
+def _llama_cpp() -> list[Spec]:
+    if importlib.util.find_spec("llama_cpp") is None:
+        print("llama-cpp-python is not installed: llama.cpp is left out", file=sys.stderr)
+        return []
+    from demo_gguf import write_demo
+
+    folder = offload_home() / "peers"
+    folder.mkdir(parents=True, exist_ok=True)
+    for mix in MIXES:
+        if not (folder / f"demo-{mix}.gguf").is_file():
+            print(f"writing the demo as GGUF, {mix}", file=sys.stderr)
+            write_demo(folder / f"demo-{mix}.gguf", mix)
+    return [
+        Spec(f"llama.cpp, {mix}", "llama.cpp", mix, file=folder / f"demo-{mix}.gguf")
+        for mix in MIXES
+    ]
+
+
+@contextlib.contextmanager
+def running(chosen: list[Spec], load: Load, threads: int) -> Iterator[list[Peer]]:
+    """The peers' processes, one loaded after the other."""
+    context = multiprocessing.get_context("spawn")
+    peers: list[Peer] = []
+    with tempfile.TemporaryDirectory(prefix="peers-") as scratch:
+        try:
+            for spec in chosen:
+                mine, theirs = context.Pipe()
+                arguments = (theirs, spec, load.context, threads, Path(scratch))
+                process = context.Process(target=serve, args=arguments, daemon=True)
+                process.start()
+                theirs.close()
+                peers.append(Peer(spec, mine, process))
+                begin = time.perf_counter()
+                peers[-1].answer()
+                seconds = time.perf_counter() - begin
+                print(f"{spec.name}: loaded in {seconds:.0f} s", file=sys.stderr)
+            yield peers
+        finally:
+            for peer in peers:
+                with contextlib.suppress(OSError):
+                    peer.pipe.send(None)
+                peer.process.join(10)
+                peer.process.kill()
+
+
+def check(peers: list[Peer], tokenizer: Any, load: Load) -> None:
+    """Hold every peer's answers against the reference's. Exits when one is another model."""
+    texts = read_prompts().texts
+    prompts = [tokenizer(text)["input_ids"][: load.prompt // 2] for text in texts]
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    chat = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
+    asked = tokenizer(chat, add_special_tokens=False)["input_ids"]
+    prompts.append(asked)
+    reference: Vector | None = None
+    said: list[int] = []
+    for peer in peers:
+        log_p: Vector = peer.ask("distributions", prompts)
+        answer: list[int] = peer.ask("greedy", asked, load.greedy)
+        if reference is None:
+            reference, said = log_p, answer
+        kl = (np.exp(reference) * (reference - log_p)).sum(axis=-1)  # [N]
+        same = sum(1 for a, b in zip(answer, said, strict=True) if a == b)
+        peer.check = {
+            "kl_mean": float(kl.mean()),
+            "kl_max": float(kl.max()),
+            "same_top": float((log_p.argmax(axis=-1) == reference.argmax(axis=-1)).mean()),
+            "greedy_same": same / len(said),
+            "greedy": tokenizer.decode(answer),
+        }
+        most = MOST_KL[_bits(peer.spec)]
+        if not peer.check["kl_mean"] <= most:
+            sys.exit(f"{peer.spec.name} is another model: KL {peer.check['kl_mean']:.3f} > {most}")
+
+
+def _bits(spec: Spec) -> str:
+    return next(bits for bits in ("16", "8", "4") if bits in spec.bits.replace("BF16", "16"))
+
+
+def measure(peers: list[Peer], ids: list[int], load: Load) -> None:
+    """All rounds, forwards and backwards in turns; each round reads another stretch of text."""
+    texts = stretches(ids, load.prompt + load.decode)
+    warm = next(texts)
+    for peer in peers:
+        slow = peer.spec.rounds is not None
+        rest = warm[load.prompt :][: 1 if slow else load.warm]
+        peer.ask("timed", warm[: 16 if slow else load.prompt], rest)
+    for number in range(load.rounds):
+        text = next(texts)
+        print(f"round {number + 1} of {load.rounds}", file=sys.stderr)
+        for peer in peers if number % 2 == 0 else reversed(peers):
+            if peer.spec.rounds is not None and number >= peer.spec.rounds:
+                continue
+            prefill, decode = peer.ask("timed", text[: load.prompt], text[load.prompt :])
+            peer.prefill[number] = load.prompt / prefill
+            peer.decode[number] = load.decode / decode
+    for peer in peers:
+        peer.facts = peer.ask("facts")
+
+
+def ratio(mine: dict[int, float], theirs: dict[int, float]) -> tuple[float, float]:
+    """Median of the rounds' ratios, and half the range they lie in."""
+    ratios = [mine[n] / theirs[n] for n in mine if n in theirs]
+    return statistics.median(ratios), (max(ratios) - min(ratios)) / 2
+
+
+def table(peers: list[Peer], load: Load) -> str:
+    """A row a peer."""
+    first = peers[0]
+    lines = [
+        f"| | peak memory | KL | pp{load.prompt} t/s | of transformers | tg{load.decode} t/s | "
+        "of transformers |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for peer in peers:
+        cells = [peer.spec.name, f"{peer.facts['peak_memory'] / 2**30:.2f} GiB"]
+        cells.append(f"{peer.check['kl_mean']:.3f}")
+        for mine, theirs in ((peer.prefill, first.prefill), (peer.decode, first.decode)):
+            cells.append(f"{statistics.median(mine.values()):.1f}")
+            cells.append("{:.2f} ± {:.2f}".format(*ratio(mine, theirs)))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def pairs(peers: list[Peer]) -> list[dict[str, Any]]:
+    """Ours over theirs, prefill and decode."""
+    named = {peer.spec.name: peer for peer in peers}
+    found = []
+    for ours, theirs in PAIRS:
+        if theirs in named:
+            a, b = named[ours], named[theirs]
+            prefill, decode = ratio(a.prefill, b.prefill), ratio(a.decode, b.decode)
+            found.append({"ours": ours, "theirs": theirs, "prefill": prefill, "decode": decode})
+    return found
+
+
+def versions() -> dict[str, str | None]:
+    """Of what is compared with."""
+    known: dict[str, str | None] = {}
+    for name in ("accelerate", "llama-cpp-python", "gguf"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            known[name] = importlib.metadata.version(name)
+    return known
+
+
+def main() -> None:
+    """Check, measure and report."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="few tokens, one round")
+    parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False) or 1)
+    parser.add_argument("--output", type=Path, help="(results/peers-cpu.json; none with --quick)")
+    arguments = parser.parse_args()
+    load = QUICK if arguments.quick else FULL
+    output = arguments.output or (None if arguments.quick else RESULTS / "peers-cpu.json")
+
+    begin = time.perf_counter()
+    tokenizer = AutoTokenizer.from_pretrained(demo.checkpoint(), local_files_only=True)
+    ids = real_text(tokenizer, (load.prompt + load.decode) * (load.rounds + 1))
+    chosen = specs()
+    with running(chosen, load, arguments.threads) as peers:
+        check(peers, tokenizer, load)
+        measure(peers, ids, load)
+    print(table(peers, load), "\n")
+    compared = pairs(peers)
+    for pair in compared:
+        p, d = pair["prefill"], pair["decode"]
+        print(f"{pair['ours']} / {pair['theirs']}: prefill {p[0]:.2f}, decode {d[0]:.2f}")
+    seconds = time.perf_counter() - begin
+    print(f"{seconds / 60:.1f} minutes, {arguments.threads} threads", file=sys.stderr)
+    if output is None:
+        return
+    report = {
+        **machine(),
+        "threads": arguments.threads,
+        "seconds": seconds,
+        "load": asdict(load),
+        "peers": [
+            {
+                **{k: v for k, v in asdict(peer.spec).items() if k != "file"},
+                "prefill_ts": list(peer.prefill.values()),
+                "decode_ts": list(peer.decode.values()),
+                "check": peer.check,
+                **peer.facts,
+            }
+            for peer in peers
+        ],
+        "pairs": compared,
+    }
+    report["versions"].update(versions())
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"written to {output}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
