@@ -6,6 +6,9 @@ allocator.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import logging
 import time
 import traceback
@@ -220,6 +223,13 @@ class Worker:
         return {**self._model.facts(), "peak_memory": peak_since(torch.device("cpu"))}
 
 
+def give_back_freed() -> None:
+    """Return memory that loading has freed and the allocator has kept."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def serve(pipe: Connection, spec: Spec, context: int, threads: int, scratch: Path) -> None:
     """Answer until the pipe is closed: a method's name and arguments in, ("ok" or "failed", value)
     out."""
@@ -229,6 +239,7 @@ def serve(pipe: Connection, spec: Spec, context: int, threads: int, scratch: Pat
 
     try:
         worker = Worker(open_peer(spec, context, threads, scratch))
+        give_back_freed()
         forget_peak(torch.device("cpu"))  # what loading took is not what running takes
         pipe.send(("ok", None))
         while (asked := pipe.recv()) is not None:

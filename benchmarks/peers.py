@@ -8,6 +8,7 @@ few prompts are compared, and greedy text. Prints a table and ratios, then write
     pip install -e '.[demo,peers]'            # without llama-cpp-python its rows are left out
     python benchmarks/peers.py                # under 12 minutes on two quiet cores
     python benchmarks/peers.py --quick        # about 3 minutes; says only that everything works
+    python benchmarks/peers_report.py         # the tables of a run before
 
 The first run also makes packs and GGUF files (about 4 minutes more, 4 GB under OFFLOAD_HOME).
 """
@@ -20,7 +21,6 @@ import importlib.metadata
 import importlib.util
 import json
 import multiprocessing
-import statistics
 import sys
 import tempfile
 import time
@@ -34,6 +34,7 @@ import numpy as np
 import psutil
 from machine import RESULTS, machine
 from peer_process import Spec, Vector, serve
+from peers_report import tables
 from transformers import AutoTokenizer
 
 from offload import demo
@@ -49,15 +50,7 @@ MIXES = ("BF16", "Q8_0", "Q4_1")
 # The most that a peer may differ from the reference: KL divergence in nats, mean over the prompts.
 # It tells a wrong model from few bits, not good bits from better ones: `offload check` does that.
 MOST_KL = {"16": 0.02, "8": 0.05, "4": 1.0}
-SLOW_ROUNDS = 2  # of what takes a second a token
-# Pairs whose ratio people ask for: ours over theirs.
-PAIRS = (
-    ("ours, 4 bits, 25% resident", "accelerate, bf16, CPU and disk"),
-    ("ours, 16 bits, 25% resident", "accelerate, bf16, CPU and disk"),
-    ("ours, 4 bits, all resident", "transformers, bf16"),
-    ("ours, q4, all resident", "llama.cpp, Q4_1"),
-    ("ours, q8, all resident", "llama.cpp, Q8_0"),
-)
+SLOW_ROUNDS = 2  # of what takes seconds a token
 
 
 @dataclass(frozen=True)
@@ -75,7 +68,7 @@ class Load:
         return max(256, self.prompt + self.decode)
 
 
-FULL = Load(prompt=256, decode=48, rounds=5, greedy=24, warm=16)
+FULL = Load(prompt=256, decode=32, rounds=5, greedy=16, warm=16)
 QUICK = Load(prompt=64, decode=8, rounds=1, greedy=4, warm=1)
 
 
@@ -86,8 +79,8 @@ class Peer:
     spec: Spec
     pipe: Connection
     process: Any
-    prefill: dict[int, float] = field(default_factory=dict)  # round -> tokens/s
-    decode: dict[int, float] = field(default_factory=dict)
+    prefill: list[float] = field(default_factory=list)  # tokens/s, a round each
+    decode: list[float] = field(default_factory=list)
     check: dict[str, Any] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -205,6 +198,7 @@ def check(peers: list[Peer], tokenizer: Any, load: Load) -> None:
             "greedy_same": same / len(said),
             "greedy": tokenizer.decode(answer),
         }
+        print(f"{peer.spec.name}: KL {kl.mean():.4f}, {peer.check['greedy']!r}", file=sys.stderr)
         most = MOST_KL[_bits(peer.spec)]
         if not peer.check["kl_mean"] <= most:
             sys.exit(f"{peer.spec.name} is another model: KL {peer.check['kl_mean']:.3f} > {most}")
@@ -229,46 +223,10 @@ def measure(peers: list[Peer], ids: list[int], load: Load) -> None:
             if peer.spec.rounds is not None and number >= peer.spec.rounds:
                 continue
             prefill, decode = peer.ask("timed", text[: load.prompt], text[load.prompt :])
-            peer.prefill[number] = load.prompt / prefill
-            peer.decode[number] = load.decode / decode
+            peer.prefill.append(load.prompt / prefill)
+            peer.decode.append(load.decode / decode)
     for peer in peers:
         peer.facts = peer.ask("facts")
-
-
-def ratio(mine: dict[int, float], theirs: dict[int, float]) -> tuple[float, float]:
-    """Median of the rounds' ratios, and half the range they lie in."""
-    ratios = [mine[n] / theirs[n] for n in mine if n in theirs]
-    return statistics.median(ratios), (max(ratios) - min(ratios)) / 2
-
-
-def table(peers: list[Peer], load: Load) -> str:
-    """A row a peer."""
-    first = peers[0]
-    lines = [
-        f"| | peak memory | KL | pp{load.prompt} t/s | of transformers | tg{load.decode} t/s | "
-        "of transformers |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for peer in peers:
-        cells = [peer.spec.name, f"{peer.facts['peak_memory'] / 2**30:.2f} GiB"]
-        cells.append(f"{peer.check['kl_mean']:.3f}")
-        for mine, theirs in ((peer.prefill, first.prefill), (peer.decode, first.decode)):
-            cells.append(f"{statistics.median(mine.values()):.1f}")
-            cells.append("{:.2f} ± {:.2f}".format(*ratio(mine, theirs)))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def pairs(peers: list[Peer]) -> list[dict[str, Any]]:
-    """Ours over theirs, prefill and decode."""
-    named = {peer.spec.name: peer for peer in peers}
-    found = []
-    for ours, theirs in PAIRS:
-        if theirs in named:
-            a, b = named[ours], named[theirs]
-            prefill, decode = ratio(a.prefill, b.prefill), ratio(a.decode, b.decode)
-            found.append({"ours": ours, "theirs": theirs, "prefill": prefill, "decode": decode})
-    return found
 
 
 def versions() -> dict[str, str | None]:
@@ -299,36 +257,31 @@ def main() -> None:
     with running(chosen, load, arguments.threads) as peers:
         check(peers, tokenizer, load)
         measure(peers, ids, load)
-    print(table(peers, load), "\n")
-    compared = pairs(peers)
-    for pair in compared:
-        p, d = pair["prefill"], pair["decode"]
-        print(f"{pair['ours']} / {pair['theirs']}: prefill {p[0]:.2f}, decode {d[0]:.2f}")
-    seconds = time.perf_counter() - begin
-    print(f"{seconds / 60:.1f} minutes, {arguments.threads} threads", file=sys.stderr)
-    if output is None:
-        return
     report = {
         **machine(),
         "threads": arguments.threads,
-        "seconds": seconds,
+        "seconds": time.perf_counter() - begin,
         "load": asdict(load),
         "peers": [
             {
                 **{k: v for k, v in asdict(peer.spec).items() if k != "file"},
-                "prefill_ts": list(peer.prefill.values()),
-                "decode_ts": list(peer.decode.values()),
+                "prefill_ts": peer.prefill,
+                "decode_ts": peer.decode,
                 "check": peer.check,
                 **peer.facts,
             }
             for peer in peers
         ],
-        "pairs": compared,
     }
     report["versions"].update(versions())
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(f"written to {output}", file=sys.stderr)
+    print(tables(report))
+    minutes = report["seconds"] / 60
+    print(f"{minutes:.1f} minutes, {arguments.threads} threads", file=sys.stderr)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+        output.write_text(text, encoding="utf-8")
+        print(f"written to {output}", file=sys.stderr)
 
 
 if __name__ == "__main__":

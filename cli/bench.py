@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
         from offload.timeline import recording
 
         chosen = argparse.Namespace(**{**vars(arguments), **asdict(setting)})
-        model, tokenizer, _ = load_model(chosen)
+        model, tokenizer, _ = load_model(chosen, note=setting is settings[0])
         with contextlib.closing(offload_of(model)), recording(model, arguments.timeline):
             yield model, tokenizer
 
