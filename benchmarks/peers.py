@@ -99,12 +99,16 @@ class Peer:
         return value
 
 
-def specs() -> list[Spec]:
-    """Every peer that can run here; packs and files are made first."""
+def specs(begins: tuple[str, ...]) -> list[Spec]:
+    """The reference, and the peers that can run here and are wanted; their files are made first."""
+    reference, *others = _specs()
+    wanted = [spec for spec in others if spec.name.startswith(begins)]
+    if any(spec.kind == "llama.cpp" for spec in wanted):
+        _write_gguf()
+    return [reference, *wanted]
 
-    def pack(bits: str) -> Path:
-        return find_or_make_pack("demo", AskedBits(bits, None, None, None).recipe())
 
+def _specs() -> list[Spec]:
     ours = [
         Spec("ours, 16 bits, 25% resident", "ours", "experts=16", "25%"),
         Spec("ours, 4 bits, all resident", "ours", "experts=4"),
@@ -113,9 +117,9 @@ def specs() -> list[Spec]:
         Spec("ours, q8, all resident", "ours", "q8"),
         Spec("ours, q4, all resident", "ours", "q4"),
     ]
-    packs = {spec.bits: pack(spec.bits) for spec in ours}
-    with contextlib.closing(Pack(packs["experts=4"])) as quarter:
-        info = quarter.info
+    path = find_or_make_pack("demo", AskedBits("experts=4", None, None, None).recipe())
+    with contextlib.closing(Pack(path)) as pack:
+        info = pack.info
         slots = parse_slots("25%", info.total_experts)
         assert slots is not None
         memory = info.dense_bytes(2) + slots * info.slot_bytes
@@ -133,18 +137,21 @@ def _llama_cpp() -> list[Spec]:
     if importlib.util.find_spec("llama_cpp") is None:
         print("llama-cpp-python is not installed: llama.cpp is left out", file=sys.stderr)
         return []
+    return [Spec(f"llama.cpp, {mix}", "llama.cpp", mix, file=_gguf(mix)) for mix in MIXES]
+
+
+def _gguf(mix: str) -> Path:
+    return offload_home() / "peers" / f"demo-{mix}.gguf"
+
+
+def _write_gguf() -> None:
     from demo_gguf import write_demo
 
-    folder = offload_home() / "peers"
-    folder.mkdir(parents=True, exist_ok=True)
     for mix in MIXES:
-        if not (folder / f"demo-{mix}.gguf").is_file():
+        if not _gguf(mix).is_file():
             print(f"writing the demo as GGUF, {mix}", file=sys.stderr)
-            write_demo(folder / f"demo-{mix}.gguf", mix)
-    return [
-        Spec(f"llama.cpp, {mix}", "llama.cpp", mix, file=folder / f"demo-{mix}.gguf")
-        for mix in MIXES
-    ]
+            _gguf(mix).parent.mkdir(parents=True, exist_ok=True)
+            write_demo(_gguf(mix), mix)
 
 
 @contextlib.contextmanager
@@ -244,6 +251,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="few tokens, one round")
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        default=[""],
+        metavar="NAME",
+        help="only those that begin so",
+    )
     parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False) or 1)
     parser.add_argument("--output", type=Path, help="(results/peers-cpu.json; none with --quick)")
     arguments = parser.parse_args()
@@ -253,7 +267,7 @@ def main() -> None:
     begin = time.perf_counter()
     tokenizer = AutoTokenizer.from_pretrained(demo.checkpoint(), local_files_only=True)
     ids = real_text(tokenizer, (load.prompt + load.decode) * (load.rounds + 1))
-    chosen = specs()
+    chosen = specs(tuple(arguments.peers))
     with running(chosen, load, arguments.threads) as peers:
         check(peers, tokenizer, load)
         measure(peers, ids, load)
