@@ -10,6 +10,10 @@ few prompts are compared, and greedy text. Prints a table and ratios, then write
     python benchmarks/peers.py --quick        # about 3 minutes; says only that everything works
     python benchmarks/peers_report.py         # the tables of a run before
 
+Where llama.cpp's process dies with a signal on a processor with AMX, its compiler has dropped a
+tile's configuration (ggml-org/llama.cpp, pull request 26954): build it without AMX,
+CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON".
+
 The first run also makes packs and GGUF files (about 4 minutes more, 4 GB under OFFLOAD_HOME).
 """
 
@@ -20,21 +24,17 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import json
-import multiprocessing
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from multiprocessing.connection import Connection
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import psutil
 from machine import RESULTS, machine
-from peer_process import Spec, Vector, serve
+from peer_process import Spec
+from peers_check import check
 from peers_report import tables
+from peers_running import Load, Peer, running
 from transformers import AutoTokenizer
 
 from offload import demo
@@ -42,61 +42,13 @@ from offload.benching.texts import real_text, stretches
 from offload.budget import parse_slots
 from offload.home import offload_home
 from offload.packs import find_or_make_pack
-from offload.quality.prompts import read_prompts
 from offload.recipe import AskedBits
 from quant.pack import Pack
 
 MIXES = ("BF16", "Q8_0", "Q4_1")
-# The most that a peer may differ from the reference: KL divergence in nats, mean over the prompts.
-# It tells a wrong model from few bits, not good bits from better ones: `offload check` does that.
-MOST_KL = {"16": 0.02, "8": 0.05, "4": 1.0}
 SLOW_ROUNDS = 2  # of what takes seconds a token
-
-
-@dataclass(frozen=True)
-class Load:
-    """How much is run."""
-
-    prompt: int
-    decode: int
-    rounds: int
-    greedy: int
-    warm: int  # decoded tokens of the warm-up
-
-    @property
-    def context(self) -> int:
-        return max(256, self.prompt + self.decode)
-
-
 FULL = Load(prompt=256, decode=32, rounds=5, greedy=16, warm=16)
 QUICK = Load(prompt=64, decode=8, rounds=1, greedy=4, warm=1)
-
-
-@dataclass
-class Peer:
-    """A process and what came of it."""
-
-    spec: Spec
-    pipe: Connection
-    process: Any
-    prefill: list[float] = field(default_factory=list)  # tokens/s, a round each
-    decode: list[float] = field(default_factory=list)
-    check: dict[str, Any] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
-
-    def ask(self, name: str, *arguments: Any) -> Any:
-        """Let the process do it. Raises `SystemExit` when it could not."""
-        self.pipe.send((name, arguments))
-        return self.answer()
-
-    def answer(self) -> Any:
-        try:
-            state, value = self.pipe.recv()
-        except EOFError:
-            state, value = "failed", "the process has ended"
-        if state != "ok":
-            sys.exit(f"{self.spec.name} failed:\n{value}")
-        return value
 
 
 def specs(begins: tuple[str, ...]) -> list[Spec]:
@@ -154,67 +106,6 @@ def _write_gguf() -> None:
             write_demo(_gguf(mix), mix)
 
 
-@contextlib.contextmanager
-def running(chosen: list[Spec], load: Load, threads: int) -> Iterator[list[Peer]]:
-    """The peers' processes, one loaded after the other."""
-    context = multiprocessing.get_context("spawn")
-    peers: list[Peer] = []
-    with tempfile.TemporaryDirectory(prefix="peers-") as scratch:
-        try:
-            for spec in chosen:
-                mine, theirs = context.Pipe()
-                arguments = (theirs, spec, load.context, threads, Path(scratch))
-                process = context.Process(target=serve, args=arguments, daemon=True)
-                process.start()
-                theirs.close()
-                peers.append(Peer(spec, mine, process))
-                begin = time.perf_counter()
-                peers[-1].answer()
-                seconds = time.perf_counter() - begin
-                print(f"{spec.name}: loaded in {seconds:.0f} s", file=sys.stderr)
-            yield peers
-        finally:
-            for peer in peers:
-                with contextlib.suppress(OSError):
-                    peer.pipe.send(None)
-                peer.process.join(10)
-                peer.process.kill()
-
-
-def check(peers: list[Peer], tokenizer: Any, load: Load) -> None:
-    """Hold every peer's answers against the reference's. Exits when one is another model."""
-    texts = read_prompts().texts
-    prompts = [tokenizer(text)["input_ids"][: load.prompt // 2] for text in texts]
-    question = [{"role": "user", "content": "What is the capital of France?"}]
-    chat = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
-    asked = tokenizer(chat, add_special_tokens=False)["input_ids"]
-    prompts.append(asked)
-    reference: Vector | None = None
-    said: list[int] = []
-    for peer in peers:
-        log_p: Vector = peer.ask("distributions", prompts)
-        answer: list[int] = peer.ask("greedy", asked, load.greedy)
-        if reference is None:
-            reference, said = log_p, answer
-        kl = (np.exp(reference) * (reference - log_p)).sum(axis=-1)  # [N]
-        same = sum(1 for a, b in zip(answer, said, strict=True) if a == b)
-        peer.check = {
-            "kl_mean": float(kl.mean()),
-            "kl_max": float(kl.max()),
-            "same_top": float((log_p.argmax(axis=-1) == reference.argmax(axis=-1)).mean()),
-            "greedy_same": same / len(said),
-            "greedy": tokenizer.decode(answer),
-        }
-        print(f"{peer.spec.name}: KL {kl.mean():.4f}, {peer.check['greedy']!r}", file=sys.stderr)
-        most = MOST_KL[_bits(peer.spec)]
-        if not peer.check["kl_mean"] <= most:
-            sys.exit(f"{peer.spec.name} is another model: KL {peer.check['kl_mean']:.3f} > {most}")
-
-
-def _bits(spec: Spec) -> str:
-    return next(bits for bits in ("16", "8", "4") if bits in spec.bits.replace("BF16", "16"))
-
-
 def measure(peers: list[Peer], ids: list[int], load: Load) -> None:
     """All rounds, forwards and backwards in turns; each round reads another stretch of text."""
     texts = stretches(ids, load.prompt + load.decode)
@@ -269,8 +160,9 @@ def main() -> None:
     ids = real_text(tokenizer, (load.prompt + load.decode) * (load.rounds + 1))
     chosen = specs(tuple(arguments.peers))
     with running(chosen, load, arguments.threads) as peers:
-        check(peers, tokenizer, load)
-        measure(peers, ids, load)
+        timed = list(peers)
+        left_out = check(timed, tokenizer, load)
+        measure(timed, ids, load)
     report = {
         **machine(),
         "threads": arguments.threads,
@@ -284,8 +176,9 @@ def main() -> None:
                 "check": peer.check,
                 **peer.facts,
             }
-            for peer in peers
+            for peer in timed
         ],
+        "left_out": left_out,
     }
     report["versions"].update(versions())
     print(tables(report))

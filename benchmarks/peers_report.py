@@ -65,6 +65,7 @@ def tables(report: dict[str, Any]) -> str:
             if theirs in named
         ),
     ]
+    lines += [f"\nLeft out: {name}: {why}" for name, why in report["left_out"].items()]
     return "\n".join(lines)
 
 
