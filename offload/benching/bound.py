@@ -5,7 +5,7 @@
 Knows: which bytes a test moves and reads, and the rates measured on this machine. Does not know:
 how long the test took.
 
-Bytes over the link are those of every copy into a slot, guesses included. Compute reads, for each
+Bytes over the link are those of every copy, guesses included. Compute reads, for each
 call of the model, all dense weights (of a token table that is not also the head only a few rows,
 which are not counted), the record of every expert that the call uses, and the KV cache. The link's
 rate is that of whole records copied back to back (`rates`), the memory's that of a
@@ -65,8 +65,8 @@ def bound_of(
     model: PreTrainedModel, test: Test, samples: tuple[Sample, ...], rates: Rates
 ) -> Bound:
     """The bound of `samples` of `test` together."""
-    engine = offload_of(model).engine
-    calls = [test.n_prompt] if test.n_prompt else []
+    engine, ubatch = offload_of(model).engine, offload_of(model).options.ubatch
+    calls = [min(ubatch, test.n_prompt - at) for at in range(0, test.n_prompt, ubatch)]
     calls += [1] * test.n_gen
     each = len(calls) * dense_bytes(model)
     held = test.n_depth
@@ -80,7 +80,7 @@ def bound_of(
     )
     return Bound(
         tokens=test.tokens * len(samples),
-        link_bytes=sum(sample.experts.bytes_loaded for sample in samples),
+        link_bytes=sum(sample.experts.bytes_copied for sample in samples),
         read_bytes=each * len(samples) + records,
         rates=rates,
     )

@@ -72,8 +72,8 @@ class Result:
 
     @property
     def link_share(self) -> float:
-        """Bytes loaded a second of the test over what the link can do."""
-        rate = self.experts.bytes_loaded / sum(self.samples_ns)  # bytes/ns = GB/s
+        """Bytes copied a second of the test over what the link can do."""
+        rate = self.experts.bytes_copied / sum(self.samples_ns)  # bytes/ns = GB/s
         ceiling = self.bound.rates.link_gb_per_s
         return rate / ceiling if ceiling else 0.0
 

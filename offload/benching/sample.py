@@ -40,14 +40,14 @@ def take_sample(model: PreTrainedModel, test: Test, ids: list[int]) -> Sample:
     """
     tokens = torch.tensor([ids], device=model.device)  # [1, T]
     cache = None
-    at = test.n_depth
+    at, ubatch = test.n_depth, offload_of(model).options.ubatch
     if at:
-        _, cache = forward(model, tokens[:, :at], None)
+        _, cache = forward(model, tokens[:, :at], None, ubatch)
     sync(model.device)
     before = offload_of(model).stats()
     ends = [time.perf_counter_ns()]
     if test.n_prompt:
-        _, cache = forward(model, tokens[:, at : at + test.n_prompt], cache)
+        _, cache = forward(model, tokens[:, at : at + test.n_prompt], cache, ubatch)
         at += test.n_prompt
         sync(model.device)
     ends.append(time.perf_counter_ns())
