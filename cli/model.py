@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 
 def load_model(
-    arguments: argparse.Namespace,
+    arguments: argparse.Namespace, *, note: bool = True
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, float]:
-    """The model, its tokenizer, and the seconds it took."""
+    """The model, its tokenizer, and the seconds it took; with `note` the demo says what it is."""
     begin = time.perf_counter()
     if "temp" in arguments:
         asked_sampling(arguments, None)  # a wrong value is told before the model is loaded
@@ -58,7 +58,7 @@ def load_model(
         local_files_only=arguments.local_files_only,
         trust_remote_code=arguments.trust_remote_code,
     )
-    if arguments.model == "demo":
+    if note and arguments.model == "demo":
         from offload.demo import NOTE
 
         print(NOTE, file=sys.stderr)
