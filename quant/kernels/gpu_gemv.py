@@ -75,6 +75,21 @@ def plane_sums(
 
 
 @triton.jit
+def store_sums(
+    totals: tl.tuple, place: tensor, tile: tensor, rows: tensor, record: tensor, bias_at: tensor,
+    WIDTH: tl.constexpr, FINAL: tl.constexpr, BIAS: tl.constexpr, DTYPE: tl.constexpr,
+) -> None:  # fmt: skip
+    """Write a tile's sums of each code, finished or as a part of them."""
+    word = tl.arange(0, 2 * WIDTH)
+    for c in tl.static_range(32 // WIDTH):
+        row = tile * 64 + word * 4 + (c * WIDTH // 8 + (c * WIDTH % 8) // WIDTH * (8 * WIDTH))
+        total = totals[c]
+        if FINAL:
+            total = with_bias(total, record, bias_at, row, row < rows, BIAS, DTYPE)
+        tl.store(place + row, total.to(place.dtype.element_ty), mask=row < rows)
+
+
+@triton.jit
 def quantised_gemv(
     x: tensor, out: tensor, slots: tensor, slot_of_cell: tensor,
     x_stride: tensor, cells_a_row: tensor, slot_bytes: tensor, weight_at: tensor, scale_at: tensor,
@@ -100,7 +115,6 @@ def quantised_gemv(
     row_x = x + (cell // cells_a_row).to(tl.int64) * x_stride
     words = (record + weight_at).to(tl.pointer_type(tl.uint32)) + tile.to(tl.int64) * (K * 2 * BITS)
     WIDTH: tl.constexpr = WIDTHS[0]
-    PARTS: tl.constexpr = SPLIT * len(WIDTHS)
     place = out + (part * tl.num_programs(1) + cell).to(tl.int64) * rows
     if part < SPLIT:
         totals = plane_sums(
@@ -108,25 +122,17 @@ def quantised_gemv(
             K, GROUP, 0, WIDTH, 2 ** (BITS - 1), SCALE_BITS, SHARED, GATE, GATED,
             INTERLEAVED, CLAMPED, DTYPE, SPAN, COLUMNS, LANES, SPLIT, UNROLL, CODES_0,
         )  # fmt: skip
-        word = tl.arange(0, 2 * WIDTH)
-        for c in tl.static_range(32 // WIDTH):
-            row = tile * 64 + word * 4 + (c * WIDTH // 8 + (c * WIDTH % 8) // WIDTH * (8 * WIDTH))
-            total = totals[c]
-            if PARTS == 1:
-                total = with_bias(total, record, bias_at, row, row < rows, BIAS, DTYPE)
-            tl.store(place + row, total.to(out.dtype.element_ty), mask=row < rows)
+        FINAL: tl.constexpr = len(WIDTHS) * SPLIT == 1
+        store_sums(totals, place, tile, rows, record, bias_at, WIDTH, FINAL, BIAS, DTYPE)
     elif len(WIDTHS) == 2:
         HIGH: tl.constexpr = WIDTHS[1]
-        totals = plane_sums(
+        high = plane_sums(
             row_x, record, words + K * 2 * WIDTH, tile, part - SPLIT, magic,
             scale_at, step_at, stored_rows, limit, alpha,
             K, GROUP, WIDTH, HIGH, 0, SCALE_BITS, SHARED, GATE, GATED,
             INTERLEAVED, CLAMPED, DTYPE, SPAN, COLUMNS, LANES, SPLIT, UNROLL, CODES_1,
         )  # fmt: skip
-        word = tl.arange(0, 2 * HIGH)
-        for c in tl.static_range(32 // HIGH):
-            row = tile * 64 + word * 4 + (c * HIGH // 8 + (c * HIGH % 8) // HIGH * (8 * HIGH))
-            tl.store(place + row, totals[c].to(out.dtype.element_ty), mask=row < rows)
+        store_sums(high, place, tile, rows, record, bias_at, HIGH, False, BIAS, DTYPE)
 
 
 @triton.jit
