@@ -33,7 +33,11 @@ WORDS_A_THREAD = {8: 4, 4: 4, 2: 2}
 # by the operation, not by the element.
 COLUMNS = 16 if INTERPRETED.value else 4
 LONGEST_SPAN = 64  # columns between two scalings
-ENOUGH_BLOCKS = 96  # thread blocks that keep a large GPU's memory busy
+# Loads that a thread begins before it uses the first.
+MOST_STEPS = {8: 4, 4: 8, 2: 8}
+FEW_BLOCKS = 96  # thread blocks that leave many processors of a large GPU idle
+ENOUGH_BLOCKS = 384  # that keep its memory busy; worth another launch where rows are long
+LONG_STEPS = 3  # times that a thread block goes on to other spans
 MOST_SPLITS = 8
 TENSOR_CORES_BF16 = (8, 0)  # the first compute capability whose tensor cores know bfloat16
 
@@ -97,7 +101,11 @@ def splits(matrix: MatrixLayout, matrices: int) -> int:
     blocks = matrix.stored_rows // TILE_ROWS * matrices
     steps = -(-matrix.columns // (span * lanes))
     split = 1
-    while blocks * split < ENOUGH_BLOCKS and split * 2 <= min(MOST_SPLITS, steps):
+    while split < MOST_SPLITS:
+        few = blocks * split < FEW_BLOCKS and split * 2 <= steps
+        long = blocks * split < ENOUGH_BLOCKS and split * 2 * LONG_STEPS <= steps
+        if not few and not long:
+            break
         split *= 2
     return split
 
@@ -149,6 +157,7 @@ def gemv(
         )  # fmt: skip
         return
     span, lanes = spans(matrix)
+    columns = min(COLUMNS, span)
     split = splits(matrix, count // tokens)
     widths = PLANES[matrix.bits]
     parts = split * len(widths)
@@ -157,8 +166,8 @@ def gemv(
         x, place, slots, slot_of_cell, *common, matrix.scale_offset, matrix.step_offset, bias_at,
         rows, matrix.stored_rows, *gated.numbers,
         **_quantised(matrix), **gated.constants, DTYPE=dtype,
-        SPAN=span, COLUMNS=COLUMNS, LANES=lanes, SPLIT=split,
-        UNROLL=4 if matrix.bits == 8 else 8,
+        SPAN=span, COLUMNS=columns, LANES=lanes, SPLIT=split,
+        STEPS=tuple(range(min(MOST_STEPS[widths[0]], span // columns))),
         CODES_0=tuple(range(32 // widths[0])), CODES_1=tuple(range(32 // widths[-1])),
         num_warps=WARPS, enable_fp_fusion=True,
     )  # fmt: skip
