@@ -125,7 +125,11 @@ def _tile(
     new = capability(device) >= TENSOR_CORES_BF16
     if dtype == torch.float16 or (dtype == torch.bfloat16 and new):
         tiles = 2 if block_cells <= 32 else 1
-        return {"TILES": tiles, "COLS": min(matrix.group_size or 32, 32), "num_warps": WARPS}
+        return {
+            "TILES": tiles,
+            "COLS": min(matrix.group_size or 32, 32 if new else 16),
+            "num_warps": WARPS,
+        }
     return {"TILES": 1, "COLS": 16, "num_warps": 4 * WARPS if block_cells > 32 else 2 * WARPS}
 
 
