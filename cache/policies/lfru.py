@@ -22,15 +22,25 @@ REPEATS = 0.1  # more of them on models of few experts a layer would be wrong, s
 MOST = 2.0**400  # what a use may count before all scores are scaled down
 
 
+def growth_of(half_life: float) -> float:
+    """How much more a use counts than one a step before."""
+    return 2.0 ** (1.0 / half_life)
+
+
+def bonus_of(half_life: float, repeats: float) -> float:
+    """What having been asked for at the last step is worth, in uses."""
+    return repeats / (1.0 - repeats) / (1.0 - 1.0 / growth_of(half_life))
+
+
 class LFRU:
     """Keys in the order of their decayed uses, those of keys that left included; what was used at
     the last step has a bonus until the next."""
 
     def __init__(self, half_life: float = HALF_LIFE, repeats: float = REPEATS) -> None:
-        self._growth = 2.0 ** (1.0 / half_life)
+        self._growth = growth_of(half_life)
         self._unit = 1.0  # what a use counts now
         self._inverse = 1.0  # 1 / unit
-        self._bonus = repeats / (1.0 - repeats) / (1.0 - 1.0 / self._growth)  # in units
+        self._bonus = bonus_of(half_life, repeats)  # in units
         self._insertions = 0
         self._known: dict[Key, _Standing] = {}  # every key that ever was resident
         self._recent: list[_Standing] = []  # resident, used since the last step
