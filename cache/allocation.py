@@ -105,7 +105,7 @@ class _Pools:
         self.clear()
         for pool, state in zip(self._portable(), states, strict=True):
             pool.adopt(state, resident)
-            for key in pool.keys():
+            for key in pool.keys():  # noqa: SIM118  # a policy is no dict
                 self.held[key[0]] += 1
 
     def _portable(self) -> list[PortablePolicy]:

@@ -126,6 +126,17 @@ class CudaTransfer:
     def slot(self, index: int) -> Tensor:
         return self._slots[index]
 
+    def addresses(self) -> Tensor | None:
+        if self._pinning_failed or any(records is None for records in self._host):
+            return None
+        layers = self._pack.info.layers
+        table = torch.zeros(len(layers), max(n.num_experts for n in layers), dtype=torch.int64)
+        for index, records in enumerate(self._host):
+            assert records is not None
+            begins = [record.data_ptr() for record in records]
+            table[index, : len(begins)] = torch.tensor(begins, dtype=torch.int64)
+        return table
+
     def start(self, layer: int, expert: int, slot: int, *, urgent: bool) -> CudaTicket:
         self._jobs += 1
         read = self.tier.want(layer, expert, urgent=urgent)

@@ -24,7 +24,8 @@ MOST = 2.0**400  # what a use may count before all scores are scaled down
 
 def growth_of(half_life: float) -> float:
     """How much more a use counts than one a step before."""
-    return 2.0 ** (1.0 / half_life)
+    growth: float = 2.0 ** (1.0 / half_life)
+    return growth
 
 
 def bonus_of(half_life: float, repeats: float) -> float:

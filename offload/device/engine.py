@@ -13,6 +13,8 @@ Letters: k experts a token, H hidden.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +28,7 @@ from offload.device.lanes import Lanes
 from offload.device.places import Places
 from offload.device.table import Table, add_counters
 from offload.engine import Engine
+from offload.errors import GenerationError
 from offload.layer import Layer
 from offload.marks import NO_MARKS
 from offload.stats import Stats
@@ -74,6 +77,9 @@ class DeviceEngine(Engine):
         self._ahead_planned: torch.cuda.Event | None = None
         self._ahead_here: torch.cuda.Event | None = None
         self._held: tuple[Tensor, ...] = ()  # what the link's lane still reads
+        self._counted = [0] * len(self._table.counts.tolist())  # of the device's, already added
+        self._looping = False  # steps are those of a decode loop, which says when it is over
+        self.counts_come = False  # a decode loop brings the counts: nobody needs to wait for them
         super().__init__(info, cache, transfer, balance, lookahead)
 
     @property
@@ -103,6 +109,9 @@ class DeviceEngine(Engine):
         self, layer: Layer, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> Tensor:
         at, table, lanes = layer.index, self._table, self._lanes
+        if at == 0 and not self._looping:
+            table.halted.zero_()
+            self.counts_come = False
         index = top_k_index.reshape(-1)  # [k]
         hits, loads = table.hits[at, : len(index)], table.loads[at, : len(index)]
         lanes.join(self._ahead_planned)
@@ -149,6 +158,24 @@ class DeviceEngine(Engine):
         self._ahead_here = self._lanes.mark()
         self._held = (hidden, index)
 
+    @contextlib.contextmanager
+    def loop(self) -> Iterator[bool]:
+        """A decode loop runs a step inside; whether the device plans it."""
+        with self._lock:
+            if self.closed:
+                raise GenerationError("the model was closed: load it again")
+            self._looping = True
+            try:
+                yield self.plan_on_device()
+            finally:
+                self._looping = False
+
+    def broke_off(self) -> None:
+        """What was queued last never happened: a capture failed."""
+        self._ahead_planned = self._ahead_here = None
+        self._held = ()
+        self._broken_off = False
+
     def plan_on_device(self) -> bool:
         """Give the table what the cache knows, between two tokens; False: the host has to plan."""
         if self._planned_here:
@@ -159,6 +186,7 @@ class DeviceEngine(Engine):
             self.transfer.wait(ticket)
         self._tickets.clear()
         self._table.upload(self._cache.state())
+        self._counted = [0] * len(self._counted)
         self._planned_here = True
         return True
 
@@ -166,28 +194,29 @@ class DeviceEngine(Engine):
         """Give the cache what the table knows. Waits for the device."""
         if not self._planned_here:
             return
-        self._count()
+        self.count(self._table.counts.tolist())
         self._cache.adopt(self._table.download())
         self._planned_here = False
 
-    def _count(self) -> None:
-        """Add what the device counted since the last time. Waits for it."""
-        counters = self._table.counters
-        add_counters(counters.tolist(), self._cache.statistics.layers)
-        self.tokens += int(self._table.tokens)
-        counters.zero_()
-        self._table.tokens.zero_()
+    def count(self, counts: list[int]) -> None:
+        """Add what the device counted since it was told last: `Table.counts` of some moment."""
+        if not self._planned_here:
+            return
+        new = [now - before for now, before in zip(counts, self._counted, strict=True)]
+        self._counted = counts
+        self.tokens += new[0]
+        add_counters(new[1:], self._cache.statistics.layers)
 
     def stats(self) -> Stats:
-        if self._planned_here:
-            self._count()
+        if self._planned_here and not self.counts_come:
+            self.count(self._table.counts.tolist())
         return super().stats()
 
     def _start_over(self) -> None:
         if self._planned_here:
-            self._count()
+            self.count(self._table.counts.tolist())
         self._planned_here = False
-        self._ahead_planned = self._ahead_here = None
+        self.broke_off()
         super()._start_over()
 
     def close(self) -> None:

@@ -12,8 +12,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from offload.device.places import Places
-
 INF = tl.constexpr(float("inf"))
 NOBODY = tl.constexpr(1 << 30)
 

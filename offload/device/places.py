@@ -59,7 +59,6 @@ class Places:
     ordered = 2  # the highest number of a useless key
     useless_keys = 3
     halted = 4  # nothing is to be decided any more: the sequence is over
-    tokens = 5
 
     # ints, by key
     slot_of = HEADS  # -1: not resident
@@ -107,8 +106,12 @@ class Places:
         return self.guessing + self.layers  # [L, 3, K]: expert or -1, was absent, was loaded
 
     @property
+    def tokens(self) -> int:
+        return self.guess + self.layers * 3 * self.k
+
+    @property
     def counters(self) -> int:
-        return self.guess + self.layers * 3 * self.k  # [L, COUNTS]
+        return self.tokens + 1  # [L, COUNTS]
 
     @property
     def counts(self) -> int:

@@ -84,14 +84,9 @@ class Table:
         return self.ints[self.places.halted : self.places.halted + 1]
 
     @property
-    def counters(self) -> Tensor:
-        """[L, COUNTS] int64."""
-        return _part(self.ints, self.places.counters, self.places.layers, self.places.counts)
-
-    @property
-    def tokens(self) -> Tensor:
-        """[1] int64: tokens that were planned for."""
-        return self.ints[self.places.tokens : self.places.tokens + 1]
+    def counts(self) -> Tensor:
+        """[1 + L * COUNTS] int64: tokens, and what was counted at each layer, since `upload`."""
+        return self.ints[self.places.tokens :]
 
     def upload(self, state: CacheState) -> None:
         """Go on from `state`; counters begin at 0."""
@@ -186,15 +181,16 @@ class Table:
         assert sum(place > 0 for place in useless) == int(ints[at.useless_keys])
         assert not any(useless[taken:]), "what is useless is gone"
         assert not ints[at.guessed + taken : at.guessed + at.slots].any(), "a guess is gone"
-        for requests, hits, misses, *_ in self.counters.tolist():
-            assert hits + misses == requests
+        counters = _part(ints, at.counters, at.layers, at.counts)
+        assert bool((counters[:, 1] + counters[:, 2] == counters[:, 0]).all())
 
 
-def add_counters(counters: Sequence[Sequence[int]], layers: list[LayerCounts]) -> None:
-    """Add what the kernels counted [L, COUNTS] to `layers`."""
-    for counted, counts in zip(counters, layers, strict=True):
-        for name, number in zip(COUNTS, counted, strict=True):
-            setattr(counts, name, getattr(counts, name) + number)
+def add_counters(counters: Sequence[int], layers: list[LayerCounts]) -> None:
+    """Add what the kernels counted [L * COUNTS] to `layers`."""
+    for at, number in enumerate(counters):
+        layer, place = divmod(at, len(COUNTS))
+        counts, name = layers[layer], COUNTS[place]
+        setattr(counts, name, getattr(counts, name) + number)
 
 
 def _part(flat: Tensor, start: int, rows: int, columns: int) -> Tensor:

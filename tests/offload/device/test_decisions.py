@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 
 import pytest
@@ -10,10 +9,10 @@ import torch
 
 from cache.cache import ExpertCache
 from cache.policies import POLICIES
+from cache.statistics import LayerCounts
 from cache.synthetic import Routing, Shape, synthesize
 from offload.device.places import Places
 from offload.device.table import Table, add_counters
-from cache.statistics import LayerCounts
 
 CPU = torch.device("cpu")
 
@@ -55,7 +54,7 @@ class Both:
         assert mine.trust == theirs.trust
         assert mine.heat == theirs.heat
         counts = [LayerCounts() for _ in theirs.trust]
-        add_counters(self.table.counters.tolist(), counts)
+        add_counters(self.table.counts.tolist()[1:], counts)
         assert counts == self.cache.statistics.layers
 
 
