@@ -66,7 +66,6 @@ class DeviceEngine(Engine):
     ) -> None:
         """`slots` [n, slot_bytes] uint8 are the transfer's; `addresses` [L, E] int64 say where each
         record is in memory that `transfer.device` can read."""
-        self._cache = cache
         self._table = Table(places, transfer.device)
         self._planned_here = False  # whether the table is what holds, and not the cache
         self._slots = slots
@@ -87,10 +86,6 @@ class DeviceEngine(Engine):
         """The cache, with what the device decided so far. Waits for the device."""
         self.plan_on_host()
         return self._cache
-
-    @cache.setter
-    def cache(self, cache: ExpertCache) -> None:
-        self._cache = cache
 
     @property
     def table(self) -> Table:
