@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from transformers.cache_utils import (
     Cache,
+    DummyLayer,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -39,6 +40,8 @@ class FixedKV(Cache):  # type: ignore[misc]  # transformers has no types here
     def fill(self, grown: Cache) -> None:
         """Hold what `grown` holds. Nothing moves."""
         for mine, theirs in zip(self.layers, grown.layers, strict=True):
+            if isinstance(mine, DummyLayer):
+                continue
             if isinstance(mine, LinearAttentionLayer):
                 for state in range(mine.number_of_states):
                     _copy(mine.conv_states[state], theirs.conv_states[state])
@@ -56,6 +59,9 @@ class FixedKV(Cache):  # type: ignore[misc]  # transformers has no types here
         for mine, window in zip(self.layers, self._windows, strict=True):
             if isinstance(mine, LinearAttentionLayer):
                 return None
+            if isinstance(mine, DummyLayer):
+                cache.layers.append(DummyLayer())
+                continue
             layer = DynamicLayer() if window is None else DynamicSlidingWindowLayer(window)
             layer.lazy_initialization(mine.keys, mine.values)
             first = 0 if window is None else max(0, length - window + 1)
@@ -72,11 +78,15 @@ def _copy(to: torch.Tensor | None, what: torch.Tensor | None) -> None:
         to.copy_(what)
 
 
-def _fixed_layer(grown: object, length: int) -> StaticLayer | LinearAttentionLayer:
+def _fixed_layer(grown: object, length: int) -> StaticLayer | LinearAttentionLayer | DummyLayer:
     kind = type(grown)
     if isinstance(grown, LinearAttentionLayer) and kind is LinearAttentionLayer:
         return _fixed_states(grown)
+    if kind is DummyLayer:
+        return DummyLayer()
     if isinstance(grown, DynamicLayer) and kind in (DynamicLayer, DynamicSlidingWindowLayer):
+        if grown.keys is None:
+            raise CannotBeFixed("it keeps states of its own beside the cache")
         keys, values = grown.keys, grown.values
         layer = StaticLayer(max_cache_len=length)
         layer.dtype, layer.device = keys.dtype, keys.device
