@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 
 from cache.predictors import Lookahead
+from offload.compute import Grouped, OneByOne
 from offload.engine import Engine
 from offload.errors import OffloadError, UnsupportedModelError
 from offload.handle import Decoding, Options
@@ -36,11 +37,11 @@ def make_engine(
     residency = options.residency
     cache = residency.cache(options.slots, len(info.layers))
     cuda = options.device.type == "cuda"
+    compute = (Grouped if cuda else OneByOne)(info, transfer)
     if asked == "device" or (asked == "auto" and cuda):
         refused = ""
         try:
             from offload.device import making  # loads Triton
-            from offload.device.compute import SlotDecode
             from offload.device.tokens import Loops
         except ImportError as error:
             refused = f"it needs Triton ({error})"
@@ -48,9 +49,9 @@ def make_engine(
             wanted = making.Wanted(residency, ahead, options.slots, k)
             refused = making.why_not(wanted, transfer)
             if not refused:
-                engine = making.make(info, cache, transfer, wanted, SlotDecode(info))
+                engine = making.make(info, cache, transfer, compute, wanted)
                 return engine, Loops(engine)
         if not cuda:
             raise OffloadError(f"there is no device-planned engine here: {refused}: choose host")
         logger.warning("steps are planned on the host, with a wait at every layer: %s", refused)
-    return Engine(info, cache, transfer, residency.balance(), ahead), None
+    return Engine(info, cache, transfer, compute, residency.balance(), ahead), None

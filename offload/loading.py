@@ -24,7 +24,6 @@ from offload.budget import (
     hold_vram,
     parse_bytes,
 )
-from offload.compute import Grouped, OneByOne
 from offload.cpu_linear import OneTokenLinear, native_is_quicker
 from offload.cuda_transfer import CudaTransfer
 from offload.engine_choice import check_engine, make_engine

@@ -1,36 +1,42 @@
-"""One token's experts from slots: the seam to `quant`.
+"""One token's experts from slots: the seam to `quant.experts`.
 
-Knows: which layer computes what. Does not know: who is in which slot, when.
+Knows: which layer computes what, and whether kernels can. Does not know: who is in which slot.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from offload.compute import program_of
 from offload.layer import Layer
-from quant.matmul import matmul
+from quant.experts import decode, kernels_work
 from quant.pack import PackInfo
-from quant.record import view_record
+from quant.program import Program
 
 
 class SlotDecode:
-    """Cell by cell, with the products every device has; the slot is never asked for."""
+    """Computes one token's experts from slots, without asking the host anything."""
 
     def __init__(self, info: PackInfo) -> None:
         self._info = info
+        self._programs: dict[int, Program] = {}
 
     def __call__(
         self, layer: Layer, hidden: Tensor, slots: Tensor, slot_of_cell: Tensor, cells: Tensor
     ) -> None:
-        module: Any = layer.module
-        layout = self._info.layout_of(layer.index)
-        function = module._apply_gate if module.has_gate else module.act_fn
-        for cell in range(len(cells)):
-            slot = slot_of_cell[cell : cell + 1]
-            record = slots.index_select(0, slot.clamp(min=0))[0]
-            up, down = view_record(record, layout).values()
-            out = matmul(function(matmul(hidden, up)), down)
-            cells[cell] = torch.where(slot >= 0, out[0], cells[cell])
+        """Fill `cells` [k, H] for `hidden` [1, H]; where `slot_of_cell` [k] is -1 they stay.
+
+        What comes before a norm that some models have after each expert.
+        """
+        decode(hidden, slots, slot_of_cell, self._program(layer), cells)
+
+    def works(self, layer: Layer, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether there are kernels for this layer; the reference would ask for every slot."""
+        return kernels_work(self._program(layer), dtype, device)
+
+    def _program(self, layer: Layer) -> Program:
+        if layer.index not in self._programs:
+            layout = self._info.layout_of(layer.index)
+            self._programs[layer.index] = program_of(layer.module, layout)
+        return self._programs[layer.index]

@@ -14,15 +14,17 @@ Letters: k experts a token, H hidden.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cache.cache import ExpertCache
-from cache.lookahead import LookaheadBalance
 from cache.predictors import NO_LOOKAHEAD, Lookahead
+from offload.compute import Compute
+from offload.device.compute import SlotDecode
 from offload.device.gather import gather
 from offload.device.lanes import Lanes
 from offload.device.places import Places
@@ -35,17 +37,7 @@ from offload.stats import Stats
 from offload.transfer import Transfer
 from quant.pack import PackInfo
 
-
-class Decode(Protocol):
-    """Computes one token's experts from slots, without asking the host anything."""
-
-    def __call__(
-        self, layer: Layer, hidden: Tensor, slots: Tensor, slot_of_cell: Tensor, cells: Tensor
-    ) -> None:
-        """Fill `cells` [k, H] for `hidden` [1, H]; where `slot_of_cell` [k] is -1 they stay.
-
-        What comes before a norm that some models have after each expert.
-        """
+logger = logging.getLogger("offload")
 
 
 class DeviceEngine(Engine):
@@ -56,19 +48,17 @@ class DeviceEngine(Engine):
         info: PackInfo,
         cache: ExpertCache,
         transfer: Transfer,
-        balance: LookaheadBalance | None,
+        compute: Compute,
         lookahead: Lookahead = NO_LOOKAHEAD,
         *,
         places: Places,
-        slots: Tensor,
         addresses: Tensor,
-        decode: Decode,
+        decode: SlotDecode,
     ) -> None:
-        """`slots` [n, slot_bytes] uint8 are the transfer's; `addresses` [L, E] int64 say where each
-        record is in memory that `transfer.device` can read."""
+        """`addresses` [L, E] int64 say where each record is in memory that `transfer.device` can
+        read. Guesses are not weighed: on the device they cost the host nothing."""
         self._table = Table(places, transfer.device)
         self._planned_here = False  # whether the table is what holds, and not the cache
-        self._slots = slots
         self._addresses = addresses.to(transfer.device)
         self._decode = decode
         self._lanes = Lanes(transfer.device)
@@ -77,9 +67,10 @@ class DeviceEngine(Engine):
         self._ahead_here: torch.cuda.Event | None = None
         self._held: tuple[Tensor, ...] = ()  # what the link's lane still reads
         self._counted = [0] * len(self._table.counts.tolist())  # of the device's, already added
+        self._computes: bool | None = None  # whether kernels compute every layer; None: not known
         self._looping = False  # steps are those of a decode loop, which says when it is over
         self.counts_come = False  # a decode loop brings the counts: nobody needs to wait for them
-        super().__init__(info, cache, transfer, balance, lookahead)
+        super().__init__(info, cache, transfer, compute, None, lookahead)
 
     @property
     def cache(self) -> ExpertCache:
@@ -94,6 +85,8 @@ class DeviceEngine(Engine):
     def _serve(
         self, layer: Layer, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> Tensor:
+        if self._computes is None:
+            self._computes = self._kernels_work(hidden.dtype)
         one = hidden.shape[0] == 1 and not self.prompt
         if one and (self._planned_here or (layer.index == 0 and self.plan_on_device())):
             return self._step(layer, hidden, top_k_index, top_k_weights)
@@ -120,9 +113,9 @@ class DeviceEngine(Engine):
         out = self._info.layout_of(at).matrices[-1].rows
         cells = hidden.new_zeros(len(index), out)  # [k, H]
         lanes.join(guessed_before)
-        self._decode(layer, hidden, self._slots, hits, cells)
+        self._decode(layer, hidden, self.transfer.slots, hits, cells)
         lanes.join(loaded)
-        self._decode(layer, hidden, self._slots, loads, cells)
+        self._decode(layer, hidden, self.transfer.slots, loads, cells)
         del held_before  # until here the link's lane may have read it
         module: Any = layer.module  # what the experts seam promises is not in its type
         if module.has_post_expert_norm:
@@ -132,7 +125,7 @@ class DeviceEngine(Engine):
 
     def _fetch(self, layer: int, experts: Tensor, loads: Tensor) -> None:
         size = self.record_bytes(layer)
-        gather(experts, loads, self._addresses[layer], self._slots, size)
+        gather(experts, loads, self._addresses[layer], self.transfer.slots, size)
 
     def _look_ahead(self, layer: Layer) -> None:
         """Ask the next layer's router, and fetch its choice behind what this layer wants."""
@@ -152,6 +145,13 @@ class DeviceEngine(Engine):
         self._fetch(later.index, self._table.guesses[later.index, : len(index)], where)
         self._ahead_here = self._lanes.mark()
         self._held = (hidden, index)
+
+    def _kernels_work(self, dtype: torch.dtype) -> bool:
+        device = self.transfer.device
+        if all(self._decode.works(layer, dtype, device) for layer in self.layers):
+            return True
+        logger.warning("without kernels for its experts the model's steps are planned on the host")
+        return False
 
     @contextlib.contextmanager
     def loop(self) -> Iterator[bool]:
@@ -175,7 +175,9 @@ class DeviceEngine(Engine):
         """Give the table what the cache knows, between two tokens; False: the host has to plan."""
         if self._planned_here:
             return True
-        if self._recorder is not None or self._marks is not NO_MARKS or self._cold:
+        if not self._computes or self._recorder is not None or self._marks is not NO_MARKS:
+            return False
+        if self._cold:  # a warm start goes on
             return False
         for ticket, _ in self._tickets.values():
             self.transfer.wait(ticket)
@@ -218,4 +220,3 @@ class DeviceEngine(Engine):
         if not self.closed:
             self.plan_on_host()
         super().close()
-        self._slots = self._slots.new_empty(0)

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 
 from cache.cache import ExpertCache
 from cache.predictors import Lookahead
+from offload.compute import Compute
 from offload.device.check import kernels_decide_rightly
-from offload.device.engine import Decode, DeviceEngine
+from offload.device.compute import SlotDecode
+from offload.device.engine import DeviceEngine
 from offload.device.places import ALLOCATIONS, POLICIES, Places
 from offload.residency import Residency
 from offload.transfer import Transfer
@@ -54,10 +56,9 @@ def why_not(wanted: Wanted, transfer: Transfer) -> str:
 
 
 def make(
-    info: PackInfo, cache: ExpertCache, transfer: Transfer, wanted: Wanted, decode: Decode
+    info: PackInfo, cache: ExpertCache, transfer: Transfer, compute: Compute, wanted: Wanted
 ) -> DeviceEngine:
-    """The engine, where `why_not` says nothing. Looking ahead costs the host nothing: it is not
-    weighed."""
+    """The engine, where `why_not` says nothing. `compute` is what prompts go through."""
     addresses = transfer.addresses()
     assert addresses is not None
     experts = max(layer.num_experts for layer in info.layers)
@@ -69,10 +70,9 @@ def make(
         info,
         cache,
         transfer,
-        None,
+        compute,
         wanted.lookahead,
         places=places,
-        slots=transfer.slots,
         addresses=addresses,
-        decode=decode,
+        decode=SlotDecode(info),
     )
