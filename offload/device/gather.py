@@ -57,4 +57,5 @@ def gather(
         loads.numel(),
         WORDS=WORDS,
         num_warps=WARPS,
+        enable_fp_fusion=False,  # there is nothing to fuse; Triton warns when it is not told
     )

@@ -21,8 +21,8 @@ from cache.statistics import LayerCounts
 from offload.device.kernels import look_ahead_kernel, plan_kernel
 from offload.device.places import COUNTS, Places
 
-CHUNK = 1024  # slots a block of threads looks at together
-WARPS = 8
+CHUNK = 512  # slots the block of threads looks at together: one a thread, so none is spilled
+WARPS = 16
 
 
 class Table:
