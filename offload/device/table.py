@@ -23,6 +23,7 @@ from offload.device.places import COUNTS, Places
 
 CHUNK = 512  # slots the block of threads looks at together: one a thread, so none is spilled
 WARPS = 16
+REGISTERS = 128  # a thread: all there are, for nothing runs beside the block's threads
 
 
 class Table:
@@ -57,6 +58,7 @@ class Table:
             KB=self._padded,
             CHUNK=self._chunk,
             num_warps=WARPS,
+            maxnreg=REGISTERS,
             enable_fp_fusion=False,
         )
 
@@ -75,6 +77,7 @@ class Table:
             KB=self._padded,
             CHUNK=self._chunk,
             num_warps=WARPS,
+            maxnreg=REGISTERS,
             enable_fp_fusion=False,
         )
 

@@ -40,7 +40,7 @@ POINTERS = {
     torch.float32: "*fp32",
     torch.float64: "*fp64",
 }
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 
 
 class Launch:

@@ -41,4 +41,3 @@ def test_what_the_kernels_do_not_know_is_told(
 ) -> None:
     with pytest.raises(OffloadError, match=why):
         load("mixtral", "device", **options)
-
