@@ -126,6 +126,11 @@ class Sampler:
         self.generator = torch.Generator(device)
         self.reseed(sampling.seed)
 
+    def renew(self) -> None:
+        """Go on with another generator: a capture that failed does not give the old one back."""
+        before, self.generator = self.generator, torch.Generator(self.generator.device)
+        self.generator.manual_seed(before.initial_seed() ^ 1)
+
     def reseed(self, seed: int | None) -> None:
         """Begin a sequence with `seed`; None: with any."""
         if seed is None:

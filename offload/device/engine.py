@@ -89,7 +89,8 @@ class DeviceEngine(Engine):
             self._computes = self._kernels_work(hidden.dtype)
         one = hidden.shape[0] == 1 and not self.prompt
         if one and (self._planned_here or (layer.index == 0 and self.plan_on_device())):
-            return self._step(layer, hidden, top_k_index, top_k_weights)
+            with self._lanes.device():
+                return self._step(layer, hidden, top_k_index, top_k_weights)
         self.plan_on_host()
         return super()._serve(layer, hidden, top_k_index, top_k_weights)
 

@@ -29,7 +29,7 @@ class Replay:
         broke_off: Callable[[], None],
     ) -> None:
         """`generator`: of the step's random numbers. `broke_off` is told when a capture failed:
-        what was queued by it never happened."""
+        what was queued by it never happened, and the generator cannot be used any more."""
         self._step, self._generator, self._broke_off = step, generator, broke_off
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -64,7 +64,8 @@ class Replay:
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self._step()
         except Exception as error:  # whatever a model, a library or the driver raises
-            self.refused = reason(error)
+            first = error.__context__ or error  # ending a capture that failed fails, too
+            self.refused = reason(first)
             self._broke_off()
             torch.cuda.synchronize(stream.device)
             logger.warning(

@@ -17,6 +17,13 @@ class Lanes:
     def __init__(self, device: torch.device) -> None:
         self._link = torch.cuda.Stream(device) if device.type == "cuda" else None
 
+    def device(self) -> AbstractContextManager[object]:
+        """Kernels launched inside run on the device: Triton asks which one is in use, not where
+        tensors are."""
+        return (
+            contextlib.nullcontext() if self._link is None else torch.cuda.device(self._link.device)
+        )
+
     def link(self) -> AbstractContextManager[object]:
         """What is queued inside goes to the link's lane."""
         return contextlib.nullcontext() if self._link is None else torch.cuda.stream(self._link)
@@ -37,4 +44,5 @@ class Lanes:
     def join(self, point: torch.cuda.Event | None) -> None:
         """Compute goes on when the link's lane has come to `point`."""
         if point is not None:
-            torch.cuda.current_stream().wait_event(point)
+            assert self._link is not None
+            torch.cuda.current_stream(self._link.device).wait_event(point)

@@ -72,7 +72,11 @@ class DecodeLoop:
         self.engine = engine
         sampler = Sampler(sampling, model.device)
         self.step = DecodeStep(model, FixedKV(grown, length), sampler, ends, engine.table)
-        self.replay = Replay(self.step, model.device, sampler.generator, engine.broke_off)
+        self.replay = Replay(self.step, model.device, sampler.generator, self._broke_off)
+
+    def _broke_off(self) -> None:
+        self.engine.broke_off()
+        self.step.sampler.renew()
 
     def run(self) -> None:
         """Queue a step."""

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 
 import offload
 from offload.ahead import Ahead
-from offload.compute import program_of
 from offload.device import making
 from offload.device.compute import SlotDecode
 from offload.layer import Layer
@@ -37,7 +36,7 @@ def decode_by_products(
     cells: Tensor,
 ) -> None:
     """As `SlotDecode`, by the products of the host's engine; asks for no slot either."""
-    program = program_of(layer.module, self._info.layout_of(layer.index))
+    program = self._program(layer)
     for cell in range(len(cells)):
         slot = slot_of_cell[cell : cell + 1]
         record = slots.index_select(0, slot.clamp(min=0))[0]
