@@ -46,7 +46,7 @@ def make_engine(
         except ImportError as error:
             refused = f"it needs Triton ({error})"
         else:
-            wanted = making.Wanted(residency, ahead, options.slots, k)
+            wanted = making.Wanted(residency, ahead, options.slots, k, options.staging)
             refused = making.why_not(wanted, transfer)
             if not refused:
                 engine = making.make(info, cache, transfer, compute, wanted)
@@ -54,4 +54,5 @@ def make_engine(
         if not cuda:
             raise OffloadError(f"there is no device-planned engine here: {refused}: choose host")
         logger.warning("steps are planned on the host, with a wait at every layer: %s", refused)
-    return Engine(info, cache, transfer, compute, residency.balance(), ahead), None
+    balance = residency.balance()
+    return Engine(info, cache, transfer, compute, balance, ahead, options.staging), None

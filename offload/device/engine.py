@@ -50,6 +50,7 @@ class DeviceEngine(Engine):
         transfer: Transfer,
         compute: Compute,
         lookahead: Lookahead = NO_LOOKAHEAD,
+        staging: int = 0,
         *,
         places: Places,
         addresses: Tensor,
@@ -70,7 +71,7 @@ class DeviceEngine(Engine):
         self._computes: bool | None = None  # whether kernels compute every layer; None: not known
         self._looping = False  # steps are those of a decode loop, which says when it is over
         self.counts_come = False  # a decode loop brings the counts: nobody needs to wait for them
-        super().__init__(info, cache, transfer, compute, None, lookahead)
+        super().__init__(info, cache, transfer, compute, None, lookahead, staging)
 
     @property
     def cache(self) -> ExpertCache:
@@ -203,7 +204,11 @@ class DeviceEngine(Engine):
         new = [now - before for now, before in zip(counts, self._counted, strict=True)]
         self._counted = counts
         self.tokens += new[0]
-        add_counters(new[1:], self._cache.statistics.layers)
+        layers = self._cache.statistics.layers
+        loads = [layer.loads for layer in layers]
+        add_counters(new[1:], layers)
+        for layer, before in enumerate(loads):
+            self._kept[layer] += layers[layer].loads - before
 
     def stats(self) -> Stats:
         if self._planned_here and not self.counts_come:

@@ -29,6 +29,7 @@ class Wanted:
     lookahead: Lookahead
     slots: int
     k: int  # experts a token; 0: not known
+    staging: int  # rows past the slots, for prompts
 
 
 def why_not(wanted: Wanted, transfer: Transfer) -> str:
@@ -72,6 +73,7 @@ def make(
         transfer,
         compute,
         wanted.lookahead,
+        wanted.staging,
         places=places,
         addresses=addresses,
         decode=SlotDecode(info),
