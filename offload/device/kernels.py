@@ -1,8 +1,13 @@
 """Plans as GPU kernels: the decisions of `cache.cache.ExpertCache` for one token, without the host.
 
 Knows: the state of `offload.device.places`, and that one block of threads does everything, so that
-a barrier is all that orders it. Does not know: bytes, streams. Floating-point expressions are those
+barriers are all that orders it. Does not know: bytes, streams. Floating-point expressions are those
 of `cache`, in double precision and never fused, so that both engines decide alike to the last bit.
+
+Every thread loads a scalar for itself, and one of them stores it. So what all threads go on with is
+loaded before a barrier (`_all_have_read`) and stored after it, and what was stored is loaded after
+another: without, a slow thread would see the next state, and take another branch than the others.
+The interpreter, which has one thread, cannot tell.
 
 Letters: KB cells of a token, padded; P the places of everything; CHUNK slots looked at together.
 """
@@ -35,7 +40,7 @@ def plan_kernel(
     before = tl.load(ints + P.slot_of + key, mask=expert >= 0, other=-1)
     if tl.load(ints + P.halted) == 0:
         _plan(layer, expert, wanted, key, before, ints, reals, P, KB, CHUNK)
-    tl.debug_barrier()
+    _all_have_written()
     after = tl.load(ints + P.slot_of + key, mask=expert >= 0, other=-1)
     tl.store(hits + at, before, mask=at < k)
     tl.store(loads + at, tl.where(before < 0, after, -1), mask=at < k)
@@ -89,7 +94,18 @@ def _rank(mask):
 
 @triton.jit
 def _add(counter, number):
+    """Only who stores it needs what it loads: no barrier."""
     tl.store(counter, tl.load(counter) + number)
+
+
+@triton.jit
+def _all_have_read():
+    tl.debug_barrier()
+
+
+@triton.jit
+def _all_have_written():
+    tl.debug_barrier()
 
 
 @triton.jit
@@ -99,23 +115,26 @@ def _plan(
 ):  # fmt: skip
     counters = ints + P.counters + layer * P.counts
     plan = tl.load(ints + P.plans) + 1
+    guessing = tl.load(ints + P.guessing + layer)
+    _all_have_read()
     tl.store(ints + P.plans, plan)
     if layer == 0:
         _add(ints + P.tokens, 1)
     _heat(layer, key, wanted, reals, P, CHUNK)
-    if tl.load(ints + P.guessing + layer) != 0:
+    if guessing != 0:
         _judge(layer, expert, wanted, ints, reals, P, KB)
     pool = layer if P.shared else 0
     unit = _step(layer, pool, ints, reals, P, CHUNK)
-    tl.debug_barrier()  # what was judged and scaled is seen by all threads
+    _all_have_written()
     now = tl.load(ints + P.now + pool)
     inserted = tl.load(ints + P.inserted + pool)
 
     hit = wanted & (slot >= 0)
-    tl.store(ints + P.in_use + slot, tl.full([KB], 0, tl.int64) + plan, mask=hit)
     useless = tl.load(ints + P.useless + slot, mask=hit, other=0)
-    tl.store(ints + P.useless + slot, tl.zeros_like(useless), mask=hit)
     useless_keys = tl.load(ints + P.useless_keys) - _count(useless > 0)
+    _all_have_read()
+    tl.store(ints + P.useless + slot, tl.zeros_like(useless), mask=hit)
+    tl.store(ints + P.in_use + slot, tl.full([KB], 0, tl.int64) + plan, mask=hit)
     if P.lfru:
         score = tl.load(reals + P.score + key, mask=hit, other=0.0)
         tl.store(reals + P.score + key, score + unit, mask=hit)
@@ -129,7 +148,7 @@ def _plan(
     _add(counters, _count(wanted))
     _add(counters + 1, _count(hit))
     _add(counters + 2, _count(missing))
-    tl.debug_barrier()
+    _all_have_written()
     if _count(missing) > 0:
         slot, useless_keys = _take(
             layer, plan, missing, True, useless_keys, ints, reals, P, KB, CHUNK
@@ -165,8 +184,9 @@ def _look_ahead(
         plan = tl.load(ints + P.plans)
         useless_keys = tl.load(ints + P.useless_keys)
         ones = tl.full([KB], 1, tl.int64)
+        _all_have_read()
         tl.store(ints + P.guessed + before, ones, mask=wanted & (before >= 0))
-        tl.debug_barrier()
+        _all_have_written()
         if _count(absent) > 0:
             slot, useless_keys = _take(
                 layer, plan, absent, trust > 0.5, useless_keys, ints, reals, P, KB, CHUNK
@@ -177,6 +197,7 @@ def _look_ahead(
             now = tl.load(ints + P.now + pool)
             if P.lfru:
                 now = tl.full([], -1, tl.int64)  # it was not used
+            _all_have_read()
             _put(key, slot, put, now, inserted, ints, P)
             tl.store(ints + P.guessed + slot, ones, mask=put)
             tl.store(ints + P.inserted + pool, inserted + _count(put))
@@ -191,10 +212,11 @@ def _heat(layer, key, wanted, reals, P: tl.constexpr, CHUNK: tl.constexpr):
     """`cache.heat.Heat.use`."""
     unit = tl.load(reals + P.heat_unit + layer)
     uses = tl.load(reals + P.heat + key, mask=wanted, other=0.0)
+    _all_have_read()
     tl.store(reals + P.heat + key, uses + unit, mask=wanted)
     unit = unit * tl.load(reals + P.heat_growth)
     if unit > tl.load(reals + P.most):
-        tl.debug_barrier()
+        _all_have_written()
         _divide(reals + P.heat + layer * P.experts, P.experts, unit, CHUNK)
         unit = unit * 0.0 + 1.0
     tl.store(reals + P.heat_unit + layer, unit)
@@ -219,21 +241,22 @@ def _judge(layer, expert, wanted, ints, reals, P: tl.constexpr, KB: tl.constexpr
     loaded = real & (tl.load(guess + 2 * P.k + at, mask=at < P.k, other=0) != 0)
     came_true = (said[:, None] == expert[None, :]) & wanted[None, :]
     right = real & (tl.sum(came_true.to(tl.int32), 1) > 0)
+    slot = tl.load(ints + P.slot_of + layer * P.experts + said, mask=real, other=-1)
+    trust = tl.load(reals + P.trust + layer)
+    ordered = tl.load(ints + P.ordered)
+    _all_have_read()
     counters = ints + P.counters + layer * P.counts
     _add(counters + 4, _count(real))
     _add(counters + 5, _count(right))
     _add(counters + 7, _count(loaded & right))
     _add(counters + 8, _count(wanted))
-    trust = tl.load(reals + P.trust + layer)
     for _ in range(_count(absent & right)):
         trust += 0.0625 * (1.0 - trust)  # cache.trust.RATE
     for _ in range(_count(absent & ~right)):
         trust += 0.0625 * (0.0 - trust)
     tl.store(reals + P.trust + layer, trust)
-    slot = tl.load(ints + P.slot_of + layer * P.experts + said, mask=real, other=-1)
     tl.store(ints + P.guessed + slot, tl.zeros_like(slot), mask=slot >= 0)
     wasted = loaded & ~right
-    ordered = tl.load(ints + P.ordered)
     tl.store(ints + P.useless + slot, ordered + 1 + _rank(wasted), mask=wasted)
     tl.store(ints + P.ordered, ordered + _count(wasted))
     _add(ints + P.useless_keys, _count(wasted))
@@ -244,6 +267,7 @@ def _judge(layer, expert, wanted, ints, reals, P: tl.constexpr, KB: tl.constexpr
 def _step(layer, pool, ints, reals, P: tl.constexpr, CHUNK: tl.constexpr):
     """The pool's clock goes on; returns what a use counts now."""
     unit = tl.load(reals + P.unit + pool)
+    _all_have_read()
     if P.shared or layer == 0:
         _add(ints + P.now + pool, 1)
         if P.lfru:
@@ -281,6 +305,7 @@ def _take(
     wanted = _count(missing)
     taken = tl.load(ints + P.taken)
     free = tl.minimum(wanted, (P.slots - taken).to(tl.int32))
+    _all_have_read()
     tl.store(ints + P.taken, taken + free)
     slot = tl.where(missing & (rank < free), taken + rank, -1)
     if (free < wanted) & ((useless_keys > 0) | may_evict):
@@ -295,14 +320,14 @@ def _take(
             if victim >= 0:
                 useless_keys -= (tl.load(ints + P.useless + victim) > 0).to(tl.int64)
                 key = tl.load(ints + P.key_in + victim)
-                tl.debug_barrier()  # everybody has read it
+                _all_have_read()
                 tl.store(ints + P.slot_of + key, -1)
                 tl.store(ints + P.key_in + victim, -1)
                 tl.store(ints + P.useless + victim, 0)
                 tl.store(reals + P.worth + victim, INF)
                 slot = tl.where(missing & (rank == place), victim.to(tl.int64), slot)
                 evictions += 1
-                tl.debug_barrier()
+                _all_have_written()
         _add(ints + P.counters + layer * P.counts + 3, evictions)
     return slot, useless_keys
 
@@ -344,7 +369,7 @@ def _weigh(layer, plan, ints, reals, P: tl.constexpr, CHUNK: tl.constexpr):
             worth = worth * tl.load(reals + P.pace + ahead)
         leaves = (key >= 0) & ~_stays(at, plan, ints, P)
         tl.store(reals + P.worth + at, tl.where(leaves, worth, INF), mask=at < P.slots)
-    tl.debug_barrier()
+    _all_have_written()
 
 
 @triton.jit
