@@ -74,6 +74,7 @@ class CudaTransfer:
         self.device = device
         self._link = link
         self._slot_bytes = pack.info.slot_bytes
+        self._layers = pack.info.layers
         self._slots = link.allocate(slots, self._slot_bytes)
         link.synchronize()  # compute may still use what this memory was before
         if tier is None:
@@ -127,15 +128,12 @@ class CudaTransfer:
         return self._slots[index]
 
     def addresses(self) -> Tensor | None:
-        if self._pinning_failed or any(records is None for records in self._host):
+        if self.tier.disk is not None or not self.tier.pinned:
             return None
-        layers = self._pack.info.layers
-        table = torch.zeros(len(layers), max(n.num_experts for n in layers), dtype=torch.int64)
-        for index, records in enumerate(self._host):
-            assert records is not None
-            begins = [record.data_ptr() for record in records]
-            table[index, : len(begins)] = torch.tensor(begins, dtype=torch.int64)
-        return table
+        for layer, info in enumerate(self._layers):  # kernels compare no checksums: once, here
+            for expert in range(info.num_experts):
+                self.tier.record(layer, expert)
+        return self.tier.addresses()
 
     def start(self, layer: int, expert: int, slot: int, *, urgent: bool) -> CudaTicket:
         self._jobs += 1

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -214,6 +215,18 @@ class DeviceEngine(Engine):
         if self._planned_here and not self.counts_come:
             self.count(self._table.counts.tolist())
         return super().stats()
+
+    def give_back(self, shortage: int) -> None:
+        self.plan_on_host()
+        super().give_back(shortage)
+        slots, k = self._cache.table.slots, self._table.places.k
+        if slots == self._table.places.slots:
+            return
+        self._table = Table(replace(self._table.places, slots=slots), self.transfer.device)
+        self._counted = [0] * len(self._counted)
+        if slots < 2 * k and self._computes:
+            self._computes = False
+            logger.warning("with fewer than %d slots steps are planned on the host", 2 * k)
 
     def _start_over(self) -> None:
         if self._planned_here:

@@ -34,7 +34,7 @@ class Wanted:
 
 def why_not(wanted: Wanted, transfer: Transfer) -> str:
     """Why the host has to plan; "" when it need not."""
-    residency, addresses = wanted.residency, transfer.addresses()
+    residency = wanted.residency
     if transfer.device.type not in DEVICES:
         return "it needs a CUDA GPU"
     if residency.policy not in POLICIES:
@@ -51,9 +51,11 @@ def why_not(wanted: Wanted, transfer: Transfer) -> str:
         return "the model's config does not say how many experts a token has"
     if wanted.slots < 2 * wanted.k:
         return f"it needs {2 * wanted.k} expert slots and there are {wanted.slots}"
-    if addresses is None:
+    if refused := kernels_decide_rightly(transfer.device):
+        return refused
+    if transfer.addresses() is None:
         return "not every expert is in pinned memory: raise --ram or the limit of locked memory"
-    return kernels_decide_rightly(transfer.device)
+    return ""
 
 
 def make(

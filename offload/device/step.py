@@ -33,7 +33,7 @@ class DecodeStep:
         self.kv, self.sampler = kv, sampler
         self._model = model
         self._ends = torch.tensor([*ends, -1], device=device)
-        self._table = table
+        self.table = table
         self._token = torch.zeros(1, 1, dtype=torch.int64, device=device)
         self._ids = torch.zeros(1, kv.length + 1, dtype=torch.int64, device=device)
         self._next = torch.zeros(1, dtype=torch.int64, device=device)  # place in `_ids`
@@ -42,7 +42,7 @@ class DecodeStep:
 
     def begin(self, prompt: Tensor, logits: Tensor) -> None:
         """Choose the first token after `prompt` [1, T], from the `logits` [1, V] of its last."""
-        self._table.halted.zero_()
+        self.table.halted.zero_()
         self._ids.copy_(prompt[:, :1].expand_as(self._ids))  # what is not said yet changes nothing
         self._ids[:, : prompt.shape[1]] = prompt
         self._next.fill_(prompt.shape[1])
@@ -59,5 +59,5 @@ class DecodeStep:
         self._token.copy_(token)
         self._ids.index_copy_(1, self._next, token)
         self._next.add_(1)
-        self.said.copy_(torch.cat((token.view(1), trouble.view(1), self._table.counts)))
-        self._table.halted.logical_or_((token.view(1) == self._ends).any())
+        self.said.copy_(torch.cat((token.view(1), trouble.view(1), self.table.counts)))
+        self.table.halted.logical_or_((token.view(1) == self._ends).any())

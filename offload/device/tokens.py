@@ -153,6 +153,9 @@ class Loops:
                     model, grown, prompt.shape[1] + limit, longest, sampling, ends
                 )
                 loop.step.kv.fill(grown)
+            except torch.OutOfMemoryError:
+                logger.warning("no memory for a second KV cache: every token waits for the last")
+                return None
             except CannotBeFixed as error:
                 self.refused = str(error)
                 logger.warning("every token waits for the one before: %s", error)
@@ -177,7 +180,8 @@ class Loops:
         while length < needed:
             length *= 2
         asked = (min(length, longest), replace(sampling, seed=None), tuple(sorted(ends)))
-        if self._loop is None or self._loop.made_for != asked:
-            self._loop = None  # first: its memory may be needed
-            self._loop = DecodeLoop(model, self._engine, grown, *asked)
-        return self._loop
+        loop = self._loop
+        if loop is None or loop.made_for != asked or loop.step.table is not self._engine.table:
+            self._loop = loop = None  # first: its memory may be needed
+            self._loop = loop = DecodeLoop(model, self._engine, grown, *asked)
+        return loop

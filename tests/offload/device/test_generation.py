@@ -189,3 +189,15 @@ def test_another_seed_uses_the_same_loop(load: Load, monkeypatch: pytest.MonkeyP
     model = load("mixtral", "device")
     assert said(answer(model, seed=1)) != said(answer(model, seed=2))
     assert len(made) == 1
+
+
+def test_slots_given_back_are_not_used_any_more(load: Load) -> None:
+    model = load("mixtral", "device", expert_slots=8)
+    whole = said(answer(model))
+    engine = engine_of(model)
+    engine.give_back(engine.transfer.slots.shape[1])
+    slots = engine.cache.table.slots
+    assert slots < 8
+    assert said(answer(model)) == whole
+    assert engine.table.places.slots == slots
+    engine.cache.check_integrity()
