@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# 8 blocks of 256 threads saturated PCIe 4 on a 4090 (TheTom/imp #2061 and docs/log.md's sources);
-# twice that for PCIe 5. To be measured on each card by benchmarks/cuda_check.
+# 8 blocks of 256 threads are said to saturate PCIe 4; twice that for PCIe 5. Not measured here: a
+# full grid takes the compute's multiprocessors, too few leave the link idle.
 BLOCKS = 16
 WARPS = 8
 WORDS = 2048  # of 8 bytes, a block at a time: four loads of 16 bytes a thread are under way
