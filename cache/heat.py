@@ -9,10 +9,11 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from cache.policy import Key
+from cache.state import HeatState
 
 HALF_LIFE = 256.0  # tokens: a conversation, not a sentence
-_GROWTH = 2.0 ** (1.0 / HALF_LIFE)
-_MOST = 2.0**400
+GROWTH = 2.0 ** (1.0 / HALF_LIFE)
+MOST = 2.0**400
 
 
 class Heat:
@@ -32,8 +33,8 @@ class Heat:
         unit = self._unit[layer] * weight
         for expert in experts:
             uses[expert] += unit
-        self._unit[layer] *= _GROWTH
-        if self._unit[layer] > _MOST:
+        self._unit[layer] *= GROWTH
+        if self._unit[layer] > MOST:
             for expert in uses:
                 uses[expert] /= self._unit[layer]
             self._unit[layer] = 1.0
@@ -51,3 +52,13 @@ class Heat:
     def restore(self, layer: int, expert: int, uses: float) -> None:
         """Count `uses` from an earlier run."""
         self._uses[layer][expert] = uses * self._unit[layer]
+
+    def states(self) -> tuple[HeatState, ...]:
+        """Everything that is known, a layer after the other."""
+        known = zip(self._unit, self._uses, strict=True)
+        return tuple(HeatState(unit, dict(uses)) for unit, uses in known)
+
+    def adopt(self, states: Sequence[HeatState]) -> None:
+        """Go on from `states`."""
+        self._unit = [state.unit for state in states]
+        self._uses = [defaultdict(float, state.uses) for state in states]

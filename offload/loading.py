@@ -24,10 +24,9 @@ from offload.budget import (
     hold_vram,
     parse_bytes,
 )
-from offload.compute import Grouped, OneByOne
 from offload.cpu_linear import OneTokenLinear, native_is_quicker
 from offload.cuda_transfer import CudaTransfer
-from offload.engine import Engine
+from offload.engine_choice import check_engine, make_engine
 from offload.errors import CheckpointError, PackError
 from offload.generation_config import check_generation_config
 from offload.handle import Offload, Options
@@ -73,6 +72,7 @@ def load(
     predictor: str = PREDICTOR,
     layers_ahead: int = 1,
     warm_start: bool = True,
+    engine: str = "auto",
     trace: str | Path | None = None,
     context: int = 4096,
     ubatch_size: int = UBATCH,
@@ -97,6 +97,8 @@ def load(
     - `lookahead`: load what the next layers will probably want; None: while measured to pay.
       `predictor` guesses that: router, previous, transitions or union; `layers_ahead` 1 to 3.
     - `warm_start`: load first what was hot when the pack was last closed, in the background.
+    - `engine`: who plans a token's steps: host, device (CUDA: without waiting for the host, see
+      docs/structure.md), or auto: the device where it can.
     - `trace`: a file to record in what the routers choose (`offload trace`).
     - `context`: tokens the KV cache is budgeted for, and the most a conversation may have.
     - `ubatch_size`: tokens of a prompt that go through the model at once; every expert they need is
@@ -109,6 +111,7 @@ def load(
     """
     asked = AskedBits(bits, expert_bits, dense_bits, group_size)
     residency = Residency(policy, allocation, lookahead, predictor, layers_ahead, warm_start)
+    check_engine(engine)
     place = find_device(device)
     ram_bytes = parse_bytes(ram)
     plan = Planner(
@@ -144,7 +147,7 @@ def load(
         model = _load_dense(pack, own_config(config, cls), cls, options)
         transfer = _transfer(pack, options, ram_bytes)
         undo.callback(transfer.close)
-        _connect(model, pack, options, transfer)
+        _connect(model, pack, options, transfer, engine)
         undo.callback(model.offload.close)
         if trace is not None:  # with what routers say of the next layer, for replays to act on
             if not model.offload.engine.watches_routers:
@@ -203,7 +206,9 @@ def _untied(config: PreTrainedConfig) -> PreTrainedConfig:
     return copy
 
 
-def _connect(model: PreTrainedModel, pack: Pack, options: Options, transfer: Transfer) -> None:
+def _connect(
+    model: PreTrainedModel, pack: Pack, options: Options, transfer: Transfer, asked_engine: str
+) -> None:
     """Put the engine behind the model's experts."""
     info = pack.info
     asked = [
@@ -219,13 +224,9 @@ def _connect(model: PreTrainedModel, pack: Pack, options: Options, transfer: Tra
             f"{pack.path} was made for other experts modules than transformers "
             f"{transformers.__version__} has: {REMAKE}"
         )
-    residency = options.residency
-    cache = residency.cache(options.slots, len(info.layers))
-    everything_fits = options.slots >= info.total_experts
-    ahead = residency.ahead(everything_fits)
-    way = OneByOne if options.device.type == "cpu" else Grouped
-    compute = way(info, transfer)
-    engine = Engine(info, cache, transfer, compute, residency.balance(), ahead, options.staging)
+    ahead = options.residency.ahead(everything_fits=options.slots >= info.total_experts)
+    k = chosen_experts(model.config)
+    engine, decoding = make_engine(asked_engine, info, options, transfer, ahead, k)
     for module in experts_modules(model):
         install(module, engine.add_layer(module))
     engine.watch_calls(model)
@@ -233,7 +234,7 @@ def _connect(model: PreTrainedModel, pack: Pack, options: Options, transfer: Tra
         engine.watch_routers(model, routers(model, info))
     single = options.device.type == "cpu" and options.dtype == torch.bfloat16
     one_token = OneTokenLinear(model) if single and native_is_quicker() else None
-    model.offload = Offload(pack, engine, options, one_token, chosen_experts(model.config))
+    model.offload = Offload(pack, engine, options, one_token, k, decoding)
     weakref.finalize(model, model.offload.close)  # a model that is dropped frees what it held
 
 
