@@ -77,6 +77,15 @@ def pack_bytes(config: PreTrainedConfig, scheme: Scheme) -> tuple[int, int, int]
     return info.layers[0].num_experts * record_bytes, record_bytes, info.dense_bytes(2)
 
 
+def first_layer(config: PreTrainedConfig, scheme: Scheme) -> tuple[torch.nn.Module, RecordLayout]:
+    """The experts module (on meta) and the record's layout of such a model's first MoE layer."""
+    config.dtype = torch.bfloat16
+    cls = model_class(config, "a synthetic pack", False)
+    model = build_on_meta(own_config(config, cls), cls)
+    info = _describe(config, model, find_experts(model), scheme)
+    return model.get_submodule(info.layers[0].module), info.layout_of(0)
+
+
 def _describe(
     config: PreTrainedConfig,
     model: PreTrainedModel,

@@ -9,10 +9,11 @@ Two bounds: `overlapped`, the slower of link and memory, when both work at once 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from benchmarks.cuda_check.attempt import NotBuiltError
+from benchmarks.cuda_check.setting import Setting
+from benchmarks.cuda_check.store import Part
+from offload.machine import measure
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,15 @@ class Rates:
     link: float  # memcpy from pinned memory, in bulk
     memory: float  # device copy, bytes read and written
 
-    @classmethod
-    def of(cls, measured: Mapping[str, float]) -> Rates:
-        """From the link part's rates."""
-        try:
-            return cls(measured["h2d_pinned"], measured["device_copy"])
-        except KeyError as error:
-            raise NotBuiltError(f"no bound without the link part's {error}") from None
+
+def rates_of(setting: Setting, part: Part) -> Rates:
+    """What the link part measured; where it did not come to that, measured quickly now."""
+    measured = part.of("link", "rates") or {}
+    if {"h2d_pinned", "device_copy"} <= measured.keys():
+        return Rates(measured["h2d_pinned"], measured["device_copy"])
+    quickly = measure(setting.device)
+    part.note("the link part has no rates: they were measured quickly, and are less certain")
+    return Rates(quickly.link_gb_per_s, quickly.memory_gb_per_s)
 
 
 @dataclass(frozen=True)

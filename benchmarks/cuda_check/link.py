@@ -32,6 +32,7 @@ def run(setting: Setting, part: Part) -> None:
         seconds = median_seconds(copy, device, repeats=4)
         del copy
         rates["device_copy"] = 2 * size / seconds / 1e9  # read and written
+        part.set("rates", rates)
         part.add({"kind": "memory", "what": "device copy", "gb_s": rates["device_copy"]})
         part.note("device copy counts bytes read and bytes written: the memory's whole traffic")
     for memory in ("pinned", "pageable"):
@@ -41,6 +42,7 @@ def run(setting: Setting, part: Part) -> None:
             for way, target, source in (("h2d", on_device, host), ("d2h", host, on_device)):
                 seconds = median_seconds(_copying(target, source), device, rounds=5)
                 rates[f"{way}_{memory}"] = size / seconds / 1e9
+                part.set("rates", rates)
                 part.add(
                     {
                         "kind": "memcpy",
@@ -54,9 +56,8 @@ def run(setting: Setting, part: Part) -> None:
                 part.set("link_under_load", link_now())
                 _records(setting, part, host, on_device, rates["h2d_pinned"])
             del host
-    part.set("rates", rates)
     with attempt(part, "gather kernel"):
-        for row in gather_rates(setting, rates.get("h2d_pinned")):
+        for row in gather_rates(setting, rates["h2d_pinned"], RECORD_BYTES):
             part.add(row)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from benchmarks.cuda_check.attempt import attempt, need_time
-from benchmarks.cuda_check.bounds import Rates
+from benchmarks.cuda_check.bounds import Rates, rates_of
 from benchmarks.cuda_check.decode import (
     TARGET,
     Decoded,
@@ -65,7 +65,7 @@ def runner(case: Case) -> Callable[[Setting, Part], None]:
     """The part that measures `case`."""
 
     def run(setting: Setting, part: Part) -> None:
-        rates = Rates.of(part.of("link", "rates") or {})
+        rates = rates_of(setting, part)
         sizes = sizes_of(case, setting)
         folder = setting.work / case.name
         try:

@@ -129,12 +129,9 @@ def test_a_table_has_a_column_for_whatever_a_row_says() -> None:
 
 
 def test_a_bound_is_the_slower_of_link_and_memory() -> None:
-    rates = Rates.of({"h2d_pinned": 10.0, "device_copy": 100.0})
-    bound = Bound.of(rates, link_bytes=1e9, device_bytes=2e9)
+    bound = Bound.of(Rates(link=10.0, memory=100.0), link_bytes=1e9, device_bytes=2e9)
     assert bound.overlapped == pytest.approx(0.1)
     assert bound.in_turn == pytest.approx(0.12)
-    with pytest.raises(NotBuiltError, match="h2d_pinned"):
-        Rates.of({})
 
 
 class Router(nn.Module):
