@@ -16,9 +16,9 @@ def median_seconds(
     run: Callable[[], object], device: torch.device, *, rounds: int = 7, repeats: int = 1
 ) -> float:
     """Seconds of one `run`: the median over `rounds` of `repeats` back to back, after two that warm
-    up."""
-    run()
-    run()
+    up, where there is more than one round."""
+    for _ in range(2 if rounds > 1 else 0):
+        run()
     return statistics.median(_seconds(run, device, repeats) / repeats for _ in range(rounds))
 
 
