@@ -1,6 +1,6 @@
 """Kernels that multiply straight from records, beside what the device can do.
 
-Knows: shapes, bits, how `quant.experts` is called. Does not know: engines, caches.
+Knows: shapes, bits, how products are timed. Does not know: engines, caches.
 
 Decode products are captured as a graph, as decoding has them, and take records in turn, more of
 them than any cache holds. Their bytes are those of the records they read.
@@ -9,41 +9,41 @@ them than any cache holds. Their bytes are those of the records they read.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from benchmarks.cuda_check.attempt import NotBuiltError, attempt, need_time
+from benchmarks.cuda_check.attempt import attempt, need_time
 from benchmarks.cuda_check.bounds import rates_of
+from benchmarks.cuda_check.compiling import PROMPT, compile_all
+from benchmarks.cuda_check.products import Products, make_products
 from benchmarks.cuda_check.setting import Setting
 from benchmarks.cuda_check.shapes import CASES, MIXTRAL, Case
 from benchmarks.cuda_check.store import Part
 from benchmarks.cuda_check.timing import median_seconds
-from benchmarks.synthetic_packs import first_layer, random_record
-from quant.scheme import Scheme
 
 SCHEMES = ("4", "8", "3g32", "2g16s8", "6", "5")  # as presets have them, the usual one first
 REHEARSED = ("4",)
 TOKENS = (1, 2, 4)
-PROMPT = 2048
 RING_BYTES = 2**29  # of records: more than a device's cache
 CALLS = 12  # in a graph
 TARGET = 0.70  # of device copy bandwidth, decode at Mixtral's shape
-SECONDS = 4.0  # of one shape and number of bits, kernels compiled in it
+COMPILE_SHARE = 0.6  # of this part's time, at most
+SECONDS = 3.0  # of one shape and scheme, about
 
 
 def run(setting: Setting, part: Part) -> None:
     """Decode products of one to four tokens and prefill products, at every number of bits."""
     memory = rates_of(setting, part).memory
-    with attempt(part, "dense product"):
-        ceiling = _dense_tflops(setting)
-        part.add({"kind": "dense", "what": "torch, bfloat16, square", "tflop_s": ceiling})
-    for text in REHEARSED if setting.rehearse else SCHEMES:
+    ceiling = _dense_tflops(setting)
+    part.add({"kind": "dense", "what": "torch, bfloat16, square", "tflop_s": ceiling})
+    if not setting.rehearse:
+        with attempt(part, "compiling in several processes"):
+            part.set("compile_s", compile_all(SCHEMES, setting.seconds_left * COMPILE_SHARE))
+    for scheme in REHEARSED if setting.rehearse else SCHEMES:
         for case in (MIXTRAL,) if setting.rehearse else CASES:
-            with attempt(part, f"{case.name}, {text}"):
+            with attempt(part, f"{case.name}, {scheme}"):
                 need_time(setting, SECONDS)
-                _measure(setting, part, case, text, memory, ceiling)
+                _measure(setting, part, case, scheme, memory, ceiling)
 
 
 def _dense_tflops(setting: Setting) -> float:
@@ -54,32 +54,19 @@ def _dense_tflops(setting: Setting) -> float:
 
 
 def _measure(
-    setting: Setting, part: Part, case: Case, text: str, memory: float, ceiling: float
+    setting: Setting, part: Part, case: Case, scheme: str, memory: float, ceiling: float
 ) -> None:
-    try:
-        from offload.compute import program_of
-
-        from quant import experts
-    except ImportError as error:
-        raise NotBuiltError(str(error)) from None
-    module, layout = first_layer(case.config_of(1, setting.rehearse), Scheme.parse(text))
-    program = program_of(module, layout)
-    device = setting.device
-    random = torch.Generator().manual_seed(1)
-    record = random_record(layout, random).to(device)
-    most = max(case.experts, max(TOKENS) * case.top_k)
-    count = max(most, setting.pick(RING_BYTES, 1) // layout.record_bytes)
-    slots = record.repeat(count, 1)  # equal bytes in other places cost as much
-    if not experts.kernels_work(program, torch.bfloat16, device):
-        raise NotBuiltError("its kernels are not used here: see the warning")
+    slots = max(case.experts, max(TOKENS) * case.top_k)
+    ring = setting.pick(RING_BYTES, 0)
+    made = make_products(case, scheme, setting.device, slots, ring, rehearse=setting.rehearse)
     for tokens in TOKENS[:1] if setting.rehearse else TOKENS:
-        seconds = _decode_seconds(setting, experts, program, slots, tokens, case.top_k)
-        rate = tokens * case.top_k * layout.record_bytes / seconds / 1e9
+        seconds = _decode_seconds(setting, made, tokens)
+        rate = tokens * case.top_k * made.layout.record_bytes / seconds / 1e9
         part.add(
             {
                 "kind": "decode kernels",
                 "shape": case.name,
-                "bits": text,
+                "bits": scheme,
                 "tokens": tokens,
                 "experts": tokens * case.top_k,
                 "us": seconds * 1e6,
@@ -89,13 +76,13 @@ def _measure(
             }
         )
     tokens = setting.pick(PROMPT, 4)
-    seconds = _prefill_seconds(setting, experts, program, slots, tokens, case)
-    tflops = 2 * tokens * case.top_k * layout.weights / seconds / 1e12
+    seconds = _prefill_seconds(setting, made, tokens)
+    tflops = 2 * tokens * case.top_k * made.layout.weights / seconds / 1e12
     part.add(
         {
             "kind": "prefill kernels",
             "shape": case.name,
-            "bits": text,
+            "bits": scheme,
             "tokens": tokens,
             "ms": seconds * 1e3,
             "tflop_s": tflops,
@@ -104,22 +91,18 @@ def _measure(
     )
 
 
-def _decode_seconds(
-    setting: Setting, experts: Any, program: Any, slots: Tensor, tokens: int, k: int
-) -> float:
+def _decode_seconds(setting: Setting, made: Products, tokens: int) -> float:
     """Seconds of one call for `tokens` tokens, whose experts are all different."""
-    device, cells = setting.device, tokens * k
-    hidden = torch.randn(tokens, program.up.columns, device=device).bfloat16()
-    out = hidden.new_zeros(cells, program.down.rows)
-    calls = setting.pick(CALLS, 1)
+    hidden, cells = made.inputs(tokens)
+    calls, device = setting.pick(CALLS, 1), setting.device
     tables = [
-        ((torch.arange(cells) + call * cells) % len(slots)).to(torch.int32).to(device)
+        ((torch.arange(len(cells)) + call * len(cells)) % len(made.slots)).int().to(device)
         for call in range(calls)
     ]
 
     def run() -> None:
         for table in tables:
-            experts.decode(hidden, slots, table, program, out)
+            made.decode(hidden, table, cells)
 
     return median_seconds(_captured(run, device), device, rounds=setting.pick(7, 1)) / calls
 
@@ -139,18 +122,10 @@ def _captured(run: Callable[[], None], device: torch.device) -> Callable[[], Non
     return graph.replay
 
 
-def _prefill_seconds(
-    setting: Setting, experts: Any, program: Any, slots: Tensor, tokens: int, case: Case
-) -> float:
+def _prefill_seconds(setting: Setting, made: Products, tokens: int) -> float:
     """Seconds of one call in which every expert has as many tokens."""
-    cells = tokens * case.top_k
-    hidden = torch.randn(tokens, program.up.columns, device=setting.device).bfloat16()
-    out = hidden.new_zeros(cells, program.down.rows)
-    cells_of = {slot: list(range(slot, cells, case.experts)) for slot in range(case.experts)}
-    size = experts.block_cells(cells, case.experts)
-    batch = experts.make_batch(cells_of, size, setting.device)
+    hidden, cells = made.inputs(tokens)
+    batch = made.batch(tokens, made.case.experts)
     return median_seconds(
-        lambda: experts.prefill(hidden, slots, batch, program, out),
-        setting.device,
-        rounds=setting.pick(3, 1),
+        lambda: made.prefill(hidden, batch, cells), setting.device, rounds=setting.pick(3, 1)
     )

@@ -27,6 +27,6 @@ class Part:
 PARTS = (
     Part("tests", suite.run, 100),
     Part("link", link.run, 45),
-    Part("kernels", kernels.run, 75),
+    Part("kernels", kernels.run, 80),
     *(Part(case.name, models.runner(case), None) for case in CASES),
 )
