@@ -97,7 +97,7 @@ class Layer:
         else:
             inner = module.act_fn(matmul(x, matrices["up_proj"]))  # [M, I]
         out = matmul(inner, matrices["down_proj"])  # [M, H]
-        if not getattr(module, "has_post_expert_norm", False):  # transformers 5.17 has none
+        if not module.has_post_expert_norm:
             return out
         normed: Tensor = module.post_expert_norm(out)
         return normed

@@ -5,6 +5,7 @@ Knows: how the device-planned engine's gather is launched. Does not know: who as
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -28,45 +29,49 @@ def gather_rates(setting: Setting, memcpy_gb_per_s: float, sizes: dict[str, int]
     total = setting.pick(2**29, 2**17)
     for name, real_bytes in sizes.items():
         size = setting.pick(real_bytes, 2**14)
-        count = max(2, total // size)
-        host = torch.empty(count, size, dtype=torch.uint8, pin_memory=not setting.rehearse)
-        host.random_(0, 256)
-        slots = torch.zeros(count, size, dtype=torch.uint8, device=setting.device)
-        experts, loads, addresses = _table(host, setting.device)
+        host = _records(max(2, total // size), size, pinned=not setting.rehearse)
+        expected = host.flip(0).to(setting.device)
+        slots = torch.zeros_like(expected)
         for programs in PROGRAMS[:1] if setting.rehearse else PROGRAMS:
-
-            def gather(programs: int = programs, size: int = size, slots: Tensor = slots) -> None:
-                module.gather_kernel[(programs,)](
-                    experts,  # noqa: B023
-                    loads,  # noqa: B023
-                    addresses,  # noqa: B023
-                    slots.view(torch.int64),
-                    size // 8,
-                    size // 8,
-                    count,  # noqa: B023
-                    WORDS=module.WORDS,
-                    num_warps=module.WARPS,
-                )
-
-            seconds = median_seconds(gather, setting.device, rounds=setting.pick(5, 1))
-            right = bool((slots.cpu() == host.flip(0)).all())
-            rate = count * size / seconds / 1e9
+            run = functools.partial(_gather, host, slots, programs)
+            seconds = median_seconds(run, setting.device, rounds=setting.pick(5, 1))
+            rate = host.nbytes / seconds / 1e9
             yield {
                 "kind": "gather kernel",
                 "record": name,
                 "mib": round(size / 2**20, 2),
                 "programs": programs,
                 "used": programs == module.BLOCKS,
-                "right": right,
+                "right": torch.equal(slots, expected),
                 "gb_s": rate,
                 "of_memcpy_share": rate / memcpy_gb_per_s,
                 "target": f"{TARGET:.0%}",
             }
+            slots.zero_()
 
 
-def _table(host: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Experts, slots in which they come in turned order, and addresses of the records."""
-    count = len(host)
-    experts = torch.arange(count, dtype=torch.int32, device=device)
-    addresses = torch.tensor([record.data_ptr() for record in host], device=device)
-    return experts, experts.flip(0), addresses
+def _records(count: int, size: int, *, pinned: bool) -> Tensor:
+    """Random records [count, size] uint8 in host memory."""
+    host = torch.empty(count, size, dtype=torch.uint8, pin_memory=pinned)
+    host.view(torch.int64).random_()
+    return host
+
+
+def _gather(host: Tensor, slots: Tensor, programs: int) -> None:
+    """All records of `host` at once, in turned order."""
+    from offload.device.gather import WARPS, WORDS, gather_kernel
+
+    count, size = host.shape
+    experts = torch.arange(count, dtype=torch.int32, device=slots.device)
+    addresses = host.data_ptr() + size * torch.arange(count, device=slots.device)
+    gather_kernel[(programs,)](
+        experts,
+        experts.flip(0),
+        addresses,
+        slots.view(torch.int64),
+        size // 8,
+        size // 8,
+        count,
+        WORDS=WORDS,
+        num_warps=WARPS,
+    )

@@ -49,6 +49,10 @@ class NaiveTransfer:
     def busy_seconds(self) -> float:
         return self._busy_seconds
 
+    @property
+    def slots(self) -> Tensor:
+        return self._slots
+
     def slot(self, index: int) -> Tensor:
         return self._slots[index]
 

@@ -7,7 +7,6 @@ Knows: how `quant.experts` is called. Does not know: what is timed (`kernels`), 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,10 @@ from torch import Tensor
 from benchmarks.cuda_check.attempt import NotBuiltError
 from benchmarks.cuda_check.shapes import Case
 from benchmarks.synthetic_packs import first_layer, random_record
+from offload.compute import program_of
+from quant import experts
+from quant.experts import Batch
+from quant.program import Program
 from quant.record import RecordLayout
 from quant.scheme import Scheme
 
@@ -26,23 +29,22 @@ class Products:
     case: Case
     layout: RecordLayout
     slots: Tensor  # [n, record_bytes] uint8
-    program: Any  # quant.program.Program
-    experts: Any  # the module quant.experts
+    program: Program
 
     def decode(self, hidden: Tensor, table: Tensor, cells: Tensor) -> None:
         """`hidden` [T, H] by the slots in `table` [T * k] into `cells` [T * k, H]."""
-        self.experts.decode(hidden, self.slots, table, self.program, cells)
+        experts.decode(hidden, self.slots, table, self.program, cells)
 
-    def batch(self, tokens: int, slots: int) -> Any:
+    def batch(self, tokens: int, slots: int) -> Batch:
         """The cells of a prompt in which every expert has as many tokens, spread over `slots`."""
         cells = tokens * self.case.top_k
         cells_of = {slot: list(range(slot, cells, slots)) for slot in range(slots)}
-        size = self.experts.block_cells(cells, self.case.experts)
-        return self.experts.make_batch(cells_of, size, self.slots.device)
+        size = experts.block_cells(cells, self.case.experts)
+        return experts.make_batch(cells_of, size, self.slots.device)
 
-    def prefill(self, hidden: Tensor, batch: Any, cells: Tensor) -> None:
+    def prefill(self, hidden: Tensor, batch: Batch, cells: Tensor) -> None:
         """`hidden` [T, H] by the experts in `batch` into `cells` [T * k, H]."""
-        self.experts.prefill(hidden, self.slots, batch, self.program, cells)
+        experts.prefill(hidden, self.slots, batch, self.program, cells)
 
     def inputs(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Random hidden states [T, H] and empty cells [T * k, H]."""
@@ -55,16 +57,10 @@ def make_products(
     case: Case, scheme: str, device: torch.device, slots: int, ring_bytes: int, *, rehearse: bool
 ) -> Products:
     """At least `slots` of them, and as many as fill `ring_bytes`. Raises `NotBuiltError`."""
-    try:
-        from offload.compute import program_of
-
-        from quant import experts
-    except ImportError as error:
-        raise NotBuiltError(str(error)) from None
     module, layout = first_layer(case.config_of(1, rehearse), Scheme.parse(scheme))
     program = program_of(module, layout)
     if not experts.kernels_work(program, torch.bfloat16, device):
         raise NotBuiltError("its kernels are not used here: a warning said why")
     record = random_record(layout, torch.Generator().manual_seed(1)).to(device)
     count = max(slots, ring_bytes // layout.record_bytes)
-    return Products(case, layout, record.repeat(count, 1), program, experts)
+    return Products(case, layout, record.repeat(count, 1), program)

@@ -18,7 +18,8 @@ from benchmarks.cuda_check.store import Part
 
 ROOT = Path(__file__).parents[2]
 MARK = "mark.gpu"
-VERDICT = re.compile(r"^(\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)\b")
+VERDICT = re.compile(r"^(\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)\b", re.MULTILINE)
+UNREADABLE = re.compile(r"^ERROR (\S+\.py)\b", re.MULTILINE)  # a file whose imports fail
 MARGIN_SECONDS = 5.0  # between pytest's end and this part's
 
 
@@ -31,9 +32,13 @@ def run(setting: Setting, part: Part) -> None:
     )
     command = [sys.executable, "-m", "pytest", "-vv", "-p", "no:cacheprovider", "-m", "gpu"]
     log = setting.work / "tests.log"
-    ended = _run([*command, "--tb=short", "--color=no", *files], log, setting.seconds_left)
+    command += ["--tb=short", "--color=no", "--continue-on-collection-errors", *files]
+    ended = _run(command, log, setting.seconds_left)
     text = log.read_text(errors="replace")
-    verdicts = [match.groups() for line in text.splitlines() if (match := VERDICT.match(line))]
+    verdicts = [
+        *VERDICT.findall(text),
+        *((file, "ERROR") for file in set(UNREADABLE.findall(text))),
+    ]
     counts = Counter(verdict for _, verdict in verdicts)
     part.add(
         {
