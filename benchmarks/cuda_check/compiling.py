@@ -29,7 +29,8 @@ def compile_all(schemes: Sequence[str], seconds: float) -> float:
     begin = time.monotonic()
     command = [sys.executable, "-m", "benchmarks.cuda_check.compiling"]
     width = max(1, (os.cpu_count() or 2) // 2)
-    waiting, running = list(schemes), []
+    waiting = list(schemes)
+    running: list[subprocess.Popen[bytes]] = []
     while (waiting or running) and time.monotonic() - begin < seconds:
         running = [process for process in running if process.poll() is None]
         while waiting and len(running) < width:

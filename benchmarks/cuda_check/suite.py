@@ -60,6 +60,13 @@ def run(setting: Setting, part: Part) -> None:
         part.set("output_tail", text[-6000:])
 
 
+def verdicts_in(text: str) -> list[tuple[str, str]]:
+    """Each test and what became of it, in pytest's own words; a file that could not be imported is
+    an ERROR."""
+    unreadable = dict.fromkeys(UNREADABLE.findall(text))
+    return [*VERDICT.findall(text), *((file, "ERROR") for file in unreadable)]
+
+
 def _run(command: list[str], log: Path, seconds: float) -> bool:
     """Run it with its output in `log`; whether it came to its end in time."""
     with log.open("wb") as out:

@@ -21,6 +21,7 @@ from benchmarks.cuda_check.shapes import CASES, QWEN3
 from benchmarks.cuda_check.sizes import SCHEME
 from benchmarks.cuda_check.store import Part as Results
 from benchmarks.cuda_check.store import Store
+from benchmarks.cuda_check.suite import verdicts_in
 from benchmarks.cuda_check.table import lines
 from benchmarks.synthetic_packs import pack_bytes
 from cache.synthetic import Routing, Shape, synthesize
@@ -126,6 +127,21 @@ def test_a_table_has_a_column_for_whatever_a_row_says() -> None:
     assert "| up         | 12.35 |         |        |" in text
     assert "| down       | 1     | 50.0%   |        |" in text
     assert "- said so" in text
+
+
+def test_what_pytest_said_is_known_even_when_it_was_cut_short() -> None:
+    said = """
+tests/offload/test_cuda.py::test_one[mixtral] PASSED                     [ 10%]
+tests/offload/test_cuda.py::test_two FAILED                              [ 20%]
+tests/offload/test_cuda.py::test_three
+=================================== ERRORS ====================================
+ERROR tests/offload/test_other.py - ModuleNotFoundError: No module named 'hqq'
+"""
+    assert verdicts_in(said) == [
+        ("tests/offload/test_cuda.py::test_one[mixtral]", "PASSED"),
+        ("tests/offload/test_cuda.py::test_two", "FAILED"),
+        ("tests/offload/test_other.py", "ERROR"),
+    ]
 
 
 def test_a_bound_is_the_slower_of_link_and_memory() -> None:
