@@ -24,11 +24,12 @@ from benchmarks.cuda_check.decode import (
 from benchmarks.cuda_check.plain import accelerate_row
 from benchmarks.cuda_check.prefill import TARGET as PREFILL_TARGET
 from benchmarks.cuda_check.prefill import prefill
+from benchmarks.cuda_check.seam import DEVICE, HOST
 from benchmarks.cuda_check.setting import Setting
 from benchmarks.cuda_check.shapes import Case
 from benchmarks.cuda_check.sizes import SCHEME, Sizes, sizes_of
 from benchmarks.cuda_check.store import Part, Row
-from benchmarks.cuda_check.subject import DEVICE, HOST, Run, Subject
+from benchmarks.cuda_check.subject import Run, Subject
 from benchmarks.synthetic_packs import write_synthetic_pack
 from cache.synthetic import Shape, synthesize
 

@@ -56,6 +56,9 @@ class NaiveTransfer:
     def slot(self, index: int) -> Tensor:
         return self._slots[index]
 
+    def addresses(self) -> None:
+        """A kernel that fetches by itself would not be naive."""
+
     def start(self, layer: int, expert: int, slot: int, *, urgent: bool) -> Copied:
         begin = time.perf_counter()
         record = self._host[(layer * 7 + expert) % len(self._host)]
@@ -74,6 +77,9 @@ class NaiveTransfer:
 
     def release(self, slot: int) -> None:
         """The next copy is on the same stream."""
+
+    def resize(self, slots: int) -> None:
+        self._slots = self._slots.new_zeros(slots, self._slots.shape[1])
 
     def close(self) -> None:
         self._slots = torch.empty(0, 0, dtype=torch.uint8, device=self.device)

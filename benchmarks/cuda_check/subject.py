@@ -6,28 +6,26 @@ Knows: how an engine is put behind a loaded model. Does not know: what is measur
 from __future__ import annotations
 
 import gc
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
 import offload
-from benchmarks.cuda_check.attempt import NotBuiltError
 from benchmarks.cuda_check.naive import NaiveTransfer
 from benchmarks.cuda_check.routing import Routes, drive
+from benchmarks.cuda_check.seam import HOST, connect, disconnect, host_tier, make_transfer, rows
 from benchmarks.cuda_check.setting import Setting
 from cache.trace import Trace
-from offload.cuda_transfer import CudaTransfer
-from offload.handle import Offload, offload_of
-from offload.loading import _connect as connect
+from offload.budget import Memory
+from offload.handle import Offload, Options, offload_of
 from offload.loading import routers
-from offload.transfer import HostTransfer, Transfer
-
-HOST, DEVICE = "host", "device"  # engines: the plan made in Python, or in kernels
+from offload.planning import Planner
+from offload.residency import Residency
+from offload.transfer import Transfer
 
 
 @dataclass(frozen=True)
@@ -44,17 +42,14 @@ class Run:
         return f"{self.engine}-planned{ahead}, {self.resident:.0%} resident"
 
 
-def has_engines() -> bool:
-    """Whether a model can be loaded with another engine than the host-planned one."""
-    return "engine" in inspect.signature(offload.load).parameters
-
-
 class Subject:
     """A loaded model whose routers follow a trace."""
 
     def __init__(self, path: Path, setting: Setting, trace: Trace, context: int) -> None:
         self.setting = setting
         self.top_k = trace.header.top_k
+        self._context = context
+        self._memory = Memory.of(setting.device, None, None)  # before anything takes of it
         self.model: PreTrainedModel
         self.model, _ = offload.load(
             path,
@@ -66,55 +61,56 @@ class Subject:
         )
         handle = offload_of(self.model)
         self.pack = handle.pack
-        self._options = handle.options
-        transfer = handle.engine.transfer
-        self._tier = transfer.tier if isinstance(transfer, CudaTransfer) else None
-        if self._tier is not None:
-            self._tier.join()  # pinned once for all engines that follow
+        self._tier = host_tier(handle.engine.transfer)  # pinned once for all that follow
         self.routes = Routes(trace, setting.device)
         drive(routers(self.model, self.pack.info), self.routes)
 
     @contextmanager
     def serving(self, run: Run) -> Iterator[Offload]:
-        """The model with its experts served like `run`. Raises `NotBuiltError`."""
-        if run.engine != HOST and not has_engines():
-            raise NotBuiltError("there is no engine to choose but the host-planned one")
+        """The model with its experts served like `run`. Raises `NotBuiltError`, `BudgetError`."""
         slots = max(1, round(self.pack.info.total_experts * run.resident))
-        with self._connected(run, slots, self._transfer) as handle:
+        options = self._options(slots, run.lookahead)
+        with self._connected(options, self._transfer, run.engine) as handle:
             yield handle
 
     @contextmanager
     def serving_naively(self, *, pinned: bool) -> Iterator[Offload]:
         """The model with every chosen expert copied before it is computed, and none kept."""
 
-        def transfer(slots: int) -> Transfer:
+        def transfer(count: int) -> Transfer:
             device = self.setting.device
             pins = pinned and device.type == "cuda"
-            return NaiveTransfer(self.pack, slots, device, pinned=pins)
+            return NaiveTransfer(self.pack, count, device, pinned=pins)
 
-        with self._connected(Run(HOST, 0.0), self.top_k, transfer) as handle:
+        options = self._options(self.top_k, lookahead=False)
+        with self._connected(options, transfer, HOST) as handle:
             yield handle
 
-    def _transfer(self, slots: int) -> Transfer:
-        if self._tier is None:
-            return HostTransfer(self.pack, slots)
-        return CudaTransfer(self.pack, slots, self.setting.device, None, tier=self._tier)
+    def _options(self, slots: int, lookahead: bool) -> Options:
+        residency = Residency(lookahead=lookahead, warm_start=False)
+        plan = Planner(
+            self.setting.device, self._memory, None, slots, residency, context=self._context
+        )
+        return plan(self.pack.info, self.model.config)
+
+    def _transfer(self, count: int) -> Transfer:
+        return make_transfer(self.pack, count, self.setting.device, self._tier)
 
     @contextmanager
     def _connected(
-        self, run: Run, slots: int, transfer: Callable[[int], Transfer]
+        self, options: Options, transfer: Callable[[int], Transfer], engine: str
     ) -> Iterator[Offload]:
-        offload_of(self.model).engine.close()
+        self._disconnect()
+        try:
+            yield connect(self.model, self.pack, options, transfer(rows(options)), engine)
+        finally:
+            self._disconnect()
+
+    def _disconnect(self) -> None:
+        disconnect(offload_of(self.model))
         gc.collect()
         if self.setting.device.type == "cuda":
             torch.cuda.empty_cache()
-        residency = replace(self._options.residency, lookahead=run.lookahead)
-        options = replace(self._options, slots=slots, residency=residency)
-        connect(self.model, self.pack, options, transfer(slots))
-        try:
-            yield offload_of(self.model)
-        finally:
-            offload_of(self.model).engine.close()
 
     def close(self) -> None:
         """Free everything."""
