@@ -13,12 +13,11 @@ import os
 import shutil
 import struct
 import zlib
-from collections.abc import Iterator
-from itertools import cycle, islice
+from collections.abc import Iterable, Iterator
+from itertools import chain, cycle, islice
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -53,7 +52,7 @@ def write_synthetic_pack(
     config.save_pretrained(path)
     random = torch.Generator().manual_seed(seed)
     sums = dict(_write_layers(path, info, random))
-    _write_dense(path, model, experts, random)
+    sums |= _write_dense(path, model, experts, random)
     for file in path.iterdir():
         if file.name not in sums:
             sums[file.name] = file_sha256(file)
@@ -131,28 +130,37 @@ def _write_layer(file: Path, experts: int, layout: RecordLayout, random: torch.G
     """Write `experts` records and return the file's checksum."""
     records = [random_record(layout, random) for _ in range(min(DISTINCT, experts))]
     checksums = [zlib.crc32(as_buffer(record)) for record in records]
-    end = experts * layout.record_bytes
-    header = {
-        "records": {
-            "dtype": "U8",
-            "shape": [experts, layout.record_bytes],
-            "data_offsets": [0, end],
-        },
-        "crc32": {"dtype": "I64", "shape": [experts], "data_offsets": [end, end + 8 * experts]},
+    size = experts * layout.record_bytes
+    parts = {
+        "records": ("U8", (experts, layout.record_bytes), size),
+        "crc32": ("I64", (experts,), 8 * experts),
     }
+
+    def chunks() -> Iterator[bytes | memoryview]:
+        yield from map(as_buffer, islice(cycle(records), experts))
+        yield struct.pack(f"<{experts}q", *islice(cycle(checksums), experts))
+
+    return _write_tensors(file, parts, chunks())
+
+
+def _write_tensors(
+    file: Path,
+    parts: dict[str, tuple[str, tuple[int, ...], int]],
+    chunks: Iterable[bytes | memoryview],
+) -> str:
+    """Write a safetensors file of `parts`, name -> dtype, shape and bytes; returns its checksum."""
+    header, end = {}, 0
+    for name, (dtype, shape, size) in parts.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
+        end += size
     text = json.dumps(header).encode()
     padding = -(8 + len(text)) % DATA_ALIGNMENT
+    begin = struct.pack("<Q", len(text) + padding) + text + b" " * padding
     digest = hashlib.sha256()
     with file.open("wb") as out:
-
-        def put(data: bytes | memoryview) -> None:
-            out.write(data)
-            digest.update(data)
-
-        put(struct.pack("<Q", len(text) + padding) + text + b" " * padding)
-        for record in islice(cycle(records), experts):
-            put(as_buffer(record))
-        put(struct.pack(f"<{experts}q", *islice(cycle(checksums), experts)))
+        for chunk in chain([begin], chunks):
+            out.write(chunk)
+            digest.update(chunk)
     return digest.hexdigest()
 
 
@@ -204,31 +212,36 @@ def _dense(model: PreTrainedModel, experts: list[ExpertsModule]) -> Iterator[tup
 
 def _write_dense(
     path: Path, model: PreTrainedModel, experts: list[ExpertsModule], random: torch.Generator
-) -> None:
-    block = torch.empty(BLOCK_WEIGHTS).normal_(std=DENSE_STD, generator=random).bfloat16()
+) -> Iterator[tuple[str, str]]:
+    """Each file's name and checksum."""
+    values = torch.empty(BLOCK_WEIGHTS).normal_(std=DENSE_STD, generator=random).bfloat16()
+    block = as_buffer(values.view(torch.uint8))
     files: list[dict[str, Tensor]] = [{}]
-    weight_map: dict[str, str] = {}
-
-    def write() -> None:
-        name = f"model-{len(files):05d}.safetensors"
-        save_file(files[-1], path / name, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(files[-1], name))
-        files[-1] = {}
-
     for name, like in _dense(model, experts):
-        files[-1][name] = _dense_values(name, like, block)
-        if sum(tensor.nbytes for tensor in files[-1].values()) >= FILE_BYTES:
-            write()
+        if sum(2 * tensor.numel() for tensor in files[-1].values()) >= FILE_BYTES:
             files.append({})
-    if files[-1]:
-        write()
+        files[-1][name] = like
+    weight_map = {}
+    for number, tensors in enumerate(files, start=1):
+        file = f"model-{number:05d}.safetensors"
+        weight_map.update(dict.fromkeys(tensors, file))
+        parts = {
+            name: ("BF16", tuple(like.shape), 2 * like.numel()) for name, like in tensors.items()
+        }
+        chunks = chain.from_iterable(
+            _dense_values(name, like, block) for name, like in tensors.items()
+        )
+        yield file, _write_tensors(path / file, parts, chunks)
     index = {"metadata": {}, "weight_map": weight_map}
     (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
-def _dense_values(name: str, like: Tensor, block: Tensor) -> Tensor:
+def _dense_values(name: str, like: Tensor, block: memoryview) -> Iterator[bytes | memoryview]:
     """Norms pass on what they get, biases and sinks are zero, matrices are random."""
-    dtype = torch.bfloat16 if like.is_floating_point() else like.dtype
+    size = 2 * like.numel()
     if like.dim() < 2:
-        return torch.full(like.shape, float("norm" in name), dtype=dtype)
-    return block.repeat(-(-like.numel() // block.numel()))[: like.numel()].view(like.shape)
+        same = torch.full(like.shape, float("norm" in name), dtype=torch.bfloat16)
+        yield as_buffer(same.view(-1).view(torch.uint8))
+        return
+    for start in range(0, size, len(block)):
+        yield block[: size - start]
