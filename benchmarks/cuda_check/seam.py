@@ -7,14 +7,16 @@ is measured.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from benchmarks.cuda_check.attempt import NotBuiltError
 from offload import loading
 from offload.cuda_transfer import CudaTransfer
+from offload.errors import OffloadError
 from offload.handle import Offload, Options, offload_of
 from offload.transfer import HostTransfer, Transfer
 from quant.pack import Pack
@@ -28,7 +30,10 @@ def connect(
     """Put `engine` behind the model's experts. Raises `NotBuiltError` where it is not to be had."""
     way: Any = loading._connect
     if "engine" in inspect.signature(loading.load).parameters:
-        way(model, pack, options, transfer, engine)
+        try:
+            way(model, pack, options, transfer, engine)
+        except OffloadError as error:
+            raise NotBuiltError(str(error)) from None
     elif engine == HOST:
         way(model, pack, options, transfer)
     else:
@@ -39,9 +44,25 @@ def connect(
     return handle
 
 
+@contextmanager
+def kernels_anywhere(rehearse: bool) -> Iterator[None]:
+    """Inside, steps are also planned by kernels that are interpreted, which is for rehearsals."""
+    try:
+        from offload.device import making
+    except ImportError:
+        yield
+        return
+    before = making.DEVICES
+    making.DEVICES = ("cpu", "cuda") if rehearse else before
+    try:
+        yield
+    finally:
+        making.DEVICES = before
+
+
 def rows(options: Options) -> int:
-    """Rows of slots on the device: the cache's, and those that prompts are streamed through."""
-    staging: int = getattr(options, "staging", 0) if options.device.type == "cuda" else 0
+    """Rows of slots: the cache's, and those that prompts are streamed through."""
+    staging: int = getattr(options, "staging", 0)
     return options.slots + staging
 
 
@@ -53,12 +74,14 @@ def host_tier(transfer: Transfer) -> Any:
     return tier
 
 
-def make_transfer(pack: Pack, count: int, device: torch.device, tier: Any) -> Transfer:
-    """`count` rows of slots on `device`."""
-    if device.type == "cpu":
-        return HostTransfer(pack, count)
+def make_transfer(pack: Pack, options: Options, tier: Any) -> Transfer:
+    """Slots on the device, filled from `tier`; None: from one that is pinned for this."""
+    if options.device.type == "cpu":
+        return HostTransfer(pack, options.slots)
+    shared = {} if tier is None else {"tier": tier}
     way: Any = CudaTransfer
-    return way(pack, count, device, None, **({} if tier is None else {"tier": tier}))  # type: ignore[no-any-return]
+    transfer: Transfer = way(pack, rows(options), options.device, None, **shared)
+    return transfer
 
 
 def disconnect(handle: Offload) -> None:

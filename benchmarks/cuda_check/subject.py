@@ -70,20 +70,21 @@ class Subject:
         """The model with its experts served like `run`. Raises `NotBuiltError`, `BudgetError`."""
         slots = max(1, round(self.pack.info.total_experts * run.resident))
         options = self._options(slots, run.lookahead)
-        with self._connected(options, self._transfer, run.engine) as handle:
+        with self._connected(
+            options, lambda: make_transfer(self.pack, options, self._tier), run.engine
+        ) as handle:
             yield handle
 
     @contextmanager
     def serving_naively(self, *, pinned: bool) -> Iterator[Offload]:
         """The model with every chosen expert copied before it is computed, and none kept."""
-
-        def transfer(count: int) -> Transfer:
-            device = self.setting.device
-            pins = pinned and device.type == "cuda"
-            return NaiveTransfer(self.pack, count, device, pinned=pins)
-
         options = self._options(self.top_k, lookahead=False)
-        with self._connected(options, transfer, HOST) as handle:
+        pins = pinned and not self.setting.rehearse
+        with self._connected(
+            options,
+            lambda: NaiveTransfer(self.pack, rows(options), options.device, pinned=pins),
+            HOST,
+        ) as handle:
             yield handle
 
     def _options(self, slots: int, lookahead: bool) -> Options:
@@ -93,16 +94,13 @@ class Subject:
         )
         return plan(self.pack.info, self.model.config)
 
-    def _transfer(self, count: int) -> Transfer:
-        return make_transfer(self.pack, count, self.setting.device, self._tier)
-
     @contextmanager
     def _connected(
-        self, options: Options, transfer: Callable[[int], Transfer], engine: str
+        self, options: Options, transfer: Callable[[], Transfer], engine: str
     ) -> Iterator[Offload]:
         self._disconnect()
         try:
-            yield connect(self.model, self.pack, options, transfer(rows(options)), engine)
+            yield connect(self.model, self.pack, options, transfer(), engine)
         finally:
             self._disconnect()
 
