@@ -184,9 +184,9 @@ def _prefill(m: _Measuring, run: Run) -> None:
             "seconds": done.seconds,
             "tok_s": done.tokens / done.seconds,
             "loaded_gib": done.loaded_bytes / 2**30,
-            "absent_gib": done.needed_bytes / 2**30,
+            "needed_gib": done.needed_bytes / 2**30,
             "link_bound_s": least,
-            "of_link_bound_share": least / done.seconds,
+            "of_link_bound_share": least / done.seconds if least else None,
             "target": f"{PREFILL_TARGET:.0%}" if least else "",
         }
     )

@@ -27,7 +27,7 @@ class Prefilled:
     tokens: int
     seconds: float
     loaded_bytes: int
-    needed_bytes: int  # of experts that were not resident when it began
+    needed_bytes: int  # of experts that it asked for and that were not resident, at most
 
     def link_seconds(self, rates: Rates) -> float:
         """The least time at which what was not resident crosses the link."""
@@ -47,4 +47,4 @@ def prefill(subject: Subject, tokens: int) -> Prefilled:
     synchronize(subject.setting.device)
     seconds = time.perf_counter() - begin
     loaded = (handle.stats() - before).bytes_loaded
-    return Prefilled(tokens, seconds, loaded, absent * info.slot_bytes)
+    return Prefilled(tokens, seconds, loaded, min(loaded, absent * info.slot_bytes))
