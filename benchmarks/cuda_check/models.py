@@ -108,6 +108,7 @@ def _model_row(
         "experts_gib": subject.pack.info.expert_bytes / 2**30,
         "dense_gib": subject.pack.info.dense_bytes(2) / 2**30,
         "record_mib": sizes.record_bytes / 2**20,
+        "host_memory": subject.host_memory,
         "pack_s": pack_seconds,
         "load_s": time.perf_counter() - written,
     }
@@ -203,6 +204,7 @@ def _decode_row(m: _Measuring, run: Run, done: Decoded) -> None:
         "resident": f"{run.resident:.0%}",
         "engine": run.engine,
         "look_ahead": run.lookahead,
+        "slots": done.stats.slots,
         "tok_s": done.tokens_per_second,
         "hits_share": counts.hit_rate,
         "recall_share": counts.lookahead_recall if run.lookahead else None,

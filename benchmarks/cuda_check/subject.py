@@ -65,6 +65,11 @@ class Subject:
         self.routes = Routes(trace, setting.device)
         drive(routers(self.model, self.pack.info), self.routes)
 
+    @property
+    def host_memory(self) -> str:
+        """How the records are held there, in the tier's own words."""
+        return str(getattr(self._tier, "description", ""))
+
     @contextmanager
     def serving(self, run: Run) -> Iterator[Offload]:
         """The model with its experts served like `run`. Raises `NotBuiltError`, `BudgetError`."""
