@@ -6,6 +6,7 @@ measure.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -82,16 +83,19 @@ class Check:
         if self._rehearse:
             run_part(part.name, Setting(True, folder, seconds, self._pack_bytes), self.into)
         else:
-            self._isolated(part.name, folder, seconds)
+            self._isolated(part, folder, seconds)
         shutil.rmtree(folder, ignore_errors=True)
         results.set("seconds", time.monotonic() - begin)
 
-    def _isolated(self, name: str, folder: Path, seconds: float) -> None:
-        command = [sys.executable, "-m", "benchmarks.cuda_check", "--part", name]
+    def _isolated(self, part: Part, folder: Path, seconds: float) -> None:
+        command = [sys.executable, "-m", "benchmarks.cuda_check", "--part", part.name]
         command += ["--work", str(folder), "--into", str(self.into)]
         command += ["--seconds", str(seconds), "--gib", str(self._pack_bytes / 2**30)]
-        process = subprocess.Popen(command, cwd=ROOT)
-        results = self._store.part(name)
+        seen = dict(os.environ)
+        if not part.all_gpus:
+            seen["CUDA_VISIBLE_DEVICES"] = seen.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+        process = subprocess.Popen(command, cwd=ROOT, env=seen)
+        results = self._store.part(part.name)
         try:
             code = process.wait(seconds + GRACE_SECONDS)
         except subprocess.TimeoutExpired:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.cuda_check.bounds import Bound, Rates
+from benchmarks.cuda_check.seam import is_captured
 from benchmarks.cuda_check.subject import Subject
 from offload.budget import kv_cache_bytes
 from offload.generation import forward, stream_generate
@@ -29,6 +30,7 @@ class Decoded:
     tokens_per_second: float
     stats: Stats  # of the timed tokens
     tokens: tuple[int, ...]
+    captured: bool  # steps were replayed from a graph
 
     @property
     def link_bytes(self) -> float:
@@ -78,7 +80,7 @@ def decode(subject: Subject, length: Length, first_step: int) -> Decoded:
     before, begin = handle.stats(), time.perf_counter()  # no sync: a step may be queued ahead
     said += [step.token for step in steps]
     seconds = time.perf_counter() - begin
-    return Decoded(tokens / seconds, handle.stats() - before, tuple(said))
+    return Decoded(tokens / seconds, handle.stats() - before, tuple(said), is_captured(handle))
 
 
 def bytes_on_device(subject: Subject, context: int) -> float:

@@ -204,6 +204,7 @@ def _decode_row(m: _Measuring, run: Run, done: Decoded) -> None:
         "resident": f"{run.resident:.0%}",
         "engine": run.engine,
         "look_ahead": run.lookahead,
+        "graph": done.captured,
         "slots": done.stats.slots,
         "tok_s": done.tokens_per_second,
         "hits_share": counts.hit_rate,

@@ -17,15 +17,16 @@ from benchmarks.cuda_check.store import Part as Results
 @dataclass(frozen=True)
 class Part:
     """A part runs in a process of its own and may take so many seconds; None: a share of the
-    rest."""
+    rest. Only the tests see more than one GPU."""
 
     name: str
     run: Callable[[Setting, Results], None]
     seconds: float | None
+    all_gpus: bool = False
 
 
 PARTS = (
-    Part("tests", suite.run, 100),
+    Part("tests", suite.run, 100, all_gpus=True),
     Part("link", link.run, 45),
     Part("kernels", kernels.run, 80),
     *(Part(case.name, models.runner(case), None) for case in CASES),

@@ -9,8 +9,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from benchmarks.cuda_check.attempt import NotBuiltError
@@ -24,12 +26,32 @@ from quant.pack import Pack
 HOST, DEVICE = "host", "device"  # engines: the plan made in Python, or in kernels
 
 
+def load_on_host(path: Path, device: torch.device, context: int) -> PreTrainedModel:
+    """The model in the pack `path` with one slot, planned on the host."""
+    options: dict[str, Any] = {"engine": HOST} if has_engines() else {}
+    model, _ = loading.load(
+        path,
+        device=device,
+        expert_slots=1,
+        context=context,
+        warm_start=False,
+        lookahead=False,
+        **options,
+    )
+    return model
+
+
+def has_engines() -> bool:
+    """Whether there is an engine to choose."""
+    return "engine" in inspect.signature(loading.load).parameters
+
+
 def connect(
     model: PreTrainedModel, pack: Pack, options: Options, transfer: Transfer, engine: str
 ) -> Offload:
     """Put `engine` behind the model's experts. Raises `NotBuiltError` where it is not to be had."""
     way: Any = loading._connect
-    if "engine" in inspect.signature(loading.load).parameters:
+    if has_engines():
         try:
             way(model, pack, options, transfer, engine)
         except OffloadError as error:
@@ -82,6 +104,12 @@ def make_transfer(pack: Pack, options: Options, tier: Any) -> Transfer:
     way: Any = CudaTransfer
     transfer: Transfer = way(pack, rows(options), options.device, None, **shared)
     return transfer
+
+
+def is_captured(handle: Offload) -> bool:
+    """Whether decode steps are replayed from a graph."""
+    loop = getattr(getattr(handle, "decoding", None), "_loop", None)
+    return bool(getattr(getattr(loop, "replay", None), "captured", False))
 
 
 def disconnect(handle: Offload) -> None:

@@ -12,12 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
 
-import offload
 from benchmarks.cuda_check.naive import NaiveTransfer
 from benchmarks.cuda_check.routing import Routes, drive
-from benchmarks.cuda_check.seam import HOST, connect, disconnect, host_tier, make_transfer, rows
+from benchmarks.cuda_check.seam import (
+    HOST,
+    connect,
+    disconnect,
+    host_tier,
+    load_on_host,
+    make_transfer,
+    rows,
+)
 from benchmarks.cuda_check.setting import Setting
 from cache.trace import Trace
 from offload.budget import Memory
@@ -50,15 +56,7 @@ class Subject:
         self.top_k = trace.header.top_k
         self._context = context
         self._memory = Memory.of(setting.device, None, None)  # before anything takes of it
-        self.model: PreTrainedModel
-        self.model, _ = offload.load(
-            path,
-            device=setting.device,
-            expert_slots=1,
-            context=context,
-            warm_start=False,
-            lookahead=False,
-        )
+        self.model = load_on_host(path, setting.device, context)
         handle = offload_of(self.model)
         self.pack = handle.pack
         self._tier = host_tier(handle.engine.transfer)  # pinned once for all that follow

@@ -14,7 +14,7 @@ from benchmarks.cuda_check import check as checking
 from benchmarks.cuda_check.attempt import NotBuiltError, attempt
 from benchmarks.cuda_check.bounds import Bound, Rates
 from benchmarks.cuda_check.check import Check
-from benchmarks.cuda_check.parts import Part
+from benchmarks.cuda_check.parts import PARTS, Part
 from benchmarks.cuda_check.routing import Routes, drive
 from benchmarks.cuda_check.setting import Setting
 from benchmarks.cuda_check.shapes import CASES, QWEN3
@@ -68,7 +68,8 @@ def test_a_part_that_dies_leaves_what_it_had_measured(tmp_path: Path) -> None:
     results = Store(check.into).part("link")
     results.set("status", "running")
     results.add({"kind": "before", "figure": 1})
-    check._isolated("link", tmp_path / "work", -checking.GRACE_SECONDS)  # no time at all
+    link = next(part for part in PARTS if part.name == "link")
+    check._isolated(link, tmp_path / "work", -checking.GRACE_SECONDS)  # no time at all
     part = json.loads(check.into.read_text())["parts"]["link"]
     assert part["status"].startswith("stopped after")
     assert part["rows"] == [{"kind": "before", "figure": 1}]
