@@ -78,8 +78,8 @@ class NaiveTransfer:
     def release(self, slot: int) -> None:
         """The next copy is on the same stream."""
 
-    def resize(self, slots: int) -> None:
-        self._slots = self._slots.new_zeros(slots, self._slots.shape[1])
+    def resize(self, slots: int, staging: int) -> None:
+        self._slots = self._slots.new_zeros(slots + staging, self._slots.shape[1])
 
     def close(self) -> None:
         self._slots = torch.empty(0, 0, dtype=torch.uint8, device=self.device)

@@ -20,6 +20,7 @@ from offload import loading
 from offload.cuda_transfer import CudaTransfer
 from offload.errors import OffloadError
 from offload.handle import Offload, Options, offload_of
+from offload.host_tier import HostTier
 from offload.transfer import HostTransfer, Transfer
 from quant.pack import Pack
 
@@ -84,26 +85,22 @@ def kernels_anywhere(rehearse: bool) -> Iterator[None]:
 
 def rows(options: Options) -> int:
     """Rows of slots: the cache's, and those that prompts are streamed through."""
-    staging: int = getattr(options, "staging", 0)
-    return options.slots + staging
+    return options.slots + options.staging
 
 
-def host_tier(transfer: Transfer) -> Any:
-    """Where records are in host memory, kept for the transfers that follow; None: they pin anew."""
-    tier = getattr(transfer, "tier", None)
-    if tier is not None:
-        tier.join()
-    return tier
+def host_tier(transfer: Transfer) -> HostTier | None:
+    """Where records are in host memory, kept for the transfers that follow; None: on no GPU."""
+    if not isinstance(transfer, CudaTransfer):
+        return None
+    transfer.tier.join()
+    return transfer.tier
 
 
-def make_transfer(pack: Pack, options: Options, tier: Any) -> Transfer:
-    """Slots on the device, filled from `tier`; None: from one that is pinned for this."""
+def make_transfer(pack: Pack, options: Options, tier: HostTier | None) -> Transfer:
+    """Slots on the device, filled from `tier`."""
     if options.device.type == "cpu":
         return HostTransfer(pack, options.slots)
-    shared = {} if tier is None else {"tier": tier}
-    way: Any = CudaTransfer
-    transfer: Transfer = way(pack, rows(options), options.device, None, **shared)
-    return transfer
+    return CudaTransfer(pack, rows(options), options.device, None, tier=tier)
 
 
 def is_captured(handle: Offload) -> bool:

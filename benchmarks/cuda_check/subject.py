@@ -66,7 +66,7 @@ class Subject:
     @property
     def host_memory(self) -> str:
         """How the records are held there, in the tier's own words."""
-        return str(getattr(self._tier, "description", ""))
+        return "" if self._tier is None else self._tier.description
 
     @contextmanager
     def serving(self, run: Run) -> Iterator[Offload]:
