@@ -18,6 +18,9 @@ from benchmarks.cuda_check.store import Part
 
 ROOT = Path(__file__).parents[2]
 MARK = "mark.gpu"
+ON_GPU = 'torch.device("cuda" if torch.cuda.is_available()'  # tests of kernels, wherever they run
+BENCHMARKS = "benchmarks"  # tests of this check itself
+LEAST_SECONDS = 20.0  # for a second group
 VERDICT = re.compile(r"^(\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)\b", re.MULTILINE)
 UNREADABLE = re.compile(r"^ERROR (\S+\.py)\b", re.MULTILINE)  # a file whose imports fail
 MARGIN_SECONDS = 5.0  # between pytest's end and this part's
@@ -25,24 +28,30 @@ MARGIN_SECONDS = 5.0  # between pytest's end and this part's
 
 def run(setting: Setting, part: Part) -> None:
     """Run them; only files that have any, so that the others' imports are not needed."""
+    _run_group(setting, part, "pytest -m gpu", MARK, ["-m", "gpu"])
+    if setting.seconds_left > LEAST_SECONDS and not setting.rehearse:
+        _run_group(setting, part, "kernels on the GPU", ON_GPU, ["-m", "not gpu"])
+
+
+def _run_group(setting: Setting, part: Part, kind: str, sign: str, chosen: list[str]) -> None:
+    """Run the `chosen` tests of the files that have `sign` in them."""
     files = sorted(
         str(file.relative_to(ROOT))
         for file in (ROOT / "tests").rglob("test_*.py")
-        if MARK in file.read_text(encoding="utf-8")
+        if sign in file.read_text(encoding="utf-8")
+        and BENCHMARKS not in file.relative_to(ROOT).parts
     )
-    command = [sys.executable, "-m", "pytest", "-vv", "-p", "no:cacheprovider", "-m", "gpu"]
-    log = setting.work / "tests.log"
+    command = [sys.executable, "-m", "pytest", "-vv", "-p", "no:cacheprovider", *chosen]
     command += ["--tb=short", "--color=no", "--continue-on-collection-errors", *files]
+    log = setting.work / "tests.log"
     ended = _run(command, log, setting.seconds_left)
     text = log.read_text(errors="replace")
-    verdicts = [
-        *VERDICT.findall(text),
-        *((file, "ERROR") for file in set(UNREADABLE.findall(text))),
-    ]
+    verdicts = verdicts_in(text)
     counts = Counter(verdict for _, verdict in verdicts)
     part.add(
         {
-            "kind": "pytest -m gpu",
+            "kind": "tests",
+            "group": kind,
             "files": len(files),
             "passed": counts["PASSED"],
             "failed": counts["FAILED"],
@@ -55,9 +64,9 @@ def run(setting: Setting, part: Part) -> None:
         if verdict in ("FAILED", "ERROR"):
             part.note(f"{verdict} {name}")
     if not ended:
-        part.note("the tests were cut short by this part's time")
+        part.note(f"{kind}: cut short by this part's time")
     if not verdicts or counts["FAILED"] or counts["ERROR"]:
-        part.set("output_tail", text[-6000:])
+        part.set(f"output tail of {kind}", text[-6000:])
 
 
 def verdicts_in(text: str) -> list[tuple[str, str]]:
