@@ -71,10 +71,11 @@ def connect(
 def kernels_anywhere(rehearse: bool) -> Iterator[None]:
     """Inside, steps are also planned by kernels that are interpreted, which is for rehearsals."""
     try:
-        from offload.device import making
+        from offload.device import making as module
     except ImportError:
         yield
         return
+    making: Any = module
     before = making.DEVICES
     making.DEVICES = ("cpu", "cuda") if rehearse else before
     try:
