@@ -15,6 +15,9 @@ import triton
 import triton.language as tl
 from triton.language import tensor
 
+from quant.kernels.gpu_triton import teach
+
+teach()
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 MANTISSA = tl.constexpr(23)  # bits of a float32
 MAGIC = tl.constexpr(0x4B000000)  # 2**23 as a float: what is OR-ed into its low bits is added to it

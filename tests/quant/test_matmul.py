@@ -221,12 +221,8 @@ def test_code_for_other_processors_is_right(name: str, monkeypatch: pytest.Monke
 
 
 FRESH_PROCESS = """
-import sys, types
+import sys
 import torch
-# hqq takes seconds to import and is not needed here.
-sys.modules["hqq"] = sys.modules["hqq.core"] = types.ModuleType("hqq")
-sys.modules["hqq.core.quantize"] = types.ModuleType("quantize")
-sys.modules["hqq.core.quantize"].Quantizer = None
 from quant import matmul
 from quant.scheme import Scheme
 assert "llvmlite" not in sys.modules, "a model without packed weights would pay for it"
