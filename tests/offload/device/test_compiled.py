@@ -10,9 +10,13 @@ import sys
 import pytest
 
 CAPABILITIES = (75, 80, 86, 89, 90, 120)
+SHORT = (89,)  # the others take as long each
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(
+    "capability",
+    [pytest.param(cc, marks=() if cc in SHORT else pytest.mark.long) for cc in CAPABILITIES],
+)
 def test_kernels_compile_without_spills(capability: int) -> None:
     """In a process of its own: here Triton interprets."""
     environment = {name: at for name, at in os.environ.items() if name != "TRITON_INTERPRET"}
