@@ -36,6 +36,10 @@ class GenerationError(OffloadError):
     """A prompt or a sampling parameter that cannot be used, or a model that says nothing usable."""
 
 
+class ChatError(OffloadError):
+    """A command of a chat that cannot be carried out."""
+
+
 NO_MEMORY = "lower --expert-slots, --ctx-size or --expert-bits"
 LONGEST = 1000  # characters of a line: what a file holds may be quoted in it
 
@@ -68,6 +72,7 @@ def reason(error: BaseException) -> str:
 
 __all__ = [
     "BudgetError",
+    "ChatError",
     "CheckpointError",
     "GenerationError",
     "OffloadError",

@@ -19,6 +19,7 @@ from offload.generation import GenerationResponse
 from offload.handle import Offload
 from offload.picture import show
 from offload.recipe import Recipe
+from offload.stats import Stats
 from quant.pack import Pack, PackInfo
 
 
@@ -62,6 +63,18 @@ def verbose_rows(response: GenerationResponse, load_seconds: float) -> str:
 
 def _duration(seconds: float) -> str:
     return f"{seconds * 1e3:.2f}ms" if seconds < 1 else f"{seconds:.2f}s"
+
+
+def counters(stats: Stats) -> str:
+    """All that was counted since the model was loaded, in three lines."""
+    counts = stats.counts
+    return (
+        f"{stats.line()}\n"
+        f"requests {counts.requests}, hits {counts.hits}, misses {counts.misses}, "
+        f"evictions {counts.evictions}, look-ahead loads {counts.lookahead_loads}\n"
+        f"loaded {stats.bytes_loaded / 2**20:.1f} MiB at {stats.link_gb_per_s:.1f} GB/s, "
+        f"waited {counts.wait_seconds:.2f} s, {stats.tokens} tokens"
+    )
 
 
 def live_panel(response: GenerationResponse | None, offload: Offload) -> Text:
