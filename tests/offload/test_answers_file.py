@@ -222,6 +222,16 @@ def test_the_command_answers_every_line_and_goes_on_where_it_stopped(
     assert [answer["id"] for answer in _answers(tmp_path)] == list(range(6))
 
 
+def test_a_prompt_that_cannot_be_answered_is_named(
+    mixtral: Path, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = _arguments(mixtral, tmp_path)
+    (tmp_path / "prompts.jsonl").write_text('"a"\n\n"b"\n"' + "x" * 300 + '"\n')
+    assert main([*arguments, "-c", "256"]) == 1
+    assert "prompts.jsonl, prompt 3: the prompt has" in capsys.readouterr().err
+    assert len(_answers(tmp_path)) == 2
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
 def test_a_kill_loses_no_line_that_was_written(mixtral: Path, home: Path, tmp_path: Path) -> None:
     arguments = _arguments(mixtral, tmp_path)
@@ -247,5 +257,7 @@ def test_a_vote_prints_one_answer_and_its_tally(
     assert main(arguments) == 0
     out, err = capsys.readouterr()
     assert out.strip()
+    assert main([*arguments, "--temp", "0"]) == 1
+    assert "--temp above 0" in capsys.readouterr().err
     counts = [int(line.split()[0]) for line in err.splitlines() if " of 5: " in line]
     assert sum(counts) == 5
