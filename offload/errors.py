@@ -36,6 +36,10 @@ class GenerationError(OffloadError):
     """A prompt or a sampling parameter that cannot be used, or a model that says nothing usable."""
 
 
+class TransferError(OffloadError):
+    """Experts can no longer be copied into their slots."""
+
+
 class ChatError(OffloadError):
     """A command of a chat that cannot be carried out."""
 
@@ -80,6 +84,7 @@ __all__ = [
     "QualityError",
     "RecipeError",
     "SourceError",
+    "TransferError",
     "UnsupportedModelError",
     "one_line",
     "reason",

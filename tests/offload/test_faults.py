@@ -132,7 +132,7 @@ def test_a_copy_thread_that_dies_is_replaced_before_the_next_answer(
     chat = _chat(loaded)
     with monkeypatch.context() as patch:
         patch.setattr(HostTransfer, "_next", die)
-        with pytest.raises(RuntimeError, match="ask again"):
+        with pytest.raises(offload.OffloadError, match="ask again"):
             chat.say("one")
     assert chat.messages == []
     chat.say("one")
