@@ -209,9 +209,11 @@ class Targets:
 
     def fuzz_prompts(self, choices: Choices) -> None:
         good: Any = {"prompt": "hi", "id": 3, "messages": [{"role": "user", "content": "a"}]}
-        lines = b"\n".join(harmed_json(good, choices) for _ in range(1 + choices.number(3)))
-        prompts = read_prompts(self._write(lines))
-        answers = AnswersFile(self._write(harmed_json(good | {"answer": "b"}, choices) + b"\n"))
+        first = harmed_json(good, choices) if choices.number(2) else json.dumps(good).encode()
+        prompts = read_prompts(self._write(first + b"\n" + json.dumps("two").encode()))
+        answer = prompts[0] | {"answer": "b"}
+        line = harmed_json(answer, choices) if choices.number(2) else json.dumps(answer).encode()
+        answers = AnswersFile(self._write(line + b"\n"[: choices.number(2)]))
         with contextlib.closing(answers):
             assert answers.done(prompts) <= len(prompts)
 
