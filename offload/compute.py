@@ -115,7 +115,10 @@ class Grouped:
                 for cell in cells_of[use.expert]:
                     table[cell] = use.slot
             slot_of_cell = torch.tensor(table, dtype=torch.int32)
-            decode(hidden, slots, slot_of_cell.to(slots.device), program, cells)
+            # What is so small is taken over at once. Waiting would be for all that was queued
+            # before, copies included.
+            there = slot_of_cell.to(slots.device, non_blocking=True)
+            decode(hidden, slots, there, program, cells)
         else:
             size = block_cells(len(cells), layer.num_experts)
             cells_of_slot = {use.slot: cells_of[use.expert] for use in uses}

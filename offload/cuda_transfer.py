@@ -11,6 +11,7 @@ Nothing runs in the background: at every call what became ready is given to the 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
 import psutil
 import torch
@@ -187,8 +188,8 @@ class CudaTransfer:
             self.tier.disk.start_over()
         self._clear()
 
-    def release(self, slot: int) -> None:
-        self._released[slot] = self._link.computed()
+    def release(self, slots: Sequence[int]) -> None:
+        self._released |= dict.fromkeys(slots, self._link.computed())
         if self._waiting:
             self._go_on()
 

@@ -172,8 +172,7 @@ class Engine:
                 self._marks.mark("wait", layer.index)
                 self._compute.run(layer, uses, hidden, cells_of, len(chosen[0]), cells)
                 self._marks.mark("expert", layer.index, uses[0].expert)
-                for use in uses:
-                    self.transfer.release(use.slot)
+                self.transfer.release([use.slot for use in uses])
         if self._ahead.weighs:
             needed = counts.needed_loads - needed_before
             self._ahead.weigh(needed, self._started, self.transfer.busy_seconds)

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import torch
 
+CAN_USE_HOST_POINTER = 91  # CUdevice_attribute: for registered memory
 READ_ONLY = 8  # cudaHostRegisterReadOnly: memory that this process may not write either
 
 
@@ -52,14 +53,29 @@ class CudaPinner:
         return why
 
     def unpin(self, address: int, size: int) -> None:
-        if int(self._runtime.cudaHostUnregister(address)):
-            self._clear()
+        with torch.cuda.device(self._device):  # else another card gets a context, and memory taken
+            if int(self._runtime.cudaHostUnregister(address)):
+                self._clear()
 
     def _clear(self) -> None:
         """Take the error away that CUDA keeps until the next launch is checked, which would then
         fail for no reason of its own."""
         with contextlib.suppress(RuntimeError):
             torch.zeros(1, device=self._device)
+
+
+def kernels_read_registered(device: torch.device) -> bool:
+    """Whether kernels find memory that was registered where this process has it (CUDA Runtime API,
+    cudaHostRegister): else reading it there would end every CUDA call of the process."""
+    answer = ctypes.c_int(0)
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    except OSError:
+        return False
+    asked = driver.cuDeviceGetAttribute(
+        ctypes.byref(answer), CAN_USE_HOST_POINTER, device.index or 0
+    )
+    return asked == 0 and answer.value != 0
 
 
 class LockPinner:

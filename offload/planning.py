@@ -80,7 +80,10 @@ def _config_dtype(config: PreTrainedConfig) -> torch.dtype:
 
 
 def find_device(name: str | torch.device | None) -> torch.device:
-    """The compute device called `name`; None: a GPU if there is one. Raises `BudgetError`."""
+    """The compute device called `name`, a GPU with its number; None: a GPU if there is one.
+
+    Raises `BudgetError`.
+    """
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
@@ -94,6 +97,8 @@ def find_device(name: str | torch.device | None) -> torch.device:
         raise BudgetError(
             f"there is no device {str(name)!r} here: torch sees the CPU and {gpus} CUDA GPUs"
         )
+    if device.type == "cuda" and device.index is None:  # some of torch's functions want a number
+        return torch.device("cuda", torch.cuda.current_device())
     return device
 
 

@@ -11,6 +11,7 @@ import ctypes
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from queue import SimpleQueue
 from typing import Protocol
 
@@ -68,8 +69,8 @@ class Transfer(Protocol):
     def drain(self) -> None:
         """Drop the copies not yet begun and return when none is under way."""
 
-    def release(self, slot: int) -> None:
-        """What was computed from `slot` so far must finish before a later copy overwrites it."""
+    def release(self, slots: Sequence[int]) -> None:
+        """What was computed from `slots` so far must finish before later copies overwrite them."""
 
     @property
     def busy_seconds(self) -> float:
@@ -198,7 +199,7 @@ class HostTransfer:
             self._thread = self._new_thread()
         self.wait(self.start(0, 0, NOWHERE, urgent=True))  # what is under way comes before it
 
-    def release(self, slot: int) -> None:
+    def release(self, slots: Sequence[int]) -> None:
         """Nothing to do: on a CPU what was called has finished."""
 
     def resize(self, slots: int, staging: int) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant.gpu import gpu_kernels
+from quant.gpu import gpu_kernels, launching_on
 from quant.matmul import KERNEL_DTYPES, Matmul, matmul, matmul_reference, sample_record
 from quant.program import Program
 from quant.record import view_record
@@ -123,12 +123,13 @@ def _decode(
     assert gpu is not None
     tokens = len(hidden)
     raw = hidden.new_empty(len(cells), program.up.rows)  # [S, 2I]
-    gpu.gemv(hidden, slots, slot_of_cell, program.up, raw, tokens=tokens)
-    if program.gate is None:
-        inner, gated = program.apply(raw), gpu.AS_THEY_ARE
-    else:
-        inner, gated = raw, gpu.Gated(program.gate, program.gated, program.interleaved)
-    gpu.gemv(inner, slots, slot_of_cell, program.down, cells, tokens=tokens, gated=gated)
+    with launching_on(slots.device):
+        gpu.gemv(hidden, slots, slot_of_cell, program.up, raw, tokens=tokens)
+        if program.gate is None:
+            inner, gated = program.apply(raw), gpu.AS_THEY_ARE
+        else:
+            inner, gated = raw, gpu.Gated(program.gate, program.gated, program.interleaved)
+        gpu.gemv(inner, slots, slot_of_cell, program.down, cells, tokens=tokens, gated=gated)
 
 
 def _prefill(hidden: Tensor, slots: Tensor, batch: Batch, program: Program, cells: Tensor) -> None:
@@ -136,14 +137,15 @@ def _prefill(hidden: Tensor, slots: Tensor, batch: Batch, program: Program, cell
     assert gpu is not None
     raw = hidden.new_empty(len(cells), program.up.rows)  # [S, 2I]
     blocks = (slots, batch.blocks, batch.order, batch.block_cells)
-    gpu.gemm(hidden, *blocks, program.up, raw)
-    if program.gate is None:
-        inner = program.apply(raw)
-    else:
-        inner = hidden.new_empty(len(cells), program.down.columns)  # [S, I]
-        gated = gpu.Gated(program.gate, program.gated, program.interleaved)
-        gpu.activate(raw, batch.order, gated, inner)
-    gpu.gemm(inner, *blocks, program.down, cells)
+    with launching_on(slots.device):
+        gpu.gemm(hidden, *blocks, program.up, raw)
+        if program.gate is None:
+            inner = program.apply(raw)
+        else:
+            inner = hidden.new_empty(len(cells), program.down.columns)  # [S, I]
+            gated = gpu.Gated(program.gate, program.gated, program.interleaved)
+            gpu.activate(raw, batch.order, gated, inner)
+        gpu.gemm(inner, *blocks, program.down, cells)
 
 
 @functools.cache

@@ -5,9 +5,11 @@ Knows: when Triton can be asked. Does not know: matrices, programs, whether resu
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
+from contextlib import AbstractContextManager
 from types import ModuleType
 
 import torch
@@ -15,6 +17,12 @@ import torch
 logger = logging.getLogger(__name__)
 
 SMALLEST_CAPABILITY = (7, 5)
+
+
+def launching_on(device: torch.device) -> AbstractContextManager[object]:
+    """Kernels launched inside run on `device`: Triton asks which one is in use by this thread, not
+    where tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 @functools.cache

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from quant.gpu import gpu_kernels
+from quant.gpu import gpu_kernels, launching_on
 from quant.kernels import cpu
 from quant.packing import TILE_ROWS, unpack, unpack_rows
 from quant.record import (
@@ -115,12 +115,14 @@ def matmul_gpu(x: Tensor, view: MatrixView) -> Tensor:
     x, slots = x.contiguous(), _record_of(view)
     out = x.new_empty(count, layout.rows)
     if count <= MOST_GEMV_TOKENS:
-        gpu.gemv(x, slots, _zeros(x.device)[:count], layout, out, tokens=count)
+        with launching_on(x.device):
+            gpu.gemv(x, slots, _zeros(x.device)[:count], layout, out, tokens=count)
         return out
     cells = torch.arange(count + GPU_BLOCK, dtype=torch.int32, device=x.device)
     first = cells[:count:GPU_BLOCK]
     blocks = torch.stack((first * 0, first, (first + GPU_BLOCK).clamp(max=count)), dim=1)
-    gpu.gemm(x, slots, blocks, cells, GPU_BLOCK, layout, out)
+    with launching_on(x.device):
+        gpu.gemm(x, slots, blocks, cells, GPU_BLOCK, layout, out)
     return out
 
 

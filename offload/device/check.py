@@ -16,6 +16,7 @@ from offload.device.gather import gather
 from offload.device.places import Places
 from offload.device.table import Table
 from offload.errors import reason
+from quant.gpu import launching_on
 
 SHAPE = Shape("check", layers=2, experts=8, top_k=2, record_bytes=0, dense_bytes=0, expert_bits=4.0)
 SLOTS, TOKENS = 5, 8
@@ -25,10 +26,11 @@ SLOTS, TOKENS = 5, 8
 def kernels_decide_rightly(device: torch.device) -> str:
     """Why the kernels cannot be used, or ""."""
     try:
-        if not _plans(device):
-            return "its kernels decide otherwise than the host on this machine"
-        if not _copies(device):
-            return "its kernels copy wrongly on this machine"
+        with launching_on(device):
+            if not _plans(device):
+                return "its kernels decide otherwise than the host on this machine"
+            if not _copies(device):
+                return "its kernels copy wrongly on this machine"
     except Exception as error:  # whatever a compiler or a driver raises
         return f"its kernels do not run here: {reason(error)}"
     return ""

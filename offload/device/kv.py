@@ -7,10 +7,12 @@ which a captured step does not repeat; the mask hides what is outside the window
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from transformers import cache_utils
 from transformers.cache_utils import (
     Cache,
-    DummyLayer,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -19,6 +21,10 @@ from transformers.cache_utils import (
 )
 
 from offload.errors import OffloadError
+
+# Layers that keep nothing. transformers 5.17 has no such class: there they are of linear attention,
+# with states that stay empty.
+NOTHING: Any = getattr(cache_utils, "DummyLayer", None)
 
 
 class CannotBeFixed(OffloadError):
@@ -40,7 +46,7 @@ class FixedKV(Cache):  # type: ignore[misc]  # transformers has no types here
     def fill(self, grown: Cache) -> None:
         """Hold what `grown` holds. Nothing moves."""
         for mine, theirs in zip(self.layers, grown.layers, strict=True):
-            if isinstance(mine, DummyLayer):
+            if _keeps_nothing(mine):
                 continue
             if isinstance(mine, LinearAttentionLayer):
                 for state in range(mine.number_of_states):
@@ -59,8 +65,8 @@ class FixedKV(Cache):  # type: ignore[misc]  # transformers has no types here
         for mine, window in zip(self.layers, self._windows, strict=True):
             if isinstance(mine, LinearAttentionLayer):
                 return None
-            if isinstance(mine, DummyLayer):
-                cache.layers.append(DummyLayer())
+            if _keeps_nothing(mine):
+                cache.layers.append(NOTHING())
                 continue
             layer = DynamicLayer() if window is None else DynamicSlidingWindowLayer(window)
             layer.lazy_initialization(mine.keys, mine.values)
@@ -78,12 +84,16 @@ def _copy(to: torch.Tensor | None, what: torch.Tensor | None) -> None:
         to.copy_(what)
 
 
-def _fixed_layer(grown: object, length: int) -> StaticLayer | LinearAttentionLayer | DummyLayer:
+def _keeps_nothing(layer: object) -> bool:
+    return NOTHING is not None and type(layer) is NOTHING
+
+
+def _fixed_layer(grown: object, length: int) -> Any:
     kind = type(grown)
     if isinstance(grown, LinearAttentionLayer) and kind is LinearAttentionLayer:
         return _fixed_states(grown)
-    if kind is DummyLayer:
-        return DummyLayer()
+    if _keeps_nothing(grown):
+        return NOTHING()
     if isinstance(grown, DynamicLayer) and kind in (DynamicLayer, DynamicSlidingWindowLayer):
         if grown.keys is None:
             raise CannotBeFixed("it keeps states of its own beside the cache")

@@ -15,7 +15,8 @@ class Lanes:
     """The stream in use is for compute; a second one fetches records. Both can be captured."""
 
     def __init__(self, device: torch.device) -> None:
-        self._link = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # Its few blocks of threads go before compute's many, or the link stands still meanwhile.
+        self._link = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
     def device(self) -> AbstractContextManager[object]:
         """Kernels launched inside run on the device: Triton asks which one is in use, not where

@@ -14,6 +14,7 @@ from offload.device.check import kernels_decide_rightly
 from offload.device.compute import SlotDecode
 from offload.device.engine import DeviceEngine
 from offload.device.places import ALLOCATIONS, POLICIES, Places
+from offload.pinning import kernels_read_registered
 from offload.residency import Residency
 from offload.transfer import Transfer
 from quant.pack import PackInfo
@@ -51,6 +52,8 @@ def why_not(wanted: Wanted, transfer: Transfer) -> str:
         return "the model's config does not say how many experts a token has"
     if wanted.slots < 2 * wanted.k:
         return f"it needs {2 * wanted.k} expert slots and there are {wanted.slots}"
+    if transfer.device.type == "cuda" and not kernels_read_registered(transfer.device):
+        return "this driver shows pinned memory to kernels at other addresses"
     if refused := kernels_decide_rightly(transfer.device):
         return refused
     if transfer.addresses() is None:

@@ -42,7 +42,7 @@ class Readback:
         self._places[at].copy_(what, non_blocking=True)
         event = self._here[at]
         if event is not None:
-            event.record()
+            event.record(torch.cuda.current_stream(what.device))  # of another card it says nothing
 
     def read(self) -> list[int]:
         """The oldest that was sent and not read."""

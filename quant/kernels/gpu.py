@@ -9,6 +9,7 @@ Letters: S cells, T tokens, k cells a token, N rows, K columns, I inner.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -110,6 +111,24 @@ def splits(matrix: MatrixLayout, matrices: int) -> int:
     return split
 
 
+@functools.cache  # asked for at every launch
+def _walk(matrix: MatrixLayout, matrices: int) -> Constants:
+    """What `quantised_gemv` is compiled for, beside dtypes and activations."""
+    span, lanes = spans(matrix)
+    columns = min(COLUMNS, span)
+    widths = PLANES[matrix.bits]
+    return {
+        **_quantised(matrix),
+        "SPAN": span,
+        "COLUMNS": columns,
+        "LANES": lanes,
+        "SPLIT": splits(matrix, matrices),
+        "STEPS": tuple(range(min(MOST_STEPS[widths[0]], span // columns))),
+        "CODES_0": tuple(range(32 // widths[0])),
+        "CODES_1": tuple(range(32 // widths[-1])),
+    }
+
+
 def capability(device: torch.device) -> tuple[int, int]:
     """The compute capability that launch parameters are chosen for."""
     if device.type != "cuda":
@@ -160,20 +179,13 @@ def gemv(
             enable_fp_fusion=True,
         )  # fmt: skip
         return
-    span, lanes = spans(matrix)
-    columns = min(COLUMNS, span)
-    split = splits(matrix, count // tokens)
-    widths = PLANES[matrix.bits]
-    parts = split * len(widths)
+    walk = _walk(matrix, count // tokens)
+    parts = walk["SPLIT"] * len(walk["WIDTHS"])
     place = out if parts == 1 else out.new_empty(parts, count, rows, dtype=torch.float32)
     quantised_gemv[(matrix.stored_rows // TILE_ROWS, count, parts)](
         x, place, slots, slot_of_cell, *common, matrix.scale_offset, matrix.step_offset, bias_at,
         rows, matrix.stored_rows, *gated.numbers,
-        **_quantised(matrix), **gated.constants, DTYPE=dtype,
-        SPAN=span, COLUMNS=columns, LANES=lanes, SPLIT=split,
-        STEPS=tuple(range(min(MOST_STEPS[widths[0]], span // columns))),
-        CODES_0=tuple(range(32 // widths[0])), CODES_1=tuple(range(32 // widths[-1])),
-        num_warps=WARPS, enable_fp_fusion=True,
+        **walk, **gated.constants, DTYPE=dtype, num_warps=WARPS, enable_fp_fusion=True,
     )  # fmt: skip
     if parts > 1:
         add_parts[(triton.cdiv(rows, 256), count)](
@@ -223,7 +235,7 @@ def gemm(
 def activate(x: Tensor, order: Tensor, gated: Gated, out: Tensor) -> None:
     """out [S, I]: the activation of x [S, 2I] or [S, I], of the cells in `order`."""
     inner = out.shape[1]
-    gate_rows[(triton.cdiv(inner, 1024), len(order))](
+    gate_rows[(len(order), triton.cdiv(inner, 1024))](
         x, out, order, *gated.numbers, INNER=inner, **gated.constants, DTYPE=DTYPES[x.dtype],
         BLOCK=1024, num_warps=WARPS, enable_fp_fusion=True,
     )  # fmt: skip

@@ -152,8 +152,9 @@ def gate_rows(
     CLAMPED: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
     """out [S, I]: the activation of x [S, 2I] or [S, I], of the cells in `order`."""
-    cell = tl.load(order + tl.program_id(1)).to(tl.int64)
-    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    # Cells come first: there can be more of them than a grid's second dimension has.
+    cell = tl.load(order + tl.program_id(0)).to(tl.int64)
+    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = k < INNER
     x += cell * (2 * INNER if GATED else INNER)
     inner = load_inputs(

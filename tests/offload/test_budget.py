@@ -23,6 +23,7 @@ from offload.budget import (
     staging_rows,
 )
 from offload.errors import BudgetError
+from offload.planning import find_device
 from tests.tiny import EXPERTS, LAYERS, tiny_config
 
 MIB, GIB = 2**20, 2**30
@@ -334,3 +335,14 @@ def test_torch_is_held_to_the_budget_and_what_it_has(monkeypatch: pytest.MonkeyP
     for budget in (10 * GIB, 30 * GIB):
         hold_vram(torch.device("cuda"), budget)
     assert held == [0.5, 1.0]
+
+
+def test_a_gpu_has_its_number_however_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.cuda.set_per_process_memory_fraction` refuses a device without one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    for name in (None, "cuda", torch.device("cuda")):
+        assert find_device(name) == torch.device("cuda", 1)
+    assert find_device("cuda:0") == torch.device("cuda", 0)
+    assert find_device("cpu") == torch.device("cpu")

@@ -151,7 +151,7 @@ def test_random_copies_arrive_in_the_right_slots(pack: Pack, ram: int) -> None:
         if ticket is not None and chooser.random() < 0.7:
             transfer.wait(ticket)
             seen.append((transfer.slot(slot).clone(), layer, expert))
-            transfer.release(slot)
+            transfer.release([slot])
             continue
         if ticket is not None and not ticket.done:
             transfer.drop(ticket)

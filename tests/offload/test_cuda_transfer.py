@@ -68,7 +68,7 @@ def test_compute_sees_the_right_bytes_whatever_the_device_does_first(
             ticket, layer, expert = tickets.pop(slot)
             transfer.wait(ticket)
             link.compute(lambda s=slot, n=layer, e=expert: check(s, n, e))  # type: ignore[misc]
-            transfer.release(slot)
+            transfer.release([slot])
             continue
         before = tickets.pop(slot, None)
         if before is not None and not before[0].done:
@@ -235,3 +235,20 @@ def test_an_engine_over_it_gives_the_same_logits(
     monkeypatch.setattr(offload.loading, "_transfer", played)
     for slots in (1, 3, 7, 13):
         assert torch.equal(logits(slots), expected)
+
+
+def test_slots_that_were_computed_together_are_released_by_one_event(
+    pack: Pack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = FakeLink(eager=False)
+    transfer = transfer_of(pack, 3, EVERYTHING, link)
+    events = []
+    computed = link.computed
+    monkeypatch.setattr(link, "computed", lambda: events.append(computed()) or events[-1])
+    transfer.release([0, 1, 2])
+    link.stands_still = True
+    tickets = [transfer.start(0, slot, slot, urgent=True) for slot in range(3)]
+    assert len(events) == 1
+    tickets[2].end.synchronize()  # type: ignore[union-attr]
+    assert events[0].at is not None
+    transfer.close()

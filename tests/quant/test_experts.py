@@ -20,6 +20,7 @@ from quant.experts import (
     prefill_reference,
 )
 from quant.gate import FUNCTIONS, OAI, Gate, recognise
+from quant.kernels import gpu
 from quant.matmul import sample_record
 from quant.program import Program
 from quant.record import MatrixSpec, plan_layout
@@ -218,3 +219,23 @@ def test_kernels_that_give_the_reference_are_used_and_others_are_not(
             assert not kernels_work(made, BF16, DEVICE)
         assert word in caplog.messages[-1]
     kernels_work.cache_clear()
+
+
+def test_more_cells_than_a_grids_second_dimension_has_are_launched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    grids: list[tuple[int, ...]] = []
+
+    class Caught:
+        def __getitem__(self, grid: tuple[int, ...]) -> object:
+            grids.append(grid)
+            return lambda *_, **__: None
+
+    monkeypatch.setattr(gpu, "gate_rows", Caught())
+    cells = 1 << 17
+    order = torch.empty(cells, dtype=torch.int32, device="meta")
+    raw, inner = torch.empty(cells, 64, device="meta"), torch.empty(cells, 32, device="meta")
+    gpu.activate(raw, order, gpu.Gated(Gate("silu"), True), inner)
+    ((first, *others),) = grids
+    assert first == cells
+    assert max(others) < 1 << 16
