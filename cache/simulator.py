@@ -23,7 +23,7 @@ from cache.link import Copy, Link
 from cache.plan import Use
 from cache.prediction import Phase, Prediction
 from cache.predictors import make_predictor
-from cache.replay import Setup, guesses, make_cache, warmed
+from cache.replay import Setup, guesses, layers_of, make_one, warmed
 from cache.software import HOST_PLANNED, Software
 from cache.statistics import LayerCounts
 from cache.timeline import Span, Timeline
@@ -88,8 +88,9 @@ class _Simulation:
         cards, slots = self.hardware.cards, self.scenario.cache.slots
         first, end = (at * self.header.layers // cards for at in (number, number + 1))
         share = (number + 1) * slots // cards - number * slots // cards
-        part = self.trace if cards == 1 else _layers_of(self.trace, first, end)
-        return _Card(number, first, make_cache(part, replace(self.scenario.cache, slots=share)))
+        part = self.trace if cards == 1 else layers_of(self.trace, first, end)
+        setup = replace(self.scenario.cache, slots=share, cards=())
+        return _Card(number, first, make_one(part, setup))
 
     def _is_on_disk(self, layer: int) -> bool:
         """Layers are taken into RAM in order, as far as it reaches."""
@@ -253,16 +254,6 @@ class _Simulation:
     ) -> None:
         if self.timeline is not None:
             self.timeline.add(Span(track, f"{name} ({layer})", begin, seconds, layer, expert))
-
-
-def _layers_of(trace: Trace, first: int, end: int) -> Trace:
-    """The part of a trace that one card serves, its layers counted from 0."""
-    header = trace.header
-    part = replace(
-        header, experts=header.experts[first:end], record_bytes=header.record_bytes[first:end]
-    )
-    events = (e._replace(layer=e.layer - first) for e in trace.events if first <= e.layer < end)
-    return Trace(part, list(events))
 
 
 class _Window:

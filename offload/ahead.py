@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
-from cache.cache import ExpertCache
+from cache.interface import Cache
 from cache.lookahead import LookaheadBalance
 from cache.plan import Use
 from cache.predictors import WITH_ROUTER, Lookahead, make_predictor, merged
@@ -29,7 +29,7 @@ class Ahead:
     def __init__(
         self,
         layers: Sequence[Layer],
-        cache: ExpertCache,
+        cache: Cache,
         lookahead: Lookahead,
         balance: LookaheadBalance | None,
         start: Callable[[int, Use], Ticket],

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cache.cache import ExpertCache
+from cache.interface import Cache
 from cache.lookahead import LookaheadBalance
 from cache.plan import Use, Wave
 from cache.policy import Key
@@ -47,7 +47,7 @@ class Engine:
     def __init__(
         self,
         info: PackInfo,
-        cache: ExpertCache,
+        cache: Cache,
         transfer: Transfer,
         compute: Compute,
         balance: LookaheadBalance | None,
