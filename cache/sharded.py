@@ -1,7 +1,7 @@
 """One cache for each card, behind the interface of one.
 
-Knows: which card serves which layers, how slots are numbered over all cards. Does not know: devices,
-bytes, how many slots a card has room for (`offload.placement`).
+Knows: which card serves which layers, how slots are numbered over all cards. Does not know:
+devices, bytes, how many slots a card has room for (`offload.placement`).
 
 A layer's experts live on the layer's card and compete with that card's other layers alone. Row r of
 card c, of n cards, is slot r * n + c: the numbers stay when a card has more rows or fewer.

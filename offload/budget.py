@@ -119,19 +119,24 @@ def available_bytes(device: torch.device, vram: int | None, ram: int | None) -> 
 
 
 def kv_cache_bytes(config: PreTrainedConfig, context: int, dtype: torch.dtype) -> int:
-    """Bytes of the KV cache at `context` tokens, for one sequence.
+    """Bytes of the KV cache at `context` tokens, for one sequence."""
+    return sum(kv_cache_by_layer(config, context, dtype))
+
+
+def kv_cache_by_layer(config: PreTrainedConfig, context: int, dtype: torch.dtype) -> list[int]:
+    """Bytes of the KV cache of each layer at `context` tokens, for one sequence.
 
     An estimate: every layer is counted as full attention (2 * heads * head_dim a token).
     """
     text = config.get_text_config()
     layers = getattr(text, "per_layer_config", None) or [text] * text.num_hidden_layers
-    values = 0
+    values = []
     for layer in layers:
         heads = getattr(layer, "num_attention_heads", None) or 0
         kv_heads = getattr(layer, "num_key_value_heads", None) or heads
         head_dim = getattr(layer, "head_dim", None) or (layer.hidden_size // heads if heads else 0)
-        values += 2 * int(kv_heads) * int(head_dim)
-    return values * context * dtype.itemsize
+        values.append(2 * int(kv_heads) * int(head_dim) * context * dtype.itemsize)
+    return values
 
 
 def workspace_bytes(config: PreTrainedConfig, info: PackInfo, context: int) -> int:

@@ -290,7 +290,8 @@ class Chat:
             self.display.write(
                 f"{info.source}: {self.model.config.model_type}, {len(info.layers)} MoE layers, "
                 f"{info.total_experts} experts; bits: {bits_name(info)}\n"
-                f"pack {offload.pack.path}\n{options.slots} experts resident on {options.device}, "
+                f"pack {offload.pack.path}\n{options.slots} experts resident on "
+                f"{' and '.join(map(str, options.devices))}, "
                 f"computing in {str(options.dtype).removeprefix('torch.')}, context "
                 f"{options.context}\n"
             )

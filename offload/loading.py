@@ -14,23 +14,27 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.hooks import remove_hook_from_submodules
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from cache.interface import Cache
 from cache.predictors import WITH_ROUTER
+from cache.sharded import ShardedCache
 from offload import sources
-from offload.budget import (
-    Memory,
-    parse_bytes,
-)
-from offload.compute import Grouped, OneByOne
+from offload.blocks import Layers, device_of
+from offload.budget import parse_bytes
+from offload.cards import CardsCompute, CardsTransfer
+from offload.compute import Compute, Grouped, OneByOne
 from offload.cpu_linear import OneTokenLinear, native_is_quicker
+from offload.crossing import Crossing
 from offload.cuda_transfer import CudaTransfer
 from offload.engine import Engine
 from offload.errors import CheckpointError, PackError
 from offload.generation_config import check_generation_config
+from offload.gpus import Gpus, find_place
 from offload.handle import Offload, Options
 from offload.packs import check_recipe, find_or_make_pack
-from offload.planning import Planner, find_device
+from offload.planning import Planner
 from offload.progress import without_bars
 from offload.quantized import QuantizedEmbedding, QuantizedLinear
 from offload.recipe import AskedBits
@@ -38,6 +42,7 @@ from offload.residency import ALLOCATION, POLICY, PREDICTOR, Residency
 from offload.skeleton import (
     BUILDING,
     IMPLEMENTATION,
+    build_on_meta,
     described_experts,
     experts_modules,
     find_router,
@@ -56,6 +61,7 @@ def load(
     source: str | Path,
     *,
     device: str | torch.device | None = None,
+    gpus: Gpus | None = None,
     dtype: torch.dtype | None = None,
     bits: str | None = None,
     expert_bits: int | None = None,
@@ -88,6 +94,8 @@ def load(
       `offload.recipe`; "fit": the most bits at which all experts are resident.
     - `expert_slots`: experts resident on the compute device, over all layers, a number or a share
       like "25%"; None: as many as `vram` (GPU) or `ram` (CPU), bytes or "20GiB", allow.
+    - `gpus`: cards that share the model, like "0,1": layers by free memory, a cache and a link
+      each; `vram` is then for each card, or one size for each like "20GiB,10GiB".
     - `policy`: who is evicted, lru, slru, lfru, lfu or fifo; `allocation`: which layer gives a
       slot, shared, global or quota.
     - `lookahead`: load what the next layers will probably want; None: while measured to pay.
@@ -103,16 +111,9 @@ def load(
     """
     asked = AskedBits(bits, expert_bits, dense_bits, group_size)
     residency = Residency(policy, allocation, lookahead, predictor, layers_ahead, warm_start)
-    place = find_device(device)
+    place = find_place(device, gpus, vram, ram)
     ram_bytes = parse_bytes(ram)
-    plan = Planner(
-        place,
-        Memory.of(place, vram, ram),
-        dtype,
-        expert_slots,
-        residency,
-        context,
-    )
+    plan = Planner(place.device, place.memory, dtype, expert_slots, residency, context, place.cards)
     path = find_or_make_pack(
         str(source),
         asked.recipe(),
@@ -120,7 +121,7 @@ def load(
         revision=revision,
         local_files_only=local_files_only,
         trust_remote_code=trust_remote_code,
-        device=place,
+        device=place.device,
         plan=plan,
     )
     with contextlib.ExitStack() as undo:  # what was begun, should the rest fail
@@ -129,10 +130,12 @@ def load(
         check_generation_config(path)
         check_recipe(pack, asked)
         config = sources.read_config(str(source), path, trust_remote_code=trust_remote_code)
-        options = plan(pack.info, config)
-        tokenizer = _tokenizer(path, trust_remote_code)
         cls = model_class(config, str(path), trust_remote_code)
-        model = _load_dense(pack, own_config(config, cls), cls, options)
+        whole = build_on_meta(own_config(config, cls), cls) if place.cards else None
+        options = plan(pack.info, config, whole)
+        devices = _devices(options, whole)
+        tokenizer = _tokenizer(path, trust_remote_code)
+        model = _load_dense(pack, own_config(config, cls), cls, options, devices)
         transfer = _transfer(pack, options, ram_bytes)
         undo.callback(transfer.close)
         _connect(model, pack, options, transfer)
@@ -147,10 +150,21 @@ def load(
     return model, tokenizer
 
 
+def _devices(options: Options, whole: PreTrainedModel | None) -> dict[str, torch.device]:
+    """Every part of the model and its device."""
+    if whole is None:
+        return {"": options.device}
+    return Layers(whole).device_map(options.shares, [card.device for card in options.cards])
+
+
 def _load_dense(
-    pack: Pack, config: PreTrainedConfig, cls: type[PreTrainedModel], options: Options
+    pack: Pack,
+    config: PreTrainedConfig,
+    cls: type[PreTrainedModel],
+    options: Options,
+    devices: dict[str, torch.device],
 ) -> PreTrainedModel:
-    """The model with everything in place but its experts."""
+    """The model with everything in place, its parts on `devices`, but its experts."""
     if any(len(dense.modules) > 1 for dense in pack.info.dense):
         config = _untied(config)  # one record serves both: there are no parameters to tie
     quantised = [path for dense in pack.info.dense for path in dense.modules]
@@ -160,7 +174,7 @@ def _load_dense(
             pack.path,
             config=config,
             dtype=options.dtype,
-            device_map={"": options.device},
+            device_map=devices,
             experts_implementation=IMPLEMENTATION,
             local_files_only=True,
             output_loading_info=True,
@@ -175,7 +189,8 @@ def _load_dense(
         raise CheckpointError(f"config.json and weights do not match: {sorted(wrong)[0]}")
     for dense, record in pack.dense_records():
         layout = pack.info.dense_layout(dense)
-        view = view_record(record.to(options.device), layout)["weight"]
+        where = device_of(dense.modules[0], devices)  # of two, one is tied to it
+        view = view_record(record.to(where), layout)["weight"]
         for path in dense.modules:
             module = model.get_submodule(path)
             assert isinstance(module, QuantizedLinear | QuantizedEmbedding)
@@ -184,6 +199,9 @@ def _load_dense(
                     f"{pack.path} has a matrix of another shape than the model's {path}: {REMAKE}"
                 )
             module.bind(view, options.dtype)
+    if len(devices) > 1:
+        remove_hook_from_submodules(model)  # accelerate's, one for each linear layer
+        Crossing(model, devices, home=options.device)
     return model.requires_grad_(False)  # slots are reused: there is nothing to train
 
 
@@ -211,11 +229,14 @@ def _connect(model: PreTrainedModel, pack: Pack, options: Options, transfer: Tra
             f"{transformers.__version__} has: {REMAKE}"
         )
     residency = options.residency
-    cache = residency.cache(options.slots, len(info.layers))
+    cache: Cache = residency.cache(options.slots, len(info.layers))
+    if len(options.caching) > 1:
+        shares = [share for _, share in options.caching]
+        cache = ShardedCache([residency.cache(s.slots, s.moe_layers) for s in shares])
     everything_fits = options.slots >= info.total_experts
     ahead = residency.ahead(everything_fits)
-    way = OneByOne if options.device.type == "cpu" else Grouped
-    engine = Engine(info, cache, transfer, way(info, transfer), residency.balance(), ahead)
+    compute = _compute(info, transfer)
+    engine = Engine(info, cache, transfer, compute, residency.balance(), ahead)
     for module in experts_modules(model):
         install(module, engine.add_layer(module))
     engine.watch_calls(model)
@@ -239,10 +260,28 @@ def _top_k(model: PreTrainedModel) -> int:
     return next((k for name in names if isinstance(k := getattr(config, name, None), int)), 0)
 
 
+def _compute(info: PackInfo, transfer: Transfer) -> Compute:
+    if isinstance(transfer, CardsTransfer):
+        return CardsCompute([_compute(info, card) for card in transfer.transfers])
+    return (OneByOne if transfer.device.type == "cpu" else Grouped)(info, transfer)
+
+
 def _transfer(pack: Pack, options: Options, ram: int | None) -> Transfer:
-    if options.device.type == "cpu":
-        return HostTransfer(pack, options.slots)
-    return CudaTransfer(pack, options.slots, options.device, ram)
+    if not options.cards:
+        return _transfer_to(options.device, pack, options.slots, ram)
+    with contextlib.ExitStack() as undo:
+        transfers = []
+        for card, share in options.caching:
+            transfers.append(_transfer_to(card.device, pack, share.slots, ram))
+            undo.callback(transfers[-1].close)
+        undo.pop_all()
+    return CardsTransfer(transfers) if len(transfers) > 1 else transfers[0]
+
+
+def _transfer_to(device: torch.device, pack: Pack, slots: int, ram: int | None) -> Transfer:
+    if device.type == "cpu":
+        return HostTransfer(pack, slots)
+    return CudaTransfer(pack, slots, device, ram)
 
 
 def _tokenizer(path: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from offload.blocks import demand
 from offload.budget import Budget, Memory, kv_cache_bytes, parse_slots, workspace_bytes
 from offload.errors import BudgetError
-from offload.handle import Options
+from offload.handle import Card, Options
+from offload.placement import place
 from offload.residency import Residency
 from quant.pack import PackInfo
 
@@ -27,10 +29,29 @@ class Planner:
     slots: int | str | None = None
     residency: Residency = field(default_factory=Residency)
     context: int = 4096
+    cards: tuple[Card, ...] = ()  # where there are several
 
-    def __call__(self, info: PackInfo, config: PreTrainedConfig) -> Options:
-        """How a pack like `info` would be run. Raises `BudgetError`."""
+    def __call__(
+        self, info: PackInfo, config: PreTrainedConfig, model: PreTrainedModel | None = None
+    ) -> Options:
+        """How a pack like `info` would be run; for several cards `model` is needed, whole, on meta.
+
+        Raises `BudgetError`.
+        """
         compute = self.dtype or _config_dtype(config)
+        asked = parse_slots(self.slots, info.total_experts)
+        if self.cards:
+            assert model is not None, "what each layer weighs is counted on a model"
+            shares = place(
+                demand(model, info, config, self.context, compute),
+                [card.memory for card in self.cards],
+                asked,
+                numbers=[card.number for card in self.cards],
+            )
+            slots = sum(share.slots for share in shares)
+            return Options(
+                self.device, compute, slots, self.residency, self.context, self.cards, shares
+            )
         budget = Budget(
             self.memory.device,
             dense=info.dense_bytes(compute.itemsize),
@@ -39,7 +60,7 @@ class Planner:
             slot=info.slot_bytes,
             total_experts=info.total_experts,
         )
-        slots = budget.slots(parse_slots(self.slots, info.total_experts))
+        slots = budget.slots(asked)
         return Options(self.device, compute, slots, self.residency, self.context)
 
 

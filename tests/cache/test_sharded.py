@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -27,7 +26,7 @@ from cache.synthetic import Routing, Shape, synthesize
 from cache.trace import Trace
 
 EXPERTS = 6
-SHAPE = Shape("tiny", layers=5, experts=8, top_k=2, record_bytes=1000)
+SHAPE = Shape("tiny", 5, 8, 2, record_bytes=1000, dense_bytes=0, expert_bits=4.5)
 steps = st.lists(
     st.tuples(
         st.sampled_from(("plan", "guess", "warm")),

@@ -1,0 +1,117 @@
+"""A model on two devices answers as on one: two logical CPUs, each with its cache and its link."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+import offload
+from cache.replay import recorded_setup, replay
+from cache.sharded import ShardedCache
+from cache.trace_file import read
+from offload.cards import CardsTransfer
+from offload.handle import offload_of
+from tests.tiny import save_tiny
+
+PROMPT = torch.arange(5, 25)[None]
+CPUS = ("cpu", "cpu")
+
+
+def _load(folder: Path, **options: Any) -> PreTrainedModel:
+    if "gpus" not in options:
+        options["device"] = "cpu"
+    model, _ = offload.load(
+        folder / "checkpoint", pack_dir=folder / "packs", warm_start=False, **options
+    )
+    return model
+
+
+def _logits(model: PreTrainedModel) -> list[torch.Tensor]:
+    """Of a prompt and of some tokens after it."""
+    found, cache, ids = [], None, PROMPT
+    with torch.inference_mode():
+        for _ in range(8):
+            out = model(input_ids=ids, past_key_values=cache, use_cache=True)
+            cache, logits = out.past_key_values, out.logits[:, -1]
+            ids = logits.argmax(-1, keepdim=True)
+            found.append(logits)
+    return found
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "qwen3_next", "nemotron_h"])
+def test_two_devices_give_the_logits_of_one(model_type: str, tmp_path: Path) -> None:
+    save_tiny(model_type, tmp_path / "checkpoint")
+    one = _load(tmp_path, expert_slots=6)
+    expected = _logits(one)
+    for slots, lookahead in itertools.product((2, 6, None), (True, False)):
+        two = _load(tmp_path, gpus=CPUS, expert_slots=slots, lookahead=lookahead)
+        engine = offload_of(two).engine
+        assert isinstance(engine.cache, ShardedCache)
+        assert isinstance(engine.transfer, CardsTransfer)
+        for ours, theirs in zip(_logits(two), expected, strict=True):
+            assert torch.equal(ours, theirs)
+        engine.cache.check_integrity()
+        offload_of(two).close()
+    offload_of(one).close()
+
+
+def test_quantised_dense_layers_and_a_tied_head_are_put_on_their_cards(tmp_path: Path) -> None:
+    save_tiny("mixtral", tmp_path / "checkpoint", tie_word_embeddings=True)
+    one, two = (
+        _load(tmp_path, expert_slots=6, dense_bits=8, **where)
+        for where in ({"device": "cpu"}, {"gpus": CPUS})
+    )
+    for ours, theirs in zip(_logits(two), _logits(one), strict=True):
+        assert torch.equal(ours, theirs)
+    for model in (one, two):
+        offload_of(model).close()
+
+
+def test_each_card_says_what_it_holds(tmp_path: Path) -> None:
+    save_tiny("mixtral", tmp_path / "checkpoint")
+    model = _load(tmp_path, gpus=CPUS, expert_slots=9)
+    before = offload_of(model).stats()
+    _logits(model)
+    stats = offload_of(model).stats() - before
+    assert [len(card.share.blocks) for card in stats.cards] == [2, 1]
+    assert [card.share.slots for card in stats.cards] == [6, 3]
+    assert sum(card.counts.requests for card in stats.cards) == stats.counts.requests
+    assert sum(card.bytes_loaded for card in stats.cards) == stats.bytes_loaded
+    assert (stats + stats).cards[0].counts.hits == 2 * stats.cards[0].counts.hits
+    first, second, third = stats.line().splitlines()
+    assert first.startswith("[ Experts: 9/24 resident | hits ")
+    assert second.startswith("[ Card 0: 2 layers | 6/16 resident | hits ")
+    assert third.startswith("[ Card 1: 1 layers | 3/8 resident | hits ")
+    offload_of(model).close()
+
+
+@pytest.mark.parametrize(("policy", "allocation"), [("lfru", "shared"), ("slru", "quota")])
+def test_a_replay_does_what_two_cards_did(policy: str, allocation: str, tmp_path: Path) -> None:
+    save_tiny("mixtral", tmp_path / "checkpoint")
+    model = _load(
+        tmp_path,
+        gpus=CPUS,
+        expert_slots=7,
+        policy=policy,
+        allocation=allocation,
+        lookahead=True,
+        trace=tmp_path / "trace",
+    )
+    for seed in range(2):
+        model.generate(PROMPT + seed, max_new_tokens=12, do_sample=False)
+    offload_of(model).close()
+    live = offload_of(model).stats()
+    trace = read(tmp_path / "trace")
+    outcome = replay(trace, recorded_setup(trace))
+    decisions = [
+        [replace(counts, wait_seconds=0.0, dropped=0) for counts in layers]
+        for layers in (outcome.layers, live.layers)
+    ]
+    assert decisions[0] == decisions[1]
+    assert live.counts.lookahead_guesses > 0
