@@ -32,7 +32,7 @@ class Layer:
         self.module = module
         self.num_experts = num_experts
         self.router: nn.Module | None = None  # of this layer
-        self.device: torch.device | None = None  # of its router
+        self.device: torch.device | None = None  # where its router is; None: not asked
         self.asked: Tensor | None = None  # what this layer's router was just asked about
         self.constants: tuple[Any, ...] | None = None  # its other arguments; None: not called yet
         self.finder: NormFinder | None = None  # of the norm that feeds the router
