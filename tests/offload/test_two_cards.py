@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -115,3 +116,51 @@ def test_a_replay_does_what_two_cards_did(policy: str, allocation: str, tmp_path
     ]
     assert decisions[0] == decisions[1]
     assert live.counts.lookahead_guesses > 0
+
+
+def test_a_step_that_broke_off_leaves_both_cards_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tiny("mixtral", tmp_path / "checkpoint")
+    model = _load(tmp_path, gpus=CPUS, expert_slots=6)
+    expected = _logits(model)
+
+    def interrupt(*_: object) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    engine = offload_of(model).engine
+    for layer in engine.layers[1:]:
+        with monkeypatch.context() as patch:
+            patch.setattr(layer, "expert", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                _logits(model)
+        for ours, theirs in zip(_logits(model), expected, strict=True):
+            assert torch.equal(ours, theirs)
+        engine.cache.check_integrity()
+    offload_of(model).close()
+
+
+def test_hot_experts_go_to_the_card_of_their_layer(tmp_path: Path) -> None:
+    save_tiny("mixtral", tmp_path / "checkpoint")
+    first, _ = offload.load(tmp_path / "checkpoint", pack_dir=tmp_path, gpus=CPUS, expert_slots=9)
+    _logits(first)
+    hottest = offload_of(first).engine.cache.heat.hottest()
+    offload_of(first).close()
+    again, _ = offload.load(tmp_path / "checkpoint", pack_dir=tmp_path, gpus=CPUS, expert_slots=9)
+    cache = offload_of(again).engine.cache
+    for layers, slots in ((range(2), 6), (range(2, 3), 3)):
+        hot = [key for key in hottest if key[0] in layers]
+        assert all(cache.is_resident(*key) for key in hot[:slots])
+    assert not cache.table.has_free()
+    offload_of(again).close()
+
+
+def test_a_model_on_two_devices_generates_text_and_frees_everything(mixtral_pack: Path) -> None:
+    threads = threading.active_count()
+    texts = []
+    for where in ({"device": "cpu"}, {"gpus": CPUS}):
+        model, tokenizer = offload.load(mixtral_pack, expert_slots="25%", warm_start=False, **where)
+        texts.append(offload.generate(model, tokenizer, "Once upon a time", max_new_tokens=12))
+        offload_of(model).close()
+    assert texts[0] == texts[1]
+    assert threading.active_count() == threads
