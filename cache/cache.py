@@ -35,21 +35,30 @@ class ExpertCache:
         allocation: str = "shared",
     ) -> None:
         self.table = SlotTable(slots)
+        self.least_slots = 1
         self.statistics = Statistics(layers)
         self.heat = Heat(layers)
-        self._make = functools.partial(ALLOCATIONS[allocation], slots, layers, policy)
-        self._allocation: Allocation = self._make()
+        self._make = functools.partial(ALLOCATIONS[allocation], layers=layers, policy=policy)
+        self._allocation: Allocation = self._make(slots)
         self._trust = Trust(layers)
         self._keep: set[Key] = set()  # in use, or guessed
         self._in_use: list[Key] = []
         self._guesses: dict[int, _Guess] = {}  # of a layer's next step
         self._useless: dict[Key, None] = {}  # loaded by a wrong guess, not asked for since
 
-    def plan(self, layer: int, experts: Sequence[int], *, prompt: bool = False) -> Plan:
+    def plan(
+        self,
+        layer: int,
+        experts: Sequence[int],
+        *,
+        prompt: bool = False,
+        admit: int | None = None,
+    ) -> Plan:
         """Decide how the distinct `experts` of `layer` are served.
 
-        Residents come first. What does not fit beside them waits for a later wave, which takes over
-        the slots of the wave before it.
+        Residents come first. Of what is missing the last `admit` of `experts` may evict; the
+        others get free slots, as far as there are any, or are streamed. With None all may, and what
+        does not fit waits for a later wave, which takes over the slots of the wave before it.
         """
         self._release()
         weight = PROMPT_WEIGHT if prompt else 1.0
@@ -77,7 +86,26 @@ class ExpertCache:
         counts.misses += len(missing)
         if not missing:
             return Plan(layer, (Wave(tuple(hits), ()),) if hits else ())
-        return Plan(layer, self._waves(layer, hits, missing, weight))
+        if admit is None:
+            return Plan(layer, self._waves(layer, hits, missing, weight))
+        last = set(keys[max(0, len(keys) - admit) :])
+        loads = self._admit(layer, missing, last, weight)
+        placed = {use.expert for use in loads}
+        streamed = tuple(expert for _, expert in missing if expert not in placed)
+        counts.streamed += len(streamed)
+        waves = (Wave(tuple(hits), loads),) if hits or loads else ()
+        return Plan(layer, waves, streamed)
+
+    def _admit(
+        self, layer: int, missing: list[Key], last: set[Key], weight: float
+    ) -> tuple[Use, ...]:
+        """Load what may evict, and what finds room without; the later asked for goes first."""
+        slots = self._take_slots(layer, len(missing), evict=sum(key in last for key in missing))
+        wanted = sorted(missing, key=last.__contains__)  # a stable sort: `last` comes last
+        taken = wanted[len(wanted) - len(slots) :]
+        self._in_use += taken
+        self._keep.update(taken)
+        return self._place(layer, taken, slots, weight)
 
     def _release(self) -> None:
         """The step before is over: what it used may leave again."""
@@ -106,7 +134,7 @@ class ExpertCache:
         done = hits  # uses whose slots the next wave may take over
         first_hits = tuple(hits)
         while missing or first_hits:
-            slots = self._take_slots(layer, len(missing), evict=True)
+            slots = self._take_slots(layer, len(missing), evict=len(missing))
             if not slots and not first_hits:
                 slots = self._take_over(layer, done[: len(missing)])
             taken, missing = missing[: len(slots)], missing[len(slots) :]
@@ -119,8 +147,9 @@ class ExpertCache:
             first_hits = ()
         return tuple(waves)
 
-    def _take_slots(self, layer: int, count: int, *, evict: bool) -> list[int]:
-        """At most `count` slots for keys of `layer`: free ones, useless ones, victims'."""
+    def _take_slots(self, layer: int, count: int, *, evict: int) -> list[int]:
+        """At most `count` slots for keys of `layer`: free ones, useless ones, and as far as these
+        are fewer than `evict`, victims'."""
         slots: list[int] = []
         if self.table.has_free():
             room = min(count, self._allocation.room(layer))
@@ -134,8 +163,8 @@ class ExpertCache:
                 if key not in self._keep and (pooled or key[0] == layer)
             ]
             slots += self._evict(layer, useless[: count - len(slots)])
-        if len(slots) < count and evict:
-            victims = self._allocation.evict(layer, count - len(slots), self._keep)
+        if len(slots) < evict:
+            victims = self._allocation.evict(layer, evict - len(slots), self._keep)
             slots += self._vacate(layer, victims)
         return slots
 
@@ -169,7 +198,8 @@ class ExpertCache:
         count = min(most, len(absent), spare)
         if count < 1:
             return ()
-        slots = self._take_slots(layer, count, evict=self._trust.may_evict(layer))
+        evict = count if self._trust.may_evict(layer) else 0
+        slots = self._take_slots(layer, count, evict=evict)
         loads = self._place(layer, absent[: len(slots)], slots, 0.0)
         guess.loaded |= {use.expert for use in loads}
         self._keep.update((layer, use.expert) for use in loads)
@@ -212,8 +242,13 @@ class ExpertCache:
     def forget(self) -> None:
         """`clear`, and begin anew with what was learnt about keys and guesses; heat stays."""
         self.clear()
-        self._allocation = self._make()
+        self._allocation = self._make(self.table.slots)
         self._trust = Trust(len(self.heat))
+
+    def resize(self, slots: int) -> None:
+        """Have `slots` from now on, all of them empty: `forget`."""
+        self.table = SlotTable(slots)
+        self.forget()
 
     def is_resident(self, layer: int, expert: int) -> bool:
         return (layer, expert) in self.table

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cache.interface import Cache
-from cache.replay import Setup, make_cache, prepare
+from cache.replay import Setup, admitted, make_cache, prepare
 from cache.trace import Trace
 
 BLOCKS, POINTS = "░▒▓█", " .:!"
@@ -114,11 +114,15 @@ def collect(trace: Trace, setup: Setup) -> HeatMap:
     misses = [[0] * experts for experts in trace.header.experts]
     for event in trace.events:
         prepare(cache, event, setup)
-        for wave in cache.plan(event.layer, event.distinct(), prompt=event.prompt).waves:
+        admit = admitted(event, setup, trace.header)
+        plan = cache.plan(event.layer, event.distinct(), prompt=event.prompt, admit=admit)
+        for wave in plan.waves:
             for use in wave.hits:
                 hits[event.layer][use.expert] += 1
             for use in wave.loads:
                 misses[event.layer][use.expert] += 1
+        for expert in plan.streamed:
+            misses[event.layer][expert] += 1
     both = zip(hits, misses, strict=True)
     return HeatMap(
         uses=tuple(tuple(map(sum, zip(*pair, strict=True))) for pair in both),

@@ -35,6 +35,8 @@ class Slots(Protocol):
 class Cache(Protocol):
     """Decides hits, loads and evictions; see `cache.cache.ExpertCache`."""
 
+    least_slots: int  # without which nothing can be computed
+
     @property
     def table(self) -> Slots:
         """What is resident."""
@@ -47,7 +49,14 @@ class Cache(Protocol):
     def heat(self) -> Heat:
         """What was used lately, layer by layer."""
 
-    def plan(self, layer: int, experts: Sequence[int], *, prompt: bool = False) -> Plan:
+    def plan(
+        self,
+        layer: int,
+        experts: Sequence[int],
+        *,
+        prompt: bool = False,
+        admit: int | None = None,
+    ) -> Plan:
         """Decide how the distinct `experts` of `layer` are served."""
 
     def look_ahead(self, layer: int, experts: Sequence[int], most: int) -> tuple[Use, ...]:
@@ -58,6 +67,9 @@ class Cache(Protocol):
 
     def forget(self) -> None:
         """Begin anew; heat and counts stay."""
+
+    def resize(self, slots: int) -> None:
+        """Have `slots` from now on, all of them empty."""
 
     def is_resident(self, layer: int, expert: int) -> bool:
         """Whether the expert has a slot."""

@@ -24,7 +24,8 @@ class Wave(NamedTuple):
 
 class Plan(NamedTuple):
     """Waves to carry out one after the other: a later wave's loads overwrite an earlier one's
-    slots."""
+    slots. Then what is streamed: loaded beside the slots, used once, and not kept."""
 
     layer: int
     waves: tuple[Wave, ...]
+    streamed: tuple[int, ...] = ()

@@ -158,7 +158,8 @@ def replay(
     predictor = make_predictor(setup.lookahead, trace.header.layers)
     for event in trace.events:
         prepare(cache, event, setup)
-        cache.plan(event.layer, event.distinct(), prompt=event.prompt)
+        admit = admitted(event, setup, trace.header)
+        cache.plan(event.layer, event.distinct(), prompt=event.prompt, admit=admit)
         for guess in guesses(event, setup, predictor, trace.header.layers):
             cache.look_ahead(guess.layer, guess.experts, most=len(guess.experts))
         if after is not None:
@@ -172,6 +173,13 @@ def prepare(cache: Cache, event: Event, setup: Setup) -> None:
         cache.forget()
     for key in warmed(event, setup):
         cache.warm(*key)
+
+
+def admitted(event: Event, setup: Setup, header: TraceHeader) -> int | None:
+    """How many of an event's experts may evict: all of them where everything fits, and with
+    Belady's, who is to be told of every use."""
+    everything_fits = setup.slots >= header.total_experts
+    return None if everything_fits or setup.policy == BELADY else event.admit
 
 
 def warmed(event: Event, setup: Setup) -> Sequence[Key]:

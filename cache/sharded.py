@@ -10,11 +10,14 @@ card c, of n cards, is slot r * n + c: the numbers stay when a card has more row
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from cache.cache import ExpertCache
 from cache.heat import Heat
+from cache.interface import Cache
 from cache.plan import Plan, Use, Wave
 from cache.policy import Key
+from cache.staging import Staging, Step
 from cache.statistics import Statistics
 
 
@@ -24,21 +27,38 @@ def card_and_row(slot: int, cards: int) -> tuple[int, int]:
     return card, row
 
 
+def divided(slots: int, had: Sequence[int]) -> list[int]:
+    """`slots` over cards that once had `had`: one for each, the rest in these proportions."""
+    assert len(had) <= slots <= sum(had), "a card without slots, or with more than before"
+    more, rest = sum(had) - len(had), slots - len(had)
+    ends = [rest * (sum(had[:at]) - at) // max(1, more) for at in range(len(had) + 1)]
+    return [1 + end - begin for begin, end in pairwise(ends)]
+
+
 class ShardedCache:
     """`ExpertCache`'s interface over one for each card, which have the layers in turn."""
 
     def __init__(self, caches: Sequence[ExpertCache]) -> None:
         self.caches = tuple(caches)
+        self.least_slots = len(self.caches)
         self.table = _Table(self.caches)
+        self._had = tuple(cache.table.slots for cache in caches)  # in whose proportions to resize
         self.statistics = Statistics.joined(cache.statistics for cache in self.caches)
         self.heat = Heat.joined(cache.heat for cache in self.caches)
         self._at = [
             (card, layer) for card, cache in enumerate(caches) for layer in range(len(cache.heat))
         ]  # of each layer of the model
 
-    def plan(self, layer: int, experts: Sequence[int], *, prompt: bool = False) -> Plan:
+    def plan(
+        self,
+        layer: int,
+        experts: Sequence[int],
+        *,
+        prompt: bool = False,
+        admit: int | None = None,
+    ) -> Plan:
         card, local = self._at[layer]
-        plan = self.caches[card].plan(local, experts, prompt=prompt)
+        plan = self.caches[card].plan(local, experts, prompt=prompt, admit=admit)
         waves = (
             Wave(self._numbered(card, wave.hits), self._numbered(card, wave.loads))
             for wave in plan.waves
@@ -58,6 +78,10 @@ class ShardedCache:
         for cache in self.caches:
             cache.forget()
 
+    def resize(self, slots: int) -> None:
+        for cache, count in zip(self.caches, divided(slots, self._had), strict=True):
+            cache.resize(count)
+
     def is_resident(self, layer: int, expert: int) -> bool:
         card, local = self._at[layer]
         return self.caches[card].is_resident(local, expert)
@@ -69,6 +93,29 @@ class ShardedCache:
     def _numbered(self, card: int, uses: Sequence[Use]) -> tuple[Use, ...]:
         cards = len(self.caches)
         return tuple([Use(expert, row * cards + card) for expert, row in uses])
+
+
+class ShardedStaging:
+    """`Staging`'s interface over `rows` rows behind the slots of each card."""
+
+    def __init__(self, cache: ShardedCache, rows: int) -> None:
+        self.rows, cards = rows, len(cache.caches)
+        self._at = [
+            staging
+            for card, part in enumerate(cache.caches)
+            for staging in [Staging(part.table.slots * cards + card, rows, cards)]
+            for _ in range(len(part.heat))
+        ]  # of each layer of the model
+
+    def steps(self, plan: Plan) -> list[Step]:
+        return self._at[plan.layer].steps(plan)
+
+
+def staging_of(cache: Cache, rows: int) -> Staging | ShardedStaging:
+    """What `rows` rows behind the slots of `cache`, on each card, are used for."""
+    if isinstance(cache, ShardedCache):
+        return ShardedStaging(cache, rows)
+    return Staging(cache.table.slots, rows)
 
 
 class _Table:

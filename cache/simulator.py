@@ -23,11 +23,14 @@ from cache.link import Copy, Link
 from cache.plan import Use
 from cache.prediction import Phase, Prediction
 from cache.predictors import make_predictor
-from cache.replay import Setup, guesses, layers_of, make_one, warmed
+from cache.replay import Setup, admitted, guesses, layers_of, make_one, warmed
 from cache.software import HOST_PLANNED, Software
+from cache.staging import Staging
 from cache.statistics import LayerCounts
 from cache.timeline import Span, Timeline
 from cache.trace import Event, Trace
+
+STAGING_ROWS = 2  # what is loaded does not wait for a row with two, where copies take longest
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class _Card:
     number: int
     first: int  # layer
     cache: ExpertCache
+    staging: Staging
     link: Link = field(default_factory=Link)
     copies: dict[int, Copy] = field(default_factory=dict)  # slot -> copy nobody waited for yet
     released: dict[int, float] = field(default_factory=dict)  # slot -> end of its last use
@@ -89,8 +93,8 @@ class _Simulation:
         first, end = (at * self.header.layers // cards for at in (number, number + 1))
         share = (number + 1) * slots // cards - number * slots // cards
         part = self.trace if cards == 1 else layers_of(self.trace, first, end)
-        setup = replace(self.scenario.cache, slots=share, cards=())
-        return _Card(number, first, make_one(part, setup))
+        cache = make_one(part, replace(self.scenario.cache, slots=share, cards=()))
+        return _Card(number, first, cache, Staging(cache.table.slots, STAGING_ROWS))
 
     def _is_on_disk(self, layer: int) -> bool:
         """Layers are taken into RAM in order, as far as it reaches."""
@@ -125,14 +129,16 @@ class _Simulation:
         self._before(event, phase)
         self._dense(event, phase)
         self.window.planned(event, self.host)
-        plan = card.cache.plan(local, event.distinct(), prompt=event.prompt)
+        admit = admitted(event, self.scenario.cache, self.header)
+        plan = card.cache.plan(local, event.distinct(), prompt=event.prompt, admit=admit)
         tokens_of = Counter(expert for row in event.experts for expert in row)
-        for wave in plan.waves:
-            for use in wave.loads:
+        steps = card.staging.steps(plan)
+        for step in steps:
+            for use in step.begin:
                 self._load(card, event.layer, use, phase, urgent=True)
-            if wave is plan.waves[-1]:
-                self._look_ahead(event, len(wave.loads), phase)
-            for use in (*wave.hits, *wave.loads):
+            if step is steps[-1]:
+                self._look_ahead(event, len(step.loads), phase)
+            for use in (*step.hits, *step.loads):
                 self._compute(card, event.layer, use, tokens_of[use.expert], phase)
 
     def _before(self, event: Event, phase: Phase) -> None:

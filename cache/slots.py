@@ -61,6 +61,14 @@ class SlotTable:
         self._key_in[slot] = None
         return slot
 
+    def give_back(self, slot: int) -> None:
+        """A slot that `take_free` or `remove` returned is free again."""
+        self._free.append(slot)
+
+    def keys(self) -> Iterable[Key]:
+        """The resident keys."""
+        return self._uses.keys()
+
     def check_integrity(self) -> None:
         """Raise `AssertionError` when the table contradicts itself."""
         assert len(self._uses) + len(self._free) == self.slots, "a slot is lost"

@@ -18,6 +18,7 @@ class LayerCounts:
     requests: int = 0  # distinct experts asked for, summed over steps
     hits: int = 0  # were in a slot, or on their way to one
     misses: int = 0  # had to be loaded on demand
+    streamed: int = 0  # of the misses, those that got no slot
     evictions: int = 0
     lookahead_guesses: int = 0  # experts guessed, resident or not
     lookahead_right: int = 0  # guesses that the layer then asked for
@@ -25,7 +26,7 @@ class LayerCounts:
     lookahead_loads_right: int = 0  # of these, those the layer then asked for
     lookahead_asked: int = 0  # requests in steps that had guesses
     warm_loads: int = 0  # experts that were hot in an earlier run
-    dropped: int = 0  # of the loads nobody asked for, those given up before their copy began
+    dropped: int = 0  # of the loads, those given up before their copy began
     wait_seconds: float = 0.0  # compute stood still for a load
 
     @property

@@ -39,6 +39,12 @@ class Event(NamedTuple):
     def tokens(self) -> int:
         return len(self.experts)
 
+    @property
+    def admit(self) -> int | None:
+        """How many of `distinct`, from the end, may take others' slots (`ExpertCache.plan`): of a
+        prompt what its last token chose, since the next token often chooses it again."""
+        return len(set(self.experts[-1])) if self.prompt and self.experts else None
+
     def distinct(self) -> list[int]:
         """The experts asked for, in the order in which the engine asks: by last appearance."""
         return by_last_appearance(self.experts)

@@ -84,6 +84,14 @@ def add_budget_flags(group: argparse._ArgumentGroup, context: int = 4096) -> Non
         metavar="N",
         help=f"context ({context})",
     )
+    group.add_argument(
+        "-ub",
+        "--ubatch-size",
+        type=positive,
+        default=2048,
+        metavar="N",
+        help="tokens of a prompt that are read at once (2048)",
+    )
 
 
 def add_recipe_flags(parser: argparse.ArgumentParser) -> None:

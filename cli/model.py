@@ -54,6 +54,7 @@ def load_model(
         warm_start=arguments.warm_start,
         trace=arguments.trace,
         context=arguments.ctx_size,
+        ubatch_size=arguments.ubatch_size,
         pack_dir=arguments.pack_dir,
         revision=arguments.revision,
         local_files_only=arguments.local_files_only,

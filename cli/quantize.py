@@ -44,7 +44,13 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.bits, arguments.expert_bits, arguments.dense_bits, arguments.group_size
     )
     place = find_place(arguments.device, arguments.gpus, arguments.vram, arguments.ram)
-    plan = Planner(place.device, place.memory, context=arguments.ctx_size, cards=place.cards)
+    plan = Planner(
+        place.device,
+        place.memory,
+        context=arguments.ctx_size,
+        ubatch=arguments.ubatch_size,
+        cards=place.cards,
+    )
     path = find_or_make_pack(
         arguments.model,
         asked.recipe(),

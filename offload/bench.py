@@ -165,14 +165,14 @@ def _once(model: PreTrainedModel, test: Test, ids: list[int]) -> tuple[int, Stat
     """One timed run: nanoseconds, and what the experts did in them."""
     tokens = torch.tensor([ids], device=model.device)
     cache = None
-    at = test.n_depth
+    at, ubatch = test.n_depth, offload_of(model).options.ubatch
     if at:
-        _, cache = forward(model, tokens[:, :at], None)
+        _, cache = forward(model, tokens[:, :at], None, ubatch)
     _sync(model.device)
     before = offload_of(model).stats()
     begin = time.perf_counter_ns()
     if test.n_prompt:
-        _, cache = forward(model, tokens[:, at : at + test.n_prompt], cache)
+        _, cache = forward(model, tokens[:, at : at + test.n_prompt], cache, ubatch)
         at += test.n_prompt
     for _ in range(test.n_gen):
         _, cache = forward(model, tokens[:, at : at + 1], cache)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from offload.budget import kv_cache_by_layer, workspace_bytes
+from offload.budget import kv_cache_by_layer
 from offload.parts import layer_of
 from offload.placement import Block, Demand, Share
 from offload.skeleton import find_experts
@@ -25,8 +25,11 @@ def demand(
     config: PreTrainedConfig,
     context: int,
     dtype: torch.dtype,
+    ubatch: int,
+    workspace: int,
 ) -> Demand:
-    """What `model` (on meta, whole) needs when run from a pack like `info`.
+    """What `model` (on meta, whole) needs when run from a pack like `info`; `ubatch`: tokens of
+    a prompt at once; `workspace`: bytes on each card.
 
     In all it is what `offload.budget` counts for one card.
     """
@@ -43,7 +46,7 @@ def demand(
         at = layers.index(layer.module)
         assert at is not None, "experts outside the decoder layers"
         experts[at] += layer.num_experts
-    caches = kv_cache_by_layer(config, context, dtype)
+    caches = kv_cache_by_layer(config, context, dtype, ubatch)
     if len(caches) != layers.count:  # its config counts otherwise
         total = sum(caches)
         caches = [
@@ -55,7 +58,7 @@ def demand(
         tuple(map(Block, of_layer, caches, experts)),
         max(0, first),
         last,
-        workspace_bytes(config, info, context),
+        workspace,
         info.slot_bytes,
     )
 

@@ -6,6 +6,7 @@ Knows: what takes memory and how much. Does not know: how it is allocated.
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass
 
@@ -13,12 +14,20 @@ import psutil
 import torch
 from transformers import PreTrainedConfig
 
-from offload.errors import BudgetError
+from offload.errors import BudgetError, reason
+from offload.kv_cache import cache_bytes
 from quant.matmul import REFERENCE_WEIGHTS
 from quant.pack import PackInfo
 
+logger = logging.getLogger("offload")
+
 SHARE = 0.9  # of the memory that is free at start, when the user names no budget
 BASE_BYTES = 200 * 2**20  # libraries' own buffers, the allocator's slack
+STAGING_BYTES = 128 * 2**20  # for small records more than two rows: fewer, larger kernels
+MOST_STAGING_ROWS = 32
+UBATCH = 2048  # tokens of a prompt at once: an expert crosses the link once for all of them
+# Their states (transformers 5.23) forget what was before when several tokens follow others.
+READ_WHOLE = frozenset({"jamba"})
 UNPACKED_BYTES = 10  # a weight while its matrix is dequantised: codes, float32, the result
 UNITS = {"": 1, "B": 1} | {
     letter + suffix: base**power
@@ -71,12 +80,15 @@ class Budget:
     workspace: int
     slot: int
     total_experts: int
+    staging: int = 0  # rows of a slot's size beside the slots, unless all experts have one
 
     def slots(self, asked: int | None) -> int:
         """The number of expert slots to allocate, `asked` or as many as fit. Raises
         `BudgetError`."""
         left = self.available - self.dense - self.kv_cache - self.workspace
         fit = max(0, left // self.slot)
+        if fit < self.total_experts or (asked is not None and asked < self.total_experts):
+            fit = max(0, fit - self.staging)
         wanted = 1 if asked is None else asked
         if wanted < 1:
             raise BudgetError(
@@ -87,10 +99,15 @@ class Budget:
             raise BudgetError(
                 f"needs {wanted} expert slot{'s' * (wanted > 1)} of {self.slot / 2**20:.1f} MiB, "
                 f"{fit} fit in {gib(self.available)} beside {gib(self.dense)} of dense weights, "
-                f"{gib(self.kv_cache)} of KV cache and {gib(self.workspace)} of workspace: lower "
-                "--ctx-size, --expert-slots or --expert-bits, or raise --vram (GPU) or --ram (CPU)"
+                f"{gib(self.kv_cache)} of KV cache and {gib(self.workspace)} of workspace"
+                f"{self._staging_words()}: lower --ctx-size, --ubatch-size, --expert-slots or "
+                "--expert-bits, or raise --vram (GPU) or --ram (CPU)"
             )
         return wanted if asked is not None else min(fit, self.total_experts)
+
+    def _staging_words(self) -> str:
+        size = gib(self.staging * self.slot)
+        return f", and {size} that prompts are streamed through" if self.staging else ""
 
 
 @dataclass(frozen=True)
@@ -103,6 +120,8 @@ class Memory:
     @classmethod
     def of(cls, device: torch.device, vram: str | int | None, ram: str | int | None) -> Memory:
         """What the user gave, else a share of what is free. Raises `BudgetError`."""
+        if vram is not None and device.type == "cpu":
+            logger.warning("--vram has no effect without a GPU: --ram is the limit here")
         given = parse_bytes(ram)
         host = available_bytes(torch.device("cpu"), None, given)
         return cls(available_bytes(device, parse_bytes(vram), given), host)
@@ -118,16 +137,41 @@ def available_bytes(device: torch.device, vram: int | None, ram: int | None) -> 
     return int(psutil.virtual_memory().available * SHARE)
 
 
-def kv_cache_bytes(config: PreTrainedConfig, context: int, dtype: torch.dtype) -> int:
-    """Bytes of the KV cache at `context` tokens, for one sequence."""
-    return sum(kv_cache_by_layer(config, context, dtype))
+def hold_vram(device: torch.device, budget: int) -> None:
+    """Let torch take no more than `budget` beside what it has: more is out of memory, which leads
+    to slots being given back, instead of other programs' shortage."""
+    total = torch.cuda.get_device_properties(device).total_memory
+    share = (torch.cuda.memory_reserved(device) + budget) / total
+    torch.cuda.set_per_process_memory_fraction(min(share, 1.0), device)
 
 
-def kv_cache_by_layer(config: PreTrainedConfig, context: int, dtype: torch.dtype) -> list[int]:
-    """Bytes of the KV cache of each layer at `context` tokens, for one sequence.
+def kv_cache_bytes(
+    config: PreTrainedConfig, context: int, dtype: torch.dtype, ubatch: int | None = None
+) -> int:
+    """Bytes of the KV cache at `context` tokens, for one sequence read `ubatch` tokens at a time
+    (None: at once)."""
+    return sum(kv_cache_by_layer(config, context, dtype, ubatch))
 
-    An estimate: every layer is counted as full attention (2 * heads * head_dim a token).
-    """
+
+def kv_cache_by_layer(
+    config: PreTrainedConfig, context: int, dtype: torch.dtype, ubatch: int | None = None
+) -> list[int]:
+    """`kv_cache_bytes`, of each layer."""
+    key = (type(config), config.to_json_string(), context, dtype, ubatch or context)
+    if key not in _KV_CACHE:
+        try:
+            _KV_CACHE[key] = cache_bytes(config, context, dtype, ubatch or context)
+        except Exception as error:  # whatever a model raises that does not run without memory
+            logger.debug("the KV cache is estimated: %s", reason(error))
+            _KV_CACHE[key] = _estimated_kv_bytes(config, context, dtype)
+    return _KV_CACHE[key]
+
+
+_KV_CACHE: dict[tuple[object, ...], list[int]] = {}  # a model is asked about several times
+
+
+def _estimated_kv_bytes(config: PreTrainedConfig, context: int, dtype: torch.dtype) -> list[int]:
+    """Every layer counted as full attention (2 * heads * head_dim a token)."""
     text = config.get_text_config()
     layers = getattr(text, "per_layer_config", None) or [text] * text.num_hidden_layers
     values = []
@@ -139,11 +183,28 @@ def kv_cache_by_layer(config: PreTrainedConfig, context: int, dtype: torch.dtype
     return values
 
 
-def workspace_bytes(config: PreTrainedConfig, info: PackInfo, context: int) -> int:
-    """Bytes of what comes and goes: one dequantised matrix, and a prefill's activations."""
+def staging_rows(device: torch.device, slot_bytes: int) -> int:
+    """Rows beside the slots for a prompt's experts: two halves, one filled while the other is
+    computed from."""
+    if device.type == "cpu":
+        return 2  # takes no memory: they are computed from where they are mapped
+    return max(2, min(MOST_STAGING_ROWS, STAGING_BYTES // slot_bytes) // 2 * 2)
+
+
+def chunk_tokens(config: PreTrainedConfig, asked: int, context: int) -> int:
+    """Tokens of a prompt that go through the model at once. Raises `BudgetError`."""
+    if asked < 1:
+        raise BudgetError(f"{asked} tokens at once: at least one is needed, raise --ubatch-size")
+    whole = config.get_text_config().model_type in READ_WHOLE
+    return context if whole else min(asked, context)
+
+
+def workspace_bytes(config: PreTrainedConfig, info: PackInfo, tokens: int) -> int:
+    """Bytes of what comes and goes: one dequantised matrix, and the activations of `tokens` at
+    once."""
     text = config.get_text_config()
     layouts = (*info.layouts, *info.dense_layouts)
     widest = max(m.rows * m.columns for layout in layouts for m in layout.matrices)
     chosen = getattr(text, "num_experts_per_tok", None) or 8
-    cells = context * int(chosen) * int(text.hidden_size) * 4  # [T, k, H], float32 at most
+    cells = tokens * int(chosen) * int(text.hidden_size) * 4  # [T, k, H], float32 at most
     return BASE_BYTES + min(widest, REFERENCE_WEIGHTS) * UNPACKED_BYTES + 2 * cells

@@ -12,7 +12,7 @@ from typing import NoReturn
 from torch import Tensor
 
 from cache.plan import Use
-from cache.sharded import card_and_row
+from cache.sharded import card_and_row, divided
 from offload.compute import Compute
 from offload.layer import Layer
 from offload.marks import Marks
@@ -35,10 +35,13 @@ class CardTicket:
 class CardsTransfer:
     """`Transfer`'s interface over one for each card."""
 
-    def __init__(self, transfers: Sequence[Transfer]) -> None:
+    def __init__(self, transfers: Sequence[Transfer], slots: Sequence[int]) -> None:
+        """`slots`: the cache's on each card, in whose proportions fewer are shared out."""
         self.transfers = tuple(transfers)
+        self._had = tuple(slots)
         self.device = self.transfers[0].device
         self.overtakes = all(transfer.overtakes for transfer in self.transfers)
+        self.streams_in_place = all(transfer.streams_in_place for transfer in self.transfers)
 
     @property
     def marks(self) -> Marks:
@@ -76,12 +79,25 @@ class CardsTransfer:
         return self.transfers[ticket.card].drop(ticket.ticket)
 
     def drain(self) -> None:
+        """All together: they may share a host tier, in which nothing is kept then."""
         for transfer in self.transfers:
             transfer.drain()
 
     def release(self, slot: int) -> None:
         card, row = self._place(slot)
         self.transfers[card].release(row)
+
+    def resize(self, slots: int, staging: int) -> None:
+        self.drain()
+        for transfer, count in zip(self.transfers, divided(slots, self._had), strict=True):
+            transfer.resize(count, staging)
+
+    def shortage_of_all(self, shortage: int, gpu: int | None) -> int:
+        """How many bytes all cards have to give back in their proportions for `shortage` bytes on
+        one; None: on whichever."""
+        cards = [transfer.device.index for transfer in self.transfers]
+        had = self._had[cards.index(gpu)] if gpu is not None and gpu in cards else min(self._had)
+        return shortage * sum(self._had) // had
 
     def close(self) -> None:
         for transfer in self.transfers:

@@ -71,6 +71,8 @@ class OneByOne:
             _put(cells, where, out)
 
     def _matrices(self, layer: int, slot: int) -> dict[str, MatrixView]:
+        if slot >= len(self._transfer.slots):  # streamed: in another place each time
+            return view_record(self._transfer.slot(slot), self._info.layout_of(layer))
         key = (self._info.layers[layer].layout, slot)
         if key not in self._views:
             self._views[key] = view_record(self._transfer.slot(slot), self._info.layouts[key[0]])

@@ -12,6 +12,7 @@ Letters: T tokens, k experts a token, S = T * k cells, H hidden, I inner, E expe
 from __future__ import annotations
 
 import functools
+import logging
 import threading
 import time
 from collections import deque
@@ -24,13 +25,16 @@ from torch import Tensor, nn
 
 from cache.interface import Cache
 from cache.lookahead import LookaheadBalance
-from cache.plan import Use, Wave
+from cache.plan import Use
 from cache.policy import Key
 from cache.predictors import NO_LOOKAHEAD, Lookahead
+from cache.sharded import staging_of
+from cache.staging import Step
 from cache.trace import Guess
 from offload.ahead import Ahead
+from offload.budget import gib
 from offload.compute import Compute
-from offload.errors import GenerationError
+from offload.errors import NO_MEMORY, GenerationError
 from offload.layer import Layer
 from offload.marks import NO_MARKS, Marks
 from offload.recording import Recorder
@@ -38,6 +42,9 @@ from offload.stats import Stats
 from offload.transfer import Ticket, Transfer
 from quant.pack import PackInfo
 
+logger = logging.getLogger("offload")
+
+SLACK = 64 << 20  # bytes given back beyond those that were missing, or a quarter of them
 WARM_AT_ONCE = 4  # copies a step, where an urgent one cannot overtake them
 
 
@@ -52,11 +59,17 @@ class Engine:
         compute: Compute,
         balance: LookaheadBalance | None,
         lookahead: Lookahead = NO_LOOKAHEAD,
+        staging: int = 0,
     ) -> None:
-        """With `balance` looking ahead stops while it does not pay; with None it never does."""
+        """With `balance` looking ahead stops while it does not pay; with None it never does.
+
+        `staging`: rows that `transfer` has past the slots, for prompts; with none a prompt is
+        served in waves.
+        """
         self._info = info
         self.cache = cache
         self.transfer = transfer
+        self._staging = staging_of(cache, staging)
         self.layers: list[Layer] = []
         start = functools.partial(self._start, urgent=False)
         self._ahead = Ahead(self.layers, cache, lookahead, balance, start)
@@ -67,7 +80,10 @@ class Engine:
         self._compute = compute
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._started = 0  # copies
-        self._lock = threading.RLock()  # a step at a time, whoever calls the model
+        self._kept = [0] * len(info.layers)  # of them those of each layer that were not given up
+        # A step at a time, whoever calls the model. Ctrl-C cannot leave it taken: Python looks for
+        # signals after the call that releases it, not before.
+        self._lock = threading.RLock()
         self._broken_off = False  # the step before did not come to its end
         self.tokens = 0  # that went through the first layer
         self.closed = False
@@ -116,6 +132,7 @@ class Engine:
                 raise GenerationError("slots are reused, so gradients cannot be had: use no_grad()")
             if self._broken_off:
                 self._start_over()
+                self._cold.extend(self.cache.heat.hottest(self.cache.table.slots))
             self._broken_off = True  # unless it is reached that it is not: Ctrl-C comes anywhere
             out = self._serve(layer, hidden, top_k_index, top_k_weights)
             self._broken_off = False
@@ -134,16 +151,18 @@ class Engine:
         prompt = len(chosen) > 1 if self.prompt is None else self.prompt
         counts = self.cache.statistics.layers[layer.index]
         needed_before = counts.needed_loads
-        plan = self.cache.plan(layer.index, list(cells_of), prompt=prompt)
+        admit = _admit(chosen[-1], cells_of) if prompt and self._staging.rows else None
+        plan = self.cache.plan(layer.index, list(cells_of), prompt=prompt, admit=admit)
         guesses: list[Guess] = []
         cells = hidden.new_zeros(top_k_index.numel(), hidden.shape[-1])  # [S, H]
-        for wave in plan.waves:
-            for use in wave.loads:
+        steps = self._staging.steps(plan)
+        for step in steps:
+            for use in step.begin:
                 self._start(layer.index, use, urgent=True)
-            if wave is plan.waves[-1]:
+            if step is steps[-1]:
                 guesses = self._ahead.look(layer, cells_of if len(chosen) == 1 else None)
             self._marks.mark("plan", layer.index)
-            for uses in self._turns(wave):
+            for uses in self._turns(step, plan.streamed):
                 for use in uses:
                     self._wait(layer.index, use)
                 self._marks.mark("wait", layer.index)
@@ -162,12 +181,15 @@ class Engine:
 
     def _start_over(self) -> None:
         """After a step that broke off nothing that the table says can be believed."""
-        self._lock = threading.RLock()  # Ctrl-C inside its release may have left the old one taken
         self.transfer.drain()
+        for ticket, layer in self._tickets.values():
+            self._kept[layer] -= not ticket.done
         self._tickets.clear()
         self._cold.clear()
         self._ahead.start_over()
         self.cache.forget()
+        for counts, kept in zip(self.cache.statistics.layers, self._kept, strict=True):
+            counts.dropped += counts.loads - kept  # planned, and not begun or not finished
         if self._recorder is not None:
             self._recorder.started_over()
 
@@ -175,17 +197,21 @@ class Engine:
         before = self._tickets.pop(use.slot, None)
         if before is not None and not before[0].done and self.transfer.drop(before[0]):
             self.cache.statistics.layers[before[1]].dropped += 1  # nobody had asked for it
+            self._kept[before[1]] -= 1
             self._ahead.dropped(before[0])
         self._started += 1
+        self._kept[layer] += 1
         ticket = self.transfer.start(layer, use.expert, use.slot, urgent=urgent)
         self._tickets[use.slot] = ticket, layer
         return ticket
 
-    def _turns(self, wave: Wave) -> list[tuple[Use, ...]]:
-        """The experts of a wave in the order in which they are computed, some of them together."""
-        uses = (*wave.hits, *wave.loads)
+    def _turns(self, step: Step, streamed: Sequence[int]) -> list[tuple[Use, ...]]:
+        """The experts of a step in the order in which they are computed, some of them together."""
+        uses = (*step.hits, *step.loads)
         if not self._compute.together:
             return [(use,) for use in uses]
+        if uses[0].expert in streamed:  # together
+            return [uses]
         late = [use for use in uses if not self._is_here(use)]
         here = tuple(use for use in uses if use not in late)
         return [*([here] if here else []), *((use,) for use in late)]
@@ -196,11 +222,12 @@ class Engine:
 
     def _wait(self, layer: int, use: Use) -> None:
         """Return when what is in an expert's slot can be computed with."""
-        copy = self._tickets.pop(use.slot, None)
+        copy = self._tickets.get(use.slot)
         if copy is not None:
             begin = time.perf_counter()
             self.transfer.wait(copy[0])
             self.cache.statistics.layers[layer].wait_seconds += time.perf_counter() - begin
+            del self._tickets[use.slot]
 
     def warm(self, hot: Iterable[tuple[int, int, float]]) -> None:
         """Load what was hot in an earlier run, hottest first, whenever nobody waits for another.
@@ -228,6 +255,39 @@ class Engine:
         if not self.cache.table.has_free():
             self._cold.clear()
 
+    def give_back(self, shortage: int) -> None:
+        """An allocation of `shortage` bytes failed on the device: have fewer slots from now on.
+
+        What they held is forgotten. Raises `GenerationError` when there is but one slot
+        (on each card).
+        """
+        with self._lock:
+            before = slots = self.cache.table.slots
+            least = self.cache.least_slots
+            self._start_over()
+            self._broken_off = False
+            self._compute.close()  # its views of the slots
+            while True:
+                if slots == least:
+                    left = "one expert slot left" + " on each card" * (least > 1)
+                    raise GenerationError(
+                        f"out of GPU memory with {left}: {NO_MEMORY}, or raise --vram"
+                    )
+                slots = max(least, fewer_slots(slots, shortage, self._info.slot_bytes))
+                try:
+                    self.transfer.resize(slots, self._staging.rows)
+                    break
+                except torch.OutOfMemoryError:  # somebody else took it meanwhile
+                    shortage = 0
+            self.cache.resize(slots)
+            self._staging = staging_of(self.cache, self._staging.rows)
+        logger.warning(
+            "out of GPU memory: %d of %d expert slots (%s) are given back, and it goes on",
+            before - slots,
+            before,
+            gib((before - slots) * self._info.slot_bytes),
+        )
+
     def record(self, recorder: Recorder, noted_layers: int = 0) -> None:
         """Write down every call from now on, beginning with empty slots, so that a replay is exact.
 
@@ -254,7 +314,11 @@ class Engine:
     def stats(self) -> Stats:
         """The figures of everything so far; subtract two to get what happened between them."""
         counts = self.cache.statistics
-        loaded = (n.loads * self.record_bytes(i) for i, n in enumerate(counts.layers))
+        sizes = [self.record_bytes(layer) for layer in range(len(counts.layers))]
+        loaded = (n.loads * size for n, size in zip(counts.layers, sizes, strict=True))
+        in_place = 0
+        if self.transfer.streams_in_place:
+            in_place = sum(n.streamed * size for n, size in zip(counts.layers, sizes, strict=True))
         return Stats(
             counts=counts.total(),
             layers=tuple(replace(layer) for layer in counts.layers),
@@ -263,6 +327,7 @@ class Engine:
             bytes_loaded=sum(loaded),
             link_busy_seconds=self.transfer.busy_seconds,
             tokens=self.tokens,
+            bytes_in_place=in_place,
         )
 
     def close(self) -> None:
@@ -276,6 +341,12 @@ class Engine:
         self._compute.close()
         self._tickets.clear()
         self.transfer.close()
+
+
+def fewer_slots(slots: int, shortage: int, slot_bytes: int) -> int:
+    """How many of `slots` remain so that `shortage` bytes and some more become free."""
+    wanted = -(-(shortage + max(shortage // 4, SLACK)) // slot_bytes) if shortage else 0
+    return max(1, slots - max(wanted, -(-slots // 10)))
 
 
 def _cells_by_expert(chosen: list[list[int]], num_experts: int) -> dict[int, list[int]]:
@@ -293,3 +364,8 @@ def _cells_by_expert(chosen: list[list[int]], num_experts: int) -> dict[int, lis
     if len(chosen) > 1:  # as `cache.trace.by_last_appearance`
         return dict(sorted(cells.items(), key=lambda item: item[1][-1]))
     return cells
+
+
+def _admit(last: list[int], cells_of: dict[int, list[int]]) -> int:
+    """How many experts the last token of a prompt chose (as `cache.trace.Event.admit`)."""
+    return len({expert for expert in last if expert in cells_of})

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from offload import recovery
+from offload.budget import READ_WHOLE, UBATCH
 from offload.errors import GenerationError
 from offload.generation_config import end_ids
 from offload.handle import offload_of
@@ -209,7 +211,7 @@ def _stream(
     prompt, limit = request.ids, request.limit
     ids = torch.tensor([prompt], device=model.device)
     cache, cached = kept.take(prompt)
-    logits, cache = forward(model, ids[:, cached:], cache)
+    logits, cache = forward(model, ids[:, cached:], cache, handle.options.ubatch, ids[:, :cached])
     token = sampler(ids, logits)
     value = int(token)  # sync: the text is made on the host
     decode_begin = time.perf_counter()
@@ -240,18 +242,36 @@ def _stream(
         )
         if reason:
             return
-        logits, cache = forward(model, token, cache)
+        logits, cache = forward(model, token, cache, before=ids)
         ids = torch.cat((ids, token), dim=-1)
         token = sampler(ids, logits)
         value = int(token)  # sync: the text is made on the host
 
 
 @torch.inference_mode()
-def forward(model: PreTrainedModel, ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
+def forward(
+    model: PreTrainedModel,
+    ids: Tensor,
+    cache: Any,
+    ubatch: int = UBATCH,
+    before: Tensor | None = None,
+) -> tuple[Tensor, Any]:
     """The last token's logits [1, V] after `ids` [1, T], and the KV cache; None begins a
-    sequence."""
-    out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return out.logits[:, -1], out.past_key_values
+    sequence. At most `ubatch` tokens go through the model at once.
+
+    Goes on with fewer slots when memory runs out; a `cache` of which nothing can be taken back is
+    then made anew from `before` [1, L], the ids it holds.
+    """
+    whole = model.config.get_text_config().model_type in READ_WHOLE
+
+    def step(ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        size = ubatch if not whole else ids.shape[1] if cache is None else 1
+        for chunk in ids.split(size, dim=1):
+            out = model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = out.past_key_values
+        return out.logits[:, -1], cache
+
+    return recovery.run(step, offload_of(model).engine, ids, cache, before)
 
 
 def peak_memory(device: torch.device) -> int:

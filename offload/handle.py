@@ -46,6 +46,8 @@ class Options:
     slots: int
     residency: Residency
     context: int
+    staging: int  # rows past the slots, through which a prompt's experts are streamed
+    ubatch: int  # tokens of a prompt that go through the model at once
     cards: tuple[Card, ...] = ()  # where there are several
     shares: tuple[Share, ...] = ()  # what each of them has
 
@@ -100,9 +102,12 @@ class Offload:
             yield CardStats(
                 share,
                 sum((whole.layers[i] for i in layers), LayerCounts()),
-                sum(whole.layers[i].loads * self.engine.record_bytes(i) for i in layers),
+                sum(self._copied(whole.layers[i]) * self.engine.record_bytes(i) for i in layers),
                 link.busy_seconds,
             )
+
+    def _copied(self, counts: LayerCounts) -> int:
+        return counts.loads - counts.streamed * self.engine.transfer.streams_in_place
 
     def record(self, path: str | Path, noted_layers: int = 0) -> None:
         """Write a trace of what the routers choose from now on to `path`, until `close` or another

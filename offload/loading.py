@@ -17,23 +17,19 @@ import transformers
 from accelerate.hooks import remove_hook_from_submodules
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from cache.interface import Cache
 from cache.predictors import WITH_ROUTER
-from cache.sharded import ShardedCache
 from offload import sources
 from offload.blocks import Layers, device_of
-from offload.budget import parse_bytes
-from offload.cards import CardsCompute, CardsTransfer
-from offload.compute import Compute, Grouped, OneByOne
+from offload.budget import UBATCH, hold_vram, parse_bytes
 from offload.cpu_linear import OneTokenLinear, native_is_quicker
 from offload.crossing import Crossing
-from offload.cuda_transfer import CudaTransfer
 from offload.engine import Engine
 from offload.errors import CheckpointError, PackError
 from offload.generation_config import check_generation_config
 from offload.gpus import Gpus, find_place
-from offload.handle import Offload, Options
+from offload.handle import Card, Offload, Options
 from offload.packs import check_recipe, find_or_make_pack
+from offload.per_card import cache_of, compute_of, transfer_of
 from offload.planning import Planner
 from offload.progress import without_bars
 from offload.quantized import QuantizedEmbedding, QuantizedLinear
@@ -51,7 +47,7 @@ from offload.skeleton import (
     own_config,
     without_packed_weights,
 )
-from offload.transfer import HostTransfer, Transfer
+from offload.transfer import Transfer
 from offload.warm import read_hot
 from quant.pack import REMAKE, Pack, PackInfo
 from quant.record import view_record
@@ -78,6 +74,7 @@ def load(
     warm_start: bool = True,
     trace: str | Path | None = None,
     context: int = 4096,
+    ubatch_size: int = UBATCH,
     pack_dir: str | Path | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
@@ -103,6 +100,8 @@ def load(
     - `warm_start`: load first what was hot when the pack was last closed, in the background.
     - `trace`: a file to record in what the routers choose (`offload trace`).
     - `context`: tokens the KV cache is budgeted for, and the most a conversation may have.
+    - `ubatch_size`: tokens of a prompt that go through the model at once; every expert they need is
+      loaded once for all of them.
     - `dtype`: of the computation; None: as the checkpoint's config says.
 
     Returns `(model, tokenizer)`; the tokenizer is None when the checkpoint has none. The model is a
@@ -113,7 +112,19 @@ def load(
     residency = Residency(policy, allocation, lookahead, predictor, layers_ahead, warm_start)
     place = find_place(device, gpus, vram, ram)
     ram_bytes = parse_bytes(ram)
-    plan = Planner(place.device, place.memory, dtype, expert_slots, residency, context, place.cards)
+    plan = Planner(
+        place.device,
+        place.memory,
+        dtype,
+        expert_slots,
+        residency,
+        context,
+        ubatch_size,
+        place.cards,
+    )
+    for card in place.cards or (Card(0, place.device, place.memory.device),):
+        if card.device.type == "cuda":
+            hold_vram(card.device, card.memory)
     path = find_or_make_pack(
         str(source),
         asked.recipe(),
@@ -136,7 +147,7 @@ def load(
         devices = _devices(options, whole)
         tokenizer = _tokenizer(path, trust_remote_code)
         model = _load_dense(pack, own_config(config, cls), cls, options, devices)
-        transfer = _transfer(pack, options, ram_bytes)
+        transfer = transfer_of(pack, options, ram_bytes)
         undo.callback(transfer.close)
         _connect(model, pack, options, transfer)
         undo.callback(model.offload.close)
@@ -229,14 +240,10 @@ def _connect(model: PreTrainedModel, pack: Pack, options: Options, transfer: Tra
             f"{transformers.__version__} has: {REMAKE}"
         )
     residency = options.residency
-    cache: Cache = residency.cache(options.slots, len(info.layers))
-    if len(options.caching) > 1:
-        shares = [share for _, share in options.caching]
-        cache = ShardedCache([residency.cache(s.slots, s.moe_layers) for s in shares])
+    cache, compute = cache_of(info, options), compute_of(info, transfer)
     everything_fits = options.slots >= info.total_experts
     ahead = residency.ahead(everything_fits)
-    compute = _compute(info, transfer)
-    engine = Engine(info, cache, transfer, compute, residency.balance(), ahead)
+    engine = Engine(info, cache, transfer, compute, residency.balance(), ahead, options.staging)
     for module in experts_modules(model):
         install(module, engine.add_layer(module))
     engine.watch_calls(model)
@@ -258,30 +265,6 @@ def _top_k(model: PreTrainedModel) -> int:
     config = model.config.get_text_config()
     names = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "num_experts_per_token")
     return next((k for name in names if isinstance(k := getattr(config, name, None), int)), 0)
-
-
-def _compute(info: PackInfo, transfer: Transfer) -> Compute:
-    if isinstance(transfer, CardsTransfer):
-        return CardsCompute([_compute(info, card) for card in transfer.transfers])
-    return (OneByOne if transfer.device.type == "cpu" else Grouped)(info, transfer)
-
-
-def _transfer(pack: Pack, options: Options, ram: int | None) -> Transfer:
-    if not options.cards:
-        return _transfer_to(options.device, pack, options.slots, ram)
-    with contextlib.ExitStack() as undo:
-        transfers = []
-        for card, share in options.caching:
-            transfers.append(_transfer_to(card.device, pack, share.slots, ram))
-            undo.callback(transfers[-1].close)
-        undo.pop_all()
-    return CardsTransfer(transfers) if len(transfers) > 1 else transfers[0]
-
-
-def _transfer_to(device: torch.device, pack: Pack, slots: int, ram: int | None) -> Transfer:
-    if device.type == "cpu":
-        return HostTransfer(pack, slots)
-    return CudaTransfer(pack, slots, device, ram)
 
 
 def _tokenizer(path: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:

@@ -213,7 +213,7 @@ def _too_little(room: _Room) -> BudgetError:
     return BudgetError(
         f"card {room.numbers[card]} lacks {gib(need - room.available[card])}: {layers}, KV cache, "
         f"workspace and one expert slot need {gib(need)} and it has {gib(room.available[card])}: "
-        "raise --vram, lower --ctx-size, or name more or larger cards with --gpus"
+        "raise --vram, lower --ctx-size or --ubatch-size, or name more or larger cards with --gpus"
     )
 
 
@@ -230,7 +230,7 @@ def _divided(slots: int, experts: Sequence[int], fit: Sequence[int], room: _Room
         held = ", ".join(f"{n} on card {room.numbers[card]}" for card, n in enumerate(fit))
         raise BudgetError(
             f"needs {wanted} expert slots of {gib(room.demand.slot)}, {sum(fit)} fit ({held}): "
-            "lower --ctx-size, --expert-slots or --expert-bits, or raise --vram"
+            "lower --ctx-size, --ubatch-size, --expert-slots or --expert-bits, or raise --vram"
         )
     while sum(given) < wanted:
         _, least = min((n / experts[at], at) for at, n in enumerate(given) if n < fit[at])

@@ -5,16 +5,25 @@ Knows: devices, what was asked, the budget. Does not know: how a pack or a model
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from offload.blocks import demand
-from offload.budget import Budget, Memory, kv_cache_bytes, parse_slots, workspace_bytes
+from offload.budget import (
+    UBATCH,
+    Budget,
+    Memory,
+    chunk_tokens,
+    kv_cache_bytes,
+    parse_slots,
+    staging_rows,
+    workspace_bytes,
+)
 from offload.errors import BudgetError
 from offload.handle import Card, Options
-from offload.placement import place
+from offload.placement import Demand, Share, place
 from offload.residency import Residency
 from quant.pack import PackInfo
 
@@ -29,6 +38,7 @@ class Planner:
     slots: int | str | None = None
     residency: Residency = field(default_factory=Residency)
     context: int = 4096
+    ubatch: int = UBATCH
     cards: tuple[Card, ...] = ()  # where there are several
 
     def __call__(
@@ -40,28 +50,50 @@ class Planner:
         """
         compute = self.dtype or _config_dtype(config)
         asked = parse_slots(self.slots, info.total_experts)
+        ubatch = chunk_tokens(config, self.ubatch, self.context)
+        staging = staging_rows(self.device, info.slot_bytes)
+        staged = 0 if self.device.type == "cpu" else staging
+        workspace = workspace_bytes(config, info, ubatch)
+        shares: tuple[Share, ...] = ()
         if self.cards:
             assert model is not None, "what each layer weighs is counted on a model"
-            shares = place(
-                demand(model, info, config, self.context, compute),
-                [card.memory for card in self.cards],
-                asked,
-                numbers=[card.number for card in self.cards],
-            )
+            needs = demand(model, info, config, self.context, compute, ubatch, workspace)
+            shares = self._shares(needs, asked, info.total_experts, staged)
             slots = sum(share.slots for share in shares)
-            return Options(
-                self.device, compute, slots, self.residency, self.context, self.cards, shares
+        else:
+            budget = Budget(
+                self.memory.device,
+                dense=info.dense_bytes(compute.itemsize),
+                kv_cache=kv_cache_bytes(config, self.context, compute, ubatch),
+                workspace=workspace,
+                slot=info.slot_bytes,
+                total_experts=info.total_experts,
+                staging=staged,
             )
-        budget = Budget(
-            self.memory.device,
-            dense=info.dense_bytes(compute.itemsize),
-            kv_cache=kv_cache_bytes(config, self.context, compute),
-            workspace=workspace_bytes(config, info, self.context),
-            slot=info.slot_bytes,
-            total_experts=info.total_experts,
+            slots = budget.slots(asked)
+        return Options(
+            self.device,
+            compute,
+            slots,
+            self.residency,
+            self.context,
+            0 if slots >= info.total_experts else staging,
+            ubatch,
+            self.cards,
+            shares,
         )
-        slots = budget.slots(asked)
-        return Options(self.device, compute, slots, self.residency, self.context)
+
+    def _shares(
+        self, needs: Demand, asked: int | None, total: int, staged: int
+    ) -> tuple[Share, ...]:
+        """Every card's; `staged` rows beside its slots, unless all experts have one."""
+        cards = [card.memory for card in self.cards]
+        numbers = [card.number for card in self.cards]
+        shares = place(needs, cards, asked, numbers=numbers)
+        if staged and sum(share.slots for share in shares) < total:
+            needs = replace(needs, workspace=needs.workspace + staged * needs.slot)
+            shares = place(needs, cards, asked, numbers=numbers)
+        return shares
 
 
 def _config_dtype(config: PreTrainedConfig) -> torch.dtype:

@@ -17,14 +17,14 @@ class CardStats:
 
     share: Share
     counts: LayerCounts
-    bytes_loaded: int
+    bytes_copied: int
     link_busy_seconds: float
 
     def __add__(self, other: CardStats) -> CardStats:
         return CardStats(
             self.share,
             self.counts + other.counts,
-            self.bytes_loaded + other.bytes_loaded,
+            self.bytes_copied + other.bytes_copied,
             self.link_busy_seconds + other.link_busy_seconds,
         )
 
@@ -32,13 +32,13 @@ class CardStats:
         return CardStats(
             self.share,
             self.counts - other.counts,
-            self.bytes_loaded - other.bytes_loaded,
+            self.bytes_copied - other.bytes_copied,
             self.link_busy_seconds - other.link_busy_seconds,
         )
 
     def line(self) -> str:
         """A line for each card, under the one of all."""
-        rate = self.bytes_loaded / 1e9 / self.link_busy_seconds if self.link_busy_seconds else 0.0
+        rate = self.bytes_copied / 1e9 / self.link_busy_seconds if self.link_busy_seconds else 0.0
         return (
             f"[ Card {self.share.number}: {len(self.share.blocks)} layers | "
             f"{self.share.slots}/{self.share.experts} resident | hits {self.counts.hit_rate:.1%} | "
@@ -59,6 +59,7 @@ class Stats:
     link_busy_seconds: float
     tokens: int  # tokens that went through the model
     cards: tuple[CardStats, ...] = ()  # where there are several
+    bytes_in_place: int = 0  # of those loaded, what no link was needed for: read where it is mapped
 
     def __add__(self, other: Stats) -> Stats:
         return replace(
@@ -69,6 +70,7 @@ class Stats:
             bytes_loaded=self.bytes_loaded + other.bytes_loaded,
             link_busy_seconds=self.link_busy_seconds + other.link_busy_seconds,
             tokens=self.tokens + other.tokens,
+            bytes_in_place=self.bytes_in_place + other.bytes_in_place,
         )
 
     def __sub__(self, other: Stats) -> Stats:
@@ -80,6 +82,7 @@ class Stats:
             bytes_loaded=self.bytes_loaded - other.bytes_loaded,
             link_busy_seconds=self.link_busy_seconds - other.link_busy_seconds,
             tokens=self.tokens - other.tokens,
+            bytes_in_place=self.bytes_in_place - other.bytes_in_place,
         )
 
     @property
@@ -89,7 +92,8 @@ class Stats:
     @property
     def link_gb_per_s(self) -> float:
         """Rate of the copies while they ran; 0 when there were none."""
-        return self.bytes_loaded / 1e9 / self.link_busy_seconds if self.link_busy_seconds else 0.0
+        copied = self.bytes_loaded - self.bytes_in_place
+        return copied / 1e9 / self.link_busy_seconds if self.link_busy_seconds else 0.0
 
     def line(self) -> str:
         """The experts' line printed after an answer; one more for each of several cards."""

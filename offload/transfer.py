@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from offload.marks import NO_MARKS, Marks
+from offload.page_in import PageIn
 from quant.pack import Pack
 
 
@@ -30,10 +31,14 @@ class Ticket(Protocol):
 
 
 class Transfer(Protocol):
-    """Copies records into numbered slots. Not for use by several threads at once."""
+    """Copies records into numbered slots. Not for use by several threads at once.
+
+    Rows past the cache's slots are for experts that are streamed: used once, and not kept.
+    """
 
     device: torch.device
     overtakes: bool  # an urgent copy goes before any other, even one that is under way
+    streams_in_place: bool  # what goes into a row past the slots is not copied
     marks: Marks  # told of each copy that is over
 
     @property
@@ -66,11 +71,16 @@ class Transfer(Protocol):
     def busy_seconds(self) -> float:
         """Time the link spent copying so far."""
 
+    def resize(self, slots: int, staging: int) -> None:
+        """Give the slots' memory back and take `slots` instead, which hold nothing, and `staging`
+        rows past them. Views of the old ones have to be gone."""
+
     def close(self) -> None:
         """Finish what is under way, free the slots, end the threads."""
 
 
 CHUNK = 1 << 18  # bytes of a copy that is not urgent, between looks at those that are
+PAGE = 4096
 NOWHERE = -1  # the slot of a ticket that only marks its place in the queue
 
 
@@ -95,18 +105,24 @@ class HostTicket:
 class HostTransfer:
     """Slots in host memory, filled from the mapped pack by one thread.
 
-    A record's checksum is compared the first time it is copied. The two sides share nothing but
+    What goes into a row past the slots is not copied: it is read into memory, should it not be
+    there, and computed from where it is mapped.
+    A record that has left memory is read as a whole before it is copied, and its checksum is
+    compared the first time. The two sides share nothing but
     deques, a `SimpleQueue` and each ticket's bell, whose operations Ctrl-C cannot cut in two; the
     lock inside a `Condition` or `Event` could stay taken. After an interrupted `wait`: `drain`.
     """
 
     overtakes = True
+    streams_in_place = True
 
     def __init__(self, pack: Pack, slots: int) -> None:
         self.device = torch.device("cpu")
         self.marks: Marks = NO_MARKS
         self._pack = pack
+        self._page_in = PageIn(pack)
         self._slots = torch.empty(slots, pack.info.slot_bytes, dtype=torch.uint8)
+        self._mapped: dict[int, Tensor] = {}  # row past the slots -> record
         self._checked = [[False] * layer.num_experts for layer in pack.info.layers]
         self._queues: tuple[deque[HostTicket], deque[HostTicket]] = (
             deque(),
@@ -131,9 +147,11 @@ class HostTransfer:
         return self._slots
 
     def slot(self, index: int) -> Tensor:
-        return self._slots[index]
+        return self._slots[index] if index < len(self._slots) else self._mapped[index]
 
     def start(self, layer: int, expert: int, slot: int, *, urgent: bool) -> HostTicket:
+        if slot >= len(self._slots):
+            self._mapped[slot] = self._pack.record(layer, expert)
         ticket = HostTicket(layer, expert, slot, urgent)
         self._queues[0 if urgent else 1].append(ticket)
         self._wake.put(True)
@@ -172,13 +190,22 @@ class HostTransfer:
     def release(self, slot: int) -> None:
         """Nothing to do: on a CPU what was called has finished."""
 
+    def resize(self, slots: int, staging: int) -> None:
+        self.drain()
+        self._mapped.clear()
+        size = self._slots.shape[1]
+        self._slots = torch.empty(0, size, dtype=torch.uint8)  # first, before more is taken
+        self._slots = torch.empty(slots, size, dtype=torch.uint8)
+
     def close(self) -> None:
         for queue in self._queues:
             queue.clear()
         self._closed = True
         self._wake.put(False)
         self._thread.join()
+        self._page_in.close()
         self._slots = torch.empty(0, 0, dtype=torch.uint8)
+        self._mapped.clear()
 
     def _run(self) -> None:
         while self._wake.get():
@@ -218,11 +245,16 @@ class HostTransfer:
     def _copy(self, ticket: HostTicket) -> None:
         if ticket.slot == NOWHERE:
             return
+        between = None if ticket.urgent else self._give_way
+        self._page_in.bring_in(ticket.layer, ticket.expert, between)
         checked = self._checked[ticket.layer]
         if not checked[ticket.expert]:
             self._pack.check_record(ticket.layer, ticket.expert)
             checked[ticket.expert] = True
         record = self._pack.record(ticket.layer, ticket.expert)
+        if ticket.slot >= len(self._slots):
+            record[::PAGE].sum()  # reads from disk what has left memory
+            return
         slot = self._slots[ticket.slot]
         # Not Tensor.copy_: it would take the compute's threads. memmove runs without the GIL.
         if ticket.urgent:

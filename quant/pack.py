@@ -212,6 +212,7 @@ class Pack:
         self._maps: list[mmap.mmap] = []
         self._records: list[Tensor] = []
         self._checksums: list[list[int]] = []
+        self._begins: list[int] = []  # of a layer's records in its file
         for index, layer in enumerate(self.info.layers):
             self._map_layer(path / PackLayer.file_name(index), layer, self.info.layout_of(index))
 
@@ -229,9 +230,15 @@ class Pack:
             )
         return self._records[layer][expert]
 
-    def check_record(self, layer: int, expert: int) -> None:
-        """Raise `PackError` when the record's bytes are not those that were written."""
-        record = self.record(layer, expert)
+    def place(self, layer: int, expert: int) -> tuple[Path, int]:
+        """The file a record is in, and where it begins there."""
+        record_bytes = self.info.layout_of(layer).record_bytes
+        return self.path / PackLayer.file_name(layer), self._begins[layer] + expert * record_bytes
+
+    def check_record(self, layer: int, expert: int, record: Tensor | None = None) -> None:
+        """Raise `PackError` when the record's bytes, in the mapping or a copy `record` of them, are
+        not those that were written."""
+        record = self.record(layer, expert) if record is None else record
         if zlib.crc32(as_buffer(record)) != self._checksums[layer][expert]:
             name = PackLayer.file_name(layer)
             raise PackError(
@@ -307,6 +314,7 @@ class Pack:
         self._maps.append(mapping)
         self._records.append(records)
         self._checksums.append(checksums.tolist())
+        self._begins.append(data + begin)
 
 
 def _short(error: Exception) -> str:

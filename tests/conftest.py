@@ -185,7 +185,12 @@ class Script:
         return bytes(self.prompts[-1]).decode()
 
     def forward(
-        self, model: Any, ids: Tensor, cache: ScriptCache | None
+        self,
+        model: Any,
+        ids: Tensor,
+        cache: ScriptCache | None,
+        ubatch: int = 1,
+        before: Tensor | None = None,
     ) -> tuple[Tensor, ScriptCache]:
         """In place of `offload.generation.forward`."""
         cache = cache or ScriptCache()

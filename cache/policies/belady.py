@@ -1,7 +1,8 @@
 """What is asked for again last leaves first: the optimum, for replays, which know the future.
 
 Belady 1966; in a step that asks for several experts at once the rule is the same. It is a ceiling
-for caches that load on demand and serve a step in one wave; look-ahead may pass it.
+for caches that load on demand and serve a step in one wave; look-ahead may pass it, and streaming
+a prompt past the slots, which this one does not do.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from cache.cache import ExpertCache
 from cache.plan import Plan, Use
 from cache.policies import POLICIES
 from cache.policy import Key
+from cache.staging import Staging
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class Size:
     experts: int
     policy: str = "lru"
     allocation: str = "shared"
+    staging: int = 2
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class PlanStep:
     experts: tuple[int, ...]
     fails_after: int | None = None  # uses, when the step is to fail
     prompt: bool = False
+    admit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -64,19 +67,21 @@ def sizes(most_slots: int = 8) -> st.SearchStrategy[Size]:
         experts=st.integers(1, 6),
         policy=st.sampled_from(sorted(POLICIES)),
         allocation=st.sampled_from(sorted(ALLOCATIONS)),
+        staging=st.integers(2, 5),
     )
 
 
 def steps_of(size: Size, *, breaks: bool = True) -> st.SearchStrategy[list[Step]]:
     layer = st.integers(0, size.layers - 1)
     experts = st.lists(st.integers(0, size.experts - 1), unique=True).map(tuple)
-    plans = st.builds(PlanStep, layer, experts, prompt=st.booleans())
+    admit = st.none() | st.integers(0, 3)
+    plans = st.builds(PlanStep, layer, experts, prompt=st.booleans(), admit=admit)
     guesses = st.builds(LookAhead, layer, experts, st.integers(0, size.experts))
     kinds: list[st.SearchStrategy[Step]] = [plans, plans, guesses]
     warm = st.builds(Warm, layer, st.integers(0, size.experts - 1))
     kinds.append(warm)
     if breaks:
-        failing = st.builds(PlanStep, layer, experts, st.integers(0, 4))
+        failing = st.builds(PlanStep, layer, experts, st.integers(0, 4), admit=admit)
         kinds += [failing, st.builds(StartOver)]
     return st.lists(st.one_of(kinds), min_size=8, max_size=25)
 
@@ -91,53 +96,62 @@ class Machine:
     def __init__(self, size: Size) -> None:
         self.size = size
         self.cache = ExpertCache(size.slots, size.layers, POLICIES[size.policy], size.allocation)
-        self.content: dict[int, Key] = {}  # what was last loaded into a slot
+        self.staging = Staging(size.slots, size.staging)
+        self.content: dict[int, Key] = {}  # what was last loaded into a slot or a staging row
         self.guessed: dict[int, set[Key]] = {}  # layer -> loads nobody asked for yet
         self.in_use: dict[Key, int] = {}  # of the latest plan, what is resident after it
         self.decisions: list[Plan | tuple[Use, ...]] = []
         self.loaded: list[Key] = []
-        self.hits = self.misses = self.evictions = 0
+        self.hits = self.misses = self.evictions = self.streamed = 0
         self.lookahead_loads = self.warm_loads = 0
 
     def do(self, step: Step) -> None:
         before = self.resident()
-        loads = len(self.loaded)
+        loads = len(self.loaded) - self.streamed
         match step:
-            case PlanStep(layer, experts, None, prompt):
-                self.plan(layer, experts, prompt)
-            case PlanStep(layer, experts, int(uses), prompt):
-                self.failing_plan(layer, experts, uses, prompt)
+            case PlanStep(layer, experts, None, prompt, admit):
+                self.plan(layer, experts, prompt, admit)
+            case PlanStep(layer, experts, int(uses), prompt, admit):
+                self.failing_plan(layer, experts, uses, prompt, admit)
             case LookAhead(layer, experts, most):
                 self.look_ahead(layer, experts, most)
             case Warm(layer, expert):
                 self.warm(layer, expert)
             case StartOver():
                 self.start_over()
-        self.check(before, len(self.loaded) - loads, step)
+        self.check(before, len(self.loaded) - self.streamed - loads, step)
 
     def resident(self) -> dict[Key, int]:
         table = self.cache.table
         keys = [table.key_in(slot) for slot in range(table.slots)]
         return {key: slot for slot, key in enumerate(keys) if key is not None}
 
-    def plan(self, layer: int, experts: tuple[int, ...], prompt: bool = False) -> Plan:
-        plan = self._decide(layer, experts, prompt)
-        for wave in plan.waves:
-            for use in wave.loads:
+    def plan(
+        self,
+        layer: int,
+        experts: tuple[int, ...],
+        prompt: bool = False,
+        admit: int | None = None,
+    ) -> Plan:
+        plan = self._decide(layer, experts, prompt, admit)
+        for step in self.staging.steps(plan):
+            for use in step.begin:
                 self._load((layer, use.expert), use.slot)
-            for use in (*wave.hits, *wave.loads):
+            for use in (*step.hits, *step.loads):
                 self._compute(layer, use)
         resident = self.resident()
         self.in_use = {(layer, e): resident[layer, e] for e in experts if (layer, e) in resident}
         return plan
 
-    def failing_plan(self, layer: int, experts: tuple[int, ...], uses: int, prompt: bool) -> None:
+    def failing_plan(
+        self, layer: int, experts: tuple[int, ...], uses: int, prompt: bool, admit: int | None
+    ) -> None:
         """A step that fails at its use number `uses`, and what an engine does then."""
-        plan = self._decide(layer, experts, prompt)
-        for wave in plan.waves:
-            for use in wave.loads:
+        plan = self._decide(layer, experts, prompt, admit)
+        for step in self.staging.steps(plan):
+            for use in step.begin:
                 self._load((layer, use.expert), use.slot)
-            for use in (*wave.hits, *wave.loads):
+            for use in (*step.hits, *step.loads):
                 if uses == 0:
                     return self.start_over()
                 self._compute(layer, use)
@@ -175,15 +189,19 @@ class Machine:
         self.in_use = {}
         assert not self.resident()
 
-    def _decide(self, layer: int, experts: tuple[int, ...], prompt: bool) -> Plan:
+    def _decide(
+        self, layer: int, experts: tuple[int, ...], prompt: bool, admit: int | None
+    ) -> Plan:
         before = self.resident()
         known = {expert for expert in experts if (layer, expert) in before}
-        plan = self.cache.plan(layer, experts, prompt=prompt)
+        plan = self.cache.plan(layer, experts, prompt=prompt, admit=admit)
         self.guessed.pop(layer, None)
         self.decisions.append(plan)
         assert plan.layer == layer
         uses = [use for wave in plan.waves for use in (*wave.hits, *wave.loads)]
-        assert sorted(use.expert for use in uses) == sorted(experts), "each expert exactly once"
+        served = [*(use.expert for use in uses), *plan.streamed]
+        assert sorted(served) == sorted(experts), "each expert exactly once"
+        self._check_streamed(plan, admit)
         hits = [use for wave in plan.waves for use in wave.hits]
         assert {use.expert for use in hits} == known, "hits are what was resident"
         assert all(before[layer, use.expert] == use.slot for use in hits)
@@ -201,8 +219,16 @@ class Machine:
             after = self.resident()
             assert all(after[layer, use.expert] == use.slot for use in (*last.hits, *last.loads))
         self.hits += len(hits)
-        self.misses += len(uses) - len(hits)
+        self.misses += len(served) - len(hits)
+        self.streamed += len(plan.streamed)
         return plan
+
+    def _check_streamed(self, plan: Plan, admit: int | None) -> None:
+        """What is streamed gets no slot, and spares the waves."""
+        resident = self.resident()
+        assert not plan.streamed or admit is not None, "streamed though all may evict"
+        assert not any((plan.layer, expert) in resident for expert in plan.streamed)
+        assert admit is None or len(plan.waves) <= 1, "waves though there is staging"
 
     def _load(self, key: Key, slot: int) -> None:
         self.content[slot] = key
@@ -224,6 +250,7 @@ class Machine:
         assert total.hits + total.misses == total.requests
         assert total.lookahead_loads == self.lookahead_loads
         assert total.warm_loads == self.warm_loads
+        assert total.streamed == self.streamed
         assert total.loads == total.misses + total.lookahead_loads + total.warm_loads
         assert total.lookahead_loads_right <= min(total.lookahead_loads, total.lookahead_right)
         whole = not isinstance(step, StartOver) and getattr(step, "fails_after", None) is None

@@ -357,4 +357,19 @@ def test_failed_step_leaves_a_cache_that_goes_on() -> None:
 def test_plan_is_made_of_plain_values() -> None:
     plan = lru(2).plan(0, (4,))
     assert plan.waves == (Wave(hits=(), loads=(Use(expert=4, slot=0),)),)
-    assert hash(plan) == hash((0, (((), ((4, 0),)),)))
+    assert hash(plan) == hash((0, (((), ((4, 0),)),), ()))
+
+
+@pytest.mark.parametrize("allocation", ["shared", "global", "quota"])
+def test_with_fewer_slots_it_begins_anew_and_keeps_its_counts(allocation: str) -> None:
+    cache = ExpertCache(6, 2, LRU, allocation)
+    for layer in (0, 1):
+        cache.plan(layer, (0, 1, 2))
+    cache.resize(2)
+    cache.check_integrity()
+    assert cache.table.slots == 2
+    assert not cache.is_resident(0, 0)
+    plan = cache.plan(0, (0, 1, 2))
+    assert {use.slot for wave in plan.waves for use in wave.loads} <= {0, 1}
+    cache.check_integrity()
+    assert cache.statistics.total().misses == 9

@@ -21,7 +21,7 @@ from cache.replay import (
     recorded_setup,
     replay,
 )
-from cache.sharded import ShardedCache, card_and_row
+from cache.sharded import ShardedCache, ShardedStaging, card_and_row, divided
 from cache.synthetic import Routing, Shape, synthesize
 from cache.trace import Trace
 
@@ -131,3 +131,45 @@ def test_a_trace_says_what_each_card_had() -> None:
 def test_cards_that_cannot_be_are_refused(text: str) -> None:
     with pytest.raises(CacheError, match="cards"):
         recorded_setup(_trace(text))
+
+
+def test_each_card_streams_through_rows_of_its_own() -> None:
+    staging = ShardedStaging(ShardedCache(_caches()), 2)
+    for layer, (card, first) in enumerate([(0, 3), (0, 3), (1, 7), (1, 7), (1, 7)]):
+        plan = Plan(layer, (), (1, 2, 3))
+        rows = [card_and_row(use.slot, 2) for step in staging.steps(plan) for use in step.begin]
+        assert len(rows) == 3
+        assert {at for at, _ in rows} == {card}
+        assert {row for _, row in rows} == {first, first + 1}
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=5), st.data())
+def test_fewer_slots_are_shared_out_in_proportion(had: list[int], data: st.DataObject) -> None:
+    slots = data.draw(st.integers(len(had), sum(had)))
+    given_back = divided(slots, had)
+    assert sum(given_back) == slots
+    for now, before in zip(given_back, had, strict=True):
+        assert 1 <= now <= before
+        assert abs(now - before * slots / sum(had)) < len(had) + 1
+
+
+def test_a_resized_cache_has_fewer_rows_on_each_card() -> None:
+    cache = ShardedCache(_caches())
+    cache.plan(3, [1, 2])
+    cache.resize(5)
+    assert [part.table.slots for part in cache.caches] == [1, 4]
+    assert len(cache.table) == 0
+    cache.plan(0, [1])
+    cache.check_integrity()
+
+
+@given(st.lists(st.integers(0, EXPERTS - 1), min_size=1, max_size=6, unique=True))
+def test_what_is_streamed_is_said_in_the_layer_of_the_model(experts: list[int]) -> None:
+    whole, (_, alone) = ShardedCache(_caches()), _caches()
+    plan = whole.plan(3, experts, prompt=True, admit=1)
+    expected = alone.plan(1, experts, prompt=True, admit=1)
+    assert plan.layer == 3
+    assert plan.streamed == expected.streamed
+    assert [(e, card_and_row(s, 2)) for e, s in _slots(plan)] == [
+        (e, (1, row)) for e, row in _slots(expected)
+    ]

@@ -14,10 +14,13 @@ from hypothesis import strategies as st
 import offload
 from offload.budget import (
     Budget,
+    Memory,
     available_bytes,
+    hold_vram,
     kv_cache_bytes,
     parse_bytes,
     parse_slots,
+    staging_rows,
 )
 from offload.errors import BudgetError
 from tests.tiny import EXPERTS, LAYERS, tiny_config
@@ -130,6 +133,23 @@ def test_asked_slots_are_given_when_they_fit() -> None:
     assert _budget(10**9).slots(999) == 24
 
 
+def test_rows_that_prompts_are_streamed_through_are_counted_unless_everything_fits() -> None:
+    assert _budget(2340 + 1000, staging=2).slots(None) == 8
+    assert _budget(2340 + 1000, staging=2).slots(8) == 8
+    assert _budget(2340 + 2400, staging=2).slots(None) == 24
+    assert _budget(2340 + 2399, staging=2).slots(None) == 21
+    with pytest.raises(BudgetError, match=r"needs 9 .* 8 fit in .* prompts are streamed through"):
+        _budget(2340 + 1000, staging=2).slots(9)
+
+
+def test_small_records_get_more_rows_and_a_cpu_none_of_its_own() -> None:
+    gpu = torch.device("cuda")
+    assert staging_rows(gpu, 100 * 2**20) == 2
+    assert staging_rows(gpu, 10 * 2**20) == 12
+    assert staging_rows(gpu, 2**10) == 32
+    assert staging_rows(torch.device("cpu"), 2**10) == 2
+
+
 @pytest.mark.parametrize("available", [0, 1, 2340, 2439])
 @pytest.mark.parametrize("asked", [None, 1])
 def test_without_room_for_one_slot_the_shortage_and_the_flags_are_named(
@@ -214,3 +234,103 @@ def test_a_longer_context_leaves_room_for_fewer_experts(mixtral: Path, tmp_path:
 
     short, long = slots(64), slots(600)
     assert 1 <= long < short < TOTAL
+
+
+# Latent attention, recurrent and compressed states, windows.
+UNUSUAL = [
+    "deepseek_v3",
+    "deepseek_v4",
+    "qwen3_next",
+    "granitemoehybrid",
+    "nemotron_h",
+    "gpt_oss",
+    "zaya",
+]
+
+
+def _held(value: Any, seen: set[int]) -> int:
+    """Bytes of the memory behind all tensors that `value` leads to."""
+    if id(value) in seen:
+        return 0
+    seen.add(id(value))
+    if isinstance(value, torch.Tensor):
+        return value.untyped_storage().nbytes()
+    if isinstance(value, list | tuple):
+        return sum(_held(part, seen) for part in value)
+    parts = value.values() if isinstance(value, dict) else vars(value).values()
+    return sum(
+        _held(part, seen)
+        for part in parts
+        if isinstance(part, torch.Tensor | list | tuple | dict) or hasattr(part, "__dict__")
+    )
+
+
+@pytest.mark.parametrize(
+    ("model_type", "length"),
+    [
+        *((model_type, length) for model_type in UNUSUAL for length in (40, 96)),
+        ("deepseek_v4", 600),
+        ("deepseek_v4", 767),
+        ("qwen3_next", 600),
+        ("gpt_oss", 600),
+    ],
+)
+def test_the_kv_cache_of_unusual_layers_is_counted_as_it_is(model_type: str, length: int) -> None:
+    from transformers import AutoModelForCausalLM
+
+    config = tiny_config(model_type, max_position_embeddings=1024)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        ids = torch.randint(3, 120, (1, length))
+        layers = model(input_ids=ids, use_cache=True).past_key_values.layers
+    held = sum(_held(layer, set()) for layer in layers)
+    counted = kv_cache_bytes(config, length, torch.float32)
+    assert held <= counted * 1.02 + 4096, "counted too small"
+    assert counted <= held * 1.35 + 4096, "counted far too large"
+
+
+def test_kimi_linears_states_are_counted() -> None:
+    """Its attention is latent, its other layers keep a matrix a head: far more than it says."""
+    config = tiny_config("kimi_linear")
+    states = 2 * 32 * 128 * 128 * 4  # two layers of 32 heads
+    assert states < kv_cache_bytes(config, 40, torch.float32) < 2 * states
+
+
+def test_a_window_holds_no_more_than_itself_and_what_is_read_at_once() -> None:
+    config = tiny_config("mixtral")  # 3 layers of 2 KV heads of 16, a window of 64
+    a_token = 2 * 3 * 2 * 16 * 4
+    assert kv_cache_bytes(config, 4096, torch.float32, ubatch=32) == a_token * (63 + 32)
+    assert kv_cache_bytes(config, 4096, torch.float32) == a_token * 4096
+
+
+def test_a_model_that_does_not_run_without_memory_is_estimated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(*_: Any) -> int:
+        raise RuntimeError("no meta kernel")
+
+    monkeypatch.setattr(offload.budget, "cache_bytes", fails)
+    config = tiny_config("mixtral", max_position_embeddings=333)  # another than those seen before
+    assert kv_cache_bytes(config, 100, torch.float32) == 2 * 3 * 2 * 16 * 100 * 4
+
+
+def test_vram_without_a_gpu_is_told_to_have_no_effect(caplog: pytest.LogCaptureFixture) -> None:
+    Memory.of(torch.device("cpu"), "20GiB", "1GiB")
+    assert [r.getMessage() for r in caplog.records] == [
+        "--vram has no effect without a GPU: --ram is the limit here"
+    ]
+
+
+def test_torch_is_held_to_the_budget_and_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Properties:
+        total_memory = 24 * GIB
+
+    held: list[float] = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties())
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 2 * GIB)
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda share, _: held.append(share)
+    )
+    for budget in (10 * GIB, 30 * GIB):
+        hold_vram(torch.device("cuda"), budget)
+    assert held == [0.5, 1.0]

@@ -30,7 +30,7 @@ def pack(mixtral_pack: Path) -> Any:
 
 @pytest.fixture
 def cards(pack: Pack) -> Any:
-    transfer = CardsTransfer([HostTransfer(pack, slots) for slots in SLOTS])
+    transfer = CardsTransfer([HostTransfer(pack, slots) for slots in SLOTS], SLOTS)
     yield transfer
     transfer.close()
 
@@ -135,3 +135,14 @@ def test_the_next_card_s_link_works_before_this_card_s_is_waited_for(
             waited = after.index(("wait", 0, -1))
             both += ("guess", 1, first_card[-1] + 1) in after[:waited]
     assert both > 0
+
+
+def test_what_one_card_lacks_is_given_back_in_the_proportions_of_all(pack: Pack) -> None:
+    transfers = [HostTransfer(pack, slots) for slots in SLOTS]
+    for number, transfer in enumerate(transfers):
+        transfer.device = torch.device("cuda", number)
+    cards = CardsTransfer(transfers, SLOTS)
+    assert cards.shortage_of_all(600, 0) == 1500
+    assert cards.shortage_of_all(600, 1) == 1000
+    assert cards.shortage_of_all(600, None) == cards.shortage_of_all(600, 7) == 1500
+    cards.close()

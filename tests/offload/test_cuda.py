@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,12 +11,19 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import offload
-from offload.cuda_transfer import CudaTransfer
+from offload.budget import hold_vram
+from offload.cuda_link import CudaLink
+from offload.cuda_transfer import CudaTicket, CudaTransfer
 from offload.handle import offload_of
+from offload.host_memory import PAGE, own_memory
+from offload.host_tier import HostTier
 from offload.packs import find_or_make_pack
+from offload.pinning import CudaPinner
 from offload.recipe import Recipe
 from quant.pack import Pack
 from tests.tiny import EXPERTS, K, save_tiny
+
+DEVICE = torch.device("cuda", 0)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -70,7 +79,7 @@ def test_records_arrive_from_pinned_and_from_mapped_memory(tmp_path: Path) -> No
     save_tiny("mixtral", tmp_path / "checkpoint")
     pack = Pack(find_or_make_pack(str(tmp_path / "checkpoint"), Recipe(), pack_dir=tmp_path))
     layer_bytes = EXPERTS * pack.info.slot_bytes
-    for ram in (None, layer_bytes, 0):  # all layers, one, none in pinned memory
+    for ram in (None, layer_bytes, 0):  # all in pinned memory; a part, the rest on disk; the least
         transfer = CudaTransfer(pack, 4, torch.device("cuda"), ram)
         for slot, (layer, expert) in enumerate([(0, 1), (2, 7), (1, 0), (2, 3)]):
             ticket = transfer.start(layer, expert, slot, urgent=True)
@@ -78,3 +87,130 @@ def test_records_arrive_from_pinned_and_from_mapped_memory(tmp_path: Path) -> No
             assert torch.equal(transfer.slot(slot).cpu(), pack.record(layer, expert))
         transfer.close()
     pack.close()
+
+
+@pytest.fixture
+def pack(tmp_path: Path) -> Iterator[Pack]:
+    save_tiny("mixtral", tmp_path / "checkpoint")
+    opened = Pack(find_or_make_pack(str(tmp_path / "checkpoint"), Recipe(), pack_dir=tmp_path))
+    yield opened
+    opened.close()
+
+
+def test_what_cuda_refuses_to_pin_is_told_and_leaves_no_error_behind() -> None:
+    pinner, memory = CudaPinner(DEVICE), own_memory(PAGE)
+    assert pinner.pin(memory.data_ptr(), PAGE, read_only=False) is None
+    assert "CUDA error" in str(pinner.pin(memory.data_ptr(), PAGE, read_only=False))
+    assert int(torch.ones(10, device=DEVICE).sum()) == 10  # checks for pending errors
+    pinner.unpin(memory.data_ptr(), PAGE)
+    assert pinner.pin(memory.data_ptr(), PAGE, read_only=False) is None
+    pinner.unpin(memory.data_ptr(), PAGE)
+
+
+def test_the_host_tier_pins_and_says_how_fast_each_way_is(pack: Pack) -> None:
+    tier = HostTier(pack, 1 << 40, CudaPinner(DEVICE), CudaLink(DEVICE).rate)
+    assert tier.pinned
+    assert "GB/s" in tier.description
+    assert tier.record(1, 3).is_pinned()
+    assert bool(tier.addresses().ne(0).all())
+    target = torch.empty_like(tier.record(1, 3), device=DEVICE)
+    target.copy_(tier.record(1, 3), non_blocking=True)
+    assert torch.equal(target.cpu(), pack.record(1, 3))
+    tier.close()
+    assert not pack.record(1, 3).is_pinned()
+
+
+def test_closing_unregisters_everything(pack: Pack) -> None:
+    for _ in range(3):  # what stayed registered would be refused the next time
+        transfer = CudaTransfer(pack, 4, DEVICE, 1 << 40)
+        assert transfer.tier.pinned
+        transfer.close()
+
+
+def test_a_demand_is_done_before_the_guesses_begun_before_it(pack: Pack) -> None:
+    """Of many large copies: those of this test come from one buffer, whatever a record's size."""
+    link = CudaLink(DEVICE)
+    source = torch.empty(64 << 20, dtype=torch.uint8).pin_memory()
+    targets = torch.empty(9, 64 << 20, dtype=torch.uint8, device=DEVICE)
+    guesses = [link.copy(targets[i], source, urgent=False, after=()) for i in range(8)]
+    _, demand = link.copy(targets[8], source, urgent=True, after=())
+    demand.synchronize()
+    assert not guesses[-1][1].query()
+    link.synchronize()
+
+
+@pytest.mark.parametrize("ram", [1 << 40, 0])
+def test_random_copies_arrive_in_the_right_slots(pack: Pack, ram: int) -> None:
+    chooser = random.Random(0)
+    transfer = CudaTransfer(pack, 5, DEVICE, ram)
+    waiting: dict[int, tuple[CudaTicket, int, int]] = {}
+    seen: list[tuple[torch.Tensor, int, int]] = []
+    for _ in range(400):
+        slot = chooser.randrange(5)
+        ticket, layer, expert = waiting.pop(slot, (None, 0, 0))
+        if ticket is not None and chooser.random() < 0.7:
+            transfer.wait(ticket)
+            seen.append((transfer.slot(slot).clone(), layer, expert))
+            transfer.release(slot)
+            continue
+        if ticket is not None and not ticket.done:
+            transfer.drop(ticket)
+        key = chooser.randrange(len(pack.info.layers)), chooser.randrange(EXPERTS)
+        waiting[slot] = transfer.start(*key, slot, urgent=chooser.random() < 0.5), *key
+    transfer.drain()
+    assert len(seen) > 50
+    for found, layer, expert in seen:
+        assert torch.equal(found.cpu(), pack.record(layer, expert))
+    transfer.close()
+
+
+def test_fewer_slots_take_less_memory(pack: Pack) -> None:
+    before = torch.cuda.memory_allocated()
+    transfer = CudaTransfer(pack, 20, DEVICE, 1 << 40)
+    held = torch.cuda.memory_allocated() - before
+    transfer.resize(5, 0)
+    assert torch.cuda.memory_allocated() - before < held / 2
+    transfer.wait(transfer.start(2, 1, 4, urgent=True))
+    assert torch.equal(transfer.slot(4).cpu(), pack.record(2, 1))
+    transfer.close()
+    assert torch.cuda.memory_allocated() <= before
+
+
+def test_when_memory_runs_out_the_answer_is_the_same_with_fewer_slots(tmp_path: Path) -> None:
+    save_tiny("mixtral", tmp_path / "checkpoint", dtype=torch.bfloat16)
+
+    def tokens(short: bool) -> tuple[list[int], int]:
+        model, _ = offload.load(
+            tmp_path / "checkpoint", device="cuda", expert_slots=20, pack_dir=tmp_path / "packs"
+        )
+        calls = 0
+
+        def hook(*_: object) -> None:
+            nonlocal calls
+            calls += 1
+            if short and calls in (2, 30, 41):
+                torch.empty(1 << 45, dtype=torch.uint8, device=DEVICE)
+
+        model.model.layers[1].self_attn.register_forward_hook(hook)
+        steps = offload.stream_generate(
+            model, None, list(range(5, 25)), max_new_tokens=60, temperature=0.0
+        )
+        said = [step.token for step in steps]
+        slots = offload_of(model).engine.cache.table.slots
+        offload_of(model).close()
+        return said, slots
+
+    expected, _ = tokens(short=False)
+    got, slots = tokens(short=True)
+    assert got == expected
+    assert slots < 20
+
+
+def test_torch_is_held_to_what_vram_says(tmp_path: Path) -> None:
+    held = torch.cuda.memory_reserved()
+    hold_vram(DEVICE, 256 << 20)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(held + (512 << 20), dtype=torch.uint8, device=DEVICE)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, DEVICE)

@@ -12,7 +12,7 @@ import torch
 import offload
 from offload import sources
 from offload.blocks import Layers, demand, device_of
-from offload.budget import kv_cache_bytes, workspace_bytes
+from offload.budget import kv_cache_bytes
 from offload.errors import BudgetError
 from offload.gpus import find_place
 from offload.placement import place
@@ -105,12 +105,11 @@ def test_a_model_in_parts_needs_what_the_whole_needs(
     config = sources.read_config("tiny", pack.path, trust_remote_code=False)
     cls = model_class(config, "tiny", False)
     whole = build_on_meta(own_config(config, cls), cls)
-    needs = demand(whole, pack.info, config, 128, torch.float32)
+    needs = demand(whole, pack.info, config, 128, torch.float32, 128, 77)
     layers = needs.blocks
     assert needs.first + needs.last + sum(b.dense for b in layers) == pack.info.dense_bytes(4)
     assert sum(b.kv_cache for b in layers) == kv_cache_bytes(config, 128, torch.float32)
     assert sum(b.experts for b in layers) == pack.info.total_experts
-    assert needs.workspace == workspace_bytes(config, pack.info, 128)
     assert len({block.dense for block in layers}) == 1
     table = model.get_input_embeddings().weight.nbytes if dense_bits == 16 else 0
     assert needs.first >= table

@@ -160,8 +160,8 @@ def test_what_one_card_lacks_is_said_with_the_flag_that_mends_it() -> None:
         place(demand, [4 * GIB, 2 * GIB])
     assert str(error.value) == (
         "card 1 lacks 1.16 GiB: layers 2 to 3, KV cache, workspace and one expert slot need 3.16 "
-        "GiB and it has 2.00 GiB: raise --vram, lower --ctx-size, or name more or larger cards "
-        "with --gpus"
+        "GiB and it has 2.00 GiB: raise --vram, lower --ctx-size or --ubatch-size, or name "
+        "more or larger cards with --gpus"
     )
     with pytest.raises(BudgetError, match="card 2 lacks"):
         place(demand, [GIB, 40 * GIB], numbers=[2, 0])

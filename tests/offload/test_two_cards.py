@@ -17,6 +17,7 @@ from cache.replay import recorded_setup, replay
 from cache.sharded import ShardedCache
 from cache.trace_file import read
 from offload.cards import CardsTransfer
+from offload.errors import GenerationError
 from offload.handle import offload_of
 from tests.tiny import save_tiny
 
@@ -83,7 +84,8 @@ def test_each_card_says_what_it_holds(tmp_path: Path) -> None:
     assert [len(card.share.blocks) for card in stats.cards] == [2, 1]
     assert [card.share.slots for card in stats.cards] == [6, 3]
     assert sum(card.counts.requests for card in stats.cards) == stats.counts.requests
-    assert sum(card.bytes_loaded for card in stats.cards) == stats.bytes_loaded
+    copied = stats.bytes_loaded - stats.bytes_in_place
+    assert sum(card.bytes_copied for card in stats.cards) == copied
     assert (stats + stats).cards[0].counts.hits == 2 * stats.cards[0].counts.hits
     first, second, third = stats.line().splitlines()
     assert first.startswith("[ Experts: 9/24 resident | hits ")
@@ -164,3 +166,35 @@ def test_a_model_on_two_devices_generates_text_and_frees_everything(mixtral_pack
         offload_of(model).close()
     assert texts[0] == texts[1]
     assert threading.active_count() == threads
+
+
+def test_slots_given_back_are_those_of_both_cards(tmp_path: Path) -> None:
+    save_tiny("mixtral", tmp_path / "checkpoint")
+    model = _load(tmp_path, gpus=CPUS, expert_slots=15)
+    expected = _logits(model)
+    engine = offload_of(model).engine
+    assert isinstance(engine.cache, ShardedCache)
+    assert isinstance(engine.transfer, CardsTransfer)
+    engine.give_back(engine.record_bytes(0))
+    assert engine.cache.table.slots < 15
+    for cache, transfer in zip(engine.cache.caches, engine.transfer.transfers, strict=True):
+        assert 1 <= cache.table.slots == len(transfer.slots)
+    for ours, theirs in zip(_logits(model), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    engine.cache.check_integrity()
+    offload_of(model).close()
+
+
+def test_memory_runs_out_with_one_slot_left_on_each_card(tmp_path: Path) -> None:
+    save_tiny("mixtral", tmp_path / "checkpoint")
+    model = _load(tmp_path, gpus=CPUS, expert_slots=5)
+    expected = _logits(model)
+    engine = offload_of(model).engine
+    for left in (4, 3, 2):
+        engine.give_back(0)
+        assert engine.cache.table.slots == left
+    with pytest.raises(GenerationError, match="one expert slot left on each card"):
+        engine.give_back(0)
+    for ours, theirs in zip(_logits(model), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    offload_of(model).close()

@@ -1,0 +1,73 @@
+"""Going on after the device's memory ran out in the middle of a step.
+
+Knows: what to take back, whom to ask for memory, how to try again. Does not know: how many slots
+that costs (`offload.engine`), what a step does.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from offload.budget import UNITS
+from offload.cards import CardsTransfer
+from offload.engine import Engine
+from offload.errors import NO_MEMORY, GenerationError
+from offload.kv_cache import can_be_restored, keep_past, restore, settle
+
+logger = logging.getLogger("offload")
+
+Step = Callable[[Tensor, Any], tuple[Tensor, Any]]  # ids [1, T], KV cache -> logits, KV cache
+
+
+def run(
+    step: Step, engine: Engine, ids: Tensor, cache: Any, before: Tensor | None
+) -> tuple[Tensor, Any]:
+    """`step(ids, cache)`; as long as memory runs out, slots are given back and it is done again.
+
+    `before` [1, L]: what `cache` holds, for a cache of which nothing can be taken back: then all is
+    read again (in one go, so the last bits may differ). Raises `GenerationError` when there is
+    nothing to give back.
+    """
+    restorable = cache is not None and can_be_restored(cache)
+    tokens = cache.get_seq_length() if restorable else 0
+    if restorable:
+        keep_past(cache)
+    while True:
+        try:
+            logits, cache = step(ids, cache)
+        except torch.OutOfMemoryError as error:
+            shortage, gpu = asked_bytes(error), asked_gpu(error)
+        else:
+            if restorable:
+                settle(cache)
+            return logits, cache
+        # Not in the handler: the error holds the frames, and those the tensors of the step.
+        if isinstance(engine.transfer, CardsTransfer):
+            shortage = engine.transfer.shortage_of_all(shortage, gpu)
+        engine.give_back(shortage)
+        if restorable:
+            restore(cache, tokens)
+        elif cache is not None:
+            if before is None:
+                raise GenerationError(f"out of memory in the middle of a text: {NO_MEMORY}")
+            logger.warning("%d tokens are read again", before.shape[-1])
+            ids, cache = torch.cat((before, ids), dim=-1), None
+
+
+def asked_bytes(error: torch.OutOfMemoryError) -> int:
+    """What could not be had, as torch says it; 0 when it does not."""
+    match = re.search(r"allocate (\d+(?:\.\d+)?) (\w+)", str(error))
+    unit = UNITS.get(match.group(2).upper()) if match else None
+    return int(float(match.group(1)) * unit) if match and unit else 0
+
+
+def asked_gpu(error: torch.OutOfMemoryError) -> int | None:
+    """Whose memory ran out, as torch says it; None when it does not."""
+    match = re.search(r"GPU (\d+) has a total capacity", str(error))
+    return int(match.group(1)) if match else None
