@@ -3,9 +3,9 @@
 Knows: rates and delays of a machine. Does not know: models, plans, what software adds
 (`cache.simulator.Software`), nor how this machine is measured (`offload.machine`).
 
-Bandwidths are the makers': NVIDIA's Ampere GA102, Ada and Blackwell architecture papers (RTX 3090,
-4090, 5070 Ti, 5090), its product pages (RTX 3060, 3080 Laptop) and data sheets (T4, A100). PCIe
-rates are the lanes' raw ones after 128b/130b coding (PCI-SIG).
+Bandwidths and memory sizes are the makers': NVIDIA's Ampere GA102, Ada and Blackwell architecture
+papers (RTX 3080, 3090, 4080, 4090, 5070 Ti, 5080, 5090), its product pages (RTX 3060, 3080 Laptop)
+and data sheets (T4, A100). PCIe rates are the lanes' raw ones after 128b/130b coding (PCI-SIG).
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class Hardware:
     tflops: float = 1e3  # half precision, dense; only a prompt can be limited by it
     cards: int = 1
     runs_ahead: bool = True  # the host queues work and goes on; False where it computes itself
+    memory_bytes: int | None = None  # of a card; None: not known
 
     def copy_seconds(self, size: int, *, from_disk: bool = False) -> float:
         """Seconds one copy of `size` bytes holds the link."""
@@ -56,7 +57,7 @@ class Hardware:
 
 
 def _gpu(
-    name: str, memory: float, pcie: float, tflops: float, *, ram: float, cards: int = 1
+    name: str, gib: int, memory: float, pcie: float, tflops: float, *, ram: float, cards: int = 1
 ) -> Hardware:
     return Hardware(
         name,
@@ -65,6 +66,7 @@ def _gpu(
         ram_gb_per_s=ram,
         tflops=tflops,
         cards=cards,
+        memory_bytes=gib * 2**30,
     )
 
 
@@ -72,15 +74,18 @@ def _gpu(
 PROFILES: dict[str, Hardware] = {
     profile.name: profile
     for profile in (
-        _gpu("RTX 3060", 360.0, PCIE4_X16, 25.5, ram=DDR4_3200_X2),  # 15 Gbps, 192 bits
-        _gpu("RTX 3080 Mobile", 448.0, PCIE4_X16, 38.0, ram=DDR4_3200_X2),  # 14 Gbps, 256 bits
-        _gpu("RTX 3090", 936.0, PCIE4_X16, 71.0, ram=DDR4_3200_X2),  # 19.5 Gbps, 384 bits
-        _gpu("RTX 4090", 1008.0, PCIE4_X16, 165.2, ram=DDR5_6000_X2),  # 21 Gbps, 384 bits
-        _gpu("2x4090", 1008.0, PCIE4_X16, 165.2, ram=DDR5_6000_X2, cards=2),
-        _gpu("RTX 5070 Ti", 896.0, PCIE5_X16, 87.9, ram=DDR5_6000_X2),  # 28 Gbps, 256 bits
-        _gpu("RTX 5090", 1792.0, PCIE5_X16, 209.5, ram=DDR5_6000_X2),  # 28 Gbps, 512 bits
-        _gpu("T4", 320.0, PCIE3_X16, 65.0, ram=DDR4_3200_X2),  # data sheet: 320+ GB/s
-        _gpu("A100", 2039.0, PCIE4_X16, 312.0, ram=DDR4_3200_X8),  # 80 GB SXM data sheet
+        _gpu("RTX 3060", 12, 360.0, PCIE4_X16, 25.5, ram=DDR4_3200_X2),  # 15 Gbps, 192 bits
+        _gpu("RTX 3080", 10, 760.0, PCIE4_X16, 59.5, ram=DDR4_3200_X2),  # 19 Gbps, 320 bits
+        _gpu("RTX 3080 Mobile", 16, 448.0, PCIE4_X16, 38.0, ram=DDR4_3200_X2),  # 14 Gbps, 256
+        _gpu("RTX 3090", 24, 936.0, PCIE4_X16, 71.0, ram=DDR4_3200_X2),  # 19.5 Gbps, 384 bits
+        _gpu("RTX 4080", 16, 716.8, PCIE4_X16, 97.5, ram=DDR5_6000_X2),  # 22.4 Gbps, 256 bits
+        _gpu("RTX 4090", 24, 1008.0, PCIE4_X16, 165.2, ram=DDR5_6000_X2),  # 21 Gbps, 384 bits
+        _gpu("2x4090", 24, 1008.0, PCIE4_X16, 165.2, ram=DDR5_6000_X2, cards=2),
+        _gpu("RTX 5070 Ti", 16, 896.0, PCIE5_X16, 87.9, ram=DDR5_6000_X2),  # 28 Gbps, 256 bits
+        _gpu("RTX 5080", 16, 960.0, PCIE5_X16, 112.6, ram=DDR5_6000_X2),  # 30 Gbps, 256 bits
+        _gpu("RTX 5090", 32, 1792.0, PCIE5_X16, 209.5, ram=DDR5_6000_X2),  # 28 Gbps, 512 bits
+        _gpu("T4", 16, 320.0, PCIE3_X16, 65.0, ram=DDR4_3200_X2),  # data sheet: 320+ GB/s
+        _gpu("A100", 80, 2039.0, PCIE4_X16, 312.0, ram=DDR4_3200_X8),  # 80 GB SXM data sheet
     )
 }
 

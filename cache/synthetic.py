@@ -31,6 +31,11 @@ class Shape:
     dense_bytes: int  # weights that every token reads: attention, shared experts, head
     expert_bits: float  # really stored, scales included
 
+    @property
+    def layer_bytes(self) -> int:
+        """Of a layer's experts."""
+        return self.experts * self.record_bytes
+
 
 def _shape(
     name: str, layers: int, experts: int, top_k: int, weights: int, dense: int, bits: float

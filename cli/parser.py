@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from cli import bench, chat, check, generate, ppl, quantize, trace
+from cli import bench, chat, check, doctor, generate, plan, ppl, quantize, trace
 from cli.commands import Commands, Parser
 from offload.version import __version__
 
@@ -19,6 +19,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"offload {__version__}")
     commands = Commands(parser)
-    for command in (chat, generate, bench, quantize, ppl, check, trace):
+    for command in (chat, generate, bench, plan, doctor, quantize, ppl, check, trace):
         command.add(commands)
     return parser

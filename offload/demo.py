@@ -81,12 +81,17 @@ CALIBRATION = (
 )
 
 
+def place() -> Path:
+    """Where the demo's checkpoint is, once it is built."""
+    return offload_home() / "demo" / f"mixtral-{VERSION}"
+
+
 def checkpoint() -> Path:
     """The folder of the demo as a Mixtral checkpoint, fetched and built if it is not there yet.
 
     Raises `SourceError` when the weights cannot be fetched, or written.
     """
-    folder = offload_home() / "demo" / f"mixtral-{VERSION}"
+    folder = place()
     if not (folder / "config.json").is_file():
         with _scratch(folder) as scratch:
             if not (folder / "config.json").is_file():  # another process may have built it
@@ -215,6 +220,23 @@ def write_checkpoint(dense: PreTrainedModel, folder: Path, dtype: torch.dtype) -
         repetition_penalty=1.1,  # so small a model repeats itself when it decodes greedily
     ).save_pretrained(folder)
     mixtral_config(dense, dtype).save_pretrained(folder)
+
+
+def planned_config() -> MixtralConfig:
+    """What `checkpoint` will have, as far as sizes are concerned: SmolLM2-135M's, with experts."""
+    config = MixtralConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+        num_local_experts=NUM_EXPERTS,
+        num_experts_per_tok=TOP_K,
+    )
+    config.dtype = torch.bfloat16
+    return config
 
 
 def mixtral_config(dense: PreTrainedModel, dtype: torch.dtype) -> MixtralConfig:

@@ -39,6 +39,7 @@ from offload.skeleton import (
     BUILDING,
     IMPLEMENTATION,
     build_on_meta,
+    chosen_experts,
     described_experts,
     experts_modules,
     find_router,
@@ -251,20 +252,13 @@ def _connect(model: PreTrainedModel, pack: Pack, options: Options, transfer: Tra
         engine.watch_routers(model, routers(model, info))
     single = options.device.type == "cpu" and options.dtype == torch.bfloat16
     one_token = OneTokenLinear(model) if single and native_is_quicker() else None
-    model.offload = Offload(pack, engine, options, one_token, _top_k(model))
+    model.offload = Offload(pack, engine, options, one_token, chosen_experts(model.config))
     weakref.finalize(model, model.offload.close)  # a model that is dropped frees what it held
 
 
 def routers(model: PreTrainedModel, info: PackInfo) -> list[torch.nn.Module | None]:
     """The router of each MoE layer, None where it cannot be told."""
     return [find_router(model, layer.module, layer.num_experts) for layer in info.layers]
-
-
-def _top_k(model: PreTrainedModel) -> int:
-    """Experts a token, as the config says under one of its names; 0 when it does not."""
-    config = model.config.get_text_config()
-    names = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "num_experts_per_token")
-    return next((k for name in names if isinstance(k := getattr(config, name, None), int)), 0)
 
 
 def _tokenizer(path: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:

@@ -12,7 +12,6 @@ import json
 import math
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,31 +21,22 @@ from transformers import PreTrainedModel
 from offload.budget import gib
 from offload.checkpoint import Checkpoint
 from offload.companions import companions
+from offload.description import Describer, PackSource
 from offload.encoding import Matrices, Read, Work, encode_in_turn, make_encoder
-from offload.errors import PackError, UnsupportedModelError
-from offload.parts import DenseMatrix, dense_matrices, layer_of
+from offload.errors import PackError
 from offload.progress import Progress
 from offload.recipe import Recipe
 from offload.skeleton import ExpertsModule
 from offload.weights.opening import files_of, open_weights
 from offload.weights.safetensors import DTYPES, INDEX, SafetensorsSource
 from quant.encode import Encoder
-from quant.pack import PackDense, PackInfo, PackLayer
+from quant.pack import PackDense, PackInfo
 from quant.pack_writer import ELSEWHERE, PackWriter
-from quant.record import STORED_DTYPES, MatrixSpec, RecordLayout, fitting_group, plan_layout
+from quant.record import RecordLayout
 
 SAFETENSORS_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 GGUF_HEADER = 2**16  # bytes of a GGUF file in its fingerprint, beside the samples
 DENSE_FILE_BYTES = 256 * 2**20  # the non-expert weights are written in files of about this size
-
-
-@dataclass(frozen=True)
-class PackSource:
-    """What a pack is made from."""
-
-    name: str  # for people
-    fingerprint: str  # changes when the weights do
-    folder: Path  # of the checkpoint, or its GGUF file
 
 
 class PackMaker:
@@ -59,45 +49,11 @@ class PackMaker:
         self._source = source
         self._checkpoint = Checkpoint(open_weights(source.folder, model), model, experts)
         self._experts = experts
-        self._dense = dense_matrices(model, experts)
+        self._describer = Describer(source, self._checkpoint, model, experts)
 
     def describe(self, recipe: Recipe) -> PackInfo:
-        """Everything about a pack that is known before a weight is read. Raises `RecipeError`."""
-        places = [layer_of(module.path) for module in self._experts]
-        places += [matrix.layer for matrix in self._dense]
-        recipe.check_layers(max((layer for layer in places if layer is not None), default=0))
-        layouts: list[RecordLayout] = []
-        layers = []
-        for module in self._experts:
-            specs = tuple(_as_stored(self._checkpoint, module, spec) for spec in module.matrices)
-            layout = plan_layout(specs, recipe.scheme("experts", layer_of(module.path)))
-            layers.append(PackLayer(module.path, module.num_experts, _index(layouts, layout)))
-        dense_layouts: list[RecordLayout] = []
-        members = list(self._describe_dense(recipe, dense_layouts))
-        return PackInfo(
-            self._source.name,
-            self._source.fingerprint,
-            str(recipe),
-            self._checkpoint.dense_parameters(),
-            tuple(layouts),
-            tuple(layers),
-            tuple(dense_layouts),
-            tuple(sorted(members, key=lambda member: member.file)),
-        )
-
-    def _describe_dense(self, recipe: Recipe, layouts: list[RecordLayout]) -> Iterator[PackDense]:
-        """What of the rest is quantised; `layouts` are added to."""
-        files: dict[int | str, int] = {}  # one for each decoder layer, and for what is outside
-        for matrix in self._dense:
-            schemes = (recipe.scheme(part, matrix.layer) for part in matrix.parts)
-            scheme = next((scheme for scheme in schemes if scheme.quantised), None)
-            if scheme is not None and _can_be_quantised(self._checkpoint, matrix):
-                dtype = self._checkpoint.plain_dtype(matrix.parameter)
-                spec = MatrixSpec("weight", matrix.rows, matrix.columns, False, dtype)
-                place = matrix.parameter if matrix.layer is None else matrix.layer
-                file = files.setdefault(place, len(files))
-                layout = _index(layouts, plan_layout((spec,), scheme))
-                yield PackDense(matrix.modules, layout, file)
+        """What `make` makes. Raises `RecipeError`."""
+        return self._describer.describe(recipe)
 
     def make(self, path: Path, recipe: Recipe, device: torch.device) -> None:
         """Write the pack `path`; weights are quantised on `device`.
@@ -178,34 +134,6 @@ class PackMaker:
                 writer.write_tensors(file, loaded)
         index = {"metadata": {}, "weight_map": weight_map}
         writer.write_file(INDEX, json.dumps(index, indent=1).encode())
-
-
-def _index(layouts: list[RecordLayout], layout: RecordLayout) -> int:
-    if layout not in layouts:
-        layouts.append(layout)
-    return layouts.index(layout)
-
-
-def _can_be_quantised(checkpoint: Checkpoint, matrix: DenseMatrix) -> bool:
-    """Not where the checkpoint has it in another form, nor where groups would be tiny."""
-    return (
-        matrix.parameter in checkpoint.plain
-        and checkpoint.plain_dtype(matrix.parameter) in STORED_DTYPES.values()
-        and fitting_group(matrix.columns, 16) == 16
-    )
-
-
-def _as_stored(checkpoint: Checkpoint, module: ExpertsModule, spec: MatrixSpec) -> MatrixSpec:
-    name = f"{module.path}.{spec.name}"
-    dtype = checkpoint.stored_dtype(name)
-    bias_dtype = checkpoint.stored_dtype(f"{name}_bias") if spec.has_bias else dtype
-    for stored in (dtype, bias_dtype):
-        if stored not in STORED_DTYPES.values():
-            raise UnsupportedModelError(
-                f"the experts are stored as {str(stored).removeprefix('torch.')}, which is not "
-                "read yet: use a checkpoint in bfloat16, float16 or float32"
-            )
-    return replace(spec, dtype=dtype, bias_dtype=bias_dtype)
 
 
 def _as_bytes(name: str, tensor: Tensor) -> tuple[str, str, tuple[int, ...], Tensor]:

@@ -17,11 +17,12 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from offload import demo, sources
+from offload.description import PackSource
 from offload.errors import BudgetError, SourceError
 from offload.files import user_path
 from offload.generation_config import check_generation_config
 from offload.home import offload_home
-from offload.make_pack import PackMaker, PackSource, fingerprint
+from offload.make_pack import PackMaker, fingerprint
 from offload.planning import Planner
 from offload.recipe import AskedBits, Recipe, most_bits
 from offload.skeleton import build_on_meta, find_experts, model_class, own_config

@@ -23,7 +23,7 @@ from offload.budget import (
 )
 from offload.errors import BudgetError
 from offload.handle import Card, Options
-from offload.placement import Demand, Share, place
+from offload.placement import Share, place
 from offload.residency import Residency
 from quant.pack import PackInfo
 
@@ -48,52 +48,62 @@ class Planner:
 
         Raises `BudgetError`.
         """
-        compute = self.dtype or _config_dtype(config)
         asked = parse_slots(self.slots, info.total_experts)
-        ubatch = chunk_tokens(config, self.ubatch, self.context)
-        staging = staging_rows(self.device, info.slot_bytes)
-        staged = 0 if self.device.type == "cpu" else staging
-        workspace = workspace_bytes(config, info, ubatch)
         shares: tuple[Share, ...] = ()
         if self.cards:
             assert model is not None, "what each layer weighs is counted on a model"
-            needs = demand(model, info, config, self.context, compute, ubatch, workspace)
-            shares = self._shares(needs, asked, info.total_experts, staged)
+            shares = self._shares(info, config, model, asked)
             slots = sum(share.slots for share in shares)
         else:
-            budget = Budget(
-                self.memory.device,
-                dense=info.dense_bytes(compute.itemsize),
-                kv_cache=kv_cache_bytes(config, self.context, compute, ubatch),
-                workspace=workspace,
-                slot=info.slot_bytes,
-                total_experts=info.total_experts,
-                staging=staged,
-            )
-            slots = budget.slots(asked)
+            slots = self.budget(info, config).slots(asked)
+        whole = slots >= info.total_experts
         return Options(
             self.device,
-            compute,
+            self.compute_dtype(config),
             slots,
             self.residency,
             self.context,
-            0 if slots >= info.total_experts else staging,
-            ubatch,
+            0 if whole else staging_rows(self.device, info.slot_bytes),
+            chunk_tokens(config, self.ubatch, self.context),
             self.cards,
             shares,
         )
 
     def _shares(
-        self, needs: Demand, asked: int | None, total: int, staged: int
+        self, info: PackInfo, config: PreTrainedConfig, model: PreTrainedModel, asked: int | None
     ) -> tuple[Share, ...]:
-        """Every card's; `staged` rows beside its slots, unless all experts have one."""
+        """Every card's; with rows that prompts are streamed through, unless all experts have a
+        slot."""
+        budget = self.budget(info, config)
+        ubatch = chunk_tokens(config, self.ubatch, self.context)
+        dtype = self.compute_dtype(config)
+        needs = demand(model, info, config, self.context, dtype, ubatch, budget.workspace)
         cards = [card.memory for card in self.cards]
         numbers = [card.number for card in self.cards]
         shares = place(needs, cards, asked, numbers=numbers)
-        if staged and sum(share.slots for share in shares) < total:
-            needs = replace(needs, workspace=needs.workspace + staged * needs.slot)
-            shares = place(needs, cards, asked, numbers=numbers)
+        if budget.staging and sum(share.slots for share in shares) < info.total_experts:
+            beside = budget.workspace + budget.staging * budget.slot
+            shares = place(replace(needs, workspace=beside), cards, asked, numbers=numbers)
         return shares
+
+    def budget(self, info: PackInfo, config: PreTrainedConfig) -> Budget:
+        """What goes into the compute device's memory beside the experts, and into how much."""
+        compute = self.compute_dtype(config)
+        ubatch = chunk_tokens(config, self.ubatch, self.context)
+        on_cpu = self.device.type == "cpu"
+        return Budget(
+            self.memory.device,
+            dense=info.dense_bytes(compute.itemsize),
+            kv_cache=kv_cache_bytes(config, self.context, compute, ubatch),
+            workspace=workspace_bytes(config, info, ubatch),
+            slot=info.slot_bytes,
+            total_experts=info.total_experts,
+            staging=0 if on_cpu else staging_rows(self.device, info.slot_bytes),
+        )
+
+    def compute_dtype(self, config: PreTrainedConfig) -> torch.dtype:
+        """What was asked for, else what the config says."""
+        return self.dtype or _config_dtype(config)
 
 
 def _config_dtype(config: PreTrainedConfig) -> torch.dtype:

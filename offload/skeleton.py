@@ -40,7 +40,8 @@ BUILDING = threading.Lock()  # transformers changes torch's default dtype while 
 BLOCK = "_offload_block"  # attribute of an experts module: what computes its experts
 MATRICES = ("gate_up_proj", "up_proj", "down_proj")
 MOST_LAYERS = 4096  # a config that asks for more is damaged, and would take for ever to build
-CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k")  # configs' names for k
+# Configs' names for k.
+CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "num_experts_per_token")
 
 
 class ExpertBlock(Protocol):
@@ -159,6 +160,12 @@ def find_experts(model: PreTrainedModel) -> list[ExpertsModule]:
         f"{kind!r} is not a Mixture-of-Experts model: it has no experts to offload; run it with "
         "transformers itself"
     )
+
+
+def chosen_experts(config: PreTrainedConfig) -> int:
+    """Experts a token, as the config says under one of its names; 0 when it does not."""
+    text = config.get_text_config()
+    return next((k for name in CHOSEN if isinstance(k := getattr(text, name, None), int)), 0)
 
 
 def _check_sizes(config: PreTrainedConfig, experts: list[ExpertsModule]) -> None:

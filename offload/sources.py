@@ -7,6 +7,7 @@ the weights.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ DEMO = "demo"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 TEXT_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 WEIGHT_FILES = ["*.safetensors"]
+SHAPE_FILES = ["config.json", "*.index.json"]  # what tells sizes
 DEQUANTISED = ("fp8", "mxfp4")  # quantisation methods whose weights are read
 
 
@@ -41,9 +43,15 @@ class Source:
 
 
 def find(
-    name: str, *, revision: str | None, local_files_only: bool, trust_remote_code: bool
+    name: str,
+    *,
+    revision: str | None,
+    local_files_only: bool,
+    trust_remote_code: bool,
+    files: Sequence[str] = TEXT_FILES,
 ) -> Source:
-    """The model `name` (not "demo"); of a hub model only the small files are fetched.
+    """The model `name` (not "demo"); of a hub model only `files`, patterns of small ones, are
+    fetched.
 
     Raises `SourceError`.
     """
@@ -65,7 +73,7 @@ def find(
         raise SourceError(
             f"{name}: there is no such folder, and it is not the form of a hub id (owner/name)"
         )
-    patterns = TEXT_FILES + (["*.py"] if trust_remote_code else [])
+    patterns = [*files, *(["*.py"] if trust_remote_code else [])]
     folder = _snapshot(name, revision, local_files_only, patterns)
     return Source(name, folder, is_pack=False, commit=folder.name)
 

@@ -147,6 +147,12 @@ class PackInfo:
         )
 
     @property
+    def parameters(self) -> int:
+        """Weights of the whole model, experts and the rest."""
+        experts = sum(n.num_experts * self.layout_of(i).weights for i, n in enumerate(self.layers))
+        return experts + self.dense_parameters
+
+    @property
     def slot_bytes(self) -> int:
         """Bytes that hold any record of this pack."""
         return max(layout.record_bytes for layout in self.layouts)
@@ -182,6 +188,17 @@ def manifest_check(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
+def read_info(path: Path) -> PackInfo:
+    """What the pack at `path` was made from and with; nothing but its manifest is read.
+
+    Raises `PackError`.
+    """
+    try:
+        return PackInfo.from_json(_read_manifest(path))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise PackError(f"{path / MANIFEST} is damaged ({error!r}): {REMAKE}") from None
+
+
 class Pack:
     """An opened pack. Records are views of the mapping: the disk is read when they are."""
 
@@ -199,7 +216,7 @@ class Pack:
                 str(name): (int(entry["bytes"]), str(entry["sha256"]))
                 for name, entry in manifest["files"].items()
             }
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise PackError(f"{path / MANIFEST} is damaged ({_short(error)}): {REMAKE}") from None
         expert_files = {PackLayer.file_name(i) for i in range(len(self.info.layers))}
         dense_files = {dense.file_name for dense in self.info.dense}
@@ -269,11 +286,7 @@ class Pack:
     @property
     def parameters(self) -> int:
         """Weights of the whole model, experts and the rest."""
-        experts = sum(
-            layer.num_experts * self.info.layout_of(i).weights
-            for i, layer in enumerate(self.info.layers)
-        )
-        return experts + self.info.dense_parameters
+        return self.info.parameters
 
     def close(self) -> None:
         """Unmap the files. No view may be used afterwards."""

@@ -1,0 +1,1 @@
+"""`offload doctor`: this machine, looked at with this program's eyes."""

@@ -1,0 +1,107 @@
+"""RAM, how much of it may be pinned, and the disk where packs are kept.
+
+Knows: sizes and rates, which are slow. Does not know: GPUs.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import torch
+
+from offload.budget import gib
+from offload.disk import existing, read_rate
+from offload.doctor.finding import MISSING, OK, SLOW, Finding
+from offload.home import short
+from offload.machine import measure
+
+LITTLE_RAM = 2**30
+# One channel of DDR4-2400 carries 19 GB/s, and what is copied is read and written.
+SLOW_COPY_GB_PER_S = 6.0
+SLOW_DISK_GB_PER_S = 1.0  # SATA reaches 0.55, an NVMe disk of PCIe 3 about 3
+LITTLE_DISK = 20 * 2**30
+
+
+def memory() -> Iterator[Finding]:
+    """RAM: how much, how fast."""
+    now = psutil.virtual_memory()
+    yield Finding(
+        "RAM",
+        f"{gib(now.total)}, {gib(now.available)} free",
+        data={"total_bytes": now.total, "available_bytes": now.available},
+    )
+    if now.available < LITTLE_RAM:
+        yield Finding("RAM copies", "not measured", SLOW, "RAM is nearly full: close programs")
+        return
+    rates = measure(torch.device("cpu"))
+    copies, products = rates.link_gb_per_s, rates.memory_gb_per_s
+    slow = copies < SLOW_COPY_GB_PER_S
+    yield Finding(
+        "RAM copies",
+        f"{copies:.1f} GB/s by one thread, an expert at a time",
+        SLOW if slow else OK,
+        "fill both memory channels, set the profile in the BIOS, close what else runs"
+        if slow
+        else "",
+        {"gb_per_s": copies},
+    )
+    yield Finding(
+        "RAM products",
+        f"weights read at {products:.1f} GB/s, {torch.get_num_threads()} threads",
+        data={"gb_per_s": products},
+    )
+
+
+def pin_limit(has_gpu: bool) -> Iterator[Finding]:
+    """How much memory the system lets a program lock."""
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        return
+    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    unlimited = limit == resource.RLIM_INFINITY
+    text = "unlimited" if unlimited else gib(limit)
+    data = {"memlock_bytes": None if unlimited else limit}
+    enough = unlimited or limit >= psutil.virtual_memory().total // 2
+    if enough or not has_gpu:
+        yield Finding("pin limit", text if has_gpu else f"{text}; used with a GPU only", data=data)
+        return
+    yield Finding(
+        "pin limit",
+        f"{text} (ulimit -l)",
+        SLOW,
+        "if pinning fails: `* - memlock unlimited` in /etc/security/limits.conf, log in again",
+        data,
+    )
+
+
+def disk(home: Path) -> Iterator[Finding]:
+    """The disk where packs are kept."""
+    place = existing(home)
+    free = shutil.disk_usage(place).free
+    yield Finding(
+        "disk space",
+        f"{gib(free)} free at {short(place)}",
+        MISSING if free < LITTLE_DISK else OK,
+        "free some, or name another place with OFFLOAD_HOME" if free < LITTLE_DISK else "",
+        {"free_bytes": free},
+    )
+    try:
+        rate = read_rate(place)
+    except OSError as error:
+        remedy = "name a place that can be written with OFFLOAD_HOME"
+        yield Finding("disk reads", f"not measured: {error}", MISSING, remedy)
+        return
+    slow = rate.gb_per_s < SLOW_DISK_GB_PER_S
+    yield Finding(
+        "disk reads",
+        f"{rate.gb_per_s:.2f} GB/s, {rate.how}",
+        SLOW if slow else OK,
+        "experts that RAM does not hold wait for it: an NVMe disk (OFFLOAD_HOME), or fewer bits"
+        if slow
+        else "",
+        {"gb_per_s": rate.gb_per_s, "how": rate.how},
+    )
