@@ -10,14 +10,17 @@ import pytest
 import torch
 
 import offload
+import offload.budget
 from offload import sources
 from offload.blocks import Layers, demand, device_of
-from offload.budget import kv_cache_bytes
+from offload.budget import Memory, kv_cache_bytes, staging_rows
 from offload.errors import BudgetError
 from offload.gpus import find_place
+from offload.handle import Card, Options
 from offload.placement import place
+from offload.planning import Planner
 from offload.skeleton import build_on_meta, model_class, own_config
-from quant.pack import Pack
+from quant.pack import Pack, read_info
 from tests.tiny import save_tiny
 
 GIB = 2**30
@@ -128,3 +131,35 @@ def test_too_little_memory_for_two_cards_names_the_one_that_is_short(tmp_path: P
     with pytest.raises(BudgetError, match=r"card \d lacks .* MiB: .* raise --vram"):
         offload.load(tmp_path / "checkpoint", pack_dir=tmp_path, gpus=("cpu", "cpu"), ram="10MiB")
     assert not list(tmp_path.glob("*-v*")), "no pack is made that cannot be run"
+
+
+def test_rows_for_prompts_are_counted_on_each_card_unless_every_expert_has_a_slot(
+    mixtral_pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offload.budget, "MOST_STAGING_ROWS", 4)
+    info = read_info(mixtral_pack)
+    config = sources.read_config("tiny", mixtral_pack, trust_remote_code=False)
+    cls = model_class(config, "tiny", False)
+    whole = build_on_meta(own_config(config, cls), cls)
+    devices = [torch.device("cuda", number) for number in range(2)]
+
+    def options(size: int) -> Options:
+        cards = tuple(Card(number, device, size) for number, device in enumerate(devices))
+        memory = Memory(2 * size, GIB)
+        return Planner(devices[0], memory, torch.float32, context=64, cards=cards)(
+            info, config, whole
+        )
+
+    ample = options(GIB)
+    assert ample.slots == info.total_experts
+    assert ample.staging == 0
+    beside = [share.dense + share.kv_cache + share.workspace for share in ample.shares]
+    rows = staging_rows(devices[0], info.slot_bytes)
+    tight = options(max(beside) + (rows + 3) * info.slot_bytes)
+    assert tight.staging == rows
+    assert min(share.slots for share in tight.shares) >= 1
+    for share, card in zip(tight.shares, tight.cards, strict=True):
+        staged = ample.shares[0].workspace + rows * info.slot_bytes
+        assert share.workspace == staged
+        used = share.dense + share.kv_cache + staged + share.slots * info.slot_bytes
+        assert used <= card.memory
