@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import offload
 from offload import demo
-from offload.bench import measure_link, real_text
+from offload.benching.rates import measure_link
+from offload.benching.texts import real_text
 from offload.generation import forward
 from offload.handle import offload_of
 from offload.progress import without_bars

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 import offload
 from offload import OffloadError
-from offload.bench import real_text
+from offload.benching.texts import real_text
 from offload.handle import offload_of
 from offload.progress import Ticker
 from offload.quality.check import compare

@@ -1,124 +1,111 @@
-"""`offload bench`: llama-bench's tests as a table or JSON.
+"""`offload bench`: llama-bench's tests over one or several settings.
 
-Knows: its flags, columns and formats. Does not know: how a test is run (`offload.bench`).
+Knows: what its flags (`bench_flags`) ask for, where rows are written. Does not know: how a test is
+run or a row is shown (`offload.benching`).
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import platform
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
+from cli.bench_flags import add_bench_flags
 from cli.commands import Commands
 from cli.exit_codes import DONE
-from cli.flags import add_model_flags, add_timeline
 from cli.model import load_model
-from cli.values import count, pair, positive
 from offload.errors import OffloadError
-from offload.version import __version__
 
 if TYPE_CHECKING:
-    from offload.bench import Result
+    from offload.benching.comparison import Earlier
+    from offload.benching.formats import Printer
+    from offload.benching.sweep import Loaded, Row, Setting
+    from offload.benching.tests import Test
 
-COLUMNS = "model size params backend test t/s slots resident_% hit_% MiB/token link_%"
+PROMPT, GENERATED, DEPTH = [512], [128], [0]
 
 
 def add(commands: Commands) -> None:
     """The command and its flags."""
     bench = commands.add(
-        "bench", run, "measure tokens/second", "offload bench demo -p 512 -n 128 -r 5"
+        "bench",
+        run,
+        "measure tokens/second",
+        "offload bench demo -p 512 -n 128 --expert-slots 25%,50%,100% --plot speed.png",
     )
-    add_model_flags(bench)
-    bench.add_argument(
-        "-p", "--n-prompt", type=count, default=512, metavar="N", help="prefill tokens (512)"
-    )
-    bench.add_argument(
-        "-n", "--n-gen", type=count, default=128, metavar="N", help="decoded tokens (128)"
-    )
-    bench.add_argument(
-        "-pg", type=pair, metavar="P,N", help="also prefill P and decode N in one test"
-    )
-    bench.add_argument(
-        "-d", "--n-depth", type=count, default=0, metavar="N", help="tokens before the test"
-    )
-    bench.add_argument(
-        "-r", "--repetitions", type=positive, default=5, metavar="N", help="of each test (5)"
-    )
-    bench.add_argument("-o", "--output", choices=("md", "json"), default="md", help="format (md)")
-    bench.add_argument("--no-warmup", action="store_true", help="time the first run too")
-    bench.add_argument(
-        "--random", action="store_true", help="random tokens, as llama-bench, not real text"
-    )
-    add_timeline(bench)
+    add_bench_flags(bench)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    model, tokenizer, _ = load_model(arguments)
-    from offload.bench import Test
-    from offload.bench import run as run_tests
-    from offload.handle import offload_of
-    from offload.report import bits_name
-    from offload.timeline import recording
+    """Measure and write rows; those that are complete stand when it is interrupted."""
+    from offload.benching.comparison import read_earlier
+    from offload.benching.formats import ended
+    from offload.benching.picture import check_picture, save_picture
+    from offload.benching.run import check_context
+    from offload.benching.sweep import make_settings, sweep
+    from offload.benching.tests import make_tests
 
-    depth = arguments.n_depth
-    tests = [Test(arguments.n_prompt, 0, depth)] if arguments.n_prompt else []
-    tests += [Test(0, arguments.n_gen, depth)] if arguments.n_gen else []
-    tests += [Test(arguments.pg[0], arguments.pg[1], depth)] if arguments.pg else []
+    tests = make_tests(
+        arguments.n_prompt or PROMPT,
+        arguments.n_gen or GENERATED,
+        arguments.pg,
+        arguments.n_depth or DEPTH,
+    )
     if not tests:
         raise OffloadError("there is nothing to measure: -p, -n and -pg are all 0")
-    offload = offload_of(model)
-    common = {
-        "build": __version__,
-        "cpu": platform.processor() or platform.machine(),
-        "backend": offload.options.device.type.upper(),
-        "model": offload.pack.info.source,
-        "model_type": model.config.model_type,
-        "model_size": offload.pack.total_bytes,
-        "model_n_params": offload.pack.parameters,
-        "bits": bits_name(offload.pack.info),
-        "policy": offload.options.policy,
-        "lookahead": offload.options.lookahead,
-        "text": "random" if arguments.random else "real",
-    }
-    results = run_tests(
-        model,
-        tokenizer,
-        tests,
-        repetitions=arguments.repetitions,
-        warmup=not arguments.no_warmup,
-        random=arguments.random,
+    check_context(tests, arguments.ctx_size)
+    settings = make_settings(
+        arguments.expert_bits, arguments.expert_slots, arguments.policy, arguments.lookahead
     )
-    with contextlib.closing(offload), recording(model, arguments.timeline):
-        if arguments.output == "json":
-            print(json.dumps([{**common, **result.to_json()} for result in results], indent=2))
-        else:
-            _print_table(common, results)
+    for flag in ("trace", "timeline"):
+        if len(settings) > 1 and getattr(arguments, flag):
+            raise OffloadError(f"--{flag} records one run and a sweep has many: name one setting")
+    earlier = read_earlier(arguments.compare) if arguments.compare else None
+    if arguments.plot:
+        check_picture(arguments.plot)
+
+    @contextlib.contextmanager
+    def load(setting: Setting) -> Iterator[Loaded]:
+        from offload.handle import offload_of
+        from offload.timeline import recording
+
+        chosen = argparse.Namespace(**{**vars(arguments), **asdict(setting)})
+        model, tokenizer, _ = load_model(chosen, note=setting is settings[0])
+        with contextlib.closing(offload_of(model)), recording(model, arguments.timeline):
+            yield model, tokenizer
+
+    rows: list[Row] = []
+    try:
+        with ended(_printer(arguments.output, tests, settings, earlier)) as printer:
+            for row in sweep(
+                load,
+                settings,
+                tests,
+                repetitions=arguments.repetitions,
+                warmup=not arguments.no_warmup,
+                random=arguments.random,
+            ):
+                rows.append(row)
+                printer.row(row)
+    finally:
+        if arguments.plot and rows:
+            save_picture(rows, arguments.plot)
     return DONE
 
 
-def _print_table(common: dict[str, Any], results: Iterator[Result]) -> None:
-    names = [name.replace("_", " ") for name in COLUMNS.split()]
-    print(f"| {' | '.join(names)} |")
-    print(f"| {' | '.join('---' if i in (0, 3) else '---:' for i in range(len(names)))} |")
-    for result in results:
-        print(f"| {' | '.join(_row(common, result))} |", flush=True)
+def _printer(
+    output: str, tests: Sequence[Test], settings: Sequence[Setting], earlier: Earlier | None
+) -> Printer:
+    from offload.benching.formats import CsvPrinter, JsonlPrinter, JsonPrinter
+    from offload.benching.table import TablePrinter
 
-
-def _row(common: dict[str, Any], result: Result) -> list[str]:
-    experts = result.experts
-    return [
-        f"{common['model']} {common['bits']}",
-        f"{common['model_size'] / 2**30:.2f} GiB",
-        f"{common['model_n_params'] / 1e9:.2f} B",
-        common["backend"],
-        result.test.name,
-        f"{result.avg_ts:.2f} ± {result.stddev_ts:.2f}",
-        str(experts.slots),
-        f"{experts.slots / experts.total_experts:.0%}",
-        f"{experts.counts.hit_rate:.1%}",
-        f"{experts.mib_per_token:.1f}",
-        f"{result.link_share:.0%}",
-    ]
+    if output == "md":
+        columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        return TablePrinter(sys.stdout, tests, settings, columns=columns, earlier=earlier)
+    if output == "csv":
+        return CsvPrinter(sys.stdout, earlier)
+    return (JsonPrinter if output == "json" else JsonlPrinter)(sys.stdout, earlier)

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 
 def load_model(
-    arguments: argparse.Namespace,
+    arguments: argparse.Namespace, *, note: bool = True
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, float]:
-    """The model, its tokenizer, and the seconds it took."""
+    """The model, its tokenizer, and the seconds it took; with `note` the demo says what it is."""
     begin = time.perf_counter()
     if "temp" in arguments:
         asked_sampling(arguments, None)  # a wrong value is told before the model is loaded
@@ -62,7 +62,7 @@ def load_model(
     )
     for share in offload_of(model).options.shares:
         print(share.line(), file=sys.stderr)
-    if arguments.model == "demo":
+    if note and arguments.model == "demo":
         from offload.demo import NOTE
 
         print(NOTE, file=sys.stderr)

@@ -35,6 +35,23 @@ def positive(text: str) -> int:
     return between(text, 1, MOST)
 
 
+def counts(text: str) -> list[int]:
+    return [count(part) for part in text.split(",")]
+
+
+def bits(text: str) -> list[int]:
+    return [between(part, 2, 16) for part in text.split(",")]
+
+
+def switches(text: str) -> list[bool | None]:
+    """Of "on,off,auto": None is auto."""
+    known = {"on": True, "off": False, "auto": None}
+    for part in names(text):
+        if part not in known:
+            raise argparse.ArgumentTypeError(f"{part[:40]!r} is not on, off or auto")
+    return [known[part] for part in names(text)]
+
+
 def threads(text: str) -> int:
     return between(text, 1, MOST_THREADS)
 

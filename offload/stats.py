@@ -86,14 +86,18 @@ class Stats:
         )
 
     @property
+    def bytes_copied(self) -> int:
+        """What went over the link."""
+        return self.bytes_loaded - self.bytes_in_place
+
+    @property
     def mib_per_token(self) -> float:
         return self.bytes_loaded / 2**20 / self.tokens if self.tokens else 0.0
 
     @property
     def link_gb_per_s(self) -> float:
         """Rate of the copies while they ran; 0 when there were none."""
-        copied = self.bytes_loaded - self.bytes_in_place
-        return copied / 1e9 / self.link_busy_seconds if self.link_busy_seconds else 0.0
+        return self.bytes_copied / 1e9 / self.link_busy_seconds if self.link_busy_seconds else 0.0
 
     def line(self) -> str:
         """The experts' line printed after an answer; one more for each of several cards."""
