@@ -14,9 +14,9 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from math import inf
 from operator import mul
-from typing import Protocol
+from typing import Protocol, cast
 
-from cache.policy import Key, Policy
+from cache.policy import Key, Policy, PoolState, PortablePolicy
 
 
 class Allocation(Protocol):
@@ -48,6 +48,12 @@ class Allocation(Protocol):
 
     def keys(self) -> Iterator[Key]:
         """Every resident key, for checks."""
+
+    def states(self) -> tuple[PoolState, ...]:
+        """Of every pool, where the policy is portable."""
+
+    def adopt(self, states: Sequence[PoolState], resident: Container[Key]) -> None:
+        """Go on from `states`; of their keys those in `resident` are."""
 
 
 class _Pools:
@@ -91,6 +97,19 @@ class _Pools:
     def keys(self) -> Iterator[Key]:
         for pool in dict.fromkeys(self.pools):
             yield from pool.keys()
+
+    def states(self) -> tuple[PoolState, ...]:
+        return tuple(pool.state() for pool in self._portable())
+
+    def adopt(self, states: Sequence[PoolState], resident: Container[Key]) -> None:
+        self.clear()
+        for pool, state in zip(self._portable(), states, strict=True):
+            pool.adopt(state, resident)
+            for key in pool.keys():  # noqa: SIM118  # a policy is no dict
+                self.held[key[0]] += 1
+
+    def _portable(self) -> list[PortablePolicy]:
+        return [cast(PortablePolicy, pool) for pool in dict.fromkeys(self.pools)]
 
     def _evict_from(self, giver: int, count: int, keep: Container[Key]) -> list[Key]:
         found: list[Key] = []
@@ -150,7 +169,7 @@ class Shared(_Pools):
         self._worth = [inf] * layers  # what it is worth
         self._changed = set(range(layers))
         self._paces = [
-            [_pace((giver - layer - 1) % layers + 1, layers) for giver in range(layers)]
+            [pace((giver - layer - 1) % layers + 1, layers) for giver in range(layers)]
             for layer in range(layers)
         ]
 
@@ -188,7 +207,7 @@ class Shared(_Pools):
         self._worth[layer], self._first[layer] = victim or (inf, None)
 
 
-def _pace(ahead: int, layers: int) -> float:
+def pace(ahead: int, layers: int) -> float:
     """What a chance is worth to a slot kept for a layer asked again `ahead` layers from now.
 
     The slot is tied up for that part of a token at least. That a token is added, for when the key

@@ -7,13 +7,14 @@ the same calls lead to the same decisions, live and in a replay.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 
 from cache.allocation import ALLOCATIONS, Allocation
 from cache.heat import Heat
 from cache.plan import Plan, Use, Wave
 from cache.policy import Key, Policy
 from cache.slots import SlotTable
+from cache.state import CacheState
 from cache.statistics import Statistics
 from cache.trust import Trust
 
@@ -125,7 +126,7 @@ class ExpertCache:
         counts.lookahead_loads_right += len(guess.loaded.intersection(experts))
         self._trust.learn(layer, len(absent_right), len(guess.absent) - len(absent_right))
         self._keep.difference_update((layer, expert) for expert in guess.experts)
-        self._useless.update(((layer, expert), None) for expert in guess.loaded - right)
+        self._useless.update(guess.useless(layer, guess.loaded - right))
 
     def _waves(
         self, layer: int, hits: list[Use], missing: list[Key], weight: float
@@ -182,7 +183,7 @@ class ExpertCache:
         Evicts neither what is in use nor what is guessed, always leaves one slot that `plan` can
         have at once, and evicts nothing useful for a layer whose guesses do not come true.
         """
-        guess = _Guess(frozenset(experts))
+        guess = _Guess(experts)
         self._replace_guess(layer, guess)
         absent = [(layer, expert) for expert in experts if (layer, expert) not in self.table]
         guess.absent |= {key[1] for key in absent}
@@ -216,7 +217,7 @@ class ExpertCache:
         self._keep.update(self._in_use)
         guess.absent = before.absent
         guess.loaded = before.loaded & guess.experts
-        self._useless.update(((layer, expert), None) for expert in before.loaded - guess.experts)
+        self._useless.update(before.useless(layer, before.loaded - guess.experts))
 
     def warm(self, layer: int, expert: int) -> Use | None:
         """Load an expert that was hot in an earlier run, if there is a free slot."""
@@ -275,6 +276,29 @@ class ExpertCache:
         put = self.table.put
         return tuple([put(key, slot) for key, slot in zip(keys, slots, strict=True)])
 
+    def state(self) -> CacheState:
+        """Everything decisions depend on, between two tokens; counts are not part of it."""
+        self._release()
+        assert not self._keep, "a token is under way"
+        return CacheState(
+            tuple(self.table.key_in(slot) for slot in range(self.table.slots)),
+            self._allocation.states(),
+            tuple(self._useless),
+            tuple(self._trust.mean),
+            self.heat.states(),
+        )
+
+    def adopt(self, state: CacheState) -> None:
+        """Go on from `state`, which this cache or one elsewhere came to."""
+        self._keep.clear()
+        self._in_use.clear()
+        self._guesses.clear()
+        self.table.adopt(state.keys)
+        self._allocation.adopt(state.pools, self.table)
+        self._useless = dict.fromkeys(state.useless)
+        self._trust.mean = list(state.trust)
+        self.heat.adopt(state.heat)
+
     def check_integrity(self) -> None:
         """Raise `AssertionError` when the parts contradict each other."""
         self.table.check_integrity()
@@ -296,9 +320,14 @@ class ExpertCache:
 class _Guess:
     """What was guessed for a layer's next step."""
 
-    __slots__ = ("absent", "experts", "loaded")
+    __slots__ = ("absent", "experts", "loaded", "order")
 
-    def __init__(self, experts: frozenset[int]) -> None:
-        self.experts = experts
+    def __init__(self, experts: Sequence[int]) -> None:
+        self.order = experts  # likeliest first
+        self.experts = frozenset(experts)
         self.absent: frozenset[int] = frozenset()  # not resident when it was guessed
         self.loaded: frozenset[int] = frozenset()  # and then loaded
+
+    def useless(self, layer: int, experts: Container[int]) -> dict[Key, None]:
+        """The keys of `experts`, in the order of the guess."""
+        return {(layer, expert): None for expert in self.order if expert in experts}

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from cache.policy import Key
+from cache.state import HeatState
 
 HALF_LIFE = 256.0  # tokens: a conversation, not a sentence
-_GROWTH = 2.0 ** (1.0 / HALF_LIFE)
-_MOST = 2.0**400
+GROWTH = 2.0 ** (1.0 / HALF_LIFE)
+MOST = 2.0**400
 
 
 @dataclass
@@ -46,8 +47,8 @@ class Heat:
         uses, unit = at.uses, at.unit * weight
         for expert in experts:
             uses[expert] += unit
-        at.unit *= _GROWTH
-        if at.unit > _MOST:
+        at.unit *= GROWTH
+        if at.unit > MOST:
             for expert in uses:
                 uses[expert] /= at.unit
             at.unit = 1.0
@@ -67,3 +68,12 @@ class Heat:
         """Count `uses` from an earlier run."""
         at = self._layers[layer]
         at.uses[expert] = uses * at.unit
+
+    def states(self) -> tuple[HeatState, ...]:
+        """Everything that is known, a layer after the other."""
+        return tuple(HeatState(at.unit, dict(at.uses)) for at in self._layers)
+
+    def adopt(self, states: Sequence[HeatState]) -> None:
+        """Go on from `states`."""
+        for at, state in zip(self._layers, states, strict=True):
+            at.unit, at.uses = state.unit, defaultdict(float, state.uses)

@@ -7,7 +7,7 @@ policies themselves are in `cache.policies`.
 from __future__ import annotations
 
 from collections.abc import Container, Iterable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 Key = tuple[int, int]  # (MoE layer, expert)
 # What keeping a key is worth, and the key: how likely its layer's next step asks for it, in a unit
@@ -42,3 +42,31 @@ class Policy(Protocol):
 
     def keys(self) -> Iterable[Key]:
         """The resident keys, for checks."""
+
+
+class KeyState(NamedTuple):
+    """What a policy knows of a key. `score`: uses that it counts; `number`: of its place among
+    equals; `used`: the pool's step when it was used last, or anything else if not lately."""
+
+    score: float
+    number: int
+    used: int
+
+
+class PoolState(NamedTuple):
+    """What a policy knows, as values that another one of its kind can go on from."""
+
+    now: int  # steps
+    unit: float  # what a use counts
+    inserted: int  # the highest number given
+    keys: dict[Key, KeyState]  # every key it knows, resident or not
+
+
+class PortablePolicy(Policy, Protocol):
+    """A policy whose state can be taken elsewhere: a GPU, and back."""
+
+    def state(self) -> PoolState:
+        """Everything it knows."""
+
+    def adopt(self, state: PoolState, resident: Container[Key]) -> None:
+        """Go on from `state`; of its keys those in `resident` are."""

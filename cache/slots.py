@@ -6,7 +6,7 @@ is there (`cache.policy`) nor what it weighs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from cache.plan import Use
 from cache.policy import Key
@@ -23,7 +23,7 @@ class SlotTable:
         self._key_in: list[Key | None] = [None] * slots
         self._free = list(range(slots - 1, -1, -1))
 
-    def __contains__(self, key: Key) -> bool:
+    def __contains__(self, key: object) -> bool:
         return key in self._uses
 
     def __len__(self) -> int:
@@ -43,6 +43,12 @@ class SlotTable:
     def take_free(self) -> int | None:
         """Remove and return a free slot, or None when all are taken."""
         return self._free.pop() if self._free else None
+
+    def adopt(self, keys: Sequence[Key | None]) -> None:
+        """Hold `keys`, the key of each slot or None, and nothing else."""
+        self._key_in = list(keys)
+        self._uses = {key: Use(key[1], slot) for slot, key in enumerate(keys) if key is not None}
+        self._free = [slot for slot in reversed(range(self.slots)) if keys[slot] is None]
 
     def has_free(self) -> bool:
         return bool(self._free)

@@ -47,6 +47,12 @@ def add_model_flags(parser: argparse.ArgumentParser, context: int = 4096) -> Non
         "--layers-ahead", type=positive, default=1, metavar="N", help="1 to 3 layers (1)"
     )
     group.add_argument(
+        "--engine",
+        default="auto",
+        metavar="NAME",
+        help="who plans a token's steps: host, device, auto (auto: a CUDA device where it can)",
+    )
+    group.add_argument(
         "--warm-start",
         action=argparse.BooleanOptionalAction,
         default=True,

@@ -52,6 +52,7 @@ def load_model(
         predictor=arguments.predictor,
         layers_ahead=arguments.layers_ahead,
         warm_start=arguments.warm_start,
+        engine=arguments.engine,
         trace=arguments.trace,
         context=arguments.ctx_size,
         ubatch_size=arguments.ubatch_size,

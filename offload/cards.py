@@ -65,6 +65,9 @@ class CardsTransfer:
         card, row = self._place(index)
         return self.transfers[card].slot(row)
 
+    def addresses(self) -> None:
+        """Whoever plans on a device has one card."""
+
     def start(self, layer: int, expert: int, slot: int, *, urgent: bool) -> CardTicket:
         card, row = self._place(slot)
         ticket = self.transfers[card].start(layer, expert, row, urgent=urgent)

@@ -75,6 +75,7 @@ class CudaTransfer:
         self.device = device
         self._link = link
         self._slot_bytes = pack.info.slot_bytes
+        self._layers = pack.info.layers
         self._slots = link.allocate(slots, self._slot_bytes)
         link.synchronize()  # compute may still use what this memory was before
         if tier is None:
@@ -126,6 +127,14 @@ class CudaTransfer:
 
     def slot(self, index: int) -> Tensor:
         return self._slots[index]
+
+    def addresses(self) -> Tensor | None:
+        if self.tier.disk is not None or not self.tier.pinned:
+            return None
+        for layer, info in enumerate(self._layers):  # kernels compare no checksums: once, here
+            for expert in range(info.num_experts):
+                self.tier.record(layer, expert)
+        return self.tier.addresses()
 
     def start(self, layer: int, expert: int, slot: int, *, urgent: bool) -> CudaTicket:
         self._jobs += 1

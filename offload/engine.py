@@ -67,7 +67,7 @@ class Engine:
         served in waves.
         """
         self._info = info
-        self.cache = cache
+        self._cache = cache
         self.transfer = transfer
         self._staging = staging_of(cache, staging)
         self.layers: list[Layer] = []
@@ -88,6 +88,11 @@ class Engine:
         self.tokens = 0  # that went through the first layer
         self.closed = False
         self._marks: Marks = NO_MARKS
+
+    @property
+    def cache(self) -> Cache:
+        """Who is resident."""
+        return self._cache
 
     def tell(self, marks: Marks) -> None:
         """Tell `marks` when steps and copies happen."""
@@ -313,7 +318,7 @@ class Engine:
 
     def stats(self) -> Stats:
         """The figures of everything so far; subtract two to get what happened between them."""
-        counts = self.cache.statistics
+        counts = self._cache.statistics
         sizes = [self.record_bytes(layer) for layer in range(len(counts.layers))]
         loaded = (n.loads * size for n, size in zip(counts.layers, sizes, strict=True))
         in_place = 0
@@ -322,7 +327,7 @@ class Engine:
         return Stats(
             counts=counts.total(),
             layers=tuple(replace(layer) for layer in counts.layers),
-            slots=self.cache.table.slots,
+            slots=self._cache.table.slots,
             total_experts=self._info.total_experts,
             bytes_loaded=sum(loaded),
             link_busy_seconds=self.transfer.busy_seconds,

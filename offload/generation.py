@@ -22,7 +22,7 @@ from offload import recovery
 from offload.budget import READ_WHOLE, UBATCH
 from offload.errors import GenerationError
 from offload.generation_config import end_ids
-from offload.handle import offload_of
+from offload.handle import Answer, offload_of
 from offload.patience import OutOfPatience, patiently
 from offload.prompt_cache import PromptCache
 from offload.sampling import Sampler, Sampling, is_number, resolve_sampling
@@ -153,7 +153,7 @@ def stream_generate(
     if tokenizer is not None:
         text = TextStream(tokenizer, request.stops, skip_special_tokens)
     ends = end_tokens(model, tokenizer)
-    return _stream(model, request, sampling, ends, text, prompt_cache or PromptCache())
+    return _stream(model, request, sampling, ends, text, prompt_cache)
 
 
 @dataclass(frozen=True)
@@ -202,18 +202,23 @@ def _stream(
     sampling: Sampling,
     ends: frozenset[int],
     text: TextStream | None,
-    kept: PromptCache,
+    kept: PromptCache | None,
 ) -> Iterator[GenerationResponse]:
-    sampler = Sampler(sampling, model.device)
     handle = offload_of(model)
     before = handle.stats()
     begin = time.perf_counter()
     prompt, limit = request.ids, request.limit
     ids = torch.tensor([prompt], device=model.device)
-    cache, cached = kept.take(prompt)
+    cache, cached = kept.take(prompt) if kept is not None else (None, 0)
     logits, cache = forward(model, ids[:, cached:], cache, handle.options.ubatch, ids[:, :cached])
-    token = sampler(ids, logits)
-    value = int(token)  # sync: the text is made on the host
+    answer: Answer | None = None
+    if handle.decoding is not None:
+        longest = handle.options.context
+        answer = handle.decoding.begin(model, ids, logits, cache, sampling, limit, longest, ends)
+    if answer is None:
+        answer = OneByOne(model, ids, logits, cache, sampling)
+    del logits, cache
+    said = [value := answer()]
     decode_begin = time.perf_counter()
     prompt_tps = (len(prompt) - cached) / (decode_begin - begin)
     for count in range(1, limit + 1):
@@ -225,8 +230,8 @@ def _stream(
             reason = "length"
         if reason and text is not None:
             piece += text.finish()
-        if reason:
-            kept.keep(ids[0].tolist(), cache)
+        if reason and kept is not None:
+            kept.keep([*prompt, *said[:-1]], answer.cache())
         seconds = time.perf_counter() - decode_begin
         yield GenerationResponse(
             piece,
@@ -242,10 +247,31 @@ def _stream(
         )
         if reason:
             return
-        logits, cache = forward(model, token, cache, before=ids)
-        ids = torch.cat((ids, token), dim=-1)
-        token = sampler(ids, logits)
-        value = int(token)  # sync: the text is made on the host
+        said.append(value := answer())
+
+
+class OneByOne:
+    """Each call gives the next token, which was not begun before."""
+
+    def __init__(
+        self, model: PreTrainedModel, ids: Tensor, logits: Tensor, cache: Any, sampling: Sampling
+    ) -> None:
+        """`logits` [1, V] are of the last of `ids` [1, T], `cache` is what they left."""
+        self._model, self._ids, self._logits, self._cache = model, ids, logits, cache
+        self._sampler = Sampler(sampling, model.device)
+        self._token: Tensor | None = None
+
+    def __call__(self) -> int:
+        if self._token is not None:
+            self._logits, self._cache = forward(
+                self._model, self._token, self._cache, before=self._ids
+            )
+            self._ids = torch.cat((self._ids, self._token), dim=-1)
+        self._token = self._sampler(self._ids, self._logits)
+        return int(self._token)  # sync: the text is made on the host
+
+    def cache(self) -> Any:
+        return self._cache
 
 
 @torch.inference_mode()

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from cache.replay import CardSlots, cards_text
@@ -22,6 +24,7 @@ from offload.engine import Engine
 from offload.placement import Share
 from offload.recording import Recorder
 from offload.residency import Residency
+from offload.sampling import Sampling
 from offload.stats import CardStats, Stats
 from offload.version import __version__
 from offload.warm import write_hot
@@ -71,6 +74,34 @@ class Options:
         return self.residency.lookahead
 
 
+class Answer(Protocol):
+    """One sequence of tokens."""
+
+    def __call__(self) -> int:
+        """The next one. Raises `GenerationError` when the model's logits cannot be believed."""
+
+    def cache(self) -> Any:
+        """The KV cache of the prompt and every token given but the last; None: not to be had."""
+
+
+class Decoding(Protocol):
+    """Gives tokens while the steps after them already run."""
+
+    def begin(
+        self,
+        model: PreTrainedModel,
+        prompt: Tensor,
+        logits: Tensor,
+        grown: object,
+        sampling: Sampling,
+        limit: int,
+        longest: int,
+        ends: frozenset[int],
+    ) -> Answer | None:
+        """What gives at most `limit` tokens after `prompt` [1, T], whose last token has `logits`
+        [1, V] and which left the KV cache `grown`; None: it cannot."""
+
+
 class Offload:
     """A model's experts: `model.offload`."""
 
@@ -81,7 +112,10 @@ class Offload:
         options: Options,
         one_token: OneTokenLinear | None,
         top_k: int,
+        decoding: Decoding | None = None,
     ) -> None:
+        """`decoding`: how tokens are had without waiting for each; None: one by one."""
+        self.decoding = decoding
         self.pack = pack
         self.engine = engine
         self.options = options

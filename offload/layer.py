@@ -53,16 +53,23 @@ class Layer:
 
     def guess(self, hidden: Tensor) -> list[int]:
         """The experts this layer's router would choose for `hidden` [.., H] of one token."""
-        if self.router is None or self.constants is None:
+        index = self.ask(hidden)
+        if index is None:
             return []
+        chosen = index.flatten().tolist()  # sync: the plan is made on the host
+        return [expert for expert in chosen if 0 <= expert < self.num_experts]
+
+    def ask(self, hidden: Tensor) -> Tensor | None:
+        """As `guess`, for whoever does not ask the host: the router's index [.., k], or None."""
+        if self.router is None or self.constants is None:
+            return None
         there = hidden.to(self.device)  # it may be on another card
         answer = self.router.forward(there, *self.constants)  # without hooks: nobody else asked
         index = answer[2] if isinstance(answer, tuple) and len(answer) > 2 else None
         if not isinstance(index, Tensor) or index.is_floating_point():
             self.router = None  # not a router as transformers writes them
-            return []
-        chosen = index.flatten().tolist()  # sync: the plan is made on the host
-        return [expert for expert in chosen if 0 <= expert < self.num_experts]
+            return None
+        return index
 
     def _asked(self, owned: Set[int], _: nn.Module, args: tuple[Any, ...]) -> None:
         """The router is asked: keep what of one token, and nothing of many.

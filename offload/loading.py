@@ -23,13 +23,13 @@ from offload.blocks import Layers, device_of
 from offload.budget import UBATCH, hold_vram, parse_bytes
 from offload.cpu_linear import OneTokenLinear, native_is_quicker
 from offload.crossing import Crossing
-from offload.engine import Engine
+from offload.engine_choice import check_engine, make_engine
 from offload.errors import CheckpointError, PackError
 from offload.generation_config import check_generation_config
 from offload.gpus import Gpus, find_place
 from offload.handle import Card, Offload, Options
 from offload.packs import check_recipe, find_or_make_pack
-from offload.per_card import cache_of, compute_of, transfer_of
+from offload.per_card import transfer_of
 from offload.planning import Planner
 from offload.progress import without_bars
 from offload.quantized import QuantizedEmbedding, QuantizedLinear
@@ -73,6 +73,7 @@ def load(
     predictor: str = PREDICTOR,
     layers_ahead: int = 1,
     warm_start: bool = True,
+    engine: str = "auto",
     trace: str | Path | None = None,
     context: int = 4096,
     ubatch_size: int = UBATCH,
@@ -99,6 +100,8 @@ def load(
     - `lookahead`: load what the next layers will probably want; None: while measured to pay.
       `predictor` guesses that: router, previous, transitions or union; `layers_ahead` 1 to 3.
     - `warm_start`: load first what was hot when the pack was last closed, in the background.
+    - `engine`: who plans a token's steps: host, device (CUDA: without waiting for the host, see
+      docs/structure.md), or auto: the device where it can.
     - `trace`: a file to record in what the routers choose (`offload trace`).
     - `context`: tokens the KV cache is budgeted for, and the most a conversation may have.
     - `ubatch_size`: tokens of a prompt that go through the model at once; every expert they need is
@@ -111,6 +114,7 @@ def load(
     """
     asked = AskedBits(bits, expert_bits, dense_bits, group_size)
     residency = Residency(policy, allocation, lookahead, predictor, layers_ahead, warm_start)
+    check_engine(engine)
     place = find_place(device, gpus, vram, ram)
     ram_bytes = parse_bytes(ram)
     plan = Planner(
@@ -150,7 +154,7 @@ def load(
         model = _load_dense(pack, own_config(config, cls), cls, options, devices)
         transfer = transfer_of(pack, options, ram_bytes)
         undo.callback(transfer.close)
-        _connect(model, pack, options, transfer)
+        _connect(model, pack, options, transfer, engine)
         undo.callback(model.offload.close)
         if trace is not None:  # with what routers say of the next layer, for replays to act on
             if not model.offload.engine.watches_routers:
@@ -224,7 +228,9 @@ def _untied(config: PreTrainedConfig) -> PreTrainedConfig:
     return copy
 
 
-def _connect(model: PreTrainedModel, pack: Pack, options: Options, transfer: Transfer) -> None:
+def _connect(
+    model: PreTrainedModel, pack: Pack, options: Options, transfer: Transfer, asked_engine: str
+) -> None:
     """Put the engine behind the model's experts."""
     info = pack.info
     asked = [
@@ -240,11 +246,9 @@ def _connect(model: PreTrainedModel, pack: Pack, options: Options, transfer: Tra
             f"{pack.path} was made for other experts modules than transformers "
             f"{transformers.__version__} has: {REMAKE}"
         )
-    residency = options.residency
-    cache, compute = cache_of(info, options), compute_of(info, transfer)
-    everything_fits = options.slots >= info.total_experts
-    ahead = residency.ahead(everything_fits)
-    engine = Engine(info, cache, transfer, compute, residency.balance(), ahead, options.staging)
+    ahead = options.residency.ahead(everything_fits=options.slots >= info.total_experts)
+    k = chosen_experts(model.config)
+    engine, decoding = make_engine(asked_engine, info, options, transfer, ahead, k)
     for module in experts_modules(model):
         install(module, engine.add_layer(module))
     engine.watch_calls(model)
@@ -252,7 +256,7 @@ def _connect(model: PreTrainedModel, pack: Pack, options: Options, transfer: Tra
         engine.watch_routers(model, routers(model, info))
     single = options.device.type == "cpu" and options.dtype == torch.bfloat16
     one_token = OneTokenLinear(model) if single and native_is_quicker() else None
-    model.offload = Offload(pack, engine, options, one_token, chosen_experts(model.config))
+    model.offload = Offload(pack, engine, options, one_token, k, decoding)
     weakref.finalize(model, model.offload.close)  # a model that is dropped frees what it held
 
 

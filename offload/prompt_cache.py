@@ -46,7 +46,7 @@ class PromptCache:
         return cache, same
 
     def keep(self, ids: Sequence[int], cache: Any) -> None:
-        """`cache` holds exactly `ids`."""
+        """`cache` holds exactly `ids`; None: it is not known any more."""
         self._ids, self._cache = list(ids), cache
 
     def forget(self) -> None:

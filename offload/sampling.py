@@ -123,11 +123,20 @@ class Sampler:
             if sampling.min_p:
                 processors.append(MinPLogitsWarper(float(sampling.min_p)))
         self._processors = processors
-        self._generator = torch.Generator(device)
-        if sampling.seed is None:
-            self._generator.seed()
+        self.generator = torch.Generator(device)
+        self.reseed(sampling.seed)
+
+    def renew(self) -> None:
+        """Go on with another generator: a capture that failed does not give the old one back."""
+        before, self.generator = self.generator, torch.Generator(self.generator.device)
+        self.generator.manual_seed(before.initial_seed() ^ 1)
+
+    def reseed(self, seed: int | None) -> None:
+        """Begin a sequence with `seed`; None: with any."""
+        if seed is None:
+            self.generator.seed()
         else:
-            self._generator.manual_seed(sampling.seed)
+            self.generator.manual_seed(seed)
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
         """The next token [1, 1] after `ids` [1, T], from the last token's `logits` [1, V].
@@ -135,19 +144,34 @@ class Sampler:
         A logit may be -inf (a token that never comes). Raises `GenerationError` where all are, or
         one is NaN or +inf: what is chosen from such is garbage.
         """
+        token, trouble = self.draw(ids, logits)
+        check_trouble(int(trouble))  # sync: garbage is told, not said
+        return token
+
+    def draw(self, ids: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """As calling it, without asking the device: the token, and what `check_trouble` is to be
+        told of it before it is believed."""
         scores: Tensor = self._processors(ids, logits.float())
-        # sync: garbage is told, not said. NaN anywhere is the largest.
-        if not math.isfinite(float(scores.max())):
-            if math.isfinite(float(logits.max())):
-                raise GenerationError(
-                    "the sampling parameters leave no finite logits: choose a higher temperature, "
-                    "or a repetition_penalty nearer to 1"
-                )
-            raise GenerationError(
-                "the model's logits are not finite, so no token can be chosen: its weights are "
-                "damaged, or too large for the dtype it is computed in"
-            )
+        # NaN anywhere is the largest.
+        trouble = (~scores.max().isfinite()).long() + (~logits.max().isfinite()).long()
         if self._greedy:
-            return scores.argmax(dim=-1, keepdim=True)
+            return scores.argmax(dim=-1, keepdim=True), trouble
         probabilities = torch.softmax(scores, dim=-1)
-        return torch.multinomial(probabilities, 1, generator=self._generator)
+        # What torch.multinomial does for one sample, without its assertion, which on a GPU ends the
+        # process: the largest of p / Exp(1) is p's (Gumbel's trick).
+        race = torch.empty_like(probabilities).exponential_(generator=self.generator)
+        return (probabilities / race).argmax(dim=-1, keepdim=True), trouble
+
+
+def check_trouble(trouble: int) -> None:
+    """Raise `GenerationError` when a token was drawn from what is not finite."""
+    if trouble == 1:
+        raise GenerationError(
+            "the sampling parameters leave no finite logits: choose a higher temperature, "
+            "or a repetition_penalty nearer to 1"
+        )
+    if trouble:
+        raise GenerationError(
+            "the model's logits are not finite, so no token can be chosen: its weights are "
+            "damaged, or too large for the dtype it is computed in"
+        )

@@ -270,6 +270,8 @@ def experts_modules(model: PreTrainedModel) -> list[nn.Module]:
 
 def install(module: nn.Module, block: ExpertBlock) -> None:
     """Let `block` compute the experts of `module`."""
+    if not hasattr(module, "has_post_expert_norm"):  # transformers 5.17 knows of none
+        object.__setattr__(module, "has_post_expert_norm", False)
     object.__setattr__(module, BLOCK, block)
 
 

@@ -48,6 +48,10 @@ class Transfer(Protocol):
     def slot(self, index: int) -> Tensor:
         """The bytes [slot_bytes] uint8 of a slot, on `device`."""
 
+    def addresses(self) -> Tensor | None:
+        """Where every record is, [layers, experts] int64, in memory that kernels on `device` can
+        read; None where not all are."""
+
     def start(self, layer: int, expert: int, slot: int, *, urgent: bool) -> Ticket:
         """Begin to copy a record into `slot`.
 
@@ -148,6 +152,14 @@ class HostTransfer:
 
     def slot(self, index: int) -> Tensor:
         return self._slots[index] if index < len(self._slots) else self._mapped[index]
+
+    def addresses(self) -> Tensor | None:
+        layers = self._pack.info.layers
+        table = torch.zeros(len(layers), max(n.num_experts for n in layers), dtype=torch.int64)
+        for index, layer in enumerate(layers):
+            for expert in range(layer.num_experts):
+                table[index, expert] = self._pack.record(index, expert).data_ptr()
+        return table
 
     def start(self, layer: int, expert: int, slot: int, *, urgent: bool) -> HostTicket:
         if slot >= len(self._slots):

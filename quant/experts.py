@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from quant.gpu import gpu_kernels
-from quant.matmul import KERNEL_DTYPES, matmul, sample_record
+from quant.matmul import KERNEL_DTYPES, Matmul, matmul, matmul_reference, sample_record
 from quant.program import Program
 from quant.record import view_record
 
@@ -85,14 +85,19 @@ def prefill(hidden: Tensor, slots: Tensor, batch: Batch, program: Program, cells
 
 
 def decode_reference(
-    hidden: Tensor, slots: Tensor, slot_of_cell: Tensor, program: Program, cells: Tensor
+    hidden: Tensor,
+    slots: Tensor,
+    slot_of_cell: Tensor,
+    program: Program,
+    cells: Tensor,
+    product: Matmul = matmul,
 ) -> None:
-    """As `decode`, a cell after the other, on any device."""
+    """As `decode`, a cell after the other, on any device; each product by `product`."""
     k = len(cells) // len(hidden)
     for cell, slot in enumerate(slot_of_cell.tolist()):  # sync: this way goes by the host
         if slot >= 0:
             token = cell // k
-            cells[cell] = _expert(hidden[token : token + 1], slots[slot], program)[0]
+            cells[cell] = _expert(hidden[token : token + 1], slots[slot], program, product)[0]
 
 
 def prefill_reference(
@@ -102,13 +107,13 @@ def prefill_reference(
     k = len(cells) // len(hidden)
     for slot, first, end in batch.blocks.tolist():  # sync: this way goes by the host
         where = batch.order[first:end].long()
-        cells[where] = _expert(hidden[where // k], slots[slot], program)
+        cells[where] = _expert(hidden[where // k], slots[slot], program, matmul)
 
 
-def _expert(x: Tensor, record: Tensor, program: Program) -> Tensor:
+def _expert(x: Tensor, record: Tensor, program: Program, product: Matmul) -> Tensor:
     views = view_record(record, program.layout)
-    inner = program.apply(matmul(x, views[program.up.name]))
-    return matmul(inner, views[program.down.name])
+    inner = program.apply(product(x, views[program.up.name]))
+    return product(inner, views[program.down.name])
 
 
 def _decode(
@@ -154,7 +159,7 @@ def kernels_work(program: Program, dtype: torch.dtype, device: torch.device) -> 
     where = torch.tensor([1, 0, -1], dtype=torch.int32, device=device)
     batch = make_batch({1: [0], 0: [1]}, SMALLEST_BLOCK, device)
     expected = hidden.new_zeros(3, program.down.rows)
-    decode_reference(hidden, slots, where, program, expected)
+    decode_reference(hidden, slots, where, program, expected, matmul_reference)
     scale = float(expected.abs().max())
     few = functools.partial(_decode, hidden, slots, where, program)
     many = functools.partial(_prefill, hidden, slots, batch, program)

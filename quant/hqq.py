@@ -7,15 +7,12 @@ Source: https://github.com/dropbox/hqq, `Quantizer.quantize`, axis=1 (groups run
 
 from __future__ import annotations
 
+import functools
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # importing hqq emits 14 deprecation warnings of torch's
-    from hqq.core.quantize import Quantizer
 
 # hqq's solver touches the whole matrix twenty times: blocks that stay in cache are ten times
 # faster. It stops early by a block's mean error, so the size is part of the result; below 32768
@@ -31,6 +28,15 @@ class Quantized(NamedTuple):
     codes: Tensor  # [N, K] uint8
     scale: Tensor  # [N, K/g] float32
     offset: Tensor  # [N, K/g] float32
+
+
+@functools.cache
+def _solver() -> Any:
+    """hqq's own, loaded when first asked for: a pack that is there is run without it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # importing hqq emits 14 deprecation warnings of torch's
+        from hqq.core.quantize import Quantizer
+    return Quantizer.quantize
 
 
 def quantize(weight: Tensor, bits: int, group_size: int, device: torch.device = CPU) -> Quantized:
@@ -49,7 +55,7 @@ def quantize(weight: Tensor, bits: int, group_size: int, device: torch.device = 
     middle = 2 ** (bits - 1)
     for start in range(0, rows, block):
         part = slice(start, min(start + block, rows))
-        solved, meta = Quantizer.quantize(
+        solved, meta = _solver()(
             weight[part].to(device).float(),
             nbits=bits,
             group_size=group_size,

@@ -1,8 +1,7 @@
 """Multiplying by a matrix that lies in a record.
 
-Knows: the reference (dequantise, then `linear`) on any device, which of the CPU's kernels is
-quicker for how many tokens, and whether they can be trusted on this machine. Does not know:
-experts, layers, slots. The only module of `quant` that reaches kernels.
+Knows: the reference (dequantise, then `linear`) on any device, which kernels are quicker for how
+many tokens, and whether they can be trusted on this machine. Does not know: experts, layers, slots.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from quant.gpu import gpu_kernels
 from quant.kernels import cpu
 from quant.packing import TILE_ROWS, unpack, unpack_rows
 from quant.record import (
@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 MOST_PACKED_TOKENS = 24
 SLAB_WEIGHTS = 2**22
 REFERENCE_WEIGHTS = 2**26  # dequantised at a time by the reference: a head can have 600 M
+# On a GPU each token reads the matrix for itself up to so many, then blocks of tokens do.
+MOST_GEMV_TOKENS, GPU_BLOCK = 4, 64
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -105,10 +107,48 @@ def matmul_unpacked(x: Tensor, view: MatrixView) -> Tensor:
     return out if view.bias is None else out.add_(view.bias)
 
 
+def matmul_gpu(x: Tensor, view: MatrixView) -> Tensor:
+    """As `matmul_reference` on a GPU, from a whole record: the matrix is the only "expert"."""
+    gpu = gpu_kernels(x.device)
+    assert gpu is not None
+    count, layout = len(x), view.layout
+    x, slots = x.contiguous(), _record_of(view)
+    out = x.new_empty(count, layout.rows)
+    if count <= MOST_GEMV_TOKENS:
+        gpu.gemv(x, slots, _zeros(x.device)[:count], layout, out, tokens=count)
+        return out
+    cells = torch.arange(count + GPU_BLOCK, dtype=torch.int32, device=x.device)
+    first = cells[:count:GPU_BLOCK]
+    blocks = torch.stack((first * 0, first, (first + GPU_BLOCK).clamp(max=count)), dim=1)
+    gpu.gemm(x, slots, blocks, cells, GPU_BLOCK, layout, out)
+    return out
+
+
+def _record_of(view: MatrixView) -> Tensor:
+    """The bytes [1, ..] that `view` is part of, from its record's begin on."""
+    weight = view.weight
+    begin = weight.storage_offset() * weight.itemsize - view.layout.weight_offset
+    size = weight.untyped_storage().nbytes() - begin
+    flat = torch.empty(0, dtype=torch.uint8, device=weight.device)
+    return flat.set_(weight.untyped_storage(), begin, (1, size), (size, 1))
+
+
+@functools.cache
+def _zeros(device: torch.device) -> Tensor:
+    """The slot of each token; made before a graph is captured, when kernels are tried."""
+    return torch.zeros(MOST_GEMV_TOKENS, dtype=torch.int32, device=device)
+
+
 def matmul(x: Tensor, view: MatrixView) -> Tensor:
     """`x` [M, K] times the matrix in `view`: [M, N], by the fastest way this machine has."""
-    asked = x.device.type == "cpu" and x.dtype in KERNEL_DTYPES and len(x) > 0
+    asked = x.device.type in ("cpu", "cuda") and x.dtype in KERNEL_DTYPES and len(x) > 0
     if view.scales is None or not asked or x.requires_grad:  # kernels know no gradients
+        return matmul_reference(x, view)
+    if x.device.type == "cuda":
+        layout = view.layout
+        scheme = Scheme(layout.bits, layout.group_size, layout.scale_bits)
+        if gpu_kernel_works(scheme, x.dtype, x.device):
+            return matmul_gpu(x, view)
         return matmul_reference(x, view)
     way = matmul_packed if len(x) <= MOST_PACKED_TOKENS else matmul_unpacked
     if cpu_kernel_works(way, view.layout.bits, view.layout.scale_bits, x.dtype):
@@ -139,6 +179,28 @@ def cpu_kernel_works(way: Matmul, bits: int, scale_bits: int, dtype: torch.dtype
         exact = matmul_reference(x.float(), view)
         if not torch.allclose(quick, exact, rtol=0.02, atol=0.02 * float(exact.abs().max())):
             logger.warning("the CPU kernel for %d bits is wrong here, products will be slow", bits)
+            return False
+    return True
+
+
+@functools.cache
+def gpu_kernel_works(scheme: Scheme, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the GPU's kernels compile here and give what the reference gives."""
+    if gpu_kernels(device) is None:
+        return False
+    layout = plan_layout((MatrixSpec("sample", 200, 512, True, torch.bfloat16),), scheme)
+    view = view_record(sample_record(layout).to(device), layout)["sample"]
+    random = torch.Generator().manual_seed(1)
+    for tokens in (1, MOST_GEMV_TOKENS + 1):
+        x = torch.randn(tokens, 512, generator=random, dtype=torch.float32).to(device, dtype)
+        try:
+            quick = matmul_gpu(x, view).float()
+        except Exception as error:  # whatever a compiler or a driver raises
+            logger.warning("no GPU kernel for %s, products will be slow: %s", scheme, error)
+            return False
+        exact = matmul_reference(x.float(), view)
+        if not torch.allclose(quick, exact, rtol=0.02, atol=0.02 * float(exact.abs().max())):
+            logger.warning("the GPU kernel for %s is wrong here, products will be slow", scheme)
             return False
     return True
 

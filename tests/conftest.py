@@ -6,6 +6,8 @@ was given (`demo_home`), where the demo's weights are; every other test has an e
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import os
 import random
 import subprocess
@@ -24,14 +26,15 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import offload.generation
+import quant.encode
 from offload.home import offload_home
+from tests.rounding import round_to_codes
 from tests.tiny import save_tiny
 
 DEMO_HOME = offload_home()  # before any test changes OFFLOAD_HOME
@@ -45,8 +48,14 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 
-settings.register_profile("tests", deadline=None, database=None)
-settings.load_profile("tests")
+# A GPU machine may have nothing beyond pytest: its tests run nevertheless.
+if importlib.util.find_spec("hqq") is None:
+    quant.encode.quantize = round_to_codes
+with contextlib.suppress(ModuleNotFoundError):
+    from hypothesis import settings
+
+    settings.register_profile("tests", deadline=None, database=None)
+    settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Container, Iterable
 
-from cache.policy import Key, Victim
+from cache.policy import Key, KeyState, PoolState, Victim
 
 
 class LRU:
@@ -41,3 +41,15 @@ class LRU:
 
     def keys(self) -> Iterable[Key]:
         return self._used
+
+    def state(self) -> PoolState:
+        keys = {
+            key: KeyState(0.0, number, used)
+            for number, (key, used) in enumerate(self._used.items(), start=1)
+        }
+        return PoolState(self._now, 1.0, len(keys), keys)
+
+    def adopt(self, state: PoolState, resident: Container[Key]) -> None:
+        self._now = state.now
+        oldest_first = sorted(state.keys.items(), key=lambda item: item[1].number)
+        self._used = OrderedDict((key, at.used) for key, at in oldest_first if key in resident)

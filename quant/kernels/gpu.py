@@ -27,13 +27,19 @@ from quant.scales import shared_steps
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 WARPS = 4
-WORDS_A_THREAD = 4  # 16 bytes a load
+# 16 bytes a load; of two bits that would be as many sums as a thread has registers.
+WORDS_A_THREAD = {8: 4, 4: 4, 2: 2}
 # Columns of a span that threads read at a time: 128 bytes of a 4-bit tile. The interpreter is paid
 # by the operation, not by the element.
 COLUMNS = 16 if INTERPRETED.value else 4
 LONGEST_SPAN = 64  # columns between two scalings
-ENOUGH_BLOCKS = 96  # thread blocks that keep a large GPU's memory busy
+# Loads that a thread begins before it uses the first.
+MOST_STEPS = {8: 4, 4: 8, 2: 8}
+FEW_BLOCKS = 96  # thread blocks that leave many processors of a large GPU idle
+ENOUGH_BLOCKS = 384  # that keep its memory busy; worth another launch where rows are long
+LONG_STEPS = 3  # times that a thread block goes on to other spans
 MOST_SPLITS = 8
+TENSOR_CORES_BF16 = (8, 0)  # the first compute capability whose tensor cores know bfloat16
 
 Constants = dict[str, Any]
 
@@ -76,8 +82,8 @@ def spans(matrix: MatrixLayout) -> tuple[int, int]:
 
     Longer spans scale less often, shorter ones may leave fewer threads idle at the end.
     """
-    words = COLUMNS * 2 * PLANES[matrix.bits][0]
-    lanes = max(1, WARPS * 32 * WORDS_A_THREAD // words)
+    width = PLANES[matrix.bits][0]
+    lanes = max(1, WARPS * 32 * WORDS_A_THREAD[width] // (COLUMNS * 2 * width))
     best, least = 0, 0.0
     for span in (LONGEST_SPAN, 32, 16):
         if matrix.group_size % span == 0:
@@ -95,9 +101,36 @@ def splits(matrix: MatrixLayout, matrices: int) -> int:
     blocks = matrix.stored_rows // TILE_ROWS * matrices
     steps = -(-matrix.columns // (span * lanes))
     split = 1
-    while blocks * split < ENOUGH_BLOCKS and split * 2 <= min(MOST_SPLITS, steps):
+    while split < MOST_SPLITS:
+        few = blocks * split < FEW_BLOCKS and split * 2 <= steps
+        long = blocks * split < ENOUGH_BLOCKS and split * 2 * LONG_STEPS <= steps
+        if not few and not long:
+            break
         split *= 2
     return split
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability that launch parameters are chosen for."""
+    if device.type != "cuda":
+        return TENSOR_CORES_BF16
+    return torch.cuda.get_device_capability(device)
+
+
+def _tile(
+    matrix: MatrixLayout, block_cells: int, dtype: torch.dtype, device: torch.device
+) -> Constants:
+    """Tiles, columns and warps of a block of cells: small where there are no tensor cores for
+    `dtype`, and a product takes registers for each of its operands."""
+    new = capability(device) >= TENSOR_CORES_BF16
+    if dtype == torch.float16 or (dtype == torch.bfloat16 and new):
+        tiles = 2 if block_cells <= 32 else 1
+        return {
+            "TILES": tiles,
+            "COLS": min(matrix.group_size or 32, 32 if new else 16),
+            "num_warps": WARPS,
+        }
+    return {"TILES": 1, "COLS": 16, "num_warps": 4 * WARPS if block_cells > 32 else 2 * WARPS}
 
 
 def gemv(
@@ -128,6 +161,7 @@ def gemv(
         )  # fmt: skip
         return
     span, lanes = spans(matrix)
+    columns = min(COLUMNS, span)
     split = splits(matrix, count // tokens)
     widths = PLANES[matrix.bits]
     parts = split * len(widths)
@@ -136,7 +170,8 @@ def gemv(
         x, place, slots, slot_of_cell, *common, matrix.scale_offset, matrix.step_offset, bias_at,
         rows, matrix.stored_rows, *gated.numbers,
         **_quantised(matrix), **gated.constants, DTYPE=dtype,
-        SPAN=span, COLUMNS=COLUMNS, LANES=lanes, SPLIT=split, UNROLL=8,
+        SPAN=span, COLUMNS=columns, LANES=lanes, SPLIT=split,
+        STEPS=tuple(range(min(MOST_STEPS[widths[0]], span // columns))),
         CODES_0=tuple(range(32 // widths[0])), CODES_1=tuple(range(32 // widths[-1])),
         num_warps=WARPS, enable_fp_fusion=True,
     )  # fmt: skip
@@ -166,21 +201,22 @@ def gemm(
     bias_at, rows = matrix.bias_offset, matrix.rows
     common = (x.stride(0), cells_a_row, slots.stride(0), matrix.weight_offset)
     dtype = DTYPES[x.dtype]
+    tile = _tile(matrix, block_cells, x.dtype, x.device)
     if not matrix.group_size:
-        plain_gemm[(triton.cdiv(rows, 64), len(blocks))](
+        height = tile.pop("TILES") * 32
+        plain_gemm[(triton.cdiv(rows, height), len(blocks))](
             x, out, slots, blocks, order, *common, bias_at, rows,
             K=matrix.columns, STORED=DTYPES[STORED_DTYPES[matrix.dtype]], BIAS=_bias(matrix),
-            DTYPE=dtype, ROWS=64, CELLS=block_cells, COLS=32, num_warps=WARPS,
-            enable_fp_fusion=True,
+            DTYPE=dtype, ROWS=height, CELLS=block_cells, **tile, enable_fp_fusion=True,
         )  # fmt: skip
         return
-    single = len(PLANES[matrix.bits]) == 1
-    parts = 8 // matrix.bits if single else 1
-    quantised_gemm[(triton.cdiv(matrix.stored_rows, 2 * TILE_ROWS), len(blocks))](
+    parts = 8 // matrix.bits if len(PLANES[matrix.bits]) == 1 else 1
+    height = tile["TILES"] * TILE_ROWS
+    quantised_gemm[(triton.cdiv(matrix.stored_rows, height), len(blocks))](
         x, out, slots, blocks, order, *common, matrix.scale_offset, matrix.step_offset, bias_at,
         rows, matrix.stored_rows,
-        **_quantised(matrix), DTYPE=dtype, PARTS=tuple(range(parts)), TILES=2, CELLS=block_cells,
-        COLS=min(matrix.group_size, 64), num_warps=WARPS, enable_fp_fusion=True,
+        **_quantised(matrix), DTYPE=dtype, PARTS=tuple(range(parts)), CELLS=block_cells, **tile,
+        enable_fp_fusion=True,
     )  # fmt: skip
 
 

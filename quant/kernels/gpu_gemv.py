@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from triton.language import tensor
 
-from quant.kernels.gpu_codes import MAGIC, centred, load_inputs, scale_pairs, with_bias
+from quant.kernels.gpu_codes import MAGIC, centred, code_weight, load_inputs, scale_pairs, with_bias
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def plane_sums(
     CENTRE: tl.constexpr, SCALE_BITS: tl.constexpr, SHARED: tl.constexpr,
     GATE: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, CLAMPED: tl.constexpr,
     DTYPE: tl.constexpr, SPAN: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr,
-    SPLIT: tl.constexpr, UNROLL: tl.constexpr, CODES: tl.constexpr,
+    SPLIT: tl.constexpr, STEPS: tl.constexpr, CODES: tl.constexpr,
 ) -> Any:  # fmt: skip
     """The sums [2 * WIDTH] of each code of the plane's words."""
     WORDS: tl.constexpr = 2 * WIDTH
@@ -57,21 +57,50 @@ def plane_sums(
         sums = tl.zeros([LANES, COLUMNS, 1], tl.float32)
         accs = [zero for _ in CODES]
         begin = span[:, None] * SPAN + column[None, :]
-        for step in tl.range(0, SPAN, COLUMNS, loop_unroll_factor=UNROLL):
-            k = begin + step
-            v = load_inputs(
-                x, k, live[:, None], limit, alpha, K, GATE, GATED, INTERLEAVED, CLAMPED, DTYPE
-            )[:, :, None]  # fmt: skip
-            at = k[:, :, None] * WORDS + word[None, None, :]
-            words = tl.load(plane + at, mask=here, other=0)
-            sums += v
-            accs = [accs[c] + centred(words, magic, CENTRE, c * WIDTH, WIDTH) * v for c in CODES]
+        column_words = plane + (begin[:, :, None] * WORDS + word[None, None, :])
+        for step in range(0, SPAN, COLUMNS * len(STEPS)):
+            # All loads of weights first: what they wait for is hidden behind the inputs and sums.
+            words = [
+                tl.load(
+                    column_words + (step + u * COLUMNS) * WORDS, mask=here, other=0
+                )
+                for u in STEPS
+            ]  # fmt: skip
+            inputs = [
+                load_inputs(
+                    x, begin + step + u * COLUMNS, live[:, None], limit, alpha,
+                    K, GATE, GATED, INTERLEAVED, CLAMPED, DTYPE,
+                )[:, :, None]
+                for u in STEPS
+            ]  # fmt: skip
+            for u in tl.static_range(len(STEPS)):
+                sums += inputs[u]
+                accs = [
+                    accs[c] + centred(words[u], magic, CENTRE, c * WIDTH, WIDTH) * inputs[u]
+                    for c in CODES
+                ]
         if LOW == 0:
             outs = [outs[c] + sums * pairs[c][1] for c in CODES]
         outs = [
-            outs[c] + accs[c] * (pairs[c][0] * (2.0**LOW / 2.0 ** (c * WIDTH % 16))) for c in CODES
+            outs[c] + accs[c] * (pairs[c][0] * (2.0**LOW * code_weight(c * WIDTH, WIDTH)))
+            for c in CODES
         ]
     return [tl.sum(tl.sum(outs[c], 0), 0) for c in CODES]
+
+
+@triton.jit
+def store_sums(
+    totals: tl.tuple, place: tensor, tile: tensor, rows: tensor, record: tensor, bias_at: tensor,
+    WIDTH: tl.constexpr, FINAL: tl.constexpr, BIAS: tl.constexpr, DTYPE: tl.constexpr,
+) -> None:  # fmt: skip
+    """Write a tile's sums of each code, finished or as a part of them."""
+    word = tl.arange(0, 2 * WIDTH)
+    for c in tl.static_range(32 // WIDTH):
+        row = tile * 64 + word * 4 + (c * WIDTH // 8 + (c * WIDTH % 8) // WIDTH * (8 * WIDTH))
+        total = totals[c]
+        if FINAL:
+            total = with_bias(total, record, bias_at, row, row < rows, BIAS, DTYPE)
+        tl.store(place + row, total.to(place.dtype.element_ty), mask=row < rows)
 
 
 @triton.jit
@@ -83,7 +112,7 @@ def quantised_gemv(
     K: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, SCALE_BITS: tl.constexpr,
     SHARED: tl.constexpr, BIAS: tl.constexpr, GATE: tl.constexpr, GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr, CLAMPED: tl.constexpr, DTYPE: tl.constexpr, SPAN: tl.constexpr,
-    COLUMNS: tl.constexpr, LANES: tl.constexpr, SPLIT: tl.constexpr, UNROLL: tl.constexpr,
+    COLUMNS: tl.constexpr, LANES: tl.constexpr, SPLIT: tl.constexpr, STEPS: tl.constexpr,
     WIDTHS: tl.constexpr, CODES_0: tl.constexpr, CODES_1: tl.constexpr,
 ) -> None:  # fmt: skip
     """out [S, N], or [SPLIT * planes, S, N] float32 where there is more than one part."""
@@ -100,33 +129,24 @@ def quantised_gemv(
     row_x = x + (cell // cells_a_row).to(tl.int64) * x_stride
     words = (record + weight_at).to(tl.pointer_type(tl.uint32)) + tile.to(tl.int64) * (K * 2 * BITS)
     WIDTH: tl.constexpr = WIDTHS[0]
-    PARTS: tl.constexpr = SPLIT * len(WIDTHS)
     place = out + (part * tl.num_programs(1) + cell).to(tl.int64) * rows
     if part < SPLIT:
         totals = plane_sums(
             row_x, record, words, tile, part, magic, scale_at, step_at, stored_rows, limit, alpha,
             K, GROUP, 0, WIDTH, 2 ** (BITS - 1), SCALE_BITS, SHARED, GATE, GATED,
-            INTERLEAVED, CLAMPED, DTYPE, SPAN, COLUMNS, LANES, SPLIT, UNROLL, CODES_0,
+            INTERLEAVED, CLAMPED, DTYPE, SPAN, COLUMNS, LANES, SPLIT, STEPS, CODES_0,
         )  # fmt: skip
-        word = tl.arange(0, 2 * WIDTH)
-        for c in tl.static_range(32 // WIDTH):
-            row = tile * 64 + word * 4 + (c * WIDTH // 8 + (c * WIDTH % 8) // WIDTH * (8 * WIDTH))
-            total = totals[c]
-            if PARTS == 1:
-                total = with_bias(total, record, bias_at, row, row < rows, BIAS, DTYPE)
-            tl.store(place + row, total.to(out.dtype.element_ty), mask=row < rows)
+        FINAL: tl.constexpr = len(WIDTHS) * SPLIT == 1
+        store_sums(totals, place, tile, rows, record, bias_at, WIDTH, FINAL, BIAS, DTYPE)
     elif len(WIDTHS) == 2:
         HIGH: tl.constexpr = WIDTHS[1]
-        totals = plane_sums(
+        high = plane_sums(
             row_x, record, words + K * 2 * WIDTH, tile, part - SPLIT, magic,
             scale_at, step_at, stored_rows, limit, alpha,
             K, GROUP, WIDTH, HIGH, 0, SCALE_BITS, SHARED, GATE, GATED,
-            INTERLEAVED, CLAMPED, DTYPE, SPAN, COLUMNS, LANES, SPLIT, UNROLL, CODES_1,
+            INTERLEAVED, CLAMPED, DTYPE, SPAN, COLUMNS, LANES, SPLIT, STEPS, CODES_1,
         )  # fmt: skip
-        word = tl.arange(0, 2 * HIGH)
-        for c in tl.static_range(32 // HIGH):
-            row = tile * 64 + word * 4 + (c * HIGH // 8 + (c * HIGH % 8) // HIGH * (8 * HIGH))
-            tl.store(place + row, totals[c].to(out.dtype.element_ty), mask=row < rows)
+        store_sums(high, place, tile, rows, record, bias_at, HIGH, False, BIAS, DTYPE)
 
 
 @triton.jit

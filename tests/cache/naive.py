@@ -121,7 +121,7 @@ class NaiveCache:
                 return (seen.protected, self.last(key))
             case "lfru":
                 recent = seen.uses[-1][1] == self.steps[key[0]]
-                return (self.value(key), recent, self.last(key) if recent else seen.came[0])
+                return (self.value(key), recent, seen.came[0])
             case _:
                 return (self.value(key), seen.came[0])
 

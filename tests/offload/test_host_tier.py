@@ -179,12 +179,11 @@ def test_a_record_is_checked_once(pack: Pack, monkeypatch: pytest.MonkeyPatch) -
 def test_the_last_user_frees_it(pack: Pack) -> None:
     pinner = Limited()
     tier = HostTier(pack, EVERYTHING, pinner)
-    one, other = (lambda: None), (lambda: None)
-    tier.join(one)
-    tier.join(other)
-    tier.leave(other)
+    tier.join()
+    tier.join()
+    tier.leave()
     assert pinner.held
-    tier.leave(one)
+    tier.leave()
     assert not pinner.held
 
 

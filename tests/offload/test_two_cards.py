@@ -17,6 +17,7 @@ from cache.replay import recorded_setup, replay
 from cache.sharded import ShardedCache
 from cache.trace_file import read
 from offload.cards import CardsTransfer
+from offload.engine import Engine
 from offload.errors import GenerationError
 from offload.handle import offload_of
 from tests.tiny import save_tiny
@@ -197,4 +198,16 @@ def test_memory_runs_out_with_one_slot_left_on_each_card(tmp_path: Path) -> None
         engine.give_back(0)
     for ours, theirs in zip(_logits(model), expected, strict=True):
         assert torch.equal(ours, theirs)
+    offload_of(model).close()
+
+
+@pytest.mark.parametrize("engine", ["auto", "host", "device"])
+def test_the_host_plans_for_several_cards_which_is_said_to_who_asked_otherwise(
+    engine: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_tiny("mixtral", tmp_path / "checkpoint")
+    model = _load(tmp_path, gpus=CPUS, engine=engine)
+    assert type(offload_of(model).engine) is Engine
+    said = ["steps are planned on the host: the model is on several cards"]
+    assert caplog.messages == said * (engine == "device")
     offload_of(model).close()

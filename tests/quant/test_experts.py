@@ -24,9 +24,11 @@ from quant.matmul import sample_record
 from quant.program import Program
 from quant.record import MatrixSpec, plan_layout
 from quant.scheme import Scheme
+from tests.interpreter import quicken
 
 # T tokens, S cells, H hidden, I inner
 
+quicken()
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 KEPT = 7.0  # what is in cells before

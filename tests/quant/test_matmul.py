@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,24 +14,30 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from quant import matmul as module
 from quant.hqq import quantize
 from quant.kernels import compiler, cpu
 from quant.kernels.compiler import Processor
 from quant.matmul import (
+    MOST_GEMV_TOKENS,
     MOST_PACKED_TOKENS,
     dequantize,
+    gpu_kernel_works,
     matmul,
+    matmul_gpu,
     matmul_packed,
     matmul_reference,
     matmul_unpacked,
     sample_matrix,
+    sample_record,
     take_rows,
 )
 from quant.packing import PLANES
 from quant.record import MatrixSpec, MatrixView, plan_layout, view_record
 from quant.scheme import BITS, Scheme
+from tests.interpreter import quicken
 from tests.quant.records import encode_record
 
 # M tokens, K inputs, N outputs
@@ -214,12 +221,8 @@ def test_code_for_other_processors_is_right(name: str, monkeypatch: pytest.Monke
 
 
 FRESH_PROCESS = """
-import sys, types
+import sys
 import torch
-# hqq takes seconds to import and is not needed here.
-sys.modules["hqq"] = sys.modules["hqq.core"] = types.ModuleType("hqq")
-sys.modules["hqq.core.quantize"] = types.ModuleType("quantize")
-sys.modules["hqq.core.quantize"].Quantizer = None
 from quant import matmul
 from quant.scheme import Scheme
 assert "llvmlite" not in sys.modules, "a model without packed weights would pay for it"
@@ -340,3 +343,44 @@ def test_default_dtype_of_torch_changes_nothing() -> None:
         torch.set_default_dtype(before)
     assert again.scale.dtype == torch.float32
     assert all(torch.equal(one, other) for one, other in zip(again, solved, strict=True))
+
+
+@pytest.mark.parametrize("count", [1, MOST_GEMV_TOKENS + 1])
+@pytest.mark.parametrize("bias", [False, True])
+def test_single_matrix_is_multiplied_by_the_kernels_of_experts(count: int, bias: bool) -> None:
+    quicken()
+    view, x = sample_matrix(70, 64, Scheme(4, 32), bias=bias), tokens(count, 64)
+    close_to_reference(matmul_gpu(x, view), x, view)
+
+
+def test_kernels_find_a_matrix_behind_others_in_its_record() -> None:
+    quicken()
+    specs = tuple(MatrixSpec(name, 64, 32, True, torch.bfloat16) for name in ("a", "b"))
+    layout = plan_layout(specs, Scheme(8, 32))
+    view = view_record(torch.stack([sample_record(layout, n) for n in (1, 2)])[1], layout)["b"]
+    x = tokens(2, 32)
+    close_to_reference(matmul_gpu(x, view), x, view)
+
+
+def test_gpu_kernels_are_tried_before_they_are_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    quicken()
+    cpu_device = torch.device("cpu")
+    assert gpu_kernel_works(Scheme(4, 64), torch.bfloat16, cpu_device)
+    gpu_kernel_works.cache_clear()
+    monkeypatch.setattr(module, "matmul_gpu", lambda x, view: matmul_reference(x, view) + 1)
+    assert not gpu_kernel_works(Scheme(4, 64), torch.bfloat16, cpu_device)
+    assert "wrong here" in caplog.text
+    gpu_kernel_works.cache_clear()
+
+
+@pytest.mark.parametrize("scale_bits", [8, 16])
+def test_taking_rows_asks_nothing_of_the_host(scale_bits: int) -> None:
+    """Inside a CUDA graph nothing can be read back: fake tensors have nothing to read."""
+    view = sample_matrix(100, 64, Scheme(5, 16, scale_bits))
+    with FakeTensorMode() as mode:
+        parts = (view.weight, view.scales, view.steps)
+        weight, scales, steps = (part if part is None else mode.from_tensor(part) for part in parts)
+        fake = replace(view, weight=weight, scales=scales, steps=steps)
+        assert take_rows(fake, torch.zeros(3, dtype=torch.long), torch.bfloat16).shape == (3, 64)

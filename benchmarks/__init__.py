@@ -1,0 +1,1 @@
+"""Scripts that measure, each printing a table and writing JSON."""

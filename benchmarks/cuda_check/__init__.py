@@ -1,0 +1,1 @@
+"""Everything about a GPU machine in one command, see `__main__`."""

@@ -1,0 +1,117 @@
+"""Where an engine is put behind a loaded model; what this version of the program has for it.
+
+Knows: the loader's own functions, and which of them came later than this check. Does not know: what
+is measured.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from benchmarks.cuda_check.attempt import NotBuiltError
+from offload import loading
+from offload.cuda_transfer import CudaTransfer
+from offload.errors import OffloadError
+from offload.handle import Offload, Options, offload_of
+from offload.host_tier import HostTier
+from offload.transfer import HostTransfer, Transfer
+from quant.pack import Pack
+
+HOST, DEVICE = "host", "device"  # engines: the plan made in Python, or in kernels
+
+
+def load_on_host(path: Path, device: torch.device, context: int) -> PreTrainedModel:
+    """The model in the pack `path` with one slot, planned on the host."""
+    options: dict[str, Any] = {"engine": HOST} if has_engines() else {}
+    model, _ = loading.load(
+        path,
+        device=device,
+        expert_slots=1,
+        context=context,
+        warm_start=False,
+        lookahead=False,
+        **options,
+    )
+    return model
+
+
+def has_engines() -> bool:
+    """Whether there is an engine to choose."""
+    return "engine" in inspect.signature(loading.load).parameters
+
+
+def connect(
+    model: PreTrainedModel, pack: Pack, options: Options, transfer: Transfer, engine: str
+) -> Offload:
+    """Put `engine` behind the model's experts. Raises `NotBuiltError` where it is not to be had."""
+    way: Any = loading._connect
+    if has_engines():
+        try:
+            way(model, pack, options, transfer, engine)
+        except OffloadError as error:
+            raise NotBuiltError(str(error)) from None
+    elif engine == HOST:
+        way(model, pack, options, transfer)
+    else:
+        raise NotBuiltError("there is no engine to choose but the host-planned one")
+    handle = offload_of(model)
+    if engine == DEVICE and type(handle.engine).__name__ != "DeviceEngine":
+        raise NotBuiltError("the host plans instead: a warning said why")
+    return handle
+
+
+@contextmanager
+def kernels_anywhere(rehearse: bool) -> Iterator[None]:
+    """Inside, steps are also planned by kernels that are interpreted, which is for rehearsals."""
+    try:
+        from offload.device import making as module
+    except ImportError:
+        yield
+        return
+    making: Any = module
+    before = making.DEVICES
+    making.DEVICES = ("cpu", "cuda") if rehearse else before
+    try:
+        yield
+    finally:
+        making.DEVICES = before
+
+
+def rows(options: Options) -> int:
+    """Rows of slots: the cache's, and those that prompts are streamed through."""
+    return options.slots + options.staging
+
+
+def host_tier(transfer: Transfer) -> HostTier | None:
+    """Where records are in host memory, kept for the transfers that follow; None: on no GPU."""
+    if not isinstance(transfer, CudaTransfer):
+        return None
+    transfer.tier.join()
+    return transfer.tier
+
+
+def make_transfer(pack: Pack, options: Options, tier: HostTier | None) -> Transfer:
+    """Slots on the device, filled from `tier`."""
+    if options.device.type == "cpu":
+        return HostTransfer(pack, options.slots)
+    return CudaTransfer(pack, rows(options), options.device, None, tier=tier)
+
+
+def is_captured(handle: Offload) -> bool:
+    """Whether decode steps are replayed from a graph."""
+    loop = getattr(getattr(handle, "decoding", None), "_loop", None)
+    return bool(getattr(getattr(loop, "replay", None), "captured", False))
+
+
+def disconnect(handle: Offload) -> None:
+    """Free what an engine has on the device, its graphs included."""
+    handle.engine.close()
+    if hasattr(handle, "decoding"):
+        handle.decoding = None

@@ -1,0 +1,100 @@
+"""A step runs as it is a few times, is captured once, and is replayed from then on.
+
+Without a GPU the calls are counted, not made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from offload.device import graph
+from offload.device.graph import WARM_UPS, Replay
+
+
+class FakeStream:
+    device = torch.device("cpu")
+
+    def wait_stream(self, other: object) -> None:
+        pass
+
+
+class FakeGraph:
+    replays = 0
+
+    def register_generator_state(self, generator: torch.Generator) -> None:
+        pass
+
+    def replay(self) -> None:
+        FakeGraph.replays += 1
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextlib.contextmanager
+    def inside(*_: Any, **__: Any) -> Iterator[None]:
+        yield
+
+    FakeGraph.replays = 0
+    for name, fake in {
+        "Stream": lambda *_: FakeStream(),
+        "CUDAGraph": FakeGraph,
+        "current_stream": lambda *_: FakeStream(),
+        "stream": inside,
+        "graph": inside,
+        "synchronize": lambda *_: None,
+    }.items():
+        monkeypatch.setattr(graph.torch.cuda, name, fake)
+
+
+class Step:
+    def __init__(self, fails_at: int = -1) -> None:
+        self.runs, self.fails_at = 0, fails_at
+
+    def __call__(self) -> None:
+        self.runs += 1
+        if self.runs == self.fails_at:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+
+def replay_of(step: Step, broken: list[int]) -> Replay:
+    return Replay(step, torch.device("cuda"), torch.Generator(), lambda: broken.append(1))
+
+
+@pytest.mark.usefixtures("cuda")
+def test_captured_after_warming_up() -> None:
+    step, broken = Step(), []
+    replay = replay_of(step, broken)
+    for _ in range(WARM_UPS + 3):
+        replay()
+    assert replay.captured
+    assert step.runs == WARM_UPS + 1  # the last one was captured, not run
+    assert FakeGraph.replays == 3
+    assert not broken
+
+
+@pytest.mark.usefixtures("cuda")
+def test_what_cannot_be_captured_runs_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    step, broken = Step(fails_at=WARM_UPS + 1), []
+    replay = replay_of(step, broken)
+    for _ in range(WARM_UPS + 3):
+        replay()
+    assert not replay.captured
+    assert step.runs == WARM_UPS + 1 + 3  # the capture that failed ran nothing
+    assert broken == [1]
+    assert len(caplog.records) == 1
+    assert "not permitted" in caplog.text
+    assert "cannot be captured" in caplog.text
+
+
+def test_a_cpu_runs_it_as_it_is() -> None:
+    step = Step()
+    replay = Replay(step, torch.device("cpu"), torch.Generator(), lambda: None)
+    for _ in range(5):
+        replay()
+    assert step.runs == 5
+    assert not replay.captured
