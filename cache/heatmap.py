@@ -23,13 +23,15 @@ PLAIN_BLOCKS = "-+*#"  # where blocks cannot be written
 GREENS, REDS = (22, 28, 34, 46), (236, 88, 124, 196)  # of the 256 colours of a terminal
 LABEL, RATE = 5, 13  # columns before and after a row
 
+Resident = tuple[tuple[bool, ...], ...]  # [layer][expert]
+
 
 @dataclass(frozen=True)
 class HeatMap:
     """Counts [layer][expert]; layers need not have the same number of experts."""
 
     uses: tuple[tuple[float, ...], ...]  # asked for, lately or in all
-    resident: tuple[tuple[bool, ...], ...]
+    resident: Resident
     hit_rates: tuple[float, ...]  # of each layer
     hits: tuple[tuple[int, ...], ...] = ()  # where they are known for each expert
     misses: tuple[tuple[int, ...], ...] = ()
@@ -66,16 +68,15 @@ def draw(heat: HeatMap, *, width: int = 80, color: bool = False, blocks: bool = 
     return "\n".join(rows)
 
 
-def squeezed(heat: HeatMap, rows: int = 4, width: int = 64) -> str:
+def squeezed(resident: Resident, rows: int = 4, width: int = 64) -> str:
     """How full each part of the model is, in at most `rows` rows of layers and `width` columns of
-    experts; a legend beside it."""
-    layers = len(heat.resident)
+    experts: blank where none is resident, a full block where all are."""
     lines = []
-    for begin, end in _parts(layers, rows):
-        most = max(len(experts) for experts in heat.resident[begin:end])
+    for begin, end in _parts(len(resident), rows):
+        most = max(len(experts) for experts in resident[begin:end])
         signs = ""
         for first, last in _parts(most, width):
-            here = [is_in for experts in heat.resident[begin:end] for is_in in experts[first:last]]
+            here = [is_in for experts in resident[begin:end] for is_in in experts[first:last]]
             share = sum(here) / max(1, len(here))
             signs += FULLNESS[math.ceil(share * (len(FULLNESS) - 1))]
         lines.append(f"layers {begin:>2} to {end - 1:>2} |{signs}|")
@@ -126,7 +127,7 @@ def collect(trace: Trace, setup: Setup) -> HeatMap:
     both = zip(hits, misses, strict=True)
     return HeatMap(
         uses=tuple(tuple(map(sum, zip(*pair, strict=True))) for pair in both),
-        resident=_resident(cache, trace.header.experts),
+        resident=resident_in(cache, trace.header.experts),
         hit_rates=tuple(counts.hit_rate for counts in cache.statistics.layers),
         hits=tuple(map(tuple, hits)),
         misses=tuple(map(tuple, misses)),
@@ -137,10 +138,11 @@ def of_cache(cache: Cache, experts: Sequence[int]) -> HeatMap:
     """What `cache` holds now, and how hot the `experts` of each layer are lately."""
     return HeatMap(
         uses=tuple(tuple(cache.heat.of(i, e) for e in range(n)) for i, n in enumerate(experts)),
-        resident=_resident(cache, experts),
+        resident=resident_in(cache, experts),
         hit_rates=tuple(counts.hit_rate for counts in cache.statistics.layers),
     )
 
 
-def _resident(cache: Cache, experts: Sequence[int]) -> tuple[tuple[bool, ...], ...]:
+def resident_in(cache: Cache, experts: Sequence[int]) -> Resident:
+    """Whether each of the `experts` of each layer is in `cache` now."""
     return tuple(tuple(cache.is_resident(i, e) for e in range(n)) for i, n in enumerate(experts))

@@ -34,7 +34,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.single_turn and prompt is None:
         raise OffloadError("--single-turn needs a prompt: give one with -p or -f")
     model, tokenizer, load_seconds = load_model(arguments)
-    from offload.chat import Chat, converse
+    from offload.chat import Chat
+    from offload.chat_loop import converse
     from offload.handle import offload_of
     from offload.terminal import display, reader
 

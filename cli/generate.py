@@ -75,6 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
         prompt = read_text(sys.stdin, "the piped prompt")
     if not prompt:
         raise OffloadError("there is no prompt: give one with -p, -f or a pipe")
+    if arguments.vote is not None and arguments.temp == 0:
+        raise OffloadError("--vote needs samples that differ: give a --temp above 0, or none")
     model, tokenizer, load_seconds = load_model(arguments)
     from offload.generation import stream_generate
     from offload.handle import offload_of
@@ -142,13 +144,13 @@ def _vote(
     prompt: Prompt,
 ) -> int:
     from offload.batch import answers, vote
-    from offload.errors import GenerationError
     from offload.handle import offload_of
     from offload.printable import printable
+    from offload.timeline import recording
 
-    with contextlib.closing(offload_of(model)):
+    with contextlib.closing(offload_of(model)), recording(model, arguments.timeline):
         if tokenizer is None:
-            raise GenerationError("the model has no tokenizer: there are no texts to vote on")
+            raise OffloadError("the model has no tokenizer: there are no texts to vote on")
         options = _options(arguments, model)
         made = answers(model, tokenizer, [prompt], num_return_sequences=arguments.vote, **options)
     texts = [answer.text for answer in made[0]]
@@ -180,17 +182,24 @@ def _answer_rest(
 ) -> None:
     model, tokenizer, _ = load_model(arguments)
     from offload.batch import answers
-    from offload.errors import GenerationError
+    from offload.generation import check_length, encode_prompt
     from offload.handle import offload_of
+    from offload.timeline import recording
 
-    with contextlib.closing(offload_of(model)):
+    with contextlib.closing(offload_of(model)), recording(model, arguments.timeline):
         if tokenizer is None:
-            raise GenerationError("the model has no tokenizer: there are no texts to answer")
+            raise OffloadError("the model has no tokenizer: there are no texts to answer")
         options = _options(arguments, model)
         for begin in range(done, len(prompts), arguments.parallel):
             batch = prompts[begin : begin + arguments.parallel]
-            full = [_full(arguments, tokenizer, given) for given in batch]
-            made = answers(model, tokenizer, full, **options)
+            ids = []
+            for number, given in enumerate(batch, start=begin + 1):
+                try:
+                    ids.append(encode_prompt(tokenizer, _full(arguments, tokenizer, given)))
+                    check_length(model, ids[-1])
+                except OffloadError as error:
+                    raise OffloadError(f"{arguments.file}, prompt {number}: {error}") from None
+            made = answers(model, tokenizer, ids, **options)
             for given, (answer,) in zip(batch, made, strict=True):
                 file.append(
                     given,

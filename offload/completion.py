@@ -1,7 +1,7 @@
 """What a line of a chat that begins with a slash may go on with.
 
-Knows: commands and their words, saved conversations, files. Does not know: what commands do
-(`offload.chat`).
+Knows: prompt_toolkit's completions, saved conversations, files. Does not know: which words there
+are (`offload.chat_words`).
 """
 
 from __future__ import annotations
@@ -11,38 +11,8 @@ from collections.abc import Iterable
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 
-from offload.home import offload_home
-
-SET = (
-    "system",
-    "verbose",
-    "quiet",
-    "think",
-    "nothink",
-    "thoughts",
-    "panel",
-    "num_predict",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "seed",
-)
-WORDS: dict[str, tuple[str, ...]] = {
-    "?": (),
-    "bye": (),
-    "clear": (),
-    "load": (),
-    "read": (),
-    "regen": (),
-    "save": (),
-    "set": SET,
-    "set panel": ("on", "off"),
-    "set thoughts": ("show", "hide"),
-    "show": ("info", "parameters", "system", "experts"),
-    "stats": (),
-}
+from offload.chat_words import WORDS
+from offload.saved_chats import saved_names
 
 
 class Slashes(Completer):
@@ -57,21 +27,12 @@ class Slashes(Completer):
         text = document.text_before_cursor
         if not text.startswith("/") or "\n" in text:
             return
-        before, space, word = text[1:].rpartition(" ")
-        if before == "read" and space:
-            yield from self._files.get_completions(Document(word), complete_event)
+        if text.startswith("/read "):  # a file's name may have spaces
+            file = Document(text.removeprefix("/read ").lstrip())
+            yield from self._files.get_completions(file, complete_event)
             return
-        if before in ("load", "save") and space:
-            words: Iterable[str] = saved_conversations()
-        elif space:
-            words = WORDS.get(before, ())
-        else:
-            words = [name for name in WORDS if " " not in name]
-        for candidate in words:
+        before, _, word = text[1:].rpartition(" ")
+        names = before in ("load", "save")
+        for candidate in saved_names() if names else WORDS.get(before.strip(), ()):
             if candidate.startswith(word):
                 yield Completion(candidate, -len(word))
-
-
-def saved_conversations() -> list[str]:
-    """Names that `/load` takes."""
-    return sorted(file.stem for file in (offload_home() / "conversations").glob("*.json"))

@@ -6,6 +6,7 @@ tokens.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 from offload.generation import Message
@@ -20,21 +21,26 @@ def reserve(context: int) -> int:
     return min(MOST_RESERVED, context // 8)
 
 
-def first_kept(
+def fit(
     messages: Sequence[Message],
     begin: int,
     context: int,
     encode: Callable[[Sequence[Message]], list[int]],
-) -> int:
-    """Where the messages to send begin: `begin`, or later where from there on they do not fit.
+) -> tuple[int, list[int]]:
+    """Where the messages to send begin, and their ids: at `begin`, or later where from there on
+    they do not fit into `context` tokens.
 
     Whole turns leave, a turn being a user's message and what follows it. The last one stays: that
-    it may be too long by itself is for the caller to say.
+    it may be too long by itself is for the caller to say. With n turns to choose from log2(n) + 2
+    beginnings are encoded: a long conversation takes a while each time.
     """
-    if len(encode(messages[begin:])) <= context - reserve(context):
-        return begin
+    ids = encode(messages[begin:])
+    if len(ids) <= context - reserve(context):
+        return begin, ids
     turns = [at for at, message in enumerate(messages) if message["role"] == "user" and at > begin]
-    for at in turns:
-        if len(encode(messages[at:])) <= context * (1 - LEFT_FREE):
-            return at
-    return turns[-1] if turns else begin
+    if not turns:
+        return begin, ids
+    room = context * (1 - LEFT_FREE)
+    first = bisect_left(turns, True, key=lambda at: len(encode(messages[at:])) <= room)
+    begin = turns[min(first, len(turns) - 1)]
+    return begin, encode(messages[begin:])

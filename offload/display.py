@@ -95,25 +95,22 @@ class Rendered:
 
     def show(self, piece: Piece) -> None:
         if piece.thought != self._thinking:
-            self._settle(self._source)
-            self._source = ""
+            self._settle_all()
             if self.thoughts:
                 self._print(Text(THINKING if piece.thought else THOUGHT, style="dim"))
             self._thinking = piece.thought
         self._source += printable(piece.text)
-        if "\n" in piece.text:
+        begin = time.monotonic()
+        if begin >= self._next_drawing:  # reading a long list takes long, too: not at every line
             *over, self._source = self._blocks(self._source)
             for block in over:
                 self._settle(block)
-        begin = time.monotonic()
-        if begin >= self._next_drawing:
             self._draw()
             end = time.monotonic()
             self._next_drawing = end + max(REFRESH_SECONDS, (end - begin) / DRAWING_SHARE)
 
     def finish(self) -> None:
-        self._settle(self._source)
-        self._source = ""
+        self._settle_all()
         if self._thinking and self.thoughts:
             self._print(Text(THOUGHT, style="dim"))
         self._thinking = self._begun = False
@@ -131,6 +128,12 @@ class Rendered:
         lines[-1] = lines[-1][:-1]
         edges = [0, *starts[1:], len(lines)]
         return ["".join(lines[begin:end]) for begin, end in pairwise(edges)]
+
+    def _settle_all(self) -> None:
+        """Print what there is for good: nothing follows in this voice."""
+        for block in self._blocks(self._source):
+            self._settle(block)
+        self._source = ""
 
     def _settle(self, source: str) -> None:
         """Print a block for good."""

@@ -36,6 +36,14 @@ class GenerationError(OffloadError):
     """A prompt or a sampling parameter that cannot be used, or a model that says nothing usable."""
 
 
+class TransferError(OffloadError):
+    """Experts can no longer be copied into their slots."""
+
+
+class ChatError(OffloadError):
+    """A command of a chat that cannot be carried out."""
+
+
 NO_MEMORY = "lower --expert-slots, --ctx-size or --expert-bits"
 LONGEST = 1000  # characters of a line: what a file holds may be quoted in it
 
@@ -68,6 +76,7 @@ def reason(error: BaseException) -> str:
 
 __all__ = [
     "BudgetError",
+    "ChatError",
     "CheckpointError",
     "GenerationError",
     "OffloadError",
@@ -75,6 +84,7 @@ __all__ = [
     "QualityError",
     "RecipeError",
     "SourceError",
+    "TransferError",
     "UnsupportedModelError",
     "one_line",
     "reason",

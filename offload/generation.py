@@ -184,16 +184,23 @@ def prepare(
     vocabulary = model.config.get_text_config().vocab_size
     if min(ids) < 0 or max(ids) >= vocabulary:
         raise GenerationError(f"the prompt has a token outside the model's {vocabulary}")
+    context = check_length(model, ids)
+    stops = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or [])
+    if stops and tokenizer is None:
+        raise GenerationError("stop strings need a tokenizer, and the model has none")
+    return Request(ids, min(limit, context - len(ids)), [stop for stop in stops if stop])
+
+
+def check_length(model: PreTrainedModel, ids: Sequence[int]) -> int:
+    """Tokens that the context holds; raises `GenerationError` where `ids` leave no room for an
+    answer."""
     context = offload_of(model).options.context
     if len(ids) >= context:
         raise GenerationError(
             f"the prompt has {len(ids)} tokens and the context holds {context}: shorten it or "
             "raise --ctx-size (context=)"
         )
-    stops = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or [])
-    if stops and tokenizer is None:
-        raise GenerationError("stop strings need a tokenizer, and the model has none")
-    return Request(ids, min(limit, context - len(ids)), [stop for stop in stops if stop])
+    return context
 
 
 def _stream(

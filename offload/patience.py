@@ -33,8 +33,7 @@ def patiently(call: Callable[[], T], *, seconds: float, most_bytes: int) -> T:
         except BaseException as error:
             errors.append(error)
 
-    process = psutil.Process()
-    before = process.memory_info().rss
+    before = _own_memory()
     worker = threading.Thread(target=run, name="offload-template", daemon=True)
     worker.start()
     waited = 0.0
@@ -44,7 +43,7 @@ def patiently(call: Callable[[], T], *, seconds: float, most_bytes: int) -> T:
             if not worker.is_alive():
                 break
             waited += LOOK_SECONDS
-            if waited > seconds or process.memory_info().rss - before > most_bytes:
+            if waited > seconds or _own_memory() - before > most_bytes:
                 raise OutOfPatience
     finally:  # Ctrl-C ends it, too
         while worker.is_alive():
@@ -53,6 +52,13 @@ def patiently(call: Callable[[], T], *, seconds: float, most_bytes: int) -> T:
     if errors:
         raise errors[0]
     return results[0]
+
+
+def _own_memory() -> int:
+    """Bytes of this process's memory that are no pages of files: a pack that is read meanwhile is
+    not the program's."""
+    memory = psutil.Process().memory_info()
+    return int(memory.rss - getattr(memory, "shared", 0))
 
 
 def _raise_in(thread: threading.Thread, error: type[BaseException]) -> None:

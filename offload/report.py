@@ -12,13 +12,14 @@ from pathlib import Path
 
 from rich.text import Text
 
-from cache.heatmap import of_cache, squeezed
+from cache.heatmap import of_cache, resident_in, squeezed
 from cache.interface import Cache
 from offload.budget import gib
 from offload.generation import GenerationResponse
 from offload.handle import Offload
 from offload.picture import show
 from offload.recipe import Recipe
+from offload.stats import Stats
 from quant.pack import Pack, PackInfo
 
 
@@ -64,18 +65,30 @@ def _duration(seconds: float) -> str:
     return f"{seconds * 1e3:.2f}ms" if seconds < 1 else f"{seconds:.2f}s"
 
 
+def counters(stats: Stats) -> str:
+    """All that was counted since the model was loaded, in three lines."""
+    counts = stats.counts
+    return (
+        f"{stats.line()}\n"
+        f"requests {counts.requests}, hits {counts.hits}, misses {counts.misses}, "
+        f"evictions {counts.evictions}, look-ahead loads {counts.lookahead_loads}\n"
+        f"loaded {stats.bytes_loaded / 2**20:.1f} MiB at {stats.link_gb_per_s:.1f} GB/s, "
+        f"waited {counts.wait_seconds:.2f} s, {stats.tokens} tokens"
+    )
+
+
 def live_panel(response: GenerationResponse | None, offload: Offload) -> Text:
-    """Speed, hits, and where the resident experts are, while an answer comes."""
+    """Speed (tokens/s), hits, MiB loaded a token, and where the resident experts are, while an
+    answer comes. Takes a few milliseconds for thousands of experts: `Rendered` draws it seldom."""
     if response is None:
         return Text()
     counts, info = response.experts.counts, offload.pack.info
-    cache = offload.engine.cache
-    heat = of_cache(cache, [layer.num_experts for layer in info.layers])
+    resident = resident_in(offload.engine.cache, [layer.num_experts for layer in info.layers])
     line = (
         f"{response.generation_tokens} tokens, {response.generation_tps:.1f} t/s, "
         f"hits {counts.hit_rate:.1%}, {response.experts.mib_per_token:.1f} MiB/token"
     )
-    return Text(f"{line}\n{squeezed(heat)}", style="dim")
+    return Text(f"{line}\n{squeezed(resident)}", style="dim")
 
 
 def experts_map(cache: Cache, info: PackInfo) -> str:

@@ -24,6 +24,14 @@ from transformers import (
 from offload.errors import GenerationError
 
 COLDEST = 1e-5  # the temperature below which choices are greedy: logits divided by it overflow
+PARAMETERS: dict[str, type[int] | type[float]] = {  # by which users know them
+    "temperature": float,
+    "top_k": int,
+    "top_p": float,
+    "min_p": float,
+    "repetition_penalty": float,
+    "seed": int,
+}
 HOTTEST = torch.finfo(torch.float32).max  # above it a float32 temperature is infinite
 
 

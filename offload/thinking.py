@@ -35,13 +35,19 @@ class Piece(NamedTuple):
 
 
 class Voices:
-    """Tells thoughts from the answer in text that comes piece by piece."""
+    """Tells thoughts from the answer in text that comes piece by piece.
+
+    Thoughts come before the answer. In it a mark that is text, as in an explanation of such marks,
+    is text; one that is a special token still opens thoughts.
+    """
 
     def __init__(self, prompt: str = "", specials: Sequence[str] = ()) -> None:
         """`prompt`: the end of what the model was given, which may open its thoughts already;
         `specials`: special tokens' texts, to be dropped where they are no marks."""
         marks = {mark for pair in MARKS for mark in pair}
         self._dropped = tuple(DROPPED) + tuple(text for text in specials if text not in marks)
+        self._tokens = tuple(mark for mark, _ in MARKS if mark.startswith(tuple(specials)))
+        self._answering = False  # something of the answer was said
         self._close: str | None = None  # the mark that ends the thoughts being read
         self._held = ""  # may turn out to begin a mark
         self._fresh = True  # nothing was said since the voice changed
@@ -69,7 +75,11 @@ class Voices:
     def _first_mark(self) -> tuple[int, str] | None:
         """Where the first mark is that is not the beginning of a longer one."""
         marks = self._awaited()
-        found = [(at, -len(mark), mark) for mark in marks if (at := self._held.find(mark)) >= 0]
+        found = [
+            (at, -len(mark), mark)
+            for mark in marks
+            if (at := self._held.find(mark)) >= 0 and self._counts(mark, self._held[:at])
+        ]
         if not found:
             return None
         at, _, mark = min(found)
@@ -81,7 +91,14 @@ class Voices:
     def _awaited(self) -> tuple[str, ...]:
         if self._close is not None:
             return (self._close,)
-        return (*(opening for opening, _ in MARKS), *self._dropped)
+        openings = self._tokens if self._answering else (opening for opening, _ in MARKS)
+        return (*openings, *self._dropped)
+
+    def _counts(self, mark: str, before: str) -> bool:
+        """Whether `mark` is one after the text `before`, which was not said yet."""
+        if self._close is not None or mark in self._tokens or mark in self._dropped:
+            return True
+        return not before.strip()
 
     def _pass(self, mark: str) -> None:
         if mark == self._close:
@@ -94,11 +111,11 @@ class Voices:
             text = text.lstrip("\n")
         if text:
             self._fresh = False
+            self._answering |= self._close is None and not text.isspace()
             yield Piece(text, self._close is not None)
 
 
 def marks_are_special(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether marks are special tokens, which decoding would leave out."""
-    specials = set(tokenizer.all_special_tokens)
-    words = ("<|channel|>", "[THINK]", "<|channel>", "<think>", "<seed:think>")
-    return any(word in specials for word in words)
+    specials = tuple(tokenizer.all_special_tokens)
+    return any(opening.startswith(specials) for opening, _ in MARKS)

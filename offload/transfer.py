@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from offload.errors import TransferError
 from offload.marks import NO_MARKS, Marks
 from offload.page_in import PageIn
 from quant.pack import Pack
@@ -179,7 +180,7 @@ class HostTransfer:
             while not ticket.done:
                 rang = ticket.under_way.acquire(timeout=1.0)
                 if not rang and not ticket.done and not self._thread.is_alive():
-                    raise RuntimeError("the copy thread has ended: ask again")
+                    raise TransferError("the thread that copies experts has ended: ask again")
         if ticket.error is not None:
             raise ticket.error
 

@@ -230,8 +230,13 @@ class Pack:
         self._records: list[Tensor] = []
         self._checksums: list[list[int]] = []
         self._begins: list[int] = []  # of a layer's records in its file
-        for index, layer in enumerate(self.info.layers):
-            self._map_layer(path / PackLayer.file_name(index), layer, self.info.layout_of(index))
+        try:
+            for index, layer in enumerate(self.info.layers):
+                file = path / PackLayer.file_name(index)
+                self._map_layer(file, layer, self.info.layout_of(index))
+        except BaseException:
+            self.close()
+            raise
 
     def record(self, layer: int, expert: int) -> Tensor:
         """The record [record_bytes] uint8 of one expert, mapped. Do not write to it.

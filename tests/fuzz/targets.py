@@ -23,7 +23,8 @@ from cli.parser import build_parser
 from offload import sources
 from offload.answers_file import AnswersFile, read_prompts
 from offload.budget import parse_bytes, parse_slots
-from offload.chat import PARAMETERS, Chat
+from offload.chat import Chat
+from offload.chat_commands import obey
 from offload.display import Plain
 from offload.errors import OffloadError
 from offload.generation import encode_prompt
@@ -31,7 +32,7 @@ from offload.generation_config import check_generation_config
 from offload.quality.baseline import FORMAT, VERSION, read_baseline
 from offload.quality.tolerance import TOLERANCES
 from offload.recipe import Recipe
-from offload.sampling import Sampling
+from offload.sampling import PARAMETERS, Sampling
 from offload.terminal import _History
 from offload.warm import read_hot
 from offload.weights.gguf_header import read_header
@@ -173,7 +174,7 @@ class Targets:
         file = self.folder / "home" / "conversations" / "given.json"
         file.write_bytes(harmed_json(good, choices))
         chat = Chat(None, self._tokenizer, Sampling(), Plain(lambda _: None))  # type: ignore[arg-type]
-        chat.command("/load given")
+        obey(chat, "/load given")
         for message in chat.messages:
             assert isinstance(message["content"], str)
 
@@ -208,9 +209,11 @@ class Targets:
 
     def fuzz_prompts(self, choices: Choices) -> None:
         good: Any = {"prompt": "hi", "id": 3, "messages": [{"role": "user", "content": "a"}]}
-        lines = b"\n".join(harmed_json(good, choices) for _ in range(1 + choices.number(3)))
-        prompts = read_prompts(self._write(lines))
-        answers = AnswersFile(self._write(harmed_json(good | {"answer": "b"}, choices) + b"\n"))
+        first = harmed_json(good, choices) if choices.number(2) else json.dumps(good).encode()
+        prompts = read_prompts(self._write(first + b"\n" + json.dumps("two").encode()))
+        answer = prompts[0] | {"answer": "b"}
+        line = harmed_json(answer, choices) if choices.number(2) else json.dumps(answer).encode()
+        answers = AnswersFile(self._write(line + b"\n"[: choices.number(2)]))
         with contextlib.closing(answers):
             assert answers.done(prompts) <= len(prompts)
 

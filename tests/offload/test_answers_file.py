@@ -16,7 +16,7 @@ import pytest
 
 import offload.answers_file
 from cli import main
-from offload.answers_file import AnswersFile, read_prompts
+from offload.answers_file import AnswersFile, messages_of, read_prompts
 from offload.errors import OffloadError
 
 GIVEN = [{"prompt": f"number {i}", "id": i} for i in range(6)]
@@ -36,6 +36,113 @@ def test_a_line_that_is_no_prompt_is_named(line: str, tmp_path: Path) -> None:
     file.write_text(f'"fine"\n\n{line}\n')
     with pytest.raises(OffloadError, match="line 3"):
         read_prompts(file)
+
+
+def test_prompts_from_other_systems_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_bytes(b'\xef\xbb\xbf"one"\r\n{"prompt": "two"}\r\n"three"')
+    assert [given["prompt"] for given in read_prompts(file)] == ["one", "two", "three"]
+
+
+def test_a_line_that_has_no_end_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(offload.answers_file, "MOST_CHARACTERS", 20)
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('"short"\n' * 10)
+    assert len(read_prompts(file)) == 10, "a file may be longer than a line"
+    file.write_text('"short"\n"' + "x" * 20)
+    with pytest.raises(OffloadError, match="line 2 has more"):
+        read_prompts(file)
+
+
+def test_a_line_s_own_system_prompt_goes_before_the_command_s() -> None:
+    user = {"role": "user", "content": "hi"}
+    own = {"role": "system", "content": "own"}
+    assert messages_of({"messages": [own, user]}, "given") == [own, user]
+    given = {"role": "system", "content": "given"}
+    assert messages_of({"prompt": "hi"}, "given") == [given, user]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"prompt": "a", "score": float("nan")}, {"prompt": "a", "id": "half \ud83d"}],
+    ids=["nan", "surrogate"],
+)
+def test_odd_values_beside_a_prompt_do_not_hinder_going_on(
+    given: dict[str, Any], tmp_path: Path
+) -> None:
+    for count in (0, 1):
+        answers = AnswersFile(tmp_path / "answers.jsonl")
+        assert answers.done([given] * 2) == count
+        answers.append(given, {"answer": "b"})
+        answers.close()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"prompt": "number 0", "id": 0}\n',  # the prompts themselves
+        '{"prompt": "number 0", "id": 0}',
+        "three pages without a line's end",
+        '"number 0"\n',
+        "[]\n",
+        "\n",
+        '{"prompt": "number 0", "id": 0, "answer": "a"}\n\n',
+    ],
+)
+def test_a_file_of_something_else_is_never_cut(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "answers.jsonl"
+    file.write_text(text)
+    answers = AnswersFile(file)
+    with pytest.raises(OffloadError, match="is no answer"):
+        answers.done(GIVEN)
+    answers.close()
+    assert file.read_text() == text
+
+
+def test_more_answers_than_prompts_are_left_alone(tmp_path: Path) -> None:
+    file = tmp_path / "answers.jsonl"
+    answers = AnswersFile(file)
+    answers.done(GIVEN)
+    answers.append(GIVEN[0], {"answer": "a"})
+    answers.append(GIVEN[1], {"answer": "b"})
+    with pytest.raises(OffloadError, match="line 2"):
+        answers.done(GIVEN[:1])
+    answers.close()
+
+
+@pytest.mark.parametrize("size", range(1, 30))
+def test_half_a_line_may_end_anywhere(size: int, tmp_path: Path) -> None:
+    whole = b'{"prompt": "number 0", "id": 0, "answer": "yes"}'
+    file = tmp_path / "answers.jsonl"
+    for half in (whole[:size], whole[:-size]):
+        file.write_bytes(half)
+        answers = AnswersFile(file)
+        assert answers.done(GIVEN) == 0
+        answers.close()
+        assert file.read_bytes() == b""
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "answers.jsonl").symlink_to(tmp_path / "elsewhere.jsonl")
+    answers = AnswersFile(tmp_path / "answers.jsonl")
+    answers.done(GIVEN)
+    answers.append(GIVEN[0], {"answer": "a"})
+    answers.close()
+    assert (tmp_path / "answers.jsonl").is_symlink()
+    assert (tmp_path / "elsewhere.jsonl").read_bytes().endswith(b'"answer": "a"}\n')
+
+
+@pytest.mark.parametrize("name", [".", "pipe", "no/folder/x", "locked/x"])
+def test_where_answers_cannot_be_kept_is_told(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "locked").mkdir(mode=0o500)
+    if name.startswith("locked") and os.access(tmp_path / "locked", os.W_OK):
+        pytest.skip("the superuser may write anywhere")
+    with pytest.raises(OffloadError, match=r"is no file|cannot write"):
+        AnswersFile(tmp_path / name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["locked", "pipe"]
 
 
 def test_half_a_line_is_cut_off_and_answered_again(tmp_path: Path) -> None:
@@ -115,6 +222,16 @@ def test_the_command_answers_every_line_and_goes_on_where_it_stopped(
     assert [answer["id"] for answer in _answers(tmp_path)] == list(range(6))
 
 
+def test_a_prompt_that_cannot_be_answered_is_named(
+    mixtral: Path, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = _arguments(mixtral, tmp_path)
+    (tmp_path / "prompts.jsonl").write_text('"a"\n\n"b"\n"' + "x" * 300 + '"\n')
+    assert main([*arguments, "-c", "256"]) == 1
+    assert "prompts.jsonl, prompt 3: the prompt has" in capsys.readouterr().err
+    assert len(_answers(tmp_path)) == 2
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
 def test_a_kill_loses_no_line_that_was_written(mixtral: Path, home: Path, tmp_path: Path) -> None:
     arguments = _arguments(mixtral, tmp_path)
@@ -140,5 +257,7 @@ def test_a_vote_prints_one_answer_and_its_tally(
     assert main(arguments) == 0
     out, err = capsys.readouterr()
     assert out.strip()
+    assert main([*arguments, "--temp", "0"]) == 1
+    assert "--temp above 0" in capsys.readouterr().err
     counts = [int(line.split()[0]) for line in err.splitlines() if " of 5: " in line]
     assert sum(counts) == 5

@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 import offload
 from offload.batch import answers, final_answer, vote
 from offload.sampling import Sampling
+from tests.conftest import save_with_tokenizer
 
+CONTEXT = 256
 PROMPTS = ["a", "a longer one", "שלום", "the longest of all of these prompts"]
 
 
@@ -26,7 +28,7 @@ def loaded(
         device="cpu",
         dtype=torch.float32,
         expert_slots=4,
-        context=256,
+        context=CONTEXT,
         pack_dir=tmp_path_factory.mktemp("packs"),
     )
     assert isinstance(tokenizer, PreTrainedTokenizerFast)
@@ -37,6 +39,52 @@ def loaded(
 def test_a_batch_answers_as_each_prompt_alone(loaded: tuple[Any, Any]) -> None:
     alone = [offload.generate(*loaded, prompt, max_new_tokens=12) for prompt in PROMPTS]
     assert offload.generate(*loaded, PROMPTS, max_new_tokens=12) == alone
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "qwen3_next", "qwen3_moe"])
+def test_windows_and_linear_attention_do_not_see_what_fills_rows_up(
+    model_type: str, tmp_path: Path
+) -> None:
+    model, tokenizer = offload.load(
+        save_with_tokenizer(model_type, tmp_path / "checkpoint"),
+        device="cpu",
+        dtype=torch.float32,
+        expert_slots=4,
+        pack_dir=tmp_path / "packs",
+    )
+    prompts = [[7, 8, 9], [*range(5, 45)], [11] * 20]
+    alone = [offload.generate(model, tokenizer, prompt, max_new_tokens=8) for prompt in prompts]
+    assert offload.generate(model, tokenizer, prompts, max_new_tokens=8) == alone
+    model.offload.close()
+
+
+def test_a_prompt_that_fills_the_context_does_not_shorten_the_others(
+    loaded: tuple[Any, Any],
+) -> None:
+    prompts = [[5, 6, 7], [9] * (CONTEXT - 3), [8] * 20]
+    model, tokenizer = loaded
+    rows = answers(model, tokenizer, prompts, Sampling(), max_new_tokens=30)
+    assert [len(row.tokens) for (row,) in rows] == [30, 3, 30]
+    for prompt, (row,) in zip(prompts, rows, strict=True):
+        assert row.text == offload.generate(model, tokenizer, prompt, max_new_tokens=30)
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.5])
+def test_a_batch_follows_what_was_asked_and_nothing_else(
+    penalty: float, loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        loaded[0], "generation_config", GenerationConfig(no_repeat_ngram_size=1, eos_token_id=999)
+    )
+    options: dict[str, Any] = {"max_new_tokens": 12, "repetition_penalty": penalty}
+    alone = [offload.generate(*loaded, prompt, **options) for prompt in PROMPTS]
+    assert offload.generate(*loaded, PROMPTS, **options) == alone
+    assert loaded[0].generation_config.no_repeat_ngram_size == 1
+
+
+def test_an_option_that_several_answers_do_not_have_is_an_error(loaded: tuple[Any, Any]) -> None:
+    with pytest.raises(TypeError, match="num_beams"):
+        offload.generate(*loaded, PROMPTS, num_beams=2)
 
 
 def test_conversations_and_ids_make_batches_too(loaded: tuple[Any, Any]) -> None:
@@ -107,6 +155,7 @@ def test_what_cannot_be_answered_is_told(
         ("so\nthe answer is 12.", "12"),
         ("Answer: **Paris**\n", "paris"),
         (r"thus \boxed{x^2} holds, the answer is 3", "x^2"),
+        (r"\boxed{\frac{1}{2}} and \boxed{\sqrt{\frac{1}{3}}}.", r"\sqrt{\frac{1}{3}}"),
         ("#### 7", "7"),
         ("one\ntwo \n\n", "two"),
         ("", ""),

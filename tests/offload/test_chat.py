@@ -14,8 +14,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import offload
 from cache.heatmap import BLOCKS, PLAIN_BLOCKS, POINTS
-from offload.chat import Chat, ChatError, converse, read_message
+from offload.chat import Chat
+from offload.chat_commands import COMMANDS, obey
+from offload.chat_loop import converse, read_message
+from offload.chat_words import WORDS
 from offload.display import Plain
+from offload.errors import ChatError
 from offload.sampling import Sampling
 from tests.conftest import Script
 from tests.tiny import EXPERTS, LAYERS
@@ -342,7 +346,7 @@ def test_a_pipe_is_not_read(chat: Chat, terminal: Terminal, tmp_path: Path) -> N
 def test_an_extreme_temperature_answers(loaded: tuple[Any, Any], terminal: Terminal) -> None:
     chat = Chat(*loaded, Sampling(), Plain(terminal.write), timings=False, max_new_tokens=3)
     for temperature in ("1e-300", "1e300"):
-        chat.command(f"/set temperature {temperature}")
+        obey(chat, f"/set temperature {temperature}")
         chat.say("one")
     assert [message["role"] for message in chat.messages] == ["user", "assistant"] * 2
 
@@ -362,6 +366,25 @@ def test_a_question_too_long_can_be_followed_by_a_short_one(chat: Chat, terminal
     assert [message["content"] for message in chat.messages] == ["one", "yes"]
 
 
+def test_a_question_too_long_takes_no_turns_away(
+    chat: Chat, terminal: Terminal, script: Script
+) -> None:
+    text = _converse(chat, terminal, "one", "x" * CONTEXT, "two")
+    assert "raise --ctx-size" in text
+    assert script.prompt == "<user>one</user><assistant>yes</assistant><user>two</user><assistant>"
+
+
+def test_an_answer_is_made_again_from_the_turns_that_it_was_made_from(
+    chat: Chat, terminal: Terminal, script: Script
+) -> None:
+    for size in (60, 60, 20, 20, 20):  # turns leave at the second, and at the last
+        chat.say("x" * size)
+        asked = script.prompt
+        obey(chat, "/regen")
+        assert script.prompt == asked
+    assert chat.begin > 0
+
+
 def test_an_answer_that_cannot_be_made_again_is_kept(chat: Chat, script: Script) -> None:
     chat.say("one")
     chat.stop_strings, before = ("x",), list(chat.messages)
@@ -371,7 +394,7 @@ def test_an_answer_that_cannot_be_made_again_is_kept(chat: Chat, script: Script)
 
     script.at = fail
     with pytest.raises(offload.PackError):
-        chat.command("/regen")
+        obey(chat, "/regen")
     assert chat.messages == before
 
 
@@ -380,11 +403,31 @@ def test_an_answer_that_cannot_be_made_again_is_kept(chat: Chat, script: Script)
 
 @pytest.mark.parametrize("line", ["/?", "/help"])
 def test_help_lists_every_command(line: str, chat: Chat, terminal: Terminal) -> None:
-    assert chat.command(line)
+    assert obey(chat, line)
     text = terminal.take()
     for name in ("set", "show", "stats", "save", "load", "read", "regen", "clear", "bye"):
         assert f"/{name}" in text
     assert '"""' in text
+
+
+def test_what_help_says_is_what_there_is(chat: Chat, terminal: Terminal) -> None:
+    assert set(WORDS[""]) | {"help"} == COMMANDS.keys() | {"bye"}
+    for before in ("set", "show"):
+        lines = [f"/{before} {word}" for word in WORDS[before]]
+        told = _converse(chat, terminal, *lines)
+        assert "there is nothing called" not in told
+        assert "/show info, /show" not in told
+    obey(chat, "/?")
+    assert all(len(line) <= 120 for line in terminal.take().splitlines())
+    assert WORDS["set panel"] == ("on", "off")
+    assert {"temperature", "seed", "num_predict", "thoughts", "quiet"} < set(WORDS["set"])
+
+
+def test_pasted_lines_that_begin_with_a_slash_are_a_message(chat: Chat, terminal: Terminal) -> None:
+    pasted = "/clear all of it\nis what the manual says"
+    _converse(chat, terminal, "one", pasted, "/set system two\nlines")
+    assert [message["content"] for message in chat.messages[::2]] == ["one", pasted]
+    assert chat.system == "two\nlines"
 
 
 def test_clear_forgets_what_was_said_and_keeps_the_system_prompt(
@@ -392,7 +435,7 @@ def test_clear_forgets_what_was_said_and_keeps_the_system_prompt(
 ) -> None:
     chat.system = "be brief"
     chat.say("one")
-    chat.command("/clear")
+    obey(chat, "/clear")
     chat.say("two")
     assert script.prompt == "<system>be brief</system><user>two</user><assistant>"
 
@@ -400,7 +443,7 @@ def test_clear_forgets_what_was_said_and_keeps_the_system_prompt(
 def test_regen_answers_the_last_message_again(chat: Chat, script: Script) -> None:
     chat.say("one")
     script.say("no")
-    chat.command("/regen")
+    obey(chat, "/regen")
     assert script.prompts[0] == script.prompts[1]
     assert [message["content"] for message in chat.messages] == ["one", "no"]
 
@@ -408,25 +451,25 @@ def test_regen_answers_the_last_message_again(chat: Chat, script: Script) -> Non
 def test_read_sends_a_file(chat: Chat, script: Script, tmp_path: Path) -> None:
     file = tmp_path / "with space.txt"
     file.write_text("שלום\nfrom a file", encoding="utf-8")
-    chat.command(f"/read {file}")
+    obey(chat, f"/read {file}")
     assert chat.messages[0]["content"] == "שלום\nfrom a file"
 
 
 def test_read_refuses_what_is_no_text(chat: Chat, tmp_path: Path) -> None:
     (tmp_path / "image").write_bytes(b"\xff\xd8\xff")
     with pytest.raises(ChatError, match="cannot read"):
-        chat.command(f"/read {tmp_path / 'image'}")
+        obey(chat, f"/read {tmp_path / 'image'}")
 
 
 def test_set_system(chat: Chat, terminal: Terminal, script: Script) -> None:
-    chat.command("/show system")
+    obey(chat, "/show system")
     assert "none" in terminal.take()
-    chat.command("/set system be very  brief")
-    chat.command("/show system")
+    obey(chat, "/set system be very  brief")
+    obey(chat, "/show system")
     assert terminal.take() == "be very  brief\n"
     chat.say("one")
     assert script.prompt.startswith("<system>be very  brief</system>")
-    chat.command("/set system")
+    obey(chat, "/set system")
     chat.say("two")
     assert script.prompt.startswith("<user>")
 
@@ -446,9 +489,9 @@ def test_set_system(chat: Chat, terminal: Terminal, script: Script) -> None:
 def test_set_a_parameter(
     name: str, text: str, value: float, chat: Chat, terminal: Terminal
 ) -> None:
-    chat.command(f"/set {name} {text}")
+    obey(chat, f"/set {name} {text}")
     assert getattr(chat.sampling, name) == value
-    chat.command("/show parameters")
+    obey(chat, "/show parameters")
     rows = dict(line.split() for line in terminal.take().splitlines())
     assert rows[name] == str(value)
     assert list(rows) == ["temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"]
@@ -458,26 +501,26 @@ def test_set_a_parameter(
 def test_set_num_predict_limits_answers_and_minus_1_does_not(
     chat: Chat, terminal: Terminal
 ) -> None:
-    chat.command("/set num_predict 2")
+    obey(chat, "/set num_predict 2")
     chat.say("one")
     assert terminal.take() == "ye\n"
-    chat.command("/set num_predict -1")
+    obey(chat, "/set num_predict -1")
     chat.say("two")
     assert terminal.take() == "yes\n"
 
 
 def test_set_verbose_and_quiet(chat: Chat, terminal: Terminal) -> None:
-    chat.command("/set verbose")
+    obey(chat, "/set verbose")
     chat.say("one")
     text = terminal.take()
     assert text.index("total duration:") < text.index("eval rate:") < text.index("[ Prompt:")
-    chat.command("/set quiet")
+    obey(chat, "/set quiet")
     chat.say("two")
     assert terminal.take() == "yes\n"
 
 
 def test_show_info(chat: Chat, terminal: Terminal) -> None:
-    chat.command("/show info")
+    obey(chat, "/show info")
     text = terminal.take()
     assert "tiny-mixtral: mixtral, 3 MoE layers, 24 experts; bits: experts=4g64" in text
     assert f"6 experts resident on cpu, computing in float32, context {CONTEXT}" in text
@@ -490,7 +533,7 @@ def test_show_experts_draws_who_is_resident(loaded: tuple[Any, Any], terminal: T
     )
     chat.say("hello")
     terminal.take()
-    chat.command("/show experts")
+    obey(chat, "/show experts")
     rows = terminal.take().splitlines()
     assert len(rows) == LAYERS + 1
     for index, row in enumerate(rows[:-1]):
@@ -501,7 +544,7 @@ def test_show_experts_draws_who_is_resident(loaded: tuple[Any, Any], terminal: T
 
 
 def test_stats(chat: Chat, terminal: Terminal) -> None:
-    chat.command("/stats")
+    obey(chat, "/stats")
     text = terminal.take()
     for word in ("[ Experts: 6/24 resident", "requests", "hits", "misses", "evictions", "GB/s"):
         assert word in text
@@ -517,28 +560,28 @@ def test_a_conversation_is_saved_and_loaded(
     chat.sampling = Sampling(temperature=0.5, top_k=3, top_p=0.9, min_p=0.1, seed=7)
     chat.say("שלום")
     messages, sampling = list(chat.messages), chat.sampling
-    chat.command("/save my-chat.1")
+    obey(chat, "/save my-chat.1")
     assert str(home / "conversations" / "my-chat.1.json") in terminal.take()
     other = Chat(chat.model, chat.tokenizer, Sampling(), Plain(terminal.write))
     other.say("something else")
-    other.command("/load my-chat.1")
+    obey(other, "/load my-chat.1")
     assert (other.messages, other.system, other.sampling) == (messages, "קצר", sampling)
     assert [file.name for file in (home / "conversations").iterdir()] == ["my-chat.1.json"]
 
 
 def test_a_conversation_without_a_seed_comes_back_without_one(chat: Chat) -> None:
-    chat.command("/save plain")
-    chat.command("/set seed 7")
-    chat.command("/load plain")
+    obey(chat, "/save plain")
+    obey(chat, "/set seed 7")
+    obey(chat, "/load plain")
     assert chat.sampling == Sampling()
 
 
 def test_saving_again_replaces(chat: Chat) -> None:
-    chat.command("/save same")
+    obey(chat, "/save same")
     chat.say("one")
-    chat.command("/save same")
-    chat.command("/clear")
-    chat.command("/load same")
+    obey(chat, "/save same")
+    obey(chat, "/clear")
+    obey(chat, "/load same")
     assert [message["content"] for message in chat.messages] == ["one", "yes"]
 
 
@@ -566,7 +609,7 @@ def test_a_saved_file_that_is_damaged_changes_nothing(text: str, chat: Chat, hom
     (home / "conversations").mkdir()
     (home / "conversations" / "bad.json").write_text(text)
     with pytest.raises(offload.OffloadError):
-        chat.command("/load bad")
+        obey(chat, "/load bad")
     assert (chat.messages, chat.system, chat.sampling) == before
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload.context import LEFT_FREE, first_kept, reserve
+from offload.context import LEFT_FREE, fit, reserve
 from offload.generation import Message
 
 
@@ -21,24 +21,39 @@ def _encode(messages: Sequence[Message]) -> list[int]:
 
 
 def test_nothing_leaves_while_all_fits() -> None:
-    assert first_kept(_turns(10, 10, 10), 0, 100, _encode) == 0
+    assert fit(_turns(10, 10, 10), 0, 100, _encode) == (0, [0] * 30)
 
 
 def test_the_oldest_turns_leave_whole_and_leave_room_for_some_more() -> None:
     messages = _turns(20, 20, 20, 20, 20)
-    assert first_kept(messages, 0, 100, _encode) == 2  # 60 of 75 tokens
+    assert fit(messages, 0, 100, _encode) == (2, [0] * 60)  # of 75 tokens
 
 
 def test_the_last_message_stays_whatever_its_length() -> None:
-    assert first_kept(_turns(5, 5, 500), 0, 100, _encode) == 2
+    assert fit(_turns(5, 5, 500), 0, 100, _encode) == (2, [0] * 500)
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=15), st.integers(64, 400))
 def test_what_is_sent_fits_and_begins_with_a_user(sizes: list[int], context: int) -> None:
     messages = _turns(*(sizes if len(sizes) % 2 else sizes[1:] or [1]))
-    begin = first_kept(messages, 0, context, _encode)
+    begin, ids = fit(messages, 0, context, _encode)
+    assert ids == _encode(messages[begin:])
     assert messages[begin]["role"] == "user"
-    fits = len(_encode(messages[begin:])) <= context - reserve(context)
-    assert fits or begin == len(messages) - 1
+    assert len(ids) <= context - reserve(context) or begin == len(messages) - 1
     if 0 < begin < len(messages) - 1:
-        assert len(_encode(messages[begin:])) <= context * (1 - LEFT_FREE)
+        assert len(ids) <= context * (1 - LEFT_FREE)
+    if begin > 0:
+        assert len(_encode(messages[begin - 2 :])) > context * (1 - LEFT_FREE), "left too early"
+
+
+def test_a_long_conversation_is_not_encoded_once_a_turn() -> None:
+    calls = 0
+
+    def encode(messages: Sequence[Message]) -> list[int]:
+        nonlocal calls
+        calls += 1
+        return _encode(messages)
+
+    begin, _ = fit(_turns(*[10] * 2001), 0, 1000, encode)
+    assert begin == 2000 - 74
+    assert calls <= 12

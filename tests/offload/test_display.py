@@ -103,6 +103,22 @@ def test_an_answer_is_whole_on_any_screen(
     assert shown == SHOWN
 
 
+def test_markdown_is_read_when_it_is_drawn_not_at_every_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    display, screen = _rendered(20, monkeypatch)
+    monkeypatch.setattr(offload.display, "REFRESH_SECONDS", 1e9)
+    real, read = offload.display._PARSER.parse, list[str]()
+    monkeypatch.setattr(
+        offload.display._PARSER, "parse", lambda text: (read.append(text), real(text))[1]
+    )
+    for i in range(200):
+        display.show(Piece(f"- item {i}\n", thought=False))
+    assert len(read) == 1, "a list is one block until it ends: reading it costs its length"
+    display.finish()
+    assert [line for line in screen.lines if line] == [f" • item {i}" for i in range(200)]
+
+
 def test_what_grows_and_the_panel_are_on_the_screen(monkeypatch: pytest.MonkeyPatch) -> None:
     display, screen = _rendered(20, monkeypatch)
     display.panel = lambda: Text("PANEL")

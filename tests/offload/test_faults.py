@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import offload
 from offload.chat import Chat
+from offload.chat_commands import obey
 from offload.display import Plain
 from offload.handle import offload_of
 from offload.sampling import Sampling
@@ -131,7 +132,7 @@ def test_a_copy_thread_that_dies_is_replaced_before_the_next_answer(
     chat = _chat(loaded)
     with monkeypatch.context() as patch:
         patch.setattr(HostTransfer, "_next", die)
-        with pytest.raises(RuntimeError, match="ask again"):
+        with pytest.raises(offload.OffloadError, match="ask again"):
             chat.say("one")
     assert chat.messages == []
     chat.say("one")
@@ -153,7 +154,7 @@ def _interrupt_often(loaded: tuple[Any, Any], times: int) -> int:
     try:
         for i in range(times):
             if len(chat.messages) > 4:
-                chat.command("/clear")
+                obey(chat, "/clear")
             said = len(chat.messages)
             try:
                 signal.setitimer(signal.ITIMER_REAL, chooser.uniform(1e-4, 1.1 * longest))
@@ -218,7 +219,7 @@ def test_two_chats_share_a_pack_and_a_home(pack: Path, home: Path) -> None:
     assert sorted(file.name for file in (home / "conversations").iterdir()) == ["same.json"]
     model, tokenizer = _load(pack)
     chat = _chat((model, tokenizer))
-    chat.command("/load same")
+    obey(chat, "/load same")
     assert len(chat.messages) == 4
     model.offload.close()
 
@@ -244,7 +245,7 @@ def test_what_a_killed_process_left_of_a_save_is_removed(
     left.write_bytes(b'{"half')
     chat = _chat(loaded)
     chat.say("one")
-    chat.command("/save talk")
+    obey(chat, "/save talk")
     assert [file.name for file in left.parent.iterdir()] == ["talk.json"]
 
 

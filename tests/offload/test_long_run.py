@@ -48,7 +48,7 @@ def _long_chat(pack: Path, turns: int) -> float:
     engine = offload_of(model).engine
     for turn in range(turns):
         chat.say(f"turn {turn}: tell me more")
-        response = chat._last
+        response = chat.last
         assert response is not None
         tokens += response.generation_tokens
         stats = model.offload.stats()

@@ -12,7 +12,7 @@ import pytest
 
 import cli
 from offload import OffloadError, terminal
-from offload.chat import read_message
+from offload.chat_loop import read_message
 from offload.files import MOST_CHARACTERS, read_text
 from tests.conftest import Script
 

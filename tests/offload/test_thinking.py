@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload.thinking import MARKS, Piece, Voices
+from offload.thinking import MARKS, Piece, Voices, marks_are_special
+from tests.conftest import make_tokenizer
 
 SPECIALS = ("<|end|>", "<|start|>", "<|channel|>", "<|message|>", "<|return|>")
 
@@ -42,6 +43,33 @@ def test_a_prompt_can_open_the_thoughts(size: int) -> None:
 @pytest.mark.parametrize("size", [1, 4, 1000])
 def test_an_answer_without_thoughts_loses_its_channel_s_name(size: int) -> None:
     assert _voices("<|channel|>final<|message|>Yes<|return|>", size) == [("Yes", False)]
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_an_answer_may_speak_of_marks(size: int) -> None:
+    text = "Models write <think> first, then </think>."
+    assert _voices(text, size) == [(text, False)]
+    assert _voices(f"<think>hm</think>{text}", size) == [("hm", True), (text, False)]
+    assert _voices("\n <think>hm</think>Yes", size)[-2:] == [("hm", True), ("Yes", False)]
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_a_special_token_opens_thoughts_anywhere(size: int) -> None:
+    text = "First.<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final"
+    assert _voices(f"{text}<|message|>Yes", size) == [
+        ("First.", False),
+        ("hm", True),
+        ("Yes", False),
+    ]
+
+
+def test_marks_are_special_where_one_begins_with_a_special_token() -> None:
+    tokenizer = make_tokenizer()
+    assert not marks_are_special(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    assert not marks_are_special(tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|channel|>"]})
+    assert marks_are_special(tokenizer)
 
 
 def test_thoughts_that_never_end_are_thoughts() -> None:
