@@ -36,6 +36,7 @@ class ExpertCache:
         allocation: str = "shared",
     ) -> None:
         self.table = SlotTable(slots)
+        self.least_slots = 1
         self.statistics = Statistics(layers)
         self.heat = Heat(layers)
         self._make = functools.partial(ALLOCATIONS[allocation], layers=layers, policy=policy)

@@ -6,7 +6,9 @@ Knows: uses that count half as much every `HALF_LIFE` steps. Does not know: who 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Self
 
 from cache.policy import Key
 from cache.state import HeatState
@@ -16,49 +18,62 @@ GROWTH = 2.0 ** (1.0 / HALF_LIFE)
 MOST = 2.0**400
 
 
+@dataclass
+class _LayerHeat:
+    uses: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
+    unit: float = 1.0  # what a use counts now
+
+
 class Heat:
     """Decayed uses of every expert of every layer."""
 
     def __init__(self, layers: int) -> None:
-        self._uses = [defaultdict[int, float](float) for _ in range(layers)]
-        self._unit = [1.0] * layers  # what a use of the layer counts now
+        self._layers = [_LayerHeat() for _ in range(layers)]
+
+    @classmethod
+    def joined(cls, parts: Iterable[Self]) -> Self:
+        """One view of the layers of several: what is counted in a part shows here, and back."""
+        whole = cls(0)
+        whole._layers = [layer for part in parts for layer in part._layers]
+        return whole
 
     def __len__(self) -> int:
         """Layers."""
-        return len(self._uses)
+        return len(self._layers)
 
     def use(self, layer: int, experts: Sequence[int], weight: float) -> None:
         """A step of `layer` asked for `experts`."""
-        uses = self._uses[layer]
-        unit = self._unit[layer] * weight
+        at = self._layers[layer]
+        uses, unit = at.uses, at.unit * weight
         for expert in experts:
             uses[expert] += unit
-        self._unit[layer] *= GROWTH
-        if self._unit[layer] > MOST:
+        at.unit *= GROWTH
+        if at.unit > MOST:
             for expert in uses:
-                uses[expert] /= self._unit[layer]
-            self._unit[layer] = 1.0
+                uses[expert] /= at.unit
+            at.unit = 1.0
 
     def of(self, layer: int, expert: int) -> float:
         """Decayed uses of an expert."""
-        return self._uses[layer].get(expert, 0.0) / self._unit[layer]
+        at = self._layers[layer]
+        return at.uses.get(expert, 0.0) / at.unit
 
     def hottest(self, most: int | None = None) -> list[Key]:
         """At most `most` experts that were used at all, the hottest first."""
-        keys = [(layer, expert) for layer, uses in enumerate(self._uses) for expert in uses]
+        keys = [(layer, expert) for layer, at in enumerate(self._layers) for expert in at.uses]
         keys.sort(key=lambda key: (-self.of(*key), key))
         return keys[:most]
 
     def restore(self, layer: int, expert: int, uses: float) -> None:
         """Count `uses` from an earlier run."""
-        self._uses[layer][expert] = uses * self._unit[layer]
+        at = self._layers[layer]
+        at.uses[expert] = uses * at.unit
 
     def states(self) -> tuple[HeatState, ...]:
         """Everything that is known, a layer after the other."""
-        known = zip(self._unit, self._uses, strict=True)
-        return tuple(HeatState(unit, dict(uses)) for unit, uses in known)
+        return tuple(HeatState(at.unit, dict(at.uses)) for at in self._layers)
 
     def adopt(self, states: Sequence[HeatState]) -> None:
         """Go on from `states`."""
-        self._unit = [state.unit for state in states]
-        self._uses = [defaultdict(float, state.uses) for state in states]
+        for at, state in zip(self._layers, states, strict=True):
+            at.unit, at.uses = state.unit, defaultdict(float, state.uses)

@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cache.cache import ExpertCache
+from cache.interface import Cache
 from cache.replay import Setup, admitted, make_cache, prepare
 from cache.trace import Trace
 
@@ -134,7 +134,7 @@ def collect(trace: Trace, setup: Setup) -> HeatMap:
     )
 
 
-def of_cache(cache: ExpertCache, experts: Sequence[int]) -> HeatMap:
+def of_cache(cache: Cache, experts: Sequence[int]) -> HeatMap:
     """What `cache` holds now, and how hot the `experts` of each layer are lately."""
     return HeatMap(
         uses=tuple(tuple(cache.heat.of(i, e) for e in range(n)) for i, n in enumerate(experts)),
@@ -143,6 +143,6 @@ def of_cache(cache: ExpertCache, experts: Sequence[int]) -> HeatMap:
     )
 
 
-def resident_in(cache: ExpertCache, experts: Sequence[int]) -> Resident:
+def resident_in(cache: Cache, experts: Sequence[int]) -> Resident:
     """Whether each of the `experts` of each layer is in `cache` now."""
     return tuple(tuple(cache.is_resident(i, e) for e in range(n)) for i, n in enumerate(experts))

@@ -8,19 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from cache.allocation import ALLOCATIONS
 from cache.cache import ExpertCache
 from cache.errors import CacheError
+from cache.interface import Cache
 from cache.policies import POLICIES
 from cache.policies.belady import Belady
 from cache.policy import Key, Policy
 from cache.predictors import MOST_AHEAD, PREDICTORS, WITH_ROUTER, Predictor, make_predictor, merged
+from cache.sharded import ShardedCache
 from cache.statistics import LayerCounts
 from cache.trace import Event, Guess, Trace, TraceHeader
 
 BELADY = "belady"
 LIVE, NONE = "live", "none"  # look-ahead as it was recorded; no look-ahead
+
+
+class CardSlots(NamedTuple):
+    """One card's part."""
+
+    layers: int  # that follow those of the card before
+    slots: int
 
 
 @dataclass(frozen=True)
@@ -32,6 +42,7 @@ class Setup:
     allocation: str = "shared"
     lookahead: str = NONE  # LIVE, NONE, or the name of a predictor
     ahead: int = 1  # layers
+    cards: tuple[CardSlots, ...] = ()  # that the slots are on; empty: one
 
     def __post_init__(self) -> None:
         for what, name, known in (
@@ -45,6 +56,8 @@ class Setup:
             raise CacheError(f"cannot look {self.ahead} layers ahead: choose 1 to {MOST_AHEAD}")
         if self.slots < 1:
             raise CacheError(f"a cache needs at least one slot, not {self.slots}")
+        if self.cards and sum(card.slots for card in self.cards) != self.slots:
+            raise CacheError(f"the cards' slots are not the {self.slots} of all")
 
 
 @dataclass(frozen=True)
@@ -75,7 +88,26 @@ def recorded_setup(trace: Trace) -> Setup:
     slots, policy, allocation = (settings.get(n) for n in ("slots", "policy", "allocation"))
     if not isinstance(slots, int):
         raise CacheError("the trace does not say how many slots its run had: give --expert-slots")
-    return Setup(slots, str(policy), str(allocation), LIVE)
+    return Setup(slots, str(policy), str(allocation), LIVE, cards=_cards(trace.header))
+
+
+def cards_text(cards: Iterable[CardSlots]) -> str:
+    """Cards as a trace's header has them: layers:slots of each."""
+    return ",".join(f"{card.layers}:{card.slots}" for card in cards)
+
+
+def _cards(header: TraceHeader) -> tuple[CardSlots, ...]:
+    text = header.settings.get("cards")
+    if not text:
+        return ()
+    try:
+        pairs = (part.split(":") for part in str(text).split(","))
+        cards = tuple(CardSlots(int(layers), int(slots)) for layers, slots in pairs)
+    except ValueError:
+        cards = ()
+    if sum(card.layers for card in cards) != header.layers or min(map(min, cards)) < 1:
+        raise CacheError(f"the trace's cards ({text}) are not those of {header.layers} layers")
+    return cards
 
 
 def make_policy(name: str, trace: Trace) -> Callable[[], Policy]:
@@ -86,18 +118,40 @@ def make_policy(name: str, trace: Trace) -> Callable[[], Policy]:
     return POLICIES[name]
 
 
-def make_cache(trace: Trace, setup: Setup) -> ExpertCache:
+def make_cache(trace: Trace, setup: Setup) -> Cache:
     """An empty cache as `setup` says; more slots than experts are of no use, and left out."""
+    if not setup.cards:
+        return make_one(trace, setup)
+    caches, first = [], 0
+    for layers, slots in setup.cards:
+        part = layers_of(trace, first, first + layers)
+        caches.append(make_one(part, replace(setup, slots=slots, cards=())))
+        first += layers
+    return ShardedCache(caches)
+
+
+def make_one(trace: Trace, setup: Setup) -> ExpertCache:
+    """`make_cache` for a single card."""
     slots = min(setup.slots, trace.header.total_experts)
     allocation = "global" if setup.policy == BELADY else setup.allocation  # it knows all layers
     policy = make_policy(setup.policy, trace)
     return ExpertCache(slots, trace.header.layers, policy, allocation)
 
 
+def layers_of(trace: Trace, first: int, end: int) -> Trace:
+    """The part of a trace that one card serves, its layers counted from 0."""
+    header = trace.header
+    part = replace(
+        header, experts=header.experts[first:end], record_bytes=header.record_bytes[first:end]
+    )
+    events = (e._replace(layer=e.layer - first) for e in trace.events if first <= e.layer < end)
+    return Trace(part, list(events))
+
+
 def replay(
     trace: Trace,
     setup: Setup,
-    after: Callable[[ExpertCache, Event], None] | None = None,
+    after: Callable[[Cache, Event], None] | None = None,
 ) -> Outcome:
     """Run `setup` over `trace`; `after` is called after each event."""
     cache = make_cache(trace, setup)
@@ -113,7 +167,7 @@ def replay(
     return _outcome(trace, setup, cache)
 
 
-def prepare(cache: ExpertCache, event: Event, setup: Setup) -> None:
+def prepare(cache: Cache, event: Event, setup: Setup) -> None:
     """What changed who is resident since the event before."""
     if event.fresh:
         cache.forget()
@@ -162,7 +216,7 @@ def united(some: Iterable[Guess], others: Iterable[Guess]) -> Iterator[Guess]:
     return (Guess(layer, by_layer[layer]) for layer in sorted(by_layer))
 
 
-def _outcome(trace: Trace, setup: Setup, cache: ExpertCache) -> Outcome:
+def _outcome(trace: Trace, setup: Setup, cache: Cache) -> Outcome:
     layers = tuple(replace(counts) for counts in cache.statistics.layers)
     sizes = trace.header.record_bytes
     loaded = sum(counts.loads * size for counts, size in zip(layers, sizes, strict=True))

@@ -23,7 +23,7 @@ from cache.link import Copy, Link
 from cache.plan import Use
 from cache.prediction import Phase, Prediction
 from cache.predictors import make_predictor
-from cache.replay import Setup, admitted, guesses, make_cache, warmed
+from cache.replay import Setup, admitted, guesses, layers_of, make_one, warmed
 from cache.software import HOST_PLANNED, Software
 from cache.staging import Staging
 from cache.statistics import LayerCounts
@@ -92,8 +92,8 @@ class _Simulation:
         cards, slots = self.hardware.cards, self.scenario.cache.slots
         first, end = (at * self.header.layers // cards for at in (number, number + 1))
         share = (number + 1) * slots // cards - number * slots // cards
-        part = self.trace if cards == 1 else _layers_of(self.trace, first, end)
-        cache = make_cache(part, replace(self.scenario.cache, slots=share))
+        part = self.trace if cards == 1 else layers_of(self.trace, first, end)
+        cache = make_one(part, replace(self.scenario.cache, slots=share, cards=()))
         return _Card(number, first, cache, Staging(cache.table.slots, STAGING_ROWS))
 
     def _is_on_disk(self, layer: int) -> bool:
@@ -260,16 +260,6 @@ class _Simulation:
     ) -> None:
         if self.timeline is not None:
             self.timeline.add(Span(track, f"{name} ({layer})", begin, seconds, layer, expert))
-
-
-def _layers_of(trace: Trace, first: int, end: int) -> Trace:
-    """The part of a trace that one card serves, its layers counted from 0."""
-    header = trace.header
-    part = replace(
-        header, experts=header.experts[first:end], record_bytes=header.record_bytes[first:end]
-    )
-    events = (e._replace(layer=e.layer - first) for e in trace.events if first <= e.layer < end)
-    return Trace(part, list(events))
 
 
 class _Window:

@@ -22,13 +22,14 @@ class Step(NamedTuple):
 
 
 class Staging:
-    """`rows` rows, the first numbered `first`; none, or at least two."""
+    """`rows` rows, the first numbered `first`, each `apart` from the one before; none, or at least
+    two."""
 
-    def __init__(self, first: int, rows: int) -> None:
+    def __init__(self, first: int, rows: int, apart: int = 1) -> None:
         if rows < 0 or rows == 1:
             raise ValueError(f"staging takes two rows or more, or none, not {rows}")
         self.rows = rows
-        self._first = first
+        self._first, self._apart = first, apart
         self._half = rows // 2
         self._second = False  # half, whose turn is next
 
@@ -52,8 +53,8 @@ class Staging:
         assert self._half, "streamed without staging"
         cut = []
         for at in range(0, len(experts), self._half):
-            row = self._first + self._half * self._second
+            row = self._first + self._apart * self._half * self._second
             some = experts[at : at + self._half]
-            cut.append(tuple([Use(expert, row + i) for i, expert in enumerate(some)]))
+            cut.append(tuple([Use(expert, row + self._apart * i) for i, expert in enumerate(some)]))
             self._second = not self._second
         return cut

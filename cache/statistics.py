@@ -6,7 +6,9 @@ Invariants: `hits + misses == requests`; `loads == misses + lookahead_loads + wa
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Self
 
 
 @dataclass
@@ -64,6 +66,13 @@ class Statistics:
 
     def __init__(self, layers: int) -> None:
         self.layers = [LayerCounts() for _ in range(layers)]
+
+    @classmethod
+    def joined(cls, parts: Iterable[Self]) -> Self:
+        """One view of the layers of several: what a part counts shows here, and back."""
+        whole = cls(0)
+        whole.layers = [counts for part in parts for counts in part.layers]
+        return whole
 
     def total(self) -> LayerCounts:
         """A sum that later counting does not change."""

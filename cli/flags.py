@@ -72,7 +72,12 @@ def add_budget_flags(group: argparse._ArgumentGroup, context: int = 4096) -> Non
         "--device", metavar="NAME", help="cuda, cuda:1 or cpu (cuda if there is one)"
     )
     group.add_argument(
-        "--vram", metavar="SIZE", help="GPU memory to use, like 20GiB (90%% of what is free)"
+        "--gpus", metavar="N,..", help="cards that share the model, like 0,1 (one card)"
+    )
+    group.add_argument(
+        "--vram",
+        metavar="SIZE",
+        help="GPU memory to use, like 20GiB, of each card or 20GiB,10GiB (90%% of what is free)",
     )
     group.add_argument(
         "--ram", metavar="SIZE", help="RAM to use, like 48GiB (90%% of what is free)"

@@ -29,6 +29,7 @@ def load_model(
         asked_sampling(arguments, None)  # a wrong value is told before the model is loaded
         if arguments.n_predict == 0:
             raise OffloadError("--n-predict is 0: give at least 1, or -1 for no limit")
+    from offload.handle import offload_of
     from offload.loading import load
     from offload.planning import set_threads
 
@@ -37,6 +38,7 @@ def load_model(
     model, tokenizer = load(
         arguments.model,
         device=arguments.device,
+        gpus=arguments.gpus,
         bits=arguments.bits,
         expert_bits=arguments.expert_bits,
         dense_bits=arguments.dense_bits,
@@ -59,6 +61,8 @@ def load_model(
         local_files_only=arguments.local_files_only,
         trust_remote_code=arguments.trust_remote_code,
     )
+    for share in offload_of(model).options.shares:
+        print(share.line(), file=sys.stderr)
     if note and arguments.model == "demo":
         from offload.demo import NOTE
 

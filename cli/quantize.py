@@ -31,9 +31,9 @@ def add(commands: Commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from offload.budget import Memory
+    from offload.gpus import find_place
     from offload.packs import find_or_make_pack
-    from offload.planning import Planner, find_device
+    from offload.planning import Planner
     from offload.recipe import AskedBits
     from offload.report import pack_line
 
@@ -43,15 +43,19 @@ def run(arguments: argparse.Namespace) -> int:
     asked = AskedBits(
         arguments.bits, arguments.expert_bits, arguments.dense_bits, arguments.group_size
     )
-    device = find_device(arguments.device)
-    memory = Memory.of(device, arguments.vram, arguments.ram)
+    place = find_place(arguments.device, arguments.gpus, arguments.vram, arguments.ram)
+    plan = Planner(
+        place.device,
+        place.memory,
+        context=arguments.ctx_size,
+        ubatch=arguments.ubatch_size,
+        cards=place.cards,
+    )
     path = find_or_make_pack(
         arguments.model,
         asked.recipe(),
-        device=device,
-        plan=Planner(device, memory, context=arguments.ctx_size, ubatch=arguments.ubatch_size)
-        if asked.fit
-        else None,
+        device=place.device,
+        plan=plan if asked.fit else None,
         destination=destination,
         revision=arguments.revision,
         local_files_only=arguments.local_files_only,

@@ -9,12 +9,13 @@ One more sync a layer, where routers are asked.
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 
+import torch
 from torch import Tensor
 
-from cache.cache import ExpertCache
+from cache.interface import Cache
 from cache.lookahead import LookaheadBalance
 from cache.plan import Use
 from cache.predictors import WITH_ROUTER, Lookahead, make_predictor, merged
@@ -29,7 +30,7 @@ class Ahead:
     def __init__(
         self,
         layers: Sequence[Layer],
-        cache: ExpertCache,
+        cache: Cache,
         lookahead: Lookahead,
         balance: LookaheadBalance | None,
         start: Callable[[int, Use], Ticket],
@@ -41,7 +42,8 @@ class Ahead:
         self._lookahead = lookahead
         self._balance = balance
         self._start = start
-        self._guessed: deque[Ticket] = deque()  # copies of guesses that may not have landed
+        # Copies of guesses that may not have landed, for each device: each has a link of its own.
+        self._guessed: dict[torch.device | None, deque[Ticket]] = defaultdict(deque)
         self.noted_layers = 0  # routers of so many later layers are asked for a trace
         self.forget()
 
@@ -56,8 +58,9 @@ class Ahead:
 
     def dropped(self, copy: Ticket) -> None:
         """`copy`, a guess's or another, will never land."""
-        if copy in self._guessed:
-            self._guessed.remove(copy)
+        for copies in self._guessed.values():
+            if copy in copies:
+                copies.remove(copy)
 
     @property
     def weighs(self) -> bool:
@@ -77,23 +80,24 @@ class Ahead:
         wanted = list(chosen)
         if self._predictor is not None:
             self._predictor.observe(layer.index, wanted)
-        ahead = min(self._lookahead.layers, len(self._layers) - 1 - layer.index)
-        if ahead < 1 or (self._balance is not None and not self._balance.worthwhile):
-            return self._note_guesses(layer, hidden, 0)
-        if self._link_is_behind(ahead * len(wanted)):
-            return self._note_guesses(layer, hidden, 0)
+        near = self._layers[layer.index + 1 : layer.index + 1 + self._lookahead.layers]
+        if self._balance is not None and not self._balance.worthwhile:
+            near = ()
+        near = [at for at in near if not self._link_is_behind(at, near, len(wanted))]
+        if not near:
+            return self._note_guesses(layer, hidden, ())
         begin = time.perf_counter()
         guesses = []
-        for later in self._layers[layer.index + 1 : layer.index + 1 + ahead]:
+        for later in near:
             experts = self._guess(layer, later, hidden)
             if not experts:
                 continue
             guesses.append(Guess(later.index, tuple(experts)))
             for use in self._cache.look_ahead(later.index, experts, most=len(experts)):
-                self._guessed.append(self._start(later.index, use))
+                self._guessed[later.device].append(self._start(later.index, use))
         if self._balance is not None:
             self._balance.guessed(time.perf_counter() - begin)
-        return guesses + self._note_guesses(layer, hidden, ahead)
+        return guesses + self._note_guesses(layer, hidden, near)
 
     def _guess(self, layer: Layer, later: Layer, hidden: Tensor | None) -> list[int]:
         """Experts of `later`, likeliest first, now that `layer` was asked about `hidden`."""
@@ -105,16 +109,22 @@ class Ahead:
             experts = merged(experts, said)
         return experts
 
-    def _link_is_behind(self, most: int) -> bool:
-        """Whether `most` or more guessed experts still wait to be copied."""
-        while self._guessed and self._guessed[0].done:
-            self._guessed.popleft()
-        return len(self._guessed) >= most
+    def _link_is_behind(self, later: Layer, near: Sequence[Layer], each: int) -> bool:
+        """Whether as many guessed experts as would be guessed for those of the layers `near` that
+        are on the device of `later`, `each` for one, still wait to be copied there."""
+        copies = self._guessed[later.device]
+        while copies and copies[0].done:
+            copies.popleft()
+        return len(copies) >= each * sum(at.device == later.device for at in near)
 
-    def _note_guesses(self, layer: Layer, hidden: Tensor | None, ahead: int) -> list[Guess]:
-        """For a trace: what routers past `ahead` layers would say."""
-        if hidden is None or self.noted_layers <= ahead:
+    def _note_guesses(
+        self, layer: Layer, hidden: Tensor | None, guessed: Sequence[Layer]
+    ) -> list[Guess]:
+        """For a trace: what routers of layers not `guessed` for would say."""
+        if hidden is None or not self.noted_layers:
             return []
-        later = self._layers[layer.index + 1 + ahead : layer.index + 1 + self.noted_layers]
-        said = ((at.index, at.guess(layer.as_seen_by(at, hidden))) for at in later)
+        later = self._layers[layer.index + 1 : layer.index + 1 + self.noted_layers]
+        said = (
+            (at.index, at.guess(layer.as_seen_by(at, hidden))) for at in later if at not in guessed
+        )
         return [Guess(index, tuple(experts), live=False) for index, experts in said]

@@ -150,6 +150,13 @@ def kv_cache_bytes(
 ) -> int:
     """Bytes of the KV cache at `context` tokens, for one sequence read `ubatch` tokens at a time
     (None: at once)."""
+    return sum(kv_cache_by_layer(config, context, dtype, ubatch))
+
+
+def kv_cache_by_layer(
+    config: PreTrainedConfig, context: int, dtype: torch.dtype, ubatch: int | None = None
+) -> list[int]:
+    """`kv_cache_bytes`, of each layer."""
     key = (type(config), config.to_json_string(), context, dtype, ubatch or context)
     if key not in _KV_CACHE:
         try:
@@ -160,20 +167,20 @@ def kv_cache_bytes(
     return _KV_CACHE[key]
 
 
-_KV_CACHE: dict[tuple[object, ...], int] = {}  # a model is asked about several times
+_KV_CACHE: dict[tuple[object, ...], list[int]] = {}  # a model is asked about several times
 
 
-def _estimated_kv_bytes(config: PreTrainedConfig, context: int, dtype: torch.dtype) -> int:
+def _estimated_kv_bytes(config: PreTrainedConfig, context: int, dtype: torch.dtype) -> list[int]:
     """Every layer counted as full attention (2 * heads * head_dim a token)."""
     text = config.get_text_config()
     layers = getattr(text, "per_layer_config", None) or [text] * text.num_hidden_layers
-    values = 0
+    values = []
     for layer in layers:
         heads = getattr(layer, "num_attention_heads", None) or 0
         kv_heads = getattr(layer, "num_key_value_heads", None) or heads
         head_dim = getattr(layer, "head_dim", None) or (layer.hidden_size // heads if heads else 0)
-        values += 2 * int(kv_heads) * int(head_dim)
-    return values * context * dtype.itemsize
+        values.append(2 * int(kv_heads) * int(head_dim) * context * dtype.itemsize)
+    return values
 
 
 def staging_rows(device: torch.device, slot_bytes: int) -> int:

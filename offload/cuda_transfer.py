@@ -57,6 +57,7 @@ class CudaTransfer:
     """
 
     overtakes = False  # it goes before all that is not given to the link yet
+    streams_in_place = False
 
     def __init__(
         self,
@@ -92,7 +93,7 @@ class CudaTransfer:
         self._last_end: Event | None = None  # of the copy counted last
         self._jobs = 0
         self._clear()
-        tier.join()
+        tier.join(self._go_on)
 
     def _clear(self) -> None:
         """Nothing is under way."""
@@ -156,7 +157,7 @@ class CudaTransfer:
             self._go_on()
         while ticket.job in self._waiting:
             self._wait_for_bytes(ticket)
-            self._go_on()
+            self.tier.go_on()  # others' copies may hold every buffer until they are counted
         if ticket.read is not None and ticket.read.error is not None:
             raise ticket.read.error
         if not ticket.over and ticket.end is not None:
@@ -202,7 +203,7 @@ class CudaTransfer:
     def close(self) -> None:
         self._link.synchronize()
         self._clear()
-        self.tier.leave()
+        self.tier.leave(self._go_on)
         self._slots = self._slots[:0].clone()
 
     def _go_on(self) -> None:

@@ -23,12 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cache.cache import ExpertCache
+from cache.interface import Cache
 from cache.lookahead import LookaheadBalance
 from cache.plan import Use
 from cache.policy import Key
 from cache.predictors import NO_LOOKAHEAD, Lookahead
-from cache.staging import Staging, Step
+from cache.sharded import staging_of
+from cache.staging import Step
 from cache.trace import Guess
 from offload.ahead import Ahead
 from offload.budget import gib
@@ -53,7 +54,7 @@ class Engine:
     def __init__(
         self,
         info: PackInfo,
-        cache: ExpertCache,
+        cache: Cache,
         transfer: Transfer,
         compute: Compute,
         balance: LookaheadBalance | None,
@@ -68,7 +69,7 @@ class Engine:
         self._info = info
         self._cache = cache
         self.transfer = transfer
-        self._staging = Staging(cache.table.slots, staging)
+        self._staging = staging_of(cache, staging)
         self.layers: list[Layer] = []
         start = functools.partial(self._start, urgent=False)
         self._ahead = Ahead(self.layers, cache, lookahead, balance, start)
@@ -89,7 +90,7 @@ class Engine:
         self._marks: Marks = NO_MARKS
 
     @property
-    def cache(self) -> ExpertCache:
+    def cache(self) -> Cache:
         """Who is resident."""
         return self._cache
 
@@ -166,7 +167,7 @@ class Engine:
             if step is steps[-1]:
                 guesses = self._ahead.look(layer, cells_of if len(chosen) == 1 else None)
             self._marks.mark("plan", layer.index)
-            for uses in self._turns(step):
+            for uses in self._turns(step, plan.streamed):
                 for use in uses:
                     self._wait(layer.index, use)
                 self._marks.mark("wait", layer.index)
@@ -208,12 +209,12 @@ class Engine:
         self._tickets[use.slot] = ticket, layer
         return ticket
 
-    def _turns(self, step: Step) -> list[tuple[Use, ...]]:
+    def _turns(self, step: Step, streamed: Sequence[int]) -> list[tuple[Use, ...]]:
         """The experts of a step in the order in which they are computed, some of them together."""
         uses = (*step.hits, *step.loads)
         if not self._compute.together:
             return [(use,) for use in uses]
-        if uses[0].slot >= self.cache.table.slots:  # streamed together
+        if uses[0].expert in streamed:  # together
             return [uses]
         late = [use for use in uses if not self._is_here(use)]
         here = tuple(use for use in uses if use not in late)
@@ -261,26 +262,29 @@ class Engine:
     def give_back(self, shortage: int) -> None:
         """An allocation of `shortage` bytes failed on the device: have fewer slots from now on.
 
-        What they held is forgotten. Raises `GenerationError` when there is but one slot.
+        What they held is forgotten. Raises `GenerationError` when there is but one slot
+        (on each card).
         """
         with self._lock:
             before = slots = self.cache.table.slots
+            least = self.cache.least_slots
             self._start_over()
             self._broken_off = False
             self._compute.close()  # its views of the slots
             while True:
-                if slots == 1:
+                if slots == least:
+                    left = "one expert slot left" + " on each card" * (least > 1)
                     raise GenerationError(
-                        f"out of GPU memory with one expert slot left: {NO_MEMORY}, or raise --vram"
+                        f"out of GPU memory with {left}: {NO_MEMORY}, or raise --vram"
                     )
-                slots = fewer_slots(slots, shortage, self._info.slot_bytes)
+                slots = max(least, fewer_slots(slots, shortage, self._info.slot_bytes))
                 try:
                     self.transfer.resize(slots, self._staging.rows)
                     break
                 except torch.OutOfMemoryError:  # somebody else took it meanwhile
                     shortage = 0
             self.cache.resize(slots)
-            self._staging = Staging(slots, self._staging.rows)
+            self._staging = staging_of(self.cache, self._staging.rows)
         logger.warning(
             "out of GPU memory: %d of %d expert slots (%s) are given back, and it goes on",
             before - slots,
@@ -317,7 +321,7 @@ class Engine:
         sizes = [self.record_bytes(layer) for layer in range(len(counts.layers))]
         loaded = (n.loads * size for n, size in zip(counts.layers, sizes, strict=True))
         in_place = 0
-        if len(self.transfer.slots) <= self._cache.table.slots:  # no rows to copy into
+        if self.transfer.streams_in_place:
             in_place = sum(n.streamed * size for n, size in zip(counts.layers, sizes, strict=True))
         return Stats(
             counts=counts.total(),

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 
+from cache.cache import ExpertCache
 from cache.predictors import Lookahead
-from offload.compute import Grouped, OneByOne
 from offload.engine import Engine
 from offload.errors import OffloadError, UnsupportedModelError
 from offload.handle import Decoding, Options
+from offload.per_card import cache_of, compute_of
 from offload.transfer import Transfer
 from quant.pack import PackInfo
 
@@ -32,13 +33,16 @@ def make_engine(
 ) -> tuple[Engine, Decoding | None]:
     """The engine, and what gives tokens a step behind where that is possible.
 
-    Raises `OffloadError` where `asked` is the device's and there is no GPU.
+    With several cards it is the host's. Raises `OffloadError` where `asked` is the device's and
+    there is no GPU.
     """
     residency = options.residency
-    cache = residency.cache(options.slots, len(info.layers))
+    cache, compute = cache_of(info, options), compute_of(info, transfer)
     cuda = options.device.type == "cuda"
-    compute = (Grouped if cuda else OneByOne)(info, transfer)
-    if asked == "device" or (asked == "auto" and cuda):
+    if not isinstance(cache, ExpertCache) or options.cards:
+        if asked == "device":
+            logger.warning("steps are planned on the host: the model is on several cards")
+    elif asked == "device" or (asked == "auto" and cuda):
         refused = ""
         try:
             from offload.device import making  # loads Triton

@@ -248,7 +248,7 @@ def _stream(
             prompt_tps,
             count,
             (count - 1) / seconds if count > 1 else 0.0,
-            peak_memory(model.device),
+            sum(map(peak_memory, handle.options.devices)),
             reason,
             handle.stats() - before,
         )

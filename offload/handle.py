@@ -6,7 +6,8 @@ be.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,29 +15,55 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cache.replay import CardSlots, cards_text
+from cache.statistics import LayerCounts
 from cache.trace import TraceHeader
+from offload.cards import CardsTransfer
 from offload.cpu_linear import OneTokenLinear
 from offload.engine import Engine
+from offload.placement import Share
 from offload.recording import Recorder
 from offload.residency import Residency
 from offload.sampling import Sampling
-from offload.stats import Stats
+from offload.stats import CardStats, Stats
 from offload.version import __version__
 from offload.warm import write_hot
 from quant.pack import Pack
 
 
 @dataclass(frozen=True)
+class Card:
+    """One of several devices that share a model."""
+
+    number: int
+    device: torch.device
+    memory: int  # bytes that may be used
+
+
+@dataclass(frozen=True)
 class Options:
     """How a pack is run, complete: nothing is left to be decided later."""
 
-    device: torch.device
+    device: torch.device  # of inputs and logits; with several cards the first
     dtype: torch.dtype
     slots: int
     residency: Residency
     context: int
     staging: int  # rows past the slots, through which a prompt's experts are streamed
     ubatch: int  # tokens of a prompt that go through the model at once
+    cards: tuple[Card, ...] = ()  # where there are several
+    shares: tuple[Share, ...] = ()  # what each of them has
+
+    @property
+    def caching(self) -> tuple[tuple[Card, Share], ...]:
+        """The cards that have experts: as a rule all."""
+        both = zip(self.cards, self.shares, strict=True)
+        return tuple((card, share) for card, share in both if share.experts)
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """All of them, each once."""
+        return tuple(dict.fromkeys(card.device for card in self.cards)) or (self.device,)
 
     @property
     def policy(self) -> str:
@@ -97,7 +124,24 @@ class Offload:
 
     def stats(self) -> Stats:
         """Hits, misses, bytes, waiting and look-ahead since the model was loaded."""
-        return self.engine.stats()
+        whole = self.engine.stats()
+        return replace(whole, cards=tuple(self._cards(whole))) if self.options.cards else whole
+
+    def _cards(self, whole: Stats) -> Iterator[CardStats]:
+        transfer, first = self.engine.transfer, 0
+        links = transfer.transfers if isinstance(transfer, CardsTransfer) else (transfer,)
+        for (_, share), link in zip(self.options.caching, links, strict=True):
+            layers = range(first, first + share.moe_layers)
+            first = layers.stop
+            yield CardStats(
+                share,
+                sum((whole.layers[i] for i in layers), LayerCounts()),
+                sum(self._copied(whole.layers[i]) * self.engine.record_bytes(i) for i in layers),
+                link.busy_seconds,
+            )
+
+    def _copied(self, counts: LayerCounts) -> int:
+        return counts.loads - counts.streamed * self.engine.transfer.streams_in_place
 
     def record(self, path: str | Path, noted_layers: int = 0) -> None:
         """Write a trace of what the routers choose from now on to `path`, until `close` or another
@@ -119,6 +163,9 @@ class Offload:
             record_bytes=tuple(self.engine.record_bytes(i) for i in range(len(info.layers))),
             settings={
                 "slots": self.options.slots,
+                "cards": cards_text(
+                    CardSlots(share.moe_layers, share.slots) for _, share in self.options.caching
+                ),
                 **asdict(residency),
                 "device": self.options.device.type,
                 "dense_bytes": info.dense_bytes(self.options.dtype.itemsize),  # for the simulator

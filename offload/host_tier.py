@@ -56,7 +56,7 @@ class HostTier:
         """
         self._pack, self._pinner, self._rate = pack, pinner, rate
         self._files = RecordFiles(pack)
-        self._users = 0
+        self._users: list[Callable[[], None] | None] = []
         self.description = ""  # how records are held, in a few words
         self.disk: DiskTier | None = None  # None: RAM holds every record
         self._records: list[Tensor] = []  # [E, record_bytes] of a layer
@@ -105,15 +105,22 @@ class HostTier:
         self._files.check(layer, expert, record)
         return record
 
-    def join(self) -> None:
-        """One more uses this tier."""
-        self._users += 1
+    def join(self, go_on: Callable[[], None] | None = None) -> None:
+        """One more uses this tier; `go_on` lets the buffers go of what it is done with (None: it
+        never holds any)."""
+        self._users.append(go_on)
 
-    def leave(self) -> None:
-        """Nobody is left: unpin and free."""
-        self._users -= 1
-        if self._users <= 0:
+    def leave(self, go_on: Callable[[], None] | None = None) -> None:
+        """One fewer. When nobody is left: unpin and free."""
+        self._users.remove(go_on)
+        if not self._users:
             self.close()
+
+    def go_on(self) -> None:
+        """One waits for a buffer: let everybody go on."""
+        for user in self._users:
+            if user is not None:
+                user()
 
     def close(self) -> None:
         """End the threads, unpin, free."""

@@ -20,8 +20,10 @@ PROBE = 255  # tokens that a model without memory is given; odd, so that what wa
 DEPTH = 4  # of containers in a cache layer
 
 
-def cache_bytes(config: PreTrainedConfig, context: int, dtype: torch.dtype, ubatch: int) -> int:
-    """Bytes of the cache of one sequence of `context` tokens, read `ubatch` at a time.
+def cache_bytes(
+    config: PreTrainedConfig, context: int, dtype: torch.dtype, ubatch: int
+) -> list[int]:
+    """Bytes of each layer's cache of one sequence of `context` tokens, read `ubatch` at a time.
 
     The model itself is run on meta, without its experts: whatever its layers keep (latent or
     compressed states, recurrent ones, a window) is seen. Raises whatever a model raises.
@@ -30,7 +32,7 @@ def cache_bytes(config: PreTrainedConfig, context: int, dtype: torch.dtype, ubat
     model = _on_meta(config, dtype)
     long = _layers(model, tokens)
     short: list[Any] = []
-    total = 0
+    sizes = [0] * len(long)
     for index, layer in enumerate(long):
         if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
             if not layer.is_initialized:
@@ -39,15 +41,15 @@ def cache_bytes(config: PreTrainedConfig, context: int, dtype: torch.dtype, ubat
             most = context
             if type(layer) is DynamicSlidingWindowLayer:
                 most = min(context, layer.sliding_window - 1 + ubatch)
-            total += a_token * most
+            sizes[index] = a_token * most
             continue
         short = short or _layers(model, max(1, tokens // 2))
         here, before = _Held.by(layer), _Held.by(short[index])
         rest, step = context - tokens, max(1, tokens - tokens // 2)
-        total += here.used + max(0, here.used - before.used) * rest // step
+        grown = max(0, here.used - before.used) * rest // step
         cut = max(0, here.cut - before.cut) * max(0, min(context, ubatch) - tokens) // step
-        total += here.cut + cut
-    return total
+        sizes[index] = here.used + grown + here.cut + cut
+    return sizes
 
 
 @dataclass

@@ -32,6 +32,7 @@ class Layer:
         self.module = module
         self.num_experts = num_experts
         self.router: nn.Module | None = None  # of this layer
+        self.device: torch.device | None = None  # where its router is; None: not asked
         self.asked: Tensor | None = None  # what this layer's router was just asked about
         self.constants: tuple[Any, ...] | None = None  # its other arguments; None: not called yet
         self.finder: NormFinder | None = None  # of the norm that feeds the router
@@ -46,6 +47,7 @@ class Layer:
         """Be told what the router is asked; `owned` are the ids of the model's parameters and
         buffers."""
         self.router = router
+        self.device = next(router.parameters()).device
         self.finder = NormFinder(_around(model, self.module))
         return router.register_forward_pre_hook(functools.partial(self._asked, owned))
 
@@ -61,7 +63,8 @@ class Layer:
         """As `guess`, for whoever does not ask the host: the router's index [.., k], or None."""
         if self.router is None or self.constants is None:
             return None
-        answer = self.router.forward(hidden, *self.constants)  # without hooks: nobody else asked
+        there = hidden.to(self.device)  # it may be on another card
+        answer = self.router.forward(there, *self.constants)  # without hooks: nobody else asked
         index = answer[2] if isinstance(answer, tuple) and len(answer) > 2 else None
         if not isinstance(index, Tensor) or index.is_floating_point():
             self.router = None  # not a router as transformers writes them

@@ -14,24 +14,23 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate.hooks import remove_hook_from_submodules
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cache.predictors import WITH_ROUTER
 from offload import sources
-from offload.budget import (
-    UBATCH,
-    Memory,
-    hold_vram,
-    parse_bytes,
-)
+from offload.blocks import Layers, device_of
+from offload.budget import UBATCH, hold_vram, parse_bytes
 from offload.cpu_linear import OneTokenLinear, native_is_quicker
-from offload.cuda_transfer import CudaTransfer
+from offload.crossing import Crossing
 from offload.engine_choice import check_engine, make_engine
 from offload.errors import CheckpointError, PackError
 from offload.generation_config import check_generation_config
-from offload.handle import Offload, Options
+from offload.gpus import Gpus, find_place
+from offload.handle import Card, Offload, Options
 from offload.packs import check_recipe, find_or_make_pack
-from offload.planning import Planner, find_device
+from offload.per_card import transfer_of
+from offload.planning import Planner
 from offload.progress import without_bars
 from offload.quantized import QuantizedEmbedding, QuantizedLinear
 from offload.recipe import AskedBits
@@ -39,6 +38,7 @@ from offload.residency import ALLOCATION, POLICY, PREDICTOR, Residency
 from offload.skeleton import (
     BUILDING,
     IMPLEMENTATION,
+    build_on_meta,
     chosen_experts,
     described_experts,
     experts_modules,
@@ -48,7 +48,7 @@ from offload.skeleton import (
     own_config,
     without_packed_weights,
 )
-from offload.transfer import HostTransfer, Transfer
+from offload.transfer import Transfer
 from offload.warm import read_hot
 from quant.pack import REMAKE, Pack, PackInfo
 from quant.record import view_record
@@ -58,6 +58,7 @@ def load(
     source: str | Path,
     *,
     device: str | torch.device | None = None,
+    gpus: Gpus | None = None,
     dtype: torch.dtype | None = None,
     bits: str | None = None,
     expert_bits: int | None = None,
@@ -92,6 +93,8 @@ def load(
       `offload.recipe`; "fit": the most bits at which all experts are resident.
     - `expert_slots`: experts resident on the compute device, over all layers, a number or a share
       like "25%"; None: as many as `vram` (GPU) or `ram` (CPU), bytes or "20GiB", allow.
+    - `gpus`: cards that share the model, like "0,1": layers by free memory, a cache and a link
+      each; `vram` is then for each card, or one size for each like "20GiB,10GiB".
     - `policy`: who is evicted, lru, slru, lfru, lfu or fifo; `allocation`: which layer gives a
       slot, shared, global or quota.
     - `lookahead`: load what the next layers will probably want; None: while measured to pay.
@@ -112,19 +115,21 @@ def load(
     asked = AskedBits(bits, expert_bits, dense_bits, group_size)
     residency = Residency(policy, allocation, lookahead, predictor, layers_ahead, warm_start)
     check_engine(engine)
-    place = find_device(device)
+    place = find_place(device, gpus, vram, ram)
     ram_bytes = parse_bytes(ram)
     plan = Planner(
-        place,
-        Memory.of(place, vram, ram),
+        place.device,
+        place.memory,
         dtype,
         expert_slots,
         residency,
         context,
         ubatch_size,
+        place.cards,
     )
-    if place.type == "cuda":
-        hold_vram(place, plan.memory.device)
+    for card in place.cards or (Card(0, place.device, place.memory.device),):
+        if card.device.type == "cuda":
+            hold_vram(card.device, card.memory)
     path = find_or_make_pack(
         str(source),
         asked.recipe(),
@@ -132,7 +137,7 @@ def load(
         revision=revision,
         local_files_only=local_files_only,
         trust_remote_code=trust_remote_code,
-        device=place,
+        device=place.device,
         plan=plan,
     )
     with contextlib.ExitStack() as undo:  # what was begun, should the rest fail
@@ -141,11 +146,13 @@ def load(
         check_generation_config(path)
         check_recipe(pack, asked)
         config = sources.read_config(str(source), path, trust_remote_code=trust_remote_code)
-        options = plan(pack.info, config)
-        tokenizer = _tokenizer(path, trust_remote_code)
         cls = model_class(config, str(path), trust_remote_code)
-        model = _load_dense(pack, own_config(config, cls), cls, options)
-        transfer = _transfer(pack, options, ram_bytes)
+        whole = build_on_meta(own_config(config, cls), cls) if place.cards else None
+        options = plan(pack.info, config, whole)
+        devices = _devices(options, whole)
+        tokenizer = _tokenizer(path, trust_remote_code)
+        model = _load_dense(pack, own_config(config, cls), cls, options, devices)
+        transfer = transfer_of(pack, options, ram_bytes)
         undo.callback(transfer.close)
         _connect(model, pack, options, transfer, engine)
         undo.callback(model.offload.close)
@@ -159,10 +166,21 @@ def load(
     return model, tokenizer
 
 
+def _devices(options: Options, whole: PreTrainedModel | None) -> dict[str, torch.device]:
+    """Every part of the model and its device."""
+    if whole is None:
+        return {"": options.device}
+    return Layers(whole).device_map(options.shares, [card.device for card in options.cards])
+
+
 def _load_dense(
-    pack: Pack, config: PreTrainedConfig, cls: type[PreTrainedModel], options: Options
+    pack: Pack,
+    config: PreTrainedConfig,
+    cls: type[PreTrainedModel],
+    options: Options,
+    devices: dict[str, torch.device],
 ) -> PreTrainedModel:
-    """The model with everything in place but its experts."""
+    """The model with everything in place, its parts on `devices`, but its experts."""
     if any(len(dense.modules) > 1 for dense in pack.info.dense):
         config = _untied(config)  # one record serves both: there are no parameters to tie
     quantised = [path for dense in pack.info.dense for path in dense.modules]
@@ -172,7 +190,7 @@ def _load_dense(
             pack.path,
             config=config,
             dtype=options.dtype,
-            device_map={"": options.device},
+            device_map=devices,
             experts_implementation=IMPLEMENTATION,
             local_files_only=True,
             output_loading_info=True,
@@ -187,7 +205,8 @@ def _load_dense(
         raise CheckpointError(f"config.json and weights do not match: {sorted(wrong)[0]}")
     for dense, record in pack.dense_records():
         layout = pack.info.dense_layout(dense)
-        view = view_record(record.to(options.device), layout)["weight"]
+        where = device_of(dense.modules[0], devices)  # of two, one is tied to it
+        view = view_record(record.to(where), layout)["weight"]
         for path in dense.modules:
             module = model.get_submodule(path)
             assert isinstance(module, QuantizedLinear | QuantizedEmbedding)
@@ -196,6 +215,9 @@ def _load_dense(
                     f"{pack.path} has a matrix of another shape than the model's {path}: {REMAKE}"
                 )
             module.bind(view, options.dtype)
+    if len(devices) > 1:
+        remove_hook_from_submodules(model)  # accelerate's, one for each linear layer
+        Crossing(model, devices, home=options.device)
     return model.requires_grad_(False)  # slots are reused: there is nothing to train
 
 
@@ -241,12 +263,6 @@ def _connect(
 def routers(model: PreTrainedModel, info: PackInfo) -> list[torch.nn.Module | None]:
     """The router of each MoE layer, None where it cannot be told."""
     return [find_router(model, layer.module, layer.num_experts) for layer in info.layers]
-
-
-def _transfer(pack: Pack, options: Options, ram: int | None) -> Transfer:
-    if options.device.type == "cpu":
-        return HostTransfer(pack, options.slots)
-    return CudaTransfer(pack, options.slots + options.staging, options.device, ram)
 
 
 def _tokenizer(path: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:

@@ -55,7 +55,8 @@ def scale_between(norm: nn.Module | None, later: nn.Module | None, like: Tensor)
     found: Tensor | None = None
     for _ in range(2):
         probe = torch.randn(1, like.shape[-1], generator=generator).to(like.device, like.dtype)
-        scale: Tensor = (later.forward(probe).float() / norm.forward(probe).float())[0]
+        theirs = later.forward(probe.to(_device(later, probe))).float().to(like.device)
+        scale: Tensor = (theirs / norm.forward(probe).float())[0]
         if not bool(scale.isfinite().all()):
             return None
         if found is not None and not torch.allclose(scale, found, rtol=0.05, atol=1e-3):
@@ -63,3 +64,9 @@ def scale_between(norm: nn.Module | None, later: nn.Module | None, like: Tensor)
         found = scale
     assert found is not None
     return found.to(like.dtype)
+
+
+def _device(norm: nn.Module, like: Tensor) -> torch.device:
+    """Where `norm` is: a later layer may be on another card."""
+    weight = next(norm.parameters(), None)
+    return like.device if weight is None else weight.device

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from offload import demo, sources
 from offload.description import PackSource
@@ -89,15 +89,19 @@ def find_or_make_pack(
     maker = PackMaker(PackSource(found.name, mark, found.folder), model, experts)
     if recipe is None:
         assert plan is not None, "what fits depends on a plan"
-        recipe = _fitting_recipe(maker, plan, config, place)
+        recipe = _fitting_recipe(maker, plan, config, model, place)
     if plan is not None:
-        plan(maker.describe(recipe), config)
+        plan(maker.describe(recipe), config, model)
     maker.make(place(recipe), recipe, device)
     return place(recipe)
 
 
 def _fitting_recipe(
-    maker: PackMaker, plan: Planner, config: PreTrainedConfig, place: Callable[[Recipe], Path]
+    maker: PackMaker,
+    plan: Planner,
+    config: PreTrainedConfig,
+    model: PreTrainedModel,
+    place: Callable[[Recipe], Path],
 ) -> Recipe:
     """The recipe for what `plan` has: the most bits at which all experts are resident, else in RAM.
 
@@ -109,7 +113,7 @@ def _fitting_recipe(
     def resident(recipe: Recipe) -> bool:
         info = maker.describe(recipe)
         try:
-            return everything(info, config).slots >= info.total_experts
+            return everything(info, config, model).slots >= info.total_experts
         except BudgetError:
             return False
 

@@ -14,6 +14,9 @@ from typing import Protocol
 import torch
 
 CAN_USE_HOST_POINTER = 91  # CUdevice_attribute: for registered memory
+# Pinned for every card, and mapped for their kernels: cudaHostRegisterPortable, ...Mapped. With a
+# single address space that is what 0 means too (CUDA Runtime API, cudaHostRegister).
+SHARED = 1 | 2
 READ_ONLY = 8  # cudaHostRegisterReadOnly: memory that this process may not write either
 
 
@@ -45,7 +48,7 @@ class CudaPinner:
 
     def pin(self, address: int, size: int, *, read_only: bool) -> str | None:
         with torch.cuda.device(self._device):
-            code = self._runtime.cudaHostRegister(address, size, READ_ONLY if read_only else 0)
+            code = self._runtime.cudaHostRegister(address, size, SHARED | READ_ONLY * read_only)
             if int(code) == 0:
                 return None
             why = f"CUDA error {int(code)}, {self._runtime.cudaGetErrorString(code)}"

@@ -5,11 +5,12 @@ Knows: devices, what was asked, the budget. Does not know: how a pack or a model
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from offload.blocks import demand
 from offload.budget import (
     UBATCH,
     Budget,
@@ -21,7 +22,8 @@ from offload.budget import (
     workspace_bytes,
 )
 from offload.errors import BudgetError
-from offload.handle import Options
+from offload.handle import Card, Options
+from offload.placement import Share, place
 from offload.residency import Residency
 from quant.pack import PackInfo
 
@@ -37,12 +39,23 @@ class Planner:
     residency: Residency = field(default_factory=Residency)
     context: int = 4096
     ubatch: int = UBATCH
+    cards: tuple[Card, ...] = ()  # where there are several
 
-    def __call__(self, info: PackInfo, config: PreTrainedConfig) -> Options:
-        """How a pack like `info` would be run. Raises `BudgetError`."""
+    def __call__(
+        self, info: PackInfo, config: PreTrainedConfig, model: PreTrainedModel | None = None
+    ) -> Options:
+        """How a pack like `info` would be run; for several cards `model` is needed, whole, on meta.
+
+        Raises `BudgetError`.
+        """
         asked = parse_slots(self.slots, info.total_experts)
-        budget = self.budget(info, config)
-        slots = budget.slots(asked)
+        shares: tuple[Share, ...] = ()
+        if self.cards:
+            assert model is not None, "what each layer weighs is counted on a model"
+            shares = self._shares(info, config, model, asked)
+            slots = sum(share.slots for share in shares)
+        else:
+            slots = self.budget(info, config).slots(asked)
         whole = slots >= info.total_experts
         return Options(
             self.device,
@@ -52,7 +65,26 @@ class Planner:
             self.context,
             0 if whole else staging_rows(self.device, info.slot_bytes),
             chunk_tokens(config, self.ubatch, self.context),
+            self.cards,
+            shares,
         )
+
+    def _shares(
+        self, info: PackInfo, config: PreTrainedConfig, model: PreTrainedModel, asked: int | None
+    ) -> tuple[Share, ...]:
+        """Every card's; with rows that prompts are streamed through, unless all experts have a
+        slot."""
+        budget = self.budget(info, config)
+        ubatch = chunk_tokens(config, self.ubatch, self.context)
+        dtype = self.compute_dtype(config)
+        needs = demand(model, info, config, self.context, dtype, ubatch, budget.workspace)
+        cards = [card.memory for card in self.cards]
+        numbers = [card.number for card in self.cards]
+        shares = place(needs, cards, asked, numbers=numbers)
+        if budget.staging and sum(share.slots for share in shares) < info.total_experts:
+            beside = budget.workspace + budget.staging * budget.slot
+            shares = place(replace(needs, workspace=beside), cards, asked, numbers=numbers)
+        return shares
 
     def budget(self, info: PackInfo, config: PreTrainedConfig) -> Budget:
         """What goes into the compute device's memory beside the experts, and into how much."""

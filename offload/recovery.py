@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from offload.budget import UNITS
+from offload.cards import CardsTransfer
 from offload.engine import Engine
 from offload.errors import NO_MEMORY, GenerationError
 from offload.kv_cache import can_be_restored, keep_past, restore, settle
@@ -41,12 +42,14 @@ def run(
         try:
             logits, cache = step(ids, cache)
         except torch.OutOfMemoryError as error:
-            shortage = asked_bytes(error)
+            shortage, gpu = asked_bytes(error), asked_gpu(error)
         else:
             if restorable:
                 settle(cache)
             return logits, cache
         # Not in the handler: the error holds the frames, and those the tensors of the step.
+        if isinstance(engine.transfer, CardsTransfer):
+            shortage = engine.transfer.shortage_of_all(shortage, gpu)
         engine.give_back(shortage)
         if restorable:
             restore(cache, tokens)
@@ -62,3 +65,9 @@ def asked_bytes(error: torch.OutOfMemoryError) -> int:
     match = re.search(r"allocate (\d+(?:\.\d+)?) (\w+)", str(error))
     unit = UNITS.get(match.group(2).upper()) if match else None
     return int(float(match.group(1)) * unit) if match and unit else 0
+
+
+def asked_gpu(error: torch.OutOfMemoryError) -> int | None:
+    """Whose memory ran out, as torch says it; None when it does not."""
+    match = re.search(r"GPU (\d+) has a total capacity", str(error))
+    return int(match.group(1)) if match else None

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from rich.text import Text
 
-from cache.cache import ExpertCache
 from cache.heatmap import of_cache, resident_in, squeezed
+from cache.interface import Cache
 from offload.budget import gib
 from offload.generation import GenerationResponse
 from offload.handle import Offload
@@ -91,6 +91,6 @@ def live_panel(response: GenerationResponse | None, offload: Offload) -> Text:
     return Text(f"{line}\n{squeezed(resident)}", style="dim")
 
 
-def experts_map(cache: ExpertCache, info: PackInfo) -> str:
+def experts_map(cache: Cache, info: PackInfo) -> str:
     """A row a layer, a sign an expert, for where stdout goes."""
     return show(of_cache(cache, [layer.num_experts for layer in info.layers]), sys.stdout)

@@ -8,6 +8,42 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from cache.statistics import LayerCounts
+from offload.placement import Share
+
+
+@dataclass(frozen=True)
+class CardStats:
+    """What one of several cards did."""
+
+    share: Share
+    counts: LayerCounts
+    bytes_copied: int
+    link_busy_seconds: float
+
+    def __add__(self, other: CardStats) -> CardStats:
+        return CardStats(
+            self.share,
+            self.counts + other.counts,
+            self.bytes_copied + other.bytes_copied,
+            self.link_busy_seconds + other.link_busy_seconds,
+        )
+
+    def __sub__(self, other: CardStats) -> CardStats:
+        return CardStats(
+            self.share,
+            self.counts - other.counts,
+            self.bytes_copied - other.bytes_copied,
+            self.link_busy_seconds - other.link_busy_seconds,
+        )
+
+    def line(self) -> str:
+        """A line for each card, under the one of all."""
+        rate = self.bytes_copied / 1e9 / self.link_busy_seconds if self.link_busy_seconds else 0.0
+        return (
+            f"[ Card {self.share.number}: {len(self.share.blocks)} layers | "
+            f"{self.share.slots}/{self.share.experts} resident | hits {self.counts.hit_rate:.1%} | "
+            f"link {rate:.1f} GB/s ]"
+        )
 
 
 @dataclass(frozen=True)
@@ -22,6 +58,7 @@ class Stats:
     bytes_loaded: int
     link_busy_seconds: float
     tokens: int  # tokens that went through the model
+    cards: tuple[CardStats, ...] = ()  # where there are several
     bytes_in_place: int = 0  # of those loaded, what no link was needed for: read where it is mapped
 
     def __add__(self, other: Stats) -> Stats:
@@ -29,6 +66,7 @@ class Stats:
             self,
             counts=self.counts + other.counts,
             layers=tuple(a + b for a, b in zip(self.layers, other.layers, strict=True)),
+            cards=tuple(a + b for a, b in zip(self.cards, other.cards, strict=True)),
             bytes_loaded=self.bytes_loaded + other.bytes_loaded,
             link_busy_seconds=self.link_busy_seconds + other.link_busy_seconds,
             tokens=self.tokens + other.tokens,
@@ -40,6 +78,7 @@ class Stats:
             self,
             counts=self.counts - other.counts,
             layers=tuple(a - b for a, b in zip(self.layers, other.layers, strict=True)),
+            cards=tuple(a - b for a, b in zip(self.cards, other.cards, strict=True)),
             bytes_loaded=self.bytes_loaded - other.bytes_loaded,
             link_busy_seconds=self.link_busy_seconds - other.link_busy_seconds,
             tokens=self.tokens - other.tokens,
@@ -61,7 +100,7 @@ class Stats:
         return self.bytes_copied / 1e9 / self.link_busy_seconds if self.link_busy_seconds else 0.0
 
     def line(self) -> str:
-        """The experts' line printed after an answer."""
+        """The experts' line printed after an answer; one more for each of several cards."""
         counts = self.counts
         text = (
             f"[ Experts: {self.slots}/{self.total_experts} resident | hits {counts.hit_rate:.1%} | "
@@ -72,4 +111,4 @@ class Stats:
                 f" | look-ahead precision {counts.lookahead_precision:.0%}, "
                 f"recall {counts.lookahead_recall:.0%}"
             )
-        return text + " ]"
+        return "\n".join([text + " ]", *(card.line() for card in self.cards)])

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from errno import EISDIR
 from pathlib import Path
 
@@ -29,7 +29,9 @@ SHORTEST = 2e-6  # seconds
 class Recorder:
     """Marks of one engine's compute and copies, on the clock of `time.perf_counter`."""
 
-    def __init__(self, process: str) -> None:
+    def __init__(self, process: str, links: Sequence[int] = ()) -> None:
+        """`links`: the card of each layer, where there are several."""
+        self._links = links
         self.timeline = Timeline(process)
         self._last = time.perf_counter()
 
@@ -45,7 +47,8 @@ class Recorder:
     def copied(self, layer: int, expert: int, urgent: bool, begin: float, seconds: float) -> None:
         """A copy of a record ran from `begin` on. Called by the copy thread."""
         label = f"{'load' if urgent else 'guess'} {layer}/{expert}"
-        self.timeline.add(Span("link", label, begin, seconds, layer, expert))
+        track = f"link {self._links[layer]}" if self._links else "link"
+        self.timeline.add(Span(track, label, begin, seconds, layer, expert))
 
 
 @contextlib.contextmanager
@@ -59,7 +62,10 @@ def recording(model: PreTrainedModel, file: Path | None) -> Iterator[None]:
         return
     check_writable(file)
     offload = offload_of(model)
-    recorder = Recorder(f"offload {offload.pack.info.source}")
+    links = [
+        card.number for card, share in offload.options.caching for _ in range(share.moe_layers)
+    ]
+    recorder = Recorder(f"offload {offload.pack.info.source}", links)
     offload.engine.tell(recorder)
     try:
         yield

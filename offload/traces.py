@@ -124,7 +124,8 @@ def _setups(
             for allocation in allocations:
                 for lookahead in lookaheads:
                     count = parse_share(size, trace.header.total_experts)
-                    yield Setup(count, policy, allocation, lookahead, ahead)
+                    cards = recorded.cards if recorded and not slots else ()
+                    yield Setup(count, policy, allocation, lookahead, ahead, cards)
 
 
 def parse_share(text: str, whole: int) -> int:

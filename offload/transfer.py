@@ -40,6 +40,7 @@ class Transfer(Protocol):
 
     device: torch.device
     overtakes: bool  # an urgent copy goes before any other, even one that is under way
+    streams_in_place: bool  # what goes into a row past the slots is not copied
     marks: Marks  # told of each copy that is over
 
     @property
@@ -119,6 +120,7 @@ class HostTransfer:
     """
 
     overtakes = True
+    streams_in_place = True
 
     def __init__(self, pack: Pack, slots: int) -> None:
         self.device = torch.device("cpu")

@@ -59,13 +59,15 @@ def check_context(tests: Sequence[Test], context: int) -> None:
 def _run(
     model: PreTrainedModel, tests: Sequence[Test], ids: list[int], repetitions: int, warmup: bool
 ) -> Iterator[Result]:
-    link = measure_link(offload_of(model).engine)
+    offload = offload_of(model)
+    link, devices = measure_link(offload.engine), offload.options.devices
     rates = Rates(link, measure_memory(model.device))
     for test in tests:
         texts = stretches(ids, test.context)
         if warmup:
             take_sample(model, test, next(texts))
-        forget_peak(model.device)
+        for device in devices:
+            forget_peak(device)
         when = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         samples = tuple(take_sample(model, test, next(texts)) for _ in range(repetitions))
         yield Result(
@@ -73,5 +75,5 @@ def _run(
             test_time=when,
             samples=samples,
             bound=bound_of(model, test, samples, rates),
-            peak_memory=peak_since(model.device),
+            peak_memory=sum(map(peak_since, devices)),
         )

@@ -44,6 +44,8 @@ logger = logging.getLogger("offload")
 class DeviceEngine(Engine):
     """An `Engine` that plans one token's steps on the device."""
 
+    _cache: ExpertCache  # of one card
+
     def __init__(
         self,
         info: PackInfo,

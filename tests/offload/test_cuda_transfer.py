@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import offload
 import offload.loading
+import offload.per_card
 from offload.cuda_transfer import CudaTicket, CudaTransfer
 from offload.errors import PackError
 from offload.handle import Options
@@ -232,7 +234,7 @@ def test_an_engine_over_it_gives_the_same_logits(
     def played(pack: Pack, options: Options, _: int | None) -> CudaTransfer:
         return transfer_of(pack, options.slots + options.staging, ram, FakeLink(options.slots))
 
-    monkeypatch.setattr(offload.loading, "_transfer", played)
+    monkeypatch.setattr(offload.loading, "transfer_of", played)
     for slots in (1, 3, 7, 13):
         assert torch.equal(logits(slots), expected)
 
@@ -252,3 +254,60 @@ def test_slots_that_were_computed_together_are_released_by_one_event(
     tickets[2].end.synchronize()  # type: ignore[union-attr]
     assert events[0].at is not None
     transfer.close()
+
+
+def test_a_buffer_that_another_card_is_done_with_is_had(pack: Pack) -> None:
+    tier = HostTier(pack, FEW, Limited())
+    assert tier.disk is not None
+    one, other = (
+        CudaTransfer(pack, EXPERTS, CPU, None, tier=tier, link=FakeLink()) for _ in range(2)
+    )
+    guesses = [one.start(0, expert, expert, urgent=False) for expert in range(EXPERTS)]
+    for _ in range(3):  # their copies hold every buffer, and nobody calls `one` again
+        other.wait(other.start(1, 0, 0, urgent=True))
+    assert torch.equal(other.slot(0), pack.record(1, 0))
+    for ticket in guesses:
+        one.wait(ticket)
+        assert torch.equal(one.slot(ticket.slot), pack.record(0, ticket.expert))
+    tier.disk.pool.check_integrity()
+    one.close()
+    other.close()
+
+
+@pytest.mark.parametrize("ram", [EVERYTHING, FEW])
+def test_two_of_them_over_one_host_tier_give_the_logits_of_one(
+    mixtral_pack: Path, monkeypatch: pytest.MonkeyPatch, ram: int
+) -> None:
+    ids = torch.arange(5, 30)[None]
+    options: dict[str, Any] = {"warm_start": False, "expert_slots": 7}
+
+    def logits(model: Any) -> torch.Tensor:
+        out = model.generate(
+            ids, max_new_tokens=12, output_logits=True, return_dict_in_generate=True
+        )
+        return torch.stack(out.logits)
+
+    model, _ = offload.load(mixtral_pack, device="cpu", **options)
+    expected = logits(model)
+    model.offload.close()
+    pinners = []
+
+    def played(
+        _: torch.device, pack: Pack, slots: int, staging: int, __: int | None, tier: HostTier | None
+    ) -> CudaTransfer:
+        if tier is None:
+            pinners.append(Limited())
+            tier = HostTier(pack, ram, pinners[-1])
+        return CudaTransfer(pack, slots + staging, CPU, None, tier=tier, link=FakeLink(slots))
+
+    monkeypatch.setattr(offload.per_card, "_transfer_to", played)
+    model, _ = offload.load(mixtral_pack, gpus=("cpu", "cpu"), **options)
+    engine = model.offload.engine
+    assert torch.equal(logits(model), expected)
+    assert engine.stats().counts.streamed
+    engine.give_back(engine.record_bytes(0))
+    assert torch.equal(logits(model), expected)
+    engine.cache.check_integrity()
+    model.offload.close()
+    (pinner,) = pinners  # RAM is taken once
+    assert not pinner.held

@@ -14,7 +14,7 @@ import offload
 from offload.engine import SLACK, fewer_slots
 from offload.errors import GenerationError
 from offload.handle import offload_of
-from offload.recovery import asked_bytes
+from offload.recovery import asked_bytes, asked_gpu
 from offload.transfer import HostTransfer
 from tests.tiny import EXPERTS, LAYERS, save_tiny
 
@@ -179,6 +179,12 @@ def test_a_smaller_piece_is_tried_when_the_first_cannot_be_had_either(
 )
 def test_what_was_asked_for_is_read_from_the_message(text: str, size: int) -> None:
     assert asked_bytes(torch.OutOfMemoryError(text)) == size
+
+
+def test_whose_memory_ran_out_is_read_from_the_message() -> None:
+    there = MESSAGE.format("1.00 MiB").replace("GPU 0", "GPU 3")
+    assert asked_gpu(torch.OutOfMemoryError(there)) == 3
+    assert asked_gpu(torch.OutOfMemoryError("out of memory")) is None
 
 
 def test_so_many_slots_go_that_the_shortage_and_some_more_fit() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from offload import engine_choice
+from offload import per_card
 from offload.compute import Grouped
 from offload.generation import forward
 from offload.handle import offload_of
@@ -16,7 +16,7 @@ from tests.offload.device.conftest import Load
 def test_logits_are_those_of_the_host_planned_engine(
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_choice, "OneByOne", Grouped)  # the same products on both sides
+    monkeypatch.setattr(per_card, "OneByOne", Grouped)  # the same products on both sides
     logits = []
     for engine in ("host", "device"):
         model = load("mixtral", engine)

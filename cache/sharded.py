@@ -1,0 +1,143 @@
+"""One cache for each card, behind the interface of one.
+
+Knows: which card serves which layers, how slots are numbered over all cards. Does not know:
+devices, bytes, how many slots a card has room for (`offload.placement`).
+
+A layer's experts live on the layer's card and compete with that card's other layers alone. Row r of
+card c, of n cards, is slot r * n + c: the numbers stay when a card has more rows or fewer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from cache.cache import ExpertCache
+from cache.heat import Heat
+from cache.interface import Cache
+from cache.plan import Plan, Use, Wave
+from cache.policy import Key
+from cache.staging import Staging, Step
+from cache.statistics import Statistics
+
+
+def card_and_row(slot: int, cards: int) -> tuple[int, int]:
+    """Where the slot of that number is."""
+    row, card = divmod(slot, cards)
+    return card, row
+
+
+def divided(slots: int, had: Sequence[int]) -> list[int]:
+    """`slots` over cards that once had `had`: one for each, the rest in these proportions."""
+    assert len(had) <= slots <= sum(had), "a card without slots, or with more than before"
+    more, rest = sum(had) - len(had), slots - len(had)
+    ends = [rest * (sum(had[:at]) - at) // max(1, more) for at in range(len(had) + 1)]
+    return [1 + end - begin for begin, end in pairwise(ends)]
+
+
+class ShardedCache:
+    """`ExpertCache`'s interface over one for each card, which have the layers in turn."""
+
+    def __init__(self, caches: Sequence[ExpertCache]) -> None:
+        self.caches = tuple(caches)
+        self.least_slots = len(self.caches)
+        self.table = _Table(self.caches)
+        self._had = tuple(cache.table.slots for cache in caches)  # in whose proportions to resize
+        self.statistics = Statistics.joined(cache.statistics for cache in self.caches)
+        self.heat = Heat.joined(cache.heat for cache in self.caches)
+        self._at = [
+            (card, layer) for card, cache in enumerate(caches) for layer in range(len(cache.heat))
+        ]  # of each layer of the model
+
+    def plan(
+        self,
+        layer: int,
+        experts: Sequence[int],
+        *,
+        prompt: bool = False,
+        admit: int | None = None,
+    ) -> Plan:
+        card, local = self._at[layer]
+        plan = self.caches[card].plan(local, experts, prompt=prompt, admit=admit)
+        waves = (
+            Wave(self._numbered(card, wave.hits), self._numbered(card, wave.loads))
+            for wave in plan.waves
+        )
+        return plan._replace(layer=layer, waves=tuple(waves))
+
+    def look_ahead(self, layer: int, experts: Sequence[int], most: int) -> tuple[Use, ...]:
+        card, local = self._at[layer]
+        return self._numbered(card, self.caches[card].look_ahead(local, experts, most))
+
+    def warm(self, layer: int, expert: int) -> Use | None:
+        card, local = self._at[layer]
+        use = self.caches[card].warm(local, expert)
+        return None if use is None else self._numbered(card, (use,))[0]
+
+    def forget(self) -> None:
+        for cache in self.caches:
+            cache.forget()
+
+    def resize(self, slots: int) -> None:
+        for cache, count in zip(self.caches, divided(slots, self._had), strict=True):
+            cache.resize(count)
+
+    def is_resident(self, layer: int, expert: int) -> bool:
+        card, local = self._at[layer]
+        return self.caches[card].is_resident(local, expert)
+
+    def check_integrity(self) -> None:
+        for cache in self.caches:
+            cache.check_integrity()
+
+    def _numbered(self, card: int, uses: Sequence[Use]) -> tuple[Use, ...]:
+        cards = len(self.caches)
+        return tuple([Use(expert, row * cards + card) for expert, row in uses])
+
+
+class ShardedStaging:
+    """`Staging`'s interface over `rows` rows behind the slots of each card."""
+
+    def __init__(self, cache: ShardedCache, rows: int) -> None:
+        self.rows, cards = rows, len(cache.caches)
+        self._at = [
+            staging
+            for card, part in enumerate(cache.caches)
+            for staging in [Staging(part.table.slots * cards + card, rows, cards)]
+            for _ in range(len(part.heat))
+        ]  # of each layer of the model
+
+    def steps(self, plan: Plan) -> list[Step]:
+        return self._at[plan.layer].steps(plan)
+
+
+def staging_of(cache: Cache, rows: int) -> Staging | ShardedStaging:
+    """What `rows` rows behind the slots of `cache`, on each card, are used for."""
+    if isinstance(cache, ShardedCache):
+        return ShardedStaging(cache, rows)
+    return Staging(cache.table.slots, rows)
+
+
+class _Table:
+    """The cards' tables as one; asked anew each time, since a cache may replace its own."""
+
+    def __init__(self, caches: tuple[ExpertCache, ...]) -> None:
+        self._caches = caches
+
+    @property
+    def slots(self) -> int:
+        return sum(cache.table.slots for cache in self._caches)
+
+    def __len__(self) -> int:
+        return sum(len(cache.table) for cache in self._caches)
+
+    def has_free(self) -> bool:
+        return any(cache.table.has_free() for cache in self._caches)
+
+    def key_in(self, slot: int) -> Key | None:
+        card, row = card_and_row(slot, len(self._caches))
+        key = self._caches[card].table.key_in(row)
+        if key is None:
+            return None
+        before = sum(len(cache.heat) for cache in self._caches[:card])
+        return before + key[0], key[1]
