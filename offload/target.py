@@ -77,13 +77,17 @@ def named_machine(gpu: str, vram: str | None, ram: str | None, cards: int | None
     found = find_hardware(gpu)
     if found is None:
         known = ", ".join(PROFILES)
-        raise BudgetError(f"there is no profile of a card {gpu!r}: choose {known}")
+        raise BudgetError(
+            f"there is no profile of a card {gpu!r}: choose {known}, or the one most like it with "
+            "its --vram"
+        )
     notes = []
     host = parse_bytes(ram)
     if host is None:
         host = psutil.virtual_memory().total
         notes.append(f"RAM is this machine's, {host / 2**30:.0f} GiB: --ram gives another")
-    size = parse_bytes(vram) or found.memory_bytes
+    given = parse_bytes(vram)
+    size = found.memory_bytes if given is None else given
     if size is None:
         raise BudgetError(f"it is not known how much memory {found.name} has: give it with --vram")
     count = _checked(cards or found.cards)
