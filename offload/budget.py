@@ -35,7 +35,6 @@ UNITS = {"": 1, "B": 1} | {
     for suffix, base in (("", 2**10), ("IB", 2**10), ("B", 10**3))
 }
 MOST_SLOTS = 2**31  # asking for more is asking for all
-LEAST_BYTES = 2**20  # of a size without a unit: fewer were meant as GiB
 MOST_BYTES = 2**60  # of a size: more than any machine has
 
 
@@ -48,10 +47,6 @@ def parse_bytes(text: str | int | None) -> int | None:
     if match is None or unit is None:
         raise BudgetError(f"{text!r} is not a size: write bytes or a size like 20GiB")
     size = float(match.group(1)) * unit
-    if not match.group(2) and 0 < size < LEAST_BYTES:
-        raise BudgetError(
-            f"{text!r} is that many bytes: write the unit too, like {text.strip()}GiB"
-        )
     if size > MOST_BYTES:
         raise BudgetError(f"{text!r} is more than any machine has: write a size like 20GiB")
     return int(size)

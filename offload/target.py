@@ -19,6 +19,7 @@ from offload.machine import measure
 from offload.planning import find_device
 
 MOST_CARDS = 64
+LEAST_BYTES = 2**20  # of a size without a unit: fewer were meant as GiB
 DISK_BYTES = 2**26  # read to measure the disk
 
 
@@ -82,6 +83,9 @@ def named_machine(gpu: str, vram: str | None, ram: str | None, cards: int | None
             "its --vram"
         )
     notes = []
+    for text in (vram, ram):
+        if text and text.isdecimal() and 0 < (parse_bytes(text) or 0) < LEAST_BYTES:
+            raise BudgetError(f"{text!r} is that many bytes: write the unit too, like 20GiB")
     host = parse_bytes(ram)
     if host is None:
         host = psutil.virtual_memory().total
