@@ -1,4 +1,4 @@
-"""README's pasted output, made again: `python benchmarks/readme.py [WORDS]`.
+"""The pages' pasted output, made again: `python benchmarks/readme.py [WORDS]`.
 
 A block between `<!-- $ COMMAND -->` and `<!-- end -->` is what that command of ours writes to
 stdout, in 80 columns; with WORDS only commands with one of them are run. Commands run in a folder
@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", ROOT / "docs/doctor.md")
 BLOCK = re.compile(r"(<!-- \$ (offload [^\n]*) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -54,7 +54,8 @@ def main() -> None:
                 return block[0]
             return block[1] + output(block[2], folder) + block[3]
 
-        README.write_text(BLOCK.sub(again, README.read_text(encoding="utf-8")), encoding="utf-8")
+        for page in PAGES:
+            page.write_text(BLOCK.sub(again, page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -91,9 +91,13 @@ PROFILES: dict[str, Hardware] = {
 
 
 def find_hardware(name: str) -> Hardware | None:
-    """The profile called `name`, whatever its case, spaces and "RTX"; None when there is none."""
+    """The profile called `name`, whatever its case and spaces, with or without "NVIDIA", "GeForce"
+    and "RTX"; None when there is none."""
 
     def plain(text: str) -> str:
-        return text.casefold().replace(" ", "").replace("-", "").removeprefix("rtx")
+        words = text.casefold().replace(" ", "").replace("-", "")
+        for prefix in ("nvidia", "geforce", "rtx"):
+            words = words.removeprefix(prefix)
+        return words
 
     return {plain(known): profile for known, profile in PROFILES.items()}.get(plain(name))

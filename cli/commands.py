@@ -20,8 +20,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(
             USAGE,
-            f"offload: error: {shortened(message)} "
-            f"(offload {self.prog.partition(' ')[2]} --help)\n",
+            f"offload: error: {shortened(message)} ({self.prog} --help)\n",
         )
 
 

@@ -49,8 +49,9 @@ def _measure_cpu() -> Hardware:
     )
     read = _median(lambda: torch.nn.functional.linear(one, weights), ROUNDS)
     product = _median(lambda: torch.nn.functional.linear(many, weights), ROUNDS)
+    threads = torch.get_num_threads()
     return Hardware(
-        f"{NAME} (CPU, {torch.get_num_threads()} threads)",
+        f"{NAME} (CPU, {threads} thread{'s' * (threads != 1)})",
         memory_gb_per_s=weights.nbytes / read / 1e9,
         link_gb_per_s=RECORD_BYTES / copy_seconds / 1e9,
         ram_gb_per_s=RECORD_BYTES / copy_seconds / 1e9,

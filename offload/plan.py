@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from offload.errors import SourceError
+from offload.budget import parse_slots
+from offload.errors import BudgetError, SourceError
 from offload.outline import Outline
 from offload.plan_row import Question, Row, experts_scheme, make_row
 from offload.recipe import FITTING, AskedBits, Recipe, most_bits
@@ -34,6 +35,7 @@ class Plan:
 
 def make_plan(outline: Outline, target: Target, question: Question) -> Plan:
     """Every row, and the one to run. Raises `OffloadError`."""
+    _check_slots(question.slots)
     asked = _asked(outline, question.bits)
     recipes = _recipes(outline, question.bits, asked)
     rows = tuple(make_row(outline, target, question, recipe) for recipe in recipes)
@@ -45,6 +47,12 @@ def make_plan(outline: Outline, target: Target, question: Question) -> Plan:
         chosen = _best(rows)
     remedy = "" if chosen else _remedy(outline, target, question)
     return Plan(outline, target, question.context, rows, chosen, remedy)
+
+
+def _check_slots(slots: str | None) -> None:
+    """What no machine could do is no row's refusal. Raises `BudgetError`."""
+    if parse_slots(slots, 1) == 0:
+        raise BudgetError("0 expert slots: at least one is needed, raise --expert-slots")
 
 
 def _remedy(outline: Outline, target: Target, question: Question) -> str:

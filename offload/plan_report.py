@@ -14,7 +14,7 @@ from pathlib import Path
 from cache.forecast import HOST, LOCAL, RATES, USUAL
 from offload.budget import gib
 from offload.home import offload_home
-from offload.plan import Plan
+from offload.plan import GOOD_BITS, Plan
 from offload.plan_row import Row
 
 COLUMNS = ("bits", "experts", "pack", "resident", "rest in", "tok/s", "range", "limit")
@@ -140,7 +140,9 @@ def _download(plan: Plan) -> str:
 
 def notes(plan: Plan, traced: bool) -> Iterator[str]:
     """What a reader must know to believe it."""
-    if traced:
+    if not any(row.forecast for row in plan.rows):
+        pass  # no speed is told
+    elif traced:
         yield (
             "tok/s is simulated on the trace, not measured; its range: no look-ahead, "
             f"{_low_end()}, to look-ahead{_high_end(plan)}"
@@ -150,6 +152,11 @@ def notes(plan: Plan, traced: bool) -> Iterator[str]:
             f"tok/s is simulated, not measured: a token repeats {USUAL.stickiness:.0%} of the "
             f"choices before; its range: none repeated, all experts alike, {_low_end()}, to "
             f"{LOCAL.stickiness:.0%} repeated, few experts favoured{_high_end(plan)}"
+        )
+    if plan.chosen is not None and plan.chosen.bits.bits < GOOD_BITS:
+        yield (
+            f"fewer than {GOOD_BITS} bits cost much quality: measure it with offload check, or "
+            f"give --expert-bits {GOOD_BITS} for the slower row"
         )
     yield from plan.target.notes
     if plan.outline.from_config and plan.outline.made is None:

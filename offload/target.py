@@ -19,6 +19,7 @@ from offload.machine import measure
 from offload.planning import find_device
 
 MOST_CARDS = 64
+LEAST_BYTES = 2**20  # of a size without a unit: fewer were meant as GiB
 DISK_BYTES = 2**26  # read to measure the disk
 
 
@@ -77,13 +78,20 @@ def named_machine(gpu: str, vram: str | None, ram: str | None, cards: int | None
     found = find_hardware(gpu)
     if found is None:
         known = ", ".join(PROFILES)
-        raise BudgetError(f"there is no profile of a card {gpu!r}: choose {known}")
+        raise BudgetError(
+            f"there is no profile of a card {gpu!r}: choose {known}, or the one most like it with "
+            "its --vram"
+        )
     notes = []
+    for text in (vram, ram):
+        if text and text.isdecimal() and 0 < (parse_bytes(text) or 0) < LEAST_BYTES:
+            raise BudgetError(f"{text!r} is that many bytes: write the unit too, like 20GiB")
     host = parse_bytes(ram)
     if host is None:
         host = psutil.virtual_memory().total
         notes.append(f"RAM is this machine's, {host / 2**30:.0f} GiB: --ram gives another")
-    size = parse_bytes(vram) or found.memory_bytes
+    given = parse_bytes(vram)
+    size = found.memory_bytes if given is None else given
     if size is None:
         raise BudgetError(f"it is not known how much memory {found.name} has: give it with --vram")
     count = _checked(cards or found.cards)

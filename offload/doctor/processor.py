@@ -38,7 +38,7 @@ def processor() -> Iterator[Finding]:
     busy = load > 0.5
     yield Finding(
         "processor",
-        f"{name}, {cores} cores, {threads} threads used",
+        f"{name}, {cores} cores, {threads} thread{'s' * (threads != 1)} used",
         SLOW if busy else OK,
         f"{load:.1f} programs a core are running: rates found here are too low" if busy else "",
         {"cores": cores, "threads": threads, "load": load},

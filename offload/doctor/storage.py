@@ -37,6 +37,7 @@ def memory() -> Iterator[Finding]:
         yield Finding("RAM copies", "not measured", SLOW, "RAM is nearly full: close programs")
         return
     rates = measure(torch.device("cpu"))
+    threads = torch.get_num_threads()
     copies, products = rates.link_gb_per_s, rates.memory_gb_per_s
     slow = copies < SLOW_COPY_GB_PER_S
     yield Finding(
@@ -50,7 +51,7 @@ def memory() -> Iterator[Finding]:
     )
     yield Finding(
         "RAM products",
-        f"weights read at {products:.1f} GB/s, {torch.get_num_threads()} threads",
+        f"weights read at {products:.1f} GB/s, {threads} thread{'s' * (threads != 1)}",
         data={"gb_per_s": products},
     )
 
@@ -93,7 +94,8 @@ def disk(home: Path) -> Iterator[Finding]:
         rate = read_rate(place)
     except OSError as error:
         remedy = "name a place that can be written with OFFLOAD_HOME"
-        yield Finding("disk reads", f"not measured: {error}", MISSING, remedy)
+        why = f"{short(place)} cannot be written ({error.strerror or error})"
+        yield Finding("disk reads", f"not measured: {why}", MISSING, remedy)
         return
     slow = rate.gb_per_s < SLOW_DISK_GB_PER_S
     yield Finding(

@@ -16,6 +16,11 @@ def test_every_card_has_a_profile(name: str) -> None:
     assert find_hardware(profile.name) is profile
 
 
+@pytest.mark.parametrize("name", ["NVIDIA GeForce RTX 4090", "GeForce 4090", "rtx-4090"])
+def test_names_are_known_as_drivers_and_shops_write_them(name: str) -> None:
+    assert find_hardware(name) is PROFILES["RTX 4090"]
+
+
 def test_an_unknown_name_has_none() -> None:
     assert find_hardware("Voodoo 2") is None
 

@@ -116,10 +116,12 @@ def test_a_place_that_cannot_be_written_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(place: Path) -> disk.DiskRate:
-        raise PermissionError(13, "Permission denied")
+        raise PermissionError(13, "Permission denied", f"{place}/.temporary")
 
     monkeypatch.setattr(storage, "read_rate", refuse)
-    assert "OFFLOAD_HOME" in named(storage.disk(tmp_path), "disk reads").remedy
+    found = named(storage.disk(tmp_path), "disk reads")
+    assert "OFFLOAD_HOME" in found.remedy
+    assert found.value == f"not measured: {tmp_path} cannot be written (Permission denied)"
 
 
 @pytest.mark.parametrize("limit", [8 * MIB, -1])

@@ -240,7 +240,10 @@ def test_what_does_not_fit_is_said_with_what_helps(
         (["--gpu", "4090", "--gpus", "65"], "at most 64"),
         (["--gpu", "4090", "--device", "cpu"], "--device is of this machine"),
         (["--gpu", "4090", "--ram", "x"], "is not a size"),
-        (["--expert-slots", "x"], "is not a number of expert slots"),
+        (["--expert-slots", "x"], "error: 'x' is not a number of expert slots"),
+        (["--expert-slots", "0"], "error: 0 expert slots: at least one is needed"),
+        (["--gpu", "4090", "--ram", "64"], "'64' is that many bytes: write the unit too"),
+        (["--gpu", "4090", "--vram", "0"], "0 fit in 0.0 MiB"),
         (["--trace", "/nowhere"], "/nowhere"),
         (["--bits", "q9"], "is not a rule for bits"),
     ],
@@ -254,6 +257,21 @@ def test_what_is_wrong_is_one_line(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert words in told(capsys, mixtral_config, *arguments)
+
+
+def test_a_plan_with_few_bits_says_what_they_cost(
+    mixtral_config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = planned(capsys, mixtral_config, "--gpu", "4090", "--ram", "1GiB")
+    assert plan["rows"][plan["chosen"]]["bits"] == "2g64"
+    assert any("fewer than 4 bits cost much quality" in note for note in plan["notes"])
+
+
+def test_no_speed_is_explained_where_nothing_fits(
+    mixtral_config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["plan", str(mixtral_config), "--gpu", "4090", "-c", "10000000"]) == 1
+    assert "tok/s is simulated" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("model_type", ["llama", "dbrx", "nothing"])
