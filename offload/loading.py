@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cache.predictors import WITH_ROUTER
@@ -187,7 +188,7 @@ def _load_dense(
         raise CheckpointError(f"config.json and weights do not match: {sorted(wrong)[0]}")
     for dense, record in pack.dense_records():
         layout = pack.info.dense_layout(dense)
-        view = view_record(record.to(options.device), layout)["weight"]
+        view = view_record(_in_memory(record, options.device), layout)["weight"]
         for path in dense.modules:
             module = model.get_submodule(path)
             assert isinstance(module, QuantizedLinear | QuantizedEmbedding)
@@ -196,7 +197,14 @@ def _load_dense(
                     f"{pack.path} has a matrix of another shape than the model's {path}: {REMAKE}"
                 )
             module.bind(view, options.dtype)
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = _in_memory(tensor.data, tensor.device)
     return model.requires_grad_(False)  # slots are reused: there is nothing to train
+
+
+def _in_memory(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`, not in a mapped file: one cut short under it would end the process."""
+    return tensor.clone() if device.type == "cpu" else tensor.to(device)
 
 
 def _untied(config: PreTrainedConfig) -> PreTrainedConfig:
