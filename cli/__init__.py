@@ -4,6 +4,18 @@ Knows: flags, what goes to stdout and what to stderr, exit codes. Does not know:
 torch is imported by the command that uses it, so that `--help` answers at once.
 """
 
-from cli.entry import main
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    try:
+        from cli.entry import run  # takes a moment, in which Ctrl-C is no traceback either
+    except KeyboardInterrupt:
+        return 130
+    return run(argv)
+
 
 __all__ = ["main"]

@@ -6,20 +6,49 @@ command does.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
 
 from cli.exit_codes import DONE, FAILED, INTERRUPTED, USAGE
 from cli.parser import build_parser
-from offload.errors import one_line
+from offload.errors import is_memory, one_line
 from offload.streams import check_streams, give_up_unwritable
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def run(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    debug = False
+    with _ending_in_order():
+        return _run(argv)
+
+
+@contextlib.contextmanager
+def _ending_in_order() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the program as `sys.exit` does: a terminal is left as it was."""
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        names = []
+    numbers = [getattr(signal, name) for name in names]
+    before = [signal.signal(number, _end) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _end(number: int, _: FrameType | None) -> None:
+    sys.exit(128 + number)
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    debug = makes_file = False
     try:
         check_streams()
         try:
@@ -30,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             build_parser().print_help(sys.stderr)
             return USAGE
         debug = arguments.debug
+        makes_file = arguments.command == "quantize" or isinstance(
+            getattr(arguments, "output", None), Path
+        )
         logging.basicConfig(format="offload: %(message)s", level=logging.WARNING)
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         result: int = arguments.run(arguments)
@@ -38,9 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of stdout left, as `head` does
+    except BrokenPipeError:  # the reader left, as `head` does
         give_up_unwritable()
-        return DONE
+        return FAILED if makes_file else DONE
     except Exception as error:
         text = one_line(error)
         if isinstance(error, OSError) and sys.stdout in give_up_unwritable():
@@ -48,4 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         print(f"offload: error: {text}", file=sys.stderr)
+        return FAILED
+    except BaseException as error:  # a panic of a library written in Rust is no `Exception`
+        if debug or not is_memory(error):
+            raise
+        print(f"offload: error: {one_line(error)}", file=sys.stderr)
         return FAILED

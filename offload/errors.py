@@ -5,6 +5,7 @@ Knows: also how an error that is not ours is told in one line. Does not know: wh
 
 from __future__ import annotations
 
+from offload.printable import printable
 from quant.errors import OffloadError, PackError
 
 
@@ -54,13 +55,23 @@ def one_line(error: BaseException) -> str:
         text = str(error)
     elif isinstance(error, OSError):
         text = f"{error}: is the place readable and writable? OFFLOAD_HOME names another"
-    elif isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # torch's words
+    elif is_memory(error):
         text = f"out of memory: {NO_MEMORY}"
     elif type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
         text = f"out of GPU memory: {NO_MEMORY}"
     else:
         text = f"{type(error).__name__}: {error} (a bug: --debug shows where)"
-    return shortened(" ".join(text.split()))
+    return shortened(printable(" ".join(text.split())))
+
+
+def is_memory(error: BaseException) -> bool:
+    """Whether the system refused memory, as Python, torch, threads and Rust's libraries say it."""
+    words = ("can't allocate memory", "can't start new thread")
+    return (
+        isinstance(error, MemoryError)
+        or any(word in str(error) for word in words)
+        or type(error).__name__ == "PanicException"
+    )
 
 
 def shortened(text: str) -> str:

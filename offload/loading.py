@@ -14,7 +14,11 @@ from typing import Any
 
 import torch
 import transformers
+<<<<<<< HEAD
 from accelerate.hooks import remove_hook_from_submodules
+=======
+from torch import Tensor
+>>>>>>> refs/heads/tidy2
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cache.predictors import WITH_ROUTER
@@ -206,7 +210,7 @@ def _load_dense(
     for dense, record in pack.dense_records():
         layout = pack.info.dense_layout(dense)
         where = device_of(dense.modules[0], devices)  # of two, one is tied to it
-        view = view_record(record.to(where), layout)["weight"]
+        view = view_record(_in_memory(record, where), layout)["weight"]
         for path in dense.modules:
             module = model.get_submodule(path)
             assert isinstance(module, QuantizedLinear | QuantizedEmbedding)
@@ -215,10 +219,17 @@ def _load_dense(
                     f"{pack.path} has a matrix of another shape than the model's {path}: {REMAKE}"
                 )
             module.bind(view, options.dtype)
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = _in_memory(tensor.data, tensor.device)
     if len(devices) > 1:
         remove_hook_from_submodules(model)  # accelerate's, one for each linear layer
         Crossing(model, devices, home=options.device)
     return model.requires_grad_(False)  # slots are reused: there is nothing to train
+
+
+def _in_memory(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`, not in a mapped file: one cut short under it would end the process."""
+    return tensor.clone() if device.type == "cpu" else tensor.to(device)
 
 
 def _untied(config: PreTrainedConfig) -> PreTrainedConfig:

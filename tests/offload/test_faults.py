@@ -276,3 +276,14 @@ def test_memory_that_runs_out_ends_one_answer_only(
     answer = chat.messages[-1]["content"]
     chat.messages.clear()
     assert answer == _undisturbed(chat, "one")
+
+
+def test_weights_beside_the_experts_are_not_read_from_the_disk_again(
+    pack: Path, mixtral_pack: Path, loaded: tuple[Any, Any]
+) -> None:
+    expected = _undisturbed(_chat(loaded), "one")
+    for file in pack.glob("model*.safetensors"):
+        os.truncate(file, 4096)  # pages of a mapping behind its end are a signal that kills
+    chat = _chat(loaded)
+    chat.say("one")
+    assert chat.messages[-1]["content"] == expected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -120,3 +121,29 @@ def test_a_history_whose_disk_fills_up_goes_on(home: Path) -> None:
     (home / "history").symlink_to("/dev/full")
     history.append_string("one")
     assert history.get_strings() == ["one"]
+
+
+def test_work_that_a_reader_of_messages_cut_short_is_not_done(
+    mixtral: Path, tmp_path: Path
+) -> None:
+    """As `offload quantize ... 2>&1 | head -1`: the pack is what was asked for."""
+    command = [sys.executable, "-m", "cli", "quantize", str(mixtral), str(tmp_path / "pack")]
+    read, write = os.pipe()
+    os.close(read)
+    ended = subprocess.run(command, cwd=ROOT, stdout=write, stderr=write, timeout=120)
+    os.close(write)
+    assert ended.returncode == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
+def test_a_terminated_chat_ends_in_order(mixtral_pack: Path, home: Path) -> None:
+    command = [sys.executable, "-m", "cli", "chat", str(mixtral_pack)]
+    child = subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert child.stderr is not None
+    while b"lists the commands" not in child.stderr.readline():
+        assert child.poll() is None
+    child.terminate()
+    assert child.wait(timeout=60) == 128 + signal.SIGTERM
+    child.communicate()
