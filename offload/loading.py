@@ -14,11 +14,8 @@ from typing import Any
 
 import torch
 import transformers
-<<<<<<< HEAD
 from accelerate.hooks import remove_hook_from_submodules
-=======
 from torch import Tensor
->>>>>>> refs/heads/tidy2
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cache.predictors import WITH_ROUTER
