@@ -13,7 +13,7 @@ demo: $(INSTALLED)
 	@if [ -t 1 ]; then echo; echo "Go on with: $(BIN)/offload chat demo --expert-slots 25%"; fi
 
 test: lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 # What takes minutes; before a release.
 test-long: $(INSTALLED)

