@@ -27,6 +27,7 @@ from tests.offload.test_parity import NAMED, OTHERS
 from tests.published import PUBLISHED, Published
 from tests.tiny import save_tiny
 
+LARGE = ("Mixtral-8x22B", "Qwen3-235B-A22B", "DeepSeek-V3", "GLM-4.5-Air")  # seconds each
 MODELS = pytest.mark.parametrize("published", PUBLISHED.values(), ids=PUBLISHED)
 
 
@@ -75,7 +76,13 @@ def test_a_published_model_has_the_weights_it_is_known_for(
     assert info.parameters == pytest.approx(published.weights, rel=1e-3)
 
 
-@MODELS
+@pytest.mark.parametrize(
+    "published",
+    [
+        pytest.param(model, id=name, marks=pytest.mark.long if name in LARGE else ())
+        for name, model in PUBLISHED.items()
+    ],
+)
 def test_a_pack_has_the_size_that_was_planned(
     published: Published, tmp_path: Path, quick_encoding: None
 ) -> None:
@@ -92,8 +99,13 @@ def test_a_pack_has_the_size_that_was_planned(
     shutil.rmtree(tmp_path)  # hundreds of MB
 
 
-@pytest.mark.parametrize("model_type", [*NAMED, *OTHERS])
-@pytest.mark.parametrize("rules", ["experts=4", "q4"])
+@pytest.mark.parametrize(
+    ("model_type", "rules"),
+    [
+        *((model_type, rules) for model_type in NAMED for rules in ("experts=4", "q4")),
+        *((model_type, "q4") for model_type in OTHERS),
+    ],
+)
 def test_a_config_tells_what_the_weights_do(model_type: str, rules: str, tmp_path: Path) -> None:
     save_tiny(model_type, tmp_path / "checkpoint", dtype=torch.bfloat16)
     recipe = Recipe.parse(rules)
