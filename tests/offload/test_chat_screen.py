@@ -43,7 +43,7 @@ class Terminal:
         """The lines of the screen that are not empty."""
         return [line for line in (line.rstrip() for line in self.screen.display) if line]
 
-    def wait(self, shown: Callable[[list[str]], bool], seconds: float = 60) -> None:
+    def wait(self, shown: Callable[[list[str]], bool], seconds: float = 300) -> None:
         """Until the screen is as wanted."""
         end = time.monotonic() + seconds
         while not shown(self.lines):

@@ -212,7 +212,7 @@ def test_two_chats_share_a_pack_and_a_home(pack: Path, home: Path) -> None:
         chat.stdin.write(lines)
         chat.stdin.close()
         chat.stdin = None
-    outputs = [chat.communicate(timeout=120) for chat in chats]
+    outputs = [chat.communicate(timeout=600) for chat in chats]
     assert [chat.returncode for chat in chats] == [0, 0], outputs
     answers = [out.split("\n[ ")[0] for out, _ in outputs]
     assert answers[0] == answers[1]
