@@ -30,7 +30,7 @@ def _shell(line: str, *arguments: str | Path) -> tuple[int, str, str]:
         cwd=ROOT,
         env=environment,
         capture_output=True,
-        timeout=120,
+        timeout=600,
     )
     return done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode()
 
