@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from cli.exit_codes import INTERRUPTED
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     try:
         from cli.entry import run  # takes a moment, in which Ctrl-C is no traceback either
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     return run(argv)
 
 

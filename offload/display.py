@@ -8,12 +8,14 @@ last one is drawn anew as it grows, so that nothing above it ever moves or flick
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Protocol
 
 from markdown_it import MarkdownIt
+from markdown_it.token import Token
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.markdown import Markdown
@@ -124,7 +126,7 @@ class Rendered:
         if self._thinking:
             over, newline, rest = source.rpartition("\n")
             return [over + newline, rest]
-        starts = [token.map[0] for token in _PARSER.parse(source) if token.level == 0 and token.map]
+        starts = [token.map[0] for token in _tokens(source) if token.level == 0 and token.map]
         lines = [f"{line}\n" for line in source.split("\n")]  # as markdown-it counts them
         lines[-1] = lines[-1][:-1]
         edges = [0, *starts[1:], len(lines)]
@@ -161,11 +163,13 @@ class Rendered:
             )
             self._live.start()
             self._console.show_cursor(True)  # or a program that is killed leaves none
-        growing: RenderableType = _Lines(_drawn(self._source))
+        growing: RenderableType
         if self._thinking:
             growing = Text(self._source if self.thoughts else THINKING, style="dim")
-        elif self._begun:
-            growing = Group(Text(""), growing)
+        else:
+            growing = _Lines(_drawn(self._source))
+            if self._begun:
+                growing = Group(Text(""), growing)
         parts = [growing] if self.panel is None else [growing, Text(""), self.panel()]
         self._live.update(_Lines(Group(*parts), most=self._console.height - 1), refresh=True)
 
@@ -218,9 +222,14 @@ _PARSER = (
 )
 
 
+@functools.lru_cache(maxsize=1)  # a block is looked at for its end, and then drawn
+def _tokens(source: str) -> list[Token]:
+    return _PARSER.parse(source)
+
+
 def _drawn(source: str) -> RenderableType:
     """Markdown of which nothing is left out; as it stands where it is nested too deep for lines."""
-    tokens = _PARSER.parse(source)
+    tokens = _tokens(source)
     if max((token.level for token in tokens), default=0) > DEEPEST:
         return Text(source)
     drawn = Markdown("", hyperlinks=False)

@@ -7,7 +7,7 @@ be killed while it writes. Does not know: what files are for.
 from __future__ import annotations
 
 import os
-from errno import ELOOP, ENAMETOOLONG
+from errno import EISDIR, ELOOP, ENAMETOOLONG
 from pathlib import Path
 from typing import TextIO
 
@@ -48,6 +48,13 @@ def user_path(text: str | Path) -> Path:
         if error.errno in (ELOOP, ENAMETOOLONG):
             raise SourceError(f"{text} is no path ({error.strerror}): correct it") from None
     return path
+
+
+def check_writable(file: Path) -> None:
+    """Raise `OSError` now where writing `file` would raise it after long work."""
+    if file.is_dir():
+        raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
+    file.touch()
 
 
 def write_whole(file: Path, data: bytes) -> None:

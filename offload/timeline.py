@@ -10,15 +10,14 @@ on the device.
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Iterator, Sequence
-from errno import EISDIR
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from cache.timeline import Span, Timeline
+from offload import files
 from offload.errors import OffloadError
 from offload.handle import offload_of
 from offload.marks import NO_MARKS
@@ -77,9 +76,7 @@ def recording(model: PreTrainedModel, file: Path | None) -> Iterator[None]:
 def check_writable(file: Path) -> None:
     """Raise `OffloadError` now where `write` would raise it later."""
     try:
-        if file.is_dir():
-            raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
-        file.touch()
+        files.check_writable(file)
     except OSError as error:
         raise _unwritable(file, error) from None
 

@@ -178,11 +178,15 @@ def cpu_kernel_works(way: Matmul, bits: int, scale_bits: int, dtype: torch.dtype
         except (ImportError, OSError, RuntimeError) as error:
             logger.warning("no CPU kernel for %d bits, products will be slow: %s", bits, error)
             return False
-        exact = matmul_reference(x.float(), view)
-        if not torch.allclose(quick, exact, rtol=0.02, atol=0.02 * float(exact.abs().max())):
+        if not _agrees(quick, matmul_reference(x.float(), view)):
             logger.warning("the CPU kernel for %d bits is wrong here, products will be slow", bits)
             return False
     return True
+
+
+def _agrees(quick: Tensor, exact: Tensor) -> bool:
+    """Whether two ways differ by no more than rounding, in half precision, explains."""
+    return torch.allclose(quick, exact, rtol=0.02, atol=0.02 * float(exact.abs().max()))
 
 
 @functools.cache
@@ -200,8 +204,7 @@ def gpu_kernel_works(scheme: Scheme, dtype: torch.dtype, device: torch.device) -
         except Exception as error:  # whatever a compiler or a driver raises
             logger.warning("no GPU kernel for %s, products will be slow: %s", scheme, error)
             return False
-        exact = matmul_reference(x.float(), view)
-        if not torch.allclose(quick, exact, rtol=0.02, atol=0.02 * float(exact.abs().max())):
+        if not _agrees(quick, matmul_reference(x.float(), view)):
             logger.warning("the GPU kernel for %s is wrong here, products will be slow", scheme)
             return False
     return True

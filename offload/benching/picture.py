@@ -6,12 +6,11 @@ about.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from errno import EISDIR
 from pathlib import Path
 from typing import Any
 
+from offload import files
 from offload.benching.sweep import Row
 from offload.errors import OffloadError
 
@@ -27,9 +26,7 @@ def check_picture(file: Path) -> None:
             "--plot needs matplotlib: pip install 'moe-offload[plot]', or leave it out"
         ) from None
     try:
-        if file.is_dir():
-            raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
-        file.touch()
+        files.check_writable(file)
     except OSError as error:
         raise _unwritable(file, error) from None
 

@@ -7,6 +7,7 @@ the kernels decide. Does not know: bytes, streams, models.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -45,34 +46,31 @@ class Table:
 
     def plan(self, layer: int, num_experts: int, index: Tensor) -> None:
         """Decide how the experts `index` [.., k] of one token are served: `hits`, `loads`."""
-        plan_kernel[(1,)](
-            index,
-            layer,
-            num_experts,
-            index.numel(),
-            self.ints,
-            self.reals,
-            self.hits[layer],
-            self.loads[layer],
-            P=self.places,
-            KB=self._padded,
-            CHUNK=self._chunk,
-            num_warps=WARPS,
-            maxnreg=REGISTERS,
-            enable_fp_fusion=False,
-        )
+        self._decide(plan_kernel, layer, num_experts, index, self.hits, self.loads)
 
     def look_ahead(self, layer: int, num_experts: int, index: Tensor) -> None:
         """Decide what to load for a later `layer`: `guesses`, `guess_loads`."""
-        look_ahead_kernel[(1,)](
+        self._decide(look_ahead_kernel, layer, num_experts, index, self.guesses, self.guess_loads)
+
+    def _decide(
+        self,
+        kernel: Any,
+        layer: int,
+        num_experts: int,
+        index: Tensor,
+        said: Tensor,
+        loads: Tensor,
+    ) -> None:
+        """Launch `kernel`, which writes what it decides for `layer` to `said` and `loads`."""
+        kernel[(1,)](
             index,
             layer,
             num_experts,
             index.numel(),
             self.ints,
             self.reals,
-            self.guesses[layer],
-            self.guess_loads[layer],
+            said[layer],
+            loads[layer],
             P=self.places,
             KB=self._padded,
             CHUNK=self._chunk,
