@@ -20,7 +20,7 @@ class NormFinder:
     def __init__(self, block: nn.Module) -> None:
         """`block`: the decoder layer, or whatever else is around router and norm."""
         self.norm: nn.Module | None = None
-        self._last: list[tuple[nn.Module, int]] = []
+        self._last: dict[nn.Module, Tensor] = {}  # kept, so that no other tensor takes its place
         self._hooks = [
             module.register_forward_hook(self._saw)
             for module in block.modules()
@@ -29,12 +29,13 @@ class NormFinder:
 
     def _saw(self, module: nn.Module, _: object, out: object) -> None:
         if isinstance(out, Tensor):
-            self._last.append((module, out.data_ptr()))
+            self._last.pop(module, None)  # the latest comes last
+            self._last[module] = out
 
     def asked(self, hidden: Tensor) -> None:
         """The router is asked about `hidden`: whose output is it?"""
-        for module, pointer in reversed(self._last):
-            if pointer == hidden.data_ptr():
+        for module, out in reversed(self._last.items()):
+            if out.data_ptr() == hidden.data_ptr():
                 self.norm = module
                 break
         self.close()

@@ -11,8 +11,8 @@ from torch import Tensor
 
 import offload
 import offload.compute as module
-import offload.loading
 import offload.planning
+from offload import per_card
 from offload.compute import Grouped, OneByOne
 from offload.handle import offload_of
 from offload.transfer import HostTransfer
@@ -31,10 +31,10 @@ def _with_staging(pack: Pack, slots: int, rows: int) -> HostTransfer:
 @torch.inference_mode()
 def _logits(folder: Path, monkeypatch: pytest.MonkeyPatch, way: type, **options: object) -> Tensor:
     """Of a prompt and a step."""
-    monkeypatch.setattr(offload.loading, "OneByOne", way)
+    monkeypatch.setattr(per_card, "OneByOne", way)
     if way is Grouped:  # as on a GPU, streamed experts have rows of their own
         copied = functools.partial(_with_staging, rows=4)
-        monkeypatch.setattr(offload.loading, "HostTransfer", copied)
+        monkeypatch.setattr(per_card, "HostTransfer", copied)
         monkeypatch.setattr(offload.planning, "staging_rows", lambda *_: 4)
     model, _ = offload.load(folder / "checkpoint", device="cpu", pack_dir=folder, **options)
     out = model(input_ids=PROMPT, use_cache=True)

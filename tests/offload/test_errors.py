@@ -636,7 +636,6 @@ def test_quantising_a_pack_does_not_pretend_to_have_made_another(
         ("--ram", "9" * 400, "more than any machine has"),
         ("--ram", "9" * 5000, "more than any machine has"),
         ("--ram", "-1", "'-1' is not a size"),
-        ("--ctx-size", str(2**31 - 1), "lower --ctx-size"),
         ("--expert-slots", "0", "at least one is needed"),
         ("--expert-slots", "-3", "'-3' is not a number of expert slots"),
         ("--expert-slots", "many", "a number or a share like 25%"),
@@ -666,6 +665,15 @@ def test_a_bad_value_is_named_before_any_work(
 ) -> None:
     """Quantising a large model takes long: what can be known first is told first."""
     assert named in fails("generate", mixtral, "-p", "hi", flag, value, at_once=False)
+    assert _packs(home) == []
+
+
+def test_a_context_that_no_machine_holds_is_named_before_any_work(
+    fails: Fails, gpt_oss: Path, home: Path
+) -> None:
+    many = str(2**31 - 1)
+    message = fails("generate", gpt_oss, "-p", "hi", "--ctx-size", many, at_once=False)
+    assert "lower --ctx-size" in message
     assert _packs(home) == []
 
 

@@ -64,7 +64,7 @@ def test_one_card_of_several_is_used_with_a_word_about_the_others(
         alone = find_place(None, "1", "8GiB", None)
         assert (alone.device, alone.cards) == (torch.device("cuda:1"), ())
         assert not caplog.records, "who names one card means it"
-        assert find_place(None, None, None, None).device == torch.device("cuda")
+        assert find_place(None, None, None, None).device == torch.device("cuda:0")
     assert caplog.messages == ["using card 0 of 2, the others are idle: use them with --gpus 0,1"]
 
 

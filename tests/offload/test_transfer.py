@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from offload.errors import PackError
+from offload.errors import PackError, TransferError
 from offload.packs import find_or_make_pack
 from offload.recipe import Recipe
 from offload.transfer import NOWHERE, HostTicket, HostTransfer
@@ -138,7 +138,7 @@ def test_ctrl_c_anywhere_in_a_wait_leaves_the_transfer_working(pack: Pack, gated
 def test_a_waiter_is_told_that_the_copy_thread_ended(pack: Pack) -> None:
     transfer = HostTransfer(pack, 2)
     transfer.close()
-    with pytest.raises(RuntimeError, match="the copy thread has ended"):
+    with pytest.raises(TransferError, match="the thread that copies experts has ended: ask again"):
         transfer.wait(transfer.start(0, 0, 0, urgent=True))
 
 
