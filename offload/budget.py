@@ -146,21 +146,29 @@ def hold_vram(device: torch.device, budget: int) -> None:
 
 
 def kv_cache_bytes(
-    config: PreTrainedConfig, context: int, dtype: torch.dtype, ubatch: int | None = None
+    config: PreTrainedConfig,
+    context: int,
+    dtype: torch.dtype,
+    ubatch: int | None = None,
+    fixed: bool = False,
 ) -> int:
     """Bytes of the KV cache at `context` tokens, for one sequence read `ubatch` tokens at a time
-    (None: at once)."""
-    return sum(kv_cache_by_layer(config, context, dtype, ubatch))
+    (None: at once); `fixed`: of one whose tensors never move, for CUDA graphs."""
+    return sum(kv_cache_by_layer(config, context, dtype, ubatch, fixed))
 
 
 def kv_cache_by_layer(
-    config: PreTrainedConfig, context: int, dtype: torch.dtype, ubatch: int | None = None
+    config: PreTrainedConfig,
+    context: int,
+    dtype: torch.dtype,
+    ubatch: int | None = None,
+    fixed: bool = False,
 ) -> list[int]:
     """`kv_cache_bytes`, of each layer."""
-    key = (type(config), config.to_json_string(), context, dtype, ubatch or context)
+    key = (type(config), config.to_json_string(), context, dtype, ubatch or context, fixed)
     if key not in _KV_CACHE:
         try:
-            _KV_CACHE[key] = cache_bytes(config, context, dtype, ubatch or context)
+            _KV_CACHE[key] = cache_bytes(config, context, dtype, ubatch or context, fixed)
         except Exception as error:  # whatever a model raises that does not run without memory
             logger.debug("the KV cache is estimated: %s", reason(error))
             _KV_CACHE[key] = _estimated_kv_bytes(config, context, dtype)

@@ -223,7 +223,7 @@ def _stream(
         longest = handle.options.context
         answer = handle.decoding.begin(model, ids, logits, cache, sampling, limit, longest, ends)
     if answer is None:
-        answer = OneByOne(model, ids, logits, cache, sampling)
+        answer = StepByStep(model, ids, logits, cache, sampling)
     del logits, cache
     said = [value := answer()]
     decode_begin = time.perf_counter()
@@ -257,7 +257,7 @@ def _stream(
         said.append(value := answer())
 
 
-class OneByOne:
+class StepByStep:
     """Each call gives the next token, which was not begun before."""
 
     def __init__(

@@ -21,9 +21,12 @@ DEPTH = 4  # of containers in a cache layer
 
 
 def cache_bytes(
-    config: PreTrainedConfig, context: int, dtype: torch.dtype, ubatch: int
+    config: PreTrainedConfig, context: int, dtype: torch.dtype, ubatch: int, fixed: bool = False
 ) -> list[int]:
     """Bytes of each layer's cache of one sequence of `context` tokens, read `ubatch` at a time.
+
+    `fixed`: of one whose tensors never move (`offload.device.kv`), with windows kept whole and
+    nothing of a prompt that is cut off later.
 
     The model itself is run on meta, without its experts: whatever its layers keep (latent or
     compressed states, recurrent ones, a window) is seen. Raises whatever a model raises.
@@ -39,7 +42,7 @@ def cache_bytes(
                 continue  # it shares another layer's
             a_token = (layer.keys.nbytes + layer.values.nbytes) // layer.keys.shape[-2]
             most = context
-            if type(layer) is DynamicSlidingWindowLayer:
+            if type(layer) is DynamicSlidingWindowLayer and not fixed:
                 most = min(context, layer.sliding_window - 1 + ubatch)
             sizes[index] = a_token * most
             continue
@@ -47,8 +50,10 @@ def cache_bytes(
         here, before = _Held.by(layer), _Held.by(short[index])
         rest, step = context - tokens, max(1, tokens - tokens // 2)
         grown = max(0, here.used - before.used) * rest // step
-        cut = max(0, here.cut - before.cut) * max(0, min(context, ubatch) - tokens) // step
-        sizes[index] = here.used + grown + here.cut + cut
+        sizes[index] = here.used + grown
+        if not fixed:
+            cut = max(0, here.cut - before.cut) * max(0, min(context, ubatch) - tokens) // step
+            sizes[index] += here.cut + cut
     return sizes
 
 

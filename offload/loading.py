@@ -127,6 +127,7 @@ def load(
         context,
         ubatch_size,
         place.cards,
+        engine,
     )
     for card in place.cards or (Card(0, place.device, place.memory.device),):
         if card.device.type == "cuda":

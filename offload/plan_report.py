@@ -119,7 +119,8 @@ def _sizes(plan: Plan, row: Row) -> Iterator[str]:
     where = f"{row.slots} resident" + (f", {rest} in {_source(row)}" if rest else "")
     yield f"At {row.recipe.name}:"
     yield f"  dense      {gib(budget.dense):>10}{each} in {device}"
-    yield f"  KV cache   {gib(budget.kv_cache):>10}{each}, {plan.context} tokens"
+    twice = ", with one of fixed size for CUDA graphs" * (device == "VRAM" and cards == 1)
+    yield f"  KV cache   {gib(budget.kv_cache):>10}{each}, {plan.context} tokens{twice}"
     yield f"  workspace  {gib(budget.workspace):>10}{each}"
     if row.staging_bytes:
         yield f"  staging    {gib(row.staging_bytes):>10}{each}, prompts are streamed through it"

@@ -88,7 +88,13 @@ def make_row(outline: Outline, target: Target, question: Question, recipe: Recip
 
 
 def _planner(target: Target, question: Question) -> Planner:
-    return Planner(target.device, target.memory, context=question.context, ubatch=question.ubatch)
+    return Planner(
+        target.device,
+        target.memory,
+        context=question.context,
+        ubatch=question.ubatch,
+        engine="auto" if target.cards == 1 else "host",
+    )
 
 
 def _of_a_card(whole: Budget, cards: int) -> Budget:

@@ -40,6 +40,7 @@ class Planner:
     context: int = 4096
     ubatch: int = UBATCH
     cards: tuple[Card, ...] = ()  # where there are several
+    engine: str = "auto"
 
     def __call__(
         self, info: PackInfo, config: PreTrainedConfig, model: PreTrainedModel | None = None
@@ -91,15 +92,23 @@ class Planner:
         compute = self.compute_dtype(config)
         ubatch = chunk_tokens(config, self.ubatch, self.context)
         on_cpu = self.device.type == "cpu"
+        kv_cache = kv_cache_bytes(config, self.context, compute, ubatch)
+        if self.keeps_fixed_cache:
+            kv_cache += kv_cache_bytes(config, self.context, compute, fixed=True)
         return Budget(
             self.memory.device,
             dense=info.dense_bytes(compute.itemsize),
-            kv_cache=kv_cache_bytes(config, self.context, compute, ubatch),
+            kv_cache=kv_cache,
             workspace=workspace_bytes(config, info, ubatch),
             slot=info.slot_bytes,
             total_experts=info.total_experts,
             staging=0 if on_cpu else staging_rows(self.device, info.slot_bytes),
         )
+
+    @property
+    def keeps_fixed_cache(self) -> bool:
+        """Whether there is a second KV cache, of fixed size, for steps captured as CUDA graphs."""
+        return self.device.type == "cuda" and not self.cards and self.engine != "host"
 
     def compute_dtype(self, config: PreTrainedConfig) -> torch.dtype:
         """What was asked for, else what the config says."""

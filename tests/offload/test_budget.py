@@ -22,8 +22,10 @@ from offload.budget import (
     parse_slots,
     staging_rows,
 )
+from offload.device.kv import FixedKV
 from offload.errors import BudgetError
-from offload.planning import find_device
+from offload.planning import Planner, find_device
+from quant.pack import Pack
 from tests.tiny import EXPERTS, LAYERS, tiny_config
 
 MIB, GIB = 2**20, 2**30
@@ -295,6 +297,37 @@ def test_kimi_linears_states_are_counted() -> None:
     config = tiny_config("kimi_linear")
     states = 2 * 32 * 128 * 128 * 4  # two layers of 32 heads
     assert states < kv_cache_bytes(config, 40, torch.float32) < 2 * states
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "deepseek_v3", "qwen3_next"])
+def test_the_cache_of_fixed_size_is_counted_as_it_is(model_type: str) -> None:
+    """Windows are kept whole in it: as many tokens as the context has."""
+    from transformers import AutoModelForCausalLM
+
+    config = tiny_config(model_type)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        grown = model(input_ids=torch.randint(3, 120, (1, 300)), use_cache=True).past_key_values
+    held = sum(_held(layer, set()) for layer in FixedKV(grown, 400).layers)
+    counted = kv_cache_bytes(config, 400, torch.float32, ubatch=64, fixed=True)
+    assert counted <= held <= counted + 64 * len(grown.layers), "but for a few counters"
+
+
+@pytest.mark.parametrize(
+    ("engine", "device", "twice"),
+    [("auto", "cuda", True), ("host", "cuda", False), ("auto", "cpu", False)],
+)
+def test_a_gpus_budget_has_room_for_the_cache_of_fixed_size(
+    engine: str, device: str, twice: bool, mixtral_pack: Path
+) -> None:
+    config = tiny_config("mixtral")
+    a_token = 2 * 3 * 2 * 16 * 4
+    planner = Planner(
+        torch.device(device), Memory(2**30, 2**30), torch.float32, ubatch=32, engine=engine
+    )
+    grown, fixed = a_token * (63 + 32), a_token * 4096
+    counted = planner.budget(Pack(mixtral_pack).info, config).kv_cache
+    assert counted == grown + fixed * twice
 
 
 def test_a_window_holds_no_more_than_itself_and_what_is_read_at_once() -> None:
