@@ -24,6 +24,7 @@ def real_home(demo_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OFFLOAD_HOME", str(demo_home))
 
 
+@pytest.mark.long
 @torch.inference_mode()
 def test_unquantised_demo_answers_exactly_as_the_dense_model(tmp_path: Path) -> None:
     """Mixtral's weights sum to one and all experts are the dense FFN: logits agree to rounding."""

@@ -50,13 +50,16 @@ def _tokens(model: PreTrainedModel) -> Tensor:
     return model.generate(PROMPT, max_new_tokens=12, do_sample=False)
 
 
-def test_interruption_at_any_line_does_not_change_later_answers(model: PreTrainedModel) -> None:
+@pytest.mark.parametrize("moments", [15, pytest.param(150, marks=pytest.mark.long)])
+def test_interruption_at_any_line_does_not_change_later_answers(
+    moments: int, model: PreTrainedModel
+) -> None:
     """Ctrl-C can come between any two lines of the engine and the cache."""
     expected = _tokens(model)
     modules = (engine_module, ahead_module, layer_module, cache_module, slots_module)
     files = {module.__file__ for module in modules}
     total = _lines_run(model, files, stop_at=None)
-    for line in range(1, total, max(1, total // 60)):
+    for line in range(1, total, max(1, total // moments)):
         with pytest.raises(KeyboardInterrupt):
             _lines_run(model, files, stop_at=line)
         assert torch.equal(_tokens(model), expected), f"interrupted at line event {line}"

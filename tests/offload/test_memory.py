@@ -60,7 +60,10 @@ def _as_gguf(checkpoint: Path) -> Path:
     return checkpoint / "q.gguf"
 
 
-@pytest.mark.parametrize("form", [_as_is, make_fp8, _as_gguf])
+LONG = [pytest.param(form, marks=pytest.mark.long) for form in (make_fp8, _as_gguf)]
+
+
+@pytest.mark.parametrize("form", [_as_is, *LONG])
 def test_making_a_pack_holds_at_most_a_layer(form: Callable[[Path], Path], tmp_path: Path) -> None:
     _big(tmp_path / "checkpoint")
     source = form(tmp_path / "checkpoint")

@@ -471,6 +471,7 @@ def test_an_array_longer_than_the_file_is_refused_at_once(tmp_path: Path) -> Non
 # --- a file of llama.cpp's own making -----------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.demo
 def test_a_dense_file_of_llama_cpp_upcycled_answers_as_before(tmp_path: Path) -> None:
     """SmolLM2's blocks as llama.cpp wrote them, each FFN twice: two weights that sum to one."""
