@@ -6,7 +6,7 @@ import pytest
 
 from offload.benching.sample import take_sample
 from offload.benching.tests import Test
-from offload.device.tokens import DecodeLoop
+from offload.device.loop import DecodeLoop
 from tests.offload.device.conftest import Load
 
 
