@@ -87,7 +87,8 @@ def _add_sweeps(bench: argparse.ArgumentParser) -> None:
         default=[None],
         const=[True],
         metavar="on,off,auto",
-        help="load what the router will probably want next (auto: while it pays)",
+        help="load what the router will probably want next (auto: while it pays; where a device "
+        "plans, on)",
     )
     sweeps.add_argument(
         "--no-lookahead", dest="lookahead", action="store_const", const=[False], help="the same off"

@@ -35,7 +35,8 @@ def add_model_flags(parser: argparse.ArgumentParser, context: int = 4096) -> Non
     group.add_argument(
         "--lookahead",
         action=argparse.BooleanOptionalAction,
-        help="load what the router will probably want next (while it pays)",
+        help="load what the router will probably want next (while it pays; where a device plans, "
+        "on)",
     )
     group.add_argument(
         "--predictor",

@@ -259,6 +259,7 @@ class Engine:
         if not self.cache.table.has_free():
             self._cold.clear()
 
+    @torch.inference_mode(False)  # what takes the old ones' place is written outside of it, too
     def give_back(self, shortage: int) -> None:
         """An allocation of `shortage` bytes failed on the device: have fewer slots from now on.
 

@@ -33,16 +33,17 @@ def make_engine(
 ) -> tuple[Engine, Decoding | None]:
     """The engine, and what gives tokens a step behind where that is possible.
 
-    With several cards it is the host's. Raises `OffloadError` where `asked` is the device's and
-    there is no GPU.
+    With several cards it is the host's, which is said where the device's was asked for or to be
+    expected. Raises `OffloadError` where `asked` is the device's and there is no GPU.
     """
     residency = options.residency
     cache, compute = cache_of(info, options), compute_of(info, transfer)
     cuda = options.device.type == "cuda"
+    wants_device = asked == "device" or (asked == "auto" and cuda)
     if not isinstance(cache, ExpertCache) or options.cards:
-        if asked == "device":
+        if wants_device:
             logger.warning("steps are planned on the host: the model is on several cards")
-    elif asked == "device" or (asked == "auto" and cuda):
+    elif wants_device:
         refused = ""
         try:
             from offload.device import making  # loads Triton

@@ -78,7 +78,8 @@ class Answer(Protocol):
     """One sequence of tokens."""
 
     def __call__(self) -> int:
-        """The next one. Raises `GenerationError` when the model's logits cannot be believed."""
+        """The next one. Raises `GenerationError` when the model's logits cannot be believed, or
+        memory ran out and there is nothing to give back."""
 
     def cache(self) -> Any:
         """The KV cache of the prompt and every token given but the last; None: not to be had."""

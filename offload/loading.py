@@ -98,7 +98,8 @@ def load(
       each; `vram` is then for each card, or one size for each like "20GiB,10GiB".
     - `policy`: who is evicted, lru, slru, lfru, lfu or fifo; `allocation`: which layer gives a
       slot, shared, global or quota.
-    - `lookahead`: load what the next layers will probably want; None: while measured to pay.
+    - `lookahead`: load what the next layers will probably want; None: while measured to pay, where
+      the host plans (on the device a guess costs the host nothing, and is not weighed: as True).
       `predictor` guesses that: router, previous, transitions or union; `layers_ahead` 1 to 3.
     - `warm_start`: load first what was hot when the pack was last closed, in the background.
     - `engine`: who plans a token's steps: host, device (CUDA: without waiting for the host, see

@@ -1,7 +1,8 @@
 """Going on after the device's memory ran out in the middle of a step.
 
 Knows: what to take back, whom to ask for memory, how to try again. Does not know: how many slots
-that costs (`offload.engine`), what a step does.
+that costs (`offload.engine`), what a step does; of a step planned on the device
+(`offload.device.tokens`) also not what it leaves behind.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,26 @@ from offload.kv_cache import can_be_restored, keep_past, restore, settle
 logger = logging.getLogger("offload")
 
 Step = Callable[[Tensor, Any], tuple[Tensor, Any]]  # ids [1, T], KV cache -> logits, KV cache
+Made = TypeVar("Made")
+
+
+def until_it_fits(do: Callable[[], Made], engine: Engine, take_back: Callable[[], None]) -> Made:
+    """What `do` gives; as long as memory runs out, slots are given back, and after `take_back` it
+    is done again.
+
+    `take_back`: of what `do` left when it broke off anywhere. Raises `GenerationError` when there
+    is nothing to give back.
+    """
+    while True:
+        try:
+            return do()
+        except torch.OutOfMemoryError as error:
+            shortage, gpu = asked_bytes(error), asked_gpu(error)
+        # Not in the handler: the error holds the frames, and those the tensors of the step.
+        if isinstance(engine.transfer, CardsTransfer):
+            shortage = engine.transfer.shortage_of_all(shortage, gpu)
+        engine.give_back(shortage)
+        take_back()
 
 
 def run(
@@ -38,19 +59,9 @@ def run(
     tokens = cache.get_seq_length() if restorable else 0
     if restorable:
         keep_past(cache)
-    while True:
-        try:
-            logits, cache = step(ids, cache)
-        except torch.OutOfMemoryError as error:
-            shortage, gpu = asked_bytes(error), asked_gpu(error)
-        else:
-            if restorable:
-                settle(cache)
-            return logits, cache
-        # Not in the handler: the error holds the frames, and those the tensors of the step.
-        if isinstance(engine.transfer, CardsTransfer):
-            shortage = engine.transfer.shortage_of_all(shortage, gpu)
-        engine.give_back(shortage)
+
+    def take_back() -> None:
+        nonlocal ids, cache
         if restorable:
             restore(cache, tokens)
         elif cache is not None:
@@ -59,8 +70,13 @@ def run(
             logger.warning("%d tokens are read again", before.shape[-1])
             ids, cache = torch.cat((before, ids), dim=-1), None
 
+    logits, cache = until_it_fits(lambda: step(ids, cache), engine, take_back)
+    if restorable:
+        settle(cache)
+    return logits, cache
 
-def asked_bytes(error: torch.OutOfMemoryError) -> int:
+
+def asked_bytes(error: BaseException) -> int:
     """What could not be had, as torch says it; 0 when it does not."""
     match = re.search(r"allocate (\d+(?:\.\d+)?) (\w+)", str(error))
     unit = UNITS.get(match.group(2).upper()) if match else None

@@ -25,7 +25,7 @@ class Residency:
 
     policy: str = POLICY
     allocation: str = ALLOCATION
-    lookahead: bool | None = None  # None: while it pays
+    lookahead: bool | None = None  # None: while it pays; on the device as True
     predictor: str = PREDICTOR
     layers_ahead: int = 1
     warm_start: bool = True
@@ -48,7 +48,7 @@ class Residency:
         return ExpertCache(slots, layers, POLICIES[self.policy], self.allocation)
 
     def balance(self) -> LookaheadBalance | None:
-        """What stops looking ahead while it does not pay; None: nothing does."""
+        """What stops looking ahead while it does not pay, where the host plans; None: nothing."""
         return LookaheadBalance() if self.lookahead is None else None
 
     def ahead(self, everything_fits: bool) -> Lookahead:

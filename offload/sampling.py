@@ -134,10 +134,15 @@ class Sampler:
         self.generator = torch.Generator(device)
         self.reseed(sampling.seed)
 
-    def renew(self) -> None:
-        """Go on with another generator: a capture that failed does not give the old one back."""
-        before, self.generator = self.generator, torch.Generator(self.generator.device)
-        self.generator.manual_seed(before.initial_seed() ^ 1)
+    def state(self) -> Tensor:
+        """What later draws depend on."""
+        return self.generator.get_state()
+
+    def go_back(self, state: Tensor) -> None:
+        """Draw as when `state` was asked for, with another generator: a capture that broke off does
+        not give the old one back."""
+        self.generator = torch.Generator(self.generator.device)
+        self.generator.set_state(state)
 
     def reseed(self, seed: int | None) -> None:
         """Begin a sequence with `seed`; None: with any."""

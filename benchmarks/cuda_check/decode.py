@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.cuda_check.bounds import Bound, Rates
-from benchmarks.cuda_check.seam import is_captured
+from benchmarks.cuda_check.seam import is_captured, queued_ahead
 from benchmarks.cuda_check.subject import Subject
+from benchmarks.cuda_check.timing import synchronize
 from offload.budget import kv_cache_bytes
 from offload.generation import forward, stream_generate
 from offload.handle import offload_of
@@ -29,7 +30,7 @@ class Decoded:
 
     tokens_per_second: float
     stats: Stats  # of the timed tokens
-    tokens: tuple[int, ...]
+    tokens: tuple[int, ...]  # greedy, of the prompt's logits and all after it
     captured: bool  # steps were replayed from a graph
 
     @property
@@ -77,10 +78,12 @@ def decode(subject: Subject, length: Length, first_step: int) -> Decoded:
         temperature=0.0,
     )
     said = [next(steps).token for _ in range(1 + skipped)]
-    before, begin = handle.stats(), time.perf_counter()  # no sync: a step may be queued ahead
+    synchronize(subject.setting.device)  # what is queued ahead is outside of the clock: not counted
+    timed = tokens - queued_ahead(handle)
+    before, begin = handle.stats(), time.perf_counter()
     said += [step.token for step in steps]
     seconds = time.perf_counter() - begin
-    return Decoded(tokens / seconds, handle.stats() - before, tuple(said), is_captured(handle))
+    return Decoded(timed / seconds, handle.stats() - before, tuple(said), is_captured(handle))
 
 
 def bytes_on_device(subject: Subject, context: int) -> float:

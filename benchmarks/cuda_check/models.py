@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from benchmarks.cuda_check.attempt import attempt, need_time
 from benchmarks.cuda_check.bounds import Rates, rates_of
+from benchmarks.cuda_check.comparison import logits_rows, need_equal, tokens_rows
 from benchmarks.cuda_check.decode import (
     TARGET,
     Decoded,
@@ -51,6 +52,7 @@ class _Measuring:
     subject: Subject
     naive_tokens_per_second: dict[str, float] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)  # run -> of its logits
+    tokens: dict[str, tuple[int, ...]] = field(default_factory=dict)  # run -> what it said
     on_demand: dict[tuple[str, float], float] = field(default_factory=dict)  # bytes a token
 
     @property
@@ -59,7 +61,7 @@ class _Measuring:
 
 
 def _length(setting: Setting) -> Length:
-    return Length(setting.pick(64, 8), setting.pick(16, 1), setting.pick(48, 1))
+    return Length(setting.pick(64, 8), setting.pick(16, 1), setting.pick(48, 2))
 
 
 def runner(case: Case) -> Callable[[Setting, Part], None]:
@@ -125,7 +127,12 @@ def _measure(m: _Measuring) -> None:
             begin = time.monotonic()
             _serve(m, run)
             longest = max(longest, time.monotonic() - begin)
-    _compare(m)
+    for row in logits_rows(m.digests):
+        m.part.add(row)
+    for row in tokens_rows(m.tokens):
+        m.part.add(row)
+        with attempt(m.part, f"tokens, {row['engine']}"):
+            need_equal(row)
 
 
 def _runs(case: Case, setting: Setting) -> list[Run]:
@@ -168,6 +175,7 @@ def _serve(m: _Measuring, run: Run) -> None:
         if not m.setting.rehearse:
             decode(m.subject, m.length, 0)  # the cache settles on the first half of the trace
         done = decode(m.subject, m.length, m.length.steps)
+        m.tokens[run.name] = done.tokens
         _decode_row(m, run, done)
         with attempt(m.part, f"logits, {run.name}"):
             m.digests[run.name] = logits_digest(m.subject, m.length.prompt, m.setting.pick(8, 1))
@@ -220,29 +228,3 @@ def _decode_row(m: _Measuring, run: Run, done: Decoded) -> None:
         row[f"times_naive_{memory}"] = done.tokens_per_second / naive
     row["naive_target"] = f"{NAIVE_TARGET:.0f}" if run.resident == 0.25 else ""
     m.part.add(row)
-
-
-def _compare(m: _Measuring) -> None:
-    """Whether logits were the same to the last bit, wherever experts came from."""
-    for engine in (DEVICE, HOST):
-        of_engine = {n: d for n, d in m.digests.items() if n.startswith(engine)}
-        if of_engine:
-            m.part.add(
-                {
-                    "kind": "logits",
-                    "engine": engine,
-                    "runs": len(of_engine),
-                    "bit_equal": len(set(of_engine.values())) == 1,
-                    "digests": ", ".join(sorted(set(of_engine.values()))),
-                }
-            )
-    if len({name.partition("-")[0] for name in m.digests}) > 1:
-        m.part.add(
-            {
-                "kind": "logits",
-                "engine": "both",
-                "runs": len(m.digests),
-                "bit_equal": len(set(m.digests.values())) == 1,
-                "digests": ", ".join(sorted(set(m.digests.values()))),
-            }
-        )

@@ -110,6 +110,13 @@ def is_captured(handle: Offload) -> bool:
     return bool(getattr(getattr(loop, "replay", None), "captured", False))
 
 
+def queued_ahead(handle: Offload) -> int:
+    """Tokens whose steps the device was given, and which nobody has asked for yet."""
+    answer = getattr(getattr(handle, "decoding", None), "_answer", None)
+    under_way: Any = answer() if answer is not None else None
+    return 0 if under_way is None else under_way._queued - under_way._given
+
+
 def disconnect(handle: Offload) -> None:
     """Free what an engine has on the device, its graphs included."""
     handle.engine.close()

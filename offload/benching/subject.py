@@ -32,7 +32,7 @@ class Subject:
     model_n_params: int
     bits: str
     policy: str
-    lookahead: bool | None  # None: while it pays
+    lookahead: bool | None  # None: while it pays; on the device as True
     text: str  # "real" or "random"
 
     @classmethod

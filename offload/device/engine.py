@@ -30,7 +30,7 @@ from offload.device.gather import gather
 from offload.device.lanes import Lanes
 from offload.device.places import Places
 from offload.device.table import Table, add_counters
-from offload.engine import Engine
+from offload.engine import Engine, fewer_slots
 from offload.errors import GenerationError
 from offload.layer import Layer
 from offload.marks import NO_MARKS
@@ -62,6 +62,7 @@ class DeviceEngine(Engine):
         """`addresses` [L, E] int64 say where each record is in memory that `transfer.device` can
         read. Guesses are not weighed: on the device they cost the host nothing."""
         self._table = Table(places, transfer.device)
+        self._fewest_slots = 2 * places.k  # with which steps can be planned here
         self._planned_here = False  # whether the table is what holds, and not the cache
         self._addresses = addresses.to(transfer.device)
         self._decode = decode
@@ -170,6 +171,10 @@ class DeviceEngine(Engine):
             finally:
                 self._looping = False
 
+    def come_together(self) -> None:
+        """A step broke off: what is queued from now on comes after all that it had queued."""
+        self._lanes.come_together()
+
     def broke_off(self) -> None:
         """What was queued last never happened: a capture failed."""
         self._ahead_planned = self._ahead_here = None
@@ -187,8 +192,7 @@ class DeviceEngine(Engine):
         for ticket, _ in self._tickets.values():
             self.transfer.wait(ticket)
         self._tickets.clear()
-        self._table.upload(self._cache.state())
-        self._counted = [0] * len(self._counted)
+        self._table.upload(self._cache.state(), self._counted)
         self._planned_here = True
         return True
 
@@ -196,13 +200,15 @@ class DeviceEngine(Engine):
         """Give the cache what the table knows. Waits for the device."""
         if not self._planned_here:
             return
+        self.come_together()
         self.count(self._table.counts.tolist())
         self._cache.adopt(self._table.download())
         self._planned_here = False
 
     def count(self, counts: list[int]) -> None:
-        """Add what the device counted since it was told last: `Table.counts` of some moment."""
-        if not self._planned_here:
+        """Add what the device counted since it was told last: `Table.counts` of some moment, maybe
+        of one before the host was told."""
+        if counts[0] < self._counted[0]:
             return
         new = [now - before for now, before in zip(counts, self._counted, strict=True)]
         self._counted = counts
@@ -218,17 +224,24 @@ class DeviceEngine(Engine):
             self.count(self._table.counts.tolist())
         return super().stats()
 
+    def spares(self, shortage: int) -> bool:
+        """Whether steps can still be planned here when `shortage` bytes are given back."""
+        left = fewer_slots(self._cache.table.slots, shortage, self._info.slot_bytes)
+        return left >= self._fewest_slots
+
+    @torch.inference_mode(False)
     def give_back(self, shortage: int) -> None:
         self.plan_on_host()
         super().give_back(shortage)
-        slots, k = self._cache.table.slots, self._table.places.k
+        slots = self._cache.table.slots
         if slots == self._table.places.slots:
             return
         self._table = Table(replace(self._table.places, slots=slots), self.transfer.device)
-        self._counted = [0] * len(self._counted)
-        if slots < 2 * k and self._computes:
+        if slots < self._fewest_slots and self._computes:
             self._computes = False
-            logger.warning("with fewer than %d slots steps are planned on the host", 2 * k)
+            logger.warning(
+                "with fewer than %d slots steps are planned on the host", self._fewest_slots
+            )
 
     def _start_over(self) -> None:
         if self._planned_here:

@@ -1,17 +1,18 @@
 """A step captured as one CUDA graph, once it has run a few times.
 
 Knows: warming up, capturing, replaying, and that a step which cannot be captured still runs. Does
-not know: what a step is.
+not know: what a step is, where memory for a graph comes from.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
 from offload.errors import reason
+from offload.recovery import asked_bytes
 
 logger = logging.getLogger("offload")
 
@@ -25,12 +26,16 @@ class Replay:
         self,
         step: Callable[[], None],
         device: torch.device,
-        generator: torch.Generator,
+        generator: Callable[[], torch.Generator],
         broke_off: Callable[[], None],
+        spares: Callable[[int], bool],
     ) -> None:
         """`generator`: of the step's random numbers. `broke_off` is told when a capture failed:
-        what was queued by it never happened, and the generator cannot be used any more."""
-        self._step, self._generator, self._broke_off = step, generator, broke_off
+        what was queued by it never happened, and the generator cannot be used any more. `spares`:
+        whether so many bytes can be had for a graph; then calling raises `torch.OutOfMemoryError`
+        when a capture lacks them."""
+        self._step, self._generator = step, generator
+        self._broke_off, self._spares = broke_off, spares
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._runs = 0
@@ -53,25 +58,51 @@ class Replay:
             current = torch.cuda.current_stream(self._stream.device)
             self._stream.wait_stream(current)
             with torch.cuda.stream(self._stream):
-                self._step()
-            current.wait_stream(self._stream)
+                try:
+                    self._step()
+                finally:
+                    current.wait_stream(self._stream)
 
     def _capture(self, stream: torch.cuda.Stream) -> None:
         graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(self._generator)
+        graph.register_generator_state(self._generator())
         try:
-            # Other threads, which read disks and pin memory, may go on calling CUDA.
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            # Other threads, which read disks and pin memory, may go on calling CUDA. Where ending a
+            # capture fails, the stream before is not put back: the outer one does that.
+            with (
+                torch.cuda.stream(stream),
+                torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+            ):
                 self._step()
-        except Exception as error:  # whatever a model, a library or the driver raises
-            first = error.__context__ or error  # ending a capture that failed fails, too
-            self.refused = reason(first)
+        except BaseException as error:  # whatever a model, a library or the driver raises
             self._broke_off()
             torch.cuda.synchronize(stream.device)
-            logger.warning(
-                "the decode step cannot be captured as a CUDA graph, so each of its kernels is "
-                "launched by Python, slower (%s)",
-                self.refused,
-            )
+            self._refuse(error)
             return
         self._graph = graph
+
+    def _refuse(self, error: BaseException) -> None:
+        """Capture no more, unless `error` is for somebody else: Ctrl-C, and a lack of memory that
+        can be had."""
+        for cause in _with_causes(error):
+            if not isinstance(cause, Exception):
+                raise cause
+            if _is_shortage(cause) and self._spares(asked_bytes(cause)):
+                raise torch.OutOfMemoryError(str(cause))
+        self.refused = reason(error.__context__ or error)  # ending one that failed fails, too
+        logger.warning(
+            "the decode step cannot be captured as a CUDA graph, so each of its kernels is "
+            "launched by Python, slower (%s)",
+            self.refused,
+        )
+
+
+def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__context__
+
+
+def _is_shortage(error: Exception) -> bool:
+    """Torch's allocator and the driver say it each in their own way."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)

@@ -58,6 +58,16 @@ class FixedKV(Cache):  # type: ignore[misc]  # transformers has no types here
             mine.values[:, :, seen - kept : seen].copy_(theirs.values)
             mine.cumulative_length.fill_(seen)
 
+    def cut(self, length: int) -> bool:
+        """Hold only the first `length` tokens, wherever a step broke off; whether that is possible:
+        a layer that keeps a sum may have had more added. Nothing moves."""
+        if any(isinstance(layer, LinearAttentionLayer) for layer in self.layers):
+            return False
+        for layer in self.layers:
+            if not _keeps_nothing(layer):
+                layer.cumulative_length.fill_(length)  # what is past it is masked, then written
+        return True
+
     def grown(self, length: int) -> Cache | None:
         """A growing cache of the first `length` tokens; None where a layer keeps only a sum of
         them, which a later step has added to."""

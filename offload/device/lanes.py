@@ -42,6 +42,17 @@ class Lanes:
         event.record(self._link)
         return event
 
+    def come_together(self) -> None:
+        """Compute goes on when the link's lane is idle: for a step that broke off between forking
+        and joining. A capture that it had not forked into does not learn of the lane."""
+        if self._link is None:
+            return
+        with self.link():
+            forked = torch.cuda.is_current_stream_capturing()
+        with self.device():
+            if forked == torch.cuda.is_current_stream_capturing():
+                torch.cuda.current_stream().wait_stream(self._link)
+
     def join(self, point: torch.cuda.Event | None) -> None:
         """Compute goes on when the link's lane has come to `point`."""
         if point is not None:

@@ -28,7 +28,7 @@ class DecodeStep:
         ends: Sequence[int],
         table: Table,
     ) -> None:
-        """A token of `ends` halts the `table`: the step after it decides nothing."""
+        """A token of `ends` halts the `table`: the steps after it decide nothing."""
         device = model.device
         self.kv, self.sampler = kv, sampler
         self._model = model
@@ -48,7 +48,20 @@ class DecodeStep:
         self._next.fill_(prompt.shape[1])
         self._say(logits)
 
+    def go_back(self, length: int) -> bool:
+        """Be as before a step that broke off anywhere: `length` tokens are read, and one is chosen
+        to be read next. False: the KV cache has to be filled anew with those tokens."""
+        self._token.copy_(self._ids[:, length : length + 1])
+        self._ids[:, length + 1 :] = self._ids[:, :1]
+        self._next.fill_(length + 1)
+        return self.kv.cut(length)
+
+    def read(self, length: int) -> Tensor:
+        """The first `length` tokens [1, length]."""
+        return self._ids[:, :length]
+
     def __call__(self) -> None:
+        self.table.halted.logical_or_((self._token == self._ends).any())
         out = self._model(
             input_ids=self._token, past_key_values=self.kv, use_cache=True, logits_to_keep=1
         )
@@ -60,4 +73,3 @@ class DecodeStep:
         self._ids.index_copy_(1, self._next, token)
         self._next.add_(1)
         self.said.copy_(torch.cat((token.view(1), trouble.view(1), self.table.counts)))
-        self.table.halted.logical_or_((token.view(1) == self._ends).any())

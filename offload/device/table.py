@@ -86,11 +86,11 @@ class Table:
 
     @property
     def counts(self) -> Tensor:
-        """[1 + L * COUNTS] int64: tokens, and what was counted at each layer, since `upload`."""
+        """[1 + L * COUNTS] int64: tokens, and what was counted at each layer."""
         return self.ints[self.places.tokens :]
 
-    def upload(self, state: CacheState) -> None:
-        """Go on from `state`; counters begin at 0."""
+    def upload(self, state: CacheState, counted: Sequence[int] = ()) -> None:
+        """Go on from `state`, and count on from `counted` (as `counts`); else from 0."""
         at = self.places
         ints, reals = torch.zeros(at.ints, dtype=torch.int64), self.reals.new_zeros(at.reals).cpu()
         taken = sum(key is not None for key in state.keys)
@@ -123,6 +123,8 @@ class Table:
             reals[at.heat_unit + layer] = heat.unit
             for expert, uses in heat.uses.items():
                 reals[at.heat + self._number((layer, expert))] = uses
+        if counted:
+            ints[at.tokens :] = torch.tensor(counted)
         self.ints.copy_(ints)
         self.reals.copy_(reals)
 

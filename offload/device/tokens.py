@@ -1,13 +1,16 @@
 """Tokens one behind: the next step is queued before this one's token is read.
 
-Knows: when a step is queued and when a token is here. Does not know: what is in a step, text.
+Knows: when a step is queued, when a token is here, and what holds when a step broke off for lack of
+memory. Does not know: what is in a step, text.
 """
 
 from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,76 +18,16 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from offload.device.engine import DeviceEngine
-from offload.device.graph import Replay
-from offload.device.kv import CannotBeFixed, FixedKV
-from offload.device.step import DecodeStep
-from offload.sampling import Sampler, Sampling, check_trouble
+from offload.device.kv import CannotBeFixed
+from offload.device.loop import DecodeLoop
+from offload.device.readback import Readback
+from offload.recovery import asked_bytes, until_it_fits
+from offload.sampling import Sampling, check_trouble
 
 logger = logging.getLogger("offload")
 
 SHORTEST = 512  # tokens of the shortest KV cache; longer ones are twice as long each
-
-
-class Readback:
-    """Brings small tensors to the host, two on their way at a time."""
-
-    def __init__(self, like: Tensor) -> None:
-        cuda = like.device.type == "cuda"
-        self._places = [torch.empty_like(like, device="cpu", pin_memory=cuda) for _ in range(2)]
-        self._here = [torch.cuda.Event() if cuda else None for _ in range(2)]
-        self._sent = self._read = 0
-
-    def send(self, what: Tensor) -> None:
-        """Queue a copy of `what`, as it is after all that is queued."""
-        at = self._sent % 2
-        self._sent += 1
-        assert self._sent - self._read <= 2, "nobody has read the one before"
-        self._places[at].copy_(what, non_blocking=True)
-        event = self._here[at]
-        if event is not None:
-            event.record(torch.cuda.current_stream(what.device))  # of another card it says nothing
-
-    def read(self) -> list[int]:
-        """The oldest that was sent and not read."""
-        at = self._read % 2
-        self._read += 1
-        event = self._here[at]
-        if event is not None:
-            event.synchronize()  # sync: the text is made on the host, a step behind
-        values: list[int] = self._places[at].tolist()
-        return values
-
-
-class DecodeLoop:
-    """A step that is kept from one answer to the next, and its graph."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        engine: DeviceEngine,
-        grown: Cache,
-        length: int,
-        sampling: Sampling,
-        ends: tuple[int, ...],
-    ) -> None:
-        """Raises `CannotBeFixed`."""
-        self.made_for = (length, sampling, ends)
-        self.engine = engine
-        sampler = Sampler(sampling, model.device)
-        self.step = DecodeStep(model, FixedKV(grown, length), sampler, ends, engine.table)
-        self.replay = Replay(self.step, model.device, sampler.generator, self._broke_off)
-
-    def _broke_off(self) -> None:
-        self.engine.broke_off()
-        self.step.sampler.renew()
-
-    def run(self) -> None:
-        """Queue a step."""
-        with self.engine.loop() as on_device:
-            if on_device:
-                self.replay()
-            else:
-                self.step()
+Made = TypeVar("Made")
 
 
 class Answer:
@@ -92,28 +35,37 @@ class Answer:
 
     def __init__(self, loop: DecodeLoop, prompt_length: int, limit: int) -> None:
         """The first token is queued."""
-        self._loop, self._limit = loop, limit
+        self._loop, self._prompt_length, self._limit = loop, prompt_length, limit
         self._readback = Readback(loop.step.said)
         self._readback.send(loop.step.said)
-        self._queued = 1
-        self._length = prompt_length - 1  # of what was read before the token given last
+        self._queued, self._given = 1, 0  # tokens
 
     @torch.inference_mode()
     def __call__(self) -> int:
-        loop = self._loop
         if self._queued < self._limit:
-            loop.run()
-            self._readback.send(loop.step.said)
-            self._queued += 1
+            until_it_fits(self._queue, self._loop.engine, self._go_back)
         token, trouble, *counts = self._readback.read()
         check_trouble(trouble)
-        loop.engine.count(counts)
-        self._length += 1
+        self._loop.engine.count(counts)
+        self._given += 1
         return token
+
+    def _queue(self) -> None:
+        self._loop.run()
+        self._readback.send(self._loop.step.said)
+        self._queued += 1
+
+    def _go_back(self) -> None:
+        """All that was queued before the step that broke off holds: each token but the last was
+        read."""
+        self._loop.go_back(self._prompt_length + self._queued - 1)
 
     @torch.inference_mode()
     def cache(self) -> Cache | None:
-        return self._loop.step.kv.grown(self._length)
+        def grown() -> Cache | None:
+            return self._loop.step.kv.grown(self._prompt_length + self._given - 1)
+
+        return if_spared(grown, self._loop.engine, "to keep what was read: it is read again")
 
 
 class Loops:
@@ -145,27 +97,32 @@ class Loops:
         busy = self._answer is not None and self._answer() is not None
         if self.refused or busy or not isinstance(grown, Cache):
             return None
-        with self._engine.loop() as on_device:
-            if not on_device:
-                return None
-            try:
-                loop = self._loop_for(
-                    model, grown, prompt.shape[1] + limit, longest, sampling, ends
-                )
-                loop.step.kv.fill(grown)
-            except torch.OutOfMemoryError:
-                logger.warning("no memory for a second KV cache: every token waits for the last")
-                return None
-            except CannotBeFixed as error:
-                self.refused = str(error)
-                logger.warning("every token waits for the one before: %s", error)
-                return None
-            loop.step.sampler.reseed(sampling.seed)
-            loop.step.begin(prompt, logits)
-            answer = Answer(loop, prompt.shape[1], limit)
+        length = prompt.shape[1]
+
+        def begun() -> Answer | None:
+            with self._engine.loop() as on_device:
+                if not on_device:
+                    return None
+                try:
+                    loop = self._loop_for(model, grown, length + limit, longest, sampling, ends)
+                    loop.begin(prompt, logits, grown, sampling.seed)
+                except torch.OutOfMemoryError:
+                    self._loop = None  # its memory is needed
+                    raise
+                return Answer(loop, length, limit)
+
+        try:
+            answer = if_spared(
+                begun, self._engine, "for a second KV cache: every token waits for the last"
+            )
+        except CannotBeFixed as error:
+            self.refused = str(error)
+            logger.warning("every token waits for the one before: %s", error)
+            return None
+        if answer is not None:
             self._answer = weakref.ref(answer)
             self._engine.counts_come = True
-            return answer
+        return answer
 
     def _loop_for(
         self,
@@ -185,3 +142,17 @@ class Loops:
             self._loop = loop = None  # first: its memory may be needed
             self._loop = loop = DecodeLoop(model, self._engine, grown, *asked)
         return loop
+
+
+def if_spared(make: Callable[[], Made | None], engine: DeviceEngine, lost: str) -> Made | None:
+    """What `make` gives; as long as memory runs out slots are given back, but never so many that
+    the host would have to plan: then None, and it is said that there is no memory `lost`."""
+    while True:
+        try:
+            return make()
+        except torch.OutOfMemoryError as error:
+            shortage = asked_bytes(error)
+        if not engine.spares(shortage):
+            logger.warning("no memory %s", lost)
+            return None
+        engine.give_back(shortage)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,13 +12,16 @@ from torch import nn
 
 from benchmarks.cuda_check import __main__ as command
 from benchmarks.cuda_check import check as checking
+from benchmarks.cuda_check import decode as decoding
 from benchmarks.cuda_check.attempt import NotBuiltError, attempt
 from benchmarks.cuda_check.bounds import Bound, Rates
 from benchmarks.cuda_check.check import Check
+from benchmarks.cuda_check.comparison import NotEqualError, need_equal, tokens_rows
+from benchmarks.cuda_check.decode import Length
 from benchmarks.cuda_check.parts import PARTS, Part
 from benchmarks.cuda_check.routing import Routes, drive
 from benchmarks.cuda_check.setting import Setting
-from benchmarks.cuda_check.shapes import CASES, QWEN3
+from benchmarks.cuda_check.shapes import CASES, MIXTRAL, QWEN3
 from benchmarks.cuda_check.sizes import SCHEME
 from benchmarks.cuda_check.store import Part as Results
 from benchmarks.cuda_check.store import Store
@@ -60,6 +64,9 @@ def test_a_rehearsal_runs_every_part(rehearsed: dict[str, dict[str, dict[str, ob
         kinds = {row["kind"] for row in rows}  # type: ignore[attr-defined]
         assert {"model", "decode", "prefill", "logits"} <= kinds
         assert all(row["bit_equal"] for row in rows if row["kind"] == "logits")  # type: ignore[attr-defined]
+        tokens = {row["engine"]: row for row in rows if row["kind"] == "tokens"}  # type: ignore[attr-defined]
+        assert all(row["equal"] and row["agree"] == 4 for row in tokens.values())
+        assert set(tokens) == ({"host", "device", "both"} if case is MIXTRAL else {"host"})
 
 
 def test_a_part_that_dies_leaves_what_it_had_measured(tmp_path: Path) -> None:
@@ -115,6 +122,55 @@ def test_what_is_not_built_is_said_and_never_a_figure(tmp_path: Path) -> None:
     assert noted["rows"] == []
     assert noted["notes"][0] == "gather: not built (no such module)"
     assert noted["notes"][1].startswith("copy: FAILED, ValueError at test_cuda_check.py")
+
+
+def test_a_token_queued_before_the_clock_starts_is_not_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    handle = SimpleNamespace(decoding=None, stats=lambda: 0)
+    subject = SimpleNamespace(
+        model=None,
+        routes=SimpleNamespace(begin=lambda _: None),
+        setting=SimpleNamespace(device=torch.device("cpu")),
+    )
+    steps = [SimpleNamespace(token=token) for token in range(8)]
+    clock = iter((10.0, 12.0) * 2)
+    for name, fake in {
+        "offload_of": lambda _: handle,
+        "prompt_ids": lambda *_: [1],
+        "stream_generate": lambda *_, **__: iter(steps),
+        "time": SimpleNamespace(perf_counter=lambda: next(clock)),
+    }.items():
+        monkeypatch.setattr(decoding, name, fake)
+    length = Length(prompt=1, skipped=1, tokens=6)
+    done = decoding.decode(subject, length, 0)  # type: ignore[arg-type]
+    assert done.tokens == tuple(range(8))
+    assert done.tokens_per_second == 3.0
+    monkeypatch.setattr(decoding, "queued_ahead", lambda _: 1)
+    assert decoding.decode(subject, length, 0).tokens_per_second == 2.5  # type: ignore[arg-type]
+
+
+def test_answers_that_differ_are_a_check_that_failed(tmp_path: Path) -> None:
+    said = {
+        "device-planned, 25% resident": (1, 2, 3),
+        "device-planned, 50% resident": (1, 2, 3),
+        "host-planned, 25% resident": (1, 2, 4),
+    }
+    part = Store(tmp_path / "results.json").part("Mixtral")
+    rows = list(tokens_rows(said))
+    assert [(row["engine"], row["runs"], row["equal"], row["agree"]) for row in rows] == [
+        ("device", 2, True, 3),
+        ("host", 1, True, 3),
+        ("both", 3, False, 2),
+    ]
+    need_equal(rows[0])
+    with pytest.raises(NotEqualError):
+        need_equal(rows[2])
+    with attempt(part, "tokens"):
+        need_equal(rows[2])
+    (note,) = Store(tmp_path / "results.json").read()["parts"]["Mixtral"]["notes"]
+    assert note.startswith("tokens: FAILED, NotEqualError")
+    assert note.endswith("3 answers of 3 tokens agree in the first 2")
 
 
 def test_a_table_has_a_column_for_whatever_a_row_says() -> None:

@@ -13,17 +13,20 @@ import torch
 from transformers import PreTrainedModel
 
 import offload
+from cache.predictors import NO_LOOKAHEAD
 from cache.replay import recorded_setup, replay
 from cache.sharded import ShardedCache
 from cache.trace_file import read
 from offload.cards import CardsTransfer
 from offload.engine import Engine
+from offload.engine_choice import make_engine
 from offload.errors import GenerationError
 from offload.handle import offload_of
 from tests.tiny import save_tiny
 
 PROMPT = torch.arange(5, 25)[None]
 CPUS = ("cpu", "cpu")
+ON_SEVERAL = ["steps are planned on the host: the model is on several cards"]
 
 
 def _load(folder: Path, **options: Any) -> PreTrainedModel:
@@ -208,6 +211,20 @@ def test_the_host_plans_for_several_cards_which_is_said_to_who_asked_otherwise(
     save_tiny("mixtral", tmp_path / "checkpoint")
     model = _load(tmp_path, gpus=CPUS, engine=engine)
     assert type(offload_of(model).engine) is Engine
-    said = ["steps are planned on the host: the model is on several cards"]
-    assert caplog.messages == said * (engine == "device")
+    assert caplog.messages == ON_SEVERAL * (engine == "device")
     offload_of(model).close()
+
+
+@pytest.mark.parametrize("engine", ["auto", "host", "device"])
+def test_on_gpus_it_is_also_said_to_who_left_the_choice_open(
+    engine: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_tiny("mixtral", tmp_path / "checkpoint")
+    handle = offload_of(_load(tmp_path, gpus=CPUS))
+    options = replace(handle.options, device=torch.device("cuda", 0))
+    info, transfer = handle.pack.info, handle.engine.transfer
+    made, decoding = make_engine(engine, info, options, transfer, NO_LOOKAHEAD, handle.top_k)
+    assert type(made) is Engine
+    assert decoding is None
+    assert caplog.messages == ON_SEVERAL * (engine != "host")
+    handle.close()

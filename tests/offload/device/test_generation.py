@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from cache.statistics import LayerCounts
 from offload.device.engine import DeviceEngine
+from offload.device.loop import DecodeLoop
 from offload.device.table import Table
-from offload.device.tokens import DecodeLoop
 from offload.errors import GenerationError
 from offload.generation import GenerationResponse, forward, stream_generate
 from offload.handle import offload_of

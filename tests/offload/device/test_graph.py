@@ -62,7 +62,9 @@ class Step:
 
 
 def replay_of(step: Step, broken: list[int]) -> Replay:
-    return Replay(step, torch.device("cuda"), torch.Generator(), lambda: broken.append(1))
+    return Replay(
+        step, torch.device("cuda"), torch.Generator, lambda: broken.append(1), lambda _: False
+    )
 
 
 @pytest.mark.usefixtures("cuda")
@@ -93,8 +95,93 @@ def test_what_cannot_be_captured_runs_as_it_is(caplog: pytest.LogCaptureFixture)
 
 def test_a_cpu_runs_it_as_it_is() -> None:
     step = Step()
-    replay = Replay(step, torch.device("cpu"), torch.Generator(), lambda: None)
+    replay = Replay(step, torch.device("cpu"), torch.Generator, lambda: None, lambda _: False)
     for _ in range(5):
         replay()
     assert step.runs == 5
     assert not replay.captured
+
+
+class Starved(Step):
+    """Something is raised when it is captured first."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(WARM_UPS + 1)
+        self._error = error
+
+    def __call__(self) -> None:
+        self.runs += 1
+        if self.runs == self.fails_at:
+            raise self._error
+
+
+@contextlib.contextmanager
+def ends_badly(*_: Any, **__: Any) -> Iterator[None]:
+    """A capture whose step broke off between forking and joining."""
+    try:
+        yield
+    except BaseException:
+        raise RuntimeError("capturing stream has unjoined work")  # noqa: B904
+
+
+def starved(error: BaseException, asked: list[int], *, spares: bool) -> Replay:
+    return Replay(
+        Starved(error),
+        torch.device("cuda"),
+        torch.Generator,
+        lambda: None,
+        lambda shortage: (asked.append(shortage), spares)[1],
+    )
+
+
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("badly", [False, True])
+@pytest.mark.parametrize(
+    ("error", "size"),
+    [
+        (torch.OutOfMemoryError("Tried to allocate 20.00 MiB. GPU 0"), 20 << 20),
+        (RuntimeError("CUDA error: out of memory"), 0),  # of the driver, making the graph
+    ],
+)
+def test_a_capture_that_lacks_memory_asks_for_it_and_is_made_later(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, size: int, badly: bool
+) -> None:
+    asked: list[int] = []
+    replay = starved(error, asked, spares=True)
+    for _ in range(WARM_UPS):
+        replay()
+    with monkeypatch.context() as patch:
+        if badly:
+            patch.setattr(graph.torch.cuda, "graph", ends_badly)
+        with pytest.raises(torch.OutOfMemoryError):
+            replay()
+    assert asked == [size]
+    assert not replay.refused
+    replay()
+    assert replay.captured
+
+
+@pytest.mark.usefixtures("cuda")
+def test_a_capture_for_which_there_is_no_memory_runs_as_it_is(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    asked: list[int] = []
+    replay = starved(torch.OutOfMemoryError("Tried to allocate 1.00 MiB"), asked, spares=False)
+    for _ in range(WARM_UPS + 3):
+        replay()
+    assert asked == [1 << 20]
+    assert not replay.captured
+    assert "cannot be captured" in caplog.text
+
+
+@pytest.mark.usefixtures("cuda")
+def test_ctrl_c_in_a_capture_is_ctrl_c_however_the_capture_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    replay = starved(KeyboardInterrupt(), [], spares=True)
+    monkeypatch.setattr(graph.torch.cuda, "graph", ends_badly)
+    for _ in range(WARM_UPS):
+        replay()
+    with pytest.raises(KeyboardInterrupt):
+        replay()
+    assert not replay.refused

@@ -13,7 +13,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from offload.device.tokens import DecodeLoop
+from offload.device.loop import DecodeLoop
 from offload.generation import stream_generate
 from offload.handle import offload_of
 from tests.offload.device.conftest import Load
