@@ -36,6 +36,9 @@ COLUMNS = 16 if INTERPRETED.value else 4
 LONGEST_SPAN = 64  # columns between two scalings
 # Loads that a thread begins before it uses the first.
 MOST_STEPS = {8: 4, 4: 8, 2: 8}
+# Of float32: unless ptxas is told that a thread may have all there are, it keeps to 128 or 168 and
+# spills up to 24 bytes.
+MOST_REGISTERS = 255
 FEW_BLOCKS = 96  # thread blocks that leave many processors of a large GPU idle
 ENOUGH_BLOCKS = 384  # that keep its memory busy; worth another launch where rows are long
 LONG_STEPS = 3  # times that a thread block goes on to other spans
@@ -181,11 +184,13 @@ def gemv(
         return
     walk = _walk(matrix, count // tokens)
     parts = walk["SPLIT"] * len(walk["WIDTHS"])
+    registers = {"maxnreg": MOST_REGISTERS} if x.dtype == torch.float32 else {}
     place = out if parts == 1 else out.new_empty(parts, count, rows, dtype=torch.float32)
     quantised_gemv[(matrix.stored_rows // TILE_ROWS, count, parts)](
         x, place, slots, slot_of_cell, *common, matrix.scale_offset, matrix.step_offset, bias_at,
         rows, matrix.stored_rows, *gated.numbers,
         **walk, **gated.constants, DTYPE=dtype, num_warps=WARPS, enable_fp_fusion=True,
+        **registers,
     )  # fmt: skip
     if parts > 1:
         add_parts[(triton.cdiv(rows, 256), count)](
