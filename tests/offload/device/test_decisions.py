@@ -138,6 +138,17 @@ def test_nothing_is_decided_when_the_sequence_is_over() -> None:
     both.compare()
 
 
+def test_a_guess_may_evict_before_anything_was_planned_here() -> None:
+    both = Both(4, 2, 8, 2, "lfru", "shared")
+    for layer in (0, 1):
+        both.cache.plan(layer, [0, 1])
+    state = both.cache.state()._replace(trust=(1.0, 1.0))
+    both.cache.adopt(state)
+    both.table.upload(state)
+    both.look_ahead(1, [2, 3])
+    assert int(both.table.guess_loads[1].min()) >= 0
+
+
 def test_goes_on_from_what_the_host_decided_and_back() -> None:
     both = Both(7, 3, 8, 2, "lfru", "shared")
     shape = Shape("any", 3, 8, 2, 1, 1, 4.0)
