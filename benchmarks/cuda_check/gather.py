@@ -6,7 +6,7 @@ Knows: how the device-planned engine's gather is launched. Does not know: who as
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -74,4 +74,23 @@ def _gather(host: Tensor, slots: Tensor, programs: int) -> None:
         count,
         WORDS=WORDS,
         num_warps=WARPS,
+        enable_fp_fusion=False,
     )
+
+
+def fetching(setting: Setting, total: int, size: int) -> Callable[[], None]:
+    """What fetches `total` bytes, in records of `size`, as the engine does. Raises
+    `NotBuiltError`."""
+    try:
+        from offload.device.gather import gather
+    except ImportError as error:
+        raise NotBuiltError(str(error)) from None
+    host = _records(total // size, size, pinned=not setting.rehearse)
+    slots = torch.zeros(host.shape, dtype=torch.uint8, device=setting.device)
+    experts = torch.arange(len(host), dtype=torch.int32, device=setting.device)
+    addresses = host.data_ptr() + size * torch.arange(len(host), device=setting.device)
+
+    def run() -> None:
+        gather(experts, experts, addresses, slots, host.shape[1])
+
+    return run

@@ -8,8 +8,6 @@ them than any cache holds. Their bytes are those of the records they read.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from benchmarks.cuda_check.attempt import attempt, need_time
@@ -19,7 +17,7 @@ from benchmarks.cuda_check.products import Products, make_products
 from benchmarks.cuda_check.setting import Setting
 from benchmarks.cuda_check.shapes import CASES, MIXTRAL, Case
 from benchmarks.cuda_check.store import Part
-from benchmarks.cuda_check.timing import median_seconds
+from benchmarks.cuda_check.timing import captured, median_seconds
 
 SCHEMES = ("4", "8", "3g32", "2g16s8", "6", "5")  # as presets have them, the usual one first
 REHEARSED = ("4",)
@@ -104,22 +102,7 @@ def _decode_seconds(setting: Setting, made: Products, tokens: int) -> float:
         for table in tables:
             made.decode(hidden, table, cells)
 
-    return median_seconds(_captured(run, device), device, rounds=setting.pick(7, 1)) / calls
-
-
-def _captured(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """The same as a graph."""
-    if device.type != "cuda":
-        return run
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        run()  # kernels are compiled
-    torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+    return median_seconds(captured(run, device), device, rounds=setting.pick(7, 1)) / calls
 
 
 def _prefill_seconds(setting: Setting, made: Products, tokens: int) -> float:

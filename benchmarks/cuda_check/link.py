@@ -1,7 +1,7 @@
-"""Rates of the link and of the device's memory: the ceilings that everything else stands beside.
+"""Rates of the link and of the device's memory, the ceilings that everything else stands beside.
 
-Knows: memcpy both ways, pinned and pageable, in bulk and record by record; the gather kernel;
-device copies. Does not know: models.
+Knows: memcpy both ways, pinned and pageable, in bulk and record by record; device copies; which
+kernels of the device-planned engine are measured here. Does not know: models.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.cuda_check.about import link_now
-from benchmarks.cuda_check.attempt import attempt
+from benchmarks.cuda_check.attempt import attempt, need_time
+from benchmarks.cuda_check.beside import beside_rows
 from benchmarks.cuda_check.gather import gather_rates
+from benchmarks.cuda_check.planning import planning_rows
 from benchmarks.cuda_check.setting import Setting
 from benchmarks.cuda_check.store import Part
 from benchmarks.cuda_check.timing import median_seconds
 
 RECORD_BYTES = {"Mixtral-8x7B": 99_090_432, "gpt-oss-120b": 14_051_328, "Qwen3-30B-A3B": 2_654_208}
+BESIDE_SECONDS = 8.0  # of which most goes into compiling
 
 
 def run(setting: Setting, part: Part) -> None:
@@ -58,6 +61,13 @@ def run(setting: Setting, part: Part) -> None:
             del host
     with attempt(part, "gather kernel"):
         for row in gather_rates(setting, rates["h2d_pinned"], RECORD_BYTES):
+            part.add(row)
+    with attempt(part, "planning kernels"):
+        for row in planning_rows(setting):
+            part.add(row)
+    with attempt(part, "gather beside decode kernels"):
+        need_time(setting, BESIDE_SECONDS)
+        for row in beside_rows(setting):
             part.add(row)
 
 

@@ -26,8 +26,8 @@ class Part:
 
 
 PARTS = (
-    Part("tests", suite.run, 100, all_gpus=True),
-    Part("link", link.run, 45),
+    Part("tests", suite.run, 85, all_gpus=True),
+    Part("link", link.run, 60),
     Part("kernels", kernels.run, 80),
     *(Part(case.name, models.runner(case), None) for case in CASES),
 )

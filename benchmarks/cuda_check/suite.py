@@ -10,7 +10,10 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.cuda_check.setting import Setting
@@ -20,39 +23,55 @@ ROOT = Path(__file__).parents[2]
 MARK = "mark.gpu"
 ON_GPU = 'torch.device("cuda" if torch.cuda.is_available()'  # tests of kernels, wherever they run
 BENCHMARKS = "benchmarks"  # tests of this check itself
-LEAST_SECONDS = 20.0  # for a second group
 VERDICT = re.compile(r"^(\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)\b", re.MULTILINE)
 UNREADABLE = re.compile(r"^ERROR (\S+\.py)\b", re.MULTILINE)  # a file whose imports fail
 MARGIN_SECONDS = 5.0  # between pytest's end and this part's
+MOST_AT_ONCE = 6  # their kernels are compiled by one core each
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What became of one file's tests."""
+
+    text: str  # pytest's
+    ended: bool  # in time
 
 
 def run(setting: Setting, part: Part) -> None:
-    """Run them; only files that have any, so that the others' imports are not needed."""
-    _run_group(setting, part, "pytest -m gpu", MARK, ["-m", "gpu"])
-    if setting.seconds_left > LEAST_SECONDS and not setting.rehearse:
-        _run_group(setting, part, "kernels on the GPU", ON_GPU, ["-m", "not gpu"])
+    """Run them; only files that have any, so that the others' imports are not needed. A process for
+    each file, some at once: those that are marked come first."""
+    groups = [("pytest -m gpu", MARK, "gpu")]
+    if not setting.rehearse:
+        groups.append(("kernels on the GPU", ON_GPU, "not gpu and not long"))
+    with ThreadPoolExecutor(max(1, min(MOST_AT_ONCE, (os.cpu_count() or 2) // 2))) as pool:
+        begun = [
+            (kind, [pool.submit(_run, setting, file, chosen) for file in files_with(sign)])
+            for kind, sign, chosen in groups
+        ]
+        for kind, files in begun:
+            _tell(part, kind, [file.result() for file in files])
 
 
-def _run_group(setting: Setting, part: Part, kind: str, sign: str, chosen: list[str]) -> None:
-    """Run the `chosen` tests of the files that have `sign` in them."""
-    files = sorted(
+def files_with(sign: str) -> list[str]:
+    """Test files that have `sign` in them."""
+    return sorted(
         str(file.relative_to(ROOT))
         for file in (ROOT / "tests").rglob("test_*.py")
         if sign in file.read_text(encoding="utf-8")
         and BENCHMARKS not in file.relative_to(ROOT).parts
     )
-    command = [sys.executable, "-m", "pytest", "-vv", "-p", "no:cacheprovider", *chosen]
-    command += ["--tb=short", "--color=no", "--continue-on-collection-errors", *files]
-    log = setting.work / "tests.log"
-    ended = _run(command, log, setting.seconds_left)
-    text = log.read_text(errors="replace")
+
+
+def _tell(part: Part, kind: str, ran: list[Ran]) -> None:
+    text = "\n".join(one.text for one in ran)
+    ended = all(one.ended for one in ran)
     verdicts = verdicts_in(text)
     counts = Counter(verdict for _, verdict in verdicts)
     part.add(
         {
             "kind": "tests",
             "group": kind,
-            "files": len(files),
+            "files": len(ran),
             "passed": counts["PASSED"],
             "failed": counts["FAILED"],
             "errors": counts["ERROR"],
@@ -66,7 +85,13 @@ def _run_group(setting: Setting, part: Part, kind: str, sign: str, chosen: list[
     if not ended:
         part.note(f"{kind}: cut short by this part's time")
     if not verdicts or counts["FAILED"] or counts["ERROR"]:
-        part.set(f"output tail of {kind}", text[-6000:])
+        tails = [one.text[-6000:] for one in ran if _went_wrong(one.text)] or [text[-6000:]]
+        part.set(f"output tail of {kind}", "\n".join(tails))
+
+
+def _went_wrong(text: str) -> bool:
+    verdicts = verdicts_in(text)
+    return not verdicts or any(verdict in ("FAILED", "ERROR") for _, verdict in verdicts)
 
 
 def verdicts_in(text: str) -> list[tuple[str, str]]:
@@ -76,9 +101,14 @@ def verdicts_in(text: str) -> list[tuple[str, str]]:
     return [*VERDICT.findall(text), *((file, "ERROR") for file in unreadable)]
 
 
-def _run(command: list[str], log: Path, seconds: float) -> bool:
-    """Run it with its output in `log`; whether it came to its end in time."""
-    with log.open("wb") as out:
+def _run(setting: Setting, file: str, chosen: str) -> Ran:
+    """The tests of `file` that `chosen` marks choose, as long as there is time."""
+    seconds = setting.seconds_left - MARGIN_SECONDS
+    if seconds <= 0:
+        return Ran("", False)
+    command = [sys.executable, "-m", "pytest", "-vv", "-p", "no:cacheprovider", "-m", chosen]
+    command += ["--tb=short", "--color=no", "--continue-on-collection-errors", file]
+    with tempfile.TemporaryFile(dir=setting.work) as out:
         process = subprocess.Popen(
             command,
             stdout=out,
@@ -86,10 +116,12 @@ def _run(command: list[str], log: Path, seconds: float) -> bool:
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
         )
+        ended = True
         try:
-            process.wait(max(1.0, seconds - MARGIN_SECONDS))
+            process.wait(seconds)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            return False
-    return True
+            ended = False
+        out.seek(0)
+        return Ran(out.read().decode(errors="replace"), ended)

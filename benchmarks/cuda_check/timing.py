@@ -1,6 +1,6 @@
 """Seconds that something takes on a device.
 
-Knows: warm-up, events, medians. Does not know: what is timed.
+Knows: warm-up, events, medians, graphs. Does not know: what is timed.
 """
 
 from __future__ import annotations
@@ -13,13 +13,37 @@ import torch
 
 
 def median_seconds(
-    run: Callable[[], object], device: torch.device, *, rounds: int = 7, repeats: int = 1
+    run: Callable[[], object],
+    device: torch.device,
+    *,
+    rounds: int = 7,
+    repeats: int = 1,
+    before: Callable[[], object] = lambda: None,
 ) -> float:
     """Seconds of one `run`: the median over `rounds` of `repeats` back to back, after two that warm
-    up, where there is more than one round."""
-    for _ in range(2 if rounds > 1 else 0):
+    up, where there is more than one round. `before` each round comes what is not timed."""
+    times = []
+    for round_ in range(-2 if rounds > 1 else 0, rounds):
+        before()
+        seconds = _seconds(run, device, repeats) / repeats
+        if round_ >= 0:
+            times.append(seconds)
+    return statistics.median(times)
+
+
+def captured(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """The same as a graph."""
+    if device.type != "cuda":
+        return run
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        run()  # kernels are compiled
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
         run()
-    return statistics.median(_seconds(run, device, repeats) / repeats for _ in range(rounds))
+    return graph.replay
 
 
 def _seconds(run: Callable[[], object], device: torch.device, repeats: int) -> float:

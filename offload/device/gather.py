@@ -20,7 +20,7 @@ WARPS = 8
 WORDS = 2048  # of 8 bytes, a block at a time: four loads of 16 bytes a thread are under way
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["experts", "loads", "addresses"])
 def gather_kernel(
     experts, loads, addresses, slots, slot_words, words, k,
     WORDS: tl.constexpr,

@@ -21,7 +21,8 @@ INF = tl.constexpr(float("inf"))
 NOBODY = tl.constexpr(1 << 30)
 
 
-@triton.jit
+# One compilation for all layers, whatever a layer's number and where its rows of cells begin.
+@triton.jit(do_not_specialize=["layer"], do_not_specialize_on_alignment=["index", "hits", "loads"])
 def plan_kernel(
     index, layer, num_experts, k, ints, reals, hits, loads,
     P: tl.constexpr, KB: tl.constexpr, CHUNK: tl.constexpr,
@@ -46,7 +47,9 @@ def plan_kernel(
     tl.store(loads + at, tl.where(before < 0, after, -1), mask=at < k)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["layer"], do_not_specialize_on_alignment=["index", "experts", "loads"]
+)
 def look_ahead_kernel(
     index, layer, num_experts, k, ints, reals, experts, loads,
     P: tl.constexpr, KB: tl.constexpr, CHUNK: tl.constexpr,

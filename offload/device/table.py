@@ -96,6 +96,7 @@ class Table:
         taken = sum(key is not None for key in state.keys)
         assert all(key is None for key in state.keys[taken:]), "free slots are not the last ones"
         ints[at.taken] = taken
+        ints[at.plans] = 1  # no slot bears its number: nothing is in use between two tokens
         ints[at.slot_of : at.slot_of + at.keys] = -1
         ints[at.key_in : at.key_in + at.slots] = -1
         ints[at.used : at.used + at.keys] = -1

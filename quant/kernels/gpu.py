@@ -36,6 +36,10 @@ COLUMNS = 16 if INTERPRETED.value else 4
 LONGEST_SPAN = 64  # columns between two scalings
 # Loads that a thread begins before it uses the first.
 MOST_STEPS = {8: 4, 4: 8, 2: 8}
+# Of float32 fewer, and ptxas is told that a thread may have all registers there are: left alone it
+# keeps to 128 or 168 and spills up to 24 bytes.
+MOST_STEPS_FLOAT32 = {8: 4, 4: 4, 2: 2}
+MOST_REGISTERS = 255
 FEW_BLOCKS = 96  # thread blocks that leave many processors of a large GPU idle
 ENOUGH_BLOCKS = 384  # that keep its memory busy; worth another launch where rows are long
 LONG_STEPS = 3  # times that a thread block goes on to other spans
@@ -112,18 +116,19 @@ def splits(matrix: MatrixLayout, matrices: int) -> int:
 
 
 @functools.cache  # asked for at every launch
-def _walk(matrix: MatrixLayout, matrices: int) -> Constants:
+def _walk(matrix: MatrixLayout, matrices: int, dtype: torch.dtype) -> Constants:
     """What `quantised_gemv` is compiled for, beside dtypes and activations."""
     span, lanes = spans(matrix)
     columns = min(COLUMNS, span)
     widths = PLANES[matrix.bits]
+    most = MOST_STEPS_FLOAT32 if dtype == torch.float32 else MOST_STEPS
     return {
         **_quantised(matrix),
         "SPAN": span,
         "COLUMNS": columns,
         "LANES": lanes,
         "SPLIT": splits(matrix, matrices),
-        "STEPS": tuple(range(min(MOST_STEPS[widths[0]], span // columns))),
+        "STEPS": tuple(range(min(most[widths[0]], span // columns))),
         "CODES_0": tuple(range(32 // widths[0])),
         "CODES_1": tuple(range(32 // widths[-1])),
     }
@@ -179,13 +184,15 @@ def gemv(
             enable_fp_fusion=True,
         )  # fmt: skip
         return
-    walk = _walk(matrix, count // tokens)
+    walk = _walk(matrix, count // tokens, x.dtype)
     parts = walk["SPLIT"] * len(walk["WIDTHS"])
+    registers = {"maxnreg": MOST_REGISTERS} if x.dtype == torch.float32 else {}
     place = out if parts == 1 else out.new_empty(parts, count, rows, dtype=torch.float32)
     quantised_gemv[(matrix.stored_rows // TILE_ROWS, count, parts)](
         x, place, slots, slot_of_cell, *common, matrix.scale_offset, matrix.step_offset, bias_at,
         rows, matrix.stored_rows, *gated.numbers,
         **walk, **gated.constants, DTYPE=dtype, num_warps=WARPS, enable_fp_fusion=True,
+        **registers,
     )  # fmt: skip
     if parts > 1:
         add_parts[(triton.cdiv(rows, 256), count)](

@@ -103,7 +103,7 @@ def store_sums(
         tl.store(place + row, total.to(place.dtype.element_ty), mask=row < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slot_of_cell"])
 def quantised_gemv(
     x: tensor, out: tensor, slots: tensor, slot_of_cell: tensor,
     x_stride: tensor, cells_a_row: tensor, slot_bytes: tensor, weight_at: tensor, scale_at: tensor,
@@ -149,7 +149,7 @@ def quantised_gemv(
         store_sums(high, place, tile, rows, record, bias_at, HIGH, False, BIAS, DTYPE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slot_of_cell"])
 def add_parts(
     parts: tensor, out: tensor, slots: tensor, slot_of_cell: tensor, slot_bytes: tensor,
     bias_at: tensor, rows: tensor,
@@ -171,7 +171,7 @@ def add_parts(
     tl.store(out + cell.to(tl.int64) * rows + row, total.to(DTYPE), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slot_of_cell"])
 def plain_gemv(
     x: tensor, out: tensor, slots: tensor, slot_of_cell: tensor,
     x_stride: tensor, cells_a_row: tensor, slot_bytes: tensor, weight_at: tensor,

@@ -18,6 +18,7 @@ from benchmarks.cuda_check.bounds import Bound, Rates
 from benchmarks.cuda_check.check import Check
 from benchmarks.cuda_check.comparison import NotEqualError, need_equal, tokens_rows
 from benchmarks.cuda_check.decode import Length
+from benchmarks.cuda_check.models import RESIDENT, WAYS, _runs
 from benchmarks.cuda_check.parts import PARTS, Part
 from benchmarks.cuda_check.routing import Routes, drive
 from benchmarks.cuda_check.setting import Setting
@@ -25,7 +26,6 @@ from benchmarks.cuda_check.shapes import CASES, MIXTRAL, QWEN3
 from benchmarks.cuda_check.sizes import SCHEME
 from benchmarks.cuda_check.store import Part as Results
 from benchmarks.cuda_check.store import Store
-from benchmarks.cuda_check.suite import verdicts_in
 from benchmarks.cuda_check.table import lines
 from benchmarks.synthetic_packs import pack_bytes
 from cache.synthetic import Routing, Shape, synthesize
@@ -59,6 +59,9 @@ def test_a_rehearsal_runs_every_part(rehearsed: dict[str, dict[str, dict[str, ob
     for name, part in rehearsed["parts"].items():
         assert part["status"] == "done", name
         assert not [note for note in part["notes"] if "FAILED" in note], name  # type: ignore[attr-defined]
+    link = rehearsed["parts"]["link"]["rows"]
+    assert {"planning kernels", "gather beside decode kernels"} <= {row["kind"] for row in link}  # type: ignore[attr-defined]
+    assert all(row.get("right", True) for row in link)  # type: ignore[attr-defined]
     for case in CASES:
         rows = rehearsed["parts"][case.name]["rows"]
         kinds = {row["kind"] for row in rows}  # type: ignore[attr-defined]
@@ -67,6 +70,14 @@ def test_a_rehearsal_runs_every_part(rehearsed: dict[str, dict[str, dict[str, ob
         tokens = {row["engine"]: row for row in rows if row["kind"] == "tokens"}  # type: ignore[attr-defined]
         assert all(row["equal"] and row["agree"] == 4 for row in tokens.values())
         assert set(tokens) == ({"host", "device", "both"} if case is MIXTRAL else {"host"})
+
+
+def test_every_residency_is_measured_one_way_before_any_is_another_way(tmp_path: Path) -> None:
+    runs = _runs(QWEN3, Setting(False, tmp_path, 80.0, 2**30))
+    first = runs[: len(RESIDENT)]
+    assert {run.resident for run in first} == set(RESIDENT)
+    assert {(run.engine, run.lookahead) for run in first} == {WAYS[0]}
+    assert len(runs) == len(set(runs)) == len(WAYS) * len(RESIDENT) - 2  # no guesses at 100%
 
 
 def test_a_part_that_dies_leaves_what_it_had_measured(tmp_path: Path) -> None:
@@ -184,21 +195,6 @@ def test_a_table_has_a_column_for_whatever_a_row_says() -> None:
     assert "| up         | 12.35 |         |        |" in text
     assert "| down       | 1     | 50.0%   |        |" in text
     assert "- said so" in text
-
-
-def test_what_pytest_said_is_known_even_when_it_was_cut_short() -> None:
-    said = """
-tests/offload/test_cuda.py::test_one[mixtral] PASSED                     [ 10%]
-tests/offload/test_cuda.py::test_two FAILED                              [ 20%]
-tests/offload/test_cuda.py::test_three
-=================================== ERRORS ====================================
-ERROR tests/offload/test_other.py - ModuleNotFoundError: No module named 'hqq'
-"""
-    assert verdicts_in(said) == [
-        ("tests/offload/test_cuda.py::test_one[mixtral]", "PASSED"),
-        ("tests/offload/test_cuda.py::test_two", "FAILED"),
-        ("tests/offload/test_other.py", "ERROR"),
-    ]
 
 
 def test_a_bound_is_the_slower_of_link_and_memory() -> None:

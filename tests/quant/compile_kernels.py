@@ -1,174 +1,132 @@
-"""Compiles the GPU kernels with no GPU, exactly as launches would; run as a program of its own.
+"""Compiles the kernels of products with no GPU, exactly as launches would.
 
-Under pytest Triton interprets; here it compiles. What is launched is caught, its arguments are
-specialised as Triton's launcher does, and the cubin is asked what it takes.
+    python -m tests.quant.compile_kernels 75,89 usual|widths|all
 
-    python -m tests.quant.compile_kernels 75,89 quick|all
-
-writes one JSON object a kernel and compute capability. quick: one model's shapes in 4 bits.
+prints one JSON object a kernel and compute capability. usual: what a model in 4 bits and bfloat16
+launches; widths: something of every other number of bits; all: formats, dtypes and gates of models
+at home.
 """
 
 from __future__ import annotations
 
-import json
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
 
 from quant.gate import Gate
 from quant.kernels import gpu
-from quant.record import MatrixSpec, RecordLayout, plan_layout
+from quant.record import MatrixSpec, plan_layout
 from quant.scheme import Scheme
+from tests.launches import caught, tell
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-POINTERS = {
-    torch.uint8: "*u8",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.float32: "*fp32",
-    torch.float64: "*fp64",
-}
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+SILU, OAI, RELU2 = Gate("silu"), Gate("swiglu_oai", 7.0, 1.702), Gate("relu2")
+BLOCKS = (16, 32, 64)  # all that `quant.experts.block_cells` returns
+ENDS = (16, 64)
+BOTH = ("up", "down")
 
 
-class Launch:
-    """One kernel with everything it is specialised for."""
+@dataclass(frozen=True)
+class Case:
+    """The experts of a layer, as one model has them."""
 
-    def __init__(self, kernel: JITFunction, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-        self.kernel = kernel
-        self.options = {name: named.pop(name) for name in OPTIONS if name in named}
-        values = dict(zip(kernel.arg_names, args, strict=False)) | named
-        self.signature: dict[str, str] = {}
-        self.constants: dict[tuple[int, ...], Any] = {}
-        self.attributes: dict[tuple[int, ...], Any] = {}
-        for at, parameter in enumerate(kernel.params):
-            value = values[parameter.name]
-            divisible = False
-            if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
-                kind = "constexpr"
-                self.constants[(at,)] = value
-            elif isinstance(value, torch.Tensor):
-                kind, divisible = POINTERS[value.dtype], value.data_ptr() % 16 == 0
-            elif isinstance(value, float):
-                kind = "fp32"
-            else:
-                kind, divisible = "i32", value % 16 == 0
-            self.signature[parameter.name] = kind
-            if divisible:
-                self.attributes[(at,)] = [["tt.divisibility", 16]]
+    name: str
+    hidden: int
+    inner: int
+    k: int  # experts a token
+    scheme: Scheme
+    dtype: torch.dtype = BF16
+    blocks: tuple[int, ...] = ENDS  # cells that a prompt's products are computed for together
+    gate: Gate = SILU
+    gated: bool = True
+    bias: bool = False
+    decoded: tuple[str, ...] = BOTH  # matrices that one token is multiplied by
+    prefilled: tuple[str, ...] = BOTH
 
-    def compiled(self, capability: int) -> Any:
-        source = ASTSource(self.kernel, self.signature, self.constants, self.attributes)
-        target = GPUTarget("cuda", capability, 32)
-        return triton.compile(source, target=target, options=self.options)
-
-
-def caught(launches: list[Launch]) -> Any:
-    """In place of `JITFunction.run`: notes what would be launched."""
-
-    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **named: Any) -> None:
-        launches.append(Launch(self, args, named))
-
-    return run
-
-
-def tool(name: str, *arguments: str) -> str:
-    return subprocess.run(
-        [TOOLS / name, *arguments], capture_output=True, text=True, check=True
-    ).stdout
-
-
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers and bytes of stack and local memory, as the cubin says."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = tool("cuobjdump", "--dump-resource-usage", file.name)
-    return {name: int(n) for name, n in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
-
-
-def launch(layout: RecordLayout, gated: bool, gate: Gate | None, dtype: torch.dtype) -> None:
-    """Everything an experts layer launches: a token of 8 experts, a block of each size."""
-    up, down = layout.matrices
-    k, inner = 8, down.columns
-    told = gpu.Gated(gate, gated, up.bias_offset >= 0)
-    slots = torch.empty(1, layout.record_bytes, dtype=torch.uint8, device="meta")
-    cells = torch.empty(k, dtype=torch.int32)
-    hidden, raw = torch.empty(1, up.columns, dtype=dtype), torch.empty(k, up.rows, dtype=dtype)
-    out = torch.empty(k, down.rows, dtype=dtype)
-    gpu.gemv(hidden, slots, cells, up, raw, tokens=1)
-    gpu.gemv(raw, slots, cells, down, out, tokens=1, gated=told)
-    blocks = torch.empty(1, 3, dtype=torch.int32)
-    for size in (16, 64):
-        gpu.gemm(hidden, slots, blocks, cells, size, up, raw)
-    gpu.activate(raw, cells, told, raw.new_empty(k, inner))
-
-
-def cases(which: str) -> Iterator[tuple[str, RecordLayout, bool, Gate | None, torch.dtype]]:
-    """The shapes of models at home, in every format."""
-
-    def layout(
-        hidden: int, inner: int, scheme: Scheme, bias: bool = False, gated: bool = True
-    ) -> RecordLayout:
-        name = "gate_up_proj" if gated else "up_proj"
-        up = MatrixSpec(name, inner * (1 + gated), hidden, bias, torch.bfloat16)
-        return plan_layout(
-            (up, MatrixSpec("down_proj", hidden, inner, bias, torch.bfloat16)), scheme
+    def launch(self) -> None:
+        """Everything that one token and prompts launch."""
+        rows, k = self.inner * (1 + self.gated), self.k
+        matrices = (
+            MatrixSpec("up", rows, self.hidden, self.bias, torch.bfloat16),
+            MatrixSpec("down", self.hidden, self.inner, self.bias, torch.bfloat16),
         )
+        layout = plan_layout(matrices, self.scheme)
+        up, down = layout.matrices
+        told = gpu.Gated(self.gate, self.gated, self.bias)
+        slots = torch.empty(1, layout.record_bytes, dtype=torch.uint8, device="meta")
+        cells = torch.empty(k, dtype=torch.int32)
+        blocks = torch.empty(1, 3, dtype=torch.int32)
+        hidden = torch.empty(1, self.hidden, dtype=self.dtype)
+        raw = torch.empty(k, rows, dtype=self.dtype)
+        out = torch.empty(k, self.hidden, dtype=self.dtype)
+        inner = torch.empty(k, self.inner, dtype=self.dtype)
+        if "up" in self.decoded:
+            gpu.gemv(hidden, slots, cells, up, raw, tokens=1)
+        if "down" in self.decoded:
+            gpu.gemv(raw, slots, cells, down, out, tokens=1, gated=told)
+        for size in self.blocks:
+            if "up" in self.prefilled:
+                gpu.gemm(hidden, slots, blocks, cells, size, up, raw)
+            if "down" in self.prefilled:
+                gpu.gemm(inner, slots, blocks, cells, size, down, out)
+        gpu.activate(raw, cells, told, inner)
 
-    silu, oai = Gate("silu"), Gate("swiglu_oai", 7.0, 1.702)
-    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    yield "gpt-oss q4", layout(2880, 2880, Scheme(4), True), True, oai, bf16
-    if which == "all":
-        yield "mixtral q4", layout(4096, 14336, Scheme(4)), True, silu, bf16
-        yield "mixtral q4 fp16", layout(4096, 14336, Scheme(4)), True, silu, fp16
-        yield "qwen3-30b q4", layout(2048, 768, Scheme(4)), True, silu, bf16
-        yield "qwen3-30b q4 fp16", layout(2048, 768, Scheme(4)), True, silu, fp16
-        yield "qwen3-30b q4 fp32", layout(2048, 768, Scheme(4)), True, silu, fp32
-        for bits in (2, 3, 5, 6, 8):
-            yield f"qwen3-30b q{bits}", layout(2048, 768, Scheme(bits, 64)), True, silu, bf16
-            yield (
-                f"qwen3-30b q{bits}-16-8",
-                layout(2048, 768, Scheme(bits, 16, 8)),
-                True,
-                silu,
-                bf16,
-            )
-        for group in (16, 32, 128, 256):
-            yield f"qwen3-30b q4 g{group}", layout(2048, 768, Scheme(4, group)), True, silu, bf16
-        yield "nemotron q4", layout(2688, 1856, Scheme(4), False, False), False, Gate("relu2"), bf16
-        yield "qwen3-30b 16", layout(2048, 768, Scheme(16)), True, silu, bf16
-        yield "qwen3-30b 16 fp32", layout(2048, 768, Scheme(16)), True, silu, fp32
+
+def mixtral(scheme: Scheme, dtype: torch.dtype = BF16, blocks: tuple[int, ...] = BLOCKS) -> Case:
+    return Case("mixtral", 4096, 14336, 2, scheme, dtype, blocks)
+
+
+def qwen3(scheme: Scheme, dtype: torch.dtype = BF16, blocks: tuple[int, ...] = ENDS) -> Case:
+    return Case("qwen3-30b", 2048, 768, 8, scheme, dtype, blocks)
+
+
+def gpt_oss(scheme: Scheme, dtype: torch.dtype = BF16, blocks: tuple[int, ...] = ENDS) -> Case:
+    return Case("gpt-oss", 2880, 2880, 4, scheme, dtype, blocks, OAI, bias=True)
+
+
+def usual() -> Iterator[Case]:
+    """With rows in parts; down's prompts differ from up's in nothing but lengths."""
+    yield replace(mixtral(Scheme(4)), prefilled=("up",))
+
+
+def widths() -> Iterator[Case]:
+    """Of one token down's products, which are up's and the activation. Those of 3 and 5 bits take
+    too long: 6 to 13 seconds each."""
+    for bits in (2, 3, 5, 6, 8, 16):
+        decoded = () if bits in (3, 5) else ("down",)
+        yield replace(qwen3(Scheme(bits), blocks=(16,)), decoded=decoded, prefilled=("up",))
+
+
+def every() -> Iterator[Case]:
+    """A dimension at a time: shapes in 4 bits, dtypes, bits, groups."""
+    yield mixtral(Scheme(4))
+    yield qwen3(Scheme(4), blocks=BLOCKS)
+    yield gpt_oss(Scheme(4), blocks=BLOCKS)
+    yield Case("nemotron", 2688, 1856, 6, Scheme(4), gate=RELU2, gated=False)
+    yield qwen3(Scheme(4), FP16)
+    yield mixtral(Scheme(4), FP16)
+    for bits in (2, 3, 4, 5, 6, 8, 16):
+        yield qwen3(Scheme(bits))
+        yield qwen3(Scheme(bits), FP32)
+    for bits in (2, 3, 4):  # the longest rows spill first
+        yield mixtral(Scheme(bits), FP32, ())
+    for bits in (2, 3, 5, 6, 8):
+        yield qwen3(Scheme(bits, 16, 8), blocks=(16,))
+    for group in (16, 32, 128, 256):
+        yield qwen3(Scheme(4, group), blocks=(16,))
+
+
+SETS = {"usual": usual, "widths": widths, "all": every}
 
 
 def main() -> None:
-    capabilities = [int(number) for number in sys.argv[1].split(",")]
-    for name, layout, gated, gate, dtype in cases(sys.argv[2]):
-        for capability in capabilities:
-            launches: list[Launch] = []
-            JITFunction.run = caught(launches)
+    for case in SETS[sys.argv[2]]():
+        for capability in (int(number) for number in sys.argv[1].split(",")):
             gpu.capability = lambda _, cc=capability: divmod(cc, 10)
-            launch(layout, gated, gate, dtype)
-            for one in launches:
-                found: dict[str, Any] = {"case": name, "kernel": one.kernel.__name__}
-                found["cc"] = capability
-                try:
-                    found |= resources(one.compiled(capability).asm["cubin"])
-                except Exception as error:  # whatever the compiler raises
-                    found["error"] = str(error.__cause__ or error)[-600:]
-                print(json.dumps(found), flush=True)
+            name = f"{case.name} {case.scheme} {str(case.dtype).removeprefix('torch.')}"
+            tell(name, caught(case.launch), capability)
 
 
 if __name__ == "__main__":

@@ -1,58 +1,52 @@
-"""Compiles the planning and fetching kernels with no GPU; run as a program of its own.
+"""Compiles the planning and fetching kernels with no GPU, exactly as launches would.
 
-    python -m tests.offload.device.compile_kernels 75,89
+    python -m tests.offload.device.compile_kernels 75,89 usual|all
 
-writes one JSON object a kernel and compute capability.
+prints one JSON object a kernel and compute capability. usual: the policy that is the default.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 
 import torch
-from triton.runtime.jit import JITFunction
 
 from offload.device.gather import gather
 from offload.device.places import Places
 from offload.device.table import Table
-from tests.quant.compile_kernels import Launch, caught, resources
+from offload.residency import Residency
+from tests.launches import caught, tell
 
 CPU = torch.device("cpu")
-CASES = {
-    "qwen3-30b lfru": Places(48, 128, 8, 3072, "lfru", "shared"),
+USUAL = Places(48, 128, 8, 3072, Residency().policy, Residency().allocation)
+ALL = {
+    "qwen3-30b": USUAL,
     "qwen3-30b lru": Places(48, 128, 8, 1536, "lru", "global"),
+    "mixtral": Places(32, 8, 2, 64, USUAL.policy, USUAL.allocation),
+    "gpt-oss fifo": Places(36, 128, 4, 1152, "fifo", "shared"),
 }
+SETS = {"usual": {"qwen3-30b": USUAL}, "all": ALL}
+RECORD = 1 << 16  # bytes, of which a record has any multiple of 16
 
 
 def launch(places: Places) -> None:
-    """Everything a layer's step launches."""
+    """Everything that the layers of one token launch."""
     table, chosen = Table(places, CPU), torch.empty(places.k, dtype=torch.int64)
-    table.plan(7, places.experts, chosen)
-    table.look_ahead(7, places.experts, chosen)
-    addresses = torch.empty(places.experts, dtype=torch.int64)
-    slots = torch.empty(2, 1 << 16, dtype=torch.uint8)
-    gather(table.guesses[0], table.guess_loads[0], addresses, slots, 1 << 16)
+    slots = torch.empty(2, RECORD, dtype=torch.uint8)
+    addresses = torch.empty(places.layers, places.experts, dtype=torch.int64)
+    for layer in range(places.layers):
+        table.plan(layer, places.experts, chosen)
+        gather(chosen, table.loads[layer], addresses[layer], slots, RECORD)
+        table.look_ahead(layer, places.experts, chosen)
+        guesses, loads = table.guesses[layer], table.guess_loads[layer]
+        gather(guesses, loads, addresses[layer], slots, RECORD)
 
 
 def main() -> None:
-    for case, places in CASES.items():
-        launches: list[Launch] = []
-        JITFunction.run = caught(launches)  # type: ignore[method-assign]
-        launch(places)
-        for one in launches:
-            for capability in (int(number) for number in sys.argv[1].split(",")):
-                compiled = one.compiled(capability)
-                ptx = compiled.asm["ptx"]
-                found = {
-                    "case": case,
-                    "kernel": one.kernel.__name__,
-                    "cc": capability,
-                    "fused": "fma.rn.f64" in ptx,
-                    "wide": "ld.global.v2.b64" in ptx or "ld.global.v4.b32" in ptx,
-                    **resources(compiled.asm["cubin"]),
-                }
-                print(json.dumps(found), flush=True)
+    for case, places in SETS[sys.argv[2]].items():
+        launches = caught(lambda places=places: launch(places))
+        for capability in (int(number) for number in sys.argv[1].split(",")):
+            tell(case, launches, capability)
 
 
 if __name__ == "__main__":

@@ -2,38 +2,38 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
+import importlib.util
+from pathlib import Path
 
 import pytest
 
-CAPABILITIES = (75, 80, 86, 89, 90, 120)
-SHORT = (89,)  # the others take as long each
+from tests.compiled import CAPABILITIES, Found, compiled, names_by_capability, nothing_is_spilled
+
+MODULE = "tests.offload.device.compile_kernels"
+KERNELS = {"plan_kernel", "look_ahead_kernel", "gather_kernel"}
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
 
-@pytest.mark.parametrize(
-    "capability",
-    [pytest.param(cc, marks=() if cc in SHORT else pytest.mark.long) for cc in CAPABILITIES],
-)
-def test_kernels_compile_without_spills(capability: int) -> None:
-    """In a process of its own: here Triton interprets."""
-    environment = {name: at for name, at in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.offload.device.compile_kernels", str(capability)],
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    kernels = [json.loads(line) for line in run.stdout.splitlines()]
-    assert {found["kernel"] for found in kernels} == {
-        "plan_kernel",
-        "look_ahead_kernel",
-        "gather_kernel",
-    }
-    for found in kernels:
-        assert found["STACK"] == found["LOCAL"] == 0, found
-        assert not found["fused"], "worths would differ from the host's in their last bit"
-        assert found["wide"] or found["kernel"] != "gather_kernel", "loads of less than 16 bytes"
+def can_be_trusted(found: Found) -> None:
+    assert names_by_capability(found) == dict.fromkeys(CAPABILITIES, KERNELS)
+    nothing_is_spilled(found)
+    for one in found:
+        assert not one["fused doubles"], "worths would differ from the host's in their last bit"
+        if one["kernel"] == "gather_kernel":
+            assert one["wide loads"], "loads of less than 16 bytes"
+
+
+def test_kernels_compile_for_every_generation_without_spills(session_folder: Path) -> None:
+    can_be_trusted(compiled(session_folder, MODULE, "usual", CAPABILITIES))
+
+
+def test_a_kernel_is_compiled_once_for_all_layers(session_folder: Path) -> None:
+    """The gather reads the router's choice, of 64 bits, and guesses, of 32."""
+    found = compiled(session_folder, MODULE, "usual", CAPABILITIES)
+    assert len(found) == (len(KERNELS) + 1) * len(CAPABILITIES)
+
+
+@pytest.mark.long
+def test_kernels_of_every_policy_compile_without_spills(session_folder: Path) -> None:
+    can_be_trusted(compiled(session_folder, MODULE, "all", CAPABILITIES))

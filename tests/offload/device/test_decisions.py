@@ -1,4 +1,4 @@
-"""The kernels decide as the host-planned cache does, step by step."""
+"""The kernels decide as the host-planned cache does, step by step; on a GPU where there is one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ from cache.synthetic import Routing, Shape, synthesize
 from offload.device.places import Places
 from offload.device.table import Table, add_counters
 
-CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def on_device(experts: Sequence[int]) -> torch.Tensor:
+    return torch.tensor(experts, device=DEVICE)
 
 
 class Both:
@@ -28,13 +32,13 @@ class Both:
     ) -> None:
         self.cache = ExpertCache(slots, layers, POLICIES[policy], allocation)
         self.experts = experts
-        self.table = Table(Places(layers, experts, k, slots, policy, allocation), CPU)
+        self.table = Table(Places(layers, experts, k, slots, policy, allocation), DEVICE)
         self.table.upload(self.cache.state())
 
     def plan(self, layer: int, experts: Sequence[int]) -> None:
         chosen = [expert for expert in dict.fromkeys(experts) if expert < self.experts]
         plan = self.cache.plan(layer, chosen)
-        self.table.plan(layer, self.experts, torch.tensor(experts))
+        self.table.plan(layer, self.experts, on_device(experts))
         assert len(plan.waves) <= 1
         hits = dict(plan.waves[0].hits) if plan.waves else {}
         loads = dict(plan.waves[0].loads) if plan.waves else {}
@@ -43,7 +47,7 @@ class Both:
 
     def look_ahead(self, layer: int, experts: Sequence[int]) -> None:
         uses = dict(self.cache.look_ahead(layer, experts, most=len(experts)))
-        self.table.look_ahead(layer, self.experts, torch.tensor(experts))
+        self.table.look_ahead(layer, self.experts, on_device(experts))
         assert self.table.guess_loads[layer].tolist() == [uses.get(e, -1) for e in experts]
         assert self.table.guesses[layer].tolist() == list(experts)
 
@@ -127,11 +131,22 @@ def test_nothing_is_decided_when_the_sequence_is_over() -> None:
     both.plan(0, [3, 1])
     both.plan(1, [2, 5])
     both.table.halted.fill_(1)
-    both.table.plan(0, 8, torch.tensor([4, 6]))
-    both.table.look_ahead(1, 8, torch.tensor([4, 6]))
+    both.table.plan(0, 8, on_device([4, 6]))
+    both.table.look_ahead(1, 8, on_device([4, 6]))
     assert both.table.hits[0].tolist() == both.table.loads[0].tolist() == [-1, -1]
     assert both.table.guess_loads[1].tolist() == [-1, -1]
     both.compare()
+
+
+def test_a_guess_may_evict_before_anything_was_planned_here() -> None:
+    both = Both(4, 2, 8, 2, "lfru", "shared")
+    for layer in (0, 1):
+        both.cache.plan(layer, [0, 1])
+    state = both.cache.state()._replace(trust=(1.0, 1.0))
+    both.cache.adopt(state)
+    both.table.upload(state)
+    both.look_ahead(1, [2, 3])
+    assert int(both.table.guess_loads[1].min()) >= 0
 
 
 def test_goes_on_from_what_the_host_decided_and_back() -> None:
