@@ -11,7 +11,7 @@ row each. accelerate runs them one after the other and is given, once each, the 
 holds with a quarter of the experts resident in 4 and in 16 bits.
 
     pip install -e '.[demo,peers]'            # without llama-cpp-python its rows are left out
-    python benchmarks/peers.py                # under 12 minutes on two quiet cores
+    python benchmarks/peers.py                # under 15 minutes on two quiet cores
     python benchmarks/peers.py --quick        # about 3 minutes; says only that everything works
     python benchmarks/peers_report.py         # the tables of a run before
 

@@ -83,11 +83,13 @@ def _notes(peers: list[Peer], load: dict[str, int]) -> list[str]:
             "take back, count in no one's and are in the peak: our pack, accelerate's folder."
         )
     for peer in peers:
-        rounds, decode = peer["rounds"], peer["decode"]
-        if rounds is not None and decode is not None:
-            shown = f"{min(rounds, load['rounds'])} of {load['rounds']} rounds"
-            tokens = f"{min(decode, load['decode'])} of {load['decode']} tokens"
-            notes.append(f"{peer['name']}: {shown}, {tokens} decoded in each.")
+        rounds = min(peer["rounds"] or load["rounds"], load["rounds"])
+        decode = min(peer["decode"] or load["decode"], load["decode"])
+        if (rounds, decode) != (load["rounds"], load["decode"]):
+            notes.append(
+                f"{peer['name']}: {rounds} of {load['rounds']} rounds, {decode} of "
+                f"{load['decode']} tokens decoded in each."
+            )
     return notes
 
 
