@@ -277,6 +277,19 @@ def test_the_demo_has_the_shapes_that_are_planned() -> None:
         assert getattr(config, name) == getattr(expected, name)
 
 
+@pytest.mark.parametrize("name", [name for name, model in PUBLISHED.items() if model.beside])
+def test_a_model_whose_published_weights_are_quantised_is_planned_like_any_other(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    PUBLISHED[name].save_as_published(tmp_path)
+    assert "quantization_config" in json.loads((tmp_path / "config.json").read_text())
+    machine = ("--gpu", "5090", "--gpus", 4, "--ram", "768GiB")
+    plan = planned(capsys, tmp_path, *machine, "--expert-bits", 4)
+    assert plan["parameters"] == pytest.approx(PUBLISHED[name].weights, rel=1e-3)
+    row = plan["rows"][plan["chosen"]]
+    assert 4 < 8 * row["expert_bytes"] / PUBLISHED[name].weights < 4.5, "bits a weight"
+
+
 def test_the_table_fits_into_80_columns(
     mixtral_config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
