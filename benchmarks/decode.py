@@ -56,7 +56,9 @@ def main() -> None:
     arguments = parser.parse_args()
 
     with without_bars():
-        eager = AutoModelForCausalLM.from_pretrained(demo.checkpoint(), dtype=torch.bfloat16)
+        eager = AutoModelForCausalLM.from_pretrained(
+            demo.checkpoint(), dtype=torch.bfloat16, experts_implementation="eager"
+        )
     resident, tokenizer = offload.load("demo", device="cpu")
     quarter, _ = offload.load("demo", device="cpu", expert_slots="25%")
     assert tokenizer is not None

@@ -11,25 +11,16 @@ import torch
 import transformers
 
 import offload
+from offload.processor import processor_name
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def cpu_name() -> str:
-    """The processor's own name where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def machine() -> dict[str, Any]:
     """`hardware` and `versions`, as they go into results."""
     return {
         "hardware": {
-            "cpu": cpu_name(),
+            "cpu": processor_name(),
             "capability": torch.backends.cpu.get_cpu_capability(),
             "cores": psutil.cpu_count(logical=False),
             "threads": torch.get_num_threads(),

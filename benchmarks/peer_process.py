@@ -31,9 +31,12 @@ class Spec:
     kind: str  # "transformers", "accelerate", "ours" or "llama.cpp"
     bits: str  # of the weights: ours as `--bits`, llama.cpp's as the name of a mix
     slots: str = "100%"
-    memory: int | None = None  # bytes for weights that accelerate is given
+    experts: str | None = None  # transformers' `experts_implementation`
+    memory_of: str | None = None  # bits of ours, whose memory accelerate is given
+    memory: int | None = None  # the same in bytes, of weights
     file: Path | None = None  # llama.cpp's
     rounds: int | None = None  # fewer than the others: it is slow
+    decode: int | None = None  # tokens a round, fewer than the others
 
 
 class Model(Protocol):
@@ -123,8 +126,11 @@ def open_peer(spec: Spec, context: int, threads: int, scratch: Path) -> Model:
     import torch
 
     torch.set_num_threads(threads)
-    if spec.kind == "ours":
-        return _ours(spec, context)
+    return _ours(spec, context) if spec.kind == "ours" else _transformers(spec, scratch)
+
+
+def _transformers(spec: Spec, scratch: Path) -> Model:
+    import torch
     from transformers import AutoModelForCausalLM
 
     from offload import demo
@@ -140,10 +146,15 @@ def open_peer(spec: Spec, context: int, threads: int, scratch: Path) -> Model:
         }
     with without_bars():
         model = AutoModelForCausalLM.from_pretrained(
-            demo.checkpoint(), dtype=torch.bfloat16, **where
+            demo.checkpoint(),
+            dtype=torch.bfloat16,
+            experts_implementation=spec.experts,  # None would be grouped_mm
+            **where,
         )
     places = list(getattr(model, "hf_device_map", {}).values())
     experts = model.config._experts_implementation
+    if experts != spec.experts:
+        raise ValueError(f"transformers runs experts as {experts}, not as {spec.experts}")
     return TorchModel(
         model,
         lambda: {

@@ -2,11 +2,16 @@
 
 Each peer runs in a process of its own and all of them read the same tokens, in turns, several
 rounds in one run, so that ratios hold on a machine whose speed drifts. Before anything is timed
-every peer must say what the reference says (transformers in bfloat16): the distributions after a
-few prompts are compared, and greedy text. Prints a table and ratios, then writes JSON.
+every peer must say what the reference says (transformers eager in bfloat16): the distributions
+after a few prompts are compared, and greedy text. A peer that fails is left out and named. Writes
+JSON, then prints a table and ratios.
+
+transformers runs experts one after the other (eager) or together (grouped_mm, its own choice): a
+row each. accelerate runs them one after the other and is given, once each, the bytes that ours
+holds with a quarter of the experts resident in 4 and in 16 bits.
 
     pip install -e '.[demo,peers]'            # without llama-cpp-python its rows are left out
-    python benchmarks/peers.py                # under 12 minutes on two quiet cores
+    python benchmarks/peers.py                # under 15 minutes on two quiet cores
     python benchmarks/peers.py --quick        # about 3 minutes; says only that everything works
     python benchmarks/peers_report.py         # the tables of a run before
 
@@ -26,7 +31,7 @@ import importlib.util
 import json
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import psutil
@@ -34,7 +39,7 @@ from machine import RESULTS, machine
 from peer_process import Spec
 from peers_check import check
 from peers_report import tables
-from peers_running import Load, Peer, running
+from peers_running import Load, PeerError, measure, running
 from transformers import AutoTokenizer
 
 from offload import demo
@@ -46,43 +51,61 @@ from offload.recipe import AskedBits
 from quant.pack import Pack
 
 MIXES = ("BF16", "Q8_0", "Q4_1")
-SLOW_ROUNDS = 2  # of what takes seconds a token
+QUARTER = "25%"
+SLOW_ROUNDS, SLOW_DECODE = 2, 8  # of what takes seconds a token
 FULL = Load(prompt=256, decode=32, rounds=5, greedy=16, warm=16)
 QUICK = Load(prompt=64, decode=8, rounds=1, greedy=4, warm=1)
 
 
 def specs(begins: tuple[str, ...]) -> list[Spec]:
     """The reference, and the peers that can run here and are wanted; their files are made first."""
-    reference, *others = _specs()
+    reference, *others = [*_transformers(), *_accelerate(), *_ours(), *_llama_cpp()]
     wanted = [spec for spec in others if spec.name.startswith(begins)]
     if any(spec.kind == "llama.cpp" for spec in wanted):
         _write_gguf()
-    return [reference, *wanted]
+    return [reference, *map(_with_memory, wanted)]
 
 
-def _specs() -> list[Spec]:
-    ours = [
-        Spec("ours, 16 bits, 25% resident", "ours", "experts=16", "25%"),
+def _transformers() -> list[Spec]:
+    return [
+        Spec(f"transformers {experts}, bf16", "transformers", "16", experts=experts)
+        for experts in ("eager", "grouped_mm")
+    ]
+
+
+def _accelerate() -> list[Spec]:
+    slow = Spec("", "accelerate", "16", experts="eager", rounds=SLOW_ROUNDS, decode=SLOW_DECODE)
+    return [
+        replace(
+            slow,
+            name=f"accelerate eager, bf16, memory of {bits} bits {QUARTER}",
+            memory_of=f"experts={bits}",
+        )
+        for bits in (4, 16)
+    ]
+
+
+def _with_memory(spec: Spec) -> Spec:
+    """With the bytes that dense weights and slots of ours take."""
+    if spec.memory_of is None:
+        return spec
+    path = find_or_make_pack("demo", AskedBits(spec.memory_of, None, None, None).recipe())
+    with contextlib.closing(Pack(path)) as pack:
+        info = pack.info
+        slots = parse_slots(QUARTER, info.total_experts)
+        assert slots is not None
+        return replace(spec, memory=info.dense_bytes(2) + slots * info.slot_bytes)
+
+
+def _ours() -> list[Spec]:
+    return [
+        Spec(f"ours, 16 bits, {QUARTER} resident", "ours", "experts=16", QUARTER),
         Spec("ours, 4 bits, all resident", "ours", "experts=4"),
         Spec("ours, 4 bits, 50% resident", "ours", "experts=4", "50%"),
-        Spec("ours, 4 bits, 25% resident", "ours", "experts=4", "25%"),
+        Spec(f"ours, 4 bits, {QUARTER} resident", "ours", "experts=4", QUARTER),
         Spec("ours, q8, all resident", "ours", "q8"),
         Spec("ours, q4, all resident", "ours", "q4"),
     ]
-    path = find_or_make_pack("demo", AskedBits("experts=4", None, None, None).recipe())
-    with contextlib.closing(Pack(path)) as pack:
-        info = pack.info
-        slots = parse_slots("25%", info.total_experts)
-        assert slots is not None
-        memory = info.dense_bytes(2) + slots * info.slot_bytes
-    accelerate = Spec(
-        "accelerate, bf16, CPU and disk",
-        "accelerate",
-        "16",
-        memory=memory,
-        rounds=SLOW_ROUNDS,
-    )
-    return [Spec("transformers, bf16", "transformers", "16"), accelerate, *ours, *_llama_cpp()]
 
 
 def _llama_cpp() -> list[Spec]:
@@ -104,27 +127,6 @@ def _write_gguf() -> None:
             print(f"writing the demo as GGUF, {mix}", file=sys.stderr)
             _gguf(mix).parent.mkdir(parents=True, exist_ok=True)
             write_demo(_gguf(mix), mix)
-
-
-def measure(peers: list[Peer], ids: list[int], load: Load) -> None:
-    """All rounds, forwards and backwards in turns; each round reads another stretch of text."""
-    texts = stretches(ids, load.prompt + load.decode)
-    warm = next(texts)
-    for peer in peers:
-        slow = peer.spec.rounds is not None
-        rest = warm[load.prompt :][: 1 if slow else load.warm]
-        peer.ask("timed", warm[: 16 if slow else load.prompt], rest)
-    for number in range(load.rounds):
-        text = next(texts)
-        print(f"round {number + 1} of {load.rounds}", file=sys.stderr)
-        for peer in peers if number % 2 == 0 else reversed(peers):
-            if peer.spec.rounds is not None and number >= peer.spec.rounds:
-                continue
-            prefill, decode = peer.ask("timed", text[: load.prompt], text[load.prompt :])
-            peer.prefill.append(load.prompt / prefill)
-            peer.decode.append(load.decode / decode)
-    for peer in peers:
-        peer.facts = peer.ask("facts")
 
 
 def versions() -> dict[str, str | None]:
@@ -158,16 +160,20 @@ def main() -> None:
     begin = time.perf_counter()
     tokenizer = AutoTokenizer.from_pretrained(demo.checkpoint(), local_files_only=True)
     ids = real_text(tokenizer, (load.prompt + load.decode) * (load.rounds + 1))
-    chosen = specs(tuple(arguments.peers))
-    with running(chosen, load, arguments.threads) as peers:
-        timed = list(peers)
-        left_out = check(timed, tokenizer, load)
-        measure(timed, ids, load)
+    texts = stretches(ids, load.prompt + load.decode)
+    with running(specs(tuple(arguments.peers)), load, arguments.threads) as run:
+        try:
+            check(run, tokenizer, load)
+        except PeerError as error:
+            parser.exit(1, f"{error}\n")
+        reference = run.peers[0].spec.name
+        measure(run, texts, load)
     report = {
         **machine(),
         "threads": arguments.threads,
         "seconds": time.perf_counter() - begin,
         "load": asdict(load),
+        "reference": reference,
         "peers": [
             {
                 **{k: v for k, v in asdict(peer.spec).items() if k != "file"},
@@ -176,19 +182,19 @@ def main() -> None:
                 "check": peer.check,
                 **peer.facts,
             }
-            for peer in timed
+            for peer in run.peers
         ],
-        "left_out": left_out,
+        "left_out": run.left_out,
     }
     report["versions"].update(versions())
-    print(tables(report))
-    minutes = report["seconds"] / 60
-    print(f"{minutes:.1f} minutes, {arguments.threads} threads", file=sys.stderr)
-    if output is not None:
+    if output is not None:  # before anything is made of it
         output.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
         output.write_text(text, encoding="utf-8")
         print(f"written to {output}", file=sys.stderr)
+    print(tables(report))
+    minutes = report["seconds"] / 60
+    print(f"{minutes:.1f} minutes, {arguments.threads} threads", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from peer_process import Spec, Vector
-from peers_running import Load, Peer, PeerError
+from peers_running import Load, Peer, PeerError, Run
 
 from offload.quality.prompts import read_prompts
 
@@ -16,37 +17,52 @@ from offload.quality.prompts import read_prompts
 MOST_KL = {"16": 0.02, "8": 0.05, "4": 1.0}
 
 
-def check(peers: list[Peer], tokenizer: Any, load: Load) -> dict[str, str]:
-    """Hold every peer's answers against the reference's, the first one's.
+def check(run: Run, tokenizer: Any, load: Load) -> None:
+    """Hold every peer's answers against the reference's, transformers' without quantisation.
 
-    A peer that fails, or is another model, is left out; returned is which and why.
+    A peer that fails, or is another model, is left out. Raises `PeerError` when no reference is
+    left.
     """
     texts = read_prompts().texts
     prompts = [tokenizer(text)["input_ids"][: load.prompt // 2] for text in texts]
     question = [{"role": "user", "content": "What is the capital of France?"}]
     chat = tokenizer.apply_chat_template(question, tokenize=False, add_generation_prompt=True)
     asked = tokenizer(chat, add_special_tokens=False)["input_ids"]
-    prompts.append(asked)
+    hold_against_reference(run, [*prompts, asked], load.greedy, tokenizer.decode)
+
+
+def hold_against_reference(
+    run: Run, prompts: list[list[int]], greedy: int, decode: Callable[[list[int]], str]
+) -> None:
+    """Distributions after all prompts, and greedy text after the last. Raises `PeerError`."""
 
     def answers(peer: Peer) -> tuple[Vector, list[int]]:
-        return peer.ask("distributions", prompts), peer.ask("greedy", asked, load.greedy)
+        return peer.ask("distributions", prompts), peer.ask("greedy", prompts[-1], greedy)
 
-    reference, said = answers(peers[0])
-    left_out: dict[str, str] = {}
-    for peer in list(peers):
+    reference, said = _reference(run, answers)
+    for number, peer in enumerate(list(run.peers)):
         try:
-            log_p, answer = answers(peer) if peer is not peers[0] else (reference, said)
+            log_p, answer = answers(peer) if number else (reference, said)
             peer.check = compare(reference, log_p, said, answer)
-            peer.check["greedy"] = tokenizer.decode(answer)
+            peer.check["greedy"] = decode(answer)
             kl, most = peer.check["kl_mean"], MOST_KL[_bits(peer.spec)]
             if not kl <= most:
                 raise PeerError(f"it is another model: KL divergence {kl:.3f}, {most} is the most")
             print(f"{peer.spec.name}: KL {kl:.4f}, {peer.check['greedy']!r}", file=sys.stderr)
         except PeerError as error:
-            left_out[peer.spec.name] = str(error)
-            peers.remove(peer)
-            print(f"{peer.spec.name} IS LEFT OUT: {error}", file=sys.stderr)
-    return left_out
+            run.drop(peer, error)
+
+
+def _reference(
+    run: Run, answers: Callable[[Peer], tuple[Vector, list[int]]]
+) -> tuple[Vector, list[int]]:
+    """What the first peer answers; when it cannot, the next one of transformers."""
+    while run.peers and run.peers[0].spec.kind == "transformers":
+        try:
+            return answers(run.peers[0])
+        except PeerError as error:
+            run.drop(run.peers[0], error)
+    raise PeerError("transformers does not run here: there is nothing to hold the others against")
 
 
 def compare(reference: Vector, log_p: Vector, said: list[int], answer: list[int]) -> dict[str, Any]:

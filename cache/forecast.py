@@ -27,14 +27,16 @@ WARM_TOKENS, TOKENS = 48, 32  # before what is counted, and counted
 # Layers are alike, so a few stand for all; more of them where RAM holds only some.
 FEW_LAYERS, MORE_LAYERS = 4, 8
 TRACE_TOKENS = 200  # of a recorded run
-# Even a whole token as one CUDA graph starts some ten kernels a layer, 2 microseconds each. With it
-# Qwen3-30B-A3B, all resident on an RTX 4090, gets 200 tokens/s; up to 196 were published.
-IN_A_GRAPH = replace(DEVICE_PLANNED, host_seconds_per_layer=10 * 2e-6)
 RATES = 0.75  # of the stated ones, at the low end: other slots, lanes and programs take their part
 HOST = 1.5  # times the Python, at the low end: it was measured on one processor
 # A CPU's products reach half of its memory's rate at 2 bits, nearly all of it at 6 (docs/log.md).
 SLOW_PRODUCTS = 1.5  # passes over memory, at the low end
-LIMITS = {"the link": "link", "the disk": "disk", "the host": "Python"}
+LIMITS = {
+    "the link": "link",
+    "the disk": "disk",
+    "the host": "Python",
+    "kernel starts": "launch",
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,24 @@ class Load:
     slots: int  # over all cards
     ram_bytes: int | None = None  # what RAM holds of the experts; None: all
     policy: str = "lfru"
+    on_device: bool = False  # steps are planned on the card, a token is one CUDA graph
+
+    @property
+    def engine(self) -> Software:
+        """What serves it."""
+        return DEVICE_PLANNED if self.on_device else HOST_PLANNED
+
+    @property
+    def warm(self) -> Load:
+        """With RAM used well: what is in slots is no longer asked of it, so it comes to hold the
+        others. Layers stand for what it holds (`cache.simulator`): as many as its share of the
+        others."""
+        if self.ram_bytes is None:
+            return self
+        every = self.shape.layers * self.shape.layer_bytes
+        rest = every * (1 - self.slots / (self.shape.layers * self.shape.experts))
+        share = min(1.0, self.ram_bytes / rest) if rest > 0 else 1.0
+        return replace(self, ram_bytes=round(every * share))
 
 
 @dataclass(frozen=True)
@@ -56,15 +76,15 @@ class Forecast:
     usual: float
     high: float
     loaded_bytes: float  # a token, at `usual`
-    limited_by: str  # link, VRAM, RAM, disk or Python, at `usual`
+    limited_by: str  # link, VRAM, RAM, disk, Python or launch (of kernels), at `usual`
 
 
 def forecast(load: Load) -> Forecast:
     """What the stated routings make of `load`. Raises `CacheError`."""
     return _forecast(
         _run_few_layers(replace(load, hardware=_at(load.hardware, RATES)), UNIFORM, _slow(load)),
-        _run_few_layers(load, USUAL, HOST_PLANNED),
-        _run_few_layers(replace(load, hardware=_at_best(load.hardware)), LOCAL, _fast(load)),
+        _run_few_layers(load.warm, USUAL, load.engine),
+        _run_few_layers(_at_best(load.warm), LOCAL, load.engine),
         load.hardware,
     )
 
@@ -77,8 +97,8 @@ def forecast_of(load: Load, trace: Trace) -> Forecast:
     cut = _beginning(trace)
     return _forecast(
         _run(replace(load, hardware=_at(load.hardware, RATES)), cut, _slow(load), "none"),
-        _run(load, cut, HOST_PLANNED, "router"),
-        _run(replace(load, hardware=_at_best(load.hardware)), cut, _fast(load), "router"),
+        _run(load.warm, cut, load.engine, "router"),
+        _run(_at_best(load.warm), cut, load.engine, "router"),
         load.hardware,
     )
 
@@ -110,21 +130,18 @@ def _at(hardware: Hardware, share: float) -> Hardware:
     )
 
 
-def _at_best(hardware: Hardware) -> Hardware:
+def _at_best(load: Load) -> Load:
     """A processor may have been busy when it was measured; profiles of cards are the best."""
-    return hardware if hardware.runs_ahead else _at(hardware, 1 / RATES)
+    machine = load.hardware
+    return load if machine.runs_ahead else replace(load, hardware=_at(machine, 1 / RATES))
 
 
 def _slow(load: Load) -> Software:
-    """The slowest that may serve this machine."""
+    """The slowest that may serve this machine: memory that cannot be pinned, say, leaves the
+    planning to the host."""
     passes = 1.0 if load.hardware.runs_ahead else SLOW_PRODUCTS
     seconds = HOST_PLANNED.host_seconds_per_layer * HOST
     return replace(HOST_PLANNED, memory_passes=passes, host_seconds_per_layer=seconds)
-
-
-def _fast(load: Load) -> Software:
-    """The fastest: what does not plan on the host needs a GPU."""
-    return IN_A_GRAPH if load.hardware.runs_ahead else HOST_PLANNED
 
 
 def _beginning(trace: Trace) -> Trace:

@@ -19,6 +19,7 @@ class Phase:
     dense_seconds: float = 0.0  # attention, shared experts, head
     expert_seconds: float = 0.0
     host_seconds: float = 0.0  # the device stood still because nothing was queued
+    start_seconds: float = 0.0  # it started kernels that were
     demand_wait_seconds: float = 0.0  # it stood still for a load on demand
     guess_wait_seconds: float = 0.0  # for a right guess that was late
     loads: int = 0
@@ -30,7 +31,8 @@ class Phase:
     @property
     def seconds(self) -> float:
         waits = self.demand_wait_seconds + self.guess_wait_seconds
-        return self.dense_seconds + self.expert_seconds + self.host_seconds + waits
+        compute = self.dense_seconds + self.expert_seconds
+        return compute + self.host_seconds + self.start_seconds + waits
 
     @property
     def tokens_per_s(self) -> float:
@@ -42,6 +44,7 @@ class Phase:
             "dense": self.dense_seconds,
             "experts": self.expert_seconds,
             "host": self.host_seconds,
+            "starting kernels": self.start_seconds,
             "waiting for loads": self.demand_wait_seconds,
             "waiting for guesses": self.guess_wait_seconds,
         }
@@ -55,6 +58,7 @@ class Phase:
         parts = {
             "device memory": self.dense_seconds + self.expert_seconds,
             "the host": self.host_seconds,
+            "kernel starts": self.start_seconds,
             carrier: waits,
         }
         return max(parts, key=parts.__getitem__)

@@ -166,6 +166,8 @@ class _Simulation:
         self._device_works(queued, seconds, phase)
         phase.dense_seconds += seconds
         self._span("compute", "dense", self.device - seconds, seconds, event.layer)
+        self.device += self.software.start_seconds_per_layer
+        phase.start_seconds += self.software.start_seconds_per_layer
         self.host += self.software.host_seconds_per_layer
         self.host = max(self.host, self.device)  # the plan needs the router's answer
 

@@ -91,6 +91,8 @@ def run(arguments: argparse.Namespace) -> int:
             ):
                 rows.append(row)
                 printer.row(row)
+                if earlier is not None and (reason := earlier.why_none(row)):
+                    print(f"--compare: {reason}", file=sys.stderr)
     finally:
         if arguments.plot and rows:
             save_picture(rows, arguments.plot)

@@ -175,7 +175,7 @@ def _is_right(file: Path) -> bool:
 def load_dense(dtype: torch.dtype) -> PreTrainedModel:
     """The dense model, read from its GGUF by transformers."""
     if importlib.util.find_spec("gguf") is None:
-        raise SourceError("the demo needs the gguf library: pip install 'moe-offload[demo]'")
+        raise SourceError("the demo needs the gguf library: pip install gguf")
     file = fetch_gguf()
     # transformers draws a bar of its own here, and there is no switch for it
     with without_bars(), contextlib.redirect_stderr(io.StringIO()):

@@ -31,6 +31,7 @@ class Outline:
 
     name: str
     config: PreTrainedConfig
+    model: PreTrainedModel  # on meta, whole
     made: PackInfo | None  # it is a pack already
     top_k: int
     table: str | None  # the module of a token table that is not the head too: a token reads a row
@@ -105,6 +106,7 @@ def _outline(
     return Outline(
         name,
         config,
+        model,
         made,
         top_k,
         table,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from cache.forecast import Forecast
+from offload.placement import Share
 from offload.plan import Plan
 from offload.plan_report import notes
 from offload.plan_row import Row
@@ -58,10 +59,22 @@ def _row_json(row: Row) -> dict[str, Any]:
         "workspace_bytes": row.budget.workspace,
         "staging_bytes": row.staging_bytes,
         "slots": row.slots,
+        "cards": [_share_json(share) for share in row.shares],
+        "engine": "device" if row.on_device else "host",
         "rest_in": row.rest,
         "disk_share": row.disk_share,
         "refusal": row.refusal or None,
         "tokens_per_s": None if row.forecast is None else _forecast_json(row.forecast),
+    }
+
+
+def _share_json(share: Share) -> dict[str, Any]:
+    return {
+        "layers": len(share.blocks),
+        "experts": share.experts,
+        "slots": share.slots,
+        "dense_bytes": share.dense,
+        "kv_cache_bytes": share.kv_cache,
     }
 
 

@@ -114,7 +114,7 @@ def _speed(tokens_per_s: float) -> str:
 def _sizes(plan: Plan, row: Row) -> Iterator[str]:
     info, budget, cards = row.info, row.budget, plan.target.cards
     device = "RAM" if plan.target.device.type == "cpu" else "VRAM"
-    each = " a card" if cards > 1 else ""
+    each = " at most a card" if cards > 1 else ""
     rest = info.total_experts - row.slots
     where = f"{row.slots} resident" + (f", {rest} in {_source(row)}" if rest else "")
     yield f"At {row.recipe.name}:"
@@ -126,6 +126,10 @@ def _sizes(plan: Plan, row: Row) -> Iterator[str]:
         yield f"  staging    {gib(row.staging_bytes):>10}{each}, prompts are streamed through it"
     yield f"  experts    {gib(info.expert_bytes):>10}, {gib(info.slot_bytes)} each: {where}"
     yield f"  pack       {gib(row.pack_bytes):>10} on the disk{_download(plan)}"
+    for share in row.shares:
+        beside = f"dense {gib(share.dense)}, KV {gib(share.kv_cache)}"
+        held = f"{share.slots}/{share.experts} experts"
+        yield f"  card {share.number:<5} {len(share.blocks):>4} layers, {held}, {beside}"
 
 
 def _source(row: Row) -> str:
@@ -146,13 +150,19 @@ def notes(plan: Plan, traced: bool) -> Iterator[str]:
     elif traced:
         yield (
             "tok/s is simulated on the trace, not measured; its range: no look-ahead, "
-            f"{_low_end()}, to look-ahead{_high_end(plan)}"
+            f"{_low_end(plan)}, to look-ahead{_high_end(plan)}"
         )
     else:
         yield (
             f"tok/s is simulated, not measured: a token repeats {USUAL.stickiness:.0%} of the "
-            f"choices before; its range: none repeated, all experts alike, {_low_end()}, to "
+            f"choices before; its range: none repeated, all experts alike, {_low_end(plan)}, to "
             f"{LOCAL.stickiness:.0%} repeated, few experts favoured{_high_end(plan)}"
+        )
+    yield from _engine(plan)
+    if any(row.rest == "disk" for row in plan.rows):
+        yield (
+            "rest in: of the experts without a slot, the share that RAM has no room for either "
+            "and that is read from the disk"
         )
     if plan.chosen is not None and plan.chosen.bits.bits < GOOD_BITS:
         yield (
@@ -175,12 +185,36 @@ def notes(plan: Plan, traced: bool) -> Iterator[str]:
         yield f"with {plan.remedy} it fits"
 
 
-def _low_end() -> str:
-    return f"{RATES:.0%} of these rates, {HOST:g} times the Python"
+def _engine(plan: Plan) -> Iterator[str]:
+    """Who plans the steps that were simulated."""
+    rows = [row for row in plan.rows if row.forecast]
+    if plan.target.device.type == "cpu" or not rows:
+        return
+    by_host = [_bits(row) for row in rows if not row.on_device]
+    on_card = "steps are planned on the card (a token is one CUDA graph), as --engine auto does"
+    why = " or ".join(dict.fromkeys(_why_host(plan, row) for row in rows if not row.on_device))
+    if not by_host:
+        yield f"{on_card} where memory can be pinned"
+    elif len(by_host) == len(rows):
+        yield f"steps are planned by the host, with a wait at every layer: {why}"
+    else:
+        yield f"{on_card}; at {', '.join(by_host)} bits by the host: {why}"
+
+
+def _why_host(plan: Plan, row: Row) -> str:
+    if plan.target.cards > 1:
+        return "there are several cards"
+    return "there are too few slots" if row.rest != "disk" else "RAM does not hold every expert"
+
+
+def _low_end(plan: Plan) -> str:
+    by_host = "planned by the host at " if any(row.on_device for row in plan.rows) else ""
+    return f"{RATES:.0%} of these rates, {by_host}{HOST:g} times the Python"
 
 
 def _high_end(plan: Plan) -> str:
-    return "" if plan.target.device.type == "cpu" else ", no Python (CUDA graphs)"
+    """On a CPU the rates that were measured may be a busy machine's."""
+    return f", {1 / RATES:.0%} of these rates" if plan.target.device.type == "cpu" else ""
 
 
 def _free_bytes(folder: Path) -> int:

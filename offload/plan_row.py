@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+import torch
+
 from cache.errors import CacheError
 from cache.forecast import Forecast, Load, forecast, forecast_of
 from cache.synthetic import Shape
 from cache.trace import Trace
-from offload.budget import UBATCH, Budget, parse_slots
+from offload.budget import UBATCH, Budget
 from offload.errors import BudgetError
+from offload.handle import Card
 from offload.outline import Outline
+from offload.placement import Share
 from offload.planning import Planner
 from offload.recipe import AskedBits, Recipe
 from offload.target import Target
@@ -40,11 +44,13 @@ class Row:
     recipe: Recipe
     bits: Scheme  # of most experts
     info: PackInfo
-    budget: Budget  # of one card
+    budget: Budget  # of one card; of several the most that one has
+    shares: tuple[Share, ...]  # of several cards
     slots: int  # over all cards; 0 when not even one fits
     rest: str  # where the others are: VRAM (there are none), RAM, disk; "" when it does not fit
-    disk_share: float  # of all experts: those that RAM does not hold
+    disk_share: float  # of the experts without a slot: those that RAM has no room for
     refusal: str  # why it does not fit
+    on_device: bool  # steps are planned on the card, as `--engine auto` does where it can
     forecast: Forecast | None
 
     @property
@@ -71,15 +77,26 @@ def make_row(outline: Outline, target: Target, question: Question, recipe: Recip
     """`recipe` on `target`; a model that does not fit is a row too. Raises `OffloadError`."""
     info = outline.describe(recipe)
     planner = _planner(target, question)
-    budget = _of_a_card(planner.budget(info, outline.config), target.cards)
-    slots, refusal = 0, ""
+    slots, shares, refusal = 0, tuple[Share, ...](), ""
     try:
-        asked = parse_slots(question.slots, info.total_experts)
-        share = None if asked is None else -(-asked // target.cards)
-        slots = min(budget.slots(share) * target.cards, info.total_experts)
+        options = planner(info, outline.config, outline.model)
+        slots, shares = options.slots, options.shares
     except BudgetError as error:
         refusal = str(error)
-    row = Row(recipe, experts_scheme(recipe), info, budget, slots, "", 0.0, refusal, None)
+    budget = _of_a_card(planner.budget(info, outline.config), target.cards, shares)
+    row = Row(
+        recipe,
+        experts_scheme(recipe),
+        info,
+        budget,
+        shares,
+        slots,
+        "",
+        0.0,
+        refusal,
+        _plans_on_device(target, info, slots, outline.top_k),
+        None,
+    )
     if refusal:
         return row
     held = _held_in_ram(target, row)
@@ -88,23 +105,37 @@ def make_row(outline: Outline, target: Target, question: Question, recipe: Recip
 
 
 def _planner(target: Target, question: Question) -> Planner:
+    cards = tuple(
+        Card(number, torch.device(target.device.type, number), target.memory.device)
+        for number in range(target.cards)
+    )
     return Planner(
         target.device,
         target.memory,
+        slots=question.slots,
         context=question.context,
         ubatch=question.ubatch,
-        engine="auto" if target.cards == 1 else "host",
+        cards=cards if target.cards > 1 else (),
     )
 
 
-def _of_a_card(whole: Budget, cards: int) -> Budget:
-    """Cards have equal parts of the layers, and each its own workspace."""
+def _of_a_card(whole: Budget, cards: int, shares: tuple[Share, ...]) -> Budget:
+    """The most that a card has of each; where they cannot be shared out, equal parts."""
     return replace(
         whole,
-        dense=-(-whole.dense // cards),
-        kv_cache=-(-whole.kv_cache // cards),
-        total_experts=-(-whole.total_experts // cards),
+        dense=max((share.dense for share in shares), default=-(-whole.dense // cards)),
+        kv_cache=max((share.kv_cache for share in shares), default=-(-whole.kv_cache // cards)),
+        total_experts=max(
+            (share.experts for share in shares), default=-(-whole.total_experts // cards)
+        ),
     )
+
+
+def _plans_on_device(target: Target, info: PackInfo, slots: int, top_k: int) -> bool:
+    """What `offload.device.making` asks, as far as arithmetic tells: whether memory can be pinned
+    is seen on the machine."""
+    alone = target.device.type == "cuda" and target.cards == 1
+    return alone and slots >= 2 * top_k and info.expert_bytes <= target.memory.ram
 
 
 def _held_in_ram(target: Target, row: Row) -> int:
@@ -123,7 +154,10 @@ def _rest(target: Target, row: Row, held: int) -> str:
 
 
 def _disk_share(row: Row, held: int) -> float:
-    return 0.0 if row.resident else max(0.0, 1 - held / row.info.expert_bytes)
+    """RAM comes to hold what slots do not: what is in them is no longer asked of it."""
+    if row.resident:
+        return 0.0
+    return max(0.0, 1 - held / ((row.info.total_experts - row.slots) * row.budget.slot))
 
 
 def _forecast(
@@ -142,7 +176,7 @@ def _forecast(
         outline.read_bytes(info, planner.compute_dtype(outline.config).itemsize),
         info.expert_bytes * 8 / weights,
     )
-    load = Load(shape, target.hardware, row.slots, held)
+    load = Load(shape, target.hardware, row.slots, held, on_device=row.on_device)
     try:
         if question.trace is None:
             return forecast(load)

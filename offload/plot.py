@@ -23,7 +23,7 @@ def save_png(heat: HeatMap, file: Path, title: str) -> None:
         import matplotlib
     except ImportError:
         raise OffloadError(
-            "drawing a PNG needs matplotlib: pip install 'moe-offload[plot]', or leave out -o for "
+            "drawing a PNG needs matplotlib: pip install matplotlib, or leave out -o for "
             "a picture in the terminal"
         ) from None
     matplotlib.use("Agg")

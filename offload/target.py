@@ -20,6 +20,10 @@ from offload.planning import find_device
 
 MOST_CARDS = 64
 LEAST_BYTES = 2**20  # of a size without a unit: fewer were meant as GiB
+ASSUMED = (
+    "link, RAM and disk are not measured but assumed: a slot with all lanes of the card's PCIe, "
+    "RAM as is usual beside it, an NVMe disk on PCIe 4"
+)
 DISK_BYTES = 2**26  # read to measure the disk
 
 
@@ -82,7 +86,7 @@ def named_machine(gpu: str, vram: str | None, ram: str | None, cards: int | None
             f"there is no profile of a card {gpu!r}: choose {known}, or the one most like it with "
             "its --vram"
         )
-    notes = []
+    notes = [ASSUMED]
     for text in (vram, ram):
         if text and text.isdecimal() and 0 < (parse_bytes(text) or 0) < LEAST_BYTES:
             raise BudgetError(f"{text!r} is that many bytes: write the unit too, like 20GiB")

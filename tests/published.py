@@ -3,7 +3,9 @@ config.json, and the weights that they are known to have."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
@@ -18,10 +20,17 @@ class Published:
     values: dict[str, Any]
     weights: int
     cut: dict[str, Any]
+    beside: dict[str, Any] = field(default_factory=dict)  # in config.json, for the weights there
 
     def config(self, **changes: Any) -> PreTrainedConfig:
         cls = CONFIG_MAPPING[self.model_type]
         return cls(**{**self.values, "dtype": "bfloat16", **changes})
+
+    def save_as_published(self, folder: Path) -> None:
+        """config.json as the hub has it, with how the weights are quantised."""
+        self.config().save_pretrained(folder)
+        file = folder / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **self.beside}))
 
 
 FEW = {"num_hidden_layers": 1, "num_experts_per_tok": 1, "vocab_size": 512}
@@ -75,6 +84,17 @@ PUBLISHED = {
         GPT_OSS | {"num_hidden_layers": 36, "num_local_experts": 128},
         116_829_156_672,
         FEW | {"num_hidden_layers": 2, "num_local_experts": 2},
+        {
+            "quantization_config": {
+                "modules_to_not_convert": [
+                    "model.layers.*.self_attn",
+                    "model.layers.*.mlp.router",
+                    "model.embed_tokens",
+                    "lm_head",
+                ],
+                "quant_method": "mxfp4",
+            }
+        },
     ),
     "DeepSeek-V3": Published(
         "deepseek_v3",
@@ -86,6 +106,19 @@ PUBLISHED = {
         | {"qk_nope_head_dim": 128, "v_head_dim": 128},
         671_026_419_200,  # without the layer that predicts a second token
         FEW | GROUPS | {"n_routed_experts": 2, "first_k_dense_replace": 0},
+        {
+            "auto_map": {
+                "AutoConfig": "configuration_deepseek.DeepseekV3Config",
+                "AutoModel": "modeling_deepseek.DeepseekV3Model",
+                "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM",
+            },
+            "quantization_config": {
+                "activation_scheme": "dynamic",
+                "fmt": "e4m3",
+                "quant_method": "fp8",
+                "weight_block_size": [128, 128],
+            },
+        },
     ),
     "GLM-4.5-Air": Published(
         "glm4_moe",

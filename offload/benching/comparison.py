@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from typing import Any
 from offload.benching.sweep import Row
 from offload.errors import OffloadError
 from offload.files import user_path
+from offload.printable import printable
 
 # Rows are of the same measurement when these agree; of the others, more agreement is better.
 SAME = ("model", "text", "n_prompt", "n_gen", "n_depth")
 NEAR = ("backends", "bits", "policy", "lookahead", "expert_slots", "n_threads")
+MOST_TOLD = 4  # rows, in a message
 FIGURES = ("avg_ts", "stddev_ts")
 
 
@@ -56,12 +59,44 @@ class Earlier:
         A row of other settings is taken when no other row of the test is as near: then the ratio
         tells what the settings do.
         """
+        nearest = self._nearest(row)
+        return Ratio.of(row, nearest[0]) if len(nearest) == 1 else None
+
+    def why_none(self, row: Row) -> str:
+        """Why `ratio` has none, which rows there are, and what to do; "" where it has one."""
+        nearest, mine = self._nearest(row), row.to_json()
+        if len(nearest) == 1:
+            return ""
+        if not nearest:
+            there = _few(_told(then, SAME) for then in self.rows)
+            return (
+                f"nothing to compare with {_told(mine, SAME)}: the file has {there}; measure one "
+                "of these (-p, -n, -pg, -d)"
+            )
+        unlike = [key for key in NEAR if len({str(then.get(key)) for then in nearest}) > 1]
+        there = _few(_told(then, unlike) for then in nearest)
+        return (
+            f"{len(nearest)} rows are as near to {_told(mine, (*SAME, *unlike))} as each other: "
+            f"{there or 'all alike'}; measure with one's settings, or leave one in the file"
+        )
+
+    def _nearest(self, row: Row) -> list[dict[str, Any]]:
+        """Of the rows of the same test those that agree in most settings."""
         mine = row.to_json()
         same = [then for then in self.rows if all(then[key] == mine[key] for key in SAME)]
         near = [sum(then.get(key) == mine[key] for key in NEAR) for then in same]
-        if not near or near.count(max(near)) > 1:
-            return None
-        return Ratio.of(row, same[near.index(max(near))])
+        return [then for then, count in zip(same, near, strict=True) if count == max(near)]
+
+
+def _told(row: dict[str, Any], keys: Iterable[str]) -> str:
+    return " ".join(f"{key}={row.get(key)}" for key in keys)
+
+
+def _few(texts: Iterable[str]) -> str:
+    """Each once, and not more than fit into a line or two."""
+    each = list(dict.fromkeys(text for text in texts if text))
+    more = f" and {len(each) - MOST_TOLD} more" if len(each) > MOST_TOLD else ""
+    return printable(" ".join("; ".join(each[:MOST_TOLD]).split())) + more
 
 
 def read_earlier(file: str | Path) -> Earlier:

@@ -23,7 +23,7 @@ def check_picture(file: Path) -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise OffloadError(
-            "--plot needs matplotlib: pip install 'moe-offload[plot]', or leave it out"
+            "--plot needs matplotlib: pip install matplotlib, or leave it out"
         ) from None
     try:
         files.check_writable(file)

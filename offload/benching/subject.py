@@ -5,7 +5,6 @@ Knows: which facts make two rows comparable. Does not know: figures (`result`).
 
 from __future__ import annotations
 
-import platform
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from offload.handle import offload_of
+from offload.processor import processor_name
 from offload.report import bits_name
 from offload.version import __version__
 
@@ -43,7 +43,7 @@ class Subject:
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         return cls(
             build=__version__,
-            cpu_info=platform.processor() or platform.machine(),
+            cpu_info=processor_name(),
             gpu_info=gpu,
             backends=device.type.upper(),
             n_threads=torch.get_num_threads(),

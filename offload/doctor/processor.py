@@ -1,22 +1,21 @@
 """The processor: its name, cores, instruction sets, and whether the kernels for it work.
 
-Knows: /proc/cpuinfo, torch's threads. Does not know: what a kernel computes (`quant.matmul`).
+Knows: instruction sets' names, torch's threads. Does not know: what a kernel computes
+(`quant.matmul`).
 """
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import psutil
 import torch
 
 from offload.doctor.finding import MISSING, OK, SLOW, Finding
+from offload.processor import BUSY, about_processor, processor_name, programs_a_core
 from quant.matmul import cpu_kernel_works, matmul_packed, matmul_unpacked
 
-CPUINFO = Path("/proc/cpuinfo")
 SETS = {  # flag of Linux -> what people call it
     "avx2": "AVX2",
     "avx512f": "AVX-512",
@@ -31,30 +30,18 @@ BITS = (2, 3, 4, 5, 6, 8)
 
 def processor() -> Iterator[Finding]:
     """Cores, instruction sets, kernels."""
-    about = _about(CPUINFO)
-    name = about.get("model name") or platform.processor() or platform.machine()
     threads, cores = torch.get_num_threads(), psutil.cpu_count(logical=False)
-    load = psutil.getloadavg()[0] / (psutil.cpu_count() or 1)
-    busy = load > 0.5
+    load = programs_a_core()
+    busy = load > BUSY
     yield Finding(
         "processor",
-        f"{name}, {cores} cores, {threads} thread{'s' * (threads != 1)} used",
+        f"{processor_name()}, {cores} cores, {threads} thread{'s' * (threads != 1)} used",
         SLOW if busy else OK,
         f"{load:.1f} programs a core are running: rates found here are too low" if busy else "",
         {"cores": cores, "threads": threads, "load": load},
     )
-    yield _instruction_sets(about)
+    yield _instruction_sets(about_processor())
     yield _kernels()
-
-
-def _about(file: Path) -> dict[str, str]:
-    """What Linux says about the first core."""
-    try:
-        first = file.read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
-    except OSError:
-        return {}
-    pairs = (line.partition(":") for line in first.splitlines())
-    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def _instruction_sets(about: dict[str, str]) -> Finding:

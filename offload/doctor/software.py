@@ -10,7 +10,7 @@ import platform
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
-from offload.doctor.finding import MISSING, Finding
+from offload.doctor.finding import MISSING, SLOW, Finding
 from offload.home import offload_home, short
 from offload.version import __version__
 
@@ -24,7 +24,18 @@ NEEDED = (
     "huggingface_hub",
 )
 EXTRAS = {"gguf": "GGUF files and the demo", "matplotlib": "plots"}  # name -> what for
-VARIABLES = ("OFFLOAD_HOME", "HF_HOME", "HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
+VARIABLES = (
+    "OFFLOAD_HOME",
+    "XDG_CACHE_HOME",
+    "HF_HOME",
+    "HF_HUB_CACHE",
+    "HF_HUB_OFFLINE",
+    "CUDA_HOME",
+    "CUDA_VISIBLE_DEVICES",
+    "TRITON_CACHE_DIR",
+    "TRITON_INTERPRET",
+    "OMP_NUM_THREADS",
+)
 
 
 def software() -> Iterator[Finding]:
@@ -48,6 +59,8 @@ def software() -> Iterator[Finding]:
         f"pip install {' '.join(lacking)}" if lacking else "",
         {"versions": found},
     )
+    if platform.system() == "Linux":  # where it is needed: elsewhere there are no wheels of it
+        yield _triton(found["triton"])
     for name, use in EXTRAS.items():
         if found[name] is None:
             yield Finding(name, f"not here: only for {use}", MISSING, f"pip install {name}")
@@ -55,6 +68,15 @@ def software() -> Iterator[Finding]:
     if given:
         text = ", ".join(f"{name}={value}" for name, value in given.items())
         yield Finding("environment", text, data={"variables": given})
+
+
+def _triton(found: str | None) -> Finding:
+    if found is None:
+        return Finding("Triton", "not here: GPU kernels need it", MISSING, "pip install triton")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        remedy = "unset TRITON_INTERPRET: it is for tests"
+        return Finding("Triton", f"{found}, interpreting: GPU kernels crawl", SLOW, remedy)
+    return Finding("Triton", f"{found}, for GPU kernels")
 
 
 def _version(package: str) -> str | None:

@@ -107,7 +107,7 @@ class GgufFile:
 def library() -> Any:
     """The gguf library. Raises `SourceError` where it is not installed."""
     if importlib.util.find_spec("gguf") is None:
-        raise SourceError("GGUF files need the gguf library: pip install 'moe-offload[gguf]'")
+        raise SourceError("GGUF files need the gguf library: pip install gguf")
     import gguf
 
     return gguf

@@ -15,6 +15,7 @@ import torch
 import cli
 from cache.hardware import Hardware
 from offload import disk
+from offload import processor as about
 from offload.disk import read_rate
 from offload.doctor import examination, graphics, processor, software, storage
 from offload.doctor.finding import MISSING, OK, SLOW, Finding
@@ -84,6 +85,37 @@ def test_a_missing_library_is_installed_by_name(monkeypatch: pytest.MonkeyPatch)
     assert found["gguf"].remedy == "pip install gguf"
 
 
+def test_triton_has_a_verdict_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = software._version
+    monkeypatch.setattr(software.platform, "system", lambda: "Linux")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert named(software.software(), "Triton").verdict == SLOW
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert named(software.software(), "Triton").verdict == OK
+    monkeypatch.setattr(software, "_version", lambda n: None if n == "triton" else known(n))
+    assert named(software.software(), "Triton").remedy == "pip install triton"
+    monkeypatch.setattr(software.platform, "system", lambda: "Windows")
+    assert not any(finding.name == "Triton" for finding in software.software())
+
+
+@pytest.mark.parametrize(
+    "name", ["XDG_CACHE_HOME", "HF_HUB_CACHE", "CUDA_HOME", "TRITON_CACHE_DIR"]
+)
+def test_a_variable_that_moves_things_is_told(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "/elsewhere")
+    assert f"{name}=/elsewhere" in named(software.software(), "environment").value
+
+
+@pytest.mark.parametrize(("load", "first"), [(3.0, "the machine is busy"), (0.0, "fill both")])
+def test_a_busy_machine_is_named_before_its_memory_is_blamed(
+    load: float, first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = Hardware("x", memory_gb_per_s=3.0, link_gb_per_s=2.0, ram_gb_per_s=2.0)
+    monkeypatch.setattr(storage, "measure", lambda device: slow)
+    monkeypatch.setattr(storage, "programs_a_core", lambda: load)
+    assert named(storage.memory(), "RAM copies").remedy.startswith(first)
+
+
 def test_kernels_that_are_wrong_here_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processor, "cpu_kernel_works", lambda way, bits, *_: bits != 3)
     kernels = named(processor.processor(), "CPU kernels")
@@ -97,7 +129,7 @@ def test_a_processor_without_vectors_is_slow(
     (tmp_path / "cpuinfo").write_text(
         "model name\t: Old One\nflags\t\t: fpu sse2\n\nprocessor: 1\n"
     )
-    monkeypatch.setattr(processor, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(about, "CPUINFO", tmp_path / "cpuinfo")
     assert named(processor.processor(), "processor").value.startswith("Old One, ")
     assert named(processor.processor(), "instruction sets").verdict == SLOW
 

@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from offload import load
 
-pytest.importorskip("lm_eval")
+pytest.importorskip(
+    "lm_eval", reason="lm-eval is not here: pip install -e '.[eval]' (600 MB) runs these tests too"
+)
 
 QUESTIONS = [
     {"question": "Water is", "choices": [" wet", " dry", " loud"], "answer": 0},

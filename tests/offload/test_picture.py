@@ -106,7 +106,7 @@ def test_a_png_without_matplotlib_says_how_to_get_it(
 
     monkeypatch.setattr(builtins, "__import__", without)
     assert cli.main(["trace", "plot", str(trace_file), "-o", "x.png"]) == 1
-    assert "pip install 'moe-offload[plot]'" in capsys.readouterr().err
+    assert "pip install matplotlib" in capsys.readouterr().err
 
 
 def test_a_png_that_cannot_be_written_is_told(

@@ -70,8 +70,14 @@ def test_bench_names_the_depth(run: Run, mixtral_pack: Path) -> None:
 
 @pytest.mark.parametrize("text", ["--random", None])
 def test_bench_writes_llama_benchs_json_and_ours(
-    text: str | None, run: Run, mixtral_pack: Path
+    text: str | None,
+    run: Run,
+    mixtral_pack: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    (tmp_path / "cpuinfo").write_text("model name\t: Old One\n")
+    monkeypatch.setattr("offload.processor.CPUINFO", tmp_path / "cpuinfo")
     done = run("bench", mixtral_pack, *BENCH, "-o", "json", *([text] if text else []))
     prefill, decode = json.loads(done.out)
     keys = [
@@ -105,6 +111,7 @@ def test_bench_writes_llama_benchs_json_and_ours(
         rates = [tokens / ns * 1e9 for ns in result["samples_ns"]]
         assert result["samples_ts"] == pytest.approx(rates)
         assert result["avg_ts"] == pytest.approx(sum(rates) / 2)
+        assert result["cpu_info"] == "Old One"
         assert result["text"] == ("random" if text else "real")
         assert 0 <= result["hit_rate"] <= 1
     assert (prefill["n_prompt"], prefill["n_gen"]) == (8, 0)
@@ -256,6 +263,11 @@ def test_a_comparison_has_a_column(run: Run, mixtral_pack: Path, tmp_path: Path)
     )
     assert header[-1] == "of before"
     assert all(re.fullmatch(r"\d+\.\d\d ± \d+\.\d\d", row[-1]) for row in rows)
+    other = ("-p", "0", "-n", "5", "-r", "1", "-c", "64")
+    done = run("bench", mixtral_pack, *other, "--compare", tmp_path / "before.json")
+    said = [line for line in done.err.splitlines() if line.startswith("--compare: ")]
+    assert len(said) == 1
+    assert "the file has" in said[0]
 
 
 def test_what_cannot_be_compared_with_is_told_before_a_model_is_loaded(

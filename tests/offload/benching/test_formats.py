@@ -141,6 +141,29 @@ def test_a_row_is_compared_with_the_one_of_its_settings() -> None:
     assert value(row(Test(16, 0))) is None
 
 
+def test_why_there_is_no_ratio_names_the_rows_there_are() -> None:
+    earlier = Earlier(
+        (
+            row(policy="lru").to_json(),
+            row(policy="lfru").to_json(),
+            row(Test(8, 0)).to_json(),
+        )
+    )
+    assert earlier.why_none(row(policy="lru")) == ""
+    absent = earlier.why_none(row(Test(16, 0)))
+    assert "nothing to compare with model=tiny text=real n_prompt=16 " in absent
+    assert "n_prompt=8 n_gen=0" in absent
+    assert "n_prompt=0 n_gen=4" in absent
+    assert "-p, -n" in absent
+    unclear = earlier.why_none(row(policy="fifo"))
+    assert "policy=lru; policy=lfru; measure with one's settings" in unclear
+    twice = Earlier((row().to_json(), row().to_json()))
+    assert "all alike" in twice.why_none(row())
+    assert "\n" not in absent + unclear
+    many = Earlier(tuple(row(Test(8 + at, 0)).to_json() for at in range(9)))
+    assert "and 5 more" in many.why_none(row())
+
+
 @pytest.mark.parametrize("kind", ["json", "jsonl"])
 def test_what_was_written_can_be_compared_with(kind: str, tmp_path: Path) -> None:
     out = io.StringIO()
