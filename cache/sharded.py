@@ -110,6 +110,13 @@ class ShardedStaging:
     def steps(self, plan: Plan) -> list[Step]:
         return self._at[plan.layer].steps(plan)
 
+    def early(self, layer: int, experts: Sequence[int], halves: int = 2) -> list[Use]:
+        return self._at[layer].early(layer, experts, halves)
+
+    def start_over(self) -> None:
+        for staging in self._at:
+            staging.start_over()
+
 
 def staging_of(cache: Cache, rows: int) -> Staging | ShardedStaging:
     """What `rows` rows behind the slots of `cache`, on each card, are used for."""

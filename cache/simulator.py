@@ -17,6 +17,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from cache.cache import ExpertCache
+from cache.early import absent, nearly_all
 from cache.errors import CacheError
 from cache.hardware import Hardware
 from cache.link import Copy, Link
@@ -25,12 +26,12 @@ from cache.prediction import Phase, Prediction
 from cache.predictors import make_predictor
 from cache.replay import Setup, admitted, guesses, layers_of, make_one, warmed
 from cache.software import HOST_PLANNED, Software
-from cache.staging import Staging
+from cache.staging import Kept, Staging
 from cache.statistics import LayerCounts
 from cache.timeline import Span, Timeline
 from cache.trace import Event, Trace
 
-STAGING_ROWS = 2  # what is loaded does not wait for a row with two, where copies take longest
+STAGING_ROWS = 2  # what large records have
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Scenario:
     expert_bits: float = 4.5  # stored for a weight; with `dense_bits` it sets a prompt's operations
     dense_bits: float = 16.0
     ram_bytes: int | None = None  # what RAM holds of the experts; None: all
+    staging_rows: int = STAGING_ROWS
+    early: bool = True  # begin a prompt's next layer before its router is asked
 
 
 def simulate(trace: Trace, scenario: Scenario, timeline: Timeline | None = None) -> Prediction:
@@ -94,7 +97,7 @@ class _Simulation:
         share = (number + 1) * slots // cards - number * slots // cards
         part = self.trace if cards == 1 else layers_of(self.trace, first, end)
         cache = make_one(part, replace(self.scenario.cache, slots=share, cards=()))
-        return _Card(number, first, cache, Staging(cache.table.slots, STAGING_ROWS))
+        return _Card(number, first, cache, Staging(cache.table.slots, self.scenario.staging_rows))
 
     def _is_on_disk(self, layer: int) -> bool:
         """Layers are taken into RAM in order, as far as it reaches."""
@@ -133,13 +136,20 @@ class _Simulation:
         plan = card.cache.plan(local, event.distinct(), prompt=event.prompt, admit=admit)
         tokens_of = Counter(expert for row in event.experts for expert in row)
         steps = card.staging.steps(plan)
+        right = sum(len(step.loads) - len(step.begin) for step in steps)
+        card.cache.statistics.layers[local].early_loads_right += right
+        early = admit is not None and self.scenario.early
         for step in steps:
             for use in step.begin:
                 self._load(card, event.layer, use, phase, urgent=True)
             if step is steps[-1]:
                 self._look_ahead(event, len(step.loads), phase)
+                self._begin_early(event, early, phase, halves=1 if step.beside else 2)
             for use in (*step.hits, *step.loads):
                 self._compute(card, event.layer, use, tokens_of[use.expert], phase)
+            for kept in step.kept:
+                self._keep(card, event.layer, kept, phase)
+        self._begin_early(event, early, phase, halves=2)
 
     def _before(self, event: Event, phase: Phase) -> None:
         """What changed who is resident since the last step."""
@@ -149,6 +159,7 @@ class _Simulation:
                 for copy in card.copies.values():
                     card.link.drop(self.host, copy)
                 card.copies.clear()
+                card.staging.start_over()
         for layer, expert in warmed(event, self.scenario.cache):
             card = self.cards[self.card_of[layer]]
             use = card.cache.warm(layer - card.first, expert)
@@ -218,6 +229,27 @@ class _Simulation:
             name = f"{'load' if urgent else 'guess'} {layer}/{use.expert}"
             track = f"link {card.number}"
             self.traced.append((copy, Span(track, name, 0.0, seconds, layer, use.expert)))
+
+    def _begin_early(self, event: Event, early: bool, phase: Phase, halves: int) -> None:
+        """Fill the free halves of the rows for the next layer, as far as that is worth it."""
+        at = event.layer + 1
+        if not early or at == self.header.layers:
+            return
+        if not nearly_all(len(event.distinct()), self.header.experts[event.layer]):
+            return
+        card = self.cards[self.card_of[at]]
+        local = at - card.first
+        wanted = absent(card.cache, local, self.header.experts[at])
+        for use in card.staging.early(local, wanted, halves):
+            self._load(card, at, use, phase, urgent=True)
+            card.cache.statistics.layers[local].early_loads += 1
+
+    def _keep(self, card: _Card, layer: int, kept: Kept, phase: Phase) -> None:
+        """What came early is read from its row and written to its slot."""
+        seconds = self.hardware.compute_seconds(2 * self.header.record_bytes[layer], 0.0)
+        self._device_works(self.host, seconds, phase)
+        phase.expert_seconds += seconds
+        card.released[kept.row] = card.released[kept.slot] = self.device
 
     def _look_ahead(self, event: Event, loads: int, phase: Phase) -> None:
         """Queue what is guessed for later layers, behind this layer's own loads."""

@@ -1,24 +1,35 @@
 """Rows beside the slots that streamed experts pass through, and the order of a plan's loads.
 
-Knows: that two halves of the rows take turns: one is filled while the other is computed from. Does
-not know: how many rows a device has room for, nor what fills them.
+Knows: that two halves of the rows take turns: one is filled while the other is computed from; what
+they were filled with before its layer was planned. Does not know: how many rows a device has room
+for, what fills them, which experts are worth beginning early (`cache.early`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from cache.plan import Plan, Use, Wave
 
 
+class Kept(NamedTuple):
+    """An expert that came to a row early, and for which the plan then has a slot."""
+
+    expert: int
+    row: int
+    slot: int
+
+
 class Step(NamedTuple):
     """What to begin to load, and what to compute then; what is computed was begun in this step or
-    in the one before."""
+    before. What is `kept` is copied on from its row when it was computed."""
 
     begin: tuple[Use, ...]
     hits: tuple[Use, ...]
     loads: tuple[Use, ...]
+    kept: tuple[Kept, ...] = ()
+    beside: bool = False  # the loads are in rows beside the slots
 
 
 class Staging:
@@ -32,29 +43,88 @@ class Staging:
         self._first, self._apart = first, apart
         self._half = rows // 2
         self._second = False  # half, whose turn is next
+        self._early: list[tuple[Use, ...]] = []  # begun early, a half each
+        self._early_layer: int | None = None
+
+    def early(self, layer: int, experts: Sequence[int], halves: int = 2) -> list[Use]:
+        """Begin the first of `experts` before `layer` is planned, in so many halves, or as many as
+        are left of two.
+
+        For the time when the plan before has begun its last load. While its last step is computed
+        from one half, the other is free.
+        """
+        if layer != self._early_layer:
+            self._early, self._early_layer = [], layer
+        begun = {use.expert for batch in self._early for use in batch}
+        wanted = [expert for expert in experts if expert not in begun]
+        halves = min(halves, 2 - len(self._early))
+        batches = self._batches(wanted[: halves * self._half])
+        self._early += batches
+        return [use for batch in batches for use in batch]
+
+    def start_over(self) -> None:
+        """Nothing is in the rows."""
+        self._early.clear()
 
     def steps(self, plan: Plan) -> list[Step]:
-        """A plan in order. What is streamed is begun a step early: its rows are free, while a wave
-        takes over the slots of the one before."""
-        if not plan.streamed:
+        """A plan in order. What came early is computed first, so that its rows are filled again.
+        What is streamed is begun as soon as its half is free, while a wave takes over the slots of
+        the one before."""
+        early = self._begun(plan)
+        if not plan.streamed and not early:
             return [Step(wave.loads, wave.hits, wave.loads) for wave in plan.waves]
-        batches = self._batches(plan.streamed)
-        order = [*plan.waves, *(Wave((), batch) for batch in batches)]
-        begin = [wave.loads for wave in plan.waves]
-        if not begin:
-            begin.append(batches.pop(0))
-        begin[-1] += batches.pop(0) if batches else ()
-        begin += batches
-        begin += [()] * (len(order) - len(begin))
-        return [Step(early, *wave) for early, wave in zip(begin, order, strict=True)]
+        there = {use.expert for batch in early for use in batch}
+        slots = {use.expert: use.slot for wave in plan.waves for use in wave.loads}
+        waves = [step for wave in plan.waves if (step := _without(there, wave)) is not None]
+        late = self._batches([expert for expert in plan.streamed if expert not in there])
+        steps = [_beside(batch, slots) for batch in early]
+        first, gap = len(steps), len(waves)
+        if waves and first:  # slots are free at once
+            steps[0], waves[0] = _with(steps[0], waves[0].begin), waves[0]._replace(begin=())
+        steps += [*waves, *(_beside(batch, {}) for batch in late)]
+        for number, batch in enumerate(late, first):
+            before = number - 2  # the batch that was in this half
+            at = 0 if before < 0 else before + 1 + gap * (before >= first)
+            steps[at] = _with(steps[at], batch)
+        return steps
+
+    def _begun(self, plan: Plan) -> list[tuple[Use, ...]]:
+        """What was begun early and `plan` loads, a half each; the turn is that of the other half
+        than the last one's."""
+        early, self._early = self._early, []
+        if plan.layer != self._early_layer or len(plan.waves) > 1:  # later waves take slots over
+            return []
+        asked = {*plan.streamed, *(use.expert for wave in plan.waves for use in wave.loads)}
+        needed = [tuple([use for use in batch if use.expert in asked]) for batch in early]
+        needed = [batch for batch in needed if batch]
+        if needed:
+            self._second = needed[-1][0].slot < self._first + self._apart * self._half
+        return needed
 
     def _batches(self, experts: Sequence[int]) -> list[tuple[Use, ...]]:
         """`experts` cut into what fits a half, the halves in turn."""
-        assert self._half, "streamed without staging"
+        assert self._half or not experts, "streamed without staging"
         cut = []
-        for at in range(0, len(experts), self._half):
+        for at in range(0, len(experts), self._half or 1):
             row = self._first + self._apart * self._half * self._second
             some = experts[at : at + self._half]
             cut.append(tuple([Use(expert, row + self._apart * i) for i, expert in enumerate(some)]))
             self._second = not self._second
         return cut
+
+
+def _beside(batch: tuple[Use, ...], slots: Mapping[int, int]) -> Step:
+    """A step that computes `batch` from rows; `slots` that some of it is kept in."""
+    kept = (Kept(*use, slots[use.expert]) for use in batch if use.expert in slots)
+    return Step((), (), batch, tuple(kept), beside=True)
+
+
+def _with(step: Step, begin: tuple[Use, ...]) -> Step:
+    """`step`, that begins more."""
+    return step._replace(begin=step.begin + begin)
+
+
+def _without(experts: set[int], wave: Wave) -> Step | None:
+    """A wave less what `experts` are loaded elsewhere; None where nothing is left."""
+    loads = tuple([use for use in wave.loads if use.expert not in experts])
+    return Step(loads, wave.hits, loads) if wave.hits or loads else None

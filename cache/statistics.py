@@ -1,13 +1,14 @@
 """Counters, per MoE layer and in all.
 
 Knows: how to count and to add up. Does not know: what a second or a byte is worth (`offload`).
-Invariants: `hits + misses == requests`; `loads == misses + lookahead_loads + warm_loads - dropped`.
+Invariants: `hits + misses == requests`; `loads` are misses, look-ahead loads, warm loads and wrong
+early loads, less those that were dropped.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 
@@ -19,6 +20,8 @@ class LayerCounts:
     hits: int = 0  # were in a slot, or on their way to one
     misses: int = 0  # had to be loaded on demand
     streamed: int = 0  # of the misses, those that got no slot
+    early_loads: int = 0  # begun for a prompt before its router was asked
+    early_loads_right: int = 0  # of these, those that were misses then
     evictions: int = 0
     lookahead_guesses: int = 0  # experts guessed, resident or not
     lookahead_right: int = 0  # guesses that the layer then asked for
@@ -31,7 +34,17 @@ class LayerCounts:
 
     @property
     def loads(self) -> int:
-        return self.misses + self.lookahead_loads + self.warm_loads - self.dropped
+        ahead = self.early_loads_wrong + self.lookahead_loads + self.warm_loads
+        return self.misses + ahead - self.dropped
+
+    @property
+    def early_loads_wrong(self) -> int:
+        return self.early_loads - self.early_loads_right
+
+    @property
+    def loads_beside(self) -> int:
+        """Loads that got no slot."""
+        return self.streamed + self.early_loads_wrong
 
     @property
     def needed_loads(self) -> int:
@@ -51,6 +64,10 @@ class LayerCounts:
     def lookahead_recall(self) -> float:
         """Of the experts asked for where there was a guess, how many were guessed."""
         return self.lookahead_right / self.lookahead_asked if self.lookahead_asked else 0.0
+
+    def decisions(self) -> LayerCounts:
+        """What a cache decided: the same in a replay, where nothing waits, nor is begun early."""
+        return replace(self, early_loads=0, early_loads_right=0, dropped=0, wait_seconds=0.0)
 
     def __add__(self, other: LayerCounts) -> LayerCounts:
         mine, theirs = vars(self), vars(other)

@@ -14,6 +14,7 @@ import psutil
 import torch
 from transformers import PreTrainedConfig
 
+from offload.attention import score_bytes
 from offload.errors import BudgetError, reason
 from offload.kv_cache import cache_bytes
 from quant.matmul import REFERENCE_WEIGHTS
@@ -26,6 +27,8 @@ BASE_BYTES = 200 * 2**20  # libraries' own buffers, the allocator's slack
 STAGING_BYTES = 128 * 2**20  # for small records more than two rows: fewer, larger kernels
 MOST_STAGING_ROWS = 32
 UBATCH = 2048  # tokens of a prompt at once: an expert crosses the link once for all of them
+SCORES_SHARE = 8  # of the memory at most one in so many for attention scores, where any are kept
+CHUNK_STEP = 64  # tokens; a chunk that is made smaller is a multiple, or smaller still
 # Their states (transformers 5.23) forget what was before when several tokens follow others.
 READ_WHOLE = frozenset({"jamba"})
 UNPACKED_BYTES = 10  # a weight while its matrix is dequantised: codes, float32, the result
@@ -199,20 +202,36 @@ def staging_rows(device: torch.device, slot_bytes: int) -> int:
     return max(2, min(MOST_STAGING_ROWS, STAGING_BYTES // slot_bytes) // 2 * 2)
 
 
-def chunk_tokens(config: PreTrainedConfig, asked: int, context: int) -> int:
-    """Tokens of a prompt that go through the model at once. Raises `BudgetError`."""
+def chunk_tokens(
+    config: PreTrainedConfig, asked: int, context: int, memory: int, dtype: torch.dtype
+) -> int:
+    """Tokens of a prompt that go through the model at once: those asked for, or fewer where their
+    attention scores would take more than an eighth of the device's `memory`.
+
+    A chunk half as long loads experts twice as often, but scores grow with the context: those of
+    gpt-oss for 2048 tokens at 32768 take 32 GiB, more than any home card has. Raises `BudgetError`.
+    """
     if asked < 1:
         raise BudgetError(f"{asked} tokens at once: at least one is needed, raise --ubatch-size")
-    whole = config.get_text_config().model_type in READ_WHOLE
-    return context if whole else min(asked, context)
+    if config.get_text_config().model_type in READ_WHOLE:
+        return context
+    tokens = min(asked, context)
+    a_token = score_bytes(config, context, dtype.itemsize)
+    if tokens * a_token * SCORES_SHARE <= memory:
+        return tokens
+    most = max(1, memory // SCORES_SHARE // a_token)
+    return most // CHUNK_STEP * CHUNK_STEP or most
 
 
-def workspace_bytes(config: PreTrainedConfig, info: PackInfo, tokens: int) -> int:
-    """Bytes of what comes and goes: one dequantised matrix, and the activations of `tokens` at
-    once."""
+def workspace_bytes(
+    config: PreTrainedConfig, info: PackInfo, tokens: int, context: int, dtype: torch.dtype
+) -> int:
+    """Bytes of what comes and goes: one dequantised matrix, the activations of `tokens` at once,
+    and where a model's attention keeps them their scores with a whole `context`."""
     text = config.get_text_config()
     layouts = (*info.layouts, *info.dense_layouts)
     widest = max(m.rows * m.columns for layout in layouts for m in layout.matrices)
     chosen = getattr(text, "num_experts_per_tok", None) or 8
     cells = tokens * int(chosen) * int(text.hidden_size) * 4  # [T, k, H], float32 at most
-    return BASE_BYTES + min(widest, REFERENCE_WEIGHTS) * UNPACKED_BYTES + 2 * cells
+    scores = tokens * score_bytes(config, context, dtype.itemsize)
+    return BASE_BYTES + min(widest, REFERENCE_WEIGHTS) * UNPACKED_BYTES + 2 * cells + scores

@@ -77,6 +77,11 @@ class CardsTransfer:
         assert isinstance(ticket, CardTicket)
         self.transfers[ticket.card].wait(ticket.ticket)
 
+    def keep(self, layer: int, expert: int, row: int, slot: int) -> CardTicket | None:
+        card, at = self._place(row)
+        ticket = self.transfers[card].keep(layer, expert, at, self._place(slot)[1])
+        return None if ticket is None else CardTicket(card, ticket)
+
     def drop(self, ticket: Ticket) -> bool:
         assert isinstance(ticket, CardTicket)
         return self.transfers[ticket.card].drop(ticket.ticket)

@@ -40,6 +40,9 @@ class Link(Protocol):
     ) -> tuple[Event, Event]:
         """Give a copy to one of the queues; it waits for `after`. When it begins and ends."""
 
+    def move(self, target: Tensor, source: Tensor) -> None:
+        """Copy inside the device's memory, in the order of what compute is given."""
+
     def computed(self) -> Event:
         """When what compute was given so far is done."""
 
@@ -80,6 +83,9 @@ class CudaLink:
             target.copy_(source, non_blocking=True)
             end.record(stream)
         return begin, end
+
+    def move(self, target: Tensor, source: Tensor) -> None:
+        target.copy_(source, non_blocking=True)
 
     def computed(self) -> Event:
         event = torch.cuda.Event()

@@ -175,6 +175,14 @@ class CudaTransfer:
         else:
             self.tier.disk.wait(ticket.read, 0.01)
 
+    def keep(self, layer: int, expert: int, row: int, slot: int) -> None:
+        size = self._record_bytes[layer]
+        under_way = self._written.get(slot)
+        if under_way is not None and not under_way.over and under_way.end is not None:
+            self._link.compute_waits(under_way.end)
+        self._link.move(self._slots[slot, :size], self._slots[row, :size])
+        self.release([row, slot])
+
     def drop(self, ticket: Ticket) -> bool:
         assert isinstance(ticket, CudaTicket)
         if not self._order.drop(ticket.job):

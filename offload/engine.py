@@ -23,13 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cache.early import absent, nearly_all
 from cache.interface import Cache
 from cache.lookahead import LookaheadBalance
 from cache.plan import Use
 from cache.policy import Key
 from cache.predictors import NO_LOOKAHEAD, Lookahead
 from cache.sharded import staging_of
-from cache.staging import Step
+from cache.staging import Kept, Step
 from cache.trace import Guess
 from offload.ahead import Ahead
 from offload.budget import gib
@@ -161,19 +162,26 @@ class Engine:
         guesses: list[Guess] = []
         cells = hidden.new_zeros(top_k_index.numel(), hidden.shape[-1])  # [S, H]
         steps = self._staging.steps(plan)
+        # Each load is in one step, and those that were not begun before in the `begin` of one.
+        counts.early_loads_right += sum(len(step.loads) - len(step.begin) for step in steps)
+        early = [] if admit is None else self._surely_next(layer, len(cells_of))
         for step in steps:
             for use in step.begin:
                 self._start(layer.index, use, urgent=True)
             if step is steps[-1]:
                 guesses = self._ahead.look(layer, cells_of if len(chosen) == 1 else None)
+                self._begin_early(layer.index + 1, early, halves=1 if step.beside else 2)
             self._marks.mark("plan", layer.index)
-            for uses in self._turns(step, plan.streamed):
+            for uses in self._turns(step):
                 for use in uses:
                     self._wait(layer.index, use)
                 self._marks.mark("wait", layer.index)
                 self._compute.run(layer, uses, hidden, cells_of, len(chosen[0]), cells)
                 self._marks.mark("expert", layer.index, uses[0].expert)
                 self.transfer.release([use.slot for use in uses])
+            for kept in step.kept:
+                self._keep(layer.index, kept)
+        self._begin_early(layer.index + 1, early, halves=2)  # one has just become free
         if self._ahead.weighs:
             needed = counts.needed_loads - needed_before
             self._ahead.weigh(needed, self._started, self.transfer.busy_seconds)
@@ -191,30 +199,57 @@ class Engine:
         self._tickets.clear()
         self._cold.clear()
         self._ahead.start_over()
+        self._staging.start_over()
         self.cache.forget()
         for counts, kept in zip(self.cache.statistics.layers, self._kept, strict=True):
             counts.dropped += counts.loads - kept  # planned, and not begun or not finished
         if self._recorder is not None:
             self._recorder.started_over()
 
-    def _start(self, layer: int, use: Use, *, urgent: bool) -> Ticket:
-        before = self._tickets.pop(use.slot, None)
+    def _surely_next(self, layer: Layer, chosen: int) -> list[int]:
+        """Experts of the layer after `layer`, whose prompt chose so many, to be begun by now."""
+        at = layer.index + 1
+        if self._cold or at == len(self.layers) or not nearly_all(chosen, layer.num_experts):
+            return []
+        return absent(self.cache, at, self.layers[at].num_experts)
+
+    def _begin_early(self, layer: int, experts: Sequence[int], halves: int) -> None:
+        """Fill the halves of the rows that are free with the first of `experts`."""
+        if not experts:
+            return
+        for use in self._staging.early(layer, experts, halves):
+            self._start(layer, use, urgent=True)
+            self.cache.statistics.layers[layer].early_loads += 1
+
+    def _keep(self, layer: int, kept: Kept) -> None:
+        """Copy what came early on into the slot it has by now."""
+        self._give_up(kept.slot)
+        ticket = self.transfer.keep(layer, kept.expert, kept.row, kept.slot)
+        if ticket is not None:
+            self._tickets[kept.slot] = ticket, layer
+
+    def _give_up(self, slot: int) -> None:
+        """Whatever is on its way into `slot`, nobody waits for it any more."""
+        before = self._tickets.pop(slot, None)
         if before is not None and not before[0].done and self.transfer.drop(before[0]):
             self.cache.statistics.layers[before[1]].dropped += 1  # nobody had asked for it
             self._kept[before[1]] -= 1
             self._ahead.dropped(before[0])
+
+    def _start(self, layer: int, use: Use, *, urgent: bool) -> Ticket:
+        self._give_up(use.slot)
         self._started += 1
         self._kept[layer] += 1
         ticket = self.transfer.start(layer, use.expert, use.slot, urgent=urgent)
         self._tickets[use.slot] = ticket, layer
         return ticket
 
-    def _turns(self, step: Step, streamed: Sequence[int]) -> list[tuple[Use, ...]]:
+    def _turns(self, step: Step) -> list[tuple[Use, ...]]:
         """The experts of a step in the order in which they are computed, some of them together."""
         uses = (*step.hits, *step.loads)
         if not self._compute.together:
             return [(use,) for use in uses]
-        if uses[0].expert in streamed:  # together
+        if step.beside:  # together
             return [uses]
         late = [use for use in uses if not self._is_here(use)]
         here = tuple(use for use in uses if use not in late)
@@ -323,7 +358,8 @@ class Engine:
         loaded = (n.loads * size for n, size in zip(counts.layers, sizes, strict=True))
         in_place = 0
         if self.transfer.streams_in_place:
-            in_place = sum(n.streamed * size for n, size in zip(counts.layers, sizes, strict=True))
+            beside = (layer.loads_beside for layer in counts.layers)
+            in_place = sum(n * size for n, size in zip(beside, sizes, strict=True))
         return Stats(
             counts=counts.total(),
             layers=tuple(replace(layer) for layer in counts.layers),

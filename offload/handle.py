@@ -142,7 +142,7 @@ class Offload:
             )
 
     def _copied(self, counts: LayerCounts) -> int:
-        return counts.loads - counts.streamed * self.engine.transfer.streams_in_place
+        return counts.loads - counts.loads_beside * self.engine.transfer.streams_in_place
 
     def record(self, path: str | Path, noted_layers: int = 0) -> None:
         """Write a trace of what the routers choose from now on to `path`, until `close` or another

@@ -107,7 +107,8 @@ def load(
     - `trace`: a file to record in what the routers choose (`offload trace`).
     - `context`: tokens the KV cache is budgeted for, and the most a conversation may have.
     - `ubatch_size`: tokens of a prompt that go through the model at once; every expert they need is
-      loaded once for all of them.
+      loaded once for all of them. Fewer where attention keeps scores (gpt-oss) and those would take
+      more than an eighth of the memory.
     - `dtype`: of the computation; None: as the checkpoint's config says.
 
     Returns `(model, tokenizer)`; the tokenizer is None when the checkpoint has none. The model is a

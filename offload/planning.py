@@ -65,7 +65,7 @@ class Planner:
             self.residency,
             self.context,
             0 if whole else staging_rows(self.device, info.slot_bytes),
-            chunk_tokens(config, self.ubatch, self.context),
+            self.chunk(config),
             self.cards,
             shares,
         )
@@ -76,8 +76,7 @@ class Planner:
         """Every card's; with rows that prompts are streamed through, unless all experts have a
         slot."""
         budget = self.budget(info, config)
-        ubatch = chunk_tokens(config, self.ubatch, self.context)
-        dtype = self.compute_dtype(config)
+        ubatch, dtype = self.chunk(config), self.compute_dtype(config)
         needs = demand(model, info, config, self.context, dtype, ubatch, budget.workspace)
         cards = [card.memory for card in self.cards]
         numbers = [card.number for card in self.cards]
@@ -90,7 +89,7 @@ class Planner:
     def budget(self, info: PackInfo, config: PreTrainedConfig) -> Budget:
         """What goes into the compute device's memory beside the experts, and into how much."""
         compute = self.compute_dtype(config)
-        ubatch = chunk_tokens(config, self.ubatch, self.context)
+        ubatch = self.chunk(config)
         on_cpu = self.device.type == "cpu"
         kv_cache = kv_cache_bytes(config, self.context, compute, ubatch)
         if self.keeps_fixed_cache:
@@ -99,11 +98,17 @@ class Planner:
             self.memory.device,
             dense=info.dense_bytes(compute.itemsize),
             kv_cache=kv_cache,
-            workspace=workspace_bytes(config, info, ubatch),
+            workspace=workspace_bytes(config, info, ubatch, self.context, compute),
             slot=info.slot_bytes,
             total_experts=info.total_experts,
             staging=0 if on_cpu else staging_rows(self.device, info.slot_bytes),
         )
+
+    def chunk(self, config: PreTrainedConfig) -> int:
+        """Tokens of a prompt at once, on the card with the least memory. Raises `BudgetError`."""
+        memory = min((card.memory for card in self.cards), default=self.memory.device)
+        dtype = self.compute_dtype(config)
+        return chunk_tokens(config, self.ubatch, self.context, memory, dtype)
 
     @property
     def keeps_fixed_cache(self) -> bool:

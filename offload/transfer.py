@@ -64,6 +64,10 @@ class Transfer(Protocol):
     def wait(self, ticket: Ticket) -> None:
         """Return when compute on `device` may use the slot. Raises what the copy raised."""
 
+    def keep(self, layer: int, expert: int, row: int, slot: int) -> Ticket | None:
+        """Copy a record that was waited for in `row`, past the slots, on into `slot`, without the
+        link. None: whatever is computed from now on may use it."""
+
     def drop(self, ticket: Ticket) -> bool:
         """Nobody wants this copy any more, its slot is used again; whether it never began."""
 
@@ -184,6 +188,9 @@ class HostTransfer:
                     raise TransferError("the thread that copies experts has ended: ask again")
         if ticket.error is not None:
             raise ticket.error
+
+    def keep(self, layer: int, expert: int, row: int, slot: int) -> HostTicket:
+        return self.start(layer, expert, slot, urgent=True)  # the row is where it is mapped
 
     def drop(self, ticket: Ticket) -> bool:
         assert isinstance(ticket, HostTicket)

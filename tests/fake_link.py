@@ -60,6 +60,9 @@ class FakeLink:
         queue.append(((), lambda: (target.copy_(source), self._pass(end))[1]))
         return begin, end
 
+    def move(self, target: Tensor, source: Tensor) -> None:
+        self.compute(lambda: (target.copy_(source), None)[1])
+
     def computed(self) -> FakeEvent:
         event = FakeEvent(self)
         self.compute(lambda: self._pass(event))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import threading
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +116,7 @@ def test_a_replay_does_what_two_cards_did(policy: str, allocation: str, tmp_path
     trace = read(tmp_path / "trace")
     outcome = replay(trace, recorded_setup(trace))
     decisions = [
-        [replace(counts, wait_seconds=0.0, dropped=0) for counts in layers]
-        for layers in (outcome.layers, live.layers)
+        [counts.decisions() for counts in layers] for layers in (outcome.layers, live.layers)
     ]
     assert decisions[0] == decisions[1]
     assert live.counts.lookahead_guesses > 0

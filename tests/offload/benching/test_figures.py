@@ -84,7 +84,7 @@ def test_bytes_of_the_bound_are_those_of_weights_experts_and_the_cache(mixtral_p
     kv = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers * 4
     calls_read = sum(layer.requests for layer in sample.experts.layers) * record
     counts = sample.experts.counts  # a prompt's streamed experts are read where they are mapped
-    assert bound.link_bytes == (counts.loads - counts.streamed) * record > 0
+    assert bound.link_bytes == (counts.loads - counts.loads_beside) * record > 0
     assert bound.read_bytes == 3 * dense_bytes(model) + calls_read + (7 + 8 + 9) * kv
     table = model.get_input_embeddings().weight.nbytes
     parameters = sum(p.nbytes for p in model.parameters())

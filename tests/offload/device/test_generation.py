@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -39,7 +38,7 @@ def said(steps: list[GenerationResponse]) -> list[int]:
 def counts_of(model: PreTrainedModel) -> list[LayerCounts]:
     """What does not depend on how quick the host's copies were."""
     layers = offload_of(model).stats().layers
-    return [replace(layer, wait_seconds=0.0, dropped=0) for layer in layers]
+    return [layer.decisions() for layer in layers]
 
 
 def engine_of(model: PreTrainedModel) -> DeviceEngine:

@@ -1,0 +1,188 @@
+"""What a prompt's next layer is begun to load before its router is asked."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cache.cache import ExpertCache
+from cache.early import absent, nearly_all
+from cache.hardware import PROFILES
+from cache.plan import Plan, Use, Wave
+from cache.policies.lru import LRU
+from cache.replay import Setup
+from cache.sharded import ShardedCache, ShardedStaging, card_and_row
+from cache.simulator import Scenario, simulate
+from cache.staging import Kept, Staging
+from cache.statistics import LayerCounts
+from cache.synthetic import MIXTRAL, QWEN3_30B, Routing, Shape, synthesize
+from cache.trace import Trace
+
+SLOTS = 4
+
+
+def test_seven_of_eight_chosen_make_the_next_layers_experts_sure() -> None:
+    assert nearly_all(8, 8)
+    assert nearly_all(7, 8)
+    assert not nearly_all(6, 8)
+    assert nearly_all(112, 128)
+    assert not nearly_all(111, 128)
+    assert not nearly_all(8, 128), "one token"
+
+
+def test_what_has_no_slot_is_begun_the_hottest_first() -> None:
+    cache = ExpertCache(2, 2, LRU)
+    for experts in ((5, 3), (3,), (0, 1)):
+        cache.plan(1, experts)
+    assert absent(cache, 1, 6) == [3, 5, 2, 4]
+    assert absent(cache, 0, 3) == [0, 1, 2]
+
+
+def test_a_wrong_early_load_counts_as_a_load_and_a_right_one_once() -> None:
+    counts = LayerCounts(misses=6, streamed=4, early_loads=3, early_loads_right=2)
+    assert counts.loads == 7
+    assert counts.early_loads_wrong == 1
+    assert counts.loads_beside == 5
+
+
+def test_what_came_early_is_computed_first_and_its_rows_are_filled_again() -> None:
+    staging = Staging(SLOTS, 2)
+    assert staging.early(1, [7, 8, 9], halves=1) == [Use(7, 4)]
+    assert staging.early(1, [7, 8, 9]) == [Use(8, 5)]
+    assert staging.early(1, [7, 8, 9]) == []
+    plan = Plan(1, (Wave((Use(0, 0),), (Use(1, 1),)),), (7, 8, 9, 10))
+    first, second, wave, third, fourth = staging.steps(plan)
+    assert first == ((Use(1, 1),), (), (Use(7, 4),), (), True)
+    assert second == ((Use(9, 4),), (), (Use(8, 5),), (), True)
+    assert wave == ((Use(10, 5),), (Use(0, 0),), (Use(1, 1),), (), False)
+    assert third == ((), (), (Use(9, 4),), (), True)
+    assert fourth == ((), (), (Use(10, 5),), (), True)
+
+
+def test_what_came_early_and_gets_a_slot_is_copied_on_from_its_row() -> None:
+    staging = Staging(SLOTS, 2)
+    staging.early(0, [7, 8])
+    plan = Plan(0, (Wave((), (Use(7, 2), Use(1, 1))),), (8,))
+    first, second, wave = staging.steps(plan)
+    assert first.begin == (Use(1, 1),)
+    assert first.loads == (Use(7, 4),)
+    assert first.kept == (Kept(7, 4, 2),)
+    assert (second.loads, second.kept) == ((Use(8, 5),), ())
+    assert wave.loads == (Use(1, 1),), "not a second time"
+
+
+def test_what_came_early_for_another_layer_or_is_not_asked_for_is_forgotten() -> None:
+    for plan in (Plan(1, (), (7,)), Plan(0, (Wave((Use(3, 3),), ()),)), Plan(0, (), (9, 11))):
+        staging = Staging(SLOTS, 2)
+        staging.early(0, [7, 8])
+        begun = [use.expert for step in staging.steps(plan) for use in step.begin]
+        assert begun == list(plan.streamed)
+        again = [use.expert for step in staging.steps(Plan(0, (), (7, 8))) for use in step.begin]
+        assert again == [7, 8]
+
+
+def test_after_a_step_that_broke_off_nothing_is_in_the_rows() -> None:
+    for staging in (
+        Staging(SLOTS, 2),
+        ShardedStaging(ShardedCache([ExpertCache(SLOTS, 2, LRU)]), 2),
+    ):
+        staging.early(1, [7])
+        staging.start_over()
+        (step,) = staging.steps(Plan(1, (), (7,)))
+        assert [use.expert for use in step.begin] == [7]
+
+
+def test_a_card_begins_early_in_rows_of_its_own() -> None:
+    cache = ShardedCache([ExpertCache(3, 2, LRU), ExpertCache(5, 1, LRU)])
+    staging = ShardedStaging(cache, 2)
+    uses = staging.early(2, [1, 6])
+    assert [card_and_row(use.slot, 2) for use in uses] == [(1, 5), (1, 6)]
+    (first, second) = staging.steps(Plan(2, (), (1, 6)))
+    assert first.begin == second.begin == ()
+
+
+prompts = st.lists(
+    st.tuples(
+        st.integers(0, 2),  # layer
+        st.lists(st.integers(0, 9), unique=True, min_size=1),
+        st.integers(0, 3),  # admitted
+        st.lists(st.integers(0, 9), unique=True),  # begun early for
+        st.integers(0, 2),  # this layer
+    ),
+    min_size=2,
+)
+
+
+@given(rows=st.integers(2, 7), run=prompts)
+def test_whatever_was_begun_early_each_expert_is_loaded_once_and_computed_from_its_own_bytes(
+    rows: int, run: list[tuple[int, list[int], int, list[int], int]]
+) -> None:
+    cache, staging = ExpertCache(SLOTS, 3, LRU), Staging(SLOTS, rows)
+    content: dict[int, tuple[int, int]] = {}  # slot or row -> what is, or will be, in it
+    early: dict[int, set[int]] = {}
+    for layer, experts, admit, guesses, later in run:
+        plan = cache.plan(layer, experts, prompt=True, admit=admit)
+        hits = {use.expert for wave in plan.waves for use in wave.hits}
+        steps = staging.steps(plan)
+        begun: list[int] = []
+        computed: list[int] = []
+        ahead: set[int] = set()
+        for step in steps:
+            assert step.hits or step.loads
+            content |= {use.slot: (layer, use.expert) for use in step.begin}
+            begun += [use.expert for use in step.begin]
+            if step is steps[-1]:
+                uses = staging.early(later, guesses, halves=1 if step.beside else 2)
+                content |= {use.slot: (later, use.expert) for use in uses}
+                ahead |= {use.expert for use in uses}
+            for use in (*step.hits, *step.loads):
+                assert content[use.slot] == (layer, use.expert)
+                assert step.beside == (use.slot >= SLOTS)
+                computed.append(use.expert)
+            for kept in step.kept:
+                assert content[kept.row] == (layer, kept.expert)
+                content[kept.slot] = layer, kept.expert
+        uses = staging.early(later, guesses)
+        content |= {use.slot: (later, use.expert) for use in uses}
+        assert sorted(computed) == sorted(experts)
+        came = early.get(layer, set()) & (set(experts) - hits)
+        assert sorted(begun) == sorted(set(experts) - hits - came)
+        early = {later: ahead | {use.expert for use in uses}}
+        for slot in range(SLOTS):
+            assert cache.table.key_in(slot) in (None, content.get(slot))
+
+
+@pytest.mark.parametrize(
+    ("shape", "record_mib", "rows"), [(MIXTRAL, 94.5, 2), (QWEN3_30B, 2.53, 32)]
+)
+def test_a_long_prompt_comes_within_a_tenth_of_what_the_link_allows(
+    shape: Shape, record_mib: float, rows: int
+) -> None:
+    """A quarter resident, 2.5 ms between two layers' experts; a few layers stand for all."""
+    layers, tokens = 6, 512  # four times the operations a token stand for 2048
+    shape = replace(shape, layers=layers, record_bytes=int(record_mib * 2**20))
+    hardware = replace(PROFILES["RTX 4090"], link_gb_per_s=26.8, tflops=120 / 4)
+    slots = layers * shape.experts // 4
+    # Of the border 0.47 ms are the host's; the rest is operations.
+    dense = 2.0e-3 * hardware.tflops * 1e12 / tokens * layers
+    both = synthesize(shape, Routing(), 0, 2 * tokens)
+    first, second = (
+        [event._replace(experts=event.experts[at : at + tokens]) for event in both.events]
+        for at in (0, tokens)
+    )
+
+    def link_share(early: bool) -> float:
+        scenario = Scenario(
+            hardware, Setup(slots, "lfru", "quota"), dense, staging_rows=rows, early=early
+        )
+        fill = simulate(Trace(both.header, first), scenario).prefill
+        whole = simulate(Trace(both.header, [*first, *second]), scenario)
+        assert whole.counts.early_loads_wrong <= 0.02 * whole.counts.loads
+        needed = whole.prefill.copy_seconds - fill.copy_seconds
+        return needed / (whole.prefill.seconds - fill.seconds)
+
+    assert link_share(early=False) < 0.87
+    assert link_share(early=True) > 0.9
