@@ -35,7 +35,7 @@ class Chat:
     stop_strings: tuple[str, ...] = ()
     timings: bool = True
     verbose: bool = False
-    load_seconds: float = 0.0
+    load_seconds: float = 0.0  # that the next answer's figures have in them
     debug: bool = False  # an error that is not ours ends the chat with its traceback
     messages: list[Message] = field(default_factory=list)
     begin: int = 0  # of `messages` that still are in the context
@@ -100,6 +100,7 @@ class Chat:
     def _tell_figures(self, last: GenerationResponse) -> None:
         if self.verbose:
             self.display.write(verbose_rows(last, self.load_seconds) + "\n")
+        self.load_seconds = 0.0  # the first answer had it
         if self.timings:
             self.display.write(f"\n{timings(last)}\n{last.experts.line()}\n")
         context = offload_of(self.model).options.context

@@ -43,8 +43,10 @@ class GenerationResponse:
     token: int
     prompt_tokens: int
     cached_tokens: int  # of them, in the KV cache from the prompt before
+    prompt_seconds: float  # of the prefill, with the choice of the first token
     prompt_tps: float  # tokens/s of the prefill, those in the cache not counted
     generation_tokens: int
+    generation_seconds: float  # of the decode, so far
     generation_tps: float  # tokens/s of the decode, the prefill's token not counted
     peak_memory: int  # bytes: of the process, or of the GPU's allocations
     finish_reason: str | None  # "stop" (end of sequence or stop string), "length", or None
@@ -227,7 +229,7 @@ def _stream(
     del logits, cache
     said = [value := answer()]
     decode_begin = time.perf_counter()
-    prompt_tps = (len(prompt) - cached) / (decode_begin - begin)
+    prompt_seconds = decode_begin - begin
     for count in range(1, limit + 1):
         piece = "" if text is None or value in ends else text.push(value)
         reason = None
@@ -245,8 +247,10 @@ def _stream(
             value,
             len(prompt),
             cached,
-            prompt_tps,
+            prompt_seconds,
+            (len(prompt) - cached) / prompt_seconds,
             count,
+            seconds,
             (count - 1) / seconds if count > 1 else 0.0,
             sum(map(peak_memory, handle.options.devices)),
             reason,

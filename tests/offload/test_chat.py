@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,33 @@ def test_timings_follow_each_answer(chat: Chat, terminal: Terminal) -> None:
     chat.timings = True
     chat.say("hi")
     assert re.fullmatch(rf"yes\n\n{TIMINGS}", terminal.take())
+
+
+def test_a_later_turns_figures_are_of_what_it_read_and_took(
+    loaded: tuple[Any, Any], terminal: Terminal
+) -> None:
+    """The first answer waited for the model, the second one only for what was new."""
+    chat = Chat(*loaded, Sampling(), Plain(terminal.write), max_new_tokens=2, verbose=True)
+    chat.load_seconds, rows = 1000.0, []
+    for text in ("a long message " * 8, "and a short one"):
+        begin = time.perf_counter()
+        chat.say(text)
+        took = time.perf_counter() - begin
+        lines = (line.split(":") for line in terminal.take().splitlines() if ":  " in line)
+        rows.append({name: value.strip() for name, value in lines})
+        assert chat.last is not None
+        total = chat.last.prompt_seconds + chat.last.generation_seconds
+        assert 0 < total <= took
+    last, total = chat.last, f"{total * 1e3:.2f}ms" if total < 1 else f"{total:.2f}s"
+    assert last.cached_tokens > 100
+    read = last.prompt_tokens - last.cached_tokens
+    assert last.experts.tokens == read + 1  # and the answer's first token
+    assert rows[1]["prompt eval count"] == f"{read} token(s) (+{last.cached_tokens} cached)"
+    assert rows[1]["total duration"] == total
+    assert "load duration" not in rows[1]
+    assert rows[0]["load duration"] == "1000.00s"
+    assert rows[0]["total duration"].startswith("1000.")
+    assert re.fullmatch(r"\d+ token\(s\)", rows[0]["prompt eval count"])
 
 
 def test_three_quotes_make_a_message_of_several_lines(chat: Chat, terminal: Terminal) -> None:
