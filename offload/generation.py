@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from offload import recovery
 from offload.budget import READ_WHOLE, UBATCH
-from offload.errors import GenerationError
+from offload.errors import GenerationError, reason
 from offload.generation_config import end_ids
 from offload.handle import Answer, offload_of
 from offload.patience import OutOfPatience, patiently
@@ -69,7 +69,7 @@ def encode_prompt(
     elif tokenizer is None:
         raise GenerationError("the model has no tokenizer: give token ids instead of text")
     elif isinstance(prompt, str):
-        ids = list(tokenizer(prompt)["input_ids"])
+        ids = _tokens(tokenizer, prompt)
     elif not tokenizer.chat_template:
         raise GenerationError("the model has no chat template: give the prompt as a text")
     else:
@@ -90,10 +90,22 @@ def encode_prompt(
         except Exception as error:  # a template is a program of the checkpoint's
             raise GenerationError(f"the chat template refused the messages: {error}") from None
         check_text(text)
-        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = _tokens(tokenizer, text, add_special_tokens=False)
     if not ids:
         raise GenerationError("the prompt is empty")
     return ids
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, **options: bool) -> list[int]:
+    try:
+        return list(tokenizer(text, **options)["input_ids"])
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever comes of what its files say
+        raise GenerationError(
+            f"the tokenizer cannot read the prompt ({type(error).__name__}: {reason(error)}): "
+            "its files are damaged, fetch them again"
+        ) from None
 
 
 def check_text(text: str) -> None:

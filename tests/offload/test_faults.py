@@ -233,7 +233,7 @@ def test_ctrl_c_at_two_hundred_random_moments_changes_no_later_answer(
     assert _interrupt_often(loaded, undisturbed, 200) > 50
 
 
-# --- several at once, and clocks ------------------------------------------------------------------
+# --- several at once ----------------------------------------------------------------------------
 
 
 def test_two_chats_share_a_pack_and_a_home(pack: Path, home: Path) -> None:
@@ -267,19 +267,6 @@ def test_two_chats_share_a_pack_and_a_home(pack: Path, home: Path) -> None:
     obey(chat, "/load same")
     assert len(chat.messages) == 4
     model.offload.close()
-
-
-def test_a_clock_that_jumps_changes_nothing(
-    loaded: tuple[Any, Any], undisturbed: Undisturbed, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = undisturbed(_chat(loaded), "one")
-    jumps = random.Random(2)
-    monkeypatch.setattr(time, "time", lambda: jumps.uniform(0, 4e9))
-    chat = _chat(loaded)
-    chat.timings = chat.verbose = True
-    chat.say("one")
-    assert chat.messages[-1]["content"] == expected
-    assert offload_of(loaded[0]).stats().counts.wait_seconds >= 0
 
 
 def test_what_a_killed_process_left_of_a_save_is_removed(
