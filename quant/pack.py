@@ -333,7 +333,7 @@ class Pack:
             crc_begin, crc_end = header["crc32"]["data_offsets"]
             if (
                 any(type(n) is not int or n < 0 for n in (begin, end, crc_begin, crc_end))
-                or crc_begin % 8
+                or (8 + header_bytes + crc_begin) % 8
             ):
                 raise ValueError("offsets")
         except (ValueError, KeyError, TypeError) as error:
