@@ -1,8 +1,6 @@
 """Many cases of a target, each repeatable by its number.
 
-    python -m tests.fuzz.run [--cases N] [--target NAME] [--only CASE] [--atheris]
-
-With atheris (`pip install atheris`) its coverage chooses the bytes, for one target, until Ctrl-C.
+python -m tests.fuzz.run [--cases N] [--target NAME] [--only CASE]
 """
 
 from __future__ import annotations
@@ -175,14 +173,10 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=1000, help="of each target")
     parser.add_argument("--target")
     parser.add_argument("--only", type=int)
-    parser.add_argument("--atheris", action="store_true")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         targets = make_targets(Path(folder))
         names = [asked.target] if asked.target else list(targets.all())
-        if asked.atheris:
-            _with_atheris(targets, names[0])
-            return
         cases = range(asked.cases) if asked.only is None else range(asked.only, asked.only + 1)
         for name in names:
             begin, before = time.monotonic(), memory()
@@ -194,15 +188,6 @@ def main() -> None:
                 flush=True,
             )
             assert kept < MOST_KEPT
-
-
-def _with_atheris(targets: Targets, name: str) -> None:
-    import atheris  # an optional tool: pip install atheris
-
-    target = targets.all()[name]
-    atheris.instrument_all()
-    atheris.Setup([sys.argv[0]], lambda data: case(target, data, targets.folder) and None)
-    atheris.Fuzz()
 
 
 if __name__ == "__main__":
