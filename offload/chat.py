@@ -41,6 +41,7 @@ class Chat:
     begin: int = 0  # of `messages` that still are in the context
     think: bool | None = None  # asked of the template; None: as the template has it
     prompt_cache: PromptCache = field(default_factory=PromptCache)
+    stopped: bool = False  # whether Ctrl-C ended the last answer
     last: GenerationResponse | None = None  # of the answer that is coming, or came
 
     def say(self, text: str) -> None:
@@ -71,7 +72,7 @@ class Chat:
         )
         self.last = None
         said = {False: "", True: ""}  # the answer, and the thoughts before it
-        stopped = False
+        self.stopped = False
         try:
             for response in self._stream(ids, skip_special_tokens=not special):
                 self.last = response
@@ -82,7 +83,7 @@ class Chat:
                 said[piece.thought] += piece.text
                 self.display.show(piece)
         except KeyboardInterrupt:
-            stopped = True
+            self.stopped = True
         except BaseException:
             if said[False] or said[True]:
                 self.display.finish()
@@ -92,7 +93,7 @@ class Chat:
         if said[True]:
             answer["thinking"] = said[True]
         self.messages, self.begin = [*messages, answer], begin
-        if stopped:
+        if self.stopped:
             self.display.write("(stopped)\n")
         if self.last is not None:
             self._tell_figures(self.last)

@@ -247,6 +247,35 @@ def test_a_single_turn_chat_answers_and_leaves(
     assert done.err.startswith("6 of 24 experts resident")
 
 
+def test_ctrl_c_in_a_single_turn_is_exit_code_130(
+    run: Run, script: Script, mixtral_pack: Path
+) -> None:
+    def interrupt(step: int) -> None:
+        if step == 2:
+            raise KeyboardInterrupt
+
+    script.say("abcdef")
+    script.at = interrupt
+    done = run("chat", mixtral_pack, "-st", "-p", "a")
+    assert done.code == 130
+    assert done.out.startswith("ab\n(stopped)\n")
+
+
+def test_a_chat_that_begins_with_a_prompt_goes_on_whatever_comes_of_it(
+    run: Run, script: Script, mixtral_pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = ("chat", mixtral_pack, "--no-show-timings", "-c", "200", "-p")
+    script.say("yes")
+    for prompt, told in (("x" * 300, "raise --ctx-size"), ("/bye now", "yes"), ("hi", "yes")):
+        monkeypatch.setattr("sys.stdin", io.StringIO("one\n"))
+        done = run(*chat, prompt)
+        first, *rest = done.out.splitlines()
+        assert (done.code, rest) == (0, ["yes", ""])
+        assert told in first
+        assert script.prompt.endswith("<user>one</user><assistant>")
+    assert "<user>hi</user><assistant>yes</assistant>" in script.prompt
+
+
 def test_a_piped_chat_answers_each_line(
     run: Run, script: Script, mixtral_pack: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
