@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     stats = offload_of(model).stats()
     print(
-        f"{stats.slots} of {stats.total_experts} experts resident; /? lists the commands, /bye "
+        f"{stats.slots} slots for {stats.total_experts} experts; /? lists the commands, /bye "
         f"leaves",
         file=sys.stderr,
     )

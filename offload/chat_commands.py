@@ -126,7 +126,7 @@ def _show(chat: Chat, rest: str) -> None:
         text = (
             f"{info.source}: {chat.model.config.model_type}, {len(info.layers)} MoE layers, "
             f"{info.total_experts} experts; bits: {bits_name(info)}\n"
-            f"pack {handle.pack.path}\n{options.slots} experts resident on "
+            f"pack {handle.pack.path}\n{handle.stats().slots} slots for experts on "
             f"{' and '.join(map(str, options.devices))}, "
             f"computing in {str(options.dtype).removeprefix('torch.')}, context {options.context}"
         )

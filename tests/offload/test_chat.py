@@ -551,7 +551,7 @@ def test_show_info(chat: Chat, terminal: Terminal) -> None:
     obey(chat, "/show info")
     text = terminal.take()
     assert "tiny-mixtral: mixtral, 3 MoE layers, 24 experts; bits: experts=4g64" in text
-    assert f"6 experts resident on cpu, computing in float32, context {CONTEXT}" in text
+    assert f"6 slots for experts on cpu, computing in float32, context {CONTEXT}" in text
 
 
 def test_show_experts_draws_who_is_resident(loaded: tuple[Any, Any], terminal: Terminal) -> None:
@@ -574,7 +574,7 @@ def test_show_experts_draws_who_is_resident(loaded: tuple[Any, Any], terminal: T
 def test_stats(chat: Chat, terminal: Terminal) -> None:
     obey(chat, "/stats")
     text = terminal.take()
-    for word in ("[ Experts: 6/24 resident", "requests", "hits", "misses", "evictions", "GB/s"):
+    for word in ("[ Experts: 6 slots for 24", "requests", "hits", "misses", "evictions", "GB/s"):
         assert word in text
 
 
@@ -667,11 +667,11 @@ def test_a_chat_in_a_terminal(mixtral: Path, home: Path) -> None:
         dimensions=(40, 200),
     )
     try:
-        child.expect_exact("6 of 24 experts resident")
+        child.expect_exact("6 slots for 24 experts")
         child.expect_exact(">>>")
         child.send("hello\r")
         child.expect(r"\[ Prompt: \d+\.\d t/s \| Generation: \d+\.\d t/s \]\r\n")
-        child.expect(r"\[ Experts: 6/24 resident \| hits \d+\.\d% \| \d+\.\d MiB/token")
+        child.expect(r"\[ Experts: 6 slots for 24 \| hits \d+\.\d% \| \d+\.\d MiB/token")
         child.expect_exact(">>>")
         child.send("\x1b[200~pasted\rtext\x1b[201~")  # a paste that holds a line's end
         child.send("\r")
