@@ -19,6 +19,7 @@ from offload.handle import offload_of
 from offload.prompt_cache import PromptCache
 from offload.report import timings, verbose_rows
 from offload.sampling import Sampling
+from offload.saved_chats import Settings
 from offload.thinking import Voices, marks_are_special
 
 
@@ -58,6 +59,16 @@ class Chat:
     def clear(self) -> None:
         """Forget what was said; what was set stays."""
         self.messages, self.begin = [], 0
+
+    @property
+    def settings(self) -> Settings:
+        """What is set beside sampling and system prompt."""
+        return Settings(self.max_new_tokens, self.think, self.display.thoughts, self.stop_strings)
+
+    @settings.setter
+    def settings(self, settings: Settings) -> None:
+        self.max_new_tokens, self.think = settings.num_predict, settings.think
+        self.display.thoughts, self.stop_strings = settings.thoughts, settings.stop
 
     def _answer(self, messages: list[Message]) -> None:
         """Answer `messages`, which become the conversation, with the answer, once there is one.

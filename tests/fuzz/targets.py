@@ -187,11 +187,14 @@ class Targets:
             "system": "",
             "parameters": {name: getattr(Sampling(), name) for name in PARAMETERS},
             "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a"}],
+            "settings": {"num_predict": 5, "think": None, "thoughts": True, "stop": ["END"]},
         }
         file = self.folder / "home" / "conversations" / "given.json"
         file.write_bytes(harmed_json(good, choices))
         chat = Chat(None, self._tokenizer, Sampling(), Plain(lambda _: None))  # type: ignore[arg-type]
         obey(chat, "/load given")
+        assert all(isinstance(text, str) for text in chat.stop_strings)
+        assert chat.max_new_tokens is None or chat.max_new_tokens > 0
         for message in chat.messages:
             assert isinstance(message["content"], str)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -261,6 +262,9 @@ def test_ctrl_c_while_the_model_works_keeps_the_chat(
         "/set top_p 2",
         "/set top_k 1.5",
         "/set seed -1",
+        "/set seed anything",
+        "/set verbose extra",
+        "/set nothink please",
         "/set num_predict many",
         "/show",
         "/show nothing",
@@ -520,10 +524,41 @@ def test_set_a_parameter(
     obey(chat, f"/set {name} {text}")
     assert getattr(chat.sampling, name) == value
     obey(chat, "/show parameters")
-    rows = dict(line.split() for line in terminal.take().splitlines())
+    rows = dict(line.split(maxsplit=1) for line in terminal.take().splitlines())
     assert rows[name] == str(value)
-    assert list(rows) == ["temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"]
+    assert list(rows)[:6] == [
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "seed",
+    ]
     chat.say("one")
+
+
+def test_show_parameters_tells_all_that_can_be_set(chat: Chat, terminal: Terminal) -> None:
+    def rows() -> list[list[str]]:
+        obey(chat, "/show parameters")
+        return [line.split(maxsplit=1) for line in terminal.take().splitlines()][5:]
+
+    assert rows() == [
+        ["seed", "random"],
+        ["num_predict", "-1"],
+        ["think", "as the model has it"],
+        ["thoughts", "show"],
+        ["stop", "none"],
+    ]
+    for words in ("seed 7", "num_predict 5", "nothink", "thoughts hide"):
+        obey(chat, f"/set {words}")
+    chat.stop_strings = ("a b", "\n")
+    assert [value for _, value in rows()] == ["7", "5", "no", "hide", r"'a b', '\n'"]
+
+
+def test_a_seed_can_be_given_up_again(chat: Chat) -> None:
+    obey(chat, "/set seed 7")
+    obey(chat, "/set seed random")
+    assert chat.sampling.seed is None
 
 
 def test_set_num_predict_limits_answers_and_minus_1_does_not(
@@ -597,6 +632,42 @@ def test_a_conversation_is_saved_and_loaded(
     assert [file.name for file in (home / "conversations").iterdir()] == ["my-chat.1.json"]
 
 
+def test_all_that_is_set_is_saved_with_a_conversation(chat: Chat, home: Path) -> None:
+    chat.stop_strings, chat.sampling = ("END", "סוף"), Sampling(temperature=0.5, seed=7)
+    for words in ("num_predict 5", "nothink", "thoughts hide"):
+        obey(chat, f"/set {words}")
+    settings, sampling = chat.settings, chat.sampling
+    obey(chat, "/save mine")
+    other = Chat(chat.model, chat.tokenizer, Sampling(), Plain(lambda _: None))
+    assert other.settings != settings
+    obey(other, "/load mine")
+    assert (other.settings, other.sampling) == (settings, sampling)
+    assert (other.max_new_tokens, other.think, other.stop_strings) == (5, False, ("END", "סוף"))
+    assert other.display.thoughts is False
+
+
+def test_a_conversation_saved_by_an_earlier_version_leaves_settings_alone(
+    chat: Chat, home: Path
+) -> None:
+    obey(chat, "/save old")
+    file = home / "conversations" / "old.json"
+    data = json.loads(file.read_text())
+    del data["settings"]
+    file.write_text(json.dumps(data))
+    obey(chat, "/set num_predict 5")
+    before = chat.settings
+    obey(chat, "/load old")
+    assert chat.settings == before
+
+
+def test_why_a_saved_conversation_cannot_be_read_is_told(chat: Chat, home: Path) -> None:
+    with pytest.raises(ChatError, match="there is no saved conversation 'mine'"):
+        obey(chat, "/load mine")
+    (home / "conversations" / "mine.json").mkdir(parents=True)
+    with pytest.raises(ChatError, match=r"cannot read .*mine\.json: Is a directory"):
+        obey(chat, "/load mine")
+
+
 def test_a_conversation_without_a_seed_comes_back_without_one(chat: Chat) -> None:
     obey(chat, "/save plain")
     obey(chat, "/set seed 7")
@@ -613,6 +684,13 @@ def test_saving_again_replaces(chat: Chat) -> None:
     assert [message["content"] for message in chat.messages] == ["one", "yes"]
 
 
+WITH_SETTINGS = (
+    '{"messages": [], "system": "", "parameters": {"temperature": 1, "top_k": 1, "top_p": 1, '
+    '"min_p": 0, "repetition_penalty": 1, "seed": null}, %s}'
+)
+SETTINGS = '"settings": {"num_predict": %s, "think": null, "thoughts": true, "stop": %s}'
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -627,18 +705,33 @@ def test_saving_again_replaces(chat: Chat) -> None:
         "[" * 100_000,
         '{"messages": ' + "[" * 900 + "]" * 900 + ', "parameters": {}, "system": ""}',
         '{"messages": [], "parameters": {"temperature": 1, "top_k": Infinity}, "system": ""}',
+        WITH_SETTINGS % '"settings": []',
+        WITH_SETTINGS % '"settings": {"num_predict": 5}',
+        WITH_SETTINGS % SETTINGS % ("0", "[]"),
+        WITH_SETTINGS % SETTINGS % ("true", "[]"),
+        WITH_SETTINGS % SETTINGS % ("5", '"END"'),
+        WITH_SETTINGS % SETTINGS % ("5", "[1]"),
         '{"messages": [], "parameters": {"temperature": 1' + "0" * 400 + '}, "system": ""}',
     ],
 )
 def test_a_saved_file_that_is_damaged_changes_nothing(text: str, chat: Chat, home: Path) -> None:
     chat.say("one")
     chat.system = "kept"
-    before = (list(chat.messages), chat.system, chat.sampling)
+    before = (list(chat.messages), chat.system, chat.sampling, chat.settings)
     (home / "conversations").mkdir()
     (home / "conversations" / "bad.json").write_text(text)
     with pytest.raises(offload.OffloadError):
         obey(chat, "/load bad")
-    assert (chat.messages, chat.system, chat.sampling) == before
+    assert (chat.messages, chat.system, chat.sampling, chat.settings) == before
+
+
+def test_settings_that_are_good_are_taken(chat: Chat, home: Path) -> None:
+    """What the damaged files above differ from."""
+    (home / "conversations").mkdir()
+    text = WITH_SETTINGS % SETTINGS % ("5", '["END"]')
+    (home / "conversations" / "good.json").write_text(text)
+    obey(chat, "/load good")
+    assert (chat.max_new_tokens, chat.stop_strings) == (5, ("END",))
 
 
 # --- a real terminal -----------------------------------------------------------------------------
