@@ -10,7 +10,7 @@ import contextlib
 import sys
 
 from cli.commands import Commands
-from cli.exit_codes import DONE
+from cli.exit_codes import DONE, INTERRUPTED
 from cli.flags import add_model_flags, add_sampling_flags
 from cli.model import asked_prompt, asked_sampling, load_model
 from offload.errors import OffloadError
@@ -57,14 +57,14 @@ def run(arguments: argparse.Namespace) -> int:
     )
     stats = offload_of(model).stats()
     print(
-        f"{stats.slots} of {stats.total_experts} experts resident; /? lists the commands, /bye "
+        f"{stats.slots} slots for {stats.total_experts} experts; /? lists the commands, /bye "
         f"leaves",
         file=sys.stderr,
     )
     chat.display.thoughts = not arguments.hide_thoughts
     with contextlib.closing(offload_of(model)):
-        if prompt is not None:
-            chat.say(prompt)
-        if not arguments.single_turn:
-            converse(chat, reader())
-    return DONE
+        if prompt is None or not arguments.single_turn:
+            converse(chat, reader(), prompt)
+            return DONE
+        chat.say(prompt)
+    return INTERRUPTED if chat.stopped else DONE

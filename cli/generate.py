@@ -48,10 +48,16 @@ def add(commands: Commands) -> None:
         type=Path,
         metavar="FILE",
         help="answer each line of -f FILE, which is JSON: a text, or an object with a prompt or "
-        "messages; the same command goes on where it was stopped",
+        "messages; the same command goes on where it was stopped (the prompts are compared, the "
+        "other flags are not)",
     )
     several.add_argument(
-        "-np", "--parallel", type=positive, default=8, help="prompts in one batch (default: 8)"
+        "-np",
+        "--parallel",
+        type=positive,
+        default=8,
+        metavar="N",
+        help="prompts in one batch (8)",
     )
     several.add_argument(
         "--vote",

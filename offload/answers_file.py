@@ -2,8 +2,9 @@
 
 Knows: JSON lines, what of a file is complete. Does not know: models.
 
-A line of the answers is the prompt's own object with the answer added (in place of one that it has
-already), so a reader needs one file, and going on with other prompts than before is noticed.
+A line of the answers is the prompt's own object with the answer added, so a reader needs one file,
+and going on with other prompts than before is noticed. Other options than before (a seed, a
+temperature, a model) are not: the file does not hold them.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def read_prompts(file: Path) -> list[dict[str, Any]]:
                         "shorter prompts, one a line"
                     )
                 if line.strip():
-                    prompts.append(_parsed(line, f"{file}, line {number}"))
+                    where = f"{file}, line {number}"
+                    prompts.append(_without_answer(_parsed(line, where), where))
     except OSError as error:
         raise SourceError(f"cannot read the prompts from {file}: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -70,6 +72,17 @@ def _checked(given: dict[str, Any]) -> dict[str, Any]:
                 raise TypeError("not a text")
     elif not isinstance(given["prompt"], str) or not given["prompt"]:
         raise TypeError("not a text")
+    return given
+
+
+def _without_answer(given: dict[str, Any], where: str) -> dict[str, Any]:
+    """`given`, in which nothing has a name that an answer is given by. Raises `SourceError`."""
+    for name in ADDED:
+        if name in given:
+            raise SourceError(
+                f"{where} has a value {name!r} already, which the answer's would replace: give it "
+                "another name, or take it out"
+            )
     return given
 
 

@@ -19,6 +19,7 @@ from offload.handle import offload_of
 from offload.prompt_cache import PromptCache
 from offload.report import timings, verbose_rows
 from offload.sampling import Sampling
+from offload.saved_chats import Settings
 from offload.thinking import Voices, marks_are_special
 
 
@@ -35,12 +36,13 @@ class Chat:
     stop_strings: tuple[str, ...] = ()
     timings: bool = True
     verbose: bool = False
-    load_seconds: float = 0.0
+    load_seconds: float = 0.0  # that the next answer's figures have in them
     debug: bool = False  # an error that is not ours ends the chat with its traceback
     messages: list[Message] = field(default_factory=list)
     begin: int = 0  # of `messages` that still are in the context
     think: bool | None = None  # asked of the template; None: as the template has it
     prompt_cache: PromptCache = field(default_factory=PromptCache)
+    stopped: bool = False  # whether Ctrl-C ended the last answer
     last: GenerationResponse | None = None  # of the answer that is coming, or came
 
     def say(self, text: str) -> None:
@@ -58,6 +60,16 @@ class Chat:
         """Forget what was said; what was set stays."""
         self.messages, self.begin = [], 0
 
+    @property
+    def settings(self) -> Settings:
+        """What is set beside sampling and system prompt."""
+        return Settings(self.max_new_tokens, self.think, self.display.thoughts, self.stop_strings)
+
+    @settings.setter
+    def settings(self, settings: Settings) -> None:
+        self.max_new_tokens, self.think = settings.num_predict, settings.think
+        self.display.thoughts, self.stop_strings = settings.thoughts, settings.stop
+
     def _answer(self, messages: list[Message]) -> None:
         """Answer `messages`, which become the conversation, with the answer, once there is one.
 
@@ -71,7 +83,7 @@ class Chat:
         )
         self.last = None
         said = {False: "", True: ""}  # the answer, and the thoughts before it
-        stopped = False
+        self.stopped = False
         try:
             for response in self._stream(ids, skip_special_tokens=not special):
                 self.last = response
@@ -82,7 +94,7 @@ class Chat:
                 said[piece.thought] += piece.text
                 self.display.show(piece)
         except KeyboardInterrupt:
-            stopped = True
+            self.stopped = True
         except BaseException:
             if said[False] or said[True]:
                 self.display.finish()
@@ -92,7 +104,7 @@ class Chat:
         if said[True]:
             answer["thinking"] = said[True]
         self.messages, self.begin = [*messages, answer], begin
-        if stopped:
+        if self.stopped:
             self.display.write("(stopped)\n")
         if self.last is not None:
             self._tell_figures(self.last)
@@ -100,6 +112,7 @@ class Chat:
     def _tell_figures(self, last: GenerationResponse) -> None:
         if self.verbose:
             self.display.write(verbose_rows(last, self.load_seconds) + "\n")
+        self.load_seconds = 0.0  # the first answer had it
         if self.timings:
             self.display.write(f"\n{timings(last)}\n{last.experts.line()}\n")
         context = offload_of(self.model).options.context

@@ -61,7 +61,7 @@ def _read(chat: Chat, rest: str) -> None:
 
 
 def _save(chat: Chat, rest: str) -> None:
-    file = SavedChat(chat.system, chat.sampling, chat.messages).save(rest)
+    file = SavedChat(chat.system, chat.sampling, chat.messages, chat.settings).save(rest)
     chat.display.write(f"Saved as {file}\n")
 
 
@@ -69,6 +69,8 @@ def _load(chat: Chat, rest: str) -> None:
     saved = SavedChat.load(rest)
     chat.clear()
     chat.messages, chat.sampling, chat.system = saved.messages, saved.sampling, saved.system
+    if saved.settings is not None:
+        chat.settings = saved.settings
     chat.display.write(f"Loaded {len(saved.messages)} messages.\n")
 
 
@@ -79,6 +81,8 @@ def _stats(chat: Chat, _: str) -> None:
 def _set(chat: Chat, rest: str) -> None:
     name, _, value = rest.partition(" ")
     value = value.strip()
+    if name in ("verbose", "quiet", "think", "nothink") and value:
+        raise ChatError(f"/set {name} takes nothing after it, not {value!r}")
     if name == "system":
         chat.system = value
     elif name in ("verbose", "quiet"):
@@ -93,7 +97,8 @@ def _set(chat: Chat, rest: str) -> None:
         count = _number(name, value, int)
         chat.max_new_tokens = count if count > 0 else None
     elif name in PARAMETERS:
-        given = {name: _number(name, value, PARAMETERS[name])}
+        drawn = name == "seed" and value == "random"
+        given: dict[str, Any] = {name: None if drawn else _number(name, value, PARAMETERS[name])}
         chat.sampling = replace(chat.sampling, **given)
     else:
         raise ChatError(f"there is nothing called {name!r} to set: /? lists what there is")
@@ -116,7 +121,8 @@ def _number(name: str, value: str, kind: type[int] | type[float]) -> Any:
     try:
         return kind(value)
     except (ValueError, OverflowError):
-        raise ChatError(f"{name} must be a number, not {value!r}") from None
+        allowed = "a number or random" if name == "seed" else "a number"
+        raise ChatError(f"{name} must be {allowed}, not {value!r}") from None
 
 
 def _show(chat: Chat, rest: str) -> None:
@@ -126,12 +132,12 @@ def _show(chat: Chat, rest: str) -> None:
         text = (
             f"{info.source}: {chat.model.config.model_type}, {len(info.layers)} MoE layers, "
             f"{info.total_experts} experts; bits: {bits_name(info)}\n"
-            f"pack {handle.pack.path}\n{options.slots} experts resident on "
+            f"pack {handle.pack.path}\n{handle.stats().slots} slots for experts on "
             f"{' and '.join(map(str, options.devices))}, "
             f"computing in {str(options.dtype).removeprefix('torch.')}, context {options.context}"
         )
     elif rest == "parameters":
-        text = "\n".join(f"{name:<20}{getattr(chat.sampling, name)}" for name in PARAMETERS)
+        text = _parameters(chat)
     elif rest == "system":
         text = chat.system or "(none: the template's own)"
     elif rest == "experts":
@@ -139,6 +145,18 @@ def _show(chat: Chat, rest: str) -> None:
     else:
         raise ChatError("/show info, /show parameters, /show system or /show experts")
     chat.display.write(text + "\n")
+
+
+def _parameters(chat: Chat) -> str:
+    settings = chat.settings
+    rows: dict[str, object] = {name: getattr(chat.sampling, name) for name in PARAMETERS}
+    if chat.sampling.seed is None:
+        rows["seed"] = "random"
+    rows["num_predict"] = settings.num_predict or -1
+    rows["think"] = {None: "as the model has it", True: "yes", False: "no"}[settings.think]
+    rows["thoughts"] = "show" if settings.thoughts else "hide"
+    rows["stop"] = ", ".join(map(repr, settings.stop)) or "none"
+    return "\n".join(f"{name:<20}{value}" for name, value in rows.items())
 
 
 COMMANDS: dict[str, Callable[[Chat, str], None]] = {

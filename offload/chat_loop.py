@@ -16,15 +16,17 @@ from offload.errors import OffloadError, one_line
 QUOTES = '"""'
 
 
-def converse(chat: Chat, read: Callable[[str], str]) -> None:
-    """Read and answer until `/bye` or the end of the input (`EOFError`).
+def converse(chat: Chat, read: Callable[[str], str], first: str | None = None) -> None:
+    """Answer the message `first`, if there is one, then read and answer until `/bye` or the end of
+    the input (`EOFError`).
 
     An error in an answer or a command is told in one line and the chat goes on; one in reading or
     writing ends it, since there is nobody to talk to.
     """
+    waiting = [] if first is None else [(first, True)]
     while True:
         try:
-            text, quoted = read_message(read)
+            text, quoted = waiting.pop() if waiting else read_message(read)
             if not text.strip():
                 continue
             if not _answer(chat, text, quoted):

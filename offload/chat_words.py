@@ -12,6 +12,7 @@ from offload.sampling import PARAMETERS
 USAGE = (
     ("/set system TEXT", "set the system prompt"),
     ("/set NAME VALUE", "set a sampling parameter (/show parameters)"),
+    ("/set seed random", "draw anew for each answer again"),
     ("/set num_predict COUNT", "tokens an answer has at most; -1: as many as fit"),
     ("/set verbose|quiet", "show all timings after an answer, or none"),
     ("/set think|nothink", "ask the model to think first, or not to (models that know how)"),
@@ -19,7 +20,7 @@ USAGE = (
     ("/set panel on|off", "speed, hits and experts below an answer while it comes"),
     ("/show info|parameters|system|experts", "what is running, and how"),
     ("/stats", "the experts' figures so far"),
-    ("/save NAME", "keep this conversation, its system prompt and parameters"),
+    ("/save NAME", "keep this conversation, its system prompt and all that is set"),
     ("/load NAME", "go back to a conversation that was saved"),
     ("/read FILE", "send a file's text as a message"),
     ("/regen", "answer the last message again"),

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from offload import recovery
 from offload.budget import READ_WHOLE, UBATCH
-from offload.errors import GenerationError
+from offload.errors import GenerationError, reason
 from offload.generation_config import end_ids
 from offload.handle import Answer, offload_of
 from offload.patience import OutOfPatience, patiently
@@ -43,8 +43,10 @@ class GenerationResponse:
     token: int
     prompt_tokens: int
     cached_tokens: int  # of them, in the KV cache from the prompt before
+    prompt_seconds: float  # of the prefill, with the choice of the first token
     prompt_tps: float  # tokens/s of the prefill, those in the cache not counted
     generation_tokens: int
+    generation_seconds: float  # of the decode, so far
     generation_tps: float  # tokens/s of the decode, the prefill's token not counted
     peak_memory: int  # bytes: of the process, or of the GPU's allocations
     finish_reason: str | None  # "stop" (end of sequence or stop string), "length", or None
@@ -67,7 +69,7 @@ def encode_prompt(
     elif tokenizer is None:
         raise GenerationError("the model has no tokenizer: give token ids instead of text")
     elif isinstance(prompt, str):
-        ids = list(tokenizer(prompt)["input_ids"])
+        ids = _tokens(tokenizer, prompt)
     elif not tokenizer.chat_template:
         raise GenerationError("the model has no chat template: give the prompt as a text")
     else:
@@ -88,10 +90,22 @@ def encode_prompt(
         except Exception as error:  # a template is a program of the checkpoint's
             raise GenerationError(f"the chat template refused the messages: {error}") from None
         check_text(text)
-        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        ids = _tokens(tokenizer, text, add_special_tokens=False)
     if not ids:
         raise GenerationError("the prompt is empty")
     return ids
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, **options: bool) -> list[int]:
+    try:
+        return list(tokenizer(text, **options)["input_ids"])
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever comes of what its files say
+        raise GenerationError(
+            f"the tokenizer cannot read the prompt ({type(error).__name__}: {reason(error)}): "
+            "its files are damaged, fetch them again"
+        ) from None
 
 
 def check_text(text: str) -> None:
@@ -227,7 +241,7 @@ def _stream(
     del logits, cache
     said = [value := answer()]
     decode_begin = time.perf_counter()
-    prompt_tps = (len(prompt) - cached) / (decode_begin - begin)
+    prompt_seconds = decode_begin - begin
     for count in range(1, limit + 1):
         piece = "" if text is None or value in ends else text.push(value)
         reason = None
@@ -245,8 +259,10 @@ def _stream(
             value,
             len(prompt),
             cached,
-            prompt_tps,
+            prompt_seconds,
+            (len(prompt) - cached) / prompt_seconds,
             count,
+            seconds,
             (count - 1) / seconds if count > 1 else 0.0,
             sum(map(peak_memory, handle.options.devices)),
             reason,

@@ -60,6 +60,7 @@ class HostTier:
         self.description = ""  # how records are held, in a few words
         self.disk: DiskTier | None = None  # None: RAM holds every record
         self._records: list[Tensor] = []  # [E, record_bytes] of a layer
+        self._in_place: list[bool] = []  # of a layer: the files' own pages, which others may write
         self._pinned: list[bool] = []  # of a layer, or of pieces of buffers
         with contextlib.ExitStack() as undo:
             self._undo = undo
@@ -96,12 +97,14 @@ class HostTier:
     def record(self, layer: int, expert: int, read: Read | None = None) -> Tensor:
         """The checked record [record_bytes] uint8; of a tier before a disk, what `read` brought.
 
-        Raises `PackError`, `OSError`.
+        Raises `PackError`.
         """
         if self.disk is not None:
             assert read is not None, "records come from the disk: want() them first"
             return self.disk.bytes_of(read)
         record = self._records[layer][expert]
+        if self._in_place[layer]:
+            self._pack.check_unchanged(layer)
         self._files.check(layer, expert, record)
         return record
 
@@ -147,6 +150,7 @@ class HostTier:
             self._warn_unpinned(sum(map(self._layer_bytes, range(len(self._records)))), refused)
         for layer in range(len(self._records), len(layers)):
             self._records.append(self._mapped(layer, layers[layer].num_experts))
+            self._in_place.append(True)
             self._pinned.append(False)
         logger.info("%s of experts in RAM, %s", gib(self._pack.info.expert_bytes), self.description)
 
@@ -185,6 +189,7 @@ class HostTier:
                 for _ in threads.map(functools.partial(read, index), each, records):
                     pass
                 self._records.append(records)
+                self._in_place.append(way == self._mapped)
                 self._pinned.append(True)
         return None
 

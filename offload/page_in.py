@@ -39,21 +39,16 @@ class PageIn:
 
     def bring_in(self, layer: int, expert: int, between: Callable[[], None] | None = None) -> None:
         """Return when the record's pages are in memory. `between` is called now and then; it may
-        bring in another. Raises `OSError`."""
+        bring in another. Raises `PackError`."""
         missing = self._missing(layer, expert)
         if not missing:
             return
-        path, _ = self._pack.place(layer, expert)
-        file = os.open(path, os.O_RDONLY)
-        try:
-            while missing:
-                some, missing = missing[:AT_ONCE], missing[AT_ONCE:]
-                for _ in self._threads.map(lambda at: self._read(file, at), some):
-                    pass
-                if between is not None and missing:
-                    between()
-        finally:
-            os.close(file)
+        while missing:
+            some, missing = missing[:AT_ONCE], missing[AT_ONCE:]
+            for _ in self._threads.map(lambda at: self._read(layer, at), some):
+                pass
+            if between is not None and missing:
+                between()
 
     def _missing(self, layer: int, expert: int) -> list[int]:
         """Where in its file the pieces of a record begin that are not in memory as a whole."""
@@ -72,10 +67,10 @@ class PageIn:
         step = PIECE // PAGE
         return [begin + at * PAGE for at in range(0, len(here), step) if 0 in here[at : at + step]]
 
-    def _read(self, file: int, begin: int) -> None:
+    def _read(self, layer: int, begin: int) -> None:
         if not hasattr(self._local, "scratch"):
-            self._local.scratch = bytearray(PIECE)
-        os.preadv(file, [self._local.scratch], begin)
+            self._local.scratch = memoryview(bytearray(PIECE))
+        self._pack.read_at(layer, begin, self._local.scratch)
 
     def close(self) -> None:
         """End the threads."""

@@ -40,7 +40,7 @@ def plot(
     save_png(
         heat,
         file,
-        f"{trace.header.model}: {slots} of {trace.header.total_experts} experts resident, "
+        f"{trace.header.model}: {slots} slots for {trace.header.total_experts} experts, "
         f"{policy}, hits {hits / max(1, hits + misses):.1%}",
     )
     return ""

@@ -58,7 +58,7 @@ class Share:
         """As people read it."""
         layers = f"{len(self.blocks)} layer{'s' * (len(self.blocks) > 1)}"
         return (
-            f"card {self.number}: {layers}, {self.slots}/{self.experts} experts resident, beside "
+            f"card {self.number}: {layers}, {self.slots} slots for {self.experts} experts, beside "
             f"{gib(self.dense)} of dense weights and {gib(self.kv_cache)} of KV cache"
         )
 

@@ -1,7 +1,8 @@
 """Reading whole records from a pack's files, past the mapping.
 
-Knows: files, offsets, checksums at the first reading. Does not know: where the bytes are kept
-(`offload.host_tier`, `offload.disk_tier`), nor which are wanted.
+Knows: which bytes a record is, checksums at the first reading, whether its file is still what it
+was. Does not know: where the bytes are kept (`offload.host_tier`, `offload.disk_tier`), nor which
+are wanted.
 
 A mapping is read a fault at a time, where one read of a whole record keeps a disk busy: docs/log.md
 compares them.
@@ -28,23 +29,19 @@ class RecordFiles:
         return self._pack.info.layout_of(layer).record_bytes
 
     def read(self, layer: int, expert: int, into: Tensor, *, cached: bool = True) -> None:
-        """Read a record into `into` [>= record_bytes] uint8. Raises `PackError`, `OSError`.
+        """Read a record into `into` [>= record_bytes] uint8. Raises `PackError`, also when its file
+        was written to since the pack was opened: a checksum is compared once only.
 
         With `cached` False the system need not keep the bytes as well: the caller does.
         """
-        path, begin = self._pack.place(layer, expert)
+        _, begin = self._pack.place(layer, expert)
         target = into[: self.size(layer)]
-        view, done = as_buffer(target), 0
-        with path.open("rb", buffering=0) as file:
-            file.seek(begin)
-            while done < len(view):
-                count = file.readinto(view[done:])
-                if not count:
-                    raise OSError(f"{path} ends at byte {begin + done}")
-                done += count
-            if not cached and hasattr(os, "posix_fadvise"):
-                with contextlib.suppress(OSError):  # advice
-                    os.posix_fadvise(file.fileno(), begin, done, os.POSIX_FADV_DONTNEED)
+        self._pack.read_at(layer, begin, as_buffer(target))
+        if not cached and hasattr(os, "posix_fadvise"):
+            file, size = self._pack.descriptor(layer), target.numel()
+            with contextlib.suppress(OSError):  # advice
+                os.posix_fadvise(file, begin, size, os.POSIX_FADV_DONTNEED)
+        self._pack.check_unchanged(layer)  # afterwards: a write may come between
         self.check(layer, expert, target)
 
     def check(self, layer: int, expert: int, record: Tensor) -> None:

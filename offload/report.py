@@ -44,18 +44,21 @@ def timings(response: GenerationResponse) -> str:
 
 
 def verbose_rows(response: GenerationResponse, load_seconds: float) -> str:
-    """ollama's rows after an answer."""
-    prompt_seconds = response.prompt_tokens / response.prompt_tps
-    decoded = response.generation_tokens - 1
-    eval_seconds = decoded / response.generation_tps if response.generation_tps else 0.0
+    """ollama's rows after an answer; as there, only one that waited for the model has a load
+    duration, and a prompt's tokens are those that were read."""
+    cached = response.cached_tokens
+    read = f"{response.prompt_tokens - cached} token(s)" + (
+        f" (+{cached} cached)" if cached else ""
+    )
+    seconds = load_seconds + response.prompt_seconds + response.generation_seconds
     rows = [
-        ("total duration", _duration(load_seconds + prompt_seconds + eval_seconds)),
-        ("load duration", _duration(load_seconds)),
-        ("prompt eval count", f"{response.prompt_tokens} token(s)"),
-        ("prompt eval duration", _duration(prompt_seconds)),
+        ("total duration", _duration(seconds)),
+        *([("load duration", _duration(load_seconds))] if load_seconds else []),
+        ("prompt eval count", read),
+        ("prompt eval duration", _duration(response.prompt_seconds)),
         ("prompt eval rate", f"{response.prompt_tps:.2f} tokens/s"),
         ("eval count", f"{response.generation_tokens} token(s)"),
-        ("eval duration", _duration(eval_seconds)),
+        ("eval duration", _duration(response.generation_seconds)),
         ("eval rate", f"{response.generation_tps:.2f} tokens/s"),
     ]
     return "\n".join(f"{name + ':':<22}{value}" for name, value in rows)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +22,49 @@ UNUSABLE = (ValueError, OverflowError, RecursionError)  # what JSON and its numb
 
 
 @dataclass(frozen=True)
+class Settings:
+    """What else is set in a conversation, beside sampling."""
+
+    num_predict: int | None  # most tokens of an answer; None: as many as fit
+    think: bool | None  # asked of the template; None: as the template has it
+    thoughts: bool  # shown
+    stop: tuple[str, ...]
+
+    @classmethod
+    def of(cls, data: dict[str, Any]) -> Settings:
+        """As `asdict` and JSON have left it. Raises `KeyError`, `TypeError` or `ValueError`."""
+        made = cls(data["num_predict"], data["think"], data["thoughts"], tuple(data["stop"]))
+        count = made.num_predict
+        if (
+            not (count is None or (type(count) is int and count > 0))
+            or type(made.think) not in (bool, type(None))
+            or type(made.thoughts) is not bool
+            or not all(type(text) is str for text in data["stop"])
+            or type(data["stop"]) is not list
+        ):
+            raise ValueError(f"settings {data}")
+        return made
+
+
+@dataclass(frozen=True)
 class SavedChat:
     """What a conversation is taken up with again."""
 
     system: str
     sampling: Sampling
     messages: list[Message]
+    settings: Settings | None = None  # None: a file of an earlier version, without them
 
     def save(self, name: str) -> Path:
         """Write it as `name`, and return the file. Raises `ChatError`."""
         file = _file(name)
-        data = {
+        data: dict[str, Any] = {
             "system": self.system,
             "parameters": {name: getattr(self.sampling, name) for name in PARAMETERS},
             "messages": self.messages,
         }
+        if self.settings is not None:
+            data["settings"] = asdict(self.settings)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_whole(file, json.dumps(data, indent=1, ensure_ascii=False).encode())
@@ -60,9 +88,12 @@ class SavedChat:
                 name: None if data["parameters"][name] is None else kind(data["parameters"][name])
                 for name, kind in PARAMETERS.items()
             }
-            return cls(str(data["system"]), replace(Sampling(), **given), messages)
-        except OSError:
+            settings = Settings.of(data["settings"]) if "settings" in data else None
+            return cls(str(data["system"]), replace(Sampling(), **given), messages, settings)
+        except FileNotFoundError:
             raise ChatError(f"there is no saved conversation {name!r} ({file})") from None
+        except OSError as error:
+            raise ChatError(f"cannot read {file}: {error.strerror or error}") from None
         except (LookupError, TypeError, AttributeError, *UNUSABLE) as error:
             raise ChatError(f"{file} is not a saved conversation ({error!r})") from None
 

@@ -41,8 +41,8 @@ class CardStats:
         rate = self.bytes_copied / 1e9 / self.link_busy_seconds if self.link_busy_seconds else 0.0
         return (
             f"[ Card {self.share.number}: {len(self.share.blocks)} layers | "
-            f"{self.share.slots}/{self.share.experts} resident | hits {self.counts.hit_rate:.1%} | "
-            f"link {rate:.1f} GB/s ]"
+            f"{self.share.slots} slots for {self.share.experts} | "
+            f"hits {self.counts.hit_rate:.1%} | link {rate:.1f} GB/s ]"
         )
 
 
@@ -103,8 +103,8 @@ class Stats:
         """The experts' line printed after an answer; one more for each of several cards."""
         counts = self.counts
         text = (
-            f"[ Experts: {self.slots}/{self.total_experts} resident | hits {counts.hit_rate:.1%} | "
-            f"{self.mib_per_token:.1f} MiB/token"
+            f"[ Experts: {self.slots} slots for {self.total_experts} | "
+            f"hits {counts.hit_rate:.1%} | {self.mib_per_token:.1f} MiB/token"
         )
         if counts.lookahead_guesses:
             text += (

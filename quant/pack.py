@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from quant.errors import PackError
+from quant.reading import read_at
 from quant.record import RecordLayout
 
 FORMAT = "moe-offload pack"
@@ -244,13 +245,32 @@ class Pack:
         Raises `PackError` when the file was written to since it was opened: what is mapped may be
         other bytes by now, and none behind its end.
         """
-        if _stamp(self._files_open[layer].fileno()) != self._stamps[layer]:
+        self.check_unchanged(layer)
+        return self._records[layer][expert]
+
+    def check_unchanged(self, layer: int) -> None:
+        """Raise `PackError` when a layer's file was written to since it was opened."""
+        if _stamp(self.descriptor(layer)) != self._stamps[layer]:
             name = PackLayer.file_name(layer)
             raise PackError(
                 f"{self.path / name} was changed while it was in use: leave packs alone while a "
                 f"model runs; load it again, and if that fails, {REMAKE}"
             )
-        return self._records[layer][expert]
+
+    def descriptor(self, layer: int) -> int:
+        """A layer's open file: the one that is mapped, whatever has its name by now."""
+        return self._files_open[layer].fileno()
+
+    def read_at(self, layer: int, begin: int, into: memoryview) -> int:
+        """Read a layer's file, as `read_at` of `quant.reading`. Raises `PackError`."""
+        try:
+            return read_at(self.descriptor(layer), begin, into)
+        except OSError as error:
+            file = self.path / PackLayer.file_name(layer)
+            raise PackError(
+                f"cannot read {file} ({error.strerror or error}): look after the disk it is on; "
+                f"if that is well, {REMAKE}"
+            ) from None
 
     def place(self, layer: int, expert: int) -> tuple[Path, int]:
         """The file a record is in, and where it begins there."""
@@ -313,7 +333,7 @@ class Pack:
             crc_begin, crc_end = header["crc32"]["data_offsets"]
             if (
                 any(type(n) is not int or n < 0 for n in (begin, end, crc_begin, crc_end))
-                or crc_begin % 8
+                or (8 + header_bytes + crc_begin) % 8
             ):
                 raise ValueError("offsets")
         except (ValueError, KeyError, TypeError) as error:

@@ -1,45 +1,104 @@
 """Many cases of a target, each repeatable by its number.
 
-    python -m tests.fuzz.run [--cases N] [--target NAME] [--only CASE] [--atheris]
-
-With atheris (`pip install atheris`) its coverage chooses the bytes, for one target, until Ctrl-C.
+python -m tests.fuzz.run [--cases N] [--target NAME] [--only CASE]
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import hashlib
+import os
+import resource
+import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
+
+import psutil
 
 from tests.fuzz.choices import Choices
 from tests.fuzz.targets import ALLOWED, Target, Targets
 
 SLOWEST = 5.0  # seconds of the processor that a case may take
+ENDLESS = 60.0  # seconds after which a case is ended
 LONGEST = 1500  # characters of a message
-MOST_MEMORY = 2**29  # bytes by which all cases together may raise this process's peak
+MOST_MEMORY = 2**28  # bytes that a case may ask the system for
+MOST_KEPT = 2**26  # bytes that all cases of a target together may leave behind
+
+
+class Endless(BaseException):
+    """A case does not end. Nothing that catches errors catches it."""
 
 
 def case(target: Target, data: bytes, inside: Path) -> str:
     """Run a case: "fine", or the name of the error that refused it. Raises whatever is a bug."""
     begin = time.process_time()
     try:
-        with _watched(inside):
+        with _watched(inside), _ended(), _limited():
             target(Choices(data))
         return "fine"
     except ALLOWED as error:
-        text = str(error)
-        assert "\n" not in text, f"an error of several lines: {text!r}"
-        assert len(text) < LONGEST, f"an error of {len(text)} characters"
-        return type(error).__name__
+        return _refusal(error)
+    except Endless:
+        raise AssertionError(f"did not end in {ENDLESS} s") from None
     finally:
         seconds = time.process_time() - begin
         assert seconds < SLOWEST, f"took {seconds:.1f} s"
+
+
+def _refusal(error: BaseException) -> str:
+    """The name of an error that may be."""
+    text = str(error)
+    assert "\n" not in text, f"an error of several lines: {text!r}"
+    assert len(text) < LONGEST, f"an error of {len(text)} characters"
+    assert not _of_memory(error), f"took more than {MOST_MEMORY >> 20} MiB: {text}"
+    return type(error).__name__
+
+
+def _of_memory(error: BaseException | None) -> bool:
+    """Whether memory that ran out is what an error was made of."""
+    while error is not None and not isinstance(error, MemoryError):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+@contextmanager
+def _limited() -> Iterator[None]:
+    """Let the system refuse more than `MOST_MEMORY` beyond what this process has."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    room = psutil.Process().memory_info().vms + MOST_MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@contextmanager
+def _ended() -> Iterator[None]:
+    """End what does not end: Python code by an exception, anything else with the process."""
+    if threading.current_thread() is not threading.main_thread():
+        raise RuntimeError("cases are run by the main thread: signals end them")
+    before = signal.signal(signal.SIGALRM, _end)
+    faulthandler.dump_traceback_later(2 * ENDLESS, exit=True, file=sys.__stderr__)
+    signal.setitimer(signal.ITIMER_REAL, ENDLESS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        faulthandler.cancel_dump_traceback_later()
+        signal.signal(signal.SIGALRM, before)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    raise Endless
 
 
 def bytes_of(name: str, number: int) -> bytes:
@@ -47,18 +106,19 @@ def bytes_of(name: str, number: int) -> bytes:
     return hashlib.shake_128(f"{name} {number}".encode()).digest(96)
 
 
-_inside: Path | None = None  # where files may be opened; None: nobody looks
+OWN = (sys.prefix, sys.base_prefix, Path(__file__).parents[2], "/proc")
+_allowed: list[Path] = []  # where files may be opened; empty: nobody looks
 _outside: list[str] = []
 
 
 def _hook(event: str, arguments: tuple[Any, ...]) -> None:
-    if event != "open" or _inside is None or not isinstance(arguments[0], str | bytes):
+    if event != "open" or not _allowed or not isinstance(arguments[0], str | bytes):
         return
-    path = (
-        arguments[0].decode(errors="replace") if isinstance(arguments[0], bytes) else arguments[0]
-    )
-    own = (str(_inside), sys.prefix, sys.base_prefix, str(Path(__file__).parents[2]), "/proc/")
-    if not path.startswith(own) and "\0" not in path:
+    path = os.fsdecode(arguments[0])
+    if "\0" in path:  # refused when it is opened
+        return
+    place = Path(os.path.realpath(path))  # without .. and links
+    if not any(place.is_relative_to(folder) for folder in _allowed):
         _outside.append(path)
 
 
@@ -68,13 +128,12 @@ sys.addaudithook(_hook)
 @contextmanager
 def _watched(inside: Path) -> Iterator[None]:
     """Fail when a file outside of `inside` (and Python's own) is opened."""
-    global _inside
-    _inside = inside
     _outside.clear()
+    _allowed[:] = [Path(os.path.realpath(folder)) for folder in (inside, *OWN)]
     try:
         yield
     finally:
-        _inside = None
+        _allowed.clear()
         assert not _outside, f"opened {_outside}"
 
 
@@ -104,11 +163,9 @@ def make_targets(folder: Path) -> Targets:
     return Targets(folder, pack, checkpoint, make_tokenizer())
 
 
-def peak_memory() -> int:
-    """Most bytes this process ever had resident."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def memory() -> int:
+    """Bytes that this process has resident now."""
+    return int(psutil.Process().memory_info().rss)
 
 
 def main() -> None:
@@ -116,33 +173,21 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=1000, help="of each target")
     parser.add_argument("--target")
     parser.add_argument("--only", type=int)
-    parser.add_argument("--atheris", action="store_true")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         targets = make_targets(Path(folder))
         names = [asked.target] if asked.target else list(targets.all())
-        if asked.atheris:
-            _with_atheris(targets, names[0])
-            return
         cases = range(asked.cases) if asked.only is None else range(asked.only, asked.only + 1)
-        before = peak_memory()
         for name in names:
-            begin = time.monotonic()
+            begin, before = time.monotonic(), memory()
             counts = run(targets, name, cases)
-            seconds = time.monotonic() - begin
-            print(f"{name:<20}{len(cases):>8} cases {seconds:>7.1f} s  {counts}", flush=True)
-        grown = peak_memory() - before
-        print(f"peak memory grew by {grown / 2**20:.0f} MiB")
-        assert grown < MOST_MEMORY
-
-
-def _with_atheris(targets: Targets, name: str) -> None:
-    import atheris  # an optional tool: pip install atheris
-
-    target = targets.all()[name]
-    atheris.instrument_all()
-    atheris.Setup([sys.argv[0]], lambda data: case(target, data, targets.folder) and None)
-    atheris.Fuzz()
+            seconds, kept = time.monotonic() - begin, memory() - before
+            print(
+                f"{name:<20}{len(cases):>8} cases {seconds:>7.1f} s {kept / 2**20:>5.0f} MiB kept  "
+                f"{counts}",
+                flush=True,
+            )
+            assert kept < MOST_KEPT
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ A target may end well or with our own error, one line that says what to do. Anyt
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
@@ -29,6 +30,7 @@ from offload.display import Plain
 from offload.errors import OffloadError
 from offload.generation import encode_prompt
 from offload.generation_config import check_generation_config
+from offload.loading import _tokenizer as load_tokenizer
 from offload.quality.baseline import FORMAT, VERSION, read_baseline
 from offload.quality.tolerance import TOLERANCES
 from offload.recipe import Recipe
@@ -51,11 +53,9 @@ TEMPLATE_PARTS = (
     "cycler.__init__.__globals__", "self", "import 'os' as os", "include '/etc/passwd'", "namespace()", "(", ")",
     "strftime_now('%Y')", "\n", "שלום", "\x00", "generation",
 )  # fmt: skip
-ARGUMENTS = (
-    "chat", "generate", "bench", "quantize", "ppl", "check", "trace", "show", "replay", "simulate", "plot", "demo",
-    "-p", "-n", "-c", "-t", "-f", "-o", "-r", "-s", "--bits", "--expert-slots", "25%", "--temp", "--top-k", "--vote",
-    "--vram", "--policy", "lru", "-1", "0", "1", "99999999999999999999", "1e400", "nan", "", "--", "-", "--help",
-    "--version", "4", "q4", "\udc80", "a,b", "1,2", "../..", "-pg", "-d", "-np", "--trace", "--debug", "=",
+VALUES = (
+    "demo", "25%", "lru", "global", "device", "48GiB", "0,1", "-1", "0", "1", "4", "99999999999999999999", "1e400", "nan",
+    "", "--", "-", "\udc80", "a,b", "1,2", "../..", "q4", "=", "RTX 4090", "x16", "previous", "jsonl", "--no-such-flag",
 )  # fmt: skip
 BITS = ("q4", "q8", "fit", "experts", "attention", "head", "layers", ".", "0", "1", "-", "3", "=", "2", "8", "16", "g64",
         "s8", ",", "g", " ", "99999", "mixtral-offloading", "٤")  # fmt: skip
@@ -89,6 +89,13 @@ class Targets:
         writer.close()
         self._trace = (folder / "trace").read_bytes()
         self._gguf = _tiny_gguf(folder / "tiny.gguf")
+        self._parser = build_parser()
+        self._arguments = _words(self._parser)
+        tokenizer.save_pretrained(folder / "tokenizer")
+        self._tokenizer_files = {
+            file: json.loads(file.read_bytes())
+            for file in sorted((folder / "tokenizer").glob("*.json"))
+        }
         os.environ["OFFLOAD_HOME"] = str(folder / "home")
         (folder / "home" / "conversations").mkdir(parents=True)
 
@@ -165,16 +172,29 @@ class Targets:
         finally:
             self._tokenizer.chat_template = before
 
+    def fuzz_tokenizer(self, choices: Choices) -> None:
+        file, good = choices.pick(sorted(self._tokenizer_files.items()))
+        file.write_bytes(harmed_json(good, choices))
+        try:
+            tokenizer = load_tokenizer(file.parent, trust_remote_code=False)
+            assert tokenizer is not None
+            encode_prompt(tokenizer, [{"role": "user", "content": "שלום hi"}])
+        finally:
+            file.write_text(json.dumps(good))
+
     def fuzz_conversation(self, choices: Choices) -> None:
         good = {
             "system": "",
             "parameters": {name: getattr(Sampling(), name) for name in PARAMETERS},
             "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a"}],
+            "settings": {"num_predict": 5, "think": None, "thoughts": True, "stop": ["END"]},
         }
         file = self.folder / "home" / "conversations" / "given.json"
         file.write_bytes(harmed_json(good, choices))
         chat = Chat(None, self._tokenizer, Sampling(), Plain(lambda _: None))  # type: ignore[arg-type]
         obey(chat, "/load given")
+        assert all(isinstance(text, str) for text in chat.stop_strings)
+        assert chat.max_new_tokens is None or chat.max_new_tokens > 0
         for message in chat.messages:
             assert isinstance(message["content"], str)
 
@@ -218,11 +238,14 @@ class Targets:
             assert answers.done(prompts) <= len(prompts)
 
     def fuzz_arguments(self, choices: Choices) -> None:
-        words = [choices.pick(ARGUMENTS) for _ in range(choices.number(8))]
+        commands, flags = self._arguments
+        words = [choices.pick((*commands, *VALUES))]
+        for _ in range(choices.number(8)):
+            words.append(choices.pick(VALUES if choices.number(2) else flags))
         silent = io.StringIO()
         with contextlib.redirect_stderr(silent), contextlib.redirect_stdout(silent):
             try:
-                build_parser().parse_args(words)
+                self._parser.parse_args(words)
                 code: object = 0
             except SystemExit as end:
                 code = end.code
@@ -248,6 +271,18 @@ class Targets:
         )
         if isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages):
             encode_prompt(self._tokenizer, messages)
+
+
+def _words(parser: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
+    """Every command's name, and every flag of all of them."""
+    names, flags = [], list(parser._option_string_actions)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            names += list(action.choices)
+            inner = [_words(command) for command in action.choices.values()]
+            names += [name for below, _ in inner for name in below]
+            flags += [flag for _, below in inner for flag in below]
+    return sorted(set(names)), sorted(set(flags))
 
 
 def _tiny_gguf(file: Path) -> bytes:

@@ -38,6 +38,14 @@ def test_a_line_that_is_no_prompt_is_named(line: str, tmp_path: Path) -> None:
         read_prompts(file)
 
 
+@pytest.mark.parametrize("name", ["answer", "finish_reason", "prompt_tokens", "generated_tokens"])
+def test_a_prompt_that_has_what_an_answer_adds_is_refused(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.jsonl"
+    file.write_text(f'"fine"\n{{"prompt": "a", "{name}": "the right one"}}\n')
+    with pytest.raises(OffloadError, match=f"line 2 has a value '{name}' already"):
+        read_prompts(file)
+
+
 def test_prompts_from_other_systems_are_read(tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_bytes(b'\xef\xbb\xbf"one"\r\n{"prompt": "two"}\r\n"three"')

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -135,6 +137,33 @@ def test_timings_follow_each_answer(chat: Chat, terminal: Terminal) -> None:
     assert re.fullmatch(rf"yes\n\n{TIMINGS}", terminal.take())
 
 
+def test_a_later_turns_figures_are_of_what_it_read_and_took(
+    loaded: tuple[Any, Any], terminal: Terminal
+) -> None:
+    """The first answer waited for the model, the second one only for what was new."""
+    chat = Chat(*loaded, Sampling(), Plain(terminal.write), max_new_tokens=2, verbose=True)
+    chat.load_seconds, rows = 1000.0, []
+    for text in ("a long message " * 8, "and a short one"):
+        begin = time.perf_counter()
+        chat.say(text)
+        took = time.perf_counter() - begin
+        lines = (line.split(":") for line in terminal.take().splitlines() if ":  " in line)
+        rows.append({name: value.strip() for name, value in lines})
+        assert chat.last is not None
+        total = chat.last.prompt_seconds + chat.last.generation_seconds
+        assert 0 < total <= took
+    last, total = chat.last, f"{total * 1e3:.2f}ms" if total < 1 else f"{total:.2f}s"
+    assert last.cached_tokens > 100
+    read = last.prompt_tokens - last.cached_tokens
+    assert last.experts.tokens == read + 1  # and the answer's first token
+    assert rows[1]["prompt eval count"] == f"{read} token(s) (+{last.cached_tokens} cached)"
+    assert rows[1]["total duration"] == total
+    assert "load duration" not in rows[1]
+    assert rows[0]["load duration"] == "1000.00s"
+    assert rows[0]["total duration"].startswith("1000.")
+    assert re.fullmatch(r"\d+ token\(s\)", rows[0]["prompt eval count"])
+
+
 def test_three_quotes_make_a_message_of_several_lines(chat: Chat, terminal: Terminal) -> None:
     _converse(chat, terminal, '"""first', "", "  second", 'third"""')
     assert chat.messages[0]["content"] == "first\n\n  second\nthird"
@@ -233,6 +262,9 @@ def test_ctrl_c_while_the_model_works_keeps_the_chat(
         "/set top_p 2",
         "/set top_k 1.5",
         "/set seed -1",
+        "/set seed anything",
+        "/set verbose extra",
+        "/set nothink please",
         "/set num_predict many",
         "/show",
         "/show nothing",
@@ -492,10 +524,41 @@ def test_set_a_parameter(
     obey(chat, f"/set {name} {text}")
     assert getattr(chat.sampling, name) == value
     obey(chat, "/show parameters")
-    rows = dict(line.split() for line in terminal.take().splitlines())
+    rows = dict(line.split(maxsplit=1) for line in terminal.take().splitlines())
     assert rows[name] == str(value)
-    assert list(rows) == ["temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"]
+    assert list(rows)[:6] == [
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "seed",
+    ]
     chat.say("one")
+
+
+def test_show_parameters_tells_all_that_can_be_set(chat: Chat, terminal: Terminal) -> None:
+    def rows() -> list[list[str]]:
+        obey(chat, "/show parameters")
+        return [line.split(maxsplit=1) for line in terminal.take().splitlines()][5:]
+
+    assert rows() == [
+        ["seed", "random"],
+        ["num_predict", "-1"],
+        ["think", "as the model has it"],
+        ["thoughts", "show"],
+        ["stop", "none"],
+    ]
+    for words in ("seed 7", "num_predict 5", "nothink", "thoughts hide"):
+        obey(chat, f"/set {words}")
+    chat.stop_strings = ("a b", "\n")
+    assert [value for _, value in rows()] == ["7", "5", "no", "hide", r"'a b', '\n'"]
+
+
+def test_a_seed_can_be_given_up_again(chat: Chat) -> None:
+    obey(chat, "/set seed 7")
+    obey(chat, "/set seed random")
+    assert chat.sampling.seed is None
 
 
 def test_set_num_predict_limits_answers_and_minus_1_does_not(
@@ -523,7 +586,7 @@ def test_show_info(chat: Chat, terminal: Terminal) -> None:
     obey(chat, "/show info")
     text = terminal.take()
     assert "tiny-mixtral: mixtral, 3 MoE layers, 24 experts; bits: experts=4g64" in text
-    assert f"6 experts resident on cpu, computing in float32, context {CONTEXT}" in text
+    assert f"6 slots for experts on cpu, computing in float32, context {CONTEXT}" in text
 
 
 def test_show_experts_draws_who_is_resident(loaded: tuple[Any, Any], terminal: Terminal) -> None:
@@ -546,7 +609,7 @@ def test_show_experts_draws_who_is_resident(loaded: tuple[Any, Any], terminal: T
 def test_stats(chat: Chat, terminal: Terminal) -> None:
     obey(chat, "/stats")
     text = terminal.take()
-    for word in ("[ Experts: 6/24 resident", "requests", "hits", "misses", "evictions", "GB/s"):
+    for word in ("[ Experts: 6 slots for 24", "requests", "hits", "misses", "evictions", "GB/s"):
         assert word in text
 
 
@@ -569,6 +632,42 @@ def test_a_conversation_is_saved_and_loaded(
     assert [file.name for file in (home / "conversations").iterdir()] == ["my-chat.1.json"]
 
 
+def test_all_that_is_set_is_saved_with_a_conversation(chat: Chat, home: Path) -> None:
+    chat.stop_strings, chat.sampling = ("END", "סוף"), Sampling(temperature=0.5, seed=7)
+    for words in ("num_predict 5", "nothink", "thoughts hide"):
+        obey(chat, f"/set {words}")
+    settings, sampling = chat.settings, chat.sampling
+    obey(chat, "/save mine")
+    other = Chat(chat.model, chat.tokenizer, Sampling(), Plain(lambda _: None))
+    assert other.settings != settings
+    obey(other, "/load mine")
+    assert (other.settings, other.sampling) == (settings, sampling)
+    assert (other.max_new_tokens, other.think, other.stop_strings) == (5, False, ("END", "סוף"))
+    assert other.display.thoughts is False
+
+
+def test_a_conversation_saved_by_an_earlier_version_leaves_settings_alone(
+    chat: Chat, home: Path
+) -> None:
+    obey(chat, "/save old")
+    file = home / "conversations" / "old.json"
+    data = json.loads(file.read_text())
+    del data["settings"]
+    file.write_text(json.dumps(data))
+    obey(chat, "/set num_predict 5")
+    before = chat.settings
+    obey(chat, "/load old")
+    assert chat.settings == before
+
+
+def test_why_a_saved_conversation_cannot_be_read_is_told(chat: Chat, home: Path) -> None:
+    with pytest.raises(ChatError, match="there is no saved conversation 'mine'"):
+        obey(chat, "/load mine")
+    (home / "conversations" / "mine.json").mkdir(parents=True)
+    with pytest.raises(ChatError, match=r"cannot read .*mine\.json: Is a directory"):
+        obey(chat, "/load mine")
+
+
 def test_a_conversation_without_a_seed_comes_back_without_one(chat: Chat) -> None:
     obey(chat, "/save plain")
     obey(chat, "/set seed 7")
@@ -585,6 +684,13 @@ def test_saving_again_replaces(chat: Chat) -> None:
     assert [message["content"] for message in chat.messages] == ["one", "yes"]
 
 
+WITH_SETTINGS = (
+    '{"messages": [], "system": "", "parameters": {"temperature": 1, "top_k": 1, "top_p": 1, '
+    '"min_p": 0, "repetition_penalty": 1, "seed": null}, %s}'
+)
+SETTINGS = '"settings": {"num_predict": %s, "think": null, "thoughts": true, "stop": %s}'
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -599,18 +705,33 @@ def test_saving_again_replaces(chat: Chat) -> None:
         "[" * 100_000,
         '{"messages": ' + "[" * 900 + "]" * 900 + ', "parameters": {}, "system": ""}',
         '{"messages": [], "parameters": {"temperature": 1, "top_k": Infinity}, "system": ""}',
+        WITH_SETTINGS % '"settings": []',
+        WITH_SETTINGS % '"settings": {"num_predict": 5}',
+        WITH_SETTINGS % SETTINGS % ("0", "[]"),
+        WITH_SETTINGS % SETTINGS % ("true", "[]"),
+        WITH_SETTINGS % SETTINGS % ("5", '"END"'),
+        WITH_SETTINGS % SETTINGS % ("5", "[1]"),
         '{"messages": [], "parameters": {"temperature": 1' + "0" * 400 + '}, "system": ""}',
     ],
 )
 def test_a_saved_file_that_is_damaged_changes_nothing(text: str, chat: Chat, home: Path) -> None:
     chat.say("one")
     chat.system = "kept"
-    before = (list(chat.messages), chat.system, chat.sampling)
+    before = (list(chat.messages), chat.system, chat.sampling, chat.settings)
     (home / "conversations").mkdir()
     (home / "conversations" / "bad.json").write_text(text)
     with pytest.raises(offload.OffloadError):
         obey(chat, "/load bad")
-    assert (chat.messages, chat.system, chat.sampling) == before
+    assert (chat.messages, chat.system, chat.sampling, chat.settings) == before
+
+
+def test_settings_that_are_good_are_taken(chat: Chat, home: Path) -> None:
+    """What the damaged files above differ from."""
+    (home / "conversations").mkdir()
+    text = WITH_SETTINGS % SETTINGS % ("5", '["END"]')
+    (home / "conversations" / "good.json").write_text(text)
+    obey(chat, "/load good")
+    assert (chat.max_new_tokens, chat.stop_strings) == (5, ("END",))
 
 
 # --- a real terminal -----------------------------------------------------------------------------
@@ -639,11 +760,11 @@ def test_a_chat_in_a_terminal(mixtral: Path, home: Path) -> None:
         dimensions=(40, 200),
     )
     try:
-        child.expect_exact("6 of 24 experts resident")
+        child.expect_exact("6 slots for 24 experts")
         child.expect_exact(">>>")
         child.send("hello\r")
         child.expect(r"\[ Prompt: \d+\.\d t/s \| Generation: \d+\.\d t/s \]\r\n")
-        child.expect(r"\[ Experts: 6/24 resident \| hits \d+\.\d% \| \d+\.\d MiB/token")
+        child.expect(r"\[ Experts: 6 slots for 24 \| hits \d+\.\d% \| \d+\.\d MiB/token")
         child.expect_exact(">>>")
         child.send("\x1b[200~pasted\rtext\x1b[201~")  # a paste that holds a line's end
         child.send("\r")

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 ANSWER = "שלום 👋, it is\nblue."
 TIMINGS = re.compile(r"\[ Prompt: \d+\.\d t/s \| Generation: \d+\.\d t/s \]")
 EXPERTS = re.compile(
-    r"\[ Experts: \d+/24 resident \| hits \d+\.\d% \| \d+\.\d MiB/token"
+    r"\[ Experts: \d+ slots for 24 \| hits \d+\.\d% \| \d+\.\d MiB/token"
     r"( \| look-ahead precision \d+%, recall \d+%)? \]"
 )
 VERBOSE_ROWS = [
@@ -115,7 +115,7 @@ def test_a_real_answer_agrees_with_python(run: Run, mixtral_pack: Path) -> None:
 
 def test_a_quarter_of_the_experts_can_be_resident(run: Run, mixtral_pack: Path) -> None:
     done = run("generate", mixtral_pack, "-p", "Why?", "-n", "3", "--expert-slots", "25%")
-    assert "[ Experts: 6/24 resident |" in done.err
+    assert "[ Experts: 6 slots for 24 |" in done.err
 
 
 # --- generate: prompts ---------------------------------------------------------------------------
@@ -244,7 +244,36 @@ def test_a_single_turn_chat_answers_and_leaves(
     done = run("chat", mixtral_pack, "--single-turn", "-p", "Why?", "--expert-slots", "25%")
     assert done.code == 0
     assert done.out.startswith(ANSWER + "\n")
-    assert done.err.startswith("6 of 24 experts resident")
+    assert done.err.startswith("6 slots for 24 experts")
+
+
+def test_ctrl_c_in_a_single_turn_is_exit_code_130(
+    run: Run, script: Script, mixtral_pack: Path
+) -> None:
+    def interrupt(step: int) -> None:
+        if step == 2:
+            raise KeyboardInterrupt
+
+    script.say("abcdef")
+    script.at = interrupt
+    done = run("chat", mixtral_pack, "-st", "-p", "a")
+    assert done.code == 130
+    assert done.out.startswith("ab\n(stopped)\n")
+
+
+def test_a_chat_that_begins_with_a_prompt_goes_on_whatever_comes_of_it(
+    run: Run, script: Script, mixtral_pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = ("chat", mixtral_pack, "--no-show-timings", "-c", "200", "-p")
+    script.say("yes")
+    for prompt, told in (("x" * 300, "raise --ctx-size"), ("/bye now", "yes"), ("hi", "yes")):
+        monkeypatch.setattr("sys.stdin", io.StringIO("one\n"))
+        done = run(*chat, prompt)
+        first, *rest = done.out.splitlines()
+        assert (done.code, rest) == (0, ["yes", ""])
+        assert told in first
+        assert script.prompt.endswith("<user>one</user><assistant>")
+    assert "<user>hi</user><assistant>yes</assistant>" in script.prompt
 
 
 def test_a_piped_chat_answers_each_line(

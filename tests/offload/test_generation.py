@@ -14,8 +14,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 
 import offload
 from offload import GenerationError, GenerationResponse, generate, stream_generate
+from offload.generation import encode_prompt
 from offload.handle import offload_of
-from tests.conftest import BEGIN, END, PAD, Script
+from tests.conftest import BEGIN, END, PAD, Script, make_tokenizer
 from tests.tiny import EXPERTS, LAYERS, K
 
 PROMPT = "Why is the sky blue? שלום 👋"
@@ -158,6 +159,14 @@ def test_what_a_template_refuses_is_told(
     monkeypatch.setattr(tokenizer, "chat_template", template)
     with pytest.raises(GenerationError, match="template refused the messages: roles must alt"):
         stream_generate(model, tokenizer, HELLO)
+
+
+def test_a_tokenizer_with_a_damaged_setting_is_told_in_one_line() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.model_max_length = "many"
+    for prompt in ("hello", HELLO):
+        with pytest.raises(GenerationError, match=r"cannot read the prompt \(TypeError: .*damaged"):
+            encode_prompt(tokenizer, prompt)
 
 
 # --- no tokenizer --------------------------------------------------------------------------------

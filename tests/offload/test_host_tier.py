@@ -163,6 +163,29 @@ def test_a_damaged_record_is_refused_and_nothing_stays_pinned(
     assert not pinner.held
 
 
+@pytest.mark.parametrize("limit", [EVERYTHING, 0])
+@pytest.mark.parametrize("files", [True, False])
+def test_a_file_written_to_afterwards_is_noticed_unless_all_was_copied(
+    mixtral_pack: Path, tmp_path: Path, files: bool, limit: int
+) -> None:
+    import shutil
+
+    pack = Pack(Path(shutil.copytree(mixtral_pack, tmp_path / "pack")))
+    tier = HostTier(pack, EVERYTHING, Limited(limit, files=files))
+    before = tier.record(1, 0).clone()
+    file, begin = pack.place(1, 0)
+    with file.open("r+b") as handle:
+        handle.seek(begin)
+        handle.write(bytes(64))
+    if limit and not files:
+        assert torch.equal(tier.record(1, 0), before)
+    else:
+        with pytest.raises(PackError, match="changed while it was in use"):
+            tier.record(1, 0)
+    tier.close()
+    pack.close()
+
+
 def test_a_record_is_checked_once(pack: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[tuple[int, int]] = []
     monkeypatch.setattr(

@@ -62,6 +62,42 @@ def _dotted(node: ast.AST) -> str:
     return ".".join([node.id, *reversed(parts)]) if isinstance(node, ast.Name) else ""
 
 
+CALENDAR = {"time.time", "time.time_ns", "time.localtime", "time.gmtime", "time.ctime"}
+CALENDAR |= {f"{kind}.{how}" for kind in ("datetime", "date") for how in ("now", "utcnow", "today")}
+DATED = {("offload/benching/run.py", "datetime.now")}  # the day a benchmark was run on
+
+
+def _asks_for_the_time(tree: ast.AST) -> set[str]:
+    """What a module takes from the clock that people and networks set."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} & CALENDAR
+        else:
+            found.add(".".join(_dotted(node).split(".")[-2:]))
+    return found & CALENDAR
+
+
+def test_no_duration_is_measured_with_a_clock_that_can_be_set() -> None:
+    """Read from the sources: what is never asked for the time cannot be misled by a clock that
+    jumps. No clock is set here."""
+    asked = {
+        (str(file.relative_to(ROOT)), name)
+        for package in MAY_IMPORT
+        for file in _sources(package)
+        for name in _asks_for_the_time(ast.parse(file.read_text(encoding="utf-8")))
+    }
+    assert asked == DATED
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["import time\nx = time.time()", "from time import time_ns", "y = datetime.datetime.now(UTC)"],
+)
+def test_a_module_that_asks_for_the_time_would_be_found(source: str) -> None:
+    assert _asks_for_the_time(ast.parse(source))
+
+
 @pytest.mark.parametrize("package", MAY_IMPORT)
 def test_imports_run_one_way(package: str) -> None:
     sources = _sources(package)

@@ -15,6 +15,7 @@ from offload.host_memory import PAGE
 from offload.page_in import PIECE, PageIn
 from offload.transfer import HostTransfer
 from quant.pack import Pack
+from quant.reading import read_at
 from tests.tiny import EXPERTS
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "preadv"), reason="this system has no preadv")
@@ -45,10 +46,14 @@ class OneFile:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             self.mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self.open = path.open("rb")
         self.path, self.bytes = path, torch.frombuffer(self.mapping, dtype=torch.uint8)
 
     def place(self, layer: int, expert: int) -> tuple[Path, int]:
         return self.path, 4096 + expert * self.record_bytes
+
+    def read_at(self, layer: int, begin: int, into: memoryview) -> int:
+        return read_at(self.open.fileno(), begin, into)
 
     def record(self, layer: int, expert: int) -> torch.Tensor:
         begin = self.place(layer, expert)[1]
@@ -66,9 +71,9 @@ def test_what_left_memory_is_brought_back_and_only_that_is_read(
     reads: list[int] = []
     read = page_in._read
 
-    def counted(file: int, begin: int) -> None:
+    def counted(layer: int, begin: int) -> None:
         reads.append(begin)
-        read(file, begin)
+        read(layer, begin)
 
     monkeypatch.setattr(page_in, "_read", counted)
     page_in.bring_in(0, 2)
@@ -78,6 +83,7 @@ def test_what_left_memory_is_brought_back_and_only_that_is_read(
     page_in.bring_in(0, 2)
     assert len(reads) == len(missing)
     page_in.close()
+    pack.open.close()
 
 
 def test_the_pieces_of_a_record_are_where_they_lie_in_its_file(pack: Pack, page_in: PageIn) -> None:

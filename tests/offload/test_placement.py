@@ -187,6 +187,6 @@ def test_a_hundred_layers_on_eight_cards_are_placed_at_once() -> None:
 def test_a_share_reads_as_a_line() -> None:
     share = Share(3, range(12, 24), 12, 96, 40, 2 * GIB, 2**29, 0)
     assert share.line() == (
-        "card 3: 12 layers, 40/96 experts resident, beside 2.00 GiB of dense weights and 512.0 MiB "
-        "of KV cache"
+        "card 3: 12 layers, 40 slots for 96 experts, beside 2.00 GiB of dense weights and "
+        "512.0 MiB of KV cache"
     )

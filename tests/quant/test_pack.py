@@ -457,6 +457,16 @@ def test_expert_file_whose_header_says_nonsense_is_refused(pack: Path, header: o
     assert_refused(pack, EXPERTS)
 
 
+def test_expert_file_whose_header_has_an_odd_length_is_refused(pack: Path) -> None:
+    """What follows it lies where no whole numbers can."""
+    file = pack / EXPERTS
+    data = file.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + size].rstrip().ljust(size - 1)
+    file.write_bytes((size - 1).to_bytes(8, "little") + header + data[8 + size - 1 :])
+    assert_refused(pack, EXPERTS)
+
+
 def test_expert_file_of_another_layer_is_refused(pack: Path) -> None:
     shutil.copy(pack / PackLayer.file_name(0), pack / EXPERTS)
     assert_refused(pack, EXPERTS)
