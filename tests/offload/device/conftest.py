@@ -22,8 +22,10 @@ from offload.device.compute import SlotDecode
 from offload.layer import Layer
 from quant.matmul import matmul
 from quant.record import view_record
+from tests.interpreter import quicken
 from tests.tiny import save_tiny
 
+quicken()
 Load = Callable[..., PreTrainedModel]
 
 
