@@ -46,7 +46,9 @@ class Load:
     shape: Shape
     hardware: Hardware
     slots: int  # over all cards
-    ram_bytes: int | None = None  # what RAM holds of the experts; None: all
+    # What RAM holds of the experts; None: all. Its share of all is its share of what is loaded:
+    # experts that have a slot too take their part of it (docs/log.md).
+    ram_bytes: int | None = None
     policy: str = "lfru"
     on_device: bool = False  # steps are planned on the card, a token is one CUDA graph
 
@@ -54,18 +56,6 @@ class Load:
     def engine(self) -> Software:
         """What serves it."""
         return DEVICE_PLANNED if self.on_device else HOST_PLANNED
-
-    @property
-    def warm(self) -> Load:
-        """With RAM used well: what is in slots is no longer asked of it, so it comes to hold the
-        others. Layers stand for what it holds (`cache.simulator`): as many as its share of the
-        others."""
-        if self.ram_bytes is None:
-            return self
-        every = self.shape.layers * self.shape.layer_bytes
-        rest = every * (1 - self.slots / (self.shape.layers * self.shape.experts))
-        share = min(1.0, self.ram_bytes / rest) if rest > 0 else 1.0
-        return replace(self, ram_bytes=round(every * share))
 
 
 @dataclass(frozen=True)
@@ -83,8 +73,8 @@ def forecast(load: Load) -> Forecast:
     """What the stated routings make of `load`. Raises `CacheError`."""
     return _forecast(
         _run_few_layers(replace(load, hardware=_at(load.hardware, RATES)), UNIFORM, _slow(load)),
-        _run_few_layers(load.warm, USUAL, load.engine),
-        _run_few_layers(_at_best(load.warm), LOCAL, load.engine),
+        _run_few_layers(load, USUAL, load.engine),
+        _run_few_layers(_at_best(load), LOCAL, load.engine),
         load.hardware,
     )
 
@@ -97,8 +87,8 @@ def forecast_of(load: Load, trace: Trace) -> Forecast:
     cut = _beginning(trace)
     return _forecast(
         _run(replace(load, hardware=_at(load.hardware, RATES)), cut, _slow(load), "none"),
-        _run(load.warm, cut, load.engine, "router"),
-        _run(_at_best(load.warm), cut, load.engine, "router"),
+        _run(load, cut, load.engine, "router"),
+        _run(_at_best(load), cut, load.engine, "router"),
         load.hardware,
     )
 

@@ -161,8 +161,8 @@ def notes(plan: Plan, traced: bool) -> Iterator[str]:
     yield from _engine(plan)
     if any(row.rest == "disk" for row in plan.rows):
         yield (
-            "rest in: of the experts without a slot, the share that RAM has no room for either "
-            "and that is read from the disk"
+            "rest in: of what is loaded because it has no slot, so much comes from the disk, the "
+            "others from RAM"
         )
     if plan.chosen is not None and plan.chosen.bits.bits < GOOD_BITS:
         yield (

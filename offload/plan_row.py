@@ -48,7 +48,7 @@ class Row:
     shares: tuple[Share, ...]  # of several cards
     slots: int  # over all cards; 0 when not even one fits
     rest: str  # where the others are: VRAM (there are none), RAM, disk; "" when it does not fit
-    disk_share: float  # of the experts without a slot: those that RAM has no room for
+    disk_share: float  # of what is loaded into slots: what comes from the disk
     refusal: str  # why it does not fit
     on_device: bool  # steps are planned on the card, as `--engine auto` does where it can
     forecast: Forecast | None
@@ -154,10 +154,9 @@ def _rest(target: Target, row: Row, held: int) -> str:
 
 
 def _disk_share(row: Row, held: int) -> float:
-    """RAM comes to hold what slots do not: what is in them is no longer asked of it."""
-    if row.resident:
-        return 0.0
-    return max(0.0, 1 - held / ((row.info.total_experts - row.slots) * row.budget.slot))
+    """Of the experts without a slot RAM holds as large a part as of all: what has a slot too takes
+    its part of it (docs/log.md)."""
+    return 0.0 if row.resident else max(0.0, 1 - held / row.info.expert_bytes)
 
 
 def _forecast(

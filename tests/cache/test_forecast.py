@@ -127,16 +127,6 @@ def test_the_usual_figure_is_that_of_the_engine_that_serves_it() -> None:
     assert device.low == host.low, "it may come to that"
 
 
-def test_ram_comes_to_hold_what_slots_do_not() -> None:
-    slots = MIXTRAL.layers * MIXTRAL.experts // 2
-    every = MIXTRAL.layers * MIXTRAL.layer_bytes
-    everything, half, quarter = (
-        forecast(Load(MIXTRAL, card(), slots, ram)) for ram in (None, every // 2, every // 4)
-    )
-    assert half.usual == everything.usual > quarter.usual
-    assert half.low < everything.low, "nor is that certain"
-
-
 def test_several_cards_are_no_slower_than_one() -> None:
     assert of(MIXTRAL, 0.25, card("2x4090")).usual >= of(MIXTRAL, 0.25).usual * 0.95
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from cache.cache import ExpertCache
+from cache.forecast import USUAL
 from cache.policies.lfru import LFRU
 from cache.policies.lru import LRU
 from cache.policy import Key
 from cache.pool import RecordPool
+from cache.synthetic import Shape, synthesize
 
 BUFFERS = 3
 
@@ -30,6 +34,26 @@ def test_what_was_asked_for_least_recently_makes_way() -> None:
     assert asked(pool, (2, 0)) == second
     assert asked(pool, (0, 0)) == first
     assert (pool.hits, pool.misses) == (2, 3)
+
+
+@pytest.mark.parametrize("experts", [8, 128])
+@pytest.mark.parametrize(("slots", "held"), [(0.34, 0.4), (0.34, 0.61), (0.5, 0.5)])
+def test_behind_slots_it_holds_of_what_is_loaded_as_much_as_of_all(
+    experts: int, slots: float, held: float
+) -> None:
+    """What `offload plan` counts on: experts that have a slot too take their part of it."""
+    shape = Shape("x", 8, experts, 2 if experts == 8 else 8, 1, 0, 4.5)
+    every = shape.layers * experts
+    cache = ExpertCache(round(every * slots), shape.layers, LFRU, "shared")
+    pool = RecordPool(round(every * held), LFRU)
+    for at, event in enumerate(synthesize(shape, USUAL, 160).events):
+        if at == 80 * shape.layers:
+            pool.hits = pool.misses = 0
+        for wave in cache.plan(event.layer, event.distinct()).waves:
+            for use in wave.loads:
+                asked(pool, (event.layer, use.expert))
+    from_disk = pool.misses / (pool.hits + pool.misses)
+    assert from_disk == pytest.approx(1 - held, abs=0.13)
 
 
 def test_what_is_asked_for_often_outlives_what_came_once() -> None:
