@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from offload import recovery
 from offload.budget import READ_WHOLE, UBATCH
-from offload.errors import GenerationError, reason
+from offload.errors import GenerationError, is_memory, reason
 from offload.generation_config import end_ids
 from offload.handle import Answer, offload_of
 from offload.patience import OutOfPatience, patiently
@@ -88,6 +88,8 @@ def encode_prompt(
                 f"{TEMPLATE_BYTES >> 20} MiB: it is broken or hostile, use offload generate --raw"
             ) from None
         except Exception as error:  # a template is a program of the checkpoint's
+            if is_memory(error):
+                raise
             raise GenerationError(f"the chat template refused the messages: {error}") from None
         check_text(text)
         ids = _tokens(tokenizer, text, add_special_tokens=False)
@@ -99,9 +101,9 @@ def encode_prompt(
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, **options: bool) -> list[int]:
     try:
         return list(tokenizer(text, **options)["input_ids"])
-    except MemoryError:
-        raise
     except Exception as error:  # whatever comes of what its files say
+        if is_memory(error):
+            raise
         raise GenerationError(
             f"the tokenizer cannot read the prompt ({type(error).__name__}: {reason(error)}): "
             "its files are damaged, fetch them again"

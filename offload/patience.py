@@ -7,6 +7,7 @@ next instruction.
 
 from __future__ import annotations
 
+import _thread
 import ctypes
 import threading
 from collections.abc import Callable
@@ -23,34 +24,38 @@ class OutOfPatience(Exception):
 
 
 def patiently(call: Callable[[], T], *, seconds: float, most_bytes: int) -> T:
-    """What `call()` returns or raises. Raises `OutOfPatience`."""
+    """What `call()` returns or raises. Raises `OutOfPatience`; `MemoryError` or `RuntimeError`
+    when there is no memory for a thread."""
     results: list[T] = []
     errors: list[BaseException] = []
+    over = threading.Lock()  # released when the thread is done
+    over.acquire()
 
     def run() -> None:
         try:
             results.append(call())
         except BaseException as error:
             errors.append(error)
+        finally:
+            over.release()
 
     before = _own_memory()
-    worker = threading.Thread(target=run, name="offload-template", daemon=True)
-    worker.start()
+    # `Thread.start` would wait for ever for one that runs out of memory before it begins.
+    worker = _thread.start_new_thread(run, ())
     waited = 0.0
     try:
-        while True:
-            worker.join(LOOK_SECONDS)
-            if not worker.is_alive():
-                break
+        while not over.acquire(timeout=LOOK_SECONDS) and _raise_in(worker, None):
             waited += LOOK_SECONDS
             if waited > seconds or _own_memory() - before > most_bytes:
                 raise OutOfPatience
-    finally:  # Ctrl-C ends it, too
-        while worker.is_alive():
-            _raise_in(worker, OutOfPatience)
-            worker.join(LOOK_SECONDS)
+    except BaseException:  # Ctrl-C, too
+        while _raise_in(worker, OutOfPatience) and not over.acquire(timeout=LOOK_SECONDS):
+            pass
+        raise
     if errors:
         raise errors[0]
+    if not results:
+        raise MemoryError("a thread ended before it began")
     return results[0]
 
 
@@ -61,8 +66,7 @@ def _own_memory() -> int:
     return int(memory.rss - getattr(memory, "shared", 0))
 
 
-def _raise_in(thread: threading.Thread, error: type[BaseException]) -> None:
-    assert thread.ident is not None
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(
-        ctypes.c_ulong(thread.ident), ctypes.py_object(error)
-    )
+def _raise_in(thread: int, error: type[BaseException] | None) -> bool:
+    """Raise `error` in a thread, None: nothing; whether there is such a thread."""
+    raised = ctypes.c_void_p(None) if error is None else ctypes.py_object(error)
+    return bool(ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), raised))

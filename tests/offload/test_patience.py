@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import _thread
 import time
 
 import pytest
@@ -28,9 +28,20 @@ def test_what_takes_too_long_is_stopped() -> None:
         while True:
             time.sleep(0)
 
+    before = _thread._count()
     with pytest.raises(OutOfPatience):
         patiently(forever, seconds=0.1, most_bytes=2**30)
-    assert "offload-template" not in {thread.name for thread in threading.enumerate()}
+    assert _thread._count() == before
+
+
+def test_a_thread_that_ends_before_it_begins_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where memory runs out in its first instructions."""
+    start = _thread.start_new_thread
+    monkeypatch.setattr(_thread, "start_new_thread", lambda *_: start(lambda: None, ()))
+    with pytest.raises(MemoryError):
+        patiently(lambda: 3, seconds=5, most_bytes=2**30)
 
 
 @pytest.fixture
