@@ -36,10 +36,8 @@ COLUMNS = 16 if INTERPRETED.value else 4
 LONGEST_SPAN = 64  # columns between two scalings
 # Loads that a thread begins before it uses the first.
 MOST_STEPS = {8: 4, 4: 8, 2: 8}
-# Of float32 fewer, and ptxas is told that a thread may have all registers there are: left alone it
-# keeps to 128 or 168 and spills up to 24 bytes.
 MOST_STEPS_FLOAT32 = {8: 4, 4: 4, 2: 2}
-MOST_REGISTERS = 255
+MOST_REGISTERS = 255  # a thread
 FEW_BLOCKS = 96  # thread blocks that leave many processors of a large GPU idle
 ENOUGH_BLOCKS = 384  # that keep its memory busy; worth another launch where rows are long
 LONG_STEPS = 3  # times that a thread block goes on to other spans
@@ -134,6 +132,13 @@ def _walk(matrix: MatrixLayout, matrices: int, dtype: torch.dtype) -> Constants:
     }
 
 
+def _registers(matrix: MatrixLayout, dtype: torch.dtype) -> Constants:
+    """That a thread may have all registers there are, where ptxas would keep to 128 or 168 and
+    spill up to 24 bytes."""
+    spills = dtype == torch.float32 or (matrix.bits, matrix.group_size) == (4, 32)
+    return {"maxnreg": MOST_REGISTERS} if spills else {}
+
+
 def capability(device: torch.device) -> tuple[int, int]:
     """The compute capability that launch parameters are chosen for."""
     if device.type != "cuda":
@@ -186,13 +191,12 @@ def gemv(
         return
     walk = _walk(matrix, count // tokens, x.dtype)
     parts = walk["SPLIT"] * len(walk["WIDTHS"])
-    registers = {"maxnreg": MOST_REGISTERS} if x.dtype == torch.float32 else {}
     place = out if parts == 1 else out.new_empty(parts, count, rows, dtype=torch.float32)
     quantised_gemv[(matrix.stored_rows // TILE_ROWS, count, parts)](
         x, place, slots, slot_of_cell, *common, matrix.scale_offset, matrix.step_offset, bias_at,
         rows, matrix.stored_rows, *gated.numbers,
         **walk, **gated.constants, DTYPE=dtype, num_warps=WARPS, enable_fp_fusion=True,
-        **registers,
+        **_registers(matrix, x.dtype),
     )  # fmt: skip
     if parts > 1:
         add_parts[(triton.cdiv(rows, 256), count)](
