@@ -17,6 +17,7 @@ import psutil
 
 T = TypeVar("T")
 LOOK_SECONDS = 0.02
+BEGIN_SECONDS = 5.0  # after which a thread will not begin any more, however busy the machine
 
 
 class OutOfPatience(Exception):
@@ -30,8 +31,13 @@ def patiently(call: Callable[[], T], *, seconds: float, most_bytes: int) -> T:
     errors: list[BaseException] = []
     over = threading.Lock()  # released when the thread is done
     over.acquire()
+    begun = given_up = False
 
     def run() -> None:
+        nonlocal begun
+        begun = True
+        if given_up:
+            return
         try:
             results.append(call())
         except BaseException as error:
@@ -44,18 +50,19 @@ def patiently(call: Callable[[], T], *, seconds: float, most_bytes: int) -> T:
     worker = _thread.start_new_thread(run, ())
     waited = 0.0
     try:
-        while not over.acquire(timeout=LOOK_SECONDS) and _raise_in(worker, None):
+        while not over.acquire(timeout=LOOK_SECONDS):
             waited += LOOK_SECONDS
+            if waited > BEGIN_SECONDS and not begun:
+                raise MemoryError("a thread did not begin")
             if waited > seconds or _own_memory() - before > most_bytes:
                 raise OutOfPatience
     except BaseException:  # Ctrl-C, too
+        given_up = True
         while _raise_in(worker, OutOfPatience) and not over.acquire(timeout=LOOK_SECONDS):
             pass
         raise
     if errors:
         raise errors[0]
-    if not results:
-        raise MemoryError("a thread ended before it began")
     return results[0]
 
 
@@ -66,7 +73,7 @@ def _own_memory() -> int:
     return int(memory.rss - getattr(memory, "shared", 0))
 
 
-def _raise_in(thread: int, error: type[BaseException] | None) -> bool:
-    """Raise `error` in a thread, None: nothing; whether there is such a thread."""
-    raised = ctypes.c_void_p(None) if error is None else ctypes.py_object(error)
-    return bool(ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), raised))
+def _raise_in(thread: int, error: type[BaseException]) -> bool:
+    """Raise `error` in a thread; whether there is such a thread."""
+    set_error = ctypes.pythonapi.PyThreadState_SetAsyncExc
+    return bool(set_error(ctypes.c_ulong(thread), ctypes.py_object(error)))

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 import time
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+if not sys.platform.startswith("linux"):
+    pytest.skip("needs Linux's limits and signals", allow_module_level=True)
 
 import tests.fuzz.run
 from offload.errors import OffloadError

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 import cli
 import offload
+import offload.patience
 from offload import terminal
 from offload.chat import Chat
 from offload.chat_commands import obey
@@ -114,6 +115,7 @@ def _answer_with_little_memory(pack: Path, results: Connection) -> None:
     import ctypes
     import resource
 
+    offload.patience.BEGIN_SECONDS = 2.0
     ctypes.CDLL(None).mallopt(*KEEP_NOTHING)
     model, tokenizer = offload.load(
         pack, device="cpu", dtype=torch.float32, expert_slots=4, context=8192, warm_start=False

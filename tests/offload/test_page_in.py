@@ -14,6 +14,7 @@ import torch
 from offload.host_memory import PAGE
 from offload.page_in import PIECE, PageIn
 from offload.transfer import HostTransfer
+from quant.errors import PackError
 from quant.pack import Pack
 from quant.reading import read_at
 from tests.tiny import EXPERTS
@@ -107,6 +108,18 @@ def test_whatever_is_more_urgent_is_looked_at_in_between(
     looks = []
     page_in.bring_in(0, 0, lambda: looks.append(1))
     assert len(looks) == 2
+
+
+def test_a_disk_that_fails_is_told_by_the_name_of_the_file(
+    pack: Pack, page_in: PageIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(page_in, "_missing", lambda *_: [0])
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(PackError, match=r"cannot read .*experts-00001.*Input/output error"):
+        page_in.bring_in(1, 0)
 
 
 @pytest.mark.parametrize("gone", ["mincore", "preadv"])

@@ -40,6 +40,7 @@ def test_a_thread_that_ends_before_it_begins_is_not_waited_for(
     """As where memory runs out in its first instructions."""
     start = _thread.start_new_thread
     monkeypatch.setattr(_thread, "start_new_thread", lambda *_: start(lambda: None, ()))
+    monkeypatch.setattr("offload.patience.BEGIN_SECONDS", 0.1)
     with pytest.raises(MemoryError):
         patiently(lambda: 3, seconds=5, most_bytes=2**30)
 
