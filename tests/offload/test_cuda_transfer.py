@@ -112,6 +112,36 @@ def test_a_demand_into_the_slot_of_a_guess_under_way_comes_after_it(pack: Pack) 
         transfer.close()
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_what_is_kept_comes_after_all_that_was_on_its_way_and_before_what_follows(
+    pack: Pack, seed: int
+) -> None:
+    link = FakeLink(seed, eager=False)
+    transfer = transfer_of(pack, 3, EVERYTHING, link)
+    seen = []
+
+    def look(slot: int, layer: int, expert: int) -> None:
+        link.compute(
+            lambda: seen.append(torch.equal(transfer.slot(slot), pack.record(layer, expert)))
+        )
+
+    transfer.drop(transfer.start(0, 0, 0, urgent=False))
+    transfer.wait(transfer.start(0, 1, 2, urgent=True))
+    transfer.keep(0, 1, 2, 0)
+    look(0, 0, 1)
+    later = [transfer.start(0, 5, 2, urgent=True)]
+    look(0, 0, 1)
+    transfer.release([0])
+    later.append(transfer.start(1, 6, 0, urgent=True))
+    for ticket in later:
+        transfer.wait(ticket)
+    look(2, 0, 5)
+    look(0, 1, 6)
+    link.synchronize()
+    assert seen == [True] * 4
+    transfer.close()
+
+
 def test_a_guess_waits_on_the_device_for_the_demands_before_it_and_no_demand_for_it(
     pack: Pack,
 ) -> None:

@@ -16,6 +16,8 @@ import offload
 import offload.engine
 import offload.loading
 import offload.per_card
+from cache.plan import Use
+from cache.staging import Kept
 from offload.cuda_transfer import CudaTransfer
 from offload.generation import forward
 from offload.handle import Options, offload_of
@@ -159,6 +161,31 @@ def test_copies_that_turn_out_to_be_of_no_use_are_counted(
     assert stats.counts.early_loads_wrong > 0
     assert stats.counts.loads == len(copies)
     assert stats.bytes_loaded == len(copies) * offload_of(model).engine.record_bytes(0)
+
+
+def test_a_guess_on_its_way_does_not_overwrite_what_is_kept(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(9, rows=8)
+    engine = offload_of(model).engine
+    _transfer(model)._order._most = 1  # byte: all but one wait
+    keep, slots = engine._keep, []
+
+    def behind_guesses(layer: int, kept: Kept) -> None:
+        for expert in (kept.expert - 1, kept.expert - 2):  # that nobody wants any more
+            engine._start(layer, Use(expert % EXPERTS, kept.slot), urgent=False)
+        slots.append(kept.slot)
+        keep(layer, kept)
+
+    monkeypatch.setattr(engine, "_keep", behind_guesses)
+    forward(model, PROMPT, None)
+    _arrive(model)
+    _transfer(model).drain()
+    for slot in slots:
+        key = engine.cache.table.key_in(slot)
+        assert key is not None
+        assert torch.equal(_transfer(model).slot(slot), offload_of(model).pack.record(*key))
+    assert slots
 
 
 @pytest.mark.parametrize("part", ["attention", "experts"])
