@@ -28,7 +28,6 @@ STAGING_BYTES = 128 * 2**20  # for small records more than two rows: fewer, larg
 MOST_STAGING_ROWS = 32
 UBATCH = 2048  # tokens of a prompt at once: an expert crosses the link once for all of them
 SCORES_SHARE = 8  # of the memory at most one in so many for attention scores, where any are kept
-CHUNK_STEP = 64  # tokens; a chunk that is made smaller is a multiple, or smaller still
 # Their states (transformers 5.23) forget what was before when several tokens follow others.
 READ_WHOLE = frozenset({"jamba"})
 UNPACKED_BYTES = 10  # a weight while its matrix is dequantised: codes, float32, the result
@@ -206,7 +205,8 @@ def chunk_tokens(
     config: PreTrainedConfig, asked: int, context: int, memory: int, dtype: torch.dtype
 ) -> int:
     """Tokens of a prompt that go through the model at once: those asked for, or fewer where their
-    attention scores would take more than an eighth of the device's `memory`.
+    attention scores would take more than an eighth of the device's `memory`. Fewer are a power of
+    two: how much happens to be free says nothing in an answer's last bits.
 
     A chunk half as long loads experts twice as often, but scores grow with the context: those of
     gpt-oss for 2048 tokens at 32768 take 32 GiB, more than any home card has. Raises `BudgetError`.
@@ -220,7 +220,7 @@ def chunk_tokens(
     if tokens * a_token * SCORES_SHARE <= memory:
         return tokens
     most = max(1, memory // SCORES_SHARE // a_token)
-    return most // CHUNK_STEP * CHUNK_STEP or most
+    return 1 << (most.bit_length() - 1)
 
 
 def workspace_bytes(

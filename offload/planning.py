@@ -5,6 +5,7 @@ Knows: devices, what was asked, the budget. Does not know: how a pack or a model
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -26,6 +27,8 @@ from offload.handle import Card, Options
 from offload.placement import Share, place
 from offload.residency import Residency
 from quant.pack import PackInfo
+
+logger = logging.getLogger("offload")
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,15 @@ class Planner:
         else:
             slots = self.budget(info, config).slots(asked)
         whole = slots >= info.total_experts
+        ubatch = self.chunk(config)
+        if ubatch < min(self.ubatch, self.context):
+            logger.log(
+                logging.INFO if self.ubatch == UBATCH else logging.WARNING,
+                "prompts are read %d tokens at once, not %d: this model's attention keeps its "
+                "scores, which would take too much memory",
+                ubatch,
+                self.ubatch,
+            )
         return Options(
             self.device,
             self.compute_dtype(config),
@@ -65,7 +77,7 @@ class Planner:
             self.residency,
             self.context,
             0 if whole else staging_rows(self.device, info.slot_bytes),
-            self.chunk(config),
+            ubatch,
             self.cards,
             shares,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from typing import Any
 
@@ -52,9 +53,9 @@ def test_scores_are_heads_by_tokens_by_context_several_times() -> None:
     ("context", "gib", "tokens"),
     [
         (4096, 32, 2048),
-        (4096, 24, 1536),
+        (4096, 24, 1024),
         (4096, 8, 512),
-        (32768, 24, 192),
+        (32768, 24, 128),
         (32768, 8, 64),
         (131072, 8, 16),
     ],
@@ -65,6 +66,21 @@ def test_a_chunk_is_as_long_as_its_scores_fit_an_eighth_of_the_memory(
     assert chunk_tokens(GPT_OSS, 2048, context, gib * GIB, BF16) == tokens
     assert chunk_tokens(GPT_OSS, 8, context, gib * GIB, BF16) == 8
     assert chunk_tokens(tiny_config("mixtral"), 2048, context, gib * GIB, BF16) == 2048
+
+
+@pytest.mark.parametrize(
+    ("asked", "level"), [(2048, logging.INFO), (1500, logging.WARNING), (64, None)]
+)
+def test_who_asked_for_a_longer_chunk_is_told(
+    asked: int, level: int | None, mixtral_pack: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    planner = Planner(
+        torch.device("cpu"), Memory(2 * GIB, 2 * GIB), dtype=BF16, context=100_000, ubatch=asked
+    )
+    with caplog.at_level(logging.INFO, "offload"):
+        planner(Pack(mixtral_pack).info, _eager(tiny_config("mixtral")))
+    assert [record.levelno for record in caplog.records] == ([level] if level else [])
+    assert all(f"not {asked}" in record.getMessage() for record in caplog.records)
 
 
 def test_a_chunk_has_a_token_however_little_memory_there_is() -> None:
@@ -83,7 +99,7 @@ def test_scores_are_in_the_budget_and_the_options_have_the_shorter_chunk(
     a_token = score_bytes(_eager(tiny_config("mixtral")), 100_000, 2)
     tokens = planner(pack.info, _eager(tiny_config("mixtral"))).ubatch
     assert 0 < tokens < planner(pack.info, config).ubatch == 2048
-    assert tokens * a_token <= 2 * GIB // 8 < (tokens + 64) * a_token
+    assert tokens * a_token <= 2 * GIB // 8 < 2 * tokens * a_token
     cells = 2 * 2 * config.hidden_size * 4  # a token's, as for any model
     assert eager.workspace == fused.workspace - (2048 - tokens) * cells + tokens * a_token
     pack.close()
