@@ -17,6 +17,7 @@ from offload import encoding
 from offload.packs import find_or_make_pack
 from offload.recipe import Recipe
 from quant.pack import Pack, is_pack
+from tests.children import children
 from tests.quant.packs import FORK, contents, needs_fork
 from tests.tiny import save_tiny
 
@@ -120,7 +121,7 @@ def test_processes_make_the_same_pack_and_leave_none_behind(
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     make(checkpoint, tmp_path / "there", "q4")
     assert contents(tmp_path / "there") == contents(tmp_path / "here")
-    assert not psutil.Process().children()
+    assert not children()
 
 
 @needs_fork

@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
@@ -20,11 +19,8 @@ from quant.pending import PendingRecord
 from quant.record import MatrixSpec, plan_layout
 from quant.scheme import Scheme
 from quant.workers import WorkerEncoder
+from tests.children import children
 from tests.quant.records import encode_record
-
-
-def children() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
 
 
 def test_processes_give_the_bytes_that_one_thread_gives() -> None:
