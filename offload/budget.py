@@ -206,7 +206,8 @@ def chunk_tokens(
 ) -> int:
     """Tokens of a prompt that go through the model at once: those asked for, or fewer where their
     attention scores would take more than an eighth of the device's `memory`. Fewer are a power of
-    two: how much happens to be free says nothing in an answer's last bits.
+    two: the last bits of an answer to a long prompt change with the chunk, so a little more or less
+    free memory should not change it; `asked` small enough fixes it.
 
     A chunk half as long loads experts twice as often, but scores grow with the context: those of
     gpt-oss for 2048 tokens at 32768 take 32 GiB, more than any home card has. Raises `BudgetError`.

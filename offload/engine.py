@@ -74,7 +74,8 @@ class Engine:
         self.layers: list[Layer] = []
         start = functools.partial(self._start, urgent=False)
         self._ahead = Ahead(self.layers, cache, lookahead, balance, start)
-        self._tickets: dict[int, tuple[Ticket, int]] = {}  # slot -> unawaited copy, its layer
+        # slot -> unawaited copy, its layer; None: of what was counted when it came to a row
+        self._tickets: dict[int, tuple[Ticket, int | None]] = {}
         self._cold: deque[Key] = deque()  # hot experts of the run before, not begun to load
         self._recorder: Recorder | None = None
         self.prompt: bool | None = None  # whether prefill is running; None: not known
@@ -195,7 +196,8 @@ class Engine:
         """After a step that broke off nothing that the table says can be believed."""
         self.transfer.drain()
         for ticket, layer in self._tickets.values():
-            self._kept[layer] -= not ticket.done
+            if layer is not None:
+                self._kept[layer] -= not ticket.done
         self._tickets.clear()
         self._cold.clear()
         self._ahead.start_over()
@@ -226,15 +228,17 @@ class Engine:
         self._give_up(kept.slot)
         ticket = self.transfer.keep(layer, kept.expert, kept.row, kept.slot)
         if ticket is not None:
-            self._tickets[kept.slot] = ticket, layer
+            self._tickets[kept.slot] = ticket, None
 
     def _give_up(self, slot: int) -> None:
         """Whatever is on its way into `slot`, nobody waits for it any more."""
-        before = self._tickets.pop(slot, None)
-        if before is not None and not before[0].done and self.transfer.drop(before[0]):
-            self.cache.statistics.layers[before[1]].dropped += 1  # nobody had asked for it
-            self._kept[before[1]] -= 1
-            self._ahead.dropped(before[0])
+        ticket, layer = self._tickets.pop(slot, (None, None))
+        if ticket is None or ticket.done or not self.transfer.drop(ticket):
+            return
+        if layer is not None:
+            self.cache.statistics.layers[layer].dropped += 1  # nobody had asked for it
+            self._kept[layer] -= 1
+            self._ahead.dropped(ticket)
 
     def _start(self, layer: int, use: Use, *, urgent: bool) -> Ticket:
         self._give_up(use.slot)

@@ -7,6 +7,7 @@ details of any of it.
 from __future__ import annotations
 
 import contextlib
+import logging
 import weakref
 from copy import deepcopy
 from pathlib import Path
@@ -53,6 +54,8 @@ from offload.transfer import Transfer
 from offload.warm import read_hot
 from quant.pack import REMAKE, Pack, PackInfo
 from quant.record import view_record
+
+logger = logging.getLogger("offload")
 
 
 def load(
@@ -153,6 +156,7 @@ def load(
         cls = model_class(config, str(path), trust_remote_code)
         whole = build_on_meta(own_config(config, cls), cls) if place.cards else None
         options = plan(pack.info, config, whole)
+        _tell_shorter_chunks(options, ubatch_size)
         devices = _devices(options, whole)
         tokenizer = _tokenizer(path, trust_remote_code)
         model = _load_dense(pack, own_config(config, cls), cls, options, devices)
@@ -168,6 +172,18 @@ def load(
             model.offload.engine.warm(read_hot(pack.path, pack.info))
         undo.pop_all()
     return model, tokenizer
+
+
+def _tell_shorter_chunks(options: Options, asked: int) -> None:
+    """Warn who asked for longer ones."""
+    if options.ubatch < min(asked, options.context):
+        logger.log(
+            logging.INFO if asked == UBATCH else logging.WARNING,
+            "prompts are read %d tokens at once, not %d: this model's attention keeps its scores, "
+            "which would take too much memory",
+            options.ubatch,
+            asked,
+        )
 
 
 def _devices(options: Options, whole: PreTrainedModel | None) -> dict[str, torch.device]:

@@ -28,6 +28,7 @@ class Plan:
     outline: Outline
     target: Target
     context: int
+    ubatch: int
     rows: tuple[Row, ...]
     chosen: Row | None  # the one to run; None: none fits
     remedy: str = ""  # what makes a model fit of which nothing does
@@ -46,7 +47,7 @@ def make_plan(outline: Outline, target: Target, question: Question) -> Plan:
     else:
         chosen = _best(rows)
     remedy = "" if chosen else _remedy(outline, target, question)
-    return Plan(outline, target, question.context, rows, chosen, remedy)
+    return Plan(outline, target, question.context, question.ubatch, rows, chosen, remedy)
 
 
 def _check_slots(slots: str | None) -> None:

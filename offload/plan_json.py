@@ -58,6 +58,7 @@ def _row_json(row: Row) -> dict[str, Any]:
         "kv_cache_bytes": row.budget.kv_cache,
         "workspace_bytes": row.budget.workspace,
         "staging_bytes": row.staging_bytes,
+        "prompt_tokens_at_once": row.chunk,
         "slots": row.slots,
         "cards": [_share_json(share) for share in row.shares],
         "engine": "device" if row.on_device else "host",

@@ -122,6 +122,8 @@ def _sizes(plan: Plan, row: Row) -> Iterator[str]:
     twice = ", with one of fixed size for CUDA graphs" * (device == "VRAM" and cards == 1)
     yield f"  KV cache   {gib(budget.kv_cache):>10}{each}, {plan.context} tokens{twice}"
     yield f"  workspace  {gib(budget.workspace):>10}{each}"
+    if row.chunk < min(plan.ubatch, plan.context):
+        yield f"  prompts    {row.chunk} tokens at once: attention's scores take what is left"
     if row.staging_bytes:
         yield f"  staging    {gib(row.staging_bytes):>10}{each}, prompts are streamed through it"
     yield f"  experts    {gib(info.expert_bytes):>10}, {gib(info.slot_bytes)} each: {where}"
@@ -204,7 +206,9 @@ def _engine(plan: Plan) -> Iterator[str]:
 def _why_host(plan: Plan, row: Row) -> str:
     if plan.target.cards > 1:
         return "there are several cards"
-    return "there are too few slots" if row.rest != "disk" else "RAM does not hold every expert"
+    if row.info.expert_bytes > plan.target.memory.ram:
+        return "RAM does not hold every expert"
+    return "there are too few slots"
 
 
 def _low_end(plan: Plan) -> str:

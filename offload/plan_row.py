@@ -45,6 +45,7 @@ class Row:
     bits: Scheme  # of most experts
     info: PackInfo
     budget: Budget  # of one card; of several the most that one has
+    chunk: int  # tokens of a prompt at once
     shares: tuple[Share, ...]  # of several cards
     slots: int  # over all cards; 0 when not even one fits
     rest: str  # where the others are: VRAM (there are none), RAM, disk; "" when it does not fit
@@ -89,6 +90,7 @@ def make_row(outline: Outline, target: Target, question: Question, recipe: Recip
         experts_scheme(recipe),
         info,
         budget,
+        planner.chunk(outline.config),
         shares,
         slots,
         "",

@@ -5,7 +5,6 @@ Knows: devices, what was asked, the budget. Does not know: how a pack or a model
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -22,13 +21,12 @@ from offload.budget import (
     staging_rows,
     workspace_bytes,
 )
+from offload.device.places import POLICIES
 from offload.errors import BudgetError
 from offload.handle import Card, Options
 from offload.placement import Share, place
 from offload.residency import Residency
 from quant.pack import PackInfo
-
-logger = logging.getLogger("offload")
 
 
 @dataclass(frozen=True)
@@ -61,15 +59,6 @@ class Planner:
         else:
             slots = self.budget(info, config).slots(asked)
         whole = slots >= info.total_experts
-        ubatch = self.chunk(config)
-        if ubatch < min(self.ubatch, self.context):
-            logger.log(
-                logging.INFO if self.ubatch == UBATCH else logging.WARNING,
-                "prompts are read %d tokens at once, not %d: this model's attention keeps its "
-                "scores, which would take too much memory",
-                ubatch,
-                self.ubatch,
-            )
         return Options(
             self.device,
             self.compute_dtype(config),
@@ -77,7 +66,7 @@ class Planner:
             self.residency,
             self.context,
             0 if whole else staging_rows(self.device, info.slot_bytes),
-            ubatch,
+            self.chunk(config),
             self.cards,
             shares,
         )
@@ -104,7 +93,7 @@ class Planner:
         ubatch = self.chunk(config)
         on_cpu = self.device.type == "cpu"
         kv_cache = kv_cache_bytes(config, self.context, compute, ubatch)
-        if self.keeps_fixed_cache:
+        if self.keeps_fixed_cache(info):
             kv_cache += kv_cache_bytes(config, self.context, compute, fixed=True)
         return Budget(
             self.memory.device,
@@ -122,10 +111,12 @@ class Planner:
         dtype = self.compute_dtype(config)
         return chunk_tokens(config, self.ubatch, self.context, memory, dtype)
 
-    @property
-    def keeps_fixed_cache(self) -> bool:
-        """Whether there is a second KV cache, of fixed size, for steps captured as CUDA graphs."""
-        return self.device.type == "cuda" and not self.cards and self.engine != "host"
+    def keeps_fixed_cache(self, info: PackInfo) -> bool:
+        """Whether there is a second KV cache, of fixed size, for steps captured as CUDA graphs: on
+        one card, where RAM may hold all experts and the policy is one that kernels know."""
+        on_card = self.device.type == "cuda" and not self.cards and self.engine != "host"
+        known = self.residency.policy in POLICIES
+        return on_card and known and info.expert_bytes <= self.memory.ram
 
     def compute_dtype(self, config: PreTrainedConfig) -> torch.dtype:
         """What was asked for, else what the config says."""

@@ -65,8 +65,8 @@ class Transfer(Protocol):
         """Return when compute on `device` may use the slot. Raises what the copy raised."""
 
     def keep(self, layer: int, expert: int, row: int, slot: int) -> Ticket | None:
-        """Copy a record that was waited for in `row`, past the slots, on into `slot`, without the
-        link. None: whatever is computed from now on may use it."""
+        """Copy a record that was waited for in `row`, past the slots, on into `slot`, inside
+        the device. None: whatever is computed from now on may use it."""
 
     def drop(self, ticket: Ticket) -> bool:
         """Nobody wants this copy any more, its slot is used again; whether it never began."""

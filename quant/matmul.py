@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from quant.gpu import gpu_kernels, launching_on
 from quant.kernels import cpu
@@ -42,6 +42,9 @@ SLAB_WEIGHTS = 2**22
 REFERENCE_WEIGHTS = 2**26  # dequantised at a time by the reference: a head can have 600 M
 # On a GPU each token reads the matrix for itself up to so many, then blocks of tokens do.
 MOST_GEMV_TOKENS, GPU_BLOCK = 4, 64
+# oneDNN compiles a kernel for every number of tokens that it has not met: 2 ms, where multiplying
+# takes 0.3. An expert's tokens are as many as chose it, so bfloat16 has multiples of this.
+FEW_SHAPES = 32
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -143,6 +146,12 @@ def _zeros(device: torch.device) -> Tensor:
 
 def matmul(x: Tensor, view: MatrixView) -> Tensor:
     """`x` [M, K] times the matrix in `view`: [M, N], by the fastest way this machine has."""
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and len(x) > MOST_PACKED_TOKENS:
+        return _matmul(pad(x, (0, 0, 0, -len(x) % FEW_SHAPES)), view)[: len(x)]
+    return _matmul(x, view)
+
+
+def _matmul(x: Tensor, view: MatrixView) -> Tensor:
     asked = x.device.type in ("cpu", "cuda") and x.dtype in KERNEL_DTYPES and len(x) > 0
     if view.scales is None or not asked or x.requires_grad:  # kernels know no gradients
         return matmul_reference(x, view)

@@ -234,8 +234,6 @@ class DeviceEngine(Engine):
         self.plan_on_host()
         super().give_back(shortage)
         slots = self._cache.table.slots
-        if slots == self._table.places.slots:
-            return
         self._table = Table(replace(self._table.places, slots=slots), self.transfer.device)
         if slots < self._fewest_slots and self._computes:
             self._computes = False

@@ -7,7 +7,8 @@ not know: what a step is, where memory for a graph comes from.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -64,6 +65,7 @@ class Replay:
                     current.wait_stream(self._stream)
 
     def _capture(self, stream: torch.cuda.Stream) -> None:
+        around = sys.exception()  # what the caller is handling has nothing to do with this
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self._generator())
         try:
@@ -77,19 +79,19 @@ class Replay:
         except BaseException as error:  # whatever a model, a library or the driver raises
             self._broke_off()
             torch.cuda.synchronize(stream.device)
-            self._refuse(error)
+            self._refuse([*_with_causes(error, around)])
             return
         self._graph = graph
 
-    def _refuse(self, error: BaseException) -> None:
-        """Capture no more, unless `error` is for somebody else: Ctrl-C, and a lack of memory that
-        can be had."""
-        for cause in _with_causes(error):
+    def _refuse(self, causes: Sequence[BaseException]) -> None:
+        """Capture no more, unless one of `causes`, the latest first, is for somebody else: Ctrl-C,
+        and a lack of memory that can be had."""
+        for cause in causes:
             if not isinstance(cause, Exception):
                 raise cause
             if _is_shortage(cause) and self._spares(asked_bytes(cause)):
                 raise torch.OutOfMemoryError(str(cause))
-        self.refused = reason(error.__context__ or error)  # ending one that failed fails, too
+        self.refused = reason(causes[min(1, len(causes) - 1)])  # ending one that failed fails, too
         logger.warning(
             "the decode step cannot be captured as a CUDA graph, so each of its kernels is "
             "launched by Python, slower (%s)",
@@ -97,8 +99,10 @@ class Replay:
         )
 
 
-def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
+def _with_causes(
+    error: BaseException | None, around: BaseException | None
+) -> Iterator[BaseException]:
+    while error is not None and error is not around:
         yield error
         error = error.__context__
 

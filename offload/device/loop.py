@@ -60,6 +60,11 @@ class DecodeLoop:
         self._sampler.reseed(seed)
         self.step.begin(prompt, logits)
 
+    def close(self) -> None:
+        """Let the memory go now: step and graph hold each other, so that it would wait for Python's
+        collector."""
+        del self.replay
+
     def run(self) -> None:
         """Queue a step."""
         self._before = self._sampler.state()

@@ -107,7 +107,7 @@ class Loops:
                     loop = self._loop_for(model, grown, length + limit, longest, sampling, ends)
                     loop.begin(prompt, logits, grown, sampling.seed)
                 except torch.OutOfMemoryError:
-                    self._loop = None  # its memory is needed
+                    self._let_go()
                     raise
                 return Answer(loop, length, limit)
 
@@ -138,10 +138,18 @@ class Loops:
             length *= 2
         asked = (min(length, longest), replace(sampling, seed=None), tuple(sorted(ends)))
         loop = self._loop
-        if loop is None or loop.made_for != asked or loop.step.table is not self._engine.table:
-            self._loop = loop = None  # first: its memory may be needed
-            self._loop = loop = DecodeLoop(model, self._engine, grown, *asked)
-        return loop
+        if loop is not None and loop.made_for == asked and loop.step.table is self._engine.table:
+            return loop
+        loop = None
+        self._let_go()
+        self._loop = DecodeLoop(model, self._engine, grown, *asked)
+        return self._loop
+
+    def _let_go(self) -> None:
+        """The loop's memory is needed."""
+        if self._loop is not None:
+            self._loop.close()
+            self._loop = None
 
 
 def if_spared(make: Callable[[], Made | None], engine: DeviceEngine, lost: str) -> Made | None:

@@ -8,6 +8,7 @@ Letters: N tokens of the text, T of one window, n of one slice, V vocabulary.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from offload.budget import READ_WHOLE
 from offload.errors import QualityError
 
 WINDOW = 512  # tokens, as llama.cpp's perplexity tool; half of them are context by default
@@ -138,12 +140,14 @@ def score(model: PreTrainedModel, text: Text, sliding: Sliding) -> Iterator[Scor
             f"the text has a token outside the model's {vocabulary}: tokenizer and model do not "
             "belong together"
         )
+    at_once = _at_once(model)
     for window in cut(text, sliding):
         row = text.prefix + text.ids[window.begin : window.end]
         ids = torch.tensor([row], device=model.device)  # [1, T]
         first = len(text.prefix) + window.scored - window.begin  # of `row`, to be scored
         cache = None
-        for begin, end in _pieces(len(row) - 1):  # nothing is asked about what follows the last
+        asked = len(row) - 1  # nothing is asked about what follows the last
+        for begin, end in _pieces(asked, at_once):
             keep = end - max(begin, first - 1)  # logits at i are about token i + 1
             logits, cache = _forward(model, ids[:, begin:end], cache, max(1, keep))
             for at in range(end - keep, end, SLICE):  # none when keep < 1
@@ -152,11 +156,20 @@ def score(model: PreTrainedModel, text: Text, sliding: Sliding) -> Iterator[Scor
                 yield Scores(ids[0, at + 1 : stop + 1], some.log_softmax(-1))
 
 
-def _pieces(count: int) -> Iterator[tuple[int, int]]:
+def _at_once(model: PreTrainedModel) -> int:
+    """Tokens given to `model` at once: no more than its memory is counted for. All, to those whose
+    states forget what was before when several tokens follow others."""
+    if model.config.get_text_config().model_type in READ_WHOLE:
+        return sys.maxsize
+    handle = getattr(model, "offload", None)  # transformers' own has none
+    return PIECE if handle is None else min(PIECE, handle.options.ubatch)
+
+
+def _pieces(count: int, at_once: int) -> Iterator[tuple[int, int]]:
     """Begin and end of what is given to the model at once: prefill, then the last ones singly."""
     bulk = max(0, count - DECODED)
-    for begin in range(0, bulk, PIECE):
-        yield begin, min(begin + PIECE, bulk)
+    for begin in range(0, bulk, at_once):
+        yield begin, min(begin + at_once, bulk)
     for begin in range(bulk, count):
         yield begin, begin + 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GptOssConfig, PreTrainedConfig
 
+import offload
 from offload.attention import ALIVE, keeps_scores, score_bytes
 from offload.budget import Memory, chunk_tokens
 from offload.planning import Planner
@@ -69,16 +71,16 @@ def test_a_chunk_is_as_long_as_its_scores_fit_an_eighth_of_the_memory(
 
 
 @pytest.mark.parametrize(
-    ("asked", "level"), [(2048, logging.INFO), (1500, logging.WARNING), (64, None)]
+    ("asked", "level"), [(2048, logging.INFO), (1500, logging.WARNING), (8, None)]
 )
 def test_who_asked_for_a_longer_chunk_is_told(
-    asked: int, level: int | None, mixtral_pack: Any, caplog: pytest.LogCaptureFixture
+    asked: int, level: int | None, gpt_oss: Path, caplog: pytest.LogCaptureFixture, home: Path
 ) -> None:
-    planner = Planner(
-        torch.device("cpu"), Memory(2 * GIB, 2 * GIB), dtype=BF16, context=100_000, ubatch=asked
-    )
     with caplog.at_level(logging.INFO, "offload"):
-        planner(Pack(mixtral_pack).info, _eager(tiny_config("mixtral")))
+        model, _ = offload.load(
+            gpt_oss, device="cpu", ram="4GiB", context=400_000, ubatch_size=asked
+        )
+    model.offload.close()
     assert [record.levelno for record in caplog.records] == ([level] if level else [])
     assert all(f"not {asked}" in record.getMessage() for record in caplog.records)
 

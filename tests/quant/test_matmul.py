@@ -384,3 +384,21 @@ def test_taking_rows_asks_nothing_of_the_host(scale_bits: int) -> None:
         weight, scales, steps = (part if part is None else mode.from_tensor(part) for part in parts)
         fake = replace(view, weight=weight, scales=scales, steps=steps)
         assert take_rows(fake, torch.zeros(3, dtype=torch.long), torch.bfloat16).shape == (3, 64)
+
+
+@pytest.mark.parametrize("tokens", [25, 32, 33, 100])
+@pytest.mark.parametrize("bits", [4, 16])
+def test_bfloat16_is_multiplied_in_few_shapes(
+    tokens: int, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """oneDNN compiles a kernel for each: an expert's number of tokens is another one every time."""
+    view = module.sample_matrix(64, 64, Scheme(bits, 32, 16), bias=True)
+    x = torch.randn(tokens, 64).bfloat16()
+    shapes = []
+    way = module._matmul
+    monkeypatch.setattr(module, "_matmul", lambda x, view: shapes.append(len(x)) or way(x, view))
+    out = module.matmul(x, view)
+    assert shapes == [-(-tokens // 32) * 32]
+    assert out.shape == (tokens, 64)
+    expected = module.matmul_reference(x.float(), view)
+    torch.testing.assert_close(out.float(), expected, rtol=0.02, atol=0.02)

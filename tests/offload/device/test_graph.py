@@ -185,3 +185,22 @@ def test_ctrl_c_in_a_capture_is_ctrl_c_however_the_capture_ends(
     with pytest.raises(KeyboardInterrupt):
         replay()
     assert not replay.refused
+
+
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("around", [KeyboardInterrupt(), torch.OutOfMemoryError("1.00 MiB")])
+def test_what_the_caller_is_handling_is_no_reason_of_a_capture(
+    around: BaseException, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a user's code that catches a lack of memory and asks again."""
+    asked: list[int] = []
+    replay = starved(RuntimeError("operation not permitted"), asked, spares=True)
+    for _ in range(WARM_UPS):
+        replay()
+    try:
+        raise around
+    except BaseException:
+        replay()
+    assert not asked
+    assert "not permitted" in replay.refused
+    assert "not permitted" in caplog.text

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -276,6 +278,21 @@ def test_slots_make_way_for_the_second_kv_cache(
     assert slots_of(model) < SLOTS
     assert len(runs) == len(expected) - 1
     assert "no memory for a second KV cache" not in caplog.text
+
+
+def test_a_loop_that_is_not_used_any_more_holds_no_memory(load: Load) -> None:
+    """Without Python's collector, which comes when it likes."""
+    model = load("mixtral", "device", expert_slots=SLOTS)
+    loops = offload_of(model).decoding
+    said(model, **SAMPLED)
+    keys = weakref.ref(loops._loop.step.kv.layers[0].keys)  # type: ignore[union-attr]
+    gc.collect()
+    gc.disable()
+    try:
+        said(model, **{**SAMPLED, "temperature": 0.8})
+        assert keys() is None
+    finally:
+        gc.enable()
 
 
 def test_without_a_second_kv_cache_tokens_wait_and_the_last_slots_are_kept(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,14 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from offload import QualityError, load
+from offload.handle import offload_of
 from offload.progress import Ticker
 from offload.quality import scoring as scoring_module
 from offload.quality.estimate import Estimate, exp_of, mean_of, share_of
 from offload.quality.perplexity import Perplexity, measure_perplexity
 from offload.quality.scoring import Sliding, Text, cut, encode_text
 from tests.conftest import BEGIN, make_tokenizer
+from tests.tiny import tiny_config
 
 TEXT = "Every token is scored once, and none of them twice; the window slides over the rest."
 
@@ -209,3 +213,26 @@ def test_progress_is_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixt
     captured = capsys.readouterr()
     assert captured.out == ""
     assert re.fullmatch(r"it: 30 of 100 tokens, \d+ t/s, \d+ s left\n", captured.err)
+
+
+@pytest.mark.parametrize(
+    ("count", "at_once", "pieces"),
+    [
+        (20, 512, [(0, 4)]),
+        (50, 16, [(0, 16), (16, 32), (32, 34)]),
+        (1040, sys.maxsize, [(0, 1024)]),
+    ],
+)
+def test_what_is_given_at_once_is_no_more_than_asked(
+    count: int, at_once: int, pieces: list[tuple[int, int]]
+) -> None:
+    singly = [(at, at + 1) for at in range(count - scoring_module.DECODED, count)]
+    assert [*scoring_module._pieces(count, at_once)] == [*pieces, *singly]
+
+
+def test_a_model_is_given_what_its_memory_is_counted_for(mixtral_pack: Path) -> None:
+    model, _ = load(mixtral_pack, device="cpu", ubatch_size=64)
+    assert scoring_module._at_once(model) == 64
+    offload_of(model).close()
+    jamba = types.SimpleNamespace(config=tiny_config("jamba"))
+    assert scoring_module._at_once(jamba) == sys.maxsize  # type: ignore[arg-type]
