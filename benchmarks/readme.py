@@ -26,7 +26,8 @@ def output(command: str, folder: Path) -> str:
     """What `command` writes, as a block of Markdown."""
     words = [sys.executable, "-m", "cli", *shlex.split(command)[1:]]
     environment = {**os.environ, "COLUMNS": "80", "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
-    environment |= {"HF_HUB_CACHE": str(folder), "HF_HUB_OFFLINE": "1"}
+    if any(name in command for name in HUB.values()):
+        environment |= {"HF_HUB_CACHE": str(folder), "HF_HUB_OFFLINE": "1"}
     print(f"$ {command}", file=sys.stderr, flush=True)
     done = subprocess.run(words, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode:
