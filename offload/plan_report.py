@@ -119,7 +119,7 @@ def _sizes(plan: Plan, row: Row) -> Iterator[str]:
     where = f"{row.slots} resident" + (f", {rest} in {_source(row)}" if rest else "")
     yield f"At {row.recipe.name}:"
     yield f"  dense      {gib(budget.dense):>10}{each} in {device}"
-    twice = ", with one of fixed size for CUDA graphs" * (device == "VRAM" and cards == 1)
+    twice = ", with one of fixed size for CUDA graphs" * row.fixed_cache
     yield f"  KV cache   {gib(budget.kv_cache):>10}{each}, {plan.context} tokens{twice}"
     yield f"  workspace  {gib(budget.workspace):>10}{each}"
     if row.chunk < min(plan.ubatch, plan.context):

@@ -51,6 +51,7 @@ class Row:
     rest: str  # where the others are: VRAM (there are none), RAM, disk; "" when it does not fit
     disk_share: float  # of what is loaded into slots: what comes from the disk
     refusal: str  # why it does not fit
+    fixed_cache: bool  # the KV cache is there twice (`Planner.keeps_fixed_cache`)
     on_device: bool  # steps are planned on the card, as `--engine auto` does where it can
     forecast: Forecast | None
 
@@ -85,6 +86,7 @@ def make_row(outline: Outline, target: Target, question: Question, recipe: Recip
     except BudgetError as error:
         refusal = str(error)
     budget = _of_a_card(planner.budget(info, outline.config), target.cards, shares)
+    fixed_cache = planner.keeps_fixed_cache(info)
     row = Row(
         recipe,
         experts_scheme(recipe),
@@ -96,7 +98,8 @@ def make_row(outline: Outline, target: Target, question: Question, recipe: Recip
         "",
         0.0,
         refusal,
-        _plans_on_device(target, info, slots, outline.top_k),
+        fixed_cache,
+        fixed_cache and slots >= 2 * outline.top_k,
         None,
     )
     if refusal:
@@ -131,13 +134,6 @@ def _of_a_card(whole: Budget, cards: int, shares: tuple[Share, ...]) -> Budget:
             (share.experts for share in shares), default=-(-whole.total_experts // cards)
         ),
     )
-
-
-def _plans_on_device(target: Target, info: PackInfo, slots: int, top_k: int) -> bool:
-    """What `offload.device.making` asks, as far as arithmetic tells: whether memory can be pinned
-    is seen on the machine."""
-    alone = target.device.type == "cuda" and target.cards == 1
-    return alone and slots >= 2 * top_k and info.expert_bytes <= target.memory.ram
 
 
 def _held_in_ram(target: Target, row: Row) -> int:

@@ -113,7 +113,9 @@ class Planner:
 
     def keeps_fixed_cache(self, info: PackInfo) -> bool:
         """Whether there is a second KV cache, of fixed size, for steps captured as CUDA graphs: on
-        one card, where RAM may hold all experts and the policy is one that kernels know."""
+        one card, where RAM may hold all experts and the policy is one that kernels know. What else
+        `offload.device.making` asks, such as whether memory can be pinned, is seen on the machine.
+        """
         on_card = self.device.type == "cuda" and not self.cards and self.engine != "host"
         known = self.residency.policy in POLICIES
         return on_card and known and info.expert_bytes <= self.memory.ram

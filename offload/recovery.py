@@ -27,12 +27,22 @@ Step = Callable[[Tensor, Any], tuple[Tensor, Any]]  # ids [1, T], KV cache -> lo
 Made = TypeVar("Made")
 
 
-def until_it_fits(do: Callable[[], Made], engine: Engine, take_back: Callable[[], None]) -> Made:
+class NotSparedError(Exception):
+    """There is memory, but what it is wanted for is not worth it."""
+
+
+def until_it_fits(
+    do: Callable[[], Made],
+    engine: Engine,
+    take_back: Callable[[], None] | None = None,
+    spares: Callable[[int], bool] | None = None,
+) -> Made:
     """What `do` gives; as long as memory runs out, slots are given back, and after `take_back` it
     is done again.
 
-    `take_back`: of what `do` left when it broke off anywhere. Raises `GenerationError` when there
-    is nothing to give back.
+    `take_back`: of what `do` left when it broke off anywhere. `spares`: whether so many bytes may
+    be given back; else `NotSparedError` is raised. Raises `GenerationError` when there is nothing
+    to give back.
     """
     while True:
         try:
@@ -42,8 +52,11 @@ def until_it_fits(do: Callable[[], Made], engine: Engine, take_back: Callable[[]
         # Not in the handler: the error holds the frames, and those the tensors of the step.
         if isinstance(engine.transfer, CardsTransfer):
             shortage = engine.transfer.shortage_of_all(shortage, gpu)
+        if spares is not None and not spares(shortage):
+            raise NotSparedError
         engine.give_back(shortage)
-        take_back()
+        if take_back is not None:
+            take_back()
 
 
 def run(

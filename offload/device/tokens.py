@@ -21,7 +21,7 @@ from offload.device.engine import DeviceEngine
 from offload.device.kv import CannotBeFixed
 from offload.device.loop import DecodeLoop
 from offload.device.readback import Readback
-from offload.recovery import asked_bytes, until_it_fits
+from offload.recovery import NotSparedError, until_it_fits
 from offload.sampling import Sampling, check_trouble
 
 logger = logging.getLogger("offload")
@@ -155,12 +155,8 @@ class Loops:
 def if_spared(make: Callable[[], Made | None], engine: DeviceEngine, lost: str) -> Made | None:
     """What `make` gives; as long as memory runs out slots are given back, but never so many that
     the host would have to plan: then None, and it is said that there is no memory `lost`."""
-    while True:
-        try:
-            return make()
-        except torch.OutOfMemoryError as error:
-            shortage = asked_bytes(error)
-        if not engine.spares(shortage):
-            logger.warning("no memory %s", lost)
-            return None
-        engine.give_back(shortage)
+    try:
+        return until_it_fits(make, engine, spares=engine.spares)
+    except NotSparedError:
+        logger.warning("no memory %s", lost)
+        return None

@@ -186,6 +186,20 @@ def test_two_cards_hold_more_than_one(
     assert two["command"].endswith("--gpus 0,1")
 
 
+def test_the_second_kv_cache_is_told_where_it_is_counted(
+    mixtral_config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["plan", str(mixtral_config), "--gpu", "4090", "--ram"]
+    once, twice = (
+        planned(capsys, mixtral_config, "--gpu", "4090", "--ram", ram)["rows"][0]
+        for ram in ("16GiB", "128GiB")
+    )
+    assert twice["kv_cache_bytes"] == 2 * once["kv_cache_bytes"]
+    for ram, told in (("16GiB", False), ("128GiB", True)):
+        assert cli.main([*command, ram, "--expert-bits", "8"]) == 0
+        assert ("fixed size for CUDA graphs" in capsys.readouterr().out) == told
+
+
 def test_what_ram_does_not_hold_comes_from_the_disk(
     mixtral_config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
