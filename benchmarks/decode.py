@@ -22,10 +22,10 @@ from machine import RESULTS, machine
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import offload
-from offload import demo
-from offload.benching.rates import measure_link
-from offload.benching.texts import real_text
-from offload.handle import offload_of
+from offload.bench.rates import measure_link
+from offload.bench.texts import real_text
+from offload.engine.handle import offload_of
+from offload.model import demo
 from offload.progress import without_bars
 
 PROMPT_TOKENS, DECODE_TOKENS = 512, 64

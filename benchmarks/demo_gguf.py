@@ -16,7 +16,7 @@ from gguf import GGMLQuantizationType as Kind
 from safetensors import safe_open
 from torch import Tensor
 
-from offload import demo
+from offload.model import demo
 
 # What is stored how: experts, attention, and the token table that is also the head. llama.cpp's
 # quantiser, too, gives the head more bits than the rest.

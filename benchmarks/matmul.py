@@ -22,13 +22,12 @@ from typing import Any
 import llvmlite
 import torch
 from machine import RESULTS, machine
+from offload.quant.kernels.compiler import this_processor
+from offload.quant.matmul import matmul, sample_matrix
+from offload.quant.record import MatrixView
+from offload.quant.scheme import Scheme
 from torch import Tensor
 from torch.nn.functional import linear
-
-from quant.kernels.compiler import this_processor
-from quant.matmul import matmul, sample_matrix
-from quant.record import MatrixView
-from quant.scheme import Scheme
 
 SHAPES = {  # N x K
     "demo gate_up": (3072, 576),

@@ -133,7 +133,7 @@ def _transformers(spec: Spec, scratch: Path) -> Model:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from offload import demo
+    from offload.model import demo
     from offload.progress import without_bars
 
     where: dict[str, Any] = {}
@@ -167,7 +167,7 @@ def _transformers(spec: Spec, scratch: Path) -> Model:
 
 def _ours(spec: Spec, context: int) -> Model:
     import offload
-    from offload.handle import offload_of
+    from offload.engine.handle import offload_of
 
     model, _ = offload.load(
         "demo",
@@ -229,7 +229,7 @@ class Worker:
     def facts(self) -> dict[str, Any]:
         import torch
 
-        from offload.benching.peak import peak_since
+        from offload.bench.peak import peak_since
 
         return {**self._model.facts(), "peak_memory": peak_since(torch.device("cpu"))}
 
@@ -246,7 +246,7 @@ def serve(pipe: Connection, spec: Spec, context: int, threads: int, scratch: Pat
     out."""
     import torch
 
-    from offload.benching.peak import forget_peak
+    from offload.bench.peak import forget_peak
 
     try:
         worker = Worker(open_peer(spec, context, threads, scratch))

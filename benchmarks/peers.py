@@ -36,19 +36,19 @@ from pathlib import Path
 
 import psutil
 from machine import RESULTS, machine
+from offload.quant.pack import Pack
 from peer_process import Spec
 from peers_check import check
 from peers_report import tables
 from peers_running import Load, PeerError, measure, running
 from transformers import AutoTokenizer
 
-from offload import demo
-from offload.benching.texts import real_text, stretches
-from offload.budget import parse_slots
+from offload.bench.texts import real_text, stretches
+from offload.budget.budget import parse_slots
 from offload.home import offload_home
-from offload.packs import find_or_make_pack
-from offload.recipe import AskedBits
-from quant.pack import Pack
+from offload.model import demo
+from offload.pack.find import find_or_make_pack
+from offload.pack.recipe import AskedBits
 
 MIXES = ("BF16", "Q8_0", "Q4_1")
 QUARTER = "25%"

@@ -13,9 +13,9 @@ import random
 import time
 from statistics import median
 
-from cache.allocation import ALLOCATIONS
-from cache.cache import ExpertCache
-from cache.policies import POLICIES
+from offload.cache.allocation import ALLOCATIONS
+from offload.cache.cache import ExpertCache
+from offload.cache.policies import POLICIES
 
 LAYERS, EXPERTS, TOP_K = 48, 128, 8
 KEPT = 0.45  # of a choice is as at the token before

@@ -14,12 +14,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from cache.allocation import ALLOCATIONS
-from cache.policies import POLICIES
-from cache.predictors import MOST_AHEAD, PREDICTORS
-from cache.replay import BELADY, NONE, Setup, replay
-from cache.trace import Trace
-from cache.trace_file import read
+from offload.cache.allocation import ALLOCATIONS
+from offload.cache.guesses import MOST_AHEAD, PREDICTORS
+from offload.cache.policies import POLICIES
+from offload.cache.trace.file import read
+from offload.cache.trace.replay import BELADY, NONE, Setup, replay
+from offload.cache.trace.trace import Trace
 
 HERE = Path(__file__).parent
 SHARES = (0.10, 0.25, 0.50, 0.75)

@@ -22,19 +22,19 @@ from pathlib import Path
 from typing import Any
 
 from machine import RESULTS, machine
+from offload.quant.pack import PackInfo
 from transformers import PreTrainedModel
 
 import offload
 from offload import OffloadError
-from offload.benching.texts import real_text
-from offload.handle import offload_of
+from offload.bench.texts import real_text
+from offload.engine.handle import offload_of
 from offload.progress import Ticker
 from offload.quality.check import compare
 from offload.quality.perplexity import measure_perplexity
 from offload.quality.prompts import read_prompts
 from offload.quality.recording import Recording, Source, record
 from offload.quality.scoring import Sliding, Text, prefix_of
-from quant.pack import PackInfo
 
 REFERENCE = "experts=16,dense=16"
 WIDTHS = (16, 8, 6, 5, 4, 3, 2)

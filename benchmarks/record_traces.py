@@ -13,14 +13,14 @@ import argparse
 from pathlib import Path
 
 import torch
+from offload.cache.guesses import MOST_AHEAD
+from offload.cache.trace.file import read, write
+from offload.cache.trace.trace import Trace
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import offload
-from cache.predictors import MOST_AHEAD
-from cache.trace import Trace
-from cache.trace_file import read, write
-from offload.generation import forward
-from offload.handle import offload_of
+from offload.engine.handle import offload_of
+from offload.generation.stream import forward
 from offload.loading import routers
 
 TRACES = Path(__file__).parent / "traces"

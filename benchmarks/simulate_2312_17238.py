@@ -19,13 +19,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cache.hardware import PAGEABLE_SHARE, PCIE3_X16, PINNED_SHARE, PROFILES, Hardware
-from cache.prediction import Prediction
-from cache.replay import LIVE, NONE, Setup
-from cache.simulator import Scenario, simulate
-from cache.software import Software
-from cache.synthetic import MIXTRAL, Routing, synthesize
-from cache.trace import Trace
+from offload.cache.simulate.machines import (
+    PAGEABLE_SHARE,
+    PCIE3_X16,
+    PINNED_SHARE,
+    PROFILES,
+    Hardware,
+)
+from offload.cache.simulate.prediction import Prediction
+from offload.cache.simulate.simulator import Scenario, simulate
+from offload.cache.simulate.software import Software
+from offload.cache.trace.replay import LIVE, NONE, Setup
+from offload.cache.trace.synthetic import MIXTRAL, Routing, synthesize
+from offload.cache.trace.trace import Trace
 
 RESULTS = Path(__file__).parent / "results"
 TOKENS, FIT_TOKENS = 200, 50

@@ -18,16 +18,16 @@ from itertools import chain, cycle, islice
 from pathlib import Path
 
 import torch
+from offload.quant.pack import MANIFEST, PackInfo, PackLayer, as_buffer, file_sha256, manifest_check
+from offload.quant.pack_writer import DATA_ALIGNMENT
+from offload.quant.record import MatrixSpec, MatrixView, RecordLayout, plan_layout, view_record
+from offload.quant.scales import encode_scales
+from offload.quant.scheme import Scheme
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from offload.recipe import Recipe
-from offload.skeleton import ExpertsModule, build_on_meta, find_experts, model_class, own_config
-from quant.pack import MANIFEST, PackInfo, PackLayer, as_buffer, file_sha256, manifest_check
-from quant.pack_writer import DATA_ALIGNMENT
-from quant.record import MatrixSpec, MatrixView, RecordLayout, plan_layout, view_record
-from quant.scales import encode_scales
-from quant.scheme import Scheme
+from offload.model.seam import ExpertsModule, build_on_meta, find_experts, model_class, own_config
+from offload.pack.recipe import Recipe
 
 DISTINCT = 3  # random records of a layer; the others are the same ones again
 FILE_BYTES = 2**30  # of dense weights, about

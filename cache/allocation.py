@@ -16,7 +16,7 @@ from math import inf
 from operator import mul
 from typing import Protocol, cast
 
-from cache.policy import Key, Policy, PoolState, PortablePolicy
+from offload.cache.policy import Key, Policy, PoolState, PortablePolicy
 
 
 class Allocation(Protocol):

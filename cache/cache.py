@@ -9,14 +9,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Container, Sequence
 
-from cache.allocation import ALLOCATIONS, Allocation
-from cache.heat import Heat
-from cache.plan import Plan, Use, Wave
-from cache.policy import Key, Policy
-from cache.slots import SlotTable
-from cache.state import CacheState
-from cache.statistics import Statistics
-from cache.trust import Trust
+from offload.cache.allocation import ALLOCATIONS, Allocation
+from offload.cache.heat import Heat
+from offload.cache.plan import Plan, Use, Wave
+from offload.cache.policy import Key, Policy
+from offload.cache.slots import SlotTable
+from offload.cache.state import CacheState
+from offload.cache.statistics import Statistics
+from offload.cache.trust import Trust
 
 PROMPT_WEIGHT = 0.25  # of a prompt's use; a generated token's counts 1
 

@@ -18,7 +18,7 @@ nothing up to 256 tokens.
 
 from __future__ import annotations
 
-from cache.interface import Cache
+from offload.cache.interface import Cache
 
 RIGHT, OF = 7, 8
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from cache.heat import Heat
-from cache.plan import Plan, Use
-from cache.policy import Key
-from cache.statistics import Statistics
+from offload.cache.heat import Heat
+from offload.cache.plan import Plan, Use
+from offload.cache.policy import Key
+from offload.cache.statistics import Statistics
 
 
 class Slots(Protocol):

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from cache.policy import Key, Policy
-from cache.slots import SlotTable
+from offload.cache.policy import Key, Policy
+from offload.cache.slots import SlotTable
 
 
 class RecordPool:

@@ -12,13 +12,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from cache.cache import ExpertCache
-from cache.heat import Heat
-from cache.interface import Cache
-from cache.plan import Plan, Use, Wave
-from cache.policy import Key
-from cache.staging import Staging, Step
-from cache.statistics import Statistics
+from offload.cache.cache import ExpertCache
+from offload.cache.heat import Heat
+from offload.cache.interface import Cache
+from offload.cache.plan import Plan, Use, Wave
+from offload.cache.policy import Key
+from offload.cache.staging import Staging, Step
+from offload.cache.statistics import Statistics
 
 
 def card_and_row(slot: int, cards: int) -> tuple[int, int]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from cache.plan import Use
-from cache.policy import Key
+from offload.cache.plan import Use
+from offload.cache.policy import Key
 
 
 class SlotTable:

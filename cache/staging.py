@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from cache.plan import Plan, Use, Wave
+from offload.cache.plan import Plan, Use, Wave
 
 
 class Kept(NamedTuple):

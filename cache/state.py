@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from cache.policy import Key, PoolState
+from offload.cache.policy import Key, PoolState
 
 
 class HeatState(NamedTuple):

@@ -14,7 +14,7 @@ from cli.exit_codes import INTERRUPTED
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     try:
-        from cli.entry import run  # takes a moment, in which Ctrl-C is no traceback either
+        from cli.entry import run
     except KeyboardInterrupt:
         return INTERRUPTED
     return run(argv)

@@ -14,17 +14,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from offload.quant.errors import OffloadError
+
 from cli.bench_flags import add_bench_flags
 from cli.commands import Commands
 from cli.exit_codes import DONE
 from cli.model import load_model
-from offload.errors import OffloadError
 
 if TYPE_CHECKING:
-    from offload.benching.comparison import Earlier
-    from offload.benching.formats import Printer
-    from offload.benching.sweep import Loaded, Row, Setting
-    from offload.benching.tests import Test
+    from offload.bench.comparison import Earlier
+    from offload.bench.formats import Printer
+    from offload.bench.run import Loaded, Row, Setting
+    from offload.bench.tests import Test
 
 PROMPT, GENERATED, DEPTH = [512], [128], [0]
 
@@ -42,12 +43,12 @@ def add(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and write rows; those that are complete stand when it is interrupted."""
-    from offload.benching.comparison import read_earlier
-    from offload.benching.formats import ended
-    from offload.benching.picture import check_picture, save_picture
-    from offload.benching.run import check_context
-    from offload.benching.sweep import make_settings, sweep
-    from offload.benching.tests import make_tests
+    from offload.bench.comparison import read_earlier
+    from offload.bench.formats import ended
+    from offload.bench.picture import check_picture, save_picture
+    from offload.bench.run import make_settings, sweep
+    from offload.bench.run_part import check_context
+    from offload.bench.tests import make_tests
 
     tests = make_tests(
         arguments.n_prompt or PROMPT,
@@ -70,8 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     @contextlib.contextmanager
     def load(setting: Setting) -> Iterator[Loaded]:
-        from offload.handle import offload_of
-        from offload.timeline import recording
+        from offload.engine.handle import offload_of
+        from offload.trace.timeline import recording
 
         chosen = argparse.Namespace(**{**vars(arguments), **asdict(setting)})
         model, tokenizer, _ = load_model(chosen, note=setting is settings[0])
@@ -102,8 +103,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _printer(
     output: str, tests: Sequence[Test], settings: Sequence[Setting], earlier: Earlier | None
 ) -> Printer:
-    from offload.benching.formats import CsvPrinter, JsonlPrinter, JsonPrinter
-    from offload.benching.table import TablePrinter
+    from offload.bench.formats import CsvPrinter, JsonlPrinter, JsonPrinter
+    from offload.bench.output import TablePrinter
 
     if output == "md":
         columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None

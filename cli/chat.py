@@ -9,11 +9,12 @@ import argparse
 import contextlib
 import sys
 
+from offload.quant.errors import OffloadError
+
 from cli.commands import Commands
 from cli.exit_codes import DONE, INTERRUPTED
 from cli.flags import add_model_flags, add_sampling_flags
 from cli.model import asked_prompt, asked_sampling, load_model
-from offload.errors import OffloadError
 
 
 def add(commands: Commands) -> None:
@@ -34,10 +35,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.single_turn and prompt is None:
         raise OffloadError("--single-turn needs a prompt: give one with -p or -f")
     model, tokenizer, load_seconds = load_model(arguments)
-    from offload.chat import Chat
-    from offload.chat_loop import converse
-    from offload.handle import offload_of
-    from offload.terminal import display, reader
+    from offload.chat.chat import Chat
+    from offload.chat.loop import converse
+    from offload.chat.terminal import display, reader
+    from offload.engine.handle import offload_of
 
     if tokenizer is None or not tokenizer.chat_template:
         raise OffloadError(f"{arguments.model} has no chat template: use offload generate --raw")

@@ -13,11 +13,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from offload.quant.errors import OffloadError
+
 from cli.commands import Commands
 from cli.exit_codes import DONE
 from cli.flags import add_model_flags, add_window_flags
 from cli.model import load_model
-from offload.errors import OffloadError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -18,7 +18,7 @@ from cli.commands import Commands
 from cli.exit_codes import DONE
 
 if TYPE_CHECKING:
-    from offload.doctor.finding import Finding
+    from offload.machine.finding import Finding
 
 COLOURS = {"ok": "32", "slow": "33", "missing": "31"}  # green, yellow, red
 NAME = 17  # columns
@@ -33,7 +33,7 @@ def add(commands: Commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from offload.doctor.examination import examine
+    from offload.machine.examination import examine
 
     findings = []
     for finding in examine():

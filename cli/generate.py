@@ -11,19 +11,20 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from offload.quant.errors import OffloadError
+
 from cli.commands import Commands
 from cli.exit_codes import DONE
 from cli.flags import add_model_flags, add_sampling_flags, add_timeline
 from cli.model import asked_prompt, asked_sampling, load_model
 from cli.values import between, positive
-from offload.errors import OffloadError
 from offload.files import read_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from offload.answers_file import AnswersFile
-    from offload.generation import Prompt
+    from offload.generation.answers import AnswersFile
+    from offload.generation.stream import Prompt
 
 MOST_VOTES = 1024
 
@@ -84,11 +85,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.vote is not None and arguments.temp == 0:
         raise OffloadError("--vote needs samples that differ: give a --temp above 0, or none")
     model, tokenizer, load_seconds = load_model(arguments)
-    from offload.generation import stream_generate
-    from offload.handle import offload_of
-    from offload.printable import printable
-    from offload.report import timings, verbose_rows
-    from offload.timeline import recording
+    from offload.chat.report import timings, verbose_rows
+    from offload.engine.handle import offload_of
+    from offload.generation.stream import stream_generate
+    from offload.lines import printable
+    from offload.trace.timeline import recording
 
     full = _full(arguments, tokenizer, {"prompt": prompt})
     if arguments.vote is not None:
@@ -126,7 +127,7 @@ def _full(
     given: dict[str, Any],
 ) -> Prompt:
     """The text itself, or messages for the model's template."""
-    from offload.answers_file import messages_of
+    from offload.generation.answers import messages_of
 
     if tokenizer is not None and tokenizer.chat_template and not arguments.raw:
         return messages_of(given, arguments.system_prompt)
@@ -149,10 +150,10 @@ def _vote(
     tokenizer: PreTrainedTokenizerBase | None,
     prompt: Prompt,
 ) -> int:
-    from offload.batch import answers, vote
-    from offload.handle import offload_of
-    from offload.printable import printable
-    from offload.timeline import recording
+    from offload.engine.handle import offload_of
+    from offload.generation.batch import answers, vote
+    from offload.lines import printable
+    from offload.trace.timeline import recording
 
     with contextlib.closing(offload_of(model)), recording(model, arguments.timeline):
         if tokenizer is None:
@@ -168,7 +169,7 @@ def _vote(
 
 
 def _answer_file(arguments: argparse.Namespace) -> int:
-    from offload.answers_file import AnswersFile, read_prompts
+    from offload.generation.answers import AnswersFile, read_prompts
 
     if arguments.file is None or arguments.prompt is not None or arguments.vote is not None:
         raise OffloadError("-o answers the prompts of -f FILE: give that, no -p and no --vote")
@@ -187,10 +188,10 @@ def _answer_rest(
     arguments: argparse.Namespace, prompts: list[dict[str, Any]], done: int, file: AnswersFile
 ) -> None:
     model, tokenizer, _ = load_model(arguments)
-    from offload.batch import answers
-    from offload.generation import check_length, encode_prompt
-    from offload.handle import offload_of
-    from offload.timeline import recording
+    from offload.engine.handle import offload_of
+    from offload.generation.batch import answers
+    from offload.generation.stream import check_length, encode_prompt
+    from offload.trace.timeline import recording
 
     with contextlib.closing(offload_of(model)), recording(model, arguments.timeline):
         if tokenizer is None:

@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from offload.errors import OffloadError
+from offload.quant.errors import OffloadError
+
 from offload.files import read_text, user_path
 
 if TYPE_CHECKING:
@@ -29,9 +30,9 @@ def load_model(
         asked_sampling(arguments, None)  # a wrong value is told before the model is loaded
         if arguments.n_predict == 0:
             raise OffloadError("--n-predict is 0: give at least 1, or -1 for no limit")
-    from offload.handle import offload_of
+    from offload.budget.resolve import set_threads
+    from offload.engine.handle import offload_of
     from offload.loading import load
-    from offload.planning import set_threads
 
     if arguments.threads:
         set_threads(arguments.threads)
@@ -64,7 +65,7 @@ def load_model(
     for share in offload_of(model).options.shares:
         print(share.line(), file=sys.stderr)
     if note and arguments.model == "demo":
-        from offload.demo import NOTE
+        from offload.model.demo import NOTE
 
         print(NOTE, file=sys.stderr)
     return model, tokenizer, time.perf_counter() - begin

@@ -20,8 +20,8 @@ from offload.errors import BudgetError
 UBATCH = 2048  # as for other commands
 
 if TYPE_CHECKING:
-    from offload.plan import Plan
-    from offload.target import Target
+    from offload.plan.plan_part import Plan
+    from offload.plan.target import Target
 
 
 def add(commands: Commands) -> None:
@@ -71,13 +71,13 @@ def add(commands: Commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from offload.outline import outline
-    from offload.plan import make_plan
-    from offload.plan_json import to_json
-    from offload.plan_report import lines
-    from offload.plan_row import Question
-    from offload.recipe import AskedBits
-    from offload.traces import open_trace
+    from offload.pack.recipe import AskedBits
+    from offload.plan.outline import outline
+    from offload.plan.plan import Question
+    from offload.plan.plan_json import to_json
+    from offload.plan.plan_part import make_plan
+    from offload.plan.report import lines
+    from offload.trace.show import open_trace
 
     bits = AskedBits(
         arguments.bits, arguments.expert_bits, arguments.dense_bits, arguments.group_size
@@ -106,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _target(arguments: argparse.Namespace) -> Target:
-    from offload.target import named_machine, this_machine
+    from offload.plan.target import named_machine, this_machine
 
     if arguments.gpu is None:
         return this_machine(arguments.device, arguments.vram, arguments.ram, arguments.gpus)

@@ -31,7 +31,7 @@ def add(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     text = asked_text(arguments.file)
     model, tokenizer, _ = load_model(arguments)
-    from offload.handle import offload_of
+    from offload.engine.handle import offload_of
     from offload.progress import Ticker
     from offload.quality.perplexity import measure_perplexity
     from offload.quality.scoring import Sliding, encode_text

@@ -9,10 +9,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from offload.quant.errors import OffloadError
+
 from cli.commands import Commands
 from cli.exit_codes import DONE
 from cli.flags import add_budget_flags, add_recipe_flags, add_source_flags
-from offload.errors import OffloadError
 from offload.files import user_path
 
 
@@ -31,11 +32,11 @@ def add(commands: Commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from offload.gpus import find_place
-    from offload.packs import find_or_make_pack
-    from offload.planning import Planner
-    from offload.recipe import AskedBits
-    from offload.report import pack_line
+    from offload.budget.gpus import find_place
+    from offload.budget.resolve import Planner
+    from offload.chat.report import pack_line
+    from offload.pack.find import find_or_make_pack
+    from offload.pack.recipe import AskedBits
 
     destination = user_path(arguments.destination)
     if destination.name in ("", ".."):

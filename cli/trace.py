@@ -63,7 +63,7 @@ def _usage(arguments: argparse.Namespace) -> int:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    from offload.traces import show
+    from offload.trace.show import show
 
     for line in show(arguments.trace):
         print(line)
@@ -71,7 +71,7 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _replay(arguments: argparse.Namespace) -> int:
-    from offload.traces import replays
+    from offload.trace.show import replays
 
     lines = replays(
         arguments.trace,

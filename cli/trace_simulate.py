@@ -49,7 +49,7 @@ def add(actions: argparse._SubParsersAction[Parser]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from offload.simulation import Question, answer
+    from offload.trace.simulate import Question, answer
 
     question = Question(
         arguments.trace,

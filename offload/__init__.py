@@ -10,18 +10,17 @@ from offload.errors import (
     BudgetError,
     CheckpointError,
     GenerationError,
-    OffloadError,
-    PackError,
     QualityError,
     RecipeError,
     SourceError,
     UnsupportedModelError,
 )
+from offload.quant.errors import OffloadError, PackError
 from offload.version import __version__
 
 if TYPE_CHECKING:
-    from offload.batch import generate
-    from offload.generation import GenerationResponse, stream_generate
+    from offload.generation.batch import generate
+    from offload.generation.stream import GenerationResponse, stream_generate
     from offload.loading import load
 
 __all__ = [
@@ -42,10 +41,10 @@ __all__ = [
 ]
 
 _LATER = {
-    "GenerationResponse": "offload.generation",
-    "generate": "offload.batch",
+    "GenerationResponse": "offload.generation.stream",
+    "generate": "offload.generation.batch",
     "load": "offload.loading",
-    "stream_generate": "offload.generation",
+    "stream_generate": "offload.generation.stream",
 }
 
 

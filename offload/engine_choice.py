@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import logging
 
-from cache.cache import ExpertCache
-from cache.predictors import Lookahead
-from offload.engine import Engine
-from offload.errors import OffloadError, UnsupportedModelError
-from offload.handle import Decoding, Options
-from offload.per_card import cache_of, compute_of
-from offload.transfer import Transfer
-from quant.pack import PackInfo
+from offload.cache.cache import ExpertCache
+from offload.cache.guesses import Lookahead
+from offload.engine.engine import Engine
+from offload.engine.handle import Decoding, Options
+from offload.errors import UnsupportedModelError
+from offload.quant.errors import OffloadError
+from offload.quant.pack import PackInfo
+from offload.transfer.host import Transfer
+from offload.transfer.per_card import cache_of, compute_of
 
 logger = logging.getLogger("offload")
 
@@ -46,8 +47,8 @@ def make_engine(
     elif wants_device:
         refused = ""
         try:
-            from offload.device import making  # loads Triton
-            from offload.device.tokens import Loops
+            from offload.engine.device import make as making
+            from offload.generation.tokens import Loops
         except ImportError as error:
             refused = f"it needs Triton ({error})"
         else:

@@ -5,8 +5,8 @@ Knows: also how an error that is not ours is told in one line. Does not know: wh
 
 from __future__ import annotations
 
-from offload.printable import printable
-from quant.errors import OffloadError, PackError
+from offload.lines import printable
+from offload.quant.errors import OffloadError, PackError
 
 
 class SourceError(OffloadError):

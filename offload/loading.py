@@ -19,25 +19,21 @@ from accelerate.hooks import remove_hook_from_submodules
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from cache.predictors import WITH_ROUTER
-from offload import sources
-from offload.blocks import Layers, device_of
-from offload.budget import UBATCH, hold_vram, parse_bytes
-from offload.cpu_linear import OneTokenLinear, native_is_quicker
-from offload.crossing import Crossing
+from offload.budget.blocks import Layers, device_of
+from offload.budget.budget import UBATCH, hold_vram, parse_bytes
+from offload.budget.gpus import Gpus, find_place
+from offload.budget.resolve import Planner
+from offload.cache.guesses import WITH_ROUTER
+from offload.engine.cpu_linear import OneTokenLinear, native_is_quicker
+from offload.engine.crossing import Crossing
+from offload.engine.handle import Card, Offload, Options
+from offload.engine.warm import read_hot
 from offload.engine_choice import check_engine, make_engine
-from offload.errors import CheckpointError, PackError
-from offload.generation_config import check_generation_config
-from offload.gpus import Gpus, find_place
-from offload.handle import Card, Offload, Options
-from offload.packs import check_recipe, find_or_make_pack
-from offload.per_card import transfer_of
-from offload.planning import Planner
-from offload.progress import without_bars
-from offload.quantized import QuantizedEmbedding, QuantizedLinear
-from offload.recipe import AskedBits
-from offload.residency import ALLOCATION, POLICY, PREDICTOR, Residency
-from offload.skeleton import (
+from offload.errors import CheckpointError
+from offload.model import sources
+from offload.model.generation_config import check_generation_config
+from offload.model.quantized import QuantizedEmbedding, QuantizedLinear
+from offload.model.seam import (
     BUILDING,
     IMPLEMENTATION,
     build_on_meta,
@@ -50,10 +46,15 @@ from offload.skeleton import (
     own_config,
     without_packed_weights,
 )
-from offload.transfer import Transfer
-from offload.warm import read_hot
-from quant.pack import REMAKE, Pack, PackInfo
-from quant.record import view_record
+from offload.pack.find import check_recipe, find_or_make_pack
+from offload.pack.recipe import AskedBits
+from offload.progress import without_bars
+from offload.quant.errors import PackError
+from offload.quant.pack import REMAKE, Pack, PackInfo
+from offload.quant.record import view_record
+from offload.residency import ALLOCATION, POLICY, PREDICTOR, Residency
+from offload.transfer.host import Transfer
+from offload.transfer.per_card import transfer_of
 
 logger = logging.getLogger("offload")
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cache.allocation import ALLOCATIONS
-from cache.cache import ExpertCache
-from cache.lookahead import LookaheadBalance
-from cache.policies import POLICIES
-from cache.predictors import MOST_AHEAD, NO_LOOKAHEAD, PREDICTORS, Lookahead
+from offload.cache.allocation import ALLOCATIONS
+from offload.cache.cache import ExpertCache
+from offload.cache.guesses import MOST_AHEAD, NO_LOOKAHEAD, PREDICTORS, Lookahead
+from offload.cache.lookahead import LookaheadBalance
+from offload.cache.policies import POLICIES
 from offload.errors import UnsupportedModelError
 
 POLICY, ALLOCATION, PREDICTOR = "lfru", "shared", "router"  # chosen in docs/log.md

@@ -10,7 +10,7 @@ import os
 import sys
 from typing import TextIO
 
-from offload.errors import OffloadError
+from offload.quant.errors import OffloadError
 
 
 def check_streams() -> None:

@@ -10,12 +10,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, Protocol
 
 import torch
+from offload.quant.codes import TILE_ROWS, pack, padded_rows
+from offload.quant.hqq import CPU, quantize
+from offload.quant.scales import encode_scales
+from offload.quant.scheme import Scheme
 from torch import Tensor
-
-from quant.hqq import CPU, quantize
-from quant.packing import TILE_ROWS, pack, padded_rows
-from quant.scales import encode_scales
-from quant.scheme import Scheme
 
 CHUNK_WEIGHTS = 2**20  # about; 0.1 s of a CPU core's work
 

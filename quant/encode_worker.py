@@ -11,11 +11,10 @@ import sys
 from typing import BinaryIO
 
 import torch
+from offload.quant.codes import TILE_ROWS
+from offload.quant.encode import EncodedRows, encode_rows
+from offload.quant.scheme import Scheme
 from torch import Tensor
-
-from quant.encode import EncodedRows, encode_rows
-from quant.packing import TILE_ROWS
-from quant.scheme import Scheme
 
 REQUEST = struct.Struct("<6q")  # rows, columns, dtype, bits, group size, bits of a scale
 ANSWER = struct.Struct("<4q")  # stored rows, columns, groups, values of the steps

@@ -14,12 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from offload.quant.gpu import gpu_kernels, launching_on
+from offload.quant.matmul import KERNEL_DTYPES, Matmul, matmul, matmul_reference, sample_record
+from offload.quant.program import Program
+from offload.quant.record import view_record
 from torch import Tensor
-
-from quant.gpu import gpu_kernels, launching_on
-from quant.matmul import KERNEL_DTYPES, Matmul, matmul, matmul_reference, sample_record
-from quant.program import Program
-from quant.record import view_record
 
 logger = logging.getLogger(__name__)
 

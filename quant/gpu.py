@@ -36,7 +36,7 @@ def gpu_kernels(device: torch.device) -> ModuleType | None:
         logger.warning("no kernels for GPUs before compute capability 7.5: products will be slow")
         return None
     try:
-        import quant.kernels.gpu as kernels  # loads Triton
+        import offload.quant.kernels.gpu as kernels
     except ImportError as error:
         logger.warning("no GPU kernels, products will be slow: %s: install triton", error)
         return None

@@ -11,13 +11,10 @@ import logging
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
-from torch.nn.functional import linear, pad
-
-from quant.gpu import gpu_kernels, launching_on
-from quant.kernels import cpu
-from quant.packing import TILE_ROWS, unpack, unpack_rows
-from quant.record import (
+from offload.quant.codes import TILE_ROWS, unpack, unpack_rows
+from offload.quant.gpu import gpu_kernels, launching_on
+from offload.quant.kernels import cpu
+from offload.quant.record import (
     MatrixSpec,
     MatrixView,
     RecordLayout,
@@ -25,8 +22,10 @@ from quant.record import (
     view_record,
     view_rows,
 )
-from quant.scales import decode_scales, encode_scales
-from quant.scheme import Scheme
+from offload.quant.scales import decode_scales, encode_scales
+from offload.quant.scheme import Scheme
+from torch import Tensor
+from torch.nn.functional import linear, pad
 
 Matmul = Callable[[Tensor, MatrixView], Tensor]
 

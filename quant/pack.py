@@ -24,12 +24,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from offload.quant.errors import PackError
+from offload.quant.reading import read_at
+from offload.quant.record import RecordLayout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-
-from quant.errors import PackError
-from quant.reading import read_at
-from quant.record import RecordLayout
 
 FORMAT = "moe-offload pack"
 VERSION = 2

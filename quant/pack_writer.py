@@ -21,10 +21,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
-from torch import Tensor
-
-from quant.errors import PackError
-from quant.pack import (
+from offload.quant.errors import PackError
+from offload.quant.pack import (
     MANIFEST,
     Pack,
     PackInfo,
@@ -34,7 +32,8 @@ from quant.pack import (
     is_pack,
     manifest_check,
 )
-from quant.turn import take_turn
+from offload.quant.turn import take_turn
+from torch import Tensor
 
 DATA_ALIGNMENT = 4096  # bytes: records start on a page, so that a mapping of them can be pinned
 SETTINGS = ".settings"

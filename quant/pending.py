@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from concurrent.futures import Future
 
+from offload.quant.encode import EncodedRows, Encoder, chunk_rows
+from offload.quant.record import MatrixView, RecordLayout, view_record
+from offload.quant.scheme import Scheme
 from torch import Tensor
-
-from quant.encode import EncodedRows, Encoder, chunk_rows
-from quant.record import MatrixView, RecordLayout, view_record
-from quant.scheme import Scheme
 
 
 class PendingRecord:

@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from offload.quant.gate import Gate
+from offload.quant.record import MatrixLayout, RecordLayout
 from torch import Tensor
-
-from quant.gate import Gate
-from quant.record import MatrixLayout, RecordLayout
 
 # Letters: S cells, I inner
 

@@ -15,11 +15,10 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from offload.quant.codes import TILE_ROWS, padded_rows
+from offload.quant.scales import STEP_VALUES, shared_steps
+from offload.quant.scheme import GROUP_SIZES, SMALLEST_GROUP, Scheme
 from torch import Tensor
-
-from quant.packing import TILE_ROWS, padded_rows
-from quant.scales import STEP_VALUES, shared_steps
-from quant.scheme import GROUP_SIZES, SMALLEST_GROUP, Scheme
 
 ALIGNMENT = 256  # bytes; more than any vector load or copy engine asks for
 STORED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

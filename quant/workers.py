@@ -15,12 +15,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
+from offload.quant.encode import EncodedRows
+from offload.quant.encode_worker import read_answer, write_request
+from offload.quant.errors import PackError
+from offload.quant.scheme import Scheme
 from torch import Tensor
-
-from quant.encode import EncodedRows
-from quant.encode_worker import read_answer, write_request
-from quant.errors import PackError
-from quant.scheme import Scheme
 
 
 class WorkerEncoder:
@@ -70,10 +69,10 @@ class WorkerEncoder:
 
 
 def _start() -> subprocess.Popen[bytes]:
-    here = str(Path(__file__).resolve().parents[1])  # where `quant` was imported from
+    here = str(Path(__file__).resolve().parents[1])  # a checkout
     path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "quant.encode_worker"],
+        [sys.executable, "-P", "-m", "offload.quant.encode_worker"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},

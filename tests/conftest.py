@@ -26,13 +26,13 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+import offload.quant.encode
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-import offload.generation
-import quant.encode
+import offload.generation.stream
 from offload.home import offload_home
 from tests.rounding import round_to_codes
 from tests.tiny import save_tiny
@@ -50,7 +50,7 @@ TEMPLATE = (
 
 # A GPU machine may have nothing beyond pytest: its tests run nevertheless.
 if importlib.util.find_spec("hqq") is None:
-    quant.encode.quantize = round_to_codes
+    offload.quant.encode.quantize = round_to_codes
 with contextlib.suppress(ModuleNotFoundError):
     from hypothesis import settings
 
@@ -157,8 +157,8 @@ def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def mixtral_pack(mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Mixtral as a 4-bit pack. Copy it before changing it."""
-    from offload.packs import find_or_make_pack
-    from offload.recipe import Recipe
+    from offload.pack.find import find_or_make_pack
+    from offload.pack.recipe import Recipe
 
     destination = tmp_path_factory.mktemp("packs") / "tiny-mixtral-q4"
     return find_or_make_pack(str(mixtral), Recipe(), destination=destination)
@@ -208,7 +208,7 @@ class Script:
         ubatch: int = 1,
         before: Tensor | None = None,
     ) -> tuple[Tensor, ScriptCache]:
-        """In place of `offload.generation.forward`."""
+        """In place of `offload.generation.stream.forward`."""
         cache = cache or ScriptCache()
         read = ids[0].tolist()
         if read != [cache.said]:

@@ -6,9 +6,8 @@ Knows: plain rounding between a group's extremes. Does not know: whether the res
 from __future__ import annotations
 
 import torch
+from offload.quant.hqq import CPU, Quantized
 from torch import Tensor
-
-from quant.hqq import CPU, Quantized
 
 
 def round_to_codes(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 
-import offload.generation
+import offload.generation.stream
 from cli import main
 from tests.conftest import Script
 
@@ -24,7 +24,7 @@ def run(model: str, answers: list[str]) -> int:
             script.say(left.pop(0))
 
     script.at = begin_answer
-    offload.generation.forward = script.forward  # type: ignore[assignment]
+    offload.generation.stream.forward = script.forward  # type: ignore[assignment]
     return main(["chat", model, "-n", "400", "--temp", "0", "--no-show-timings"])
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from benchmarks.cuda_check.setting import Setting
 from benchmarks.cuda_check.store import Part
-from offload.machine import measure
+from offload.machine.measure import measure
 
 
 @dataclass(frozen=True)

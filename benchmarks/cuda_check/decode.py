@@ -16,10 +16,10 @@ from benchmarks.cuda_check.bounds import Bound, Rates
 from benchmarks.cuda_check.seam import is_captured, queued_ahead
 from benchmarks.cuda_check.subject import Subject
 from benchmarks.cuda_check.timing import synchronize
-from offload.budget import kv_cache_bytes
-from offload.generation import forward, stream_generate
-from offload.handle import offload_of
-from offload.stats import Stats
+from offload.budget.budget import kv_cache_bytes
+from offload.engine.handle import offload_of
+from offload.engine.stats import Stats
+from offload.generation.stream import forward, stream_generate
 
 TARGET = 0.85  # of the bound
 

@@ -23,7 +23,7 @@ TARGET = 0.90  # of memcpy
 def gather_rates(setting: Setting, memcpy_gb_per_s: float, sizes: dict[str, int]) -> Iterator[Row]:
     """A row for each kind of record and number of programs. Raises `NotBuiltError`."""
     try:
-        from offload.device import gather as module
+        from offload.engine.device import gather as module
     except ImportError as error:
         raise NotBuiltError(str(error)) from None
     total = setting.pick(2**29, 2**17)
@@ -59,7 +59,7 @@ def _records(count: int, size: int, *, pinned: bool) -> Tensor:
 
 def _gather(host: Tensor, slots: Tensor, programs: int) -> None:
     """All records of `host` at once, in turned order."""
-    from offload.device.gather import WARPS, WORDS, gather_kernel
+    from offload.engine.device.gather import WARPS, WORDS, gather_kernel
 
     count, size = host.shape
     experts = torch.arange(count, dtype=torch.int32, device=slots.device)
@@ -82,7 +82,7 @@ def fetching(setting: Setting, total: int, size: int) -> Callable[[], None]:
     """What fetches `total` bytes, in records of `size`, as the engine does. Raises
     `NotBuiltError`."""
     try:
-        from offload.device.gather import gather
+        from offload.engine.device.gather import gather
     except ImportError as error:
         raise NotBuiltError(str(error)) from None
     host = _records(total // size, size, pinned=not setting.rehearse)

@@ -16,7 +16,7 @@ from benchmarks.cuda_check.shapes import Case
 from benchmarks.cuda_check.sizes import RAM_SHARE
 from benchmarks.cuda_check.store import Row
 from benchmarks.cuda_check.timing import synchronize
-from offload.skeleton import build_on_meta, model_class
+from offload.model.seam import build_on_meta, model_class
 
 SECONDS = 15.0  # it may take
 GB_PER_S = 2.0  # of filling host memory, about

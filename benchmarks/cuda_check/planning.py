@@ -11,16 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from offload.cache.cache import ExpertCache
+from offload.cache.policies import POLICIES
+from offload.cache.state import CacheState
+from offload.cache.trace.synthetic import Shape, synthesize
 
 from benchmarks.cuda_check.attempt import NotBuiltError
 from benchmarks.cuda_check.setting import Setting
 from benchmarks.cuda_check.shapes import QWEN3
 from benchmarks.cuda_check.store import Row
 from benchmarks.cuda_check.timing import captured, median_seconds
-from cache.cache import ExpertCache
-from cache.policies import POLICIES
-from cache.state import CacheState
-from cache.synthetic import Shape, synthesize
 
 RESIDENT = 0.5
 WAYS = (("lfru", "shared"), ("lru", "global"))
@@ -33,7 +33,7 @@ COUNTED = {PLAN: "misses", LOOK_AHEAD: "lookahead_loads"}
 def planning_rows(setting: Setting) -> Iterator[Row]:
     """A row for each policy, kernel and number of experts that are not resident."""
     try:
-        from offload.device import table  # noqa: F401
+        from offload.engine.device import table  # noqa: F401
     except ImportError as error:
         raise NotBuiltError(str(error)) from None
     layers, experts = setting.pick(QWEN3.layers, 2), setting.pick(QWEN3.experts, 8)
@@ -100,8 +100,8 @@ def _seconds(
     token: list[list[int]],
 ) -> tuple[float, int]:
     """Seconds of one token's kernels, and how many experts were absent."""
-    from offload.device.places import COUNTS, Places
-    from offload.device.table import Table
+    from offload.engine.device.places import COUNTS, Places
+    from offload.engine.device.table import Table
 
     places = Places(shape.layers, shape.experts, shape.top_k, len(full.keys), policy, allocation)
     table = Table(places, setting.device)

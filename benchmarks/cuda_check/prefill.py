@@ -14,8 +14,8 @@ from benchmarks.cuda_check.bounds import Rates
 from benchmarks.cuda_check.decode import prompt_ids
 from benchmarks.cuda_check.subject import Subject
 from benchmarks.cuda_check.timing import synchronize
-from offload.generation import forward
-from offload.handle import offload_of
+from offload.engine.handle import offload_of
+from offload.generation.stream import forward
 
 TARGET = 0.85  # of the link bound
 

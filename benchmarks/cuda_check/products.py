@@ -9,17 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from offload.quant import experts
+from offload.quant.experts import Batch
+from offload.quant.program import Program
+from offload.quant.record import RecordLayout
+from offload.quant.scheme import Scheme
 from torch import Tensor
 
 from benchmarks.cuda_check.attempt import NotBuiltError
 from benchmarks.cuda_check.shapes import Case
 from benchmarks.synthetic_packs import first_layer, random_record
-from offload.compute import program_of
-from quant import experts
-from quant.experts import Batch
-from quant.program import Program
-from quant.record import RecordLayout
-from quant.scheme import Scheme
+from offload.engine.compute import program_of
 
 
 @dataclass(frozen=True)

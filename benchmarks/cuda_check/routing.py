@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from offload.cache.trace.trace import Trace
 from torch import Tensor, nn
-
-from cache.trace import Trace
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from offload.quant.errors import OffloadError
+from offload.quant.pack import Pack
 from transformers import PreTrainedModel
 
 from benchmarks.cuda_check.attempt import NotBuiltError
 from offload import loading
-from offload.cuda_transfer import CudaTransfer
-from offload.errors import OffloadError
-from offload.handle import Offload, Options, offload_of
-from offload.host_tier import HostTier
-from offload.transfer import HostTransfer, Transfer
-from quant.pack import Pack
+from offload.engine.handle import Offload, Options, offload_of
+from offload.transfer.cuda import CudaTransfer
+from offload.transfer.host import HostTransfer, Transfer
+from offload.transfer.host_tier import HostTier
 
 HOST, DEVICE = "host", "device"  # engines: the plan made in Python, or in kernels
 
@@ -71,7 +71,7 @@ def connect(
 def kernels_anywhere(rehearse: bool) -> Iterator[None]:
     """Inside, steps are also planned by kernels that are interpreted, which is for rehearsals."""
     try:
-        from offload.device import making as module
+        from offload.engine.device import make as module
     except ImportError:
         yield
         return

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from offload.cache.trace.trace import Trace
 
 from benchmarks.cuda_check.naive import NaiveTransfer
 from benchmarks.cuda_check.routing import Routes, drive
@@ -25,13 +26,12 @@ from benchmarks.cuda_check.seam import (
     rows,
 )
 from benchmarks.cuda_check.setting import Setting
-from cache.trace import Trace
-from offload.budget import Memory
-from offload.handle import Offload, Options, offload_of
+from offload.budget.budget import Memory
+from offload.budget.resolve import Planner
+from offload.engine.handle import Offload, Options, offload_of
 from offload.loading import routers
-from offload.planning import Planner
 from offload.residency import Residency
-from offload.transfer import Transfer
+from offload.transfer.host import Transfer
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from cache.policies.fifo import FIFO
-from cache.policies.lfru import LFRU
-from cache.policies.lfu import LFU
-from cache.policies.lru import LRU
-from cache.policies.slru import SLRU
-from cache.policy import Policy
+from offload.cache.policies.fifo import FIFO
+from offload.cache.policies.lfru import LFRU
+from offload.cache.policies.lfu import LFU
+from offload.cache.policies.lru import LRU
+from offload.cache.policies.slru import SLRU
+from offload.cache.policy import Policy
 
 POLICIES: dict[str, Callable[[], Policy]] = {
     "lru": LRU,

@@ -11,7 +11,7 @@ from collections.abc import Container, Iterable
 from heapq import heappop, heappush
 from itertools import count
 
-from cache.policy import Key, Victim
+from offload.cache.policy import Key, Victim
 
 NEVER = 1 << 60
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from cache.policies.lru import LRU
-from cache.policy import Key
+from offload.cache.policies.lru import LRU
+from offload.cache.policy import Key
 
 
 class FIFO(LRU):

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable
 
-from cache.policies.ranking import Entry, Ranking
-from cache.policy import Key, KeyState, PoolState, Victim
+from offload.cache.policies.ranking import Entry, Ranking
+from offload.cache.policy import Key, KeyState, PoolState, Victim
 
 HALF_LIFE = 16.0  # steps of a layer, that is tokens; docs/log.md compares others
 REPEATS = 0.1  # more of them on models of few experts a layer would be wrong, see docs/log.md

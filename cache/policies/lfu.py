@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable
 
-from cache.policies.ranking import Entry, Ranking
-from cache.policy import Key, Victim
+from offload.cache.policies.ranking import Entry, Ranking
+from offload.cache.policy import Key, Victim
 
 
 class LFU:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Container, Iterable
 
-from cache.policy import Key, KeyState, PoolState, Victim
+from offload.cache.policy import Key, KeyState, PoolState, Victim
 
 
 class LRU:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Container, Iterable
 
-from cache.policy import Key, Victim
+from offload.cache.policy import Key, Victim
 
 Entry = tuple[float, int, Key]  # score, number of the insertion, key
 

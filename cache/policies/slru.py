@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Container, Iterable
 
-from cache.policy import Key, Victim
+from offload.cache.policy import Key, Victim
 
 PROTECTED_SHARE = 0.8  # of the resident keys, at most; Karedla et al. found 0.6 to 0.8 best
 SEGMENT = 1e9  # times: a protected key is worth more than any that is not

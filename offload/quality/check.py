@@ -21,7 +21,7 @@ from offload.quality.prompts import Prompts
 from offload.quality.recording import Recording, Source, encode, opened, record
 from offload.quality.scoring import Scores, Sliding, score
 from offload.quality.subject import Subject, subject_of
-from quant.pack import is_pack
+from offload.quant.pack import is_pack
 
 UNQUANTISED = "experts=16,dense=16"
 

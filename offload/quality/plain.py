@@ -12,10 +12,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from offload import sources
+from offload.budget.resolve import find_device
 from offload.errors import SourceError
-from offload.packs import find_source
-from offload.planning import find_device
+from offload.model import sources
+from offload.pack.find import find_source
 from offload.progress import without_bars
 
 

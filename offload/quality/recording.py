@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from offload.engine.handle import Offload
 from offload.errors import QualityError
-from offload.handle import Offload
 from offload.quality.perplexity import Report, finite
 from offload.quality.prompts import Prompts
 from offload.quality.scoring import Sliding, Text, encode_text, score

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from offload.budget import READ_WHOLE
+from offload.budget.budget import READ_WHOLE
 from offload.errors import QualityError
 
 WINDOW = 512  # tokens, as llama.cpp's perplexity tool; half of them are context by default

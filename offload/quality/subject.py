@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from offload.handle import Offload
+from offload.engine.handle import Offload
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import llvmlite.binding as llvm
-
-from quant.kernels.emit import Emitter
-from quant.kernels.kernel import Kernel
+from offload.quant.kernels.emit import Emitter
+from offload.quant.kernels.kernel import Kernel
 
 Run = Callable[["ctypes.Array[ctypes.c_int64]"], None]  # takes `kernel.WORDS`
 

@@ -10,15 +10,14 @@ import functools
 from typing import TYPE_CHECKING
 
 import torch
+from offload.quant.codes import TILE_ROWS
+from offload.quant.kernels.kernel import WORDS, Kernel
+from offload.quant.record import MatrixView
+from offload.quant.scales import STEP_VALUES
 from torch import Tensor
 
-from quant.kernels.kernel import WORDS, Kernel
-from quant.packing import TILE_ROWS
-from quant.record import MatrixView
-from quant.scales import STEP_VALUES
-
 if TYPE_CHECKING:
-    from quant.kernels.compiler import Run
+    from offload.quant.kernels.compiler import Run
 
 MOST_TOKENS = 4  # a block; more would not fit the registers
 ALONE = 2**16  # weights times tokens below which waking other threads costs more than it saves
@@ -30,7 +29,7 @@ Words = ctypes.c_int64 * len(WORDS)
 
 @functools.cache
 def _code(bits: int, scale_bits: int, dtype: torch.dtype, block: int) -> Run:
-    from quant.kernels.compiler import compiled, this_processor  # loads LLVM
+    from offload.quant.kernels.compiler import compiled, this_processor
 
     assert dtype in (torch.bfloat16, torch.float32)
     return compiled(Kernel(bits, scale_bits, dtype == torch.bfloat16, block), this_processor())

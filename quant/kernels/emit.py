@@ -11,10 +11,9 @@ shows in a result. K columns, g group size, B tokens a block.
 from __future__ import annotations
 
 from llvmlite import ir
-
-from quant.kernels.kernel import Kernel
-from quant.kernels.reader import VECTORS, Reader
-from quant.kernels.vectors import FLOAT, INT, LONG, POINTER, SHORT, VOID, Value, every
+from offload.quant.kernels.kernel import Kernel
+from offload.quant.kernels.reader import VECTORS, Reader
+from offload.quant.kernels.vectors import FLOAT, INT, LONG, POINTER, SHORT, VOID, Value, every
 
 
 class Emitter(Reader):

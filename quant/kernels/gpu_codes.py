@@ -13,9 +13,8 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from offload.quant.kernels.gpu_triton import teach
 from triton.language import tensor
-
-from quant.kernels.gpu_triton import teach
 
 teach()
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)

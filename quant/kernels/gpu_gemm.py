@@ -16,9 +16,8 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from offload.quant.kernels.gpu_codes import INTERPRETED, load_inputs, scale_pairs, with_bias
 from triton.language import tensor
-
-from quant.kernels.gpu_codes import INTERPRETED, load_inputs, scale_pairs, with_bias
 
 # A row of `blocks`: slot, first and end of its cells in `order`.
 BLOCK_FIELDS = tl.constexpr(3)

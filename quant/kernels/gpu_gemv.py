@@ -17,9 +17,15 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from offload.quant.kernels.gpu_codes import (
+    MAGIC,
+    centred,
+    code_weight,
+    load_inputs,
+    scale_pairs,
+    with_bias,
+)
 from triton.language import tensor
-
-from quant.kernels.gpu_codes import MAGIC, centred, code_weight, load_inputs, scale_pairs, with_bias
 
 
 @triton.jit

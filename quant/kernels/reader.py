@@ -7,9 +7,9 @@ with them.
 from __future__ import annotations
 
 from llvmlite import ir
-
-from quant.kernels.kernel import WORDS, Kernel
-from quant.kernels.vectors import (
+from offload.quant.codes import PLANES, TILE_ROWS
+from offload.quant.kernels.kernel import WORDS, Kernel
+from offload.quant.kernels.vectors import (
     BYTE,
     FLOAT,
     INT,
@@ -23,7 +23,6 @@ from quant.kernels.vectors import (
     every,
     vector,
 )
-from quant.packing import PLANES, TILE_ROWS
 
 VECTORS = TILE_ROWS // LANES
 AHEAD = 64  # columns; how far weights are asked for before they are used

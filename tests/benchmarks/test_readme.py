@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.readme import BLOCK, HUB, PAGES, write_cache
-from offload.sources import SHAPE_FILES, find
+from offload.model.sources import SHAPE_FILES, find
 
 
 def models() -> list[str]:

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from offload.quant.pack import Pack, PackLayer
+from offload.quant.record import MatrixSpec, plan_layout, view_record
+from offload.quant.scheme import Scheme
 
 import offload
 from benchmarks.synthetic_packs import pack_bytes, random_record, write_synthetic_pack
-from offload.generation import forward
-from offload.handle import offload_of
-from quant.pack import Pack, PackLayer
-from quant.record import MatrixSpec, plan_layout, view_record
-from quant.scheme import Scheme
+from offload.engine.handle import offload_of
+from offload.generation.stream import forward
 from tests.tiny import tiny_config
 
 
@@ -57,7 +57,7 @@ def test_sizes_are_known_before_anything_is_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_weights_keep_a_states_size(bits: int) -> None:
-    from quant.matmul import dequantize
+    from offload.quant.matmul import dequantize
 
     layout = plan_layout((MatrixSpec("m", 128, 256, False, torch.bfloat16),), Scheme(bits, 32))
     record = random_record(layout, torch.Generator().manual_seed(1))

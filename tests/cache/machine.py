@@ -10,13 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hypothesis import strategies as st
-
-from cache.allocation import ALLOCATIONS
-from cache.cache import ExpertCache
-from cache.plan import Plan, Use
-from cache.policies import POLICIES
-from cache.policy import Key
-from cache.staging import Staging
+from offload.cache.allocation import ALLOCATIONS
+from offload.cache.cache import ExpertCache
+from offload.cache.plan import Plan, Use
+from offload.cache.policies import POLICIES
+from offload.cache.policy import Key
+from offload.cache.staging import Staging
 
 
 @dataclass(frozen=True)

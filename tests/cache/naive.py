@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from cache.cache import PROMPT_WEIGHT
-from cache.policies.slru import PROTECTED_SHARE, SEGMENT
-from cache.policy import Key
+from offload.cache.cache import PROMPT_WEIGHT
+from offload.cache.policies.slru import PROTECTED_SHARE, SEGMENT
+from offload.cache.policy import Key
 
 LFRU_BONUS = 2.0  # in units, of what was used at the last step: repeats 1/2 over 1 - 1/growth
 LFRU_HALF_LIFE = 1  # powers of two: sums are exact in any order

@@ -8,13 +8,13 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from offload.cache.allocation import ALLOCATIONS
+from offload.cache.cache import ExpertCache
+from offload.cache.plan import Use, Wave
+from offload.cache.policies import POLICIES
+from offload.cache.policies.lfru import LFRU
+from offload.cache.policies.lru import LRU
 
-from cache.allocation import ALLOCATIONS
-from cache.cache import ExpertCache
-from cache.plan import Use, Wave
-from cache.policies import POLICIES
-from cache.policies.lfru import LFRU
-from cache.policies.lru import LRU
 from tests.cache.machine import LookAhead, Machine, PlanStep, Size, Step, Warm, runs
 from tests.cache.naive import LFRU_HALF_LIFE, NaiveCache
 

@@ -7,19 +7,18 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from cache.cache import ExpertCache
-from cache.early import absent, nearly_all
-from cache.hardware import PROFILES
-from cache.plan import Plan, Use, Wave
-from cache.policies.lru import LRU
-from cache.replay import Setup
-from cache.sharded import ShardedCache, ShardedStaging, card_and_row
-from cache.simulator import Scenario, simulate
-from cache.staging import Kept, Staging
-from cache.statistics import LayerCounts
-from cache.synthetic import MIXTRAL, QWEN3_30B, Routing, Shape, synthesize
-from cache.trace import Trace
+from offload.cache.cache import ExpertCache
+from offload.cache.early import absent, nearly_all
+from offload.cache.plan import Plan, Use, Wave
+from offload.cache.policies.lru import LRU
+from offload.cache.sharded import ShardedCache, ShardedStaging, card_and_row
+from offload.cache.simulate.machines import PROFILES
+from offload.cache.simulate.simulator import Scenario, simulate
+from offload.cache.staging import Kept, Staging
+from offload.cache.statistics import LayerCounts
+from offload.cache.trace.replay import Setup
+from offload.cache.trace.synthetic import MIXTRAL, QWEN3_30B, Routing, Shape, synthesize
+from offload.cache.trace.trace import Trace
 
 SLOTS = 4
 

@@ -5,15 +5,21 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-
-from cache.errors import CacheError
-from cache.forecast import LOCAL, UNIFORM, Forecast, Load, forecast, forecast_of
-from cache.hardware import Hardware, find_hardware
-from cache.replay import Setup, replay
-from cache.simulator import Scenario, simulate
-from cache.software import DEVICE_PLANNED
-from cache.synthetic import GPT_OSS_120B, MIXTRAL, QWEN3_30B, Routing, Shape, synthesize
-from cache.trace import Trace
+from offload.cache.errors import CacheError
+from offload.cache.simulate.forecast import LOCAL, UNIFORM, Forecast, Load, forecast, forecast_of
+from offload.cache.simulate.machines import Hardware, find_hardware
+from offload.cache.simulate.simulator import Scenario, simulate
+from offload.cache.simulate.software import DEVICE_PLANNED
+from offload.cache.trace.replay import Setup, replay
+from offload.cache.trace.synthetic import (
+    GPT_OSS_120B,
+    MIXTRAL,
+    QWEN3_30B,
+    Routing,
+    Shape,
+    synthesize,
+)
+from offload.cache.trace.trace import Trace
 
 WARM, TOKENS = 80, 160
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-
-from cache.hardware import PROFILES, Hardware, find_hardware
+from offload.cache.simulate.machines import PROFILES, Hardware, find_hardware
 
 ASKED = "3060 3080mobile 3090 4090 2x4090 5070ti 5090 t4 a100"
 

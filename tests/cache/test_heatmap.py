@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cache.heatmap import squeezed
+from offload.cache.trace.heatmap import squeezed
 
 
 def test_a_squeezed_map_shows_how_full_each_part_is() -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from cache.policies import POLICIES
-from cache.policies.lfu import LFU
-from cache.policies.lru import LRU
-from cache.policy import Key, Policy
+from offload.cache.policies import POLICIES
+from offload.cache.policies.lfu import LFU
+from offload.cache.policies.lru import LRU
+from offload.cache.policy import Key, Policy
 
 keys = st.tuples(st.integers(0, 1), st.integers(0, 4))
 steps = st.lists(st.tuples(st.sampled_from(("use", "use", "remove")), keys), max_size=60)

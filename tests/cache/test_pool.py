@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-
-from cache.cache import ExpertCache
-from cache.forecast import USUAL
-from cache.policies.lfru import LFRU
-from cache.policies.lru import LRU
-from cache.policy import Key
-from cache.pool import RecordPool
-from cache.synthetic import Shape, synthesize
+from offload.cache.cache import ExpertCache
+from offload.cache.policies.lfru import LFRU
+from offload.cache.policies.lru import LRU
+from offload.cache.policy import Key
+from offload.cache.pool import RecordPool
+from offload.cache.simulate.forecast import USUAL
+from offload.cache.trace.synthetic import Shape, synthesize
 
 BUFFERS = 3
 

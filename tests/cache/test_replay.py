@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from cache.analysis import shapes, total
-from cache.errors import CacheError
-from cache.heatmap import collect
-from cache.policies import POLICIES
-from cache.predictors import PREDICTORS, Previous, Transitions, Union, merged
-from cache.replay import BELADY, LIVE, Setup, recorded_setup, replay
-from cache.trace import Event, Guess, Trace, TraceHeader
+from offload.cache.errors import CacheError
+from offload.cache.guesses import PREDICTORS, Previous, Transitions, Union, merged
+from offload.cache.policies import POLICIES
+from offload.cache.trace.analysis import shapes, total
+from offload.cache.trace.heatmap import collect
+from offload.cache.trace.replay import BELADY, LIVE, Setup, recorded_setup, replay
+from offload.cache.trace.trace import Event, Guess, Trace, TraceHeader
 
 LAYERS, EXPERTS = 4, 6
 

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from cache.cache import ExpertCache
-from cache.errors import CacheError
-from cache.plan import Plan
-from cache.policies import POLICIES
-from cache.replay import (
+from offload.cache.cache import ExpertCache
+from offload.cache.errors import CacheError
+from offload.cache.plan import Plan
+from offload.cache.policies import POLICIES
+from offload.cache.sharded import ShardedCache, ShardedStaging, card_and_row, divided
+from offload.cache.trace.replay import (
     BELADY,
     CardSlots,
     Setup,
@@ -21,9 +21,8 @@ from cache.replay import (
     recorded_setup,
     replay,
 )
-from cache.sharded import ShardedCache, ShardedStaging, card_and_row, divided
-from cache.synthetic import Routing, Shape, synthesize
-from cache.trace import Trace
+from offload.cache.trace.synthetic import Routing, Shape, synthesize
+from offload.cache.trace.trace import Trace
 
 EXPERTS = 6
 SHAPE = Shape("tiny", 5, 8, 2, record_bytes=1000, dense_bytes=0, expert_bits=4.5)

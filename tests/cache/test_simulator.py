@@ -8,16 +8,15 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-
-from cache.errors import CacheError
-from cache.hardware import Hardware
-from cache.prediction import Prediction
-from cache.replay import LIVE, Setup, replay
-from cache.simulator import Scenario, simulate
-from cache.software import HOST_PLANNED, Software
-from cache.synthetic import MIXTRAL, QWEN3_30B, Routing, Shape, synthesize
-from cache.timeline import Timeline
-from cache.trace import Event, Guess, Trace, TraceHeader
+from offload.cache.errors import CacheError
+from offload.cache.simulate.machines import Hardware
+from offload.cache.simulate.prediction import Prediction
+from offload.cache.simulate.simulator import Scenario, simulate
+from offload.cache.simulate.software import HOST_PLANNED, Software
+from offload.cache.trace.replay import LIVE, Setup, replay
+from offload.cache.trace.synthetic import MIXTRAL, QWEN3_30B, Routing, Shape, synthesize
+from offload.cache.trace.timeline import Timeline
+from offload.cache.trace.trace import Event, Guess, Trace, TraceHeader
 
 # A byte takes a second in device memory, two on the link, eight from disk; nothing else costs.
 SLOW = Hardware(

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from cache.policy import Key
-from cache.slots import SlotTable
+from offload.cache.policy import Key
+from offload.cache.slots import SlotTable
 
 keys = st.tuples(st.integers(0, 2), st.integers(0, 4))
 steps = st.lists(st.tuples(st.sampled_from(("put", "replace")), keys), max_size=60)

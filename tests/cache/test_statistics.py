@@ -7,8 +7,7 @@ from dataclasses import astuple, fields
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from cache.statistics import LayerCounts, Statistics
+from offload.cache.statistics import LayerCounts, Statistics
 
 whole = st.integers(0, 10**9)
 # Multiples of 1/8 so that sums of seconds are exact.

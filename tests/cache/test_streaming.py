@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from cache.cache import ExpertCache
-from cache.plan import Plan, Use, Wave
-from cache.policies import POLICIES
-from cache.policies.lru import LRU
-from cache.replay import Setup, admitted, replay
-from cache.staging import Staging
-from cache.trace import Event, Trace, TraceHeader
+from offload.cache.cache import ExpertCache
+from offload.cache.plan import Plan, Use, Wave
+from offload.cache.policies import POLICIES
+from offload.cache.policies.lru import LRU
+from offload.cache.staging import Staging
+from offload.cache.trace.replay import Setup, admitted, replay
+from offload.cache.trace.trace import Event, Trace, TraceHeader
 
 
 def resident(cache: ExpertCache, layer: int = 0) -> list[int]:

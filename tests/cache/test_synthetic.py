@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-
-from cache.errors import CacheError
-from cache.replay import Setup, replay
-from cache.synthetic import MIXTRAL, SHAPES, Routing, synthesize
-from cache.trace import Trace
+from offload.cache.errors import CacheError
+from offload.cache.trace.replay import Setup, replay
+from offload.cache.trace.synthetic import MIXTRAL, SHAPES, Routing, synthesize
+from offload.cache.trace.trace import Trace
 
 
 def hit_rate(trace: Trace, slots: int) -> float:

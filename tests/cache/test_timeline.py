@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from cache.timeline import Span, Timeline
+from offload.cache.trace.timeline import Span, Timeline
+
 from tests.cache.chrome import check_chrome_trace
 
 

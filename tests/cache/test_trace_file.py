@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from offload.cache.errors import TraceError
+from offload.cache.trace.file import TraceWriter, read, write
+from offload.cache.trace.trace import Event, Guess, Trace, TraceHeader
 
-from cache.errors import TraceError
-from cache.trace import Event, Guess, Trace, TraceHeader
-from cache.trace_file import TraceWriter, read, write
 from tests.interrupt import interrupt_before
 
 LAYERS, EXPERTS = 3, 5

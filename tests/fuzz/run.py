@@ -154,8 +154,8 @@ def run(targets: Targets, name: str, cases: range) -> dict[str, int]:
 
 def make_targets(folder: Path) -> Targets:
     """Targets over a tiny Mixtral, made in `folder`."""
-    from offload.packs import find_or_make_pack
-    from offload.recipe import Recipe
+    from offload.pack.find import find_or_make_pack
+    from offload.pack.recipe import Recipe
     from tests.conftest import make_tokenizer, save_with_tokenizer
 
     checkpoint = save_with_tokenizer("mixtral", folder / "made")

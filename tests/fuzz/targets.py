@@ -15,32 +15,32 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from offload.cache.errors import CacheError
+from offload.cache.trace.file import TraceWriter, read
+from offload.cache.trace.synthetic import SHAPES, Routing, synthesize
+from offload.quant.errors import OffloadError
+from offload.quant.pack import MANIFEST, Pack, manifest_check
+from offload.quant.scheme import Scheme
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from cache.errors import CacheError
-from cache.synthetic import SHAPES, Routing, synthesize
-from cache.trace_file import TraceWriter, read
 from cli.parser import build_parser
-from offload import sources
-from offload.answers_file import AnswersFile, read_prompts
-from offload.budget import parse_bytes, parse_slots
-from offload.chat import Chat
-from offload.chat_commands import obey
-from offload.display import Plain
-from offload.errors import OffloadError
-from offload.generation import encode_prompt
-from offload.generation_config import check_generation_config
+from offload.budget.budget import parse_bytes, parse_slots
+from offload.chat.chat import Chat
+from offload.chat.commands import obey
+from offload.chat.display import Plain
+from offload.chat.terminal import _History
+from offload.engine.warm import read_hot
+from offload.generation.answers import AnswersFile, read_prompts
+from offload.generation.stream import encode_prompt
 from offload.loading import _tokenizer as load_tokenizer
+from offload.model import sources
+from offload.model.formats.gguf import read_header
+from offload.model.formats.safetensors import INDEX, SafetensorsSource, weight_files
+from offload.model.generation_config import check_generation_config
+from offload.pack.recipe import Recipe
 from offload.quality.baseline import FORMAT, VERSION, read_baseline
 from offload.quality.tolerance import TOLERANCES
-from offload.recipe import Recipe
 from offload.sampling import PARAMETERS, Sampling
-from offload.terminal import _History
-from offload.warm import read_hot
-from offload.weights.gguf_header import read_header
-from offload.weights.safetensors import INDEX, SafetensorsSource, weight_files
-from quant.pack import MANIFEST, Pack, manifest_check
-from quant.scheme import Scheme
 from tests.fuzz.choices import NASTY, Choices, harmed_bytes, harmed_json, harmed_text, harmed_value
 
 Target = Callable[[Choices], object]

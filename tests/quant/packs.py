@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from offload.quant.pack import PackInfo, PackLayer
+from offload.quant.pack_writer import PackWriter
+from offload.quant.record import MatrixSpec, plan_layout
+from offload.quant.scheme import Scheme
 from torch import Tensor
-
-from quant.pack import PackInfo, PackLayer
-from quant.pack_writer import PackWriter
-from quant.record import MatrixSpec, plan_layout
-from quant.scheme import Scheme
 
 DENSE = "model-00001.safetensors"
 CONFIG = "config.json"

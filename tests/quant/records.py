@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from offload.quant.encode import HereEncoder
+from offload.quant.pending import PendingRecord
+from offload.quant.record import RecordLayout
 from torch import Tensor
-
-from quant.encode import HereEncoder
-from quant.pending import PendingRecord
-from quant.record import RecordLayout
 
 
 def encode_record(

@@ -7,10 +7,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
-
-from quant import experts as module
-from quant.experts import (
+from offload.quant import experts as module
+from offload.quant.experts import (
     SMALLEST_BLOCK,
     decode,
     decode_reference,
@@ -19,12 +17,14 @@ from quant.experts import (
     prefill,
     prefill_reference,
 )
-from quant.gate import FUNCTIONS, OAI, Gate, recognise
-from quant.kernels import gpu
-from quant.matmul import sample_record
-from quant.program import Program
-from quant.record import MatrixSpec, plan_layout
-from quant.scheme import Scheme
+from offload.quant.gate import FUNCTIONS, OAI, Gate, recognise
+from offload.quant.kernels import gpu
+from offload.quant.matmul import sample_record
+from offload.quant.program import Program
+from offload.quant.record import MatrixSpec, plan_layout
+from offload.quant.scheme import Scheme
+from torch import Tensor
+
 from tests.interpreter import quicken
 
 # T tokens, S cells, H hidden, I inner

@@ -6,9 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from offload.quant.hqq import Quantized, quantize
 from torch import Tensor
-
-from quant.hqq import Quantized, quantize
 
 
 def restore(solved: Quantized, bits: int) -> Tensor:

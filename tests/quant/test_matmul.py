@@ -13,14 +13,12 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-
-from quant import matmul as module
-from quant.hqq import quantize
-from quant.kernels import compiler, cpu
-from quant.kernels.compiler import Processor
-from quant.matmul import (
+from offload.quant import matmul as module
+from offload.quant.codes import PLANES
+from offload.quant.hqq import quantize
+from offload.quant.kernels import compiler, cpu
+from offload.quant.kernels.compiler import Processor
+from offload.quant.matmul import (
     MOST_GEMV_TOKENS,
     MOST_PACKED_TOKENS,
     dequantize,
@@ -34,9 +32,11 @@ from quant.matmul import (
     sample_record,
     take_rows,
 )
-from quant.packing import PLANES
-from quant.record import MatrixSpec, MatrixView, plan_layout, view_record
-from quant.scheme import BITS, Scheme
+from offload.quant.record import MatrixSpec, MatrixView, plan_layout, view_record
+from offload.quant.scheme import BITS, Scheme
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
 from tests.interpreter import quicken
 from tests.quant.records import encode_record
 

@@ -8,12 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-
-from quant.hqq import quantize
-from quant.matmul import dequantize
-from quant.packing import unpack
-from quant.record import (
+from offload.quant.codes import unpack
+from offload.quant.hqq import quantize
+from offload.quant.matmul import dequantize
+from offload.quant.record import (
     ALIGNMENT,
     MatrixSpec,
     RecordLayout,
@@ -21,8 +19,10 @@ from quant.record import (
     plan_layout,
     view_record,
 )
-from quant.scales import STEP_VALUES, decode_scales
-from quant.scheme import BITS, GROUP_SIZES, Scheme
+from offload.quant.scales import STEP_VALUES, decode_scales
+from offload.quant.scheme import BITS, GROUP_SIZES, Scheme
+from torch import Tensor
+
 from tests.quant.records import encode_record
 
 Matrices = dict[str, tuple[Tensor, Tensor | None]]

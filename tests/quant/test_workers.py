@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from offload.quant.encode import DeviceEncoder, chunk_rows, encode_rows
+from offload.quant.errors import PackError
+from offload.quant.pending import PendingRecord
+from offload.quant.record import MatrixSpec, plan_layout
+from offload.quant.scheme import Scheme
+from offload.quant.workers import WorkerEncoder
 
-from quant.encode import DeviceEncoder, chunk_rows, encode_rows
-from quant.errors import PackError
-from quant.pending import PendingRecord
-from quant.record import MatrixSpec, plan_layout
-from quant.scheme import Scheme
-from quant.workers import WorkerEncoder
 from tests.children import children
 from tests.quant.records import encode_record
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 import cli
-from offload.packs import find_or_make_pack
-from offload.recipe import Recipe
+from offload.pack.find import find_or_make_pack
+from offload.pack.recipe import Recipe
 from tests.offload.quality.test_check import perturbed
-from tests.offload.test_cli import Done, Run
-from tests.offload.test_cli import run as run  # a fixture
+from tests.test_cli import Done, Run
+from tests.test_cli import run as run  # a fixture
 
 LINE = re.compile(r"Perplexity: \d+\.\d{3} ± \d+\.\d{3}")
 PROMPTS = "--- one\nThe quick brown fox jumps.\n--- two\ndef f(x):\n    return x + 1\n"

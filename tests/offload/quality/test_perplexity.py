@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from offload import QualityError, load
-from offload.handle import offload_of
+from offload.engine.handle import offload_of
 from offload.progress import Ticker
 from offload.quality import scoring as scoring_module
 from offload.quality.estimate import Estimate, exp_of, mean_of, share_of

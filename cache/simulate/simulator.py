@@ -1,0 +1,324 @@
+"""A discrete-event model: router, plan, link, matmul. Predicts tokens/s for a machine.
+
+Knows: what happens when in a step of the host-planned engine; the real cache makes every decision.
+Does not know: how experts were chosen (a trace says), which one a policy evicts.
+
+Two clocks. The host runs the Python of a layer and makes the plan; the device runs what the host
+queued. The plan needs the router's answer: there both meet. Copies have a clock of their own
+(`cache.link`), one a card. Cards hold a range of layers each and work in turn.
+
+A step, as in `offload.engine`: dense part, router, plan, urgent copies, guesses for the next layer
+behind them, then each expert as soon as it is there, residents first.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+
+from offload.cache.cache import ExpertCache
+from offload.cache.early import absent, nearly_all
+from offload.cache.errors import CacheError
+from offload.cache.guesses import make_predictor
+from offload.cache.plan import Use
+from offload.cache.simulate.link import Copy, Link
+from offload.cache.simulate.machines import Hardware
+from offload.cache.simulate.prediction import Phase, Prediction
+from offload.cache.simulate.software import HOST_PLANNED, Software
+from offload.cache.staging import Kept, Staging
+from offload.cache.statistics import LayerCounts
+from offload.cache.trace.replay import Setup, admitted, guesses, layers_of, make_one, warmed
+from offload.cache.trace.timeline import Span, Timeline
+from offload.cache.trace.trace import Event, Trace
+
+STAGING_ROWS = 2  # what large records have
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What is simulated, complete."""
+
+    hardware: Hardware
+    cache: Setup  # its slots over all cards
+    dense_bytes: float  # weights that each token reads beside the experts
+    software: Software = HOST_PLANNED
+    # Load guesses only as far as they end before the next demand: a rule of the model's own. The
+    # live engine queues every guess that `cache.cache` allows, as long as the link keeps up.
+    gentle: bool = False
+    expert_bits: float = 4.5  # stored for a weight; with `dense_bits` it sets a prompt's operations
+    dense_bits: float = 16.0
+    ram_bytes: int | None = None  # what RAM holds of the experts; None: all
+    staging_rows: int = STAGING_ROWS
+    early: bool = True  # begin a prompt's next layer before its router is asked
+
+
+def simulate(trace: Trace, scenario: Scenario, timeline: Timeline | None = None) -> Prediction:
+    """Replay `trace` and predict its time. Raises `CacheError` for what cannot be."""
+    return _Simulation(trace, scenario, timeline).run()
+
+
+@dataclass
+class _Card:
+    """One card's layers, slots and link."""
+
+    number: int
+    first: int  # layer
+    cache: ExpertCache
+    staging: Staging
+    link: Link = field(default_factory=Link)
+    copies: dict[int, Copy] = field(default_factory=dict)  # slot -> copy nobody waited for yet
+    released: dict[int, float] = field(default_factory=dict)  # slot -> end of its last use
+
+
+class _Simulation:
+    def __init__(self, trace: Trace, scenario: Scenario, timeline: Timeline | None) -> None:
+        self.trace, self.header = trace, trace.header
+        layers, cards, slots = self.header.layers, scenario.hardware.cards, scenario.cache.slots
+        if not 0 < cards <= min(slots, layers):
+            raise CacheError(
+                f"{cards} cards need a layer and a slot each, not {layers} layers and {slots} "
+                "slots: raise --expert-slots"
+            )
+        self.scenario, self.timeline = scenario, timeline
+        self.hardware, self.software = scenario.hardware, scenario.software
+        self.host = self.device = 0.0  # the two clocks
+        self.phases = {False: Phase(), True: Phase()}  # by Event.prompt
+        self.cards = [self._card(number) for number in range(cards)]
+        self.card_of = [c.number for c in self.cards for _ in c.cache.statistics.layers]
+        self.predictor = make_predictor(scenario.cache.lookahead, layers)
+        self.from_disk = [self._is_on_disk(layer) for layer in range(layers)]
+        self.copy_seconds = [self._copy_seconds(layer) for layer in range(layers)]
+        self.window = _Window()
+        self.traced: list[tuple[Copy, Span]] = []
+
+    def _card(self, number: int) -> _Card:
+        cards, slots = self.hardware.cards, self.scenario.cache.slots
+        first, end = (at * self.header.layers // cards for at in (number, number + 1))
+        share = (number + 1) * slots // cards - number * slots // cards
+        part = self.trace if cards == 1 else layers_of(self.trace, first, end)
+        cache = make_one(part, replace(self.scenario.cache, slots=share, cards=()))
+        return _Card(number, first, cache, Staging(cache.table.slots, self.scenario.staging_rows))
+
+    def _is_on_disk(self, layer: int) -> bool:
+        """Layers are taken into RAM in order, as far as it reaches."""
+        sizes = zip(self.header.experts[: layer + 1], self.header.record_bytes, strict=False)
+        held = self.scenario.ram_bytes
+        return held is not None and sum(n * size for n, size in sizes) > held
+
+    def _copy_seconds(self, layer: int) -> float:
+        size = self.header.record_bytes[layer] / self.software.link_share
+        return self.hardware.copy_seconds(round(size), from_disk=self.from_disk[layer])
+
+    def run(self) -> Prediction:
+        for event in self.trace.events:
+            self._step(event, self.phases[event.prompt])
+        for copy, span in self.traced:
+            if self.timeline is not None and copy.begin is not None:
+                self.timeline.add(span._replace(begin=copy.begin))
+        counts = (card.cache.statistics.total() for card in self.cards)
+        return Prediction(
+            decode=self.phases[False],
+            prefill=self.phases[True],
+            links=len(self.cards),
+            slots=self.scenario.cache.slots,
+            total_experts=self.header.total_experts,
+            counts=sum(counts, LayerCounts()),
+            guess_delay_seconds=sum(card.link.guess_delay_seconds for card in self.cards),
+        )
+
+    def _step(self, event: Event, phase: Phase) -> None:
+        card = self.cards[self.card_of[event.layer]]
+        local = event.layer - card.first
+        self._before(event, phase)
+        self._dense(event, phase)
+        self.window.planned(event, self.host)
+        admit = admitted(event, self.scenario.cache, self.header)
+        plan = card.cache.plan(local, event.distinct(), prompt=event.prompt, admit=admit)
+        tokens_of = Counter(expert for row in event.experts for expert in row)
+        steps = card.staging.steps(plan)
+        right = sum(len(step.loads) - len(step.begin) for step in steps)
+        card.cache.statistics.layers[local].early_loads_right += right
+        early = admit is not None and self.scenario.early
+        for step in steps:
+            for use in step.begin:
+                self._load(card, event.layer, use, phase, urgent=True)
+            if step is steps[-1]:
+                self._look_ahead(event, len(step.loads), phase)
+                self._begin_early(event, early, phase, halves=1 if step.beside else 2)
+            for use in (*step.hits, *step.loads):
+                self._compute(card, event.layer, use, tokens_of[use.expert], phase)
+            for kept in step.kept:
+                self._keep(card, event.layer, kept, phase)
+        self._begin_early(event, early, phase, halves=2)
+
+    def _before(self, event: Event, phase: Phase) -> None:
+        """What changed who is resident since the last step."""
+        if event.fresh:
+            for card in self.cards:
+                card.cache.forget()
+                for copy in card.copies.values():
+                    card.link.drop(self.host, copy)
+                card.copies.clear()
+                card.staging.start_over()
+        for layer, expert in warmed(event, self.scenario.cache):
+            card = self.cards[self.card_of[layer]]
+            use = card.cache.warm(layer - card.first, expert)
+            if use is not None:
+                self._load(card, layer, use, phase, urgent=False)
+
+    def _dense(self, event: Event, phase: Phase) -> None:
+        """Everything up to the router's answer, which the host waits for."""
+        size = self.scenario.dense_bytes / self.header.layers
+        if event.layer == 0:
+            phase.tokens += event.tokens
+            self.host += self.software.host_seconds_per_token
+        queued = self.host
+        seconds = self._stream_seconds(size, self.scenario.dense_bits, event.tokens)
+        self._device_works(queued, seconds, phase)
+        phase.dense_seconds += seconds
+        self._span("compute", "dense", self.device - seconds, seconds, event.layer)
+        self.device += self.software.start_seconds_per_layer
+        phase.start_seconds += self.software.start_seconds_per_layer
+        self.host += self.software.host_seconds_per_layer
+        self.host = max(self.host, self.device)  # the plan needs the router's answer
+
+    def _arrive(self, card: _Card, layer: int, use: Use, phase: Phase) -> None:
+        """Wait for the copy into a slot, if there is one under way."""
+        copy = card.copies.pop(use.slot, None)
+        if copy is None:
+            return
+        guessed = not copy.urgent
+        arrived = card.link.wait(self.host, copy)
+        self._device_works(self.host, 0.0, phase)
+        wait = max(0.0, arrived - self.device)
+        card.cache.statistics.layers[layer - card.first].wait_seconds += wait
+        if guessed:
+            phase.guess_wait_seconds += wait
+        else:
+            phase.demand_wait_seconds += wait
+        self.device += wait
+        if self.software.host_waits or not self.hardware.runs_ahead:
+            self.host = self.device
+
+    def _compute(self, card: _Card, layer: int, use: Use, tokens: int, phase: Phase) -> None:
+        """One expert's products for its `tokens` rows."""
+        self.host += self.software.launches_per_expert * self.hardware.launch_seconds
+        self._arrive(card, layer, use, phase)
+        size = self.header.record_bytes[layer]
+        seconds = self._stream_seconds(size, self.scenario.expert_bits, tokens)
+        self._device_works(self.host, seconds, phase)
+        phase.expert_seconds += seconds
+        card.released[use.slot] = self.device
+        name = f"expert {use.expert}"
+        self._span("compute", name, self.device - seconds, seconds, layer, use.expert)
+
+    def _load(self, card: _Card, layer: int, use: Use, phase: Phase, *, urgent: bool) -> None:
+        seconds = self.copy_seconds[layer]
+        earliest = card.released.get(use.slot, 0.0)
+        before = card.copies.pop(use.slot, None)
+        if before is not None and card.link.drop(self.host, before):
+            phase.copy_seconds -= before.seconds  # nobody had asked for it
+            phase.dropped += 1
+        copy = card.link.submit(self.host, seconds, urgent=urgent, earliest=earliest)
+        card.copies[use.slot] = copy
+        phase.loads += 1
+        phase.loaded_bytes += self.header.record_bytes[layer]
+        phase.copy_seconds += seconds
+        phase.disk_seconds += seconds if self.from_disk[layer] else 0.0
+        if self.timeline is not None:
+            name = f"{'load' if urgent else 'guess'} {layer}/{use.expert}"
+            track = f"link {card.number}"
+            self.traced.append((copy, Span(track, name, 0.0, seconds, layer, use.expert)))
+
+    def _begin_early(self, event: Event, early: bool, phase: Phase, halves: int) -> None:
+        """Fill the free halves of the rows for the next layer, as far as that is worth it."""
+        at = event.layer + 1
+        if not early or at == self.header.layers:
+            return
+        if not nearly_all(len(event.distinct()), self.header.experts[event.layer]):
+            return
+        card = self.cards[self.card_of[at]]
+        local = at - card.first
+        wanted = absent(card.cache, local, self.header.experts[at])
+        for use in card.staging.early(local, wanted, halves):
+            self._load(card, at, use, phase, urgent=True)
+            card.cache.statistics.layers[local].early_loads += 1
+
+    def _keep(self, card: _Card, layer: int, kept: Kept, phase: Phase) -> None:
+        """What came early is read from its row and written to its slot."""
+        seconds = self.hardware.compute_seconds(2 * self.header.record_bytes[layer], 0.0)
+        self._device_works(self.host, seconds, phase)
+        phase.expert_seconds += seconds
+        card.released[kept.row] = card.released[kept.slot] = self.device
+
+    def _look_ahead(self, event: Event, loads: int, phase: Phase) -> None:
+        """Queue what is guessed for later layers, behind this layer's own loads."""
+        said = list(guesses(event, self.scenario.cache, self.predictor, self.header.layers))
+        if event.layer + 1 == self.header.layers:
+            return
+        link = self.cards[self.card_of[event.layer + 1]].link
+        if event.tokens == 1:
+            self.window.guessing(event.layer, loads, self.host + link.backlog(self.host))
+        if not said:
+            return
+        self.host += self.software.guess_seconds
+        room = self.window.room(event.layer, loads, self.copy_seconds[event.layer + 1])
+        for guess in said:
+            card = self.cards[self.card_of[guess.layer]]
+            most = min(room, len(guess.experts)) if self.scenario.gentle else len(guess.experts)
+            uses = card.cache.look_ahead(guess.layer - card.first, guess.experts, most=most)
+            for use in uses:
+                self._load(card, guess.layer, use, phase, urgent=False)
+            room -= len(uses)
+
+    def _stream_seconds(self, size: float, bits: float, tokens: int) -> float:
+        """Reading `size` bytes of weights once, and multiplying them with `tokens` rows."""
+        flops = 2 * tokens * size * 8 / bits
+        return self.hardware.compute_seconds(size * self.software.memory_passes, flops)
+
+    def _device_works(self, queued: float, seconds: float, phase: Phase) -> None:
+        """The device does something queued at `queued`; where it is the host itself, both do."""
+        phase.host_seconds += max(0.0, queued - self.device)
+        self.device = max(self.device, queued) + seconds
+        if not self.hardware.runs_ahead:
+            self.host = self.device
+
+    def _span(
+        self,
+        track: str,
+        name: str,
+        begin: float,
+        seconds: float,
+        layer: int,
+        expert: int | None = None,
+    ) -> None:
+        if self.timeline is not None:
+            self.timeline.add(Span(track, f"{name} ({layer})", begin, seconds, layer, expert))
+
+
+class _Window:
+    """How long a link is certainly free between a layer's own loads and the next plan.
+
+    The shortest time seen, for each layer and number of loads: a guess that fits into it never
+    keeps a demand waiting.
+    """
+
+    def __init__(self) -> None:
+        self._shortest: dict[tuple[int, int], float] = {}
+        self._open: tuple[int, int, float] | None = None  # layer, loads, when the link is free
+
+    def guessing(self, layer: int, loads: int, free_at: float) -> None:
+        self._open = (layer, loads, free_at)
+
+    def planned(self, event: Event, now: float) -> None:
+        if self._open is not None and event.tokens == 1:
+            layer, loads, free_at = self._open
+            if event.layer == layer + 1:
+                seen = max(0.0, now - free_at)
+                key = (layer, loads)
+                self._shortest[key] = min(self._shortest.get(key, seen), seen)
+        self._open = None
+
+    def room(self, layer: int, loads: int, copy_seconds: float) -> int:
+        """Copies that fit; none before the time has been measured once."""
+        return int(self._shortest.get((layer, loads), 0.0) / copy_seconds + 1e-9)

@@ -1,0 +1,269 @@
+"""Traces in files.
+
+Knows: the format, and how a file that a killed run left is read. Does not know: what is in a trace
+(`cache.trace`) beyond its fields.
+
+A file is a line of JSON (the header), then blocks: u32 length, u32 CRC-32, then that many bytes of
+one deflate stream that runs through all blocks and is flushed at the end of each. A block holds
+whole records and is written with one call, so a run killed at any moment leaves every block but,
+at worst, the last one; a decoded token costs about 5 bytes a layer at top-2.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from offload.cache.errors import TraceError
+from offload.cache.trace.trace import Event, Guess, Trace, TraceHeader
+
+FORMAT, VERSION = "offload-trace", 1
+MAX_HEADER = 1 << 20
+MAX_BLOCK = 1 << 28
+MOST = 1 << 16  # layers, experts of one: what a record's fields can say
+PROMPT, FRESH, RAGGED, SCORED = 1, 2, 4, 8  # bits of a record's first byte
+HALF_MAX = 65504.0  # the largest float16
+_BLOCK = struct.Struct("<II")
+_RECORD = struct.Struct("<BHIBBH")  # bits, layer, T, k, guesses, warmed
+_GUESS = struct.Struct("<HH?")  # layer, experts, live
+
+
+class _Written(NamedTuple):
+    """What a file holds so far; replaced at once, so that Ctrl-C cannot leave half of it."""
+
+    size: int
+    pack: zlib._Compress
+    pending: list[bytes]  # records of the next block
+
+
+class TraceWriter:
+    """Appends events to a new file; every call of layer 0 closes the block before it.
+
+    May be interrupted anywhere: a block that was not noted as written is written again.
+    """
+
+    def __init__(self, path: Path, header: TraceHeader) -> None:
+        self.path = path
+        self._sign = _sign(header)
+        try:
+            self._file = path.open("wb", buffering=0)
+        except OSError as error:
+            raise TraceError(f"cannot write a trace to {path}: {error.strerror}") from None
+        about = {"format": FORMAT, "version": VERSION, **asdict(header)}
+        line = json.dumps(about, ensure_ascii=False).encode() + b"\n"
+        self._written = _Written(0, zlib.compressobj(6, zlib.DEFLATED, -15), [])
+        self._write(line)
+        self._written = self._written._replace(size=len(line))
+
+    def append(self, event: Event) -> None:
+        if event.layer == 0:
+            self.flush()
+        self._written.pending.append(_encode(event, self._sign))
+
+    def flush(self) -> None:
+        """Write what was appended so far. Raises `TraceError`; the file is closed then."""
+        size, before, pending = self._written
+        if pending:
+            pack = before.copy()
+            data = pack.compress(b"".join(pending)) + pack.flush(zlib.Z_SYNC_FLUSH)
+            block = _BLOCK.pack(len(data), zlib.crc32(data)) + data
+            self._write(block)
+            self._written = _Written(size + len(block), pack, [])
+
+    def _write(self, data: bytes) -> None:
+        """Write `data` behind what is there."""
+        rest = memoryview(data)
+        try:
+            if self._file.tell() != self._written.size:  # the flush before was interrupted
+                self._file.seek(self._written.size)
+                self._file.truncate()
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            self._file.close()
+            raise TraceError(f"cannot write a trace to {self.path}: {error.strerror}") from None
+
+    def close(self) -> None:
+        if not self._file.closed:
+            self.flush()
+            self._file.close()
+
+
+def write(path: Path, trace: Trace) -> None:
+    """Write a whole trace."""
+    writer = TraceWriter(path, trace.header)
+    for event in trace.events:
+        writer.append(event)
+    writer.close()
+
+
+def read(path: Path) -> Trace:
+    """The trace in `path`; what a killed run did not finish is left out.
+
+    Raises `TraceError` for a file that is not a trace, or is damaged before its end.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise TraceError(f"cannot read the trace {path}: {error.strerror}") from None
+    line, newline, _ = data[:MAX_HEADER].partition(b"\n")
+    header = _header(path, line if newline else b"")
+    body = data[len(line) + 1 :]
+    try:
+        return Trace(header, list(_decode(_blocks(body), header)))
+    except (_Damage, zlib.error, struct.error, IndexError) as error:
+        raise TraceError(f"the trace {path} is damaged ({error}): record it again") from None
+
+
+class _Damage(Exception):
+    pass
+
+
+def _header(path: Path, line: bytes) -> TraceHeader:
+    try:
+        about: dict[str, Any] = json.loads(line)
+        if about.pop("format") != FORMAT:
+            raise ValueError
+        version = about.pop("version")
+        if version != VERSION:
+            raise TraceError(
+                f"{path} is a trace of version {version}, this program reads {VERSION}: record it "
+                "again"
+            )
+        header = TraceHeader(
+            model=str(about["model"]),
+            experts=tuple(int(n) for n in about["experts"]),
+            top_k=int(about["top_k"]),
+            record_bytes=tuple(int(n) for n in about["record_bytes"]),
+            settings=dict(about["settings"]),
+        )
+        if not 0 < len(header.experts) == len(header.record_bytes) < MOST:
+            raise ValueError
+        if not all(0 < experts < MOST for experts in header.experts):
+            raise ValueError
+        if header.top_k < 1 or min(header.record_bytes) < 1:
+            raise ValueError
+        return header
+    except TraceError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError):
+        raise TraceError(f"{path} is not a trace: name a file that --trace wrote") from None
+
+
+def _blocks(body: bytes) -> Iterator[bytes]:
+    """The records of each whole block."""
+    unpack = zlib.decompressobj(-15)
+    at = 0
+    while at + _BLOCK.size <= len(body):
+        length, crc = _BLOCK.unpack_from(body, at)
+        at += _BLOCK.size
+        block = body[at : at + length]
+        at += length
+        if len(block) < length:  # the run was killed while it wrote
+            return
+        if zlib.crc32(block) != crc:
+            raise _Damage(f"a checksum does not match before byte {at}")
+        records = unpack.decompress(block, MAX_BLOCK)
+        if unpack.unconsumed_tail:
+            raise _Damage("a block is larger than any run writes")
+        yield records
+
+
+def _sign(header: TraceHeader) -> str:
+    """The struct letter of an expert's number."""
+    return "B" if max(header.experts) <= 256 else "H"
+
+
+def _encode(event: Event, sign: str) -> bytes:
+    rows = event.experts
+    k = len(rows[0]) if rows else 0
+    ragged = any(len(row) != k for row in rows)
+    chosen = [expert for row in rows for expert in row]
+    scores = [max(-HALF_MAX, min(HALF_MAX, score)) for row in event.scores for score in row]
+    assert len(scores) in (0, len(chosen)), "a score for each choice, or none"
+    bits = event.prompt * PROMPT | event.fresh * FRESH | ragged * RAGGED | bool(scores) * SCORED
+    parts = [_RECORD.pack(bits, event.layer, len(rows), k, len(event.guesses), len(event.warmed))]
+    if ragged:
+        parts.append(bytes(len(row) for row in rows))
+    parts.append(struct.pack(f"<{len(chosen)}{sign}{len(scores)}e", *chosen, *scores))
+    for guess in event.guesses:
+        parts.append(_GUESS.pack(guess.layer, len(guess.experts), guess.live))
+        parts.append(struct.pack(f"<{len(guess.experts)}{sign}", *guess.experts))
+    parts.extend(struct.pack(f"<H{sign}", *key) for key in event.warmed)
+    return b"".join(parts)
+
+
+class _Reader:
+    """Takes values off the front of a block."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data, self.at = data, 0
+
+    def take(self, pattern: struct.Struct) -> tuple[Any, ...]:
+        values = pattern.unpack_from(self.data, self.at)
+        self.at += pattern.size
+        return values
+
+    def several(self, count: int, letter: str) -> tuple[Any, ...]:
+        return self.take(struct.Struct(f"<{count}{letter}"))
+
+
+def _decode(blocks: Iterator[bytes], header: TraceHeader) -> Iterator[Event]:
+    sign = _sign(header)
+    for block in blocks:
+        reader = _Reader(block)
+        while reader.at < len(block):
+            event = _record(reader, sign)
+            for layer, experts in _named(event):
+                if layer >= header.layers or any(e >= header.experts[layer] for e in experts):
+                    raise _Damage(f"there is no such expert in layer {layer}")
+            yield event
+
+
+def _named(event: Event) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """Every layer and experts of it that a record names."""
+    for row in event.experts:
+        yield event.layer, row
+    for guess in event.guesses:
+        yield guess.layer, guess.experts
+    for layer, expert in event.warmed:
+        yield layer, (expert,)
+
+
+def _record(reader: _Reader, sign: str) -> Event:
+    bits, layer, tokens, k, guesses, warmed = reader.take(_RECORD)
+    if tokens > len(reader.data):
+        raise _Damage("a call of more tokens than the block has bytes")
+    lengths = reader.several(tokens, "B") if bits & RAGGED else (k,) * tokens
+    total = sum(lengths)
+    chosen = reader.several(total, sign)
+    scores = reader.several(total, "e") if bits & SCORED else ()
+    named = []
+    for _ in range(guesses):
+        ahead, count, live = reader.take(_GUESS)
+        named.append(Guess(ahead, reader.several(count, sign), live))
+    keys = [reader.take(struct.Struct(f"<H{sign}")) for _ in range(warmed)]
+    return Event(
+        layer,
+        bool(bits & PROMPT),
+        _rows(chosen, lengths),
+        _rows(scores, lengths) if scores else (),
+        tuple(named),
+        bool(bits & FRESH),
+        tuple((ahead, expert) for ahead, expert in keys),
+    )
+
+
+def _rows(flat: tuple[Any, ...], lengths: tuple[int, ...]) -> tuple[tuple[Any, ...], ...]:
+    if len(lengths) == 1:
+        return (flat,)
+    rows, at = [], 0
+    for length in lengths:
+        rows.append(flat[at : at + length])
+        at += length
+    return tuple(rows)

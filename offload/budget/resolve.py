@@ -1,0 +1,158 @@
+"""Everything about a run resolved to numbers, before anything is made or allocated.
+
+Knows: devices, what was asked, the budget. Does not know: how a pack or a model comes to be.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from offload.budget.blocks import demand
+from offload.budget.budget import (
+    UBATCH,
+    Budget,
+    Memory,
+    chunk_tokens,
+    kv_cache_bytes,
+    parse_slots,
+    staging_rows,
+    workspace_bytes,
+)
+from offload.budget.placement import Share, place
+from offload.engine.device.places import POLICIES
+from offload.engine.handle import Card, Options
+from offload.errors import BudgetError
+from offload.quant.pack import PackInfo
+from offload.residency import Residency
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Resolves what was asked to numbers, before anything is made or allocated."""
+
+    device: torch.device
+    memory: Memory
+    dtype: torch.dtype | None = None
+    slots: int | str | None = None
+    residency: Residency = field(default_factory=Residency)
+    context: int = 4096
+    ubatch: int = UBATCH
+    cards: tuple[Card, ...] = ()  # where there are several
+    engine: str = "auto"
+
+    def __call__(
+        self, info: PackInfo, config: PreTrainedConfig, model: PreTrainedModel | None = None
+    ) -> Options:
+        """How a pack like `info` would be run; for several cards `model` is needed, whole, on meta.
+
+        Raises `BudgetError`.
+        """
+        asked = parse_slots(self.slots, info.total_experts)
+        shares: tuple[Share, ...] = ()
+        if self.cards:
+            assert model is not None, "what each layer weighs is counted on a model"
+            shares = self._shares(info, config, model, asked)
+            slots = sum(share.slots for share in shares)
+        else:
+            slots = self.budget(info, config).slots(asked)
+        whole = slots >= info.total_experts
+        return Options(
+            self.device,
+            self.compute_dtype(config),
+            slots,
+            self.residency,
+            self.context,
+            0 if whole else staging_rows(self.device, info.slot_bytes),
+            self.chunk(config),
+            self.cards,
+            shares,
+        )
+
+    def _shares(
+        self, info: PackInfo, config: PreTrainedConfig, model: PreTrainedModel, asked: int | None
+    ) -> tuple[Share, ...]:
+        """Every card's; with rows that prompts are streamed through, unless all experts have a
+        slot."""
+        budget = self.budget(info, config)
+        ubatch, dtype = self.chunk(config), self.compute_dtype(config)
+        needs = demand(model, info, config, self.context, dtype, ubatch, budget.workspace)
+        cards = [card.memory for card in self.cards]
+        numbers = [card.number for card in self.cards]
+        shares = place(needs, cards, asked, numbers=numbers)
+        if budget.staging and sum(share.slots for share in shares) < info.total_experts:
+            beside = budget.workspace + budget.staging * budget.slot
+            shares = place(replace(needs, workspace=beside), cards, asked, numbers=numbers)
+        return shares
+
+    def budget(self, info: PackInfo, config: PreTrainedConfig) -> Budget:
+        """What goes into the compute device's memory beside the experts, and into how much."""
+        compute = self.compute_dtype(config)
+        ubatch = self.chunk(config)
+        on_cpu = self.device.type == "cpu"
+        kv_cache = kv_cache_bytes(config, self.context, compute, ubatch)
+        if self.keeps_fixed_cache(info):
+            kv_cache += kv_cache_bytes(config, self.context, compute, fixed=True)
+        return Budget(
+            self.memory.device,
+            dense=info.dense_bytes(compute.itemsize),
+            kv_cache=kv_cache,
+            workspace=workspace_bytes(config, info, ubatch, self.context, compute),
+            slot=info.slot_bytes,
+            total_experts=info.total_experts,
+            staging=0 if on_cpu else staging_rows(self.device, info.slot_bytes),
+        )
+
+    def chunk(self, config: PreTrainedConfig) -> int:
+        """Tokens of a prompt at once, on the card with the least memory. Raises `BudgetError`."""
+        memory = min((card.memory for card in self.cards), default=self.memory.device)
+        dtype = self.compute_dtype(config)
+        return chunk_tokens(config, self.ubatch, self.context, memory, dtype)
+
+    def keeps_fixed_cache(self, info: PackInfo) -> bool:
+        """Whether there is a second KV cache, of fixed size, for steps captured as CUDA graphs: on
+        one card, where RAM may hold all experts and the policy is one that kernels know. What else
+        `offload.device.making` asks, such as whether memory can be pinned, is seen on the machine.
+        """
+        on_card = self.device.type == "cuda" and not self.cards and self.engine != "host"
+        known = self.residency.policy in POLICIES
+        return on_card and known and info.expert_bytes <= self.memory.ram
+
+    def compute_dtype(self, config: PreTrainedConfig) -> torch.dtype:
+        """What was asked for, else what the config says."""
+        return self.dtype or _config_dtype(config)
+
+
+def _config_dtype(config: PreTrainedConfig) -> torch.dtype:
+    dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+
+
+def find_device(name: str | torch.device | None) -> torch.device:
+    """The compute device called `name`, a GPU with its number; None: a GPU if there is one.
+
+    Raises `BudgetError`.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise BudgetError(
+            f"there is no device {name!r}: name cpu, cuda, or one like cuda:1"
+        ) from None
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type not in ("cpu", "cuda") or (
+        device.type == "cuda" and (device.index or 0) >= gpus
+    ):
+        raise BudgetError(
+            f"there is no device {str(name)!r} here: torch sees the CPU and {gpus} CUDA GPUs"
+        )
+    if device.type == "cuda" and device.index is None:  # some of torch's functions want a number
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def set_threads(count: int) -> None:
+    """Compute with `count` CPU threads."""
+    torch.set_num_threads(count)

@@ -1,0 +1,174 @@
+"""Commands of a chat, each beginning with a slash.
+
+Knows: what each does to a conversation, and what it says. Does not know: how answers are made
+(`offload.chat`), how commands are described (`offload.chat_words`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from offload.chat.chat import Chat
+from offload.chat.chat_words import HELP
+from offload.chat.report import bits_name, counters, experts_map, live_panel
+from offload.chat.saved import SavedChat
+from offload.engine.handle import offload_of
+from offload.errors import ChatError
+from offload.files import read_text, user_path
+from offload.quant.errors import OffloadError
+from offload.sampling import PARAMETERS
+
+
+def obey(chat: Chat, line: str) -> bool:
+    """Carry out a line that begins with a slash; False means leave. Raises `ChatError`."""
+    name, _, rest = line[1:].partition(" ")
+    if name == "bye":
+        return False
+    command = COMMANDS.get(name)
+    if command is None:
+        raise ChatError(
+            f"there is no command /{name}: /? lists them; a message that begins with a slash goes "
+            'between """'
+        )
+    command(chat, rest.strip())
+    return True
+
+
+def _help(chat: Chat, _: str) -> None:
+    chat.display.write(HELP + "\n")
+
+
+def _clear(chat: Chat, _: str) -> None:
+    chat.clear()
+    chat.display.write("The conversation is forgotten.\n")
+
+
+def _regen(chat: Chat, _: str) -> None:
+    chat.answer_again()
+
+
+def _read(chat: Chat, rest: str) -> None:
+    file = user_path(rest)
+    try:
+        if not file.is_file():  # reading from a device or a pipe might never end
+            raise ChatError(f"there is no file {rest!r}")
+        with file.open(encoding="utf-8-sig") as handle:
+            text = read_text(handle, "the file")
+    except (OSError, OffloadError) as error:
+        raise ChatError(f"cannot read {file}: {error}") from None
+    chat.say(text)
+
+
+def _save(chat: Chat, rest: str) -> None:
+    file = SavedChat(chat.system, chat.sampling, chat.messages, chat.settings).save(rest)
+    chat.display.write(f"Saved as {file}\n")
+
+
+def _load(chat: Chat, rest: str) -> None:
+    saved = SavedChat.load(rest)
+    chat.clear()
+    chat.messages, chat.sampling, chat.system = saved.messages, saved.sampling, saved.system
+    if saved.settings is not None:
+        chat.settings = saved.settings
+    chat.display.write(f"Loaded {len(saved.messages)} messages.\n")
+
+
+def _stats(chat: Chat, _: str) -> None:
+    chat.display.write(counters(offload_of(chat.model).stats()) + "\n")
+
+
+def _set(chat: Chat, rest: str) -> None:
+    name, _, value = rest.partition(" ")
+    value = value.strip()
+    if name in ("verbose", "quiet", "think", "nothink") and value:
+        raise ChatError(f"/set {name} takes nothing after it, not {value!r}")
+    if name == "system":
+        chat.system = value
+    elif name in ("verbose", "quiet"):
+        chat.verbose = chat.timings = name == "verbose"
+    elif name in ("think", "nothink"):
+        chat.think = name == "think"
+    elif name == "thoughts":
+        chat.display.thoughts = _switch(name, value, "show", "hide")
+    elif name == "panel":
+        _set_panel(chat, _switch(name, value, "on", "off"))
+    elif name == "num_predict":
+        count = _number(name, value, int)
+        chat.max_new_tokens = count if count > 0 else None
+    elif name in PARAMETERS:
+        drawn = name == "seed" and value == "random"
+        given: dict[str, Any] = {name: None if drawn else _number(name, value, PARAMETERS[name])}
+        chat.sampling = replace(chat.sampling, **given)
+    else:
+        raise ChatError(f"there is nothing called {name!r} to set: /? lists what there is")
+
+
+def _set_panel(chat: Chat, on: bool) -> None:
+    if on and not chat.display.live:
+        raise ChatError("a panel needs a terminal that can be drawn on")
+    handle = offload_of(chat.model)
+    chat.display.panel = (lambda: live_panel(chat.last, handle)) if on else None
+
+
+def _switch(name: str, value: str, yes: str, no: str) -> bool:
+    if value not in (yes, no):
+        raise ChatError(f"/set {name} {yes} or /set {name} {no}")
+    return value == yes
+
+
+def _number(name: str, value: str, kind: type[int] | type[float]) -> Any:
+    try:
+        return kind(value)
+    except (ValueError, OverflowError):
+        allowed = "a number or random" if name == "seed" else "a number"
+        raise ChatError(f"{name} must be {allowed}, not {value!r}") from None
+
+
+def _show(chat: Chat, rest: str) -> None:
+    handle = offload_of(chat.model)
+    if rest == "info":
+        info, options = handle.pack.info, handle.options
+        text = (
+            f"{info.source}: {chat.model.config.model_type}, {len(info.layers)} MoE layers, "
+            f"{info.total_experts} experts; bits: {bits_name(info)}\n"
+            f"pack {handle.pack.path}\n{handle.stats().slots} slots for experts on "
+            f"{' and '.join(map(str, options.devices))}, "
+            f"computing in {str(options.dtype).removeprefix('torch.')}, context {options.context}"
+        )
+    elif rest == "parameters":
+        text = _parameters(chat)
+    elif rest == "system":
+        text = chat.system or "(none: the template's own)"
+    elif rest == "experts":
+        text = experts_map(handle.engine.cache, handle.pack.info)
+    else:
+        raise ChatError("/show info, /show parameters, /show system or /show experts")
+    chat.display.write(text + "\n")
+
+
+def _parameters(chat: Chat) -> str:
+    settings = chat.settings
+    rows: dict[str, object] = {name: getattr(chat.sampling, name) for name in PARAMETERS}
+    if chat.sampling.seed is None:
+        rows["seed"] = "random"
+    rows["num_predict"] = settings.num_predict or -1
+    rows["think"] = {None: "as the model has it", True: "yes", False: "no"}[settings.think]
+    rows["thoughts"] = "show" if settings.thoughts else "hide"
+    rows["stop"] = ", ".join(map(repr, settings.stop)) or "none"
+    return "\n".join(f"{name:<20}{value}" for name, value in rows.items())
+
+
+COMMANDS: dict[str, Callable[[Chat, str], None]] = {
+    "?": _help,
+    "help": _help,
+    "clear": _clear,
+    "load": _load,
+    "read": _read,
+    "regen": _regen,
+    "save": _save,
+    "set": _set,
+    "show": _show,
+    "stats": _stats,
+}

@@ -1,0 +1,99 @@
+"""Figures as lines of text.
+
+Knows: the formats users of llama.cpp and ollama already read. Does not know: where they are
+printed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from pathlib import Path
+
+from rich.text import Text
+
+from offload.budget.budget import gib
+from offload.cache.interface import Cache
+from offload.cache.trace.heatmap import of_cache, resident_in, squeezed
+from offload.engine.handle import Offload
+from offload.engine.stats import Stats
+from offload.generation.stream import GenerationResponse
+from offload.pack.recipe import Recipe
+from offload.quant.pack import Pack, PackInfo
+from offload.trace.picture_part import show
+
+
+def bits_name(info: PackInfo) -> str:
+    """The preset a pack was made with, else its rules."""
+    return Recipe.parse(info.bits).name
+
+
+def pack_line(path: Path) -> str:
+    """What a pack is, and what to do with it."""
+    with contextlib.closing(Pack(path)) as pack:
+        weight = pack.total_bytes * 8 / pack.parameters
+        how = f"{weight:.1f} bits a weight, {bits_name(pack.info)}"
+        return f"{gib(pack.total_bytes)} ({how}); go on with: offload chat {path}"
+
+
+def timings(response: GenerationResponse) -> str:
+    """llama.cpp's line after an answer."""
+    return (
+        f"[ Prompt: {response.prompt_tps:.1f} t/s | Generation: {response.generation_tps:.1f} t/s ]"
+    )
+
+
+def verbose_rows(response: GenerationResponse, load_seconds: float) -> str:
+    """ollama's rows after an answer; as there, only one that waited for the model has a load
+    duration, and a prompt's tokens are those that were read."""
+    cached = response.cached_tokens
+    read = f"{response.prompt_tokens - cached} token(s)" + (
+        f" (+{cached} cached)" if cached else ""
+    )
+    seconds = load_seconds + response.prompt_seconds + response.generation_seconds
+    rows = [
+        ("total duration", _duration(seconds)),
+        *([("load duration", _duration(load_seconds))] if load_seconds else []),
+        ("prompt eval count", read),
+        ("prompt eval duration", _duration(response.prompt_seconds)),
+        ("prompt eval rate", f"{response.prompt_tps:.2f} tokens/s"),
+        ("eval count", f"{response.generation_tokens} token(s)"),
+        ("eval duration", _duration(response.generation_seconds)),
+        ("eval rate", f"{response.generation_tps:.2f} tokens/s"),
+    ]
+    return "\n".join(f"{name + ':':<22}{value}" for name, value in rows)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f}ms" if seconds < 1 else f"{seconds:.2f}s"
+
+
+def counters(stats: Stats) -> str:
+    """All that was counted since the model was loaded, in three lines."""
+    counts = stats.counts
+    return (
+        f"{stats.line()}\n"
+        f"requests {counts.requests}, hits {counts.hits}, misses {counts.misses}, "
+        f"evictions {counts.evictions}, look-ahead loads {counts.lookahead_loads}\n"
+        f"loaded {stats.bytes_loaded / 2**20:.1f} MiB at {stats.link_gb_per_s:.1f} GB/s, "
+        f"waited {counts.wait_seconds:.2f} s, {stats.tokens} tokens"
+    )
+
+
+def live_panel(response: GenerationResponse | None, offload: Offload) -> Text:
+    """Speed (tokens/s), hits, MiB loaded a token, and where the resident experts are, while an
+    answer comes. Takes a few milliseconds for thousands of experts: `Rendered` draws it seldom."""
+    if response is None:
+        return Text()
+    counts, info = response.experts.counts, offload.pack.info
+    resident = resident_in(offload.engine.cache, [layer.num_experts for layer in info.layers])
+    line = (
+        f"{response.generation_tokens} tokens, {response.generation_tps:.1f} t/s, "
+        f"hits {counts.hit_rate:.1%}, {response.experts.mib_per_token:.1f} MiB/token"
+    )
+    return Text(f"{line}\n{squeezed(resident)}", style="dim")
+
+
+def experts_map(cache: Cache, info: PackInfo) -> str:
+    """A row a layer, a sign an expert, for where stdout goes."""
+    return show(of_cache(cache, [layer.num_experts for layer in info.layers]), sys.stdout)

@@ -1,0 +1,109 @@
+"""Conversations kept as readable JSON under the runtime's home.
+
+Knows: names, files, what such a file holds. Does not know: what a chat does with it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from offload.errors import ChatError
+from offload.files import write_whole
+from offload.generation.stream import Message
+from offload.home import offload_home
+from offload.sampling import PARAMETERS, Sampling
+
+NAME = re.compile(r"[\w.-]+")
+UNUSABLE = (ValueError, OverflowError, RecursionError)  # what JSON and its numbers may raise
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What else is set in a conversation, beside sampling."""
+
+    num_predict: int | None  # most tokens of an answer; None: as many as fit
+    think: bool | None  # asked of the template; None: as the template has it
+    thoughts: bool  # shown
+    stop: tuple[str, ...]
+
+    @classmethod
+    def of(cls, data: dict[str, Any]) -> Settings:
+        """As `asdict` and JSON have left it. Raises `KeyError`, `TypeError` or `ValueError`."""
+        made = cls(data["num_predict"], data["think"], data["thoughts"], tuple(data["stop"]))
+        count = made.num_predict
+        if (
+            not (count is None or (type(count) is int and count > 0))
+            or type(made.think) not in (bool, type(None))
+            or type(made.thoughts) is not bool
+            or not all(type(text) is str for text in data["stop"])
+            or type(data["stop"]) is not list
+        ):
+            raise ValueError(f"settings {data}")
+        return made
+
+
+@dataclass(frozen=True)
+class SavedChat:
+    """What a conversation is taken up with again."""
+
+    system: str
+    sampling: Sampling
+    messages: list[Message]
+    settings: Settings | None = None  # None: a file of an earlier version, without them
+
+    def save(self, name: str) -> Path:
+        """Write it as `name`, and return the file. Raises `ChatError`."""
+        file = _file(name)
+        data: dict[str, Any] = {
+            "system": self.system,
+            "parameters": {name: getattr(self.sampling, name) for name in PARAMETERS},
+            "messages": self.messages,
+        }
+        if self.settings is not None:
+            data["settings"] = asdict(self.settings)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(file, json.dumps(data, indent=1, ensure_ascii=False).encode())
+        except (OSError, UnicodeEncodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ChatError(f"cannot write {file}: {reason}") from None
+        return file
+
+    @classmethod
+    def load(cls, name: str) -> SavedChat:
+        """The conversation saved as `name`. Raises `ChatError` or what `Sampling` raises."""
+        file = _file(name)
+        try:
+            data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            messages = [
+                {"role": str(m["role"]), "content": str(m["content"])}
+                | ({"thinking": str(m["thinking"])} if "thinking" in m else {})
+                for m in data["messages"]
+            ]
+            given: dict[str, Any] = {
+                name: None if data["parameters"][name] is None else kind(data["parameters"][name])
+                for name, kind in PARAMETERS.items()
+            }
+            settings = Settings.of(data["settings"]) if "settings" in data else None
+            return cls(str(data["system"]), replace(Sampling(), **given), messages, settings)
+        except FileNotFoundError:
+            raise ChatError(f"there is no saved conversation {name!r} ({file})") from None
+        except OSError as error:
+            raise ChatError(f"cannot read {file}: {error.strerror or error}") from None
+        except (LookupError, TypeError, AttributeError, *UNUSABLE) as error:
+            raise ChatError(f"{file} is not a saved conversation ({error!r})") from None
+
+
+def saved_names() -> list[str]:
+    """Names that `SavedChat.load` takes."""
+    return sorted(file.stem for file in (offload_home() / "conversations").glob("*.json"))
+
+
+def _file(name: str) -> Path:
+    if not NAME.fullmatch(name) or name.startswith("."):
+        raise ChatError("give the conversation a name of letters, digits, dots and dashes")
+    return offload_home() / "conversations" / f"{name}.json"

@@ -1,0 +1,114 @@
+"""Where the chat's messages come from, and what its answers are shown on.
+
+Knows: prompt_toolkit, what a terminal can do, and what to do when there is none. Does not know:
+what the messages mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Callable
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from rich.console import Console
+
+from offload.chat.completion import Slashes
+from offload.chat.display import Display, Plain, Rendered
+from offload.home import offload_home
+
+
+def reader() -> Callable[[str], str]:
+    """Asks for one message: with editing, history and completion at a terminal, else a line of
+    stdin without a prompt.
+
+    At a terminal Alt-Enter begins a new line, so does Enter between three quotes, and what is
+    pasted stays one message. Raises `EOFError` at the end of the input.
+    """
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no text ends no chat
+        return _read_plain
+    session: PromptSession[str] = PromptSession(
+        history=_history(),
+        completer=Slashes(),
+        complete_while_typing=False,  # the arrows belong to the history
+        multiline=True,
+        prompt_continuation="... ",
+        key_bindings=_keys(),
+    )
+
+    def read(prompt: str) -> str:
+        return session.prompt(prompt)
+
+    return read
+
+
+def is_open(text: str) -> bool:
+    """Whether three quotes began a message and none have ended it yet."""
+    return text.startswith('"""') and not (len(text) > 5 and text.rstrip().endswith('"""'))
+
+
+def _keys() -> KeyBindings:
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def _(event: KeyPressEvent) -> None:
+        buffer = event.current_buffer
+        if is_open(buffer.text):
+            buffer.newline(copy_margin=False)
+        else:
+            buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.newline(copy_margin=False)
+
+    return keys
+
+
+def display() -> Display:
+    """What answers are shown on: drawn at a terminal, as they are elsewhere."""
+    console = Console(soft_wrap=False)
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    if console.is_terminal and sys.stdout.isatty() and not plain:
+        return Rendered(console)
+    return Plain(_write, safe=sys.stdout.isatty())
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+class _History(FileHistory):
+    """A history that a full disk makes forgetful, not one that ends the chat."""
+
+    def store_string(self, string: str) -> None:
+        with contextlib.suppress(OSError):
+            super().store_string(string)
+
+
+def _history() -> History:
+    file = offload_home() / "history"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        if not file.is_file():
+            raise OSError("it is no file")
+        with file.open("rb"):
+            pass
+    except OSError as error:
+        print(f"offload: lines are not remembered: cannot use {file} ({error})", file=sys.stderr)
+        return InMemoryHistory()
+    return _History(str(file))
+
+
+def _read_plain(_: str) -> str:
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line.rstrip("\n")

@@ -1,0 +1,162 @@
+"""How the experts of a step are computed, once their slots are ready.
+
+Knows: which way computes what: an expert after the other by `quant.matmul`, or all of them in a few
+launches by `quant.experts`. Does not know: how slots became ready (`offload.engine`).
+
+Letters: T tokens, k experts a token, S = T * k cells, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from offload.cache.plan import Use
+from offload.engine.layer import Layer
+from offload.quant.experts import block_cells, decode, kernels_work, make_batch, prefill
+from offload.quant.gate import recognise
+from offload.quant.pack import PackInfo
+from offload.quant.program import Program
+from offload.quant.record import MatrixView, RecordLayout, view_record
+from offload.transfer.host import Transfer
+
+FEW_TOKENS = 4  # up to which each cell reads its expert's weights for itself
+
+
+class Compute(Protocol):
+    """Computes experts whose records are in slots."""
+
+    together: bool  # experts that are ready at the same time are computed best in one call
+
+    def run(
+        self,
+        layer: Layer,
+        uses: Sequence[Use],
+        hidden: Tensor,
+        cells_of: Mapping[int, Sequence[int]],
+        k: int,
+        cells: Tensor,
+    ) -> None:
+        """Fill the `cells` [S, H] of these experts for `hidden` [T, H]; `cells_of`: all of them by
+        expert. What a cell becomes does not depend on who is computed in the same call."""
+
+    def close(self) -> None:
+        """Let go of the slots."""
+
+
+class OneByOne:
+    """An expert after the other, by the layer's own functions and the fastest product."""
+
+    together = False
+
+    def __init__(self, info: PackInfo, transfer: Transfer) -> None:
+        self._info, self._transfer = info, transfer
+        self._views: dict[tuple[int, int], dict[str, MatrixView]] = {}  # (layout, slot)
+
+    def run(
+        self,
+        layer: Layer,
+        uses: Sequence[Use],
+        hidden: Tensor,
+        cells_of: Mapping[int, Sequence[int]],
+        k: int,
+        cells: Tensor,
+    ) -> None:
+        for use in uses:
+            where = cells_of[use.expert]
+            out = layer.expert(_rows(hidden, where, k), self._matrices(layer.index, use.slot))
+            _put(cells, where, out)
+
+    def _matrices(self, layer: int, slot: int) -> dict[str, MatrixView]:
+        if slot >= len(self._transfer.slots):  # streamed: in another place each time
+            return view_record(self._transfer.slot(slot), self._info.layout_of(layer))
+        key = (self._info.layers[layer].layout, slot)
+        if key not in self._views:
+            self._views[key] = view_record(self._transfer.slot(slot), self._info.layouts[key[0]])
+        return self._views[key]
+
+    def close(self) -> None:
+        self._views.clear()
+
+
+class Grouped:
+    """All experts in two launches, by kernels that read records through a table of slots.
+
+    A layer whose kernels cannot be trusted here is computed one by one; `quant.experts` says so.
+    """
+
+    together = True
+
+    def __init__(self, info: PackInfo, transfer: Transfer) -> None:
+        self._info, self._transfer = info, transfer
+        self._one_by_one = OneByOne(info, transfer)
+        self._programs: dict[int, Program] = {}
+
+    def run(
+        self,
+        layer: Layer,
+        uses: Sequence[Use],
+        hidden: Tensor,
+        cells_of: Mapping[int, Sequence[int]],
+        k: int,
+        cells: Tensor,
+    ) -> None:
+        program = self._program(layer)
+        slots = self._transfer.slots
+        if not kernels_work(program, hidden.dtype, slots.device):
+            self._one_by_one.run(layer, uses, hidden, cells_of, k, cells)
+            return
+        if len(hidden) <= FEW_TOKENS:
+            table = [-1] * len(cells)
+            for use in uses:
+                for cell in cells_of[use.expert]:
+                    table[cell] = use.slot
+            slot_of_cell = torch.tensor(table, dtype=torch.int32)
+            # What is so small is taken over at once. Waiting would be for all that was queued
+            # before, copies included.
+            there = slot_of_cell.to(slots.device, non_blocking=True)
+            decode(hidden, slots, there, program, cells)
+        else:
+            size = block_cells(len(cells), layer.num_experts)
+            cells_of_slot = {use.slot: cells_of[use.expert] for use in uses}
+            prefill(hidden, slots, make_batch(cells_of_slot, size, slots.device), program, cells)
+        module: Any = layer.module
+        if module.has_post_expert_norm:
+            where = [cell for use in uses for cell in cells_of[use.expert]]
+            cells[where] = module.post_expert_norm(cells[where])
+
+    def _program(self, layer: Layer) -> Program:
+        if layer.index not in self._programs:
+            layout = self._info.layout_of(layer.index)
+            self._programs[layer.index] = program_of(layer.module, layout)
+        return self._programs[layer.index]
+
+    def close(self) -> None:
+        self._one_by_one.close()
+        self._programs.clear()
+
+
+def program_of(module: Any, layout: RecordLayout) -> Program:
+    """What an experts module of transformers does with its two matrices."""
+    function = module._apply_gate if module.has_gate else module.act_fn
+    interleaved = not module.is_concatenated
+    numbers = [value for value in vars(module).values() if isinstance(value, int | float)]
+    gate = recognise(function, module.has_gate, interleaved, numbers)
+    return Program(layout, module.has_gate, interleaved, gate, function)
+
+
+def _rows(hidden: Tensor, cells: Sequence[int], k: int) -> Tensor:
+    """The hidden states [M, H] of the tokens that `cells` belong to."""
+    if hidden.shape[0] == 1:
+        return hidden
+    return hidden[[cell // k for cell in cells]]
+
+
+def _put(cells: Tensor, where: Sequence[int], out: Tensor) -> None:
+    if len(where) == 1:
+        cells[where[0]] = out[0]
+    else:
+        cells[list(where)] = out

@@ -1,0 +1,192 @@
+"""What hangs on a loaded model as `model.offload`.
+
+Knows: the parts a running model is made of, and how it was set up. Does not know: how it came to
+be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from offload.budget.placement import Share
+from offload.cache.statistics import LayerCounts
+from offload.cache.trace.replay import CardSlots, cards_text
+from offload.cache.trace.trace import TraceHeader
+from offload.engine.cpu_linear import OneTokenLinear
+from offload.engine.engine import Engine
+from offload.engine.recording import Recorder
+from offload.engine.stats import CardStats, Stats
+from offload.engine.warm import write_hot
+from offload.quant.pack import Pack
+from offload.residency import Residency
+from offload.sampling import Sampling
+from offload.transfer.cards import CardsTransfer
+from offload.version import __version__
+
+
+@dataclass(frozen=True)
+class Card:
+    """One of several devices that share a model."""
+
+    number: int
+    device: torch.device
+    memory: int  # bytes that may be used
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a pack is run, complete: nothing is left to be decided later."""
+
+    device: torch.device  # of inputs and logits; with several cards the first
+    dtype: torch.dtype
+    slots: int
+    residency: Residency
+    context: int
+    staging: int  # rows past the slots, through which a prompt's experts are streamed
+    ubatch: int  # tokens of a prompt that go through the model at once
+    cards: tuple[Card, ...] = ()  # where there are several
+    shares: tuple[Share, ...] = ()  # what each of them has
+
+    @property
+    def caching(self) -> tuple[tuple[Card, Share], ...]:
+        """The cards that have experts: as a rule all."""
+        both = zip(self.cards, self.shares, strict=True)
+        return tuple((card, share) for card, share in both if share.experts)
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """All of them, each once."""
+        return tuple(dict.fromkeys(card.device for card in self.cards)) or (self.device,)
+
+    @property
+    def policy(self) -> str:
+        return self.residency.policy
+
+    @property
+    def lookahead(self) -> bool | None:
+        return self.residency.lookahead
+
+
+class Answer(Protocol):
+    """One sequence of tokens."""
+
+    def __call__(self) -> int:
+        """The next one. Raises `GenerationError` when the model's logits cannot be believed, or
+        memory ran out and there is nothing to give back."""
+
+    def cache(self) -> Any:
+        """The KV cache of the prompt and every token given but the last; None: not to be had."""
+
+
+class Decoding(Protocol):
+    """Gives tokens while the steps after them already run."""
+
+    def begin(
+        self,
+        model: PreTrainedModel,
+        prompt: Tensor,
+        logits: Tensor,
+        grown: object,
+        sampling: Sampling,
+        limit: int,
+        longest: int,
+        ends: frozenset[int],
+    ) -> Answer | None:
+        """What gives at most `limit` tokens after `prompt` [1, T], whose last token has `logits`
+        [1, V] and which left the KV cache `grown`; None: it cannot."""
+
+
+class Offload:
+    """A model's experts: `model.offload`."""
+
+    def __init__(
+        self,
+        pack: Pack,
+        engine: Engine,
+        options: Options,
+        one_token: OneTokenLinear | None,
+        top_k: int,
+        decoding: Decoding | None = None,
+    ) -> None:
+        """`decoding`: how tokens are had without waiting for each; None: one by one."""
+        self.decoding = decoding
+        self.pack = pack
+        self.engine = engine
+        self.options = options
+        self.top_k = top_k
+        self._one_token = one_token
+
+    def stats(self) -> Stats:
+        """Hits, misses, bytes, waiting and look-ahead since the model was loaded."""
+        whole = self.engine.stats()
+        return replace(whole, cards=tuple(self._cards(whole))) if self.options.cards else whole
+
+    def _cards(self, whole: Stats) -> Iterator[CardStats]:
+        transfer, first = self.engine.transfer, 0
+        links = transfer.transfers if isinstance(transfer, CardsTransfer) else (transfer,)
+        for (_, share), link in zip(self.options.caching, links, strict=True):
+            layers = range(first, first + share.moe_layers)
+            first = layers.stop
+            yield CardStats(
+                share,
+                sum((whole.layers[i] for i in layers), LayerCounts()),
+                sum(self._copied(whole.layers[i]) * self.engine.record_bytes(i) for i in layers),
+                link.busy_seconds,
+            )
+
+    def _copied(self, counts: LayerCounts) -> int:
+        return counts.loads - counts.loads_beside * self.engine.transfer.streams_in_place
+
+    def record(self, path: str | Path, noted_layers: int = 0) -> None:
+        """Write a trace of what the routers choose from now on to `path`, until `close` or another
+        trace; with `noted_layers` also what routers of so many later layers would have said.
+
+        The slots are emptied first, so that a replay can do exactly what this run does.
+        """
+        self.engine.record(Recorder(path, self.trace_header()), noted_layers)
+
+    def trace_header(self) -> TraceHeader:
+        """What a trace says of this model and this run."""
+        info, residency = self.pack.info, self.options.residency
+        layouts = [info.layout_of(i) for i in range(len(info.layers))]
+        stored = sum(8 * layout.record_bytes for layout in layouts)
+        return TraceHeader(
+            model=info.source,
+            experts=tuple(layer.num_experts for layer in info.layers),
+            top_k=self.top_k,
+            record_bytes=tuple(self.engine.record_bytes(i) for i in range(len(info.layers))),
+            settings={
+                "slots": self.options.slots,
+                "cards": cards_text(
+                    CardSlots(share.moe_layers, share.slots) for _, share in self.options.caching
+                ),
+                **asdict(residency),
+                "device": self.options.device.type,
+                "dense_bytes": info.dense_bytes(self.options.dtype.itemsize),  # for the simulator
+                "expert_bits": stored / sum(layout.weights for layout in layouts),
+                "version": __version__,
+            },
+        )
+
+    def close(self) -> None:
+        """Free the slots, the mapping and the copy thread. The model cannot be used afterwards."""
+        if self.options.residency.warm_start and not self.engine.closed:
+            write_hot(self.pack.path, self.engine.cache.heat)
+        if self._one_token is not None:
+            self._one_token.close()
+        self.engine.close()
+        self.pack.close()
+
+
+def offload_of(model: PreTrainedModel) -> Offload:
+    """`model.offload`, with its type."""
+    handle = model.offload
+    assert isinstance(handle, Offload)
+    return handle

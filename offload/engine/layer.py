@@ -1,0 +1,114 @@
+"""One MoE layer: its experts, and its router where somebody else asks it.
+
+Knows: what the experts seam of transformers promises, what a router takes and answers. Does not
+know: where an expert's bytes are (`offload.engine`), why a router is asked (`offload.ahead`).
+
+Letters: M rows of one expert, H hidden, I inner.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Set
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from offload.engine.norms import NormFinder, scale_between
+from offload.quant.matmul import matmul
+from offload.quant.record import MatrixView
+
+if TYPE_CHECKING:
+    from offload.engine.engine import Engine
+
+
+class Layer:
+    """One MoE layer's experts, called by transformers in place of its own."""
+
+    def __init__(self, engine: Engine, index: int, module: nn.Module, num_experts: int) -> None:
+        self.engine = engine
+        self.index = index
+        self.module = module
+        self.num_experts = num_experts
+        self.router: nn.Module | None = None  # of this layer
+        self.device: torch.device | None = None  # where its router is; None: not asked
+        self.asked: Tensor | None = None  # what this layer's router was just asked about
+        self.constants: tuple[Any, ...] | None = None  # its other arguments; None: not called yet
+        self.finder: NormFinder | None = None  # of the norm that feeds the router
+        self.scales: dict[int, Tensor | None] = {}  # later layer -> what its norm makes of ours
+
+    def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        return self.engine.step(self, hidden, top_k_index, top_k_weights)
+
+    def watch(
+        self, model: nn.Module, router: nn.Module, owned: Set[int]
+    ) -> torch.utils.hooks.RemovableHandle:
+        """Be told what the router is asked; `owned` are the ids of the model's parameters and
+        buffers."""
+        self.router = router
+        self.device = next(router.parameters()).device
+        self.finder = NormFinder(_around(model, self.module))
+        return router.register_forward_pre_hook(functools.partial(self._asked, owned))
+
+    def guess(self, hidden: Tensor) -> list[int]:
+        """The experts this layer's router would choose for `hidden` [.., H] of one token."""
+        index = self.ask(hidden)
+        if index is None:
+            return []
+        chosen = index.flatten().tolist()  # sync: the plan is made on the host
+        return [expert for expert in chosen if 0 <= expert < self.num_experts]
+
+    def ask(self, hidden: Tensor) -> Tensor | None:
+        """As `guess`, for whoever does not ask the host: the router's index [.., k], or None."""
+        if self.router is None or self.constants is None:
+            return None
+        there = hidden.to(self.device)  # it may be on another card
+        answer = self.router.forward(there, *self.constants)  # without hooks: nobody else asked
+        index = answer[2] if isinstance(answer, tuple) and len(answer) > 2 else None
+        if not isinstance(index, Tensor) or index.is_floating_point():
+            self.router = None  # not a router as transformers writes them
+            return None
+        return index
+
+    def _asked(self, owned: Set[int], _: nn.Module, args: tuple[Any, ...]) -> None:
+        """The router is asked: keep what of one token, and nothing of many.
+
+        With many tokens nearly every expert is chosen: guessing is no help.
+        """
+        self.constants = args[1:]
+        if any(rest is not None and id(rest) not in owned for rest in self.constants):
+            self.router = None  # it looks at more than the hidden state
+        if self.finder is not None and self.finder.norm is None and args:
+            self.finder.asked(args[0])
+        one_token = bool(args) and args[0].numel() == args[0].shape[-1]
+        self.asked = args[0] if one_token else None
+
+    def as_seen_by(self, later: Layer, hidden: Tensor) -> Tensor:
+        """What `later`'s norm would make of the state that ours made `hidden` of."""
+        if later.index not in self.scales:
+            mine, theirs = (at.finder.norm if at.finder else None for at in (self, later))
+            self.scales[later.index] = scale_between(mine, theirs, hidden)
+        scale = self.scales[later.index]
+        return hidden if scale is None else hidden * scale
+
+    def expert(self, x: Tensor, matrices: dict[str, MatrixView]) -> Tensor:
+        """One expert's output [M, H] for its tokens `x` [M, H], before the router's weight."""
+        module: Any = self.module  # what the experts seam promises is not in its type
+        if module.has_gate:
+            inner = module._apply_gate(matmul(x, matrices["gate_up_proj"]))  # [M, I]
+        else:
+            inner = module.act_fn(matmul(x, matrices["up_proj"]))  # [M, I]
+        out = matmul(inner, matrices["down_proj"])  # [M, H]
+        if not module.has_post_expert_norm:
+            return out
+        normed: Tensor = module.post_expert_norm(out)
+        return normed
+
+
+def _around(model: nn.Module, experts: nn.Module) -> nn.Module:
+    """The decoder layer that `experts` is part of."""
+    path = next(name for name, module in model.named_modules() if module is experts)
+    parts = path.split(".")
+    deep = max((at for at, part in enumerate(parts) if part.isdigit()), default=len(parts) - 1)
+    return model.get_submodule(".".join(parts[: deep + 1]))

@@ -1,0 +1,136 @@
+"""A KV cache whose tensors stay where they are, so that a captured step finds them.
+
+Knows: transformers' cache layers, the growing ones that a prompt fills and the fixed ones. Does not
+know: attention. Sliding windows are kept whole: a fixed layer that slides would count in Python,
+which a captured step does not repeat; the mask hides what is outside the window.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import cache_utils
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+    StaticLayer,
+)
+
+from offload.quant.errors import OffloadError
+
+# Layers that keep nothing. transformers 5.17 has no such class: there they are of linear attention,
+# with states that stay empty.
+NOTHING: Any = getattr(cache_utils, "DummyLayer", None)
+
+
+class CannotBeFixed(OffloadError):
+    """The model's cache has layers that are not known here."""
+
+
+class FixedKV(Cache):  # type: ignore[misc]  # transformers has no types here
+    """Filled anew for each sequence, and grown by the step in place."""
+
+    def __init__(self, grown: Cache, length: int) -> None:
+        """For models whose cache looks like `grown`, and at most `length` tokens.
+
+        Raises `CannotBeFixed`.
+        """
+        super().__init__(layers=[_fixed_layer(layer, length) for layer in grown.layers])
+        self.length = length
+        self._windows = [getattr(layer, "sliding_window", None) for layer in grown.layers]
+
+    def fill(self, grown: Cache) -> None:
+        """Hold what `grown` holds. Nothing moves."""
+        for mine, theirs in zip(self.layers, grown.layers, strict=True):
+            if _keeps_nothing(mine):
+                continue
+            if isinstance(mine, LinearAttentionLayer):
+                for state in range(mine.number_of_states):
+                    _copy(mine.conv_states[state], theirs.conv_states[state])
+                    _copy(mine.recurrent_states[state], theirs.recurrent_states[state])
+                continue
+            seen, kept = theirs.get_seq_length(), theirs.keys.shape[-2]
+            mine.keys[:, :, seen - kept : seen].copy_(theirs.keys)
+            mine.values[:, :, seen - kept : seen].copy_(theirs.values)
+            mine.cumulative_length.fill_(seen)
+
+    def cut(self, length: int) -> bool:
+        """Hold only the first `length` tokens, wherever a step broke off; whether that is possible:
+        a layer that keeps a sum may have had more added. Nothing moves."""
+        if any(isinstance(layer, LinearAttentionLayer) for layer in self.layers):
+            return False
+        for layer in self.layers:
+            if not _keeps_nothing(layer):
+                layer.cumulative_length.fill_(length)  # what is past it is masked, then written
+        return True
+
+    def grown(self, length: int) -> Cache | None:
+        """A growing cache of the first `length` tokens; None where a layer keeps only a sum of
+        them, which a later step has added to."""
+        cache = DynamicCache()
+        for mine, window in zip(self.layers, self._windows, strict=True):
+            if isinstance(mine, LinearAttentionLayer):
+                return None
+            if _keeps_nothing(mine):
+                cache.layers.append(NOTHING())
+                continue
+            layer = DynamicLayer() if window is None else DynamicSlidingWindowLayer(window)
+            layer.lazy_initialization(mine.keys, mine.values)
+            first = 0 if window is None else max(0, length - window + 1)
+            layer.keys = mine.keys[:, :, first:length].clone()
+            layer.values = mine.values[:, :, first:length].clone()
+            if window is not None:
+                layer.cumulative_length = length
+            cache.layers.append(layer)
+        return cache
+
+
+def _copy(to: torch.Tensor | None, what: torch.Tensor | None) -> None:
+    if to is not None and what is not None:
+        to.copy_(what)
+
+
+def _keeps_nothing(layer: object) -> bool:
+    return NOTHING is not None and type(layer) is NOTHING
+
+
+def _fixed_layer(grown: object, length: int) -> Any:
+    kind = type(grown)
+    if isinstance(grown, LinearAttentionLayer) and kind is LinearAttentionLayer:
+        return _fixed_states(grown)
+    if _keeps_nothing(grown):
+        return NOTHING()
+    if isinstance(grown, DynamicLayer) and kind in (DynamicLayer, DynamicSlidingWindowLayer):
+        if grown.keys is None:
+            raise CannotBeFixed("it keeps states of its own beside the cache")
+        keys, values = grown.keys, grown.values
+        layer = StaticLayer(max_cache_len=length)
+        layer.dtype, layer.device = keys.dtype, keys.device
+        layer.batch_size, layer.num_heads = keys.shape[:2]
+        layer.k_head_dim, layer.v_head_dim = keys.shape[-1], values.shape[-1]
+        layer.keys = keys.new_zeros(*keys.shape[:2], length, keys.shape[-1])
+        layer.values = values.new_zeros(*values.shape[:2], length, values.shape[-1])
+        layer.cumulative_length = layer.cumulative_length.to(keys.device)
+        layer.is_initialized = True
+        return layer
+    raise CannotBeFixed(f"its cache has layers of type {kind.__name__}")
+
+
+def _fixed_states(grown: LinearAttentionLayer) -> LinearAttentionLayer:
+    """A layer like `grown`, whose states are already written in place."""
+    layer = LinearAttentionLayer(grown.number_of_states)
+    layer.dtype, layer.device = grown.dtype, grown.device
+    layer.has_previous_state = dict(grown.has_previous_state)
+    layer.conv_kernel_size = dict(grown.conv_kernel_size)
+    layer.is_conv_states_initialized = dict(grown.is_conv_states_initialized)
+    layer.is_recurrent_states_initialized = dict(grown.is_recurrent_states_initialized)
+    for mine, theirs in (
+        (layer.conv_states, grown.conv_states),
+        (layer.recurrent_states, grown.recurrent_states),
+    ):
+        mine.update({at: None if t is None else torch.empty_like(t) for at, t in theirs.items()})
+    return layer

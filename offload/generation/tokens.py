@@ -1,0 +1,162 @@
+"""Tokens one behind: the next step is queued before this one's token is read.
+
+Knows: when a step is queued, when a token is here, and what holds when a step broke off for lack of
+memory. Does not know: what is in a step, text.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from offload.engine.device.engine import DeviceEngine
+from offload.generation.fixed_kv import CannotBeFixed
+from offload.generation.readback import Readback
+from offload.generation.recovery import NotSparedError, until_it_fits
+from offload.generation.step import DecodeLoop
+from offload.sampling import Sampling, check_trouble
+
+logger = logging.getLogger("offload")
+
+SHORTEST = 512  # tokens of the shortest KV cache; longer ones are twice as long each
+Made = TypeVar("Made")
+
+
+class Answer:
+    """One sequence: each call gives its next token."""
+
+    def __init__(self, loop: DecodeLoop, prompt_length: int, limit: int) -> None:
+        """The first token is queued."""
+        self._loop, self._prompt_length, self._limit = loop, prompt_length, limit
+        self._readback = Readback(loop.step.said)
+        self._readback.send(loop.step.said)
+        self._queued, self._given = 1, 0  # tokens
+
+    @torch.inference_mode()
+    def __call__(self) -> int:
+        if self._queued < self._limit:
+            until_it_fits(self._queue, self._loop.engine, self._go_back)
+        token, trouble, *counts = self._readback.read()
+        check_trouble(trouble)
+        self._loop.engine.count(counts)
+        self._given += 1
+        return token
+
+    def _queue(self) -> None:
+        self._loop.run()
+        self._readback.send(self._loop.step.said)
+        self._queued += 1
+
+    def _go_back(self) -> None:
+        """All that was queued before the step that broke off holds: each token but the last was
+        read."""
+        self._loop.go_back(self._prompt_length + self._queued - 1)
+
+    @torch.inference_mode()
+    def cache(self) -> Cache | None:
+        def grown() -> Cache | None:
+            return self._loop.step.kv.grown(self._prompt_length + self._given - 1)
+
+        return if_spared(grown, self._loop.engine, "to keep what was read: it is read again")
+
+
+class Loops:
+    """The decode loop of a model: one answer at a time."""
+
+    def __init__(self, engine: DeviceEngine) -> None:
+        self._engine = engine
+        self._loop: DecodeLoop | None = None
+        self._answer: weakref.ref[Answer] | None = None
+        self.refused = ""  # why there is none for this model
+
+    @torch.inference_mode()
+    def begin(
+        self,
+        model: PreTrainedModel,
+        prompt: Tensor,
+        logits: Tensor,
+        grown: object,
+        sampling: Sampling,
+        limit: int,
+        longest: int,
+        ends: frozenset[int],
+    ) -> Answer | None:
+        """The tokens after `prompt` [1, T], at most `limit`, ended by one of `ends`.
+
+        `logits` [1, V] are of the prompt's last token, `grown` is the KV cache it left; no sequence
+        is longer than `longest`. None: tokens have to be had one by one.
+        """
+        busy = self._answer is not None and self._answer() is not None
+        if self.refused or busy or not isinstance(grown, Cache):
+            return None
+        length = prompt.shape[1]
+
+        def begun() -> Answer | None:
+            with self._engine.loop() as on_device:
+                if not on_device:
+                    return None
+                try:
+                    loop = self._loop_for(model, grown, length + limit, longest, sampling, ends)
+                    loop.begin(prompt, logits, grown, sampling.seed)
+                except torch.OutOfMemoryError:
+                    self._let_go()
+                    raise
+                return Answer(loop, length, limit)
+
+        try:
+            answer = if_spared(
+                begun, self._engine, "for a second KV cache: every token waits for the last"
+            )
+        except CannotBeFixed as error:
+            self.refused = str(error)
+            logger.warning("every token waits for the one before: %s", error)
+            return None
+        if answer is not None:
+            self._answer = weakref.ref(answer)
+            self._engine.counts_come = True
+        return answer
+
+    def _loop_for(
+        self,
+        model: PreTrainedModel,
+        grown: Cache,
+        needed: int,
+        longest: int,
+        sampling: Sampling,
+        ends: frozenset[int],
+    ) -> DecodeLoop:
+        length = SHORTEST
+        while length < needed:
+            length *= 2
+        asked = (min(length, longest), replace(sampling, seed=None), tuple(sorted(ends)))
+        loop = self._loop
+        if loop is not None and loop.made_for == asked and loop.step.table is self._engine.table:
+            return loop
+        loop = None
+        self._let_go()
+        self._loop = DecodeLoop(model, self._engine, grown, *asked)
+        return self._loop
+
+    def _let_go(self) -> None:
+        """The loop's memory is needed."""
+        if self._loop is not None:
+            self._loop.close()
+            self._loop = None
+
+
+def if_spared(make: Callable[[], Made | None], engine: DeviceEngine, lost: str) -> Made | None:
+    """What `make` gives; as long as memory runs out slots are given back, but never so many that
+    the host would have to plan: then None, and it is said that there is no memory `lost`."""
+    try:
+        return until_it_fits(make, engine, spares=engine.spares)
+    except NotSparedError:
+        logger.warning("no memory %s", lost)
+        return None

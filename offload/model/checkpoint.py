@@ -1,0 +1,274 @@
+"""A checkpoint's tensors, sorted into experts and the rest by transformers' own conversion rules.
+
+Knows: which tensors make which expert and how. Does not know: files and formats
+(`offload.weights`), quantisation. A tensor is read when it is asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Set
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Chunk,
+    Concatenate,
+    Interleave,
+    MergeModulelist,
+    Transpose,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from offload.errors import CheckpointError, UnsupportedModelError
+from offload.model.formats.source_part import TensorSource
+from offload.model.seam import ExpertsModule
+
+
+@dataclass
+class _Parameter:
+    """One expert parameter of the model and the checkpoint tensors it is made from."""
+
+    converter: WeightConverter | None
+    sources: dict[
+        str, list[str]
+    ]  # source pattern -> tensors, in the order transformers stacks them
+
+
+# Operations that treat experts (dimension 0) one by one, given the dimensions they are used with.
+_PER_EXPERT = (MergeModulelist, Concatenate, Chunk, Interleave, Transpose)
+
+
+class Checkpoint:
+    """A source's tensors as `model` needs them."""
+
+    def __init__(
+        self, source: TensorSource, model: PreTrainedModel, experts: list[ExpertsModule]
+    ) -> None:
+        """Match every tensor of `source` with a parameter of `model` (on meta, experts included).
+
+        Raises `CheckpointError` when an expert's tensors are missing.
+        """
+        self._source = source
+        self._model = model
+        self._state = model.state_dict()
+        self._parameters: dict[str, _Parameter] = {}
+        self.dense_names: list[str] = []
+        self.plain: dict[str, str] = {}  # parameters that are one tensor, only called otherwise
+        self._found: set[str] = set()  # parameters that are not experts
+        self._splits = False  # one tensor of the checkpoint is several parameters of the model
+        self._whole: tuple[str, Tensor] | None = None  # a parameter that cannot be made per expert
+        wanted = {name for module in experts for name in module.parameters}
+        self._match(wanted)
+        for name in wanted:
+            self._check_complete(name)
+        self._check_dense_complete(wanted)
+
+    def _match(self, wanted: set[str]) -> None:
+        """Follow transformers.core_model_loading.convert_and_load_state_dict_in_model."""
+        mapping = get_model_conversion_mapping(self._model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        of_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+        prefix = self._model.base_model_prefix
+        for name in sorted(self._source.names(), key=dot_natural_key):
+            target, pattern = rename_source_key(name, renamings, converters, prefix, self._state)
+            if target not in self._state and name in self._state:
+                target, pattern = rename_source_key(name, [], [], prefix, self._state)
+            if target in wanted:
+                converter = of_pattern[pattern] if pattern is not None else None
+                parameter = self._parameters.setdefault(
+                    target, _Parameter(converter, defaultdict(list))
+                )
+                parameter.sources[pattern or name].append(name)
+            elif target in self._state:
+                self.dense_names.append(name)
+                if pattern is None:
+                    self._check_shape(name, target)
+                    self.plain[target] = name
+                elif len(of_pattern[pattern].target_patterns) > 1:
+                    self._splits = True
+                self._found.add(target)
+
+    def _check_complete(self, name: str) -> None:
+        parameter = self._parameters.get(name)
+        if parameter is None:
+            raise CheckpointError(
+                f"the checkpoint has no tensor for {name}: it is incomplete, fetch it again"
+            )
+        experts = self._state[name].shape[0]
+        for pattern, sources in parameter.sources.items():
+            per_expert = len(sources) == experts
+            fused = len(sources) == 1 and self._source.shape(sources[0])[0] == experts
+            if not per_expert and not fused and _splits_by_expert(parameter.converter):
+                raise CheckpointError(
+                    f"the checkpoint has {len(sources)} tensors {pattern!r} for the {experts} "
+                    f"experts of {name}: it is incomplete, fetch it again"
+                )
+
+    def _check_shape(self, name: str, target: str) -> None:
+        found, wanted = self._source.shape(name), tuple(self._state[target].shape)
+        if found != wanted:
+            raise CheckpointError(
+                f"{name} has shape {found} where the model's config asks for {wanted}: config.json "
+                "and weights do not match"
+            )
+
+    def _check_dense_complete(self, experts: set[str]) -> None:
+        """Raise `CheckpointError` when a parameter would be left without a value."""
+        if self._splits:
+            return  # only the conversion knows all targets: checked when they are loaded
+        optional = self._model._keys_to_ignore_on_load_missing or []
+        tied = self._model.all_tied_weights_keys
+        for name in self._state.keys() - experts - self._found - tied.keys():
+            if not any(re.search(pattern, name) for pattern in optional):
+                raise CheckpointError(
+                    f"the checkpoint has no tensor for {name}: it is incomplete, fetch it again"
+                )
+
+    def dense(self, leave_out: Set[str] = frozenset()) -> list[tuple[str, int]]:
+        """Every tensor of the model that is not an expert's: its name in the checkpoint, its bytes.
+
+        Without those that make the parameters `leave_out`.
+        """
+        left_out = {self.plain[parameter] for parameter in leave_out & self.plain.keys()}
+        return [(name, self._bytes(name)) for name in self.dense_names if name not in left_out]
+
+    def read(self, name: str) -> Tensor:
+        """A tensor that `dense` named."""
+        return _finite(self._source.read(name), name)
+
+    def _bytes(self, name: str) -> int:
+        return math.prod(self._source.shape(name)) * self._source.dtype(name).itemsize
+
+    def plain_dtype(self, parameter: str) -> torch.dtype:
+        """The dtype that a parameter in `plain` is stored in."""
+        return self._source.dtype(self.plain[parameter])
+
+    def read_plain(self, parameter: str) -> Tensor:
+        """A parameter in `plain`, as stored."""
+        return self.read(self.plain[parameter])
+
+    def dense_bytes(self) -> int:
+        """Bytes of what `dense` gives."""
+        return sum(map(self._bytes, self.dense_names))
+
+    def dense_parameters(self) -> int:
+        """How many weights `dense` gives."""
+        return sum(math.prod(self._source.shape(name)) for name in self.dense_names)
+
+    def expert(self, module: ExpertsModule, expert: int) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """One expert's matrices by name: `(weight [out, in], bias [out] or None)`."""
+        weights: dict[str, Tensor] = {}
+        biases: dict[str, Tensor] = {}
+        for name, (matrix, is_bias) in module.parameters.items():
+            value = self._expert_parameter(name, expert)
+            if value.shape != self._state[name].shape[1:]:
+                raise CheckpointError(
+                    f"{name} of expert {expert} has shape {tuple(value.shape)} where the model's "
+                    f"config asks for {tuple(self._state[name].shape[1:])}: config.json and "
+                    "weights do not match"
+                )
+            (biases if is_bias else weights)[matrix] = _finite(value, f"{name}, expert {expert}")
+        return {
+            matrix: (weight.t() if module.transposed else weight, biases.get(matrix))
+            for matrix, weight in weights.items()
+        }
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The dtype that holds the expert parameter `name` as all its tensors are stored."""
+        dtypes = {
+            self._source.dtype(source)
+            for sources in self._parameters[name].sources.values()
+            for source in sources
+        }
+        return functools.reduce(torch.promote_types, dtypes)
+
+    def _expert_parameter(self, name: str, expert: int) -> Tensor:
+        parameter = self._parameters[name]
+        if not _splits_by_expert(parameter.converter):
+            return self._whole_parameter(name)[expert]
+        experts = self._state[name].shape[0]
+        tensors: dict[str, list[Tensor]] = {}
+        for pattern, sources in parameter.sources.items():
+            if (len(sources) == experts and experts > 1) or self._is_single(sources, name):
+                tensors[pattern] = [self._source.read(sources[expert])]
+            else:
+                tensors[pattern] = [self._source.read_slice(sources[0], expert)]
+        return self._convert(name, tensors, one_expert=True)[0]
+
+    def _is_single(self, sources: list[str], name: str) -> bool:
+        """Whether the one source of a one-expert module lacks the experts' dimension."""
+        return len(sources) == 1 and len(self._source.shape(sources[0])) < self._state[name].dim()
+
+    def _whole_parameter(self, name: str) -> Tensor:
+        if self._whole is None or self._whole[0] != name:
+            self._whole = None  # before the next is made: at most one layer is held
+            sources = self._parameters[name].sources
+            tensors = {p: [self._source.read(s) for s in names] for p, names in sources.items()}
+            self._whole = (name, self._convert(name, tensors, one_expert=False))
+        return self._whole[1]
+
+    def _convert(self, name: str, tensors: dict[str, list[Tensor]], *, one_expert: bool) -> Tensor:
+        converter = self._parameters[name].converter
+        if converter is None:
+            return next(iter(tensors.values()))[0]
+        converter = deepcopy(converter)
+        for pattern, values in tensors.items():
+            converter.collected_tensors[pattern] = values
+        model = _OneExpert(self._state) if one_expert else self._model
+        try:
+            return converter.convert(name, model=model, config=self._model.config)[name]  # type: ignore[no-any-return]
+        except (KeyError, ValueError, RuntimeError) as error:
+            kind = self._model.config.model_type
+            raise UnsupportedModelError(
+                f"{kind!r} is not supported: transformers' rule for {name} failed here "
+                f"({error!r}); run it with transformers itself"
+            ) from None
+
+
+class _OneExpert:
+    """Stands for the model where a conversion asks for a parameter's shape: one expert of it."""
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        self._state = state
+
+    def get_parameter(self, name: str) -> Tensor:
+        return self._state[name][:1]
+
+
+def _finite(tensor: Tensor, name: str) -> Tensor:
+    """`tensor`; raises `CheckpointError` when a value of it is not a number or infinite."""
+    if tensor.is_floating_point() and tensor.numel():
+        low, high = tensor.aminmax()  # both are NaN when anything is
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            raise CheckpointError(
+                f"{name} has values that are not numbers or infinite: the checkpoint is damaged, "
+                "fetch it again"
+            )
+    return tensor
+
+
+def _splits_by_expert(converter: WeightConverter | None) -> bool:
+    if converter is None:
+        return True
+    for operation in converter.operations:
+        if not isinstance(operation, _PER_EXPERT):
+            return False
+        dims = [
+            getattr(operation, name) for name in ("dim", "dim0", "dim1") if hasattr(operation, name)
+        ]
+        stacks_experts = isinstance(operation, MergeModulelist) and dims == [0]
+        if not stacks_experts and min(dims) < 1:
+            return False
+    return True

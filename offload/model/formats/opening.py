@@ -1,0 +1,68 @@
+"""The right reader for a model's weights.
+
+Knows: how the formats are told apart. Does not know: any of them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from offload.errors import CheckpointError
+from offload.json_file import read_object
+from offload.model.formats import mxfp4
+from offload.model.formats.fp8 import FLOAT8, Fp8Source
+from offload.model.formats.gguf_files import gguf_files, is_gguf
+from offload.model.formats.gguf_mapped import MappedSource, has_rules
+from offload.model.formats.gguf_model_part import GgufSource
+from offload.model.formats.gguf_part import GgufFile
+from offload.model.formats.mxfp4 import Mxfp4Source
+from offload.model.formats.safetensors import SafetensorsSource, weight_files
+from offload.model.formats.source_part import TensorSource
+
+
+def open_weights(path: Path, model: PreTrainedModel) -> TensorSource:
+    """The tensors of the checkpoint folder or .gguf file `path`, which `model` is made from.
+
+    Raises `CheckpointError`.
+    """
+    if is_gguf(path):
+        file = GgufFile(path)
+        return MappedSource(file, model) if has_rules(file) else GgufSource(file, model)
+    plain = SafetensorsSource(path)
+    names = plain.names()
+    packed = any(name.endswith(mxfp4.BLOCKS) for name in names)
+    if any(plain.stored_dtype(name) in FLOAT8 for name in names):
+        if packed:
+            raise CheckpointError(f"{path} mixes float8 and MXFP4, which is not read")
+        return Fp8Source(plain, _block_size(path))
+    return Mxfp4Source(plain) if packed else plain
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files `open_weights` reads. Raises `CheckpointError`."""
+    if is_gguf(path):
+        return gguf_files(path)
+    return [path / name for name in weight_files(path)]
+
+
+def _block_size(folder: Path) -> tuple[int, int] | None:
+    """Rows and columns that share a scale, as the checkpoint's config says."""
+    config = read_object(folder / "config.json")
+    inner = config.get("text_config")
+    for part in (config, inner if isinstance(inner, dict) else {}):
+        given = part.get("quantization_config")
+        size = given.get("weight_block_size") if isinstance(given, dict) else None
+        if size is not None:
+            if (
+                not isinstance(size, list)
+                or len(size) != 2
+                or any(type(n) is not int or n < 1 for n in size)
+            ):
+                raise CheckpointError(
+                    f"{folder / 'config.json'} has weight_block_size {size!r}, which is not two "
+                    "sizes: fetch it again"
+                )
+            return size[0], size[1]
+    return None

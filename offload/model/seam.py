@@ -1,0 +1,283 @@
+"""A transformers model without its experts.
+
+Knows: transformers' experts seam (`use_experts_implementation`, `ExpertsInterface`): how to find
+the modules behind it, take their weights out of the module tree, and answer in their place. Does
+not know: where weights come from, nor how experts are computed.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.integrations.moe import ExpertsInterface
+
+from offload.errors import CheckpointError, UnsupportedModelError, reason
+from offload.model.quantized import QuantizedEmbedding, QuantizedLinear
+from offload.quant.errors import OffloadError, PackError
+from offload.quant.pack import REMAKE
+from offload.quant.record import MatrixSpec
+
+IMPLEMENTATION = "offload"  # the name our function is registered under
+DESCRIBED = "_offload_experts"  # attribute of a model: its experts before they were stripped
+BUILDING = threading.Lock()  # transformers changes torch's default dtype while it builds a model
+BLOCK = "_offload_block"  # attribute of an experts module: what computes its experts
+MATRICES = ("gate_up_proj", "up_proj", "down_proj")
+MOST_LAYERS = 4096  # a config that asks for more is damaged, and would take for ever to build
+# Configs' names for k.
+CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "num_experts_per_token")
+
+
+class ExpertBlock(Protocol):
+    """Computes one MoE layer's experts."""
+
+    def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden [T, H], index [T, k], weights [T, k] -> [T, H]."""
+
+
+def _forward(
+    module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    block: ExpertBlock = getattr(module, BLOCK)
+    return block(hidden, top_k_index, top_k_weights)
+
+
+ExpertsInterface.register(IMPLEMENTATION, _forward)
+
+
+@dataclass(frozen=True)
+class ExpertsModule:
+    """One experts module: where it is in the model and what each of its experts consists of."""
+
+    path: str
+    num_experts: int
+    transposed: bool  # the checkpoint's matrices are [in, out]
+    matrices: tuple[MatrixSpec, ...]  # always as [out, in]
+
+    @property
+    def parameters(self) -> dict[str, tuple[str, bool]]:
+        """Full parameter name -> (matrix it belongs to, whether it is the bias)."""
+        names = {}
+        for matrix in self.matrices:
+            names[f"{self.path}.{matrix.name}"] = (matrix.name, False)
+            if matrix.has_bias:
+                names[f"{self.path}.{matrix.name}_bias"] = (matrix.name, True)
+        return names
+
+
+def model_class(
+    config: PreTrainedConfig, source: str, trust_remote_code: bool
+) -> type[PreTrainedModel]:
+    """The class that generates text from a checkpoint with this config."""
+    given = getattr(config, "auto_map", None)
+    reference = given.get("AutoModelForCausalLM") if isinstance(given, dict) else None
+    if reference and trust_remote_code:
+        remote: type[PreTrainedModel] = get_class_from_dynamic_module(reference, source)
+        return remote
+    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
+        if type(config) in mapping:
+            known: type[PreTrainedModel] = mapping[type(config)]
+            return known
+    raise UnsupportedModelError(
+        f"{source}: transformers has no text-generating model for {config.model_type!r}: "
+        "use a checkpoint of a causal language model"
+    )
+
+
+def own_config(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTrainedConfig:
+    """The part of `config` that `cls` is built from: a text model may live inside a composite
+    config."""
+    if cls.config_class is config.sub_configs.get("text_config"):
+        return config.get_text_config()
+    return config
+
+
+def build_on_meta(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTrainedModel:
+    """The whole model, experts included, without memory for any weight.
+
+    Raises `CheckpointError` for a config that no model can be built from.
+    """
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise CheckpointError(
+            f"the model's config has num_hidden_layers {layers}, more than any model: fetch it "
+            "again"
+        )
+    try:
+        with BUILDING, torch.device("meta"):
+            return cls._from_config(config)
+    except Exception as error:  # whatever a model class raises on odd values
+        raise CheckpointError(
+            f"the model's config has values that no {cls.__name__} can be built from "
+            f"({reason(error)}): fetch it again"
+        ) from None
+
+
+def is_experts_module(module: nn.Module) -> bool:
+    """Whether transformers' experts seam is in front of `module`."""
+    return all(
+        hasattr(module, name) for name in ("_apply_gate", "is_transposed", "has_gate", "has_bias")
+    )
+
+
+def find_experts(model: PreTrainedModel) -> list[ExpertsModule]:
+    """Every experts module of `model` in the order of its layers.
+
+    Raises `UnsupportedModelError` when there is none, or when one holds parameters that this
+    program would not know how to use; `CheckpointError` when the config's numbers make no sense.
+    """
+    found = [
+        _describe(path, module)
+        for path, module in model.named_modules()
+        if is_experts_module(module)
+    ]
+    if found:
+        _check_sizes(model.config.get_text_config(), found)
+        return found
+    kind = model.config.model_type
+    if any("expert" in name for name, _ in model.named_parameters()):
+        raise UnsupportedModelError(
+            f"{kind!r} is not supported: transformers has its experts outside the experts seam "
+            "(use_experts_implementation); run it with transformers itself"
+        )
+    raise UnsupportedModelError(
+        f"{kind!r} is not a Mixture-of-Experts model: it has no experts to offload; run it with "
+        "transformers itself"
+    )
+
+
+def chosen_experts(config: PreTrainedConfig) -> int:
+    """Experts a token, as the config says under one of its names; 0 when it does not."""
+    text = config.get_text_config()
+    return next((k for name in CHOSEN if isinstance(k := getattr(text, name, None), int)), 0)
+
+
+def _check_sizes(config: PreTrainedConfig, experts: list[ExpertsModule]) -> None:
+    for module in experts:
+        sizes = {module.num_experts, *(n for m in module.matrices for n in (m.rows, m.columns))}
+        if min(sizes) < 1:
+            raise CheckpointError(
+                f"the model's config makes {module.path} of {module.num_experts} experts with "
+                f"sizes {sorted(sizes)}: fetch it again"
+            )
+    most = max(module.num_experts for module in experts)
+    for name in CHOSEN:
+        given = getattr(config, name, None)
+        for chosen in given if isinstance(given, list) else [given]:
+            if chosen is not None and (type(chosen) is not int or not 1 <= chosen <= most):
+                raise CheckpointError(
+                    f"the model's config has {name} {chosen!r} where a layer has {most} experts: "
+                    "fetch it again"
+                )
+
+
+def _describe(path: str, module: nn.Module) -> ExpertsModule:
+    transposed = bool(module.is_transposed)
+    parameters = dict(module.named_parameters(recurse=False))
+    matrices = []
+    for name in MATRICES:
+        weight = parameters.pop(name, None)
+        if weight is None:
+            continue
+        bias = parameters.pop(f"{name}_bias", None)
+        rows, columns = weight.shape[-2:] if not transposed else weight.shape[:-3:-1]
+        matrices.append(
+            MatrixSpec(name, rows, columns, bias is not None, weight.dtype, weight.dtype)
+        )
+        experts = weight.shape[0]
+    expected = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+    if parameters or tuple(m.name for m in matrices) != expected:
+        names = ", ".join([*parameters, *(m.name for m in matrices)])
+        raise UnsupportedModelError(
+            f"{type(module).__name__} is not supported: its parameters ({names}) are not those of "
+            "an experts block this program knows; run it with transformers itself"
+        )
+    return ExpertsModule(path, experts, transposed, tuple(matrices))
+
+
+def without_packed_weights(
+    cls: type[PreTrainedModel], quantised: Sequence[str]
+) -> type[PreTrainedModel]:
+    """A class like `cls` whose instances lack what comes from records: the experts' weights, and
+    those of the modules with the paths `quantised`."""
+
+    def __init__(
+        self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any
+    ) -> None:
+        cls.__init__(self, config, *args, **kwargs)
+        setattr(self, DESCRIBED, find_experts(self))
+        for module in experts_modules(self):
+            _strip(module)
+        modules = dict(self.named_modules())
+        for path in quantised:
+            self.set_submodule(path, _from_record(path, modules.get(path)))
+
+    def save_pretrained(self: PreTrainedModel, *_: Any, **__: Any) -> None:
+        raise OffloadError(
+            "this model's experts are in its pack, not in its modules: copy the folder of the pack "
+            "(model.offload.pack.path) instead of saving"
+        )
+
+    members = {
+        "__init__": __init__,
+        "__module__": cls.__module__,
+        "__doc__": cls.__doc__,
+        "save_pretrained": save_pretrained,
+    }
+    return type(cls.__name__, (cls,), members)
+
+
+def _from_record(path: str, module: nn.Module | None) -> QuantizedLinear | QuantizedEmbedding:
+    if type(module) is nn.Embedding:
+        return QuantizedEmbedding(module)
+    if type(module) is nn.Linear:
+        return QuantizedLinear(module)
+    raise PackError(f"the pack has a matrix for {path!r}, where the model has none: {REMAKE}")
+
+
+def _strip(module: nn.Module) -> None:
+    for name, _ in list(module.named_parameters(recurse=False)):
+        delattr(module, name)
+    module._is_hf_initialized = True  # type: ignore[assignment]  # its class would fill the weights
+
+
+def described_experts(model: PreTrainedModel) -> list[ExpertsModule]:
+    """What `find_experts` found in a model `without_packed_weights`, when it still had them."""
+    described: list[ExpertsModule] = getattr(model, DESCRIBED)
+    return described
+
+
+def experts_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules `find_experts` describes, in the same order."""
+    return [module for module in model.modules() if is_experts_module(module)]
+
+
+def install(module: nn.Module, block: ExpertBlock) -> None:
+    """Let `block` compute the experts of `module`."""
+    if not hasattr(module, "has_post_expert_norm"):  # transformers 5.17 knows of none
+        object.__setattr__(module, "has_post_expert_norm", False)
+    object.__setattr__(module, BLOCK, block)
+
+
+def find_router(model: nn.Module, experts_path: str, num_experts: int) -> nn.Module | None:
+    """The module beside the experts that chooses among them, or None when it cannot be told.
+
+    transformers' routers have a weight [num_experts, H] and return `(logits, weights, index, ...)`.
+    """
+    parent = model.get_submodule(experts_path.rpartition(".")[0])
+    for child in parent.children():
+        weights = [p for p in child.parameters() if p.dim() == 2 and p.shape[0] == num_experts]
+        if weights and not is_experts_module(child):
+            return child
+    return None

@@ -1,0 +1,156 @@
+"""The pack of a model: found, or made from its checkpoint.
+
+Knows: what is looked at in which order, where packs are kept, which bits fit. Does not know: how
+one is made (`offload.make_pack`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from offload.budget.resolve import Planner
+from offload.errors import BudgetError, SourceError
+from offload.files import user_path
+from offload.home import offload_home
+from offload.model import demo, sources
+from offload.model.generation_config import check_generation_config
+from offload.model.seam import build_on_meta, find_experts, model_class, own_config
+from offload.pack.describe import PackSource
+from offload.pack.make import PackMaker, fingerprint
+from offload.pack.recipe import AskedBits, Recipe, most_bits
+from offload.quant.hqq import CPU
+from offload.quant.pack import VERSION, Pack, is_pack
+
+logger = logging.getLogger("offload")
+
+
+def find_source(
+    name: str, *, revision: str | None, local_files_only: bool, trust_remote_code: bool
+) -> sources.Source:
+    """What `name` stands for; "demo" is built if need be. Raises `SourceError`."""
+    if name == sources.DEMO:
+        return sources.Source(name, demo.checkpoint(), is_pack=False)
+    return sources.find(
+        name,
+        revision=revision,
+        local_files_only=local_files_only,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+def find_or_make_pack(
+    source: str,
+    recipe: Recipe | None,
+    *,
+    pack_dir: str | Path | None = None,
+    destination: Path | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+    trust_remote_code: bool = False,
+    device: torch.device = CPU,
+    plan: Planner | None = None,
+) -> Path:
+    """The folder of the pack for `source`, made if need be, at `destination` or under `pack_dir`.
+
+    Weights are quantised on `device`. What `plan` refuses is not made. A `recipe` of None is the
+    one that fits what `plan` (then not None) has.
+    """
+    found = find_source(
+        source,
+        revision=revision,
+        local_files_only=local_files_only,
+        trust_remote_code=trust_remote_code,
+    )
+    if found.is_pack:
+        if destination is not None:
+            raise SourceError(f"{source} is a pack already: name the checkpoint it was made from")
+        return found.folder
+    check_generation_config(found.folder)
+    config = sources.read_config(found.name, found.folder, trust_remote_code=trust_remote_code)
+    cls = model_class(config, str(found.folder), trust_remote_code)
+    model = build_on_meta(own_config(config, cls), cls)
+    experts = find_experts(model)
+    mark = found.commit or fingerprint(found.folder)
+
+    def place(recipe: Recipe) -> Path:
+        return destination or pack_path(found.name, mark, recipe, pack_dir)
+
+    if recipe is not None and destination is None and is_pack(place(recipe)):
+        return place(recipe)
+    sources.fetch_weights(found, local_files_only=local_files_only)
+    maker = PackMaker(PackSource(found.name, mark, found.folder), model, experts)
+    if recipe is None:
+        assert plan is not None, "what fits depends on a plan"
+        recipe = _fitting_recipe(maker, plan, config, model, place)
+    if plan is not None:
+        plan(maker.describe(recipe), config, model)
+    maker.make(place(recipe), recipe, device)
+    return place(recipe)
+
+
+def _fitting_recipe(
+    maker: PackMaker,
+    plan: Planner,
+    config: PreTrainedConfig,
+    model: PreTrainedModel,
+    place: Callable[[Recipe], Path],
+) -> Recipe:
+    """The recipe for what `plan` has: the most bits at which all experts are resident, else in RAM.
+
+    A pack that was made before is taken while all of it is resident: what is free changes from one
+    start to the next, and quantising takes long.
+    """
+    everything = replace(plan, slots=None)
+
+    def resident(recipe: Recipe) -> bool:
+        info = maker.describe(recipe)
+        try:
+            return everything(info, config, model).slots >= info.total_experts
+        except BudgetError:
+            return False
+
+    def in_ram(recipe: Recipe) -> bool:  # without a GPU that is what resident means
+        host = plan.memory.ram if plan.device.type != "cpu" else 0
+        return maker.describe(recipe).expert_bytes < host
+
+    def made(recipe: Recipe) -> bool:
+        return is_pack(place(recipe)) and resident(recipe)
+
+    chosen, best = most_bits(made, resident, in_ram), most_bits(resident, in_ram)
+    space = f"{plan.memory.device / 2**30:.1f} GiB"
+    if chosen != best:
+        logger.warning("%s is here and fits %s; --bits %s would too", chosen.name, space, best.name)
+    elif resident(chosen):
+        logger.warning("bits that fit %s: %s", space, chosen.name)
+    else:
+        logger.warning("no bits fit %s: %s, and experts are streamed", space, chosen.name)
+    return chosen
+
+
+def pack_path(name: str, mark: str, recipe: Recipe, pack_dir: str | Path | None) -> Path:
+    """Where the pack of a model goes: its name says what it was made from and how."""
+    whole = re.sub(r"[^\w.-]+", "--", name).encode()
+    slug = whole[:100].decode(errors="ignore")  # a file's name has 255 bytes at most
+    folder = user_path(pack_dir) if pack_dir else offload_home() / "packs"
+    how = re.sub(r"[^\w.-]+", "-", str(recipe).replace("experts=", "e").replace("attention=", "a"))
+    if len(how) > 40:
+        how = how[:30] + "-" + hashlib.sha256(str(recipe).encode()).hexdigest()[:8]
+    return folder / f"{slug}-{how}-v{VERSION}-{mark[:12]}"
+
+
+def check_recipe(pack: Pack, asked: AskedBits) -> None:
+    """A pack is as it was made: asking for something else is an error, not ignored."""
+    made = Recipe.parse(pack.info.bits)
+    if (wanted := asked.on(made)) != made:
+        raise SourceError(
+            f"{pack.path} is a pack with {made.name}, not {wanted.name}: leave the option out, or "
+            "name the checkpoint to make another pack"
+        )

@@ -1,0 +1,173 @@
+"""From a checkpoint to a pack, a layer at a time.
+
+Knows: the order of the work and how much is left. Does not know: how weights become bytes
+(`quant.record`) nor how they reach the disk safely (`quant.pack_writer`).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from offload.budget.budget import gib
+from offload.model.checkpoint import Checkpoint
+from offload.model.companions import companions
+from offload.model.formats.opening import files_of, open_weights
+from offload.model.formats.safetensors import DTYPES, INDEX, SafetensorsSource
+from offload.model.seam import ExpertsModule
+from offload.pack.describe import Describer, PackSource
+from offload.pack.encoding import Matrices, Read, Work, encode_in_turn, make_encoder
+from offload.pack.recipe import Recipe
+from offload.progress import Progress
+from offload.quant.encode import Encoder
+from offload.quant.errors import PackError
+from offload.quant.pack import PackDense, PackInfo
+from offload.quant.pack_writer import ELSEWHERE, PackWriter
+from offload.quant.record import RecordLayout
+
+SAFETENSORS_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+GGUF_HEADER = 2**16  # bytes of a GGUF file in its fingerprint, beside the samples
+DENSE_FILE_BYTES = 256 * 2**20  # the non-expert weights are written in files of about this size
+
+
+class PackMaker:
+    """Makes packs of one checkpoint."""
+
+    def __init__(
+        self, source: PackSource, model: PreTrainedModel, experts: list[ExpertsModule]
+    ) -> None:
+        """`model` is on meta with its experts. Raises `CheckpointError`."""
+        self._source = source
+        self._checkpoint = Checkpoint(open_weights(source.folder, model), model, experts)
+        self._experts = experts
+        self._describer = Describer(source, self._checkpoint, model, experts)
+
+    def describe(self, recipe: Recipe) -> PackInfo:
+        """What `make` makes. Raises `RecipeError`."""
+        return self._describer.describe(recipe)
+
+    def make(self, path: Path, recipe: Recipe, device: torch.device) -> None:
+        """Write the pack `path`; weights are quantised on `device`.
+
+        Goes on where an interrupted run stopped, and returns at once when the pack is there. Holds
+        the weights of two experts, one record, and two chunks for each process at most. Raises
+        `PackError` when the disk is too small.
+        """
+        info = self.describe(recipe)
+        with PackWriter(path, info) as writer:
+            if not writer.done:
+                self._write(writer, info, device)
+                writer.finish()
+
+    def _write(self, writer: PackWriter, info: PackInfo, device: torch.device) -> None:
+        beside = list(companions(self._source.folder))  # first: a tokenizer may be unusable
+        work = Work.left(info, writer.has)
+        files = self._dense_files(info)
+        missing = [tensors for file, tensors in files.items() if not writer.has(file)]
+        as_stored = sum(nbytes for tensors in missing for _, nbytes in tensors)
+        _check_space(writer.path, work.nbytes + as_stored)
+        verb = "quantising" if work.quantises else "packing"
+        with (
+            Progress(f"{verb} {info.source}", total=work.weights, unit="weights") as progress,
+            make_encoder(work.weights if work.quantises else 0, device) as encoder,
+        ):
+            for layer in work.layers:
+                reads = self._reads(layer, info.layout_of(layer))
+                writer.write_layer(layer, encode_in_turn(reads, encoder, progress))
+            for members in work.dense_files:
+                self._write_dense_records(writer, members, encoder, progress)
+        self._write_dense(writer, files)
+        for name, data in beside:
+            writer.write_file(name, data)
+
+    def _reads(self, layer: int, layout: RecordLayout) -> Iterator[tuple[RecordLayout, Read]]:
+        module = self._experts[layer]
+        for expert in range(module.num_experts):
+            yield layout, functools.partial(self._checkpoint.expert, module, expert)
+
+    def _write_dense_records(
+        self,
+        writer: PackWriter,
+        members: Sequence[PackDense],
+        encoder: Encoder,
+        progress: Progress,
+    ) -> None:
+        """A file of quantised matrices that are not experts'."""
+
+        def read(dense: PackDense) -> Matrices:
+            return {"weight": (self._checkpoint.read_plain(f"{dense.modules[0]}.weight"), None)}
+
+        reads = ((writer.info.dense_layout(d), functools.partial(read, d)) for d in members)
+        records = encode_in_turn(reads, encoder, progress)
+        tensors = [
+            (dense.modules[0], "U8", (len(record),), record.clone())
+            for dense, record in zip(members, records, strict=True)
+        ]
+        writer.write_tensors(members[0].file_name, tensors)
+
+    def _dense_files(self, info: PackInfo) -> dict[str, list[tuple[str, int]]]:
+        """The tensors kept as stored, by file: names and bytes."""
+        quantised = {f"{module}.weight" for dense in info.dense for module in dense.modules}
+        files: list[list[tuple[str, int]]] = [[]]
+        for name, nbytes in self._checkpoint.dense(quantised):
+            if sum(size for _, size in files[-1]) >= DENSE_FILE_BYTES:
+                files.append([])
+            files[-1].append((name, nbytes))
+        return {f"model-{n:05d}.safetensors": tensors for n, tensors in enumerate(files, start=1)}
+
+    def _write_dense(self, writer: PackWriter, files: dict[str, list[tuple[str, int]]]) -> None:
+        """Files that a loader of sharded checkpoints reads."""
+        weight_map: dict[str, str] = {}
+        for file, tensors in files.items():
+            weight_map.update((name, file) for name, _ in tensors)
+            if not writer.has(file):
+                loaded = [_as_bytes(name, self._checkpoint.read(name)) for name, _ in tensors]
+                writer.write_tensors(file, loaded)
+        index = {"metadata": {}, "weight_map": weight_map}
+        writer.write_file(INDEX, json.dumps(index, indent=1).encode())
+
+
+def _as_bytes(name: str, tensor: Tensor) -> tuple[str, str, tuple[int, ...], Tensor]:
+    kind = SAFETENSORS_NAMES[tensor.dtype]
+    return name, kind, tuple(tensor.shape), tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def _check_space(path: Path, needed: int) -> None:
+    free = shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise PackError(
+            f"the pack needs {gib(needed)} and {path.parent} has {gib(free)} "
+            f"free: free some space, or choose {ELSEWHERE}"
+        )
+
+
+def fingerprint(path: Path) -> str:
+    """A digest of a checkpoint folder or GGUF file that changes when its weights do, without
+    reading all of them.
+
+    Covers config.json, each weight file's size, time of change and header, and 64 samples of 4 KiB
+    spread over it.
+    """
+    digest = hashlib.sha256()
+    if path.is_dir():
+        digest.update((path / "config.json").read_bytes())
+        SafetensorsSource(path)  # the headers are sound: their lengths can be believed
+    for file in files_of(path):
+        size, changed = file.stat().st_size, file.stat().st_mtime_ns
+        digest.update(f"{file.name} {size} {changed}".encode())
+        with file.open("rb") as handle:
+            header = int.from_bytes(handle.read(8), "little") if path.is_dir() else GGUF_HEADER
+            digest.update(handle.read(header))
+            for start in range(8 + header, size, max(4096, math.ceil((size - header) / 64))):
+                handle.seek(start)
+                digest.update(handle.read(4096))
+    return digest.hexdigest()

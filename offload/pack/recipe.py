@@ -1,0 +1,218 @@
+"""Which weights are stored how: rules, presets, and the shorthand of the flags.
+
+Knows: the parts of a model and the text of rules. Does not know: which matrix belongs to which part
+(`offload.parts`), nor what a scheme means (`quant.scheme`).
+
+    experts=3,attention=4,layers.0-1.experts=8
+
+Rules are read from left to right, and a later one wins. A preset stands for its rules.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+from offload.errors import RecipeError
+from offload.quant.scheme import Scheme
+
+PARTS = ("experts", "attention", "shared", "mlp", "head", "embeddings")
+DENSE = ("attention", "shared", "mlp", "head")  # what `dense=` stands for; a table costs no speed
+AS_STORED = Scheme(16)
+PRESETS = MappingProxyType(
+    {
+        "q8": "experts=8,dense=8",
+        "q6": "experts=6,dense=6",
+        "q5": "experts=5,dense=6",  # fewer bits in the rest save little and cost much
+        "q4": "experts=4,dense=6",
+        "q3": "experts=3g32,dense=6",
+        "q2": "experts=2g16s8,dense=6",
+        "mixtral-offloading": "experts=2g16s8,attention=4g64s8",  # arXiv 2312.17238, its default
+    }
+)
+FIT = "fit"  # chosen by the budget: the first of `FITTING` whose experts are all resident
+FITTING = ("q8", "q6", "q5", "q4", "q3", "q2")
+_RULE = re.compile(r"(?:layers\.(\d{1,4})(?:-(\d{1,4}))?\.)?(\w+)=(\w+)")
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """A part's scheme in the decoder layers `first` to `last`, both included."""
+
+    first: int
+    last: int
+    part: str
+    scheme: Scheme
+
+    def __str__(self) -> str:
+        layers = str(self.first) if self.first == self.last else f"{self.first}-{self.last}"
+        return f"layers.{layers}.{self.part}={self.scheme}"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How every weight of a model is stored; usually experts at 4 bits and the rest as stored.
+
+    `str` gives text that `parse` reads back.
+    """
+
+    parts: Mapping[str, Scheme] = field(
+        default_factory=lambda: {**dict.fromkeys(PARTS, AS_STORED), "experts": Scheme(4)}
+    )
+    layer_rules: tuple[LayerRule, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str, group_size: int = 64) -> Recipe:
+        """A recipe from rules or a preset's name, on top of the usual one.
+
+        `group_size` is for schemes that name none. Raises `RecipeError`.
+        """
+        recipe = cls()
+        for rule in text.split(","):
+            recipe = recipe.with_rule(rule.strip(), group_size)
+        return recipe
+
+    def scheme(self, part: str, layer: int | None) -> Scheme:
+        """How the weights of `part` in decoder layer `layer` (None: outside them) are stored."""
+        for rule in reversed(self.layer_rules):
+            if rule.part == part and layer is not None and rule.first <= layer <= rule.last:
+                return rule.scheme
+        return self.parts[part]
+
+    def check_layers(self, last: int) -> None:
+        """Raise `RecipeError` when a rule is about layers after `last`, the model's last one."""
+        for rule in self.layer_rules:
+            if rule.last > last:
+                raise RecipeError(f"{rule}: the model has layers 0 to {last}, name some of them")
+
+    def __str__(self) -> str:
+        parts = [
+            f"{part}={scheme}"
+            for part, scheme in self.parts.items()
+            if part == "experts" or scheme != AS_STORED
+        ]
+        return ",".join([*parts, *map(str, self.layer_rules)])
+
+    @property
+    def name(self) -> str:
+        """The preset that this is, else its rules."""
+        presets = (name for name in PRESETS if Recipe.parse(name) == self)
+        return next(presets, str(self))
+
+    def with_rule(self, rule: str, group_size: int = 64) -> Recipe:
+        """This recipe, changed by one rule or a preset. Raises `RecipeError`."""
+        if rule in PRESETS:
+            recipe = self
+            for part in PRESETS[rule].split(","):
+                recipe = recipe.with_rule(part, group_size)
+            return recipe
+        match = _RULE.fullmatch(rule)
+        if match is None:
+            raise RecipeError(_no_rule(rule))
+        part = match[3]
+        if part not in (*PARTS, "dense"):
+            raise RecipeError(
+                f"{rule}: there is no part {part!r}{_like(part, PARTS)}: the parts are "
+                f"{', '.join(PARTS)}, and dense for all but experts and embeddings"
+            )
+        try:
+            scheme = Scheme.parse(match[4], group_size)
+        except ValueError as error:
+            raise RecipeError(f"{rule}: {error}") from None
+        recipe = self
+        for name in DENSE if part == "dense" else (part,):
+            recipe = recipe._with_scheme(match[1], match[2], name, scheme)
+        return recipe
+
+    def _with_scheme(
+        self, first: str | None, last: str | None, part: str, scheme: Scheme
+    ) -> Recipe:
+        if first is not None:
+            rule = LayerRule(int(first), int(last or first), part, scheme)
+            if rule.first > rule.last:
+                raise RecipeError(f"layers.{first}-{last} has no layers: write the lower one first")
+            return replace(self, layer_rules=(*self.layer_rules, rule))
+        kept = tuple(rule for rule in self.layer_rules if rule.part != part)
+        return Recipe({**self.parts, part: scheme}, kept)
+
+    def regrouped(self, group_size: int) -> Recipe:
+        """The same bits with another group size wherever there are groups."""
+
+        def regroup(scheme: Scheme) -> Scheme:
+            try:
+                return replace(scheme, group_size=group_size) if scheme.quantised else scheme
+            except ValueError as error:
+                raise RecipeError(str(error)) from None
+
+        rules = tuple(replace(rule, scheme=regroup(rule.scheme)) for rule in self.layer_rules)
+        return Recipe({part: regroup(scheme) for part, scheme in self.parts.items()}, rules)
+
+
+def _like(word: str, known: Iterable[str]) -> str:
+    """A hint at the known word that was probably meant."""
+    close = difflib.get_close_matches(word.lower(), list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _no_rule(rule: str) -> str:
+    """What to say to text that is neither a preset nor a rule."""
+    if " " in rule:
+        hint = " (a comma goes between rules)"
+    else:  # llama.cpp's Q4_K_M is our q4
+        hint = _like(re.sub(r"^(q\d)_.*", r"\1", rule.lower()), PRESETS)
+    return (
+        f"{rule!r} is not a rule for bits{hint}: write a preset ({', '.join(PRESETS)}, {FIT}) or "
+        "rules like experts=3,layers.0-1.experts=8"
+    )
+
+
+@dataclass(frozen=True)
+class AskedBits:
+    """What a caller said about bits; None where nothing was said."""
+
+    bits: str | None = None
+    expert_bits: int | None = None
+    dense_bits: int | None = None
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.bits is not None and not isinstance(self.bits, str):
+            raise RecipeError(f"bits is {self.bits!r}: write text like 'q4' or 'experts=3'")
+        others = (self.expert_bits, self.dense_bits, self.group_size)
+        if self.fit and any(other is not None for other in others):
+            raise RecipeError(f"{FIT!r} chooses everything: leave the other options on bits out")
+        self.on(Recipe())  # raises what is wrong before any work
+
+    @property
+    def fit(self) -> bool:
+        return self.bits == FIT
+
+    def on(self, base: Recipe) -> Recipe:
+        """`base`, changed by what was asked. Raises `RecipeError`."""
+        if self.fit:
+            return base
+        recipe = base
+        if self.bits is not None:
+            recipe = Recipe.parse(self.bits, self.group_size or 64)
+        elif self.group_size is not None:
+            recipe = recipe.regrouped(self.group_size)
+        for part, given in (("experts", self.expert_bits), ("dense", self.dense_bits)):
+            if given is not None:
+                recipe = recipe.with_rule(f"{part}={given}", self.group_size or 64)
+        return recipe
+
+    def recipe(self) -> Recipe | None:
+        """The recipe for a new pack; None: the one that fits."""
+        return None if self.fit else self.on(Recipe())
+
+
+def most_bits(*conditions: Callable[[Recipe], bool]) -> Recipe:
+    """The most bits that meet the first condition that any can meet; else the fewest bits."""
+    recipes = [Recipe.parse(text) for text in FITTING]
+    return next(
+        (recipe for condition in conditions for recipe in recipes if condition(recipe)),
+        recipes[-1],
+    )

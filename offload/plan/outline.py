@@ -1,0 +1,149 @@
+"""A model as its config and index tell it, without a weight.
+
+Knows: where shapes come from: a pack's manifest, files' headers, else the model that transformers
+builds from the config. Does not know: machines, what fits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from offload.errors import CheckpointError
+from offload.json_file import read_object
+from offload.model import demo, sources
+from offload.model.checkpoint import Checkpoint
+from offload.model.formats.gguf_files import is_gguf
+from offload.model.formats.opening import open_weights
+from offload.model.formats.safetensors import INDEX, SINGLE, weight_files
+from offload.model.formats.source import ExpectedSource
+from offload.model.seam import build_on_meta, chosen_experts, find_experts, model_class, own_config
+from offload.pack.describe import Describer, PackSource
+from offload.pack.recipe import Recipe
+from offload.quant.pack import PackInfo, read_info
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A model whose packs can be described."""
+
+    name: str
+    config: PreTrainedConfig
+    model: PreTrainedModel  # on meta, whole
+    made: PackInfo | None  # it is a pack already
+    top_k: int
+    table: str | None  # the module of a token table that is not the head too: a token reads a row
+    table_weights: int
+    download_bytes: int | None  # of weights that are not here; None: they are, or nobody says
+    from_config: bool  # no file's header was read: dtypes are as the config says
+    describer: Describer
+
+    def describe(self, recipe: Recipe) -> PackInfo:
+        """The pack by `recipe`. Raises `RecipeError`."""
+        if self.made is not None and Recipe.parse(self.made.bits) == recipe:
+            return self.made
+        return self.describer.describe(recipe)
+
+    def read_bytes(self, info: PackInfo, itemsize: int) -> int:
+        """Bytes of the weights beside the experts that each token reads."""
+        of_table = 0
+        if self.table is not None:
+            records = (info.dense_layout(d) for d in info.dense if self.table in d.modules)
+            record = next(records, None)
+            of_table = record.record_bytes if record else self.table_weights * itemsize
+        return info.dense_bytes(itemsize) - of_table
+
+    def active_parameters(self, info: PackInfo) -> int:
+        """Weights a token is multiplied with."""
+        chosen = sum(self.top_k * info.layout_of(i).weights for i in range(len(info.layers)))
+        return chosen + info.dense_parameters - self.table_weights
+
+
+def outline(
+    name: str, *, revision: str | None, local_files_only: bool, trust_remote_code: bool
+) -> Outline:
+    """The model `name`: a pack, folder, GGUF file, hub id or the demo.
+
+    Of a hub model nothing but config.json and its index is fetched. Raises `OffloadError`.
+    """
+    if name == sources.DEMO and not demo.place().is_dir():
+        return _outline(name, demo.planned_config(), None, None, trust_remote_code)
+    found = (
+        sources.Source(name, demo.place(), is_pack=False)
+        if name == sources.DEMO
+        else sources.find(
+            name,
+            revision=revision,
+            local_files_only=local_files_only,
+            trust_remote_code=trust_remote_code,
+            files=sources.SHAPE_FILES,
+        )
+    )
+    config = sources.read_config(found.name, found.folder, trust_remote_code=trust_remote_code)
+    made = read_info(found.folder) if found.is_pack else None
+    return _outline(found.name, config, found.folder, made, trust_remote_code)
+
+
+def _outline(
+    name: str,
+    config: PreTrainedConfig,
+    folder: Path | None,
+    made: PackInfo | None,
+    trust_remote_code: bool,
+) -> Outline:
+    cls = model_class(config, str(folder or name), trust_remote_code)
+    model = build_on_meta(own_config(config, cls), cls)
+    experts = find_experts(model)
+    here = folder is not None and made is None and _has_weights(folder)
+    source = open_weights(folder, model) if here and folder else ExpectedSource(model)
+    checkpoint = Checkpoint(source, model, experts)
+    top_k = chosen_experts(config)
+    if not top_k:
+        raise CheckpointError(f"{name}: its config does not say how many experts a token uses")
+    table, weights = _table(model)
+    return Outline(
+        name,
+        config,
+        model,
+        made,
+        top_k,
+        table,
+        weights,
+        None if here or folder is None else _index_bytes(folder),
+        not here,
+        Describer(PackSource(name, "", folder or Path(name)), checkpoint, model, experts),
+    )
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether a checkpoint's files are all here, readable or not."""
+    if is_gguf(folder):
+        return True
+    if (folder / INDEX).is_file():
+        try:
+            return bool(weight_files(folder))
+        except CheckpointError:
+            return False
+    known = (SINGLE, "*.bin", "*.pt", "*.gguf")
+    return any(True for pattern in known for _ in folder.glob(pattern))
+
+
+def _index_bytes(folder: Path) -> int | None:
+    """Bytes of the weights, as the index of a checkpoint says."""
+    if not (folder / INDEX).is_file():
+        return None
+    said = read_object(folder / INDEX).get("metadata")
+    size = said.get("total_size") if isinstance(said, dict) else None
+    return size if type(size) is int and size > 0 else None
+
+
+def _table(model: PreTrainedModel) -> tuple[str | None, int]:
+    """The token table, when it is not the head too, and its weights."""
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    paths = {id(module): path for path, module in model.named_modules()}
+    tied = {name.rpartition(".")[0] for name in model.all_tied_weights_keys}
+    if table is None or (head is not None and paths.get(id(head)) in tied):
+        return None, 0
+    return paths[id(table)], sum(p.numel() for p in table.parameters())

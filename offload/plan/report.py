@@ -1,0 +1,227 @@
+"""A plan for a reader.
+
+Knows: columns, units, the command that carries it out. Does not know: how it was made
+(`offload.plan`).
+"""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+from offload.budget.budget import gib
+from offload.cache.simulate.forecast import HOST, LOCAL, RATES, USUAL
+from offload.home import offload_home
+from offload.plan.plan import Row
+from offload.plan.plan_part import GOOD_BITS, Plan
+
+COLUMNS = ("bits", "experts", "pack", "resident", "rest in", "tok/s", "range", "limit")
+
+
+def lines(plan: Plan, command: str, traced: bool) -> Iterator[str]:
+    """For a terminal of 80 columns."""
+    yield from _heading(plan)
+    yield ""
+    yield from _table(plan)
+    if plan.chosen is not None:
+        yield ""
+        yield from _sizes(plan, plan.chosen)
+        yield ""
+        yield f"Run:  {command}"
+    yield ""
+    width = min(shutil.get_terminal_size().columns, 100)
+    for note in notes(plan, traced):
+        yield from textwrap.wrap(f"- {note}", width, subsequent_indent="  ")
+
+
+def _heading(plan: Plan) -> Iterator[str]:
+    outline, target = plan.outline, plan.target
+    info = plan.rows[0].info
+    counts = sorted({layer.num_experts for layer in info.layers})
+    yield (
+        f"{outline.name} ({outline.config.model_type}): {info.parameters / 1e9:.1f} B weights, "
+        f"{outline.active_parameters(info) / 1e9:.1f} B read a token"
+    )
+    yield (
+        f"{len(info.layers)} layers of {'/'.join(map(str, counts))} experts, of which a token uses "
+        f"{outline.top_k}"
+    )
+    yield f"on {target.name}: {_memory(plan)}"
+    machine = target.hardware
+    if target.device.type == "cpu":
+        rates = f"RAM {machine.memory_gb_per_s:.1f} GB/s, copies {machine.link_gb_per_s:.1f} GB/s"
+    else:
+        rates = f"VRAM {machine.memory_gb_per_s:.0f} GB/s, link {machine.link_gb_per_s:.1f} GB/s"
+    yield f"{rates}, disk {machine.disk_gb_per_s:.1f} GB/s"
+
+
+def _memory(plan: Plan) -> str:
+    memory, cards = plan.target.memory, plan.target.cards
+    if plan.target.device.type == "cpu":
+        return f"{gib(memory.device)} of RAM to use"
+    each = " each" if cards > 1 else ""
+    return f"{gib(memory.device)} of VRAM{each} and {gib(memory.ram)} of RAM to use"
+
+
+def _table(plan: Plan) -> Iterator[str]:
+    cells = [list(COLUMNS), *(_cells(row, row is plan.chosen) for row in plan.rows)]
+    widths = [max(len(row[at]) for row in cells if len(row) > at) for at in range(len(COLUMNS))]
+    for row in cells:
+        texts = [
+            text.ljust(width) if name in ("rest in", "limit") else text.rjust(width)
+            for name, text, width in zip(COLUMNS, row, widths, strict=False)
+        ]
+        yield " ".join(" " + text for text in texts).rstrip()
+
+
+def _cells(row: Row, chosen: bool) -> list[str]:
+    bits = f"{'>' if chosen else ''}{_bits(row)}"
+    cells = [bits, _gib(row.info.expert_bytes), _gib(row.pack_bytes)]
+    if row.forecast is None:
+        return [*cells, "does not fit"]
+    return [
+        *cells,
+        f"{row.slots}/{row.info.total_experts} {row.slots / row.info.total_experts:>4.0%}",
+        _rest(row),
+        _speed(row.forecast.usual),
+        f"{_speed(row.forecast.low)}-{_speed(row.forecast.high)}",
+        row.forecast.limited_by,
+    ]
+
+
+def _rest(row: Row) -> str:
+    if row.resident:
+        return "-"
+    return row.rest if row.rest == "RAM" else f"{row.disk_share:.0%} disk"
+
+
+def _bits(row: Row) -> str:
+    """Bits alone where everything else about them is as usual."""
+    text = str(row.bits)
+    return text.removesuffix("g64")
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
+
+
+def _speed(tokens_per_s: float) -> str:
+    return f"{tokens_per_s:.0f}" if tokens_per_s >= 99.5 else f"{tokens_per_s:.2g}"
+
+
+def _sizes(plan: Plan, row: Row) -> Iterator[str]:
+    info, budget, cards = row.info, row.budget, plan.target.cards
+    device = "RAM" if plan.target.device.type == "cpu" else "VRAM"
+    each = " at most a card" if cards > 1 else ""
+    rest = info.total_experts - row.slots
+    where = f"{row.slots} resident" + (f", {rest} in {_source(row)}" if rest else "")
+    yield f"At {row.recipe.name}:"
+    yield f"  dense      {gib(budget.dense):>10}{each} in {device}"
+    twice = ", with one of fixed size for CUDA graphs" * row.fixed_cache
+    yield f"  KV cache   {gib(budget.kv_cache):>10}{each}, {plan.context} tokens{twice}"
+    yield f"  workspace  {gib(budget.workspace):>10}{each}"
+    if row.chunk < min(plan.ubatch, plan.context):
+        yield f"  prompts    {row.chunk} tokens at once: attention's scores take what is left"
+    if row.staging_bytes:
+        yield f"  staging    {gib(row.staging_bytes):>10}{each}, prompts are streamed through it"
+    yield f"  experts    {gib(info.expert_bytes):>10}, {gib(info.slot_bytes)} each: {where}"
+    yield f"  pack       {gib(row.pack_bytes):>10} on the disk{_download(plan)}"
+    for share in row.shares:
+        beside = f"dense {gib(share.dense)}, KV {gib(share.kv_cache)}"
+        held = f"{share.slots}/{share.experts} experts"
+        yield f"  card {share.number:<5} {len(share.blocks):>4} layers, {held}, {beside}"
+
+
+def _source(row: Row) -> str:
+    if row.rest == "RAM":
+        return "RAM"
+    return "RAM or on disk" if row.disk_share < 1 else "files on disk"
+
+
+def _download(plan: Plan) -> str:
+    size = plan.outline.download_bytes
+    return f", made from {gib(size)} of weights" if size else ""
+
+
+def notes(plan: Plan, traced: bool) -> Iterator[str]:
+    """What a reader must know to believe it."""
+    if not any(row.forecast for row in plan.rows):
+        pass  # no speed is told
+    elif traced:
+        yield (
+            "tok/s is simulated on the trace, not measured; its range: no look-ahead, "
+            f"{_low_end(plan)}, to look-ahead{_high_end(plan)}"
+        )
+    else:
+        yield (
+            f"tok/s is simulated, not measured: a token repeats {USUAL.stickiness:.0%} of the "
+            f"choices before; its range: none repeated, all experts alike, {_low_end(plan)}, to "
+            f"{LOCAL.stickiness:.0%} repeated, few experts favoured{_high_end(plan)}"
+        )
+    yield from _engine(plan)
+    if any(row.rest == "disk" for row in plan.rows):
+        yield (
+            "rest in: of what is loaded because it has no slot, so much comes from the disk, the "
+            "others from RAM"
+        )
+    if plan.chosen is not None and plan.chosen.bits.bits < GOOD_BITS:
+        yield (
+            f"fewer than {GOOD_BITS} bits cost much quality: measure it with offload check, or "
+            f"give --expert-bits {GOOD_BITS} for the slower row"
+        )
+    yield from plan.target.notes
+    if plan.outline.from_config and plan.outline.made is None:
+        yield "sizes are those of config.json: the weights are not here"
+    if plan.outline.made is not None:
+        yield "this pack has its bits: other rows need its checkpoint"
+    if plan.target.here and plan.chosen is not None and plan.outline.made is None:
+        free = _free_bytes(offload_home())
+        if plan.chosen.pack_bytes > free:
+            yield f"{offload_home()} has {gib(free)} free: the pack needs more (--pack-dir)"
+    refused = [row for row in plan.rows if row.refusal]
+    if refused:
+        yield f"at {_bits(refused[-1])} bits: {refused[-1].refusal}"
+    if plan.remedy:
+        yield f"with {plan.remedy} it fits"
+
+
+def _engine(plan: Plan) -> Iterator[str]:
+    """Who plans the steps that were simulated."""
+    rows = [row for row in plan.rows if row.forecast]
+    if plan.target.device.type == "cpu" or not rows:
+        return
+    by_host = [_bits(row) for row in rows if not row.on_device]
+    on_card = "steps are planned on the card (a token is one CUDA graph), as --engine auto does"
+    why = " or ".join(dict.fromkeys(_why_host(plan, row) for row in rows if not row.on_device))
+    if not by_host:
+        yield f"{on_card} where memory can be pinned"
+    elif len(by_host) == len(rows):
+        yield f"steps are planned by the host, with a wait at every layer: {why}"
+    else:
+        yield f"{on_card}; at {', '.join(by_host)} bits by the host: {why}"
+
+
+def _why_host(plan: Plan, row: Row) -> str:
+    if plan.target.cards > 1:
+        return "there are several cards"
+    if row.info.expert_bytes > plan.target.memory.ram:
+        return "RAM does not hold every expert"
+    return "there are too few slots"
+
+
+def _low_end(plan: Plan) -> str:
+    by_host = "planned by the host at " if any(row.on_device for row in plan.rows) else ""
+    return f"{RATES:.0%} of these rates, {by_host}{HOST:g} times the Python"
+
+
+def _high_end(plan: Plan) -> str:
+    """On a CPU the rates that were measured may be a busy machine's."""
+    return f", {1 / RATES:.0%} of these rates" if plan.target.device.type == "cpu" else ""
+
+
+def _free_bytes(folder: Path) -> int:
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

@@ -1,0 +1,122 @@
+"""The machine to plan for: this one, or one that is named.
+
+Knows: what of it may be used, its rates, how many cards. Does not know: models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import psutil
+import torch
+
+from offload.budget.budget import SHARE, Memory, parse_bytes
+from offload.budget.resolve import find_device
+from offload.cache.simulate.machines import PROFILES, Hardware, find_hardware
+from offload.errors import BudgetError
+from offload.home import offload_home
+from offload.machine.disk import read_rate
+from offload.machine.measure import measure
+
+MOST_CARDS = 64
+LEAST_BYTES = 2**20  # of a size without a unit: fewer were meant as GiB
+ASSUMED = (
+    "link, RAM and disk are not measured but assumed: a slot with all lanes of the card's PCIe, "
+    "RAM as is usual beside it, an NVMe disk on PCIe 4"
+)
+DISK_BYTES = 2**26  # read to measure the disk
+
+
+@dataclass(frozen=True)
+class Target:
+    """A machine, resolved to numbers."""
+
+    hardware: Hardware  # its cards counted in
+    device: torch.device
+    memory: Memory  # that may be used: of one card (or of RAM without one), and of RAM
+    spare_bytes: int  # of RAM for experts that are not in slots; without a GPU slots take of it too
+    here: bool
+    notes: tuple[str, ...] = ()
+
+    @property
+    def cards(self) -> int:
+        return self.hardware.cards
+
+    @property
+    def name(self) -> str:
+        return f"{self.cards} x {self.hardware.name}" if self.cards > 1 else self.hardware.name
+
+
+def this_machine(
+    device: str | None, vram: str | None, ram: str | None, cards: int | None
+) -> Target:
+    """Where we are, measured, with what is free, or with what the user gives. Raises
+    `BudgetError`."""
+    place = find_device(device)
+    count = _checked(cards or 1)
+    if place.type != "cuda" and count > 1:
+        raise BudgetError(f"there are no {count} GPUs here: name one with --gpu, like 4090")
+    if place.type == "cuda" and count > torch.cuda.device_count():
+        raise BudgetError(
+            f"there are {torch.cuda.device_count()} GPUs here, not {count}: name them with --gpu"
+        )
+    memory = Memory.of(place, vram, ram)
+    hardware = _with_disk(replace(measure(place), cards=count))
+    free = int(psutil.virtual_memory().available * SHARE)  # the page cache takes what we leave
+    spare = memory.ram if place.type == "cuda" else max(free, memory.ram)
+    return Target(hardware, place, memory, spare, here=True)
+
+
+def _with_disk(hardware: Hardware) -> Hardware:
+    """With the rate of the disk where packs are kept, as far as it can be measured."""
+    try:
+        rate = read_rate(offload_home(), DISK_BYTES)
+    except OSError:
+        return hardware
+    return replace(hardware, disk_gb_per_s=rate.gb_per_s)
+
+
+def named_machine(gpu: str, vram: str | None, ram: str | None, cards: int | None) -> Target:
+    """One with cards called `gpu`; a share of their memory and of its RAM is used, as `load` uses a
+    share of what is free. Raises `BudgetError`."""
+    found = find_hardware(gpu)
+    if found is None:
+        known = ", ".join(PROFILES)
+        raise BudgetError(
+            f"there is no profile of a card {gpu!r}: choose {known}, or the one most like it with "
+            "its --vram"
+        )
+    notes = [ASSUMED]
+    for text in (vram, ram):
+        if text and text.isdecimal() and 0 < (parse_bytes(text) or 0) < LEAST_BYTES:
+            raise BudgetError(f"{text!r} is that many bytes: write the unit too, like 20GiB")
+    host = parse_bytes(ram)
+    if host is None:
+        host = psutil.virtual_memory().total
+        notes.append(f"RAM is this machine's, {host / 2**30:.0f} GiB: --ram gives another")
+    given = parse_bytes(vram)
+    size = found.memory_bytes if given is None else given
+    if size is None:
+        raise BudgetError(f"it is not known how much memory {found.name} has: give it with --vram")
+    count = _checked(cards or found.cards)
+    plain = found if found.cards == 1 else _one_of(found)
+    memory = Memory(int(size * SHARE), int(host * SHARE))
+    return Target(
+        replace(plain, cards=count),
+        torch.device("cuda"),
+        memory,
+        memory.ram,
+        here=False,
+        notes=tuple(notes),
+    )
+
+
+def _one_of(several: Hardware) -> Hardware:
+    """The card that a profile of several has, under its own name."""
+    return next(p for p in PROFILES.values() if replace(several, name=p.name, cards=1) == p)
+
+
+def _checked(cards: int) -> int:
+    if cards > MOST_CARDS:
+        raise BudgetError(f"{cards} cards: at most {MOST_CARDS} are planned for")
+    return cards

@@ -1,0 +1,144 @@
+"""What there is one of for each card, behind the interface of one: transfers, and compute.
+
+Knows: which card a slot is on (`cache.sharded` numbers them). Does not know: how bytes move or are
+multiplied. A copy to one card never waits for one to another: each has a link of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
+from torch import Tensor
+
+from offload.cache.plan import Use
+from offload.cache.sharded import card_and_row, divided
+from offload.engine.compute import Compute
+from offload.engine.layer import Layer
+from offload.transfer.base import Marks
+from offload.transfer.host import Ticket, Transfer
+
+
+class CardTicket:
+    """A copy on its way to one of the cards."""
+
+    __slots__ = ("card", "ticket")
+
+    def __init__(self, card: int, ticket: Ticket) -> None:
+        self.card, self.ticket = card, ticket
+
+    @property
+    def done(self) -> bool:
+        return self.ticket.done
+
+
+class CardsTransfer:
+    """`Transfer`'s interface over one for each card."""
+
+    def __init__(self, transfers: Sequence[Transfer], slots: Sequence[int]) -> None:
+        """`slots`: the cache's on each card, in whose proportions fewer are shared out."""
+        self.transfers = tuple(transfers)
+        self._had = tuple(slots)
+        self.device = self.transfers[0].device
+        self.overtakes = all(transfer.overtakes for transfer in self.transfers)
+        self.streams_in_place = all(transfer.streams_in_place for transfer in self.transfers)
+
+    @property
+    def marks(self) -> Marks:
+        return self.transfers[0].marks
+
+    @marks.setter
+    def marks(self, marks: Marks) -> None:
+        for transfer in self.transfers:
+            transfer.marks = marks
+
+    @property
+    def busy_seconds(self) -> float:
+        """Of all links together: two that copy at once count twice."""
+        return sum(transfer.busy_seconds for transfer in self.transfers)
+
+    @property
+    def slots(self) -> NoReturn:
+        raise AssertionError("each card has its own: ask one of `transfers`")
+
+    def slot(self, index: int) -> Tensor:
+        card, row = self._place(index)
+        return self.transfers[card].slot(row)
+
+    def addresses(self) -> None:
+        """Whoever plans on a device has one card."""
+
+    def start(self, layer: int, expert: int, slot: int, *, urgent: bool) -> CardTicket:
+        card, row = self._place(slot)
+        ticket = self.transfers[card].start(layer, expert, row, urgent=urgent)
+        return CardTicket(card, ticket)
+
+    def wait(self, ticket: Ticket) -> None:
+        assert isinstance(ticket, CardTicket)
+        self.transfers[ticket.card].wait(ticket.ticket)
+
+    def keep(self, layer: int, expert: int, row: int, slot: int) -> CardTicket | None:
+        card, at = self._place(row)
+        ticket = self.transfers[card].keep(layer, expert, at, self._place(slot)[1])
+        return None if ticket is None else CardTicket(card, ticket)
+
+    def drop(self, ticket: Ticket) -> bool:
+        assert isinstance(ticket, CardTicket)
+        return self.transfers[ticket.card].drop(ticket.ticket)
+
+    def drain(self) -> None:
+        """All together: they may share a host tier, in which nothing is kept then."""
+        for transfer in self.transfers:
+            transfer.drain()
+
+    def release(self, slots: Sequence[int]) -> None:
+        by_card: dict[int, list[int]] = {}
+        for card, row in map(self._place, slots):
+            by_card.setdefault(card, []).append(row)
+        for card, rows in by_card.items():
+            self.transfers[card].release(rows)
+
+    def resize(self, slots: int, staging: int) -> None:
+        self.drain()
+        for transfer, count in zip(self.transfers, divided(slots, self._had), strict=True):
+            transfer.resize(count, staging)
+
+    def shortage_of_all(self, shortage: int, gpu: int | None) -> int:
+        """How many bytes all cards have to give back in their proportions for `shortage` bytes on
+        one; None: on whichever."""
+        cards = [transfer.device.index for transfer in self.transfers]
+        had = self._had[cards.index(gpu)] if gpu is not None and gpu in cards else min(self._had)
+        return shortage * sum(self._had) // had
+
+    def close(self) -> None:
+        for transfer in self.transfers:
+            transfer.close()
+
+    def _place(self, slot: int) -> tuple[int, int]:
+        return card_and_row(slot, len(self.transfers))
+
+
+class CardsCompute:
+    """`Compute`'s interface over one for each card, over the slots that are there."""
+
+    def __init__(self, computes: Sequence[Compute]) -> None:
+        self._computes = tuple(computes)
+        self.together = all(compute.together for compute in self._computes)
+
+    def run(
+        self,
+        layer: Layer,
+        uses: Sequence[Use],
+        hidden: Tensor,
+        cells_of: Mapping[int, Sequence[int]],
+        k: int,
+        cells: Tensor,
+    ) -> None:
+        places = [card_and_row(use.slot, len(self._computes)) for use in uses]
+        card = places[0][0]  # a layer's experts are on one
+        here = [Use(use.expert, row) for use, (_, row) in zip(uses, places, strict=True)]
+        self._computes[card].run(layer, here, hidden, cells_of, k, cells)
+
+    def close(self) -> None:
+        for compute in self._computes:
+            compute.close()

@@ -1,0 +1,272 @@
+"""Moving records into GPU slots.
+
+Knows: which copy is under way into which slot, what comes before it. Does not know: which expert
+belongs where (`cache`), what a record means (`quant`), where it is in host memory
+(`offload.host_tier`), in which order copies begin (`offload.copy_order`), streams
+(`offload.cuda_link`).
+
+Nothing runs in the background: at every call what became ready is given to the link.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import psutil
+import torch
+from torch import Tensor
+
+from offload.budget.budget import SHARE
+from offload.quant.pack import Pack
+from offload.transfer.base import NO_MARKS, Marks
+from offload.transfer.cuda_link import CudaLink, Event, Link
+from offload.transfer.disk_tier import Read
+from offload.transfer.host import Ticket
+from offload.transfer.host_tier import HostTier
+from offload.transfer.order import CopyOrder
+from offload.transfer.pinning import CudaPinner
+
+GUESSED_BYTES = 16 << 20  # of guesses given at a time; at least one record. 16 MiB take 0.6 ms
+
+
+class CudaTicket:
+    """A copy into a slot: not begun, under way, or complete."""
+
+    __slots__ = ("begin", "end", "expert", "job", "layer", "over", "read", "slot", "urgent")
+
+    def __init__(
+        self, job: int, layer: int, expert: int, slot: int, urgent: bool, read: Read | None
+    ) -> None:
+        self.job, self.layer, self.expert, self.slot, self.urgent = job, layer, expert, slot, urgent
+        self.read = read  # of a record that may have to come from the disk first
+        self.begin: Event | None = None
+        self.end: Event | None = None
+        self.over = False  # complete or dropped, and known to be
+
+    @property
+    def done(self) -> bool:
+        return self.over or (self.end is not None and self.end.query())
+
+
+class CudaTransfer:
+    """Slots in GPU memory, filled from pinned host memory.
+
+    Demands and guesses have a stream each: a demand does not wait for guesses that were begun
+    before it, it shares the link with at most `GUESSED_BYTES` of them.
+    """
+
+    overtakes = False  # it goes before all that is not given to the link yet
+    streams_in_place = False
+
+    def __init__(
+        self,
+        pack: Pack,
+        slots: int,
+        device: torch.device,
+        ram: int | None,
+        *,
+        tier: HostTier | None = None,
+        link: Link | None = None,
+    ) -> None:
+        """`tier`: shared with other transfers; None: one of `ram` bytes (None: a share of what is
+        free). What raises leaves nothing behind."""
+        if link is None:
+            link = cuda = CudaLink(device)
+        self.device = device
+        self._link = link
+        self._slot_bytes = pack.info.slot_bytes
+        self._layers = pack.info.layers
+        self._slots = link.allocate(slots, self._slot_bytes)
+        link.synchronize()  # compute may still use what this memory was before
+        if tier is None:
+            budget = int(psutil.virtual_memory().available * SHARE) if ram is None else ram
+            tier = HostTier(pack, budget, CudaPinner(device), cuda.rate)
+        self.tier = tier
+        self._record_bytes = [
+            pack.info.layout_of(i).record_bytes for i in range(len(pack.info.layers))
+        ]
+        self._busy_seconds = 0.0
+        self._marks: Marks = NO_MARKS
+        self._zero: Event | None = None  # when `_zero_moment` was, on the device
+        self._zero_moment = 0.0
+        self._last_end: Event | None = None  # of the copy counted last
+        self._jobs = 0
+        self._clear()
+        tier.join(self._go_on)
+
+    def _clear(self) -> None:
+        """Nothing is under way."""
+        self._order = CopyOrder(max(GUESSED_BYTES, self._slot_bytes))
+        self._waiting: dict[int, CudaTicket] = {}  # by job
+        self._under_way: tuple[deque[CudaTicket], deque[CudaTicket]] = (deque(), deque())
+        self._released: dict[int, Event] = {}  # slot -> when compute was done with it
+        self._written: dict[int, CudaTicket] = {}  # slot -> the copy into it given last
+
+    @property
+    def marks(self) -> Marks:
+        return self._marks
+
+    @marks.setter
+    def marks(self, marks: Marks) -> None:
+        """Tell `marks` of copies; events know only distances, so one is tied to the clock."""
+        self._link.synchronize()
+        self._collect()  # tells whoever listened until now
+        self._marks = marks
+        self._zero = None
+        if marks is not NO_MARKS:
+            self._zero, self._zero_moment = self._link.moment()
+
+    @property
+    def busy_seconds(self) -> float:
+        self._collect()
+        return self._busy_seconds
+
+    @property
+    def slots(self) -> Tensor:
+        return self._slots
+
+    def slot(self, index: int) -> Tensor:
+        return self._slots[index]
+
+    def addresses(self) -> Tensor | None:
+        if self.tier.disk is not None or not self.tier.pinned:
+            return None
+        for layer, info in enumerate(self._layers):  # kernels compare no checksums: once, here
+            for expert in range(info.num_experts):
+                self.tier.record(layer, expert)
+        return self.tier.addresses()
+
+    def start(self, layer: int, expert: int, slot: int, *, urgent: bool) -> CudaTicket:
+        self._jobs += 1
+        read = self.tier.want(layer, expert, urgent=urgent)
+        ticket = CudaTicket(self._jobs, layer, expert, slot, urgent, read)
+        self._waiting[ticket.job] = ticket
+        ready = read is None or read.ready
+        self._order.add(ticket.job, self._record_bytes[layer], urgent=urgent, ready=ready)
+        self._go_on()
+        return ticket
+
+    def wait(self, ticket: Ticket) -> None:
+        assert isinstance(ticket, CudaTicket)
+        if ticket.job in self._waiting:
+            self._order.demand(ticket.job)
+            ticket.urgent = True
+            if ticket.read is not None and self.tier.disk is not None:
+                self.tier.disk.urge(ticket.read)
+            self._go_on()
+        while ticket.job in self._waiting:
+            self._wait_for_bytes(ticket)
+            self.tier.go_on()  # others' copies may hold every buffer until they are counted
+        if ticket.read is not None and ticket.read.error is not None:
+            raise ticket.read.error
+        if not ticket.over and ticket.end is not None:
+            self._link.compute_waits(ticket.end)
+
+    def _wait_for_bytes(self, ticket: CudaTicket) -> None:
+        """Return when the disk may have brought the record; a copy that ends meanwhile may free
+        the buffer it needs."""
+        assert ticket.read is not None, "it can begin"
+        assert self.tier.disk is not None
+        under_way = next((queue[0] for queue in self._under_way if queue), None)
+        if ticket.read.buffer is None and under_way is not None:
+            assert under_way.end is not None
+            under_way.end.synchronize()  # sync: every buffer may be held by copies
+        else:
+            self.tier.disk.wait(ticket.read, 0.01)
+
+    def keep(self, layer: int, expert: int, row: int, slot: int) -> None:
+        size = self._record_bytes[layer]
+        under_way = self._written.get(slot)
+        if under_way is not None and not under_way.over and under_way.end is not None:
+            self._link.compute_waits(under_way.end)
+        self._link.move(self._slots[slot, :size], self._slots[row, :size])
+        self.release([row, slot])
+
+    def drop(self, ticket: Ticket) -> bool:
+        assert isinstance(ticket, CudaTicket)
+        if not self._order.drop(ticket.job):
+            return False  # the link has it, and does it before the copy that follows
+        del self._waiting[ticket.job]
+        self._let_go(ticket)
+        return True
+
+    def drain(self) -> None:
+        self._link.synchronize()
+        if self.tier.disk is not None:
+            self.tier.disk.start_over()
+        self._clear()
+
+    def release(self, slots: Sequence[int]) -> None:
+        self._released |= dict.fromkeys(slots, self._link.computed())
+        if self._waiting:
+            self._go_on()
+
+    def resize(self, slots: int, staging: int) -> None:
+        self.drain()
+        self._slots = self._slots[:0].clone()  # its memory, before other is taken
+        self._link.free_cached()
+        self._slots = self._link.allocate(slots + staging, self._slot_bytes)
+
+    def close(self) -> None:
+        self._link.synchronize()
+        self._clear()
+        self.tier.leave(self._go_on)
+        self._slots = self._slots[:0].clone()
+
+    def _go_on(self) -> None:
+        """Give to the link what may begin by now."""
+        self._collect()
+        if self.tier.disk is not None:
+            for ticket in list(self._waiting.values()):
+                assert ticket.read is not None
+                if ticket.read.error is not None:
+                    self.drop(ticket)
+                elif ticket.read.ready:
+                    self._order.ready(ticket.job)
+        for begin in self._order.begin():
+            self._give(self._waiting.pop(begin.job), begin.urgent, begin.after)
+
+    def _give(self, ticket: CudaTicket, urgent: bool, after: int | None) -> None:
+        record = self.tier.record(ticket.layer, ticket.expert, ticket.read)
+        before = [event] if (event := self._released.pop(ticket.slot, None)) is not None else []
+        for earlier in (self._written.get(ticket.slot), self._demand(after)):
+            if earlier is not None and not earlier.over and earlier.end is not None:
+                before.append(earlier.end)
+        target = self._slots[ticket.slot, : record.numel()]
+        ticket.begin, ticket.end = self._link.copy(target, record, urgent=urgent, after=before)
+        self._written[ticket.slot] = ticket
+        self._under_way[0 if urgent else 1].append(ticket)
+
+    def _demand(self, job: int | None) -> CudaTicket | None:
+        return next((ticket for ticket in self._under_way[0] if ticket.job == job), None)
+
+    def _collect(self) -> None:
+        """Count the copies that are complete and let their buffers go."""
+        for queue in self._under_way:
+            while queue and queue[0].done:
+                ticket = queue.popleft()
+                self._order.finished(ticket.job)
+                self._count(ticket)
+                self._let_go(ticket)
+
+    def _count(self, ticket: CudaTicket) -> None:
+        assert ticket.begin is not None
+        assert ticket.end is not None
+        seconds = ticket.begin.elapsed_time(ticket.end) / 1e3
+        overlap = 0.0  # with the copy before it, on the other stream
+        if self._last_end is not None:
+            overlap = max(0.0, ticket.begin.elapsed_time(self._last_end) / 1e3)
+        if overlap < seconds:
+            self._busy_seconds += seconds - overlap
+            self._last_end = ticket.end
+        if self._zero is not None:
+            begin = self._zero_moment + self._zero.elapsed_time(ticket.begin) / 1e3
+            self._marks.copied(ticket.layer, ticket.expert, ticket.urgent, begin, seconds)
+
+    def _let_go(self, ticket: CudaTicket) -> None:
+        ticket.over = True
+        if self._written.get(ticket.slot) is ticket:
+            del self._written[ticket.slot]
+        if ticket.read is not None and self.tier.disk is not None:
+            self.tier.disk.release(ticket.read)

@@ -1,0 +1,213 @@
+"""The tier before the disk, for models larger than RAM: the most valuable records in host buffers.
+
+Knows: threads that read whole records ahead, who waits for one. Does not know: pinning
+(`offload.host_tier`), GPUs, which record is worth keeping (`cache.pool`).
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from queue import SimpleQueue
+
+from torch import Tensor
+
+from offload.cache.policies.lfru import LFRU
+from offload.cache.policy import Key, Policy
+from offload.cache.pool import RecordPool
+from offload.transfer.record_files import RecordFiles
+
+READERS = 4  # reads a disk has to do at once: docs/log.md
+
+
+class Read:
+    """A record on its way into a buffer, where it stays until every `want` was released."""
+
+    __slots__ = ("bell", "buffer", "error", "key", "ready", "urgent", "wanted")
+
+    def __init__(self, key: Key, urgent: bool) -> None:
+        self.key, self.urgent = key, urgent
+        self.ready = False
+        self.wanted = 1
+        self.buffer: int | None = None
+        self.error: Exception | None = None
+        self.bell = threading.Lock()  # released once, after `ready` was set
+        self.bell.acquire()
+
+
+class _Shelf:
+    """What the readers and the one who asks share, under one lock. `start_over` throws it away as
+    a whole: Ctrl-C may leave it in any state, the lock taken."""
+
+    def __init__(self, buffers: int, policy: Callable[[], Policy]) -> None:
+        self.lock = threading.Lock()
+        self.pool = RecordPool(buffers, policy)
+        self.reading: dict[Key, Read] = {}  # asked for, not there yet
+        self.queues: tuple[deque[Read], deque[Read]] = (deque(), deque())  # urgent first
+        self.abandoned = False
+
+    def next(self) -> Read | None:
+        """The read to begin, with its buffer; None: nothing to read, or every buffer is held."""
+        queue = self.queues[0] or self.queues[1]
+        if not queue:
+            return None
+        read = queue[0]
+        read.buffer = self.pool.place(read.key, 1.0 if read.urgent else 0.0)  # the reader's hold
+        if read.buffer is None:
+            return None
+        for _ in range(read.wanted):
+            self.pool.hold(read.key)
+        return queue.popleft()
+
+    def over(self, read: Read) -> None:
+        """The reader is done with `read`."""
+        del self.reading[read.key]
+        if read.error is None:
+            self.pool.release(read.key)
+        else:
+            self.pool.forget(read.key)
+
+    def urge(self, read: Read) -> None:
+        """A guess that nobody began to read is asked for now."""
+        if not read.urgent and read.buffer is None:
+            self.queues[1].remove(read)
+            self.queues[0].append(read)
+            read.urgent = True
+
+
+class DiskTier:
+    """Buffers for fewer records than there are, filled from the files by threads.
+
+    One thread asks and releases; a record that is wanted twice is read once. After an interrupted
+    call: `start_over`.
+    """
+
+    def __init__(
+        self,
+        files: RecordFiles,
+        buffers: Sequence[Tensor],
+        *,
+        policy: Callable[[], Policy] = LFRU,
+        readers: int = READERS,
+    ) -> None:
+        self._files, self._buffers, self._policy = files, buffers, policy
+        self._shelf = _Shelf(len(buffers), policy)
+        self._wake: SimpleQueue[bool] = SimpleQueue()  # True: look at the queues, False: end
+        self._busy = [False] * readers
+        self._threads = [
+            threading.Thread(target=self._run, args=(n,), name=f"offload-read-{n}", daemon=True)
+            for n in range(readers)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def pool(self) -> RecordPool:
+        return self._shelf.pool
+
+    def want(self, layer: int, expert: int, *, urgent: bool) -> Read:
+        """Ask for a record; it is read as soon as a reader and a buffer are free."""
+        key, shelf = (layer, expert), self._shelf
+        with shelf.lock:
+            read = shelf.reading.get(key)
+            if read is not None:
+                read.wanted += 1
+                if read.buffer is not None:
+                    shelf.pool.hold(key)
+                elif urgent:
+                    shelf.urge(read)
+                return read
+            read = Read(key, urgent)
+            read.buffer = shelf.pool.find(key, 1.0 if urgent else 0.0)
+            if read.buffer is not None:
+                read.ready = True
+                return read
+            shelf.reading[key] = read
+            shelf.queues[0 if urgent else 1].append(read)
+        self._wake.put(True)
+        return read
+
+    def urge(self, read: Read) -> None:
+        """Somebody waits for what was only guessed."""
+        with self._shelf.lock:
+            self._shelf.urge(read)
+
+    def bytes_of(self, read: Read) -> Tensor:
+        """The record [record_bytes] uint8. Raises what reading it raised."""
+        if read.error is not None:
+            raise read.error
+        assert read.ready, "not read yet"
+        assert read.buffer is not None
+        return self._buffers[read.buffer][: self._files.size(read.key[0])]
+
+    def release(self, read: Read) -> None:
+        """One who wanted it is done with it, or wants it no more."""
+        shelf = self._shelf
+        with shelf.lock:
+            read.wanted -= 1
+            if read.error is not None:
+                return
+            if read.buffer is not None:
+                shelf.pool.release(read.key)
+            elif not read.wanted:
+                shelf.queues[0 if read.urgent else 1].remove(read)
+                del shelf.reading[read.key]
+        self._wake.put(True)  # a read may have found every buffer held
+
+    def wait(self, read: Read, seconds: float) -> bool:
+        """Return when the read is over, or after so many seconds; whether it is."""
+        if not read.ready:
+            read.bell.acquire(timeout=seconds)
+            if not read.ready and not any(thread.is_alive() for thread in self._threads):
+                raise RuntimeError("the reading threads have ended: load the model again")
+        return read.ready
+
+    def start_over(self) -> None:
+        """Forget everything, once no thread writes into a buffer any more."""
+        before = self._shelf
+        before.abandoned = True
+        while any(self._busy):  # not a lock: the one before may be taken for ever
+            time.sleep(0.0005)
+        self._shelf = _Shelf(len(self._buffers), self._policy)
+
+    def close(self) -> None:
+        """End the threads. Nothing may be asked for afterwards."""
+        self._shelf.abandoned = True
+        for _ in self._threads:
+            self._wake.put(False)
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self, number: int) -> None:
+        while self._wake.get():
+            self._busy[number] = True  # before it looks: see `start_over`
+            shelf = self._shelf
+            read = self._locked(shelf, shelf.next)
+            while read is not None:
+                self._fill(read)
+                self._locked(shelf, functools.partial(shelf.over, read))
+                read.ready = True
+                read.bell.release()
+                read = self._locked(shelf, shelf.next)
+            self._busy[number] = False
+
+    def _fill(self, read: Read) -> None:
+        assert read.buffer is not None
+        try:
+            self._files.read(*read.key, self._buffers[read.buffer], cached=False)
+        except Exception as error:  # handed to whoever waits
+            read.error = error
+
+    @staticmethod
+    def _locked(shelf: _Shelf, call: Callable[[], Read | None]) -> Read | None:
+        """`call` under the lock; None when the shelf was thrown away meanwhile."""
+        while not shelf.abandoned:
+            if shelf.lock.acquire(timeout=0.05):
+                try:
+                    return None if shelf.abandoned else call()
+                finally:
+                    shelf.lock.release()
+        return None

@@ -1,0 +1,289 @@
+"""Moving records into slots: the protocol, and its implementation in host memory.
+
+Knows: threads, copies, when one is complete. Does not know: which expert belongs where (`cache`),
+nor what a record means (`quant`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from queue import SimpleQueue
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from offload.errors import TransferError
+from offload.quant.pack import Pack
+from offload.transfer.base import NO_MARKS, Marks
+from offload.transfer.page_in import PageIn
+
+
+class Ticket(Protocol):
+    """One copy under way."""
+
+    @property
+    def done(self) -> bool:
+        """Whether the copy is complete (or failed: `Transfer.wait` says so)."""
+
+
+class Transfer(Protocol):
+    """Copies records into numbered slots. Not for use by several threads at once.
+
+    Rows past the cache's slots are for experts that are streamed: used once, and not kept.
+    """
+
+    device: torch.device
+    overtakes: bool  # an urgent copy goes before any other, even one that is under way
+    streams_in_place: bool  # what goes into a row past the slots is not copied
+    marks: Marks  # told of each copy that is over
+
+    @property
+    def slots(self) -> Tensor:
+        """The bytes [slots, slot_bytes] uint8 of all slots, on `device`."""
+
+    def slot(self, index: int) -> Tensor:
+        """The bytes [slot_bytes] uint8 of a slot, on `device`."""
+
+    def addresses(self) -> Tensor | None:
+        """Where every record is, [layers, experts] int64, in memory that kernels on `device` can
+        read; None where not all are."""
+
+    def start(self, layer: int, expert: int, slot: int, *, urgent: bool) -> Ticket:
+        """Begin to copy a record into `slot`.
+
+        An urgent copy goes before those that are not and have not begun, where the link can do
+        that.
+        """
+
+    def wait(self, ticket: Ticket) -> None:
+        """Return when compute on `device` may use the slot. Raises what the copy raised."""
+
+    def keep(self, layer: int, expert: int, row: int, slot: int) -> Ticket | None:
+        """Copy a record that was waited for in `row`, past the slots, on into `slot`, inside
+        the device. None: whatever is computed from now on may use it."""
+
+    def drop(self, ticket: Ticket) -> bool:
+        """Nobody wants this copy any more, its slot is used again; whether it never began."""
+
+    def drain(self) -> None:
+        """Drop the copies not yet begun and return when none is under way."""
+
+    def release(self, slots: Sequence[int]) -> None:
+        """What was computed from `slots` so far must finish before later copies overwrite them."""
+
+    @property
+    def busy_seconds(self) -> float:
+        """Time the link spent copying so far."""
+
+    def resize(self, slots: int, staging: int) -> None:
+        """Give the slots' memory back and take `slots` instead, which hold nothing, and `staging`
+        rows past them. Views of the old ones have to be gone."""
+
+    def close(self) -> None:
+        """Finish what is under way, free the slots, end the threads."""
+
+
+CHUNK = 1 << 18  # bytes of a copy that is not urgent, between looks at those that are
+PAGE = 4096
+NOWHERE = -1  # the slot of a ticket that only marks its place in the queue
+
+
+class HostTicket:
+    """A copy from the mapped pack into host memory.
+
+    `under_way` is a lock that the copy thread releases once, after it has set `done`: a bell, which
+    a waiter may leave taken, since nobody waits for what is done.
+    """
+
+    __slots__ = ("done", "dropped", "error", "expert", "layer", "slot", "under_way", "urgent")
+
+    def __init__(self, layer: int, expert: int, slot: int, urgent: bool) -> None:
+        self.layer, self.expert, self.slot, self.urgent = layer, expert, slot, urgent
+        self.done = False
+        self.under_way = threading.Lock()
+        self.under_way.acquire()
+        self.error: Exception | None = None
+        self.dropped = False
+
+
+class HostTransfer:
+    """Slots in host memory, filled from the mapped pack by one thread.
+
+    What goes into a row past the slots is not copied: it is read into memory, should it not be
+    there, and computed from where it is mapped.
+    A record that has left memory is read as a whole before it is copied, and its checksum is
+    compared the first time. The two sides share nothing but
+    deques, a `SimpleQueue` and each ticket's bell, whose operations Ctrl-C cannot cut in two; the
+    lock inside a `Condition` or `Event` could stay taken. After an interrupted `wait`: `drain`.
+    """
+
+    overtakes = True
+    streams_in_place = True
+
+    def __init__(self, pack: Pack, slots: int) -> None:
+        self.device = torch.device("cpu")
+        self.marks: Marks = NO_MARKS
+        self._pack = pack
+        self._page_in = PageIn(pack)
+        self._slots = torch.empty(slots, pack.info.slot_bytes, dtype=torch.uint8)
+        self._mapped: dict[int, Tensor] = {}  # row past the slots -> record
+        self._checked = [[False] * layer.num_experts for layer in pack.info.layers]
+        self._queues: tuple[deque[HostTicket], deque[HostTicket]] = (
+            deque(),
+            deque(),
+        )  # urgent first
+        self._wake: SimpleQueue[bool] = SimpleQueue()  # True: look at the queues, False: end
+        self._busy_seconds = 0.0
+        self._closed = False
+        self._thread = self._new_thread()
+
+    def _new_thread(self) -> threading.Thread:
+        thread = threading.Thread(target=self._run, name="offload-copy", daemon=True)
+        thread.start()
+        return thread
+
+    @property
+    def busy_seconds(self) -> float:
+        return self._busy_seconds
+
+    @property
+    def slots(self) -> Tensor:
+        return self._slots
+
+    def slot(self, index: int) -> Tensor:
+        return self._slots[index] if index < len(self._slots) else self._mapped[index]
+
+    def addresses(self) -> Tensor | None:
+        layers = self._pack.info.layers
+        table = torch.zeros(len(layers), max(n.num_experts for n in layers), dtype=torch.int64)
+        for index, layer in enumerate(layers):
+            for expert in range(layer.num_experts):
+                table[index, expert] = self._pack.record(index, expert).data_ptr()
+        return table
+
+    def start(self, layer: int, expert: int, slot: int, *, urgent: bool) -> HostTicket:
+        if slot >= len(self._slots):
+            self._mapped[slot] = self._pack.record(layer, expert)
+        ticket = HostTicket(layer, expert, slot, urgent)
+        self._queues[0 if urgent else 1].append(ticket)
+        self._wake.put(True)
+        return ticket
+
+    def wait(self, ticket: Ticket) -> None:
+        assert isinstance(ticket, HostTicket)
+        if not ticket.done:
+            with contextlib.suppress(ValueError):  # the thread has taken it already
+                self._queues[1].remove(ticket)
+                self._queues[0].append(ticket)
+                self._wake.put(True)  # the thread may have looked while it was in neither
+            while not ticket.done:
+                rang = ticket.under_way.acquire(timeout=1.0)
+                if not rang and not ticket.done and not self._thread.is_alive():
+                    raise TransferError("the thread that copies experts has ended: ask again")
+        if ticket.error is not None:
+            raise ticket.error
+
+    def keep(self, layer: int, expert: int, row: int, slot: int) -> HostTicket:
+        return self.start(layer, expert, slot, urgent=True)  # the row is where it is mapped
+
+    def drop(self, ticket: Ticket) -> bool:
+        assert isinstance(ticket, HostTicket)
+        ticket.dropped = True  # should it be under way, and give way to the one that follows
+        try:
+            self._queues[1].remove(ticket)
+        except ValueError:  # the thread has taken it
+            return False
+        return True
+
+    def drain(self) -> None:
+        for queue in self._queues:
+            queue.clear()
+        if not self._closed and not self._thread.is_alive():  # whatever ended it is over
+            self._thread = self._new_thread()
+        self.wait(self.start(0, 0, NOWHERE, urgent=True))  # what is under way comes before it
+
+    def release(self, slots: Sequence[int]) -> None:
+        """Nothing to do: on a CPU what was called has finished."""
+
+    def resize(self, slots: int, staging: int) -> None:
+        self.drain()
+        self._mapped.clear()
+        size = self._slots.shape[1]
+        self._slots = torch.empty(0, size, dtype=torch.uint8)  # first, before more is taken
+        self._slots = torch.empty(slots, size, dtype=torch.uint8)
+
+    def close(self) -> None:
+        for queue in self._queues:
+            queue.clear()
+        self._closed = True
+        self._wake.put(False)
+        self._thread.join()
+        self._page_in.close()
+        self._slots = torch.empty(0, 0, dtype=torch.uint8)
+        self._mapped.clear()
+
+    def _run(self) -> None:
+        while self._wake.get():
+            ticket = self._next()
+            if ticket is None:  # it was dropped
+                continue
+            self._serve(ticket)
+
+    def _serve(self, ticket: HostTicket) -> None:
+        begin = time.perf_counter()
+        try:
+            self._copy(ticket)
+        except Exception as error:  # handed to whoever waits for this copy
+            ticket.error = error
+        seconds = time.perf_counter() - begin
+        self._busy_seconds += seconds
+        if ticket.slot != NOWHERE:
+            self.marks.copied(ticket.layer, ticket.expert, ticket.urgent, begin, seconds)
+        ticket.done = True
+        ticket.under_way.release()
+
+    def _give_way(self) -> None:
+        """Do urgent copies in the middle of one that is not."""
+        with contextlib.suppress(IndexError):  # there is none (any more)
+            while (ticket := self._queues[0].popleft()).slot != NOWHERE:
+                begin = time.perf_counter()
+                self._serve(ticket)
+                self._busy_seconds -= time.perf_counter() - begin  # counted by the one around it
+            self._queues[0].appendleft(ticket)  # a drain waits for this copy, too
+
+    def _next(self) -> HostTicket | None:
+        for queue in self._queues:
+            with contextlib.suppress(IndexError):
+                return queue.popleft()
+        return None
+
+    def _copy(self, ticket: HostTicket) -> None:
+        if ticket.slot == NOWHERE:
+            return
+        between = None if ticket.urgent else self._give_way
+        self._page_in.bring_in(ticket.layer, ticket.expert, between)
+        checked = self._checked[ticket.layer]
+        if not checked[ticket.expert]:
+            self._pack.check_record(ticket.layer, ticket.expert)
+            checked[ticket.expert] = True
+        record = self._pack.record(ticket.layer, ticket.expert)
+        if ticket.slot >= len(self._slots):
+            record[::PAGE].sum()  # reads from disk what has left memory
+            return
+        slot = self._slots[ticket.slot]
+        # Not Tensor.copy_: it would take the compute's threads. memmove runs without the GIL.
+        if ticket.urgent:
+            ctypes.memmove(slot.data_ptr(), record.data_ptr(), record.numel())
+            return
+        for at in range(0, record.numel(), CHUNK):
+            self._give_way()
+            if ticket.dropped:
+                return
+            size = min(CHUNK, record.numel() - at)
+            ctypes.memmove(slot.data_ptr() + at, record.data_ptr() + at, size)

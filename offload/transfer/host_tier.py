@@ -1,0 +1,250 @@
+"""Where each expert's record is in host memory, for a GPU to fetch.
+
+Knows: the ways to have records in memory that can be pinned, what to do when that is refused, what
+to do when RAM has no room for all. Does not know: who pins (`offload.pinning`), streams
+(`offload.cuda_transfer`), which record is worth keeping (`offload.disk_tier`).
+
+Everything fits: either the files' own pages are pinned where the system has them (no copy, no
+second memory; many systems refuse to pin what may not be written to), or a copy of them in pages of
+our own. A private mapping is no third way: pinning one copies it page by page. Not everything fits:
+buffers of our own hold the most valuable records, the disk the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from offload.budget.budget import gib
+from offload.quant.pack import Pack
+from offload.transfer.disk_tier import DiskTier, Read
+from offload.transfer.memory import PAGE, in_pages, mapped_file, own_memory
+from offload.transfer.pinning import Pinner
+from offload.transfer.record_files import RecordFiles
+
+logger = logging.getLogger("offload")
+
+SAMPLE = 64 << 20  # bytes that the ways are tried with
+ENOUGH = 0.95  # of a copy's rate: then the files' own pages are better, they cost no memory
+LEAST_BUFFERS = 4  # of the disk tier, however little RAM was given
+ALIGNMENT = 256  # of a buffer: what a GPU loads in one go begins there
+PIECE = 1 << 30  # bytes pinned at a time, of the disk tier's buffers
+
+
+class HostTier:
+    """The records of a pack in host memory, pinned if that is allowed.
+
+    Users `join` and `leave`; the last to leave frees everything.
+    """
+
+    def __init__(
+        self,
+        pack: Pack,
+        ram: int,
+        pinner: Pinner,
+        rate: Callable[[Tensor], float] | None = None,
+    ) -> None:
+        """`rate`: bytes/s of copying such memory to where it is needed, to choose the better of two
+        ways by; None: the first that is allowed. Raises `PackError`; then nothing stays pinned.
+        """
+        self._pack, self._pinner, self._rate = pack, pinner, rate
+        self._files = RecordFiles(pack)
+        self._users: list[Callable[[], None] | None] = []
+        self.description = ""  # how records are held, in a few words
+        self.disk: DiskTier | None = None  # None: RAM holds every record
+        self._records: list[Tensor] = []  # [E, record_bytes] of a layer
+        self._in_place: list[bool] = []  # of a layer: the files' own pages, which others may write
+        self._pinned: list[bool] = []  # of a layer, or of pieces of buffers
+        with contextlib.ExitStack() as undo:
+            self._undo = undo
+            if pack.info.expert_bytes <= ram:
+                self._hold_all()
+            else:
+                self._hold_some(ram)
+            self._undo = undo.pop_all()
+
+    @property
+    def pinned(self) -> bool:
+        """Whether a GPU can fetch every record that is in memory by itself."""
+        return bool(self._pinned) and all(self._pinned)
+
+    def addresses(self) -> Tensor:
+        """Where each record begins [layers, most experts] int64, for kernels; 0: not in pinned
+        memory."""
+        layers = self._pack.info.layers
+        table = torch.zeros(len(layers), max(n.num_experts for n in layers), dtype=torch.int64)
+        if self.disk is None:
+            for index, (records, pinned) in enumerate(
+                zip(self._records, self._pinned, strict=True)
+            ):
+                if pinned:
+                    first = records.data_ptr()
+                    count, size = records.shape
+                    table[index, :count] = first + size * torch.arange(count)
+        return table
+
+    def want(self, layer: int, expert: int, *, urgent: bool) -> Read | None:
+        """Ask for a record; None: it is in memory already. Release what is not None."""
+        return None if self.disk is None else self.disk.want(layer, expert, urgent=urgent)
+
+    def record(self, layer: int, expert: int, read: Read | None = None) -> Tensor:
+        """The checked record [record_bytes] uint8; of a tier before a disk, what `read` brought.
+
+        Raises `PackError`.
+        """
+        if self.disk is not None:
+            assert read is not None, "records come from the disk: want() them first"
+            return self.disk.bytes_of(read)
+        record = self._records[layer][expert]
+        if self._in_place[layer]:
+            self._pack.check_unchanged(layer)
+        self._files.check(layer, expert, record)
+        return record
+
+    def join(self, go_on: Callable[[], None] | None = None) -> None:
+        """One more uses this tier; `go_on` lets the buffers go of what it is done with (None: it
+        never holds any)."""
+        self._users.append(go_on)
+
+    def leave(self, go_on: Callable[[], None] | None = None) -> None:
+        """One fewer. When nobody is left: unpin and free."""
+        self._users.remove(go_on)
+        if not self._users:
+            self.close()
+
+    def go_on(self) -> None:
+        """One waits for a buffer: let everybody go on."""
+        for user in self._users:
+            if user is not None:
+                user()
+
+    def close(self) -> None:
+        """End the threads, unpin, free."""
+        self._undo.close()
+        self._records.clear()
+        self._pinned.clear()
+
+    def _hold_all(self) -> None:
+        in_place, refused_in_place = self._try_way(self._mapped)
+        copied, refused_copied = self._try_way(self._copied)
+        layers = self._pack.info.layers
+        if in_place or copied:
+            better = in_place >= ENOUGH * copied
+            self.description = "pinned " + ("in the files' own pages" if better else "as a copy")
+            if self._rate is not None:
+                self.description += (
+                    f" ({_way('in place', in_place, refused_in_place)}, "
+                    f"{_way('copied', copied, refused_copied)})"
+                )
+            refused = self._fill(self._mapped if better else self._copied)
+        else:
+            self.description, refused = "not pinned", refused_copied
+        if refused:
+            self._warn_unpinned(sum(map(self._layer_bytes, range(len(self._records)))), refused)
+        for layer in range(len(self._records), len(layers)):
+            self._records.append(self._mapped(layer, layers[layer].num_experts))
+            self._in_place.append(True)
+            self._pinned.append(False)
+        logger.info("%s of experts in RAM, %s", gib(self._pack.info.expert_bytes), self.description)
+
+    def _try_way(self, way: Callable[[int, int], Tensor]) -> tuple[float, str]:
+        """How fast a sample held in this way is copied, or 0 and why it cannot be pinned."""
+        experts = self._pack.info.layers[0].num_experts
+        sample = way(0, min(experts, max(1, SAMPLE // self._files.size(0))))
+        read_only = way == self._mapped
+        if refused := self._pinner.pin(*_pages(sample), read_only=read_only):
+            return 0.0, refused
+        try:
+            return (1.0 if self._rate is None else self._rate(sample.view(-1))), ""
+        finally:
+            self._pinner.unpin(*_pages(sample))
+
+    def _mapped(self, layer: int, experts: int) -> Tensor:
+        """A layer's records [experts, record_bytes] where the system has them."""
+        path, begin = self._pack.place(layer, 0)
+        size = self._files.size(layer)
+        return mapped_file(path)[begin : begin + experts * size].view(experts, size)
+
+    def _copied(self, layer: int, experts: int) -> Tensor:
+        """Memory of our own [experts, record_bytes] for a layer's records, not yet read."""
+        size = self._files.size(layer)
+        return own_memory(experts * size).view(experts, size)
+
+    def _fill(self, way: Callable[[int, int], Tensor]) -> str | None:
+        """Hold, check and pin layer by layer; why one could not be pinned, if that ends it."""
+        read = self._files.check if way == self._mapped else self._files.read
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            for index, layer in enumerate(self._pack.info.layers):
+                records = way(index, layer.num_experts)
+                if refused := self._pin(records, read_only=way == self._mapped):
+                    return refused
+                each = range(layer.num_experts)
+                for _ in threads.map(functools.partial(read, index), each, records):
+                    pass
+                self._records.append(records)
+                self._in_place.append(way == self._mapped)
+                self._pinned.append(True)
+        return None
+
+    def _hold_some(self, ram: int) -> None:
+        info = self._pack.info
+        stride = -(-info.slot_bytes // ALIGNMENT) * ALIGNMENT
+        count = min(max(ram // stride, LEAST_BUFFERS), info.total_experts)
+        per_piece = max(1, PIECE // stride)
+        buffers: list[Tensor] = []
+        refused: str | None = None
+        while len(buffers) < count:
+            piece = own_memory(min(per_piece, count - len(buffers)) * stride)
+            refused = refused or self._pin(piece, read_only=False)
+            if refused and all(self._pinned):
+                self._warn_unpinned(len(buffers) * stride, refused)
+            self._pinned.append(not refused)
+            buffers += piece.view(-1, stride)
+        logger.warning(
+            "RAM holds %d of %d experts (%s of %s), the others are read from disk when they are "
+            "needed: raise --ram, or lower --expert-bits",
+            count,
+            info.total_experts,
+            gib(count * stride),
+            gib(info.expert_bytes),
+        )
+        self.description = f"{count} of {info.total_experts} experts in RAM"
+        self.disk = DiskTier(self._files, buffers)
+        self._undo.callback(self.disk.close)
+
+    def _pin(self, memory: Tensor, *, read_only: bool) -> str | None:
+        """Pin `memory` until this tier is closed; None, or why it is refused."""
+        address, size = _pages(memory)
+        refused = self._pinner.pin(address, size, read_only=read_only)
+        if refused is None:
+            self._undo.callback(self._pinner.unpin, address, size)
+        return refused
+
+    def _layer_bytes(self, layer: int) -> int:
+        return self._pack.info.layers[layer].num_experts * self._files.size(layer)
+
+    def _warn_unpinned(self, pinned_bytes: int, refused: str) -> None:
+        logger.warning(
+            "host memory can be pinned up to %s only (%s): copies from the rest will be about "
+            "three times slower: %s",
+            gib(pinned_bytes),
+            refused,
+            self._pinner.remedy,
+        )
+
+
+def _pages(memory: Tensor) -> tuple[int, int]:
+    """Begin and size of the pages that `memory` is in."""
+    begin = memory.data_ptr() // PAGE * PAGE
+    return begin, in_pages(memory.data_ptr() + memory.nbytes - begin)
+
+
+def _way(name: str, rate: float, refused: str) -> str:
+    return f"{name} {rate / 1e9:.1f} GB/s" if rate else f"{name} refused: {refused}"

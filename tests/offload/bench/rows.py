@@ -1,0 +1,59 @@
+"""Rows with figures that tests choose."""
+
+from __future__ import annotations
+
+from offload.cache.statistics import LayerCounts
+
+from offload.bench.bound import Bound, Rates
+from offload.bench.result import Result
+from offload.bench.run import Row
+from offload.bench.sample import Sample
+from offload.bench.subject import Subject
+from offload.bench.tests import Test
+from offload.engine.stats import Stats
+
+MS = 10**6  # ns
+
+
+def stats(slots: int = 6, hits: int = 3) -> Stats:
+    counts = LayerCounts(requests=4, hits=hits, misses=4 - hits)
+    return Stats(counts, (counts,), slots, 24, 1000 * (4 - hits), 1e-6, tokens=4)
+
+
+DECODE = Test(0, 4)
+
+
+def row(
+    test: Test = DECODE,
+    *,
+    token_ms: tuple[float, ...] = (10, 10, 10, 10),
+    repetitions: int = 2,
+    slots: int = 6,
+    policy: str = "lfru",
+    lookahead: bool | None = None,
+    bits: str = "q4",
+    hits: int = 3,
+) -> Row:
+    """A row of `repetitions` equal samples, its prompt in 5 ms."""
+    subject = Subject(
+        build="0",
+        cpu_info="a CPU",
+        gpu_info="",
+        backends="CPU",
+        n_threads=2,
+        model="tiny",
+        model_type="mixtral",
+        model_size=2**30,
+        model_n_params=10**9,
+        bits=bits,
+        policy=policy,
+        lookahead=lookahead,
+        text="real",
+    )
+    times = tuple(round(ms * MS) for ms in token_ms) if test.n_gen else ()
+    sample = Sample(5 * MS if test.n_prompt else 0, times, stats(slots, hits))
+    bound = Bound(test.tokens * repetitions, 10**6, 10**7, Rates(10.0, 20.0))
+    return Row(
+        subject,
+        Result(test, "2026-01-01T00:00:00Z", (sample,) * repetitions, bound, 2**20),
+    )

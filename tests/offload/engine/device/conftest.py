@@ -1,0 +1,86 @@
+"""Device-planned models on the CPU: kernels run in Triton's interpreter.
+
+The products are those of the host-planned engine, since interpreted ones take seconds a token; the
+GPU's own are tested in `tests/quant`, and once, for few tokens, here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from offload.quant.matmul import matmul
+from offload.quant.record import view_record
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import offload
+from offload.engine.ahead import Ahead
+from offload.engine.device import make as making
+from offload.engine.device.compute import SlotDecode
+from offload.engine.layer import Layer
+from tests.interpreter import quicken
+from tests.tiny import save_tiny
+
+quicken()
+Load = Callable[..., PreTrainedModel]
+
+
+def decode_by_products(
+    self: SlotDecode,
+    layer: Layer,
+    hidden: Tensor,
+    slots: Tensor,
+    slot_of_cell: Tensor,
+    cells: Tensor,
+) -> None:
+    """As `SlotDecode`, by the products of the host's engine; asks for no slot either."""
+    program = self._program(layer)
+    for cell in range(len(cells)):
+        slot = slot_of_cell[cell : cell + 1]
+        record = slots.index_select(0, slot.clamp(min=0))[0]
+        views = view_record(record, program.layout)
+        inner = program.apply(matmul(hidden, views[program.up.name]))
+        out = matmul(inner, views[program.down.name])
+        cells[cell] = torch.where(slot >= 0, out[0], cells[cell])
+
+
+@pytest.fixture
+def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device-planned engine may be had on a CPU."""
+    if torch.cuda.is_available():
+        pytest.skip("kernels are compiled here: nothing interprets them on the CPU")
+    monkeypatch.setattr(making, "DEVICES", ("cpu",))
+
+
+@pytest.fixture
+def quick(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And computes as the host's does."""
+    monkeypatch.setattr(SlotDecode, "__call__", decode_by_products)
+    monkeypatch.setattr(SlotDecode, "works", lambda *_: True)
+    monkeypatch.setattr(Ahead, "_link_is_behind", lambda *_: False)  # by a clock, on the host
+
+
+@pytest.fixture
+def load(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Load]:
+    """Load a tiny model of some architecture, the same one for the same architecture."""
+    loaded: list[PreTrainedModel] = []
+    folders: dict[str, Path] = {}
+
+    def make(model_type: str, engine: str, **options: Any) -> PreTrainedModel:
+        if model_type not in folders:
+            folders[model_type] = tmp_path_factory.mktemp("tiny") / model_type
+            save_tiny(model_type, folders[model_type])
+        given = {"expert_slots": 6, "lookahead": True, "warm_start": False, **options}
+        model, _ = offload.load(
+            folders[model_type], device="cpu", dtype=torch.float32, engine=engine, **given
+        )
+        loaded.append(model)
+        return model
+
+    yield make
+    for model in loaded:
+        model.offload.close()

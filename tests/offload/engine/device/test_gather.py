@@ -1,0 +1,32 @@
+"""Records are fetched through a table of addresses; by a GPU where there is one."""
+
+from __future__ import annotations
+
+import torch
+
+from offload.engine.device.check import kernels_decide_rightly
+from offload.engine.device.gather import gather
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SIZE, SLOT = 256 * 131, 256 * 133  # more than one round of all blocks would need padding
+
+
+def test_missing_records_land_in_their_slots_and_nothing_else_changes() -> None:
+    random = torch.Generator().manual_seed(1)
+    records = [torch.randint(0, 256, (SIZE,), generator=random, dtype=torch.uint8) for _ in "abcd"]
+    if DEVICE.type == "cuda":
+        records = [record.pin_memory() for record in records]
+    addresses = torch.tensor([record.data_ptr() for record in records], device=DEVICE)
+    slots = torch.zeros(5, SLOT, dtype=torch.uint8, device=DEVICE)
+    experts, loads = torch.tensor([[3, 0, 1, 8], [4, -1, 0, -1]], device=DEVICE)
+    gather(experts, loads, addresses, slots, SIZE)
+    slots = slots.cpu()
+    assert torch.equal(slots[4, :SIZE], records[3])
+    assert torch.equal(slots[0, :SIZE], records[1])
+    assert not slots[1:4].any()
+    assert not slots[:, SIZE:].any()
+
+
+def test_the_check_finds_the_kernels_right() -> None:
+    kernels_decide_rightly.cache_clear()
+    assert kernels_decide_rightly(DEVICE) == ""

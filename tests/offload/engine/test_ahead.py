@@ -1,0 +1,67 @@
+"""When guessing stands back: a link that is behind, and that of another card."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from offload.cache.cache import ExpertCache
+from offload.cache.guesses import Lookahead
+from offload.cache.plan import Use
+from offload.cache.policies import POLICIES
+
+from offload.engine.ahead import Ahead
+
+ONE, OTHER = torch.device("cuda:0"), torch.device("cuda:1")
+K = 2
+
+
+class Guesses:
+    """Layers asked in turn, each expecting the experts of the token before."""
+
+    def __init__(self, devices: tuple[torch.device, ...], ahead: int) -> None:
+        self.layers: list[Any] = [
+            SimpleNamespace(index=at, device=device, asked=None)
+            for at, device in enumerate(devices)
+        ]
+        cache = ExpertCache(20, len(devices), POLICIES["lru"])
+        self.started: list[int] = []  # layers that copies were begun for
+        self.landed = False
+        look = Lookahead("previous", ahead)
+        self._ahead = Ahead(self.layers, cache, look, None, self._start)
+        for layer in self.layers:  # the token before
+            self.of(layer.index)
+
+    def _start(self, layer: int, use: Use) -> Any:
+        self.started.append(layer)
+        return SimpleNamespace(done=self.landed)
+
+    def of(self, layer: int) -> list[int]:
+        """Layers that copies are begun for at the step of `layer`."""
+        self.started.clear()
+        self._ahead.look(self.layers[layer], range(K))
+        return self.started[:]
+
+
+def test_no_guess_is_made_while_those_before_wait_for_the_link() -> None:
+    guesses = Guesses((ONE, ONE, ONE), ahead=1)
+    assert guesses.of(0) == [1, 1]
+    assert guesses.of(1) == []
+    guesses = Guesses((ONE, ONE, ONE), ahead=1)
+    guesses.landed = True
+    assert guesses.of(0) == [1, 1]
+    assert guesses.of(1) == [2, 2]
+
+
+def test_another_card_s_link_is_not_behind() -> None:
+    guesses = Guesses((ONE, ONE, OTHER), ahead=1)
+    assert guesses.of(0) == [1, 1]
+    assert guesses.of(1) == [2, 2]
+
+
+def test_each_link_is_behind_for_itself() -> None:
+    guesses = Guesses((ONE, ONE, OTHER, OTHER), ahead=2)
+    assert guesses.of(0) == [1, 1, 2, 2]
+    assert guesses.of(1) == [3, 3], "two more on the other link, where two may wait for each layer"
+    assert guesses.of(2) == []

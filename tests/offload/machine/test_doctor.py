@@ -1,0 +1,263 @@
+"""`offload doctor`: every look ends in a verdict, and what is amiss in a remedy."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from offload.cache.simulate.machines import Hardware
+
+import cli
+from offload.machine import disk, examination, graphics, software
+from offload.machine import doctor as storage
+from offload.machine import processor as about
+from offload.machine import processor_part as processor
+from offload.machine.disk import read_rate
+from offload.machine.finding import MISSING, OK, SLOW, Finding
+from offload.machine.graphics import Slot, parse_slots, sysfs_slots
+
+MIB, GIB = 2**20, 2**30
+
+
+def named(findings: Iterator[Finding], name: str) -> Finding:
+    return next(finding for finding in findings if finding.name == name)
+
+
+@pytest.fixture
+def rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rates that are not measured: the looks are tested, not this machine."""
+    machine = Hardware("x", memory_gb_per_s=20.0, link_gb_per_s=10.0, ram_gb_per_s=10.0)
+    for module in (storage, graphics):
+        monkeypatch.setattr(module, "measure", lambda device: machine)
+    monkeypatch.setattr(storage, "read_rate", lambda place: disk.DiskRate(3.0, "by a test"))
+
+
+def test_this_machine_is_told_line_by_line(rates: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for name in ("offload", "Python", "libraries", "instruction sets", "CPU kernels", "RAM copies"):
+        assert f" {name} " in out
+    assert max(map(len, out.splitlines())) <= 80
+    assert "\x1b" not in out
+
+
+def test_a_bug_report_is_json(rates: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--json"]) == 0
+    findings: list[dict[str, Any]] = json.loads(capsys.readouterr().out)
+    assert {finding["verdict"] for finding in findings} <= {OK, SLOW, MISSING}
+    for finding in findings:
+        assert (finding["remedy"] is None) == (finding["verdict"] == OK), finding
+    kernels = next(finding for finding in findings if finding["name"] == "CPU kernels")
+    assert kernels["broken_bits"] == []
+
+
+def test_a_look_that_fails_does_not_hide_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken() -> Iterator[Finding]:
+        yield Finding("half", "was told")
+        raise RuntimeError("the driver\nis gone")
+
+    monkeypatch.setattr(
+        examination, "looks", lambda: {"GPUs": broken, "disk": lambda: iter([Finding("d", "e")])}
+    )
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "could not be looked at: the driver is gone" in " ".join(out.split())
+    assert "half" in out
+    assert "\nok      d" in out
+    assert out.endswith("1 thing to look at\n")
+
+
+def test_a_missing_library_is_installed_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = software._version
+    monkeypatch.setattr(
+        software, "_version", lambda name: None if name in ("hqq", "gguf") else known(name)
+    )
+    found = {finding.name: finding for finding in software.software()}
+    assert found["libraries"].verdict == MISSING
+    assert found["libraries"].remedy == "pip install hqq"
+    assert found["gguf"].remedy == "pip install gguf"
+
+
+def test_triton_has_a_verdict_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = software._version
+    monkeypatch.setattr(software.platform, "system", lambda: "Linux")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert named(software.software(), "Triton").verdict == SLOW
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert named(software.software(), "Triton").verdict == OK
+    monkeypatch.setattr(software, "_version", lambda n: None if n == "triton" else known(n))
+    assert named(software.software(), "Triton").remedy == "pip install triton"
+    monkeypatch.setattr(software.platform, "system", lambda: "Windows")
+    assert not any(finding.name == "Triton" for finding in software.software())
+
+
+@pytest.mark.parametrize(
+    "name", ["XDG_CACHE_HOME", "HF_HUB_CACHE", "CUDA_HOME", "TRITON_CACHE_DIR"]
+)
+def test_a_variable_that_moves_things_is_told(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "/elsewhere")
+    assert f"{name}=/elsewhere" in named(software.software(), "environment").value
+
+
+@pytest.mark.parametrize(("load", "first"), [(3.0, "the machine is busy"), (0.0, "fill both")])
+def test_a_busy_machine_is_named_before_its_memory_is_blamed(
+    load: float, first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = Hardware("x", memory_gb_per_s=3.0, link_gb_per_s=2.0, ram_gb_per_s=2.0)
+    monkeypatch.setattr(storage, "measure", lambda device: slow)
+    monkeypatch.setattr(storage, "programs_a_core", lambda: load)
+    assert named(storage.memory(), "RAM copies").remedy.startswith(first)
+
+
+def test_kernels_that_are_wrong_here_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processor, "cpu_kernel_works", lambda way, bits, *_: bits != 3)
+    kernels = named(processor.processor(), "CPU kernels")
+    assert kernels.verdict == MISSING
+    assert kernels.value == "do not work for 3 bits"
+
+
+def test_a_processor_without_vectors_is_slow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpuinfo").write_text(
+        "model name\t: Old One\nflags\t\t: fpu sse2\n\nprocessor: 1\n"
+    )
+    monkeypatch.setattr(about, "CPUINFO", tmp_path / "cpuinfo")
+    assert named(processor.processor(), "processor").value.startswith("Old One, ")
+    assert named(processor.processor(), "instruction sets").verdict == SLOW
+
+
+def test_slow_memory_and_a_slow_disk_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = Hardware("x", memory_gb_per_s=3.0, link_gb_per_s=2.0, ram_gb_per_s=2.0)
+    monkeypatch.setattr(storage, "measure", lambda device: slow)
+    monkeypatch.setattr(storage, "read_rate", lambda place: disk.DiskRate(0.2, "by a test"))
+    assert named(storage.memory(), "RAM copies").verdict == SLOW
+    assert "NVMe" in named(storage.disk(tmp_path / "not yet"), "disk reads").remedy
+
+
+def test_a_place_that_cannot_be_written_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(place: Path) -> disk.DiskRate:
+        raise PermissionError(13, "Permission denied", f"{place}/.temporary")
+
+    monkeypatch.setattr(storage, "read_rate", refuse)
+    found = named(storage.disk(tmp_path), "disk reads")
+    assert "OFFLOAD_HOME" in found.remedy
+    assert found.value == f"not measured: {tmp_path} cannot be written (Permission denied)"
+
+
+@pytest.mark.parametrize("limit", [8 * MIB, -1])
+def test_the_pin_limit_matters_with_a_gpu_only(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    import resource
+
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (limit, limit))
+    with_gpu, without = (next(storage.pin_limit(has_gpu)) for has_gpu in (True, False))
+    assert without.verdict == OK
+    assert with_gpu.verdict == (OK if limit == -1 else SLOW)
+
+
+# --- the disk -------------------------------------------------------------------------------------
+
+
+def test_a_disk_is_read_and_nothing_is_left(tmp_path: Path) -> None:
+    rate = read_rate(tmp_path / "not" / "there", 16 * MIB)
+    assert rate.gb_per_s > 0.001
+    assert "page cache" in rate.how
+    assert not any(tmp_path.iterdir())
+
+
+def test_without_direct_reads_the_page_cache_is_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.open
+
+    def refuse(name: Any, flags: int, *rest: Any, **more: Any) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(22, "Invalid argument")
+        return real(name, flags, *rest, **more)
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert "posix_fadvise" in read_rate(tmp_path, 16 * MIB).how
+
+
+# --- GPUs -----------------------------------------------------------------------------------------
+
+SMI = """NVIDIA GeForce RTX 4090, 570.86.15, 1, 4, 16, 16
+NVIDIA GeForce RTX 4090, 570.86.15, 4, 4, 4, 16
+Other, 570.86.15, [N/A], [N/A], [N/A], [N/A]
+nonsense
+"""
+
+
+def test_nvidia_smi_tells_generation_and_width() -> None:
+    first, second, third = parse_slots(SMI)
+    assert first == Slot("NVIDIA GeForce RTX 4090", "570.86.15", 1, 4, 16, 16)
+    assert first.gb_per_s == pytest.approx(31.5, abs=0.1)
+    assert graphics._pcie(first).verdict == OK
+    assert graphics._pcie(second).verdict == SLOW
+    assert "x4 of x16" in graphics._pcie(second).value
+    assert "not readable" in graphics._pcie(third).value
+
+
+def test_linux_tells_generation_and_width_without_a_driver(tmp_path: Path) -> None:
+    for name, vendor, kind in (("a", "0x10de", "0x030000"), ("b", "0x8086", "0x030000")):
+        (tmp_path / name).mkdir()
+        for file, text in {
+            "vendor": vendor,
+            "class": kind,
+            "current_link_speed": "8.0 GT/s PCIe",
+            "max_link_speed": "16.0 GT/s PCIe",
+            "current_link_width": "8",
+            "max_link_width": "16",
+        }.items():
+            (tmp_path / name / file).write_text(text + "\n")
+    assert sysfs_slots(tmp_path) == [Slot("NVIDIA card at a", "", 3, 4, 8, 16)]
+    assert sysfs_slots(tmp_path / "none") == []
+
+
+def test_a_card_without_a_driver_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphics, "nvidia_slots", list)
+    monkeypatch.setattr(graphics, "sysfs_slots", lambda devices: [Slot("card", "", 3, 4, 8, 16)])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = {finding.name: finding for finding in graphics.graphics()}
+    assert found["driver"].verdict == found["CUDA"].verdict == found["GPU"].verdict == MISSING
+    assert found["PCIe"].verdict == SLOW
+
+
+@pytest.mark.parametrize("pins", [True, False])
+def test_a_card_is_measured(pins: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a card that is made up: what is told of it, not what torch does."""
+
+    def measured(device: torch.device) -> Hardware:
+        if not pins:
+            raise RuntimeError("CUDA error: out of memory")
+        return Hardware("card", 850.0, 26.0, 50.0)
+
+    about = SimpleNamespace(name="RTX 4090", major=8, minor=9)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: about)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (10 * GIB, 24 * GIB))
+    monkeypatch.setattr(graphics, "nvidia_slots", lambda: parse_slots(SMI)[:1])
+    monkeypatch.setattr(graphics, "measure", measured)
+    monkeypatch.setattr(graphics, "_pageable_rate", lambda device: 6.5)
+    found = {finding.name: finding for finding in graphics.graphics()}
+    assert found["driver"].value == "570.86.15"
+    assert found["GPU 0"].verdict == SLOW
+    assert found["link 0"].verdict == (OK if pins else MISSING)
+    if pins:
+        assert found["link 0"].value == "26.0 GB/s from pinned memory, 6.5 from other"
+        assert found["VRAM 0"].value == "weights read at 850 GB/s"
+    else:
+        assert "ulimit -l" in found["link 0"].remedy

@@ -1,0 +1,128 @@
+"""A generation_config.json that cannot be used is told in one line, before any work."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from offload.errors import CheckpointError, GenerationError
+from offload.model.generation_config import NUMBERS, WHOLE_NUMBERS, check_generation_config, end_ids
+from offload.pack.find import find_or_make_pack
+from offload.pack.recipe import Recipe
+
+NESTED = "[" * 300 + "]" * 300
+
+
+def _write(folder: Path, values: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    file = folder / "generation_config.json"
+    file.write_text(values if isinstance(values, str) else json.dumps(values))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"temperature": "hot", "do_sample": True}, "temperature is 'hot'"),
+        ({"top_k": -5, "do_sample": True}, "top_k is -5"),
+        ({"top_k": 1.5}, "top_k is 1.5"),
+        ({"top_p": [1], "do_sample": True}, r"top_p is \[1\]"),
+        ({"repetition_penalty": "x"}, "repetition_penalty is 'x'"),
+        ({"max_new_tokens": "many"}, "max_new_tokens is 'many'"),
+        ({"max_new_tokens": -4}, "max_new_tokens"),
+        ({"pad_token_id": "x"}, "pad_token_id is 'x'"),
+        ({"eos_token_id": "x"}, "eos_token_id is 'x'"),
+        ({"eos_token_id": {"a": 1}}, "eos_token_id is"),
+        ({"eos_token_id": [[1]]}, "eos_token_id is"),
+        ({"eos_token_id": 1.5}, "eos_token_id is 1.5"),
+        ({"eos_token_id": True}, "eos_token_id is True"),
+        ({"__class__": "x"}, "__class__ is not a parameter"),
+        ({"validate": 5}, "validate is not a parameter"),
+        ({"watermarking_config": 5}, "not usable"),
+        ({"cache_implementation": "nonsense"}, "not usable"),
+        ("", "cannot be read"),
+        ("{", "cannot be read"),
+        ("[]", "no table"),
+        ("null", "no table"),
+        ('{"temperature": NaN, "do_sample": true}', "temperature is nan"),
+        ('{"top_k": ' + "9" * 5000 + "}", "cannot be read"),
+        ('{"a": ' + NESTED + "}", "nested"),
+        ("[" * 100_000, "cannot be read"),
+    ],
+)
+def test_what_cannot_be_used_is_named_with_its_file(
+    values: Any, named: str, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match=named) as told:
+        check_generation_config(_write(tmp_path, values))
+    assert str(tmp_path / "generation_config.json") in str(told.value)
+    assert "fetch it again" in str(told.value)
+
+
+def test_bytes_that_are_no_text_are_told(tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        check_generation_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"eos_token_id": [1, 2], "pad_token_id": 0, "temperature": None, "top_k": None},
+        {"do_sample": True, "temperature": 1, "top_p": 0.9, "top_k": 20, "min_p": 0},
+        {"temperature": -1},  # it does not sample
+        {"unknown": {"a": [1, [2]]}, "transformers_version": "9.9"},
+    ],
+)
+def test_what_can_be_used_passes(values: dict[str, Any], tmp_path: Path) -> None:
+    check_generation_config(_write(tmp_path, values))
+
+
+def test_no_file_is_no_fault(tmp_path: Path) -> None:
+    check_generation_config(tmp_path)
+
+
+def test_it_is_told_before_anything_is_quantised(mixtral: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    for file in mixtral.iterdir():
+        (checkpoint / file.name).write_bytes(file.read_bytes())
+    _write(checkpoint, {"temperature": "hot"})
+    with pytest.raises(CheckpointError, match="'hot'"):
+        find_or_make_pack(str(checkpoint), Recipe(), pack_dir=tmp_path / "packs")
+    assert not (tmp_path / "packs").exists()
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=5,
+)
+NAMES = st.sampled_from([*NUMBERS, *WHOLE_NUMBERS, "eos_token_id", "do_sample", "num_beams"])
+
+
+@given(values=st.dictionaries(NAMES | st.text(max_size=8), JSON, max_size=5))
+def test_any_table_passes_or_is_told(
+    values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = _write(tmp_path_factory.getbasetemp() / "any", values)
+    with contextlib.suppress(CheckpointError):
+        check_generation_config(folder)
+
+
+@pytest.mark.parametrize(("value", "ids"), [(None, set()), (3, {3}), ([3, 4], {3, 4}), ([], set())])
+def test_end_ids(value: Any, ids: set[int]) -> None:
+    assert end_ids(value) == ids
+
+
+@pytest.mark.parametrize("value", ["x", 1.5, [None], True, {"a": 1}])
+def test_end_ids_that_are_none(value: Any) -> None:
+    with pytest.raises(GenerationError, match="eos_token_id is"):
+        end_ids(value)

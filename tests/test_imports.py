@@ -1,0 +1,191 @@
+"""The arrows of the house: who may import whom, read from the sources; and what is exported."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import offload
+
+ROOT = Path(__file__).parents[1]
+OURS = {"cli", "offload", "cache", "quant", "tests", "benchmarks"}
+MAY_IMPORT = {
+    "cli": {"cli", "offload"},
+    "offload": {"offload", "cache", "quant"},
+    "cache": {"cache"},
+    "quant": {"quant"},
+}
+EXPORTED = {
+    "BudgetError",
+    "CheckpointError",
+    "GenerationError",
+    "GenerationResponse",
+    "OffloadError",
+    "PackError",
+    "QualityError",
+    "RecipeError",
+    "SourceError",
+    "UnsupportedModelError",
+    "__version__",
+    "generate",
+    "load",
+    "stream_generate",
+}
+
+
+def _sources(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def _imports(file: Path) -> set[str]:
+    """Every module `file` imports anywhere, under TYPE_CHECKING and in functions too."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: imports are written in full"
+            assert node.module is not None
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+def _dotted(node: ast.AST) -> str:
+    parts = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    return ".".join([node.id, *reversed(parts)]) if isinstance(node, ast.Name) else ""
+
+
+CALENDAR = {"time.time", "time.time_ns", "time.localtime", "time.gmtime", "time.ctime"}
+CALENDAR |= {f"{kind}.{how}" for kind in ("datetime", "date") for how in ("now", "utcnow", "today")}
+DATED = {("offload/benching/run.py", "datetime.now")}  # the day a benchmark was run on
+
+
+def _asks_for_the_time(tree: ast.AST) -> set[str]:
+    """What a module takes from the clock that people and networks set."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} & CALENDAR
+        else:
+            found.add(".".join(_dotted(node).split(".")[-2:]))
+    return found & CALENDAR
+
+
+def test_no_duration_is_measured_with_a_clock_that_can_be_set() -> None:
+    """Read from the sources: what is never asked for the time cannot be misled by a clock that
+    jumps. No clock is set here."""
+    asked = {
+        (str(file.relative_to(ROOT)), name)
+        for package in MAY_IMPORT
+        for file in _sources(package)
+        for name in _asks_for_the_time(ast.parse(file.read_text(encoding="utf-8")))
+    }
+    assert asked == DATED
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["import time\nx = time.time()", "from time import time_ns", "y = datetime.datetime.now(UTC)"],
+)
+def test_a_module_that_asks_for_the_time_would_be_found(source: str) -> None:
+    assert _asks_for_the_time(ast.parse(source))
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_imports_run_one_way(package: str) -> None:
+    sources = _sources(package)
+    assert sources
+    for file in sources:
+        ours = {name.partition(".")[0] for name in _imports(file)} & OURS
+        assert ours <= MAY_IMPORT[package], file.name
+
+
+def test_cache_is_plain_python() -> None:
+    for file in _sources("cache"):
+        roots = {name.partition(".")[0] for name in _imports(file)}
+        assert roots <= {"cache", *sys.stdlib_module_names}, file.name
+
+
+def test_cli_touches_no_tensors() -> None:
+    for file in _sources("cli"):
+        roots = {name.partition(".")[0] for name in _imports(file)}
+        assert roots <= {"cli", "offload", "transformers", *sys.stdlib_module_names}, file.name
+
+
+def test_few_modules_reach_kernels() -> None:
+    reaching = set()
+    for file in [f for package in MAY_IMPORT for f in _sources(package)]:
+        place = file.relative_to(ROOT)
+        if "kernels" in place.parts:
+            continue  # the kernels themselves
+        names = _imports(file)
+        names |= {_dotted(n) for n in ast.walk(ast.parse(file.read_text(encoding="utf-8")))}
+        kernels = ("torch.ops", "torch._C", "triton", "llvmlite", "offload.quant.kernels")
+        if any(name == k or name.startswith(f"{k}.") for name in names for k in kernels):
+            reaching.add(place.as_posix())
+    products = {"quant/matmul.py", "quant/gpu.py"}  # for the CPU, for GPUs
+    planning = {f"offload/device/{name}.py" for name in ("kernels", "table", "gather")}
+    assert reaching == products | planning
+
+
+def test_only_one_module_knows_the_solver() -> None:
+    using = [
+        file.relative_to(ROOT).as_posix()
+        for package in MAY_IMPORT
+        for file in _sources(package)
+        if any(name.startswith("hqq") for name in _imports(file))
+    ]
+    assert using == ["quant/hqq.py"]
+
+
+def test_every_module_says_what_it_knows() -> None:
+    for package in MAY_IMPORT:
+        for file in _sources(package):
+            assert ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))), file.name
+
+
+def test_exported_names_are_these() -> None:
+    assert set(offload.__all__) == EXPORTED
+    assert len(offload.__all__) == len(EXPORTED)
+
+
+@pytest.mark.parametrize("name", sorted(EXPORTED))
+def test_every_exported_name_is_there(name: str) -> None:
+    assert getattr(offload, name) is not None
+
+
+def test_a_name_that_is_not_exported_is_not_there() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        offload.nothing  # noqa: B018
+
+
+def test_every_error_is_an_offload_error() -> None:
+    for name in EXPORTED:
+        if name.endswith("Error"):
+            assert issubclass(getattr(offload, name), offload.OffloadError)
+
+
+@pytest.mark.parametrize("argument", ["--version", "--help"])
+def test_the_command_answers_without_torch(argument: str) -> None:
+    code = (
+        "import sys, cli\n"
+        "try:\n"
+        f"    cli.main([{argument!r}])\n"
+        "except SystemExit as left:\n"
+        "    assert left.code == 0\n"
+        "heavy = {'torch', 'transformers', 'hqq', 'numpy', 'rich'} & sys.modules.keys()\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    if argument == "--version":
+        assert done.stdout == f"offload {offload.__version__}\n"

@@ -1,0 +1,150 @@
+"""Closed, full and abandoned standard streams, in real processes."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import cli
+from offload import OffloadError
+from offload.chat import terminal
+from offload.chat.loop import read_message
+from offload.files import MOST_CHARACTERS, read_text
+from tests.conftest import Script
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
+
+
+def _shell(line: str, *arguments: str | Path) -> tuple[int, str, str]:
+    """Run `line`, in which "$@" is the command; its exit code, output and errors."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LC_ALL": "C.UTF-8"}
+    environment.pop("PYTHONUNBUFFERED", None)
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", line, "-", sys.executable, "-m", "cli", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        timeout=600,
+    )
+    return done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode()
+
+
+def _one_error(text: str) -> str:
+    assert text.startswith("offload: error: ")
+    assert text.count("\n") == 1
+    assert "a bug" not in text
+    return text
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("generate", "demo", "-p", "hi")])
+def test_a_closed_stdout_is_told(arguments: tuple[str, ...]) -> None:
+    code, _, errors = _shell('"$@" >&-', *arguments)
+    assert code == 1
+    assert "stdout is closed" in _one_error(errors)
+
+
+def test_a_full_stdout_is_told() -> None:
+    code, _, errors = _shell('"$@" >/dev/full', "--help")
+    assert code == 1
+    assert "cannot write to stdout: No space left" in _one_error(errors)
+
+
+def test_an_answer_into_a_full_disk_is_told(mixtral_pack: Path) -> None:
+    arguments = ("generate", mixtral_pack, "-p", "hi", "-n", "4")
+    code, _, errors = _shell('"$@" >/dev/full', *arguments)
+    assert code == 1
+    assert "cannot write to stdout: No space left" in _one_error(errors)
+
+
+def test_a_closed_stdin_is_an_empty_one() -> None:
+    code, out, errors = _shell('"$@" <&-', "generate", "demo")
+    assert (code, out) == (1, "")
+    assert "there is no prompt" in _one_error(errors)
+
+
+def test_errors_do_not_go_to_stdout_when_stderr_is_closed() -> None:
+    assert _shell('"$@" 2>&-', "generate", "demo", "-p", "hi", "--temp", "-1") == (1, "", "")
+
+
+@pytest.mark.parametrize("line", ['"$@" | true', '"$@" | head -1 >/dev/null'])
+def test_a_reader_that_leaves_is_no_error(line: str) -> None:
+    assert _shell(line, "generate", "--help") == (0, "", "")
+
+
+def test_a_sign_that_stdouts_encoding_lacks_ends_no_answer(
+    mixtral_pack: Path, script: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    script.say("a שלום b")
+    assert cli.main(["generate", str(mixtral_pack), "-p", "hi", "--no-show-timings"]) == 0
+    assert raw.getvalue() == b"a ???? b\n"
+
+
+def test_a_piped_line_that_is_no_text_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    piped = io.TextIOWrapper(io.BytesIO(b"a\xffb\nnext\n"), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", piped)
+    read = terminal.reader()
+    assert [read_message(read)[0] for _ in range(2)] == ["a\udcffb", "next"]
+    with pytest.raises(EOFError):
+        read("")
+
+
+def test_a_pipe_without_end_is_not_read_for_ever() -> None:
+    told = pytest.raises(OffloadError, match=f"more than {MOST_CHARACTERS} characters")
+    with Path("/dev/zero").open(encoding="utf-8") as endless, told:
+        read_text(endless, "the pipe")
+
+
+@pytest.mark.parametrize("kind", ["folder", "missing parent"])
+def test_a_history_that_cannot_be_kept_is_told_once(
+    kind: str, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if kind == "folder":
+        (home / "history").mkdir()
+    else:
+        home.rmdir()
+        home.write_text("in the way")
+    terminal._history().append_string("one")
+    assert capsys.readouterr().err.count("lines are not remembered") == 1
+
+
+def test_a_history_whose_disk_fills_up_goes_on(home: Path) -> None:
+    history = terminal._history()
+    (home / "history").unlink()
+    (home / "history").symlink_to("/dev/full")
+    history.append_string("one")
+    assert history.get_strings() == ["one"]
+
+
+def test_work_that_a_reader_of_messages_cut_short_is_not_done(
+    mixtral: Path, tmp_path: Path
+) -> None:
+    """As `offload quantize ... 2>&1 | head -1`: the pack is what was asked for."""
+    command = [sys.executable, "-m", "cli", "quantize", str(mixtral), str(tmp_path / "pack")]
+    read, write = os.pipe()
+    os.close(read)
+    ended = subprocess.run(command, cwd=ROOT, stdout=write, stderr=write, timeout=600)
+    os.close(write)
+    assert ended.returncode == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
+def test_a_terminated_chat_ends_in_order(mixtral_pack: Path, home: Path) -> None:
+    command = [sys.executable, "-m", "cli", "chat", str(mixtral_pack)]
+    child = subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert child.stderr is not None
+    while b"lists the commands" not in child.stderr.readline():
+        assert child.poll() is None
+    child.terminate()
+    assert child.wait(timeout=600) == 128 + signal.SIGTERM
+    child.communicate()
