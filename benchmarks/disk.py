@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from offload.transfer.page_in import PageIn
+from offload.transfer.host import PageIn
 
 
 class Records:

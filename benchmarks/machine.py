@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import offload
-from offload.machine.processor import processor_name
+from offload.machine.measure import processor_name
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -43,12 +43,12 @@ from peers_report import tables
 from peers_running import Load, PeerError, measure, running
 from transformers import AutoTokenizer
 
-from offload.bench.texts import real_text, stretches
-from offload.budget.budget import parse_slots
-from offload.home import offload_home
+from offload.bench.sample import real_text, stretches
+from offload.files import offload_home
 from offload.model import demo
 from offload.pack.find import find_or_make_pack
 from offload.pack.recipe import AskedBits
+from offload.units import parse_slots
 
 MIXES = ("BF16", "Q8_0", "Q4_1")
 QUARTER = "25%"

@@ -27,14 +27,12 @@ from transformers import PreTrainedModel
 
 import offload
 from offload import OffloadError
-from offload.bench.texts import real_text
+from offload.bench.sample import real_text
 from offload.engine.handle import offload_of
 from offload.progress import Ticker
-from offload.quality.check import compare
-from offload.quality.perplexity import measure_perplexity
+from offload.quality.check import Recording, Source, compare, record
 from offload.quality.prompts import read_prompts
-from offload.quality.recording import Recording, Source, record
-from offload.quality.scoring import Sliding, Text, prefix_of
+from offload.quality.scoring import Sliding, Text, measure_perplexity, prefix_of
 
 REFERENCE = "experts=16,dense=16"
 WIDTHS = (16, 8, 6, 5, 4, 3, 2)

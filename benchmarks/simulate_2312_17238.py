@@ -25,10 +25,10 @@ from offload.cache.simulate.machines import (
     PINNED_SHARE,
     PROFILES,
     Hardware,
+    Software,
 )
 from offload.cache.simulate.prediction import Prediction
 from offload.cache.simulate.simulator import Scenario, simulate
-from offload.cache.simulate.software import Software
 from offload.cache.trace.replay import LIVE, NONE, Setup
 from offload.cache.trace.synthetic import MIXTRAL, Routing, synthesize
 from offload.cache.trace.trace import Trace

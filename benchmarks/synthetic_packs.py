@@ -18,10 +18,10 @@ from itertools import chain, cycle, islice
 from pathlib import Path
 
 import torch
+from offload.quant.codes import encode_scales
 from offload.quant.pack import MANIFEST, PackInfo, PackLayer, as_buffer, file_sha256, manifest_check
 from offload.quant.pack_writer import DATA_ALIGNMENT
 from offload.quant.record import MatrixSpec, MatrixView, RecordLayout, plan_layout, view_record
-from offload.quant.scales import encode_scales
 from offload.quant.scheme import Scheme
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel

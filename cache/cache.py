@@ -10,13 +10,12 @@ import functools
 from collections.abc import Callable, Container, Sequence
 
 from offload.cache.allocation import ALLOCATIONS, Allocation
+from offload.cache.guesses import Trust
 from offload.cache.heat import Heat
-from offload.cache.plan import Plan, Use, Wave
+from offload.cache.plan import CacheState, Plan, Use, Wave
 from offload.cache.policy import Key, Policy
 from offload.cache.slots import SlotTable
-from offload.cache.state import CacheState
 from offload.cache.statistics import Statistics
-from offload.cache.trust import Trust
 
 PROMPT_WEIGHT = 0.25  # of a prompt's use; a generated token's counts 1
 

@@ -103,3 +103,72 @@ def make_predictor(name: str, layers: int) -> Predictor | None:
 PREDICTORS = ("router", "previous", "transitions", "union")
 WITH_ROUTER = ("router", "union")  # those that ask a later layer's router, too
 NO_LOOKAHEAD = Lookahead("router", 0)
+
+WINDOW = 256  # steps of one MoE layer
+
+
+class LookaheadBalance:
+    """Weighs guessing against waiting; `worthwhile` may change at the end of each window."""
+
+    def __init__(self) -> None:
+        self.worthwhile = True  # until measured
+        self._steps = 0
+        self._guesses = 0
+        self._guess_seconds = 0.0
+        self._cost = 0.0  # seconds a guess took, in the last window that had any
+        self._needed = 0
+        self._copies_before = 0
+        self._copy_seconds_before = 0.0
+
+    def guessed(self, seconds: float) -> None:
+        """One guess was made in `seconds`."""
+        self._guesses += 1
+        self._guess_seconds += seconds
+
+    def step(self, needed: int, copies: int, copy_seconds: float) -> None:
+        """One step is over, for which `needed` experts were loaded: on demand, or by a right guess.
+
+        `copies` and `copy_seconds` are totals since the beginning.
+        """
+        self._steps += 1
+        self._needed += needed
+        if self._steps < WINDOW:
+            return
+        if self._guesses:
+            self._cost = self._guess_seconds / self._guesses
+        if copies > self._copies_before:
+            seconds = copy_seconds - self._copy_seconds_before
+            a_copy = seconds / (copies - self._copies_before)
+            self.worthwhile = self._needed / self._steps * a_copy > self._cost
+        elif not self._needed:  # a guess cannot spare what nobody waits for
+            self.worthwhile = False
+        self._copies_before, self._copy_seconds_before = copies, copy_seconds
+        self._steps = self._guesses = self._needed = 0
+        self._guess_seconds = 0.0
+
+
+RATE = 1 / 16  # of a guessed expert in the running mean
+ENOUGH = 0.5  # a load that is not asked for costs about what one that is asked for spares
+
+
+class Trust:
+    """A running mean, for each layer, of how often guesses of absent experts came true."""
+
+    def __init__(self, layers: int) -> None:
+        self.mean = [ENOUGH] * layers
+
+    def may_load(self, layer: int) -> bool:
+        """Whether guesses for `layer` may fill free slots."""
+        return self.mean[layer] >= ENOUGH
+
+    def may_evict(self, layer: int) -> bool:
+        """Whether they may push out what is resident: only once they proved right."""
+        return self.mean[layer] > ENOUGH
+
+    def learn(self, layer: int, right: int, wrong: int) -> None:
+        """Of the absent experts guessed for a step, `right` were asked for and `wrong` were not."""
+        mean = self.mean[layer]
+        for came_true, times in ((1.0, right), (0.0, wrong)):
+            for _ in range(times):
+                mean += RATE * (came_true - mean)
+        self.mean[layer] = mean

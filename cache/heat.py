@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
+from offload.cache.plan import HeatState
 from offload.cache.policy import Key
-from offload.cache.state import HeatState
 
 HALF_LIFE = 256.0  # tokens: a conversation, not a sentence
 GROWTH = 2.0 ** (1.0 / HALF_LIFE)

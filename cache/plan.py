@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from offload.cache.policy import Key, PoolState
+
 
 class Use(NamedTuple):
     """An expert to compute and the slot it is, or will be, in."""
@@ -29,3 +31,20 @@ class Plan(NamedTuple):
     layer: int
     waves: tuple[Wave, ...]
     streamed: tuple[int, ...] = ()
+
+
+class HeatState(NamedTuple):
+    """One layer's decayed uses."""
+
+    unit: float
+    uses: dict[int, float]  # by expert
+
+
+class CacheState(NamedTuple):
+    """Between two tokens: nothing is in use, nothing is guessed."""
+
+    keys: tuple[Key | None, ...]  # by slot; None: free
+    pools: tuple[PoolState, ...]  # of each layer, or one for all
+    useless: tuple[Key, ...]  # first to leave, in order
+    trust: tuple[float, ...]  # in each layer's guesses
+    heat: tuple[HeatState, ...]  # of each layer

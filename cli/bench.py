@@ -22,10 +22,9 @@ from cli.exit_codes import DONE
 from cli.model import load_model
 
 if TYPE_CHECKING:
-    from offload.bench.comparison import Earlier
-    from offload.bench.formats import Printer
+    from offload.bench.output import Earlier, Printer
     from offload.bench.run import Loaded, Row, Setting
-    from offload.bench.tests import Test
+    from offload.bench.sample import Test
 
 PROMPT, GENERATED, DEPTH = [512], [128], [0]
 
@@ -43,12 +42,10 @@ def add(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and write rows; those that are complete stand when it is interrupted."""
-    from offload.bench.comparison import read_earlier
-    from offload.bench.formats import ended
+    from offload.bench.output import ended, read_earlier
     from offload.bench.picture import check_picture, save_picture
-    from offload.bench.run import make_settings, sweep
-    from offload.bench.run_part import check_context
-    from offload.bench.tests import make_tests
+    from offload.bench.run import check_context, make_settings, sweep
+    from offload.bench.sample import make_tests
 
     tests = make_tests(
         arguments.n_prompt or PROMPT,
@@ -103,8 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _printer(
     output: str, tests: Sequence[Test], settings: Sequence[Setting], earlier: Earlier | None
 ) -> Printer:
-    from offload.bench.formats import CsvPrinter, JsonlPrinter, JsonPrinter
-    from offload.bench.output import TablePrinter
+    from offload.bench.output import CsvPrinter, JsonlPrinter, JsonPrinter, TablePrinter
 
     if output == "md":
         columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None

@@ -62,13 +62,10 @@ def add(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from offload.progress import Ticker
-    from offload.quality.baseline import read_baseline, save_baseline
-    from offload.quality.check import check, reference_bits
-    from offload.quality.comparison import table
+    from offload.quality.baseline import TOLERANCES, read_baseline, save_baseline
+    from offload.quality.check import Source, check, reference_bits, table
     from offload.quality.prompts import read_prompts
-    from offload.quality.recording import Source
     from offload.quality.scoring import Sliding
-    from offload.quality.tolerance import TOLERANCES
 
     prompts = read_prompts(arguments.prompts)
     # A file that cannot be used is told before two models are run.

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from cli.exit_codes import USAGE
-from offload.errors import shortened
+from offload.lines import shortened
 
 Run = Callable[[argparse.Namespace], int]
 

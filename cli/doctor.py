@@ -33,7 +33,7 @@ def add(commands: Commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from offload.machine.examination import examine
+    from offload.machine.doctor import examine
 
     findings = []
     for finding in examine():

@@ -18,8 +18,8 @@ from types import FrameType
 
 from cli.exit_codes import DONE, FAILED, INTERRUPTED, USAGE
 from cli.parser import build_parser
-from offload.errors import is_memory, one_line
-from offload.streams import check_streams, give_up_unwritable
+from offload.files import check_streams, give_up_unwritable
+from offload.lines import is_memory, one_line
 
 
 def run(argv: Sequence[str] | None = None) -> int:

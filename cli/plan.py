@@ -20,7 +20,7 @@ from offload.errors import BudgetError
 UBATCH = 2048  # as for other commands
 
 if TYPE_CHECKING:
-    from offload.plan.plan_part import Plan
+    from offload.plan.plan import Plan
     from offload.plan.target import Target
 
 
@@ -73,10 +73,8 @@ def add(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from offload.pack.recipe import AskedBits
     from offload.plan.outline import outline
-    from offload.plan.plan import Question
-    from offload.plan.plan_json import to_json
-    from offload.plan.plan_part import make_plan
-    from offload.plan.report import lines
+    from offload.plan.plan import Question, make_plan
+    from offload.plan.report import lines, to_json
     from offload.trace.show import open_trace
 
     bits = AskedBits(

@@ -33,9 +33,8 @@ def run(arguments: argparse.Namespace) -> int:
     model, tokenizer, _ = load_model(arguments)
     from offload.engine.handle import offload_of
     from offload.progress import Ticker
-    from offload.quality.perplexity import measure_perplexity
-    from offload.quality.scoring import Sliding, encode_text
-    from offload.quality.subject import subject_of
+    from offload.quality.check import subject_of
+    from offload.quality.scoring import Sliding, encode_text, measure_perplexity
 
     sliding = Sliding.asked(arguments.ctx_size, arguments.stride)
     encoded = encode_text(tokenizer, text, str(arguments.file or "the piped text"))

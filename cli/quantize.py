@@ -32,8 +32,7 @@ def add(commands: Commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from offload.budget.gpus import find_place
-    from offload.budget.resolve import Planner
+    from offload.budget.resolve import Planner, find_place
     from offload.chat.report import pack_line
     from offload.pack.find import find_or_make_pack
     from offload.pack.recipe import AskedBits

@@ -28,7 +28,7 @@ def add(actions: argparse._SubParsersAction[Parser]) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from offload.trace.picture_part import plot
+    from offload.trace.picture import plot
 
     drawn = plot(
         arguments.trace,

@@ -5,6 +5,9 @@ Knows: which characters a terminal obeys instead of showing. Does not know: wher
 
 from __future__ import annotations
 
+from offload.errors import NO_MEMORY
+from offload.quant.errors import OffloadError
+
 # C0 without tab and newline, DEL, C1: a terminal could be told to move, to erase, or to answer.
 _SHOWN = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"}
 _SHOWN |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
@@ -13,3 +16,42 @@ _SHOWN |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 def printable(text: str) -> str:
     """`text` with its control characters as signs (ESC as U+241B); tabs and newlines stay."""
     return text.translate(_SHOWN)
+
+
+LONGEST = 1000  # characters of a line: what a file holds may be quoted in it
+
+
+def one_line(error: BaseException) -> str:
+    """`error` as one line for the user."""
+    if isinstance(error, OffloadError):
+        text = str(error)
+    elif isinstance(error, OSError):
+        text = f"{error}: is the place readable and writable? OFFLOAD_HOME names another"
+    elif is_memory(error):
+        text = f"out of memory: {NO_MEMORY}"
+    elif type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+        text = f"out of GPU memory: {NO_MEMORY}"
+    else:
+        text = f"{type(error).__name__}: {error} (a bug: --debug shows where)"
+    return shortened(printable(" ".join(text.split())))
+
+
+def is_memory(error: BaseException) -> bool:
+    """Whether the system refused memory, as Python, torch, threads and Rust's libraries say it."""
+    words = ("can't allocate memory", "can't start new thread")
+    return (
+        isinstance(error, MemoryError)
+        or any(word in str(error) for word in words)
+        or type(error).__name__ == "PanicException"
+    )
+
+
+def shortened(text: str) -> str:
+    """`text` without its middle when it is very long."""
+    half = LONGEST // 2
+    return text if len(text) <= LONGEST else f"{text[:half]} ... {text[-half:]}"
+
+
+def reason(error: BaseException) -> str:
+    """What `error` of another library says, in one line that is not too long."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -20,18 +20,18 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from offload.budget.blocks import Layers, device_of
-from offload.budget.budget import UBATCH, hold_vram, parse_bytes
-from offload.budget.gpus import Gpus, find_place
-from offload.budget.resolve import Planner
-from offload.cache.guesses import WITH_ROUTER
+from offload.budget.budget import hold_vram
+from offload.budget.resolve import Gpus, Planner, find_place
+from offload.cache.cache import ExpertCache
+from offload.cache.guesses import WITH_ROUTER, Lookahead
+from offload.engine.compute import cache_of, compute_of
 from offload.engine.cpu_linear import OneTokenLinear, native_is_quicker
 from offload.engine.crossing import Crossing
-from offload.engine.handle import Card, Offload, Options
+from offload.engine.engine import Engine
+from offload.engine.handle import Decoding, Offload
 from offload.engine.warm import read_hot
-from offload.engine_choice import check_engine, make_engine
-from offload.errors import CheckpointError
+from offload.errors import CheckpointError, UnsupportedModelError
 from offload.model import sources
-from offload.model.generation_config import check_generation_config
 from offload.model.quantized import QuantizedEmbedding, QuantizedLinear
 from offload.model.seam import (
     BUILDING,
@@ -46,17 +46,63 @@ from offload.model.seam import (
     own_config,
     without_packed_weights,
 )
+from offload.model.sources import check_generation_config
+from offload.options import Card, Options
 from offload.pack.find import check_recipe, find_or_make_pack
 from offload.pack.recipe import AskedBits
 from offload.progress import without_bars
-from offload.quant.errors import PackError
+from offload.quant.errors import OffloadError, PackError
 from offload.quant.pack import REMAKE, Pack, PackInfo
 from offload.quant.record import view_record
 from offload.residency import ALLOCATION, POLICY, PREDICTOR, Residency
-from offload.transfer.host import Transfer
-from offload.transfer.per_card import transfer_of
+from offload.transfer.base import Transfer
+from offload.transfer.cards import transfer_of
+from offload.units import UBATCH, parse_bytes
 
 logger = logging.getLogger("offload")
+
+ENGINES = ("auto", "host", "device")
+
+
+def check_engine(name: str) -> None:
+    """Raise `UnsupportedModelError` for a name that is none."""
+    if name not in ENGINES:
+        raise UnsupportedModelError(f"there is no engine {name!r}: choose {' or '.join(ENGINES)}")
+
+
+def make_engine(
+    asked: str, info: PackInfo, options: Options, transfer: Transfer, ahead: Lookahead, k: int
+) -> tuple[Engine, Decoding | None]:
+    """The engine, and what gives tokens a step behind where that is possible.
+
+    With several cards it is the host's, which is said where the device's was asked for or to be
+    expected. Raises `OffloadError` where `asked` is the device's and there is no GPU.
+    """
+    residency = options.residency
+    cache, compute = cache_of(info, options), compute_of(info, transfer)
+    cuda = options.device.type == "cuda"
+    wants_device = asked == "device" or (asked == "auto" and cuda)
+    if not isinstance(cache, ExpertCache) or options.cards:
+        if wants_device:
+            logger.warning("steps are planned on the host: the model is on several cards")
+    elif wants_device:
+        refused = ""
+        try:
+            from offload.engine.device import make as making
+            from offload.generation.tokens import Loops
+        except ImportError as error:
+            refused = f"it needs Triton ({error})"
+        else:
+            wanted = making.Wanted(residency, ahead, options.slots, k, options.staging)
+            refused = making.why_not(wanted, transfer)
+            if not refused:
+                engine = making.make(info, cache, transfer, compute, wanted)
+                return engine, Loops(engine)
+        if not cuda:
+            raise OffloadError(f"there is no device-planned engine here: {refused}: choose host")
+        logger.warning("steps are planned on the host, with a wait at every layer: %s", refused)
+    balance = residency.balance()
+    return Engine(info, cache, transfer, compute, balance, ahead, options.staging), None
 
 
 def load(

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 from offload.cache.allocation import ALLOCATIONS
 from offload.cache.cache import ExpertCache
-from offload.cache.guesses import MOST_AHEAD, NO_LOOKAHEAD, PREDICTORS, Lookahead
-from offload.cache.lookahead import LookaheadBalance
+from offload.cache.guesses import MOST_AHEAD, NO_LOOKAHEAD, PREDICTORS, Lookahead, LookaheadBalance
 from offload.cache.policies import POLICIES
 from offload.errors import UnsupportedModelError
 

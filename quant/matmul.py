@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 
 import torch
-from offload.quant.codes import TILE_ROWS, unpack, unpack_rows
+from offload.quant.codes import TILE_ROWS, decode_scales, encode_scales, unpack, unpack_rows
 from offload.quant.gpu import gpu_kernels, launching_on
 from offload.quant.kernels import cpu
 from offload.quant.record import (
@@ -22,7 +22,6 @@ from offload.quant.record import (
     view_record,
     view_rows,
 )
-from offload.quant.scales import decode_scales, encode_scales
 from offload.quant.scheme import Scheme
 from torch import Tensor
 from torch.nn.functional import linear, pad

@@ -17,6 +17,7 @@ import itertools
 import json
 import mmap
 import os
+import threading
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -25,10 +26,34 @@ from typing import Any, BinaryIO
 
 import torch
 from offload.quant.errors import PackError
-from offload.quant.reading import read_at
 from offload.quant.record import RecordLayout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+_SEEKING = threading.Lock()
+
+
+def read_at(file: int, begin: int, into: memoryview) -> int:
+    """Read from byte `begin` on into `into` until it is full or the file ends; bytes that were
+    read. Raises `OSError`."""
+    done = 0
+    while done < len(into):
+        count = _read_some(file, begin + done, into[done:])
+        if not count:
+            break
+        done += count
+    return done
+
+
+def _read_some(file: int, begin: int, into: memoryview) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(file, [into], begin)
+    with _SEEKING:  # a file has one place only: one thread at a time
+        os.lseek(file, begin, os.SEEK_SET)
+        data = os.read(file, len(into))
+    into[: len(data)] = data
+    return len(data)
+
 
 FORMAT = "moe-offload pack"
 VERSION = 2

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import logging
 import os
 import shutil
 import struct
@@ -21,6 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
+from filelock import FileLock, Timeout
 from offload.quant.errors import PackError
 from offload.quant.pack import (
     MANIFEST,
@@ -32,8 +34,26 @@ from offload.quant.pack import (
     is_pack,
     manifest_check,
 )
-from offload.quant.turn import take_turn
 from torch import Tensor
+
+logger = logging.getLogger("offload")
+
+
+def take_turn(file: Path, what: str) -> FileLock:
+    """The lock `file`, taken; use it as a context manager or `release` it. Waits for who has it.
+
+    Raises `OSError` where the file cannot be made: filelock takes some of these for a lock that
+    another process has, and would wait for ever.
+    """
+    os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o644))
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.warning("another process is making %s: waiting for it", what)
+        lock.acquire()
+    return lock
+
 
 DATA_ALIGNMENT = 4096  # bytes: records start on a page, so that a mapping of them can be pinned
 SETTINGS = ".settings"

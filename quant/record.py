@@ -15,8 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from offload.quant.codes import TILE_ROWS, padded_rows
-from offload.quant.scales import STEP_VALUES, shared_steps
+from offload.quant.codes import STEP_VALUES, TILE_ROWS, padded_rows, shared_steps
 from offload.quant.scheme import GROUP_SIZES, SMALLEST_GROUP, Scheme
 from torch import Tensor
 

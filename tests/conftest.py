@@ -33,7 +33,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import offload.generation.stream
-from offload.home import offload_home
+from offload.files import offload_home
 from tests.rounding import round_to_codes
 from tests.tiny import save_tiny
 
@@ -228,7 +228,7 @@ class Script:
 def script(monkeypatch: pytest.MonkeyPatch) -> Script:
     """Every model of this test says what this script says; its experts are not asked."""
     scripted = Script()
-    monkeypatch.setattr(offload.generation, "forward", scripted.forward)
+    monkeypatch.setattr(offload.generation.stream, "forward", scripted.forward)
     return scripted
 
 

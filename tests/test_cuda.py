@@ -17,8 +17,7 @@ from offload.engine.handle import offload_of
 from offload.generation.tokens import Loops
 from offload.pack.find import find_or_make_pack
 from offload.pack.recipe import Recipe
-from offload.transfer.cuda import CudaTicket, CudaTransfer
-from offload.transfer.cuda_link import CudaLink
+from offload.transfer.cuda import CudaLink, CudaTicket, CudaTransfer
 from offload.transfer.host_tier import HostTier
 from offload.transfer.memory import PAGE, own_memory
 from offload.transfer.pinning import CudaPinner

@@ -300,7 +300,7 @@ def test_memory_that_runs_out_ends_one_answer_only(
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(offload.layer, "matmul", fail)
+        patch.setattr(offload.engine.layer, "matmul", fail)
         with pytest.raises(RuntimeError, match="allocate"):
             chat.say("one")
     assert chat.messages == []

@@ -131,7 +131,7 @@ def test_few_modules_reach_kernels() -> None:
         if any(name == k or name.startswith(f"{k}.") for name in names for k in kernels):
             reaching.add(place.as_posix())
     products = {"quant/matmul.py", "quant/gpu.py"}  # for the CPU, for GPUs
-    planning = {f"offload/device/{name}.py" for name in ("kernels", "table", "gather")}
+    planning = {f"offload/engine/device/{name}.py" for name in ("kernels", "table", "gather")}
     assert reaching == products | planning
 
 

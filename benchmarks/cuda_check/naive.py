@@ -12,8 +12,7 @@ import torch
 from offload.quant.pack import Pack
 from torch import Tensor
 
-from offload.transfer.base import NO_MARKS, Marks
-from offload.transfer.host import Ticket
+from offload.transfer.base import NO_MARKS, Marks, Ticket
 
 HOST_BYTES = 2**30  # of host memory that records are copied from, in turn: beyond any CPU's cache
 

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 import torch
 from offload.cache.cache import ExpertCache
+from offload.cache.plan import CacheState
 from offload.cache.policies import POLICIES
-from offload.cache.state import CacheState
 from offload.cache.trace.synthetic import Shape, synthesize
 
 from benchmarks.cuda_check.attempt import NotBuiltError

@@ -19,9 +19,11 @@ from transformers import PreTrainedModel
 
 from benchmarks.cuda_check.attempt import NotBuiltError
 from offload import loading
-from offload.engine.handle import Offload, Options, offload_of
+from offload.engine.handle import Offload, offload_of
+from offload.options import Options
+from offload.transfer.base import Transfer
 from offload.transfer.cuda import CudaTransfer
-from offload.transfer.host import HostTransfer, Transfer
+from offload.transfer.host import HostTransfer
 from offload.transfer.host_tier import HostTier
 
 HOST, DEVICE = "host", "device"  # engines: the plan made in Python, or in kernels

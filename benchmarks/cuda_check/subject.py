@@ -28,10 +28,11 @@ from benchmarks.cuda_check.seam import (
 from benchmarks.cuda_check.setting import Setting
 from offload.budget.budget import Memory
 from offload.budget.resolve import Planner
-from offload.engine.handle import Offload, Options, offload_of
+from offload.engine.handle import Offload, offload_of
 from offload.loading import routers
+from offload.options import Options
 from offload.residency import Residency
-from offload.transfer.host import Transfer
+from offload.transfer.base import Transfer
 
 
 @dataclass(frozen=True)

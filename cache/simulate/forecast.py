@@ -13,9 +13,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from offload.cache.simulate.machines import Hardware
+from offload.cache.simulate.machines import DEVICE_PLANNED, HOST_PLANNED, Hardware, Software
 from offload.cache.simulate.simulator import Scenario, simulate
-from offload.cache.simulate.software import DEVICE_PLANNED, HOST_PLANNED, Software
 from offload.cache.trace.replay import Setup
 from offload.cache.trace.synthetic import Routing, Shape, synthesize
 from offload.cache.trace.trace import Event, Trace

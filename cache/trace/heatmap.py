@@ -10,8 +10,11 @@ more the expert was asked for.
 from __future__ import annotations
 
 import math
+import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TextIO
 
 from offload.cache.interface import Cache
 from offload.cache.trace.replay import Setup, admitted, make_cache, prepare
@@ -146,3 +149,16 @@ def of_cache(cache: Cache, experts: Sequence[int]) -> HeatMap:
 def resident_in(cache: Cache, experts: Sequence[int]) -> Resident:
     """Whether each of the `experts` of each layer is in `cache` now."""
     return tuple(tuple(cache.is_resident(i, e) for e in range(n)) for i, n in enumerate(experts))
+
+
+def show(heat: HeatMap, stream: TextIO) -> str:
+    """`heat` as text for `stream`: in colours at a terminal that has them, unless NO_COLOR."""
+    terminal = stream.isatty()
+    color = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    width = shutil.get_terminal_size().columns if terminal else 10**6  # a file has no edge
+    try:
+        "░█".encode(stream.encoding or "ascii")
+        blocks = True
+    except UnicodeEncodeError:
+        blocks = False
+    return draw(heat, width=width, color=color, blocks=blocks)

@@ -6,9 +6,10 @@ does not change what a cache decides.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from heapq import heappop, heappush
+from itertools import count
 
 from offload.cache.allocation import ALLOCATIONS
 from offload.cache.cache import ExpertCache
@@ -23,21 +24,79 @@ from offload.cache.guesses import (
 )
 from offload.cache.interface import Cache
 from offload.cache.policies import POLICIES
-from offload.cache.policies.belady import Belady
-from offload.cache.policy import Key, Policy
+from offload.cache.policy import Key, Policy, Victim
 from offload.cache.sharded import ShardedCache
 from offload.cache.statistics import LayerCounts
-from offload.cache.trace.trace import Event, Guess, Trace, TraceHeader
+from offload.cache.trace.trace import CardSlots, Event, Guess, Trace, TraceHeader
+
+NEVER = 1 << 60
+
+
+class Belady:
+    """Keys in the order of their next use, the farthest first."""
+
+    def __init__(self, future: Iterable[tuple[int, Iterable[int]]]) -> None:
+        """`future`: layer and experts of every step to come, in order."""
+        self._uses: dict[Key, list[int]] = {}  # times, the next one last
+        times = count()
+        for layer, experts in future:
+            time = next(times)
+            for expert in experts:
+                self._uses.setdefault((layer, expert), []).append(time)
+        for uses in self._uses.values():
+            uses.reverse()
+        self._resident: set[Key] = set()
+        self._heap: list[tuple[int, Key]] = []  # (-next use, key); old entries stay until the top
+
+    def step(self) -> None:
+        pass
+
+    def insert(self, keys: Iterable[Key], weight: float = 1.0) -> None:
+        for key in keys:
+            self._resident.add(key)
+            self._use(key, weight)
+
+    def use(self, keys: Iterable[Key], weight: float = 1.0) -> None:
+        for key in keys:
+            self._use(key, weight)
+
+    def _use(self, key: Key, weight: float) -> None:
+        if weight:
+            self._uses[key].pop()
+        heappush(self._heap, (-self._next(key), key))
+
+    def _next(self, key: Key) -> int:
+        uses = self._uses.get(key)
+        return uses[-1] if uses else NEVER
+
+    def remove(self, key: Key) -> None:
+        self._resident.discard(key)
+
+    def clear(self) -> None:
+        self._resident.clear()
+        self._heap.clear()
+
+    def first(self, keep: Container[Key]) -> Victim | None:
+        kept: list[tuple[int, Key]] = []
+        found: Victim | None = None
+        while self._heap and found is None:
+            negative, key = self._heap[0]
+            if key not in self._resident or -negative != self._next(key):
+                heappop(self._heap)
+            elif key in keep:
+                kept.append(heappop(self._heap))
+            else:
+                found = negative, key
+        for entry in kept:
+            heappush(self._heap, entry)
+        return found
+
+    def keys(self) -> Iterable[Key]:
+        return self._resident
+
 
 BELADY = "belady"
 LIVE, NONE = "live", "none"  # look-ahead as it was recorded; no look-ahead
-
-
-class CardSlots(NamedTuple):
-    """One card's part."""
-
-    layers: int  # that follow those of the card before
-    slots: int
 
 
 @dataclass(frozen=True)
@@ -96,11 +155,6 @@ def recorded_setup(trace: Trace) -> Setup:
     if not isinstance(slots, int):
         raise CacheError("the trace does not say how many slots its run had: give --expert-slots")
     return Setup(slots, str(policy), str(allocation), LIVE, cards=_cards(trace.header))
-
-
-def cards_text(cards: Iterable[CardSlots]) -> str:
-    """Cards as a trace's header has them: layers:slots of each."""
-    return ",".join(f"{card.layers}:{card.slots}" for card in cards)
 
 
 def _cards(header: TraceHeader) -> tuple[CardSlots, ...]:

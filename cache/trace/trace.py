@@ -9,7 +9,7 @@ Letters: T tokens of a call, k experts of a token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -94,3 +94,15 @@ class Trace:
 
     def decode(self) -> Iterator[Event]:
         return (event for event in self.events if not event.prompt)
+
+
+class CardSlots(NamedTuple):
+    """One card's part."""
+
+    layers: int  # that follow those of the card before
+    slots: int
+
+
+def cards_text(cards: Iterable[CardSlots]) -> str:
+    """Cards as a trace's header has them: layers:slots of each."""
+    return ",".join(f"{card.layers}:{card.slots}" for card in cards)

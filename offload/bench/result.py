@@ -8,14 +8,95 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-from offload.bench.bound import Bound
-from offload.bench.sample import Sample
-from offload.bench.tests import Test
+import torch
+from transformers import PreTrainedModel
+
+from offload.bench.sample import Sample, Test
+from offload.budget.budget import kv_cache_bytes
+from offload.engine.handle import offload_of
 from offload.engine.stats import Stats
+from offload.machine.measure import processor_name
+from offload.pack.recipe import bits_name
+from offload.version import __version__
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What this machine's link and memory were measured to do, in 10^9 bytes a second."""
+
+    link_gb_per_s: float
+    memory_gb_per_s: float
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The bytes of a test's runs, and the least time for them."""
+
+    tokens: int
+    link_bytes: int
+    read_bytes: int
+    rates: Rates
+
+    @property
+    def link_seconds(self) -> float:
+        return self.link_bytes / 1e9 / self.rates.link_gb_per_s if self.link_bytes else 0.0
+
+    @property
+    def memory_seconds(self) -> float:
+        return self.read_bytes / 1e9 / self.rates.memory_gb_per_s
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / (self.link_seconds + self.memory_seconds)
+
+    @property
+    def limited_by(self) -> str:
+        """What most of the bound's time goes to."""
+        return "link" if self.link_seconds > self.memory_seconds else "memory"
+
+
+def bound_of(
+    model: PreTrainedModel, test: Test, samples: tuple[Sample, ...], rates: Rates
+) -> Bound:
+    """The bound of `samples` of `test` together."""
+    engine, ubatch = offload_of(model).engine, offload_of(model).options.ubatch
+    calls = [min(ubatch, test.n_prompt - at) for at in range(0, test.n_prompt, ubatch)]
+    calls += [1] * test.n_gen
+    each = len(calls) * dense_bytes(model)
+    held = test.n_depth
+    for tokens in calls:
+        held += tokens
+        each += kv_cache_bytes(model.config, held, model.dtype)
+    records = sum(
+        counts.requests * engine.record_bytes(layer)
+        for sample in samples
+        for layer, counts in enumerate(sample.experts.layers)
+    )
+    return Bound(
+        tokens=test.tokens * len(samples),
+        link_bytes=sum(sample.experts.bytes_copied for sample in samples),
+        read_bytes=each * len(samples) + records,
+        rates=rates,
+    )
+
+
+def dense_bytes(model: PreTrainedModel) -> int:
+    """Bytes of what is not experts that one call of the model reads."""
+    info = offload_of(model).pack.info
+    size = info.dense_bytes(model.dtype.itemsize)
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if table is None or head is None or model.config.get_text_config().tie_word_embeddings:
+        return size
+    path = next(name for name, module in model.named_modules() if module is table)
+    for dense in info.dense:
+        if path in dense.modules:
+            return size - (len(dense.modules) == 1) * info.dense_layout(dense).record_bytes
+    return size - int(table.weight.nbytes)
+
 
 PERCENTILES = (50, 95, 99)
 
@@ -130,3 +211,56 @@ def percentile(ordered: Sequence[float], share: float) -> float:
     low = int(at)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The part of a row that its tests share; llama-bench's names where it has them."""
+
+    build: str
+    cpu_info: str
+    gpu_info: str
+    backends: str
+    n_threads: int
+    model: str
+    model_type: str
+    model_size: int  # bytes of the pack
+    model_n_params: int
+    bits: str
+    policy: str
+    lookahead: bool | None  # None: while it pays; on the device as True
+    text: str  # "real" or "random"
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, *, random: bool) -> Subject:
+        """Of a loaded model."""
+        offload = offload_of(model)
+        device = offload.options.device
+        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        return cls(
+            build=__version__,
+            cpu_info=processor_name(),
+            gpu_info=gpu,
+            backends=device.type.upper(),
+            n_threads=torch.get_num_threads(),
+            model=offload.pack.info.source,
+            model_type=str(model.config.model_type),
+            model_size=offload.pack.total_bytes,
+            model_n_params=offload.pack.parameters,
+            bits=bits_name(offload.pack.info),
+            policy=offload.options.policy,
+            lookahead=offload.options.lookahead,
+            text="random" if random else "real",
+        )
+
+    @property
+    def name(self) -> str:
+        """The model and its bits."""
+        return f"{self.model} {self.bits}"
+
+    @property
+    def lookahead_name(self) -> str:
+        return {True: "on", False: "off", None: "auto"}[self.lookahead]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)

@@ -7,69 +7,56 @@ Knows: what takes memory and how much. Does not know: how it is allocated.
 from __future__ import annotations
 
 import logging
-import re
 from dataclasses import dataclass
 
 import psutil
 import torch
 from transformers import PreTrainedConfig
 
-from offload.budget.attention import score_bytes
 from offload.budget.kv import cache_bytes
-from offload.errors import BudgetError, reason
+from offload.errors import BudgetError, UnsupportedModelError
+from offload.lines import reason
+from offload.model.seam import model_class
 from offload.quant.matmul import REFERENCE_WEIGHTS
 from offload.quant.pack import PackInfo
+from offload.units import READ_WHOLE, SHARE, gib, parse_bytes
+
+# Tensors of the scores' size at once. gpt-oss holds three (scores; with sinks; their softmax), the
+# eager attention of most others one of 16 bits, its softmax in float32, which counts twice, and
+# that in 16 bits again.
+ALIVE = 4
+
+
+def keeps_scores(config: PreTrainedConfig) -> bool:
+    """Whether the model of `config` gets eager attention, as transformers 5.23 chooses.
+
+    What code of a checkpoint's own does is not known before it runs: it counts as fused.
+    """
+    asked = getattr(config, "_attn_implementation", None)
+    if asked is not None:
+        return bool(asked == "eager")
+    try:
+        return not model_class(config, "", trust_remote_code=False)._supports_sdpa
+    except UnsupportedModelError:
+        return False
+
+
+def score_bytes(config: PreTrainedConfig, context: int, itemsize: int) -> int:
+    """Bytes that attention to `context` tokens keeps for each token of a prompt's chunk."""
+    if not keeps_scores(config):
+        return 0
+    text = config.get_text_config()
+    layers = getattr(text, "per_layer_config", None) or [text]
+    heads = max(int(getattr(layer, "num_attention_heads", None) or 0) for layer in layers)
+    return ALIVE * heads * context * itemsize
+
 
 logger = logging.getLogger("offload")
-
-SHARE = 0.9  # of the memory that is free at start, when the user names no budget
 BASE_BYTES = 200 * 2**20  # libraries' own buffers, the allocator's slack
 STAGING_BYTES = 128 * 2**20  # for small records more than two rows: fewer, larger kernels
 MOST_STAGING_ROWS = 32
-UBATCH = 2048  # tokens of a prompt at once: an expert crosses the link once for all of them
 SCORES_SHARE = 8  # of the memory at most one in so many for attention scores, where any are kept
-# Their states (transformers 5.23) forget what was before when several tokens follow others.
-READ_WHOLE = frozenset({"jamba"})
 UNPACKED_BYTES = 10  # a weight while its matrix is dequantised: codes, float32, the result
-UNITS = {"": 1, "B": 1} | {
-    letter + suffix: base**power
-    for power, letter in enumerate("KMGT", start=1)
-    for suffix, base in (("", 2**10), ("IB", 2**10), ("B", 10**3))
-}
-MOST_SLOTS = 2**31  # asking for more is asking for all
-MOST_BYTES = 2**60  # of a size: more than any machine has
-
-
-def parse_bytes(text: str | int | None) -> int | None:
-    """Bytes from a number or from text like "20GiB"; None stays None. Raises `BudgetError`."""
-    if text is None or isinstance(text, int):
-        return text
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    unit = UNITS.get(match.group(2).upper()) if match else None
-    if match is None or unit is None:
-        raise BudgetError(f"{text!r} is not a size: write bytes or a size like 20GiB")
-    size = float(match.group(1)) * unit
-    if size > MOST_BYTES:
-        raise BudgetError(f"{text!r} is more than any machine has: write a size like 20GiB")
-    return int(size)
-
-
-def parse_slots(text: str | int | None, total: int) -> int | None:
-    """A number of slots from a number or a share of `total` like "25%"; None stays None."""
-    if text is None or isinstance(text, int):
-        return text
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%?)\s*", text)
-    if match is None or (not match.group(2) and "." in match.group(1)):
-        raise BudgetError(
-            f"{text!r} is not a number of expert slots: write a number or a share like 25%"
-        )
-    value = min(float(match.group(1)), MOST_SLOTS)
-    return max(1, round(total * value / 100)) if match.group(2) else int(value)
-
-
-def gib(size: int) -> str:
-    """A size as people read it."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from functools import cache
 from math import inf
 
-from offload.budget.budget import gib
 from offload.errors import BudgetError
+from offload.options import Share
+from offload.units import gib
 
 
 @dataclass(frozen=True)
@@ -39,28 +40,6 @@ class Demand:
     last: int  # weights behind them: on the last card
     workspace: int  # on each card
     slot: int
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one card has."""
-
-    number: int  # of the card
-    blocks: range  # decoder layers
-    moe_layers: int  # of these
-    experts: int
-    slots: int
-    dense: int  # bytes
-    kv_cache: int
-    workspace: int
-
-    def line(self) -> str:
-        """As people read it."""
-        layers = f"{len(self.blocks)} layer{'s' * (len(self.blocks) > 1)}"
-        return (
-            f"card {self.number}: {layers}, {self.slots} slots for {self.experts} experts, beside "
-            f"{gib(self.dense)} of dense weights and {gib(self.kv_cache)} of KV cache"
-        )
 
 
 def place(

@@ -6,12 +6,12 @@ Knows: messages, parameters, what is left when an answer breaks off. Does not kn
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from offload.chat.context import NEARLY_FULL, fit
 from offload.chat.display import Display
 from offload.chat.report import timings, verbose_rows
 from offload.chat.saved import Settings
@@ -21,6 +21,40 @@ from offload.errors import ChatError
 from offload.generation.prompt_cache import PromptCache
 from offload.generation.stream import GenerationResponse, Message, encode_prompt, stream_generate
 from offload.sampling import Sampling
+
+NEARLY_FULL = 0.85  # of the context: said before turns have to leave
+LEFT_FREE = 0.25  # of it, once some have: or each turn would cost a new prefill of all others
+MOST_RESERVED = 512  # tokens kept for the answer, at most an eighth of the context
+
+
+def reserve(context: int) -> int:
+    """Tokens of the context that a prompt leaves to its answer."""
+    return min(MOST_RESERVED, context // 8)
+
+
+def fit(
+    messages: Sequence[Message],
+    begin: int,
+    context: int,
+    encode: Callable[[Sequence[Message]], list[int]],
+) -> tuple[int, list[int]]:
+    """Where the messages to send begin, and their ids: at `begin`, or later where from there on
+    they do not fit into `context` tokens.
+
+    Whole turns leave, a turn being a user's message and what follows it. The last one stays: that
+    it may be too long by itself is for the caller to say. With n turns to choose from log2(n) + 2
+    beginnings are encoded: a long conversation takes a while each time.
+    """
+    ids = encode(messages[begin:])
+    if len(ids) <= context - reserve(context):
+        return begin, ids
+    turns = [at for at, message in enumerate(messages) if message["role"] == "user" and at > begin]
+    if not turns:
+        return begin, ids
+    room = context * (1 - LEFT_FREE)
+    first = bisect_left(turns, True, key=lambda at: len(encode(messages[at:])) <= room)
+    begin = turns[min(first, len(turns) - 1)]
+    return begin, encode(messages[begin:])
 
 
 @dataclass

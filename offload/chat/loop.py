@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from offload.chat.chat import Chat
 from offload.chat.commands import obey
-from offload.errors import one_line
+from offload.lines import one_line
 from offload.quant.errors import OffloadError
 
 QUOTES = '"""'

@@ -12,20 +12,14 @@ from pathlib import Path
 
 from rich.text import Text
 
-from offload.budget.budget import gib
 from offload.cache.interface import Cache
-from offload.cache.trace.heatmap import of_cache, resident_in, squeezed
+from offload.cache.trace.heatmap import of_cache, resident_in, show, squeezed
 from offload.engine.handle import Offload
 from offload.engine.stats import Stats
 from offload.generation.stream import GenerationResponse
-from offload.pack.recipe import Recipe
+from offload.pack.recipe import bits_name
 from offload.quant.pack import Pack, PackInfo
-from offload.trace.picture_part import show
-
-
-def bits_name(info: PackInfo) -> str:
-    """The preset a pack was made with, else its rules."""
-    return Recipe.parse(info.bits).name
+from offload.units import gib
 
 
 def pack_line(path: Path) -> str:

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from offload.errors import ChatError
-from offload.files import write_whole
+from offload.files import offload_home, write_whole
 from offload.generation.stream import Message
-from offload.home import offload_home
 from offload.sampling import PARAMETERS, Sampling
 
 NAME = re.compile(r"[\w.-]+")

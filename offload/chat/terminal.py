@@ -10,16 +10,42 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
+from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from rich.console import Console
 
-from offload.chat.completion import Slashes
+from offload.chat.commands import WORDS
 from offload.chat.display import Display, Plain, Rendered
-from offload.home import offload_home
+from offload.chat.saved import saved_names
+from offload.files import offload_home
+
+
+class Slashes(Completer):
+    """Completes slash commands; nothing in messages."""
+
+    def __init__(self) -> None:
+        self._files = PathCompleter(expanduser=True)
+
+    def get_completions(
+        self, document: Document, complete_event: CompleteEvent
+    ) -> Iterable[Completion]:
+        text = document.text_before_cursor
+        if not text.startswith("/") or "\n" in text:
+            return
+        if text.startswith("/read "):  # a file's name may have spaces
+            file = Document(text.removeprefix("/read ").lstrip())
+            yield from self._files.get_completions(file, complete_event)
+            return
+        before, _, word = text[1:].rpartition(" ")
+        names = before in ("load", "save")
+        for candidate in saved_names() if names else WORDS.get(before.strip(), ()):
+            if candidate.startswith(word):
+                yield Completion(candidate, -len(word))
 
 
 def reader() -> Callable[[str], str]:

@@ -15,13 +15,12 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from offload.cache.guesses import WITH_ROUTER, Lookahead, make_predictor, merged
+from offload.cache.guesses import WITH_ROUTER, Lookahead, LookaheadBalance, make_predictor, merged
 from offload.cache.interface import Cache
-from offload.cache.lookahead import LookaheadBalance
 from offload.cache.plan import Use
 from offload.cache.trace.trace import Guess
 from offload.engine.layer import Layer
-from offload.transfer.host import Ticket
+from offload.transfer.base import Ticket
 
 
 class Ahead:

@@ -14,14 +14,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from offload.cache.interface import Cache
 from offload.cache.plan import Use
+from offload.cache.sharded import ShardedCache, card_and_row
 from offload.engine.layer import Layer
+from offload.options import Options
 from offload.quant.experts import block_cells, decode, kernels_work, make_batch, prefill
-from offload.quant.gate import recognise
 from offload.quant.pack import PackInfo
-from offload.quant.program import Program
+from offload.quant.program import Program, recognise
 from offload.quant.record import MatrixView, RecordLayout, view_record
-from offload.transfer.host import Transfer
+from offload.transfer.base import Transfer
+from offload.transfer.cards import CardsTransfer
 
 FEW_TOKENS = 4  # up to which each cell reads its expert's weights for itself
 
@@ -160,3 +163,44 @@ def _put(cells: Tensor, where: Sequence[int], out: Tensor) -> None:
         cells[where[0]] = out[0]
     else:
         cells[list(where)] = out
+
+
+class CardsCompute:
+    """`Compute`'s interface over one for each card, over the slots that are there."""
+
+    def __init__(self, computes: Sequence[Compute]) -> None:
+        self._computes = tuple(computes)
+        self.together = all(compute.together for compute in self._computes)
+
+    def run(
+        self,
+        layer: Layer,
+        uses: Sequence[Use],
+        hidden: Tensor,
+        cells_of: Mapping[int, Sequence[int]],
+        k: int,
+        cells: Tensor,
+    ) -> None:
+        places = [card_and_row(use.slot, len(self._computes)) for use in uses]
+        card = places[0][0]  # a layer's experts are on one
+        here = [Use(use.expert, row) for use, (_, row) in zip(uses, places, strict=True)]
+        self._computes[card].run(layer, here, hidden, cells_of, k, cells)
+
+    def close(self) -> None:
+        for compute in self._computes:
+            compute.close()
+
+
+def cache_of(info: PackInfo, options: Options) -> Cache:
+    """Slots that are all empty."""
+    make = options.residency.cache
+    if len(options.caching) > 1:
+        return ShardedCache([make(share.slots, share.moe_layers) for _, share in options.caching])
+    return make(options.slots, len(info.layers))
+
+
+def compute_of(info: PackInfo, transfer: Transfer) -> Compute:
+    """What multiplies, from the slots of `transfer`."""
+    if isinstance(transfer, CardsTransfer):
+        return CardsCompute([compute_of(info, card) for card in transfer.transfers])
+    return (OneByOne if transfer.device.type == "cpu" else Grouped)(info, transfer)

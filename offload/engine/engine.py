@@ -23,11 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offload.budget.budget import gib
 from offload.cache.early import absent, nearly_all
-from offload.cache.guesses import NO_LOOKAHEAD, Lookahead
+from offload.cache.guesses import NO_LOOKAHEAD, Lookahead, LookaheadBalance
 from offload.cache.interface import Cache
-from offload.cache.lookahead import LookaheadBalance
 from offload.cache.plan import Use
 from offload.cache.policy import Key
 from offload.cache.sharded import staging_of
@@ -40,8 +38,8 @@ from offload.engine.recording import Recorder
 from offload.engine.stats import Stats
 from offload.errors import NO_MEMORY, GenerationError
 from offload.quant.pack import PackInfo
-from offload.transfer.base import NO_MARKS, Marks
-from offload.transfer.host import Ticket, Transfer
+from offload.transfer.base import NO_MARKS, Marks, Ticket, Transfer
+from offload.units import gib
 
 logger = logging.getLogger("offload")
 
@@ -103,7 +101,7 @@ class Engine:
     def add_layer(self, module: nn.Module) -> Layer:
         """The next MoE layer of the model."""
         index = len(self.layers)
-        layer = Layer(self, index, module, self._info.layers[index].num_experts)
+        layer = Layer(self.step, index, module, self._info.layers[index].num_experts)
         self.layers.append(layer)
         return layer
 

@@ -7,71 +7,25 @@ be.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from offload.budget.placement import Share
 from offload.cache.statistics import LayerCounts
-from offload.cache.trace.replay import CardSlots, cards_text
-from offload.cache.trace.trace import TraceHeader
+from offload.cache.trace.trace import CardSlots, TraceHeader, cards_text
 from offload.engine.cpu_linear import OneTokenLinear
 from offload.engine.engine import Engine
 from offload.engine.recording import Recorder
 from offload.engine.stats import CardStats, Stats
 from offload.engine.warm import write_hot
+from offload.options import Options
 from offload.quant.pack import Pack
-from offload.residency import Residency
 from offload.sampling import Sampling
 from offload.transfer.cards import CardsTransfer
 from offload.version import __version__
-
-
-@dataclass(frozen=True)
-class Card:
-    """One of several devices that share a model."""
-
-    number: int
-    device: torch.device
-    memory: int  # bytes that may be used
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a pack is run, complete: nothing is left to be decided later."""
-
-    device: torch.device  # of inputs and logits; with several cards the first
-    dtype: torch.dtype
-    slots: int
-    residency: Residency
-    context: int
-    staging: int  # rows past the slots, through which a prompt's experts are streamed
-    ubatch: int  # tokens of a prompt that go through the model at once
-    cards: tuple[Card, ...] = ()  # where there are several
-    shares: tuple[Share, ...] = ()  # what each of them has
-
-    @property
-    def caching(self) -> tuple[tuple[Card, Share], ...]:
-        """The cards that have experts: as a rule all."""
-        both = zip(self.cards, self.shares, strict=True)
-        return tuple((card, share) for card, share in both if share.experts)
-
-    @property
-    def devices(self) -> tuple[torch.device, ...]:
-        """All of them, each once."""
-        return tuple(dict.fromkeys(card.device for card in self.cards)) or (self.device,)
-
-    @property
-    def policy(self) -> str:
-        return self.residency.policy
-
-    @property
-    def lookahead(self) -> bool | None:
-        return self.residency.lookahead
 
 
 class Answer(Protocol):

@@ -9,25 +9,85 @@ Letters: M rows of one expert, H hidden, I inner.
 from __future__ import annotations
 
 import functools
-from collections.abc import Set
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Set
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from offload.engine.norms import NormFinder, scale_between
 from offload.quant.matmul import matmul
 from offload.quant.record import MatrixView
 
-if TYPE_CHECKING:
-    from offload.engine.engine import Engine
+
+class NormFinder:
+    """Finds, in the first forward pass, the norm of a decoder layer that feeds its router."""
+
+    def __init__(self, block: nn.Module) -> None:
+        """`block`: the decoder layer, or whatever else is around router and norm."""
+        self.norm: nn.Module | None = None
+        self._last: dict[nn.Module, Tensor] = {}  # kept, so that no other tensor takes its place
+        self._hooks = [
+            module.register_forward_hook(self._saw)
+            for module in block.modules()
+            if "norm" in type(module).__name__.lower()
+        ]
+
+    def _saw(self, module: nn.Module, _: object, out: object) -> None:
+        if isinstance(out, Tensor):
+            self._last.pop(module, None)  # the latest comes last
+            self._last[module] = out
+
+    def asked(self, hidden: Tensor) -> None:
+        """The router is asked about `hidden`: whose output is it?"""
+        for module, out in reversed(self._last.items()):
+            if out.data_ptr() == hidden.data_ptr():
+                self.norm = module
+                break
+        self.close()
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._last.clear()
+
+
+@torch.no_grad()
+def scale_between(norm: nn.Module | None, later: nn.Module | None, like: Tensor) -> Tensor | None:
+    """[H] that turns `norm`'s output into `later`'s; None when no product does."""
+    if norm is None or later is None:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    found: Tensor | None = None
+    for _ in range(2):
+        probe = torch.randn(1, like.shape[-1], generator=generator).to(like.device, like.dtype)
+        theirs = later.forward(probe.to(_device(later, probe))).float().to(like.device)
+        scale: Tensor = (theirs / norm.forward(probe).float())[0]
+        if not bool(scale.isfinite().all()):
+            return None
+        if found is not None and not torch.allclose(scale, found, rtol=0.05, atol=1e-3):
+            return None
+        found = scale
+    assert found is not None
+    return found.to(like.dtype)
+
+
+def _device(norm: nn.Module, like: Tensor) -> torch.device:
+    """Where `norm` is: a later layer may be on another card."""
+    weight = next(norm.parameters(), None)
+    return like.device if weight is None else weight.device
+
+
+# layer, hidden [T, H], top-k index and weights [T, k] -> what the experts add [T, H]
+Step = Callable[["Layer", Tensor, Tensor, Tensor], Tensor]
 
 
 class Layer:
     """One MoE layer's experts, called by transformers in place of its own."""
 
-    def __init__(self, engine: Engine, index: int, module: nn.Module, num_experts: int) -> None:
-        self.engine = engine
+    def __init__(self, step: Step, index: int, module: nn.Module, num_experts: int) -> None:
+        """`step`: what serves a call of this layer."""
+        self._step = step
         self.index = index
         self.module = module
         self.num_experts = num_experts
@@ -39,7 +99,7 @@ class Layer:
         self.scales: dict[int, Tensor | None] = {}  # later layer -> what its norm makes of ours
 
     def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        return self.engine.step(self, hidden, top_k_index, top_k_weights)
+        return self._step(self, hidden, top_k_index, top_k_weights)
 
     def watch(
         self, model: nn.Module, router: nn.Module, owned: Set[int]

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from offload.budget.placement import Share
 from offload.cache.statistics import LayerCounts
+from offload.options import Share
 
 
 @dataclass(frozen=True)

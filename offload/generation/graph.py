@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from offload.errors import reason
 from offload.generation.recovery import asked_bytes
+from offload.lines import reason
 
 logger = logging.getLogger("offload")
 

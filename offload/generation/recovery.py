@@ -14,12 +14,49 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from offload.budget.budget import UNITS
-from offload.budget.kv import can_be_restored, keep_past, restore, settle
 from offload.engine.engine import Engine
 from offload.errors import NO_MEMORY, GenerationError
 from offload.transfer.cards import CardsTransfer
+from offload.units import UNITS
+
+
+def can_be_restored(cache: Any) -> bool:
+    """Whether `restore` knows every layer of `cache`."""
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+
+
+def keep_past(cache: Any) -> None:
+    """Let layers with a window keep what a step pushes out of it until `settle`."""
+    for layer in cache.layers:
+        if type(layer) is DynamicSlidingWindowLayer:
+            layer.record_past = True
+
+
+def settle(cache: Any) -> None:
+    """The step is over: what was pushed out of a window goes, and cannot be had back."""
+    for layer in cache.layers:
+        if type(layer) is DynamicSlidingWindowLayer:
+            layer.crop(0)
+            layer.record_past = False
+
+
+def restore(cache: Any, tokens: int) -> None:
+    """Take back what a step that broke off anywhere added to the first `tokens`.
+
+    Not transformers' `crop`, which expects all layers, and keys and values, to be equally long.
+    """
+    for layer in cache.layers:
+        if not layer.is_initialized:
+            continue
+        held = tokens
+        if type(layer) is DynamicSlidingWindowLayer:
+            held = min(tokens, layer.sliding_window - 1)
+            layer.cumulative_length = tokens
+        layer.keys = layer.keys[..., :held, :]
+        layer.values = layer.values[..., :held, :]
+
 
 logger = logging.getLogger("offload")
 

@@ -7,18 +7,110 @@ know: when a step is queued (`offload.device.tokens`), what is in it (`offload.d
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from offload.engine.device.engine import DeviceEngine
+from offload.engine.device.table import Table
 from offload.engine.handle import offload_of
 from offload.generation.fixed_kv import FixedKV
 from offload.generation.graph import Replay
-from offload.generation.step_part import DecodeStep
+from offload.generation.sampler import Sampler
 from offload.generation.stream import forward
-from offload.sampling import Sampler, Sampling
+from offload.sampling import Sampling
+
+
+class Readback:
+    """Brings small tensors to the host, two on their way at a time."""
+
+    def __init__(self, like: Tensor) -> None:
+        cuda = like.device.type == "cuda"
+        self._places = [torch.empty_like(like, device="cpu", pin_memory=cuda) for _ in range(2)]
+        self._here = [torch.cuda.Event() if cuda else None for _ in range(2)]
+        self._sent = self._read = 0
+
+    def send(self, what: Tensor) -> None:
+        """Queue a copy of `what`, as it is after all that is queued."""
+        at = self._sent % 2
+        self._sent += 1
+        assert self._sent - self._read <= 2, "nobody has read the one before"
+        self._places[at].copy_(what, non_blocking=True)
+        event = self._here[at]
+        if event is not None:
+            event.record(torch.cuda.current_stream(what.device))  # of another card it says nothing
+
+    def read(self) -> list[int]:
+        """The oldest that was sent and not read."""
+        at = self._read % 2
+        self._read += 1
+        event = self._here[at]
+        if event is not None:
+            event.synchronize()  # sync: the text is made on the host, a step behind
+        values: list[int] = self._places[at].tolist()
+        return values
+
+
+class DecodeStep:
+    """Everything a step reads and writes."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        kv: FixedKV,
+        sampler: Sampler,
+        ends: Sequence[int],
+        table: Table,
+    ) -> None:
+        """A token of `ends` halts the `table`: the steps after it decide nothing."""
+        device = model.device
+        self.kv, self.sampler = kv, sampler
+        self._model = model
+        self._ends = torch.tensor([*ends, -1], device=device)
+        self.table = table
+        self._token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        self._ids = torch.zeros(1, kv.length + 1, dtype=torch.int64, device=device)
+        self._next = torch.zeros(1, dtype=torch.int64, device=device)  # place in `_ids`
+        # token, trouble, and the table's counts
+        self.said = torch.zeros(2 + len(table.counts), dtype=torch.int64, device=device)
+
+    def begin(self, prompt: Tensor, logits: Tensor) -> None:
+        """Choose the first token after `prompt` [1, T], from the `logits` [1, V] of its last."""
+        self.table.halted.zero_()
+        self._ids.copy_(prompt[:, :1].expand_as(self._ids))  # what is not said yet changes nothing
+        self._ids[:, : prompt.shape[1]] = prompt
+        self._next.fill_(prompt.shape[1])
+        self._say(logits)
+
+    def go_back(self, length: int) -> bool:
+        """Be as before a step that broke off anywhere: `length` tokens are read, and one is chosen
+        to be read next. False: the KV cache has to be filled anew with those tokens."""
+        self._token.copy_(self._ids[:, length : length + 1])
+        self._ids[:, length + 1 :] = self._ids[:, :1]
+        self._next.fill_(length + 1)
+        return self.kv.cut(length)
+
+    def read(self, length: int) -> Tensor:
+        """The first `length` tokens [1, length]."""
+        return self._ids[:, :length]
+
+    def __call__(self) -> None:
+        self.table.halted.logical_or_((self._token == self._ends).any())
+        out = self._model(
+            input_ids=self._token, past_key_values=self.kv, use_cache=True, logits_to_keep=1
+        )
+        self._say(out.logits[:, -1])
+
+    def _say(self, logits: Tensor) -> None:
+        token, trouble = self.sampler.draw(self._ids, logits)
+        self._token.copy_(token)
+        self._ids.index_copy_(1, self._next, token)
+        self._next.add_(1)
+        self.said.copy_(torch.cat((token.view(1), trouble.view(1), self.table.counts)))
+
 
 logger = logging.getLogger("offload")
 

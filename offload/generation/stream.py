@@ -18,16 +18,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from offload.budget.budget import READ_WHOLE, UBATCH
 from offload.engine.handle import Answer, offload_of
 from offload.engine.stats import Stats
-from offload.errors import GenerationError, is_memory, reason
+from offload.errors import GenerationError
 from offload.generation import recovery
 from offload.generation.patience import OutOfPatience, patiently
 from offload.generation.prompt_cache import PromptCache
+from offload.generation.sampler import Sampler
 from offload.generation.text import TextStream
-from offload.model.generation_config import end_ids
-from offload.sampling import Sampler, Sampling, is_number, resolve_sampling
+from offload.lines import is_memory, reason
+from offload.model.sources import end_ids
+from offload.sampling import Sampling, is_number, resolve_sampling
+from offload.units import READ_WHOLE, UBATCH
 
 Message = dict[str, str]  # role, content
 Prompt = str | Sequence[Message] | Sequence[int]

@@ -19,10 +19,10 @@ from transformers.cache_utils import Cache
 
 from offload.engine.device.engine import DeviceEngine
 from offload.generation.fixed_kv import CannotBeFixed
-from offload.generation.readback import Readback
 from offload.generation.recovery import NotSparedError, until_it_fits
-from offload.generation.step import DecodeLoop
-from offload.sampling import Sampling, check_trouble
+from offload.generation.sampler import check_trouble
+from offload.generation.step import DecodeLoop, Readback
+from offload.sampling import Sampling
 
 logger = logging.getLogger("offload")
 

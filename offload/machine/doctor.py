@@ -5,19 +5,33 @@ Knows: sizes and rates, which are slow. Does not know: GPUs.
 
 from __future__ import annotations
 
+import os
+import platform
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
 import torch
 
-from offload.budget.budget import gib
-from offload.home import short
-from offload.machine.disk import existing, read_rate
+from offload.files import offload_home, short
+from offload.lines import reason
 from offload.machine.finding import MISSING, OK, SLOW, Finding
-from offload.machine.measure import measure
-from offload.machine.processor import BUSY, programs_a_core
+from offload.machine.graphics import graphics
+from offload.machine.measure import (
+    BUSY,
+    about_processor,
+    existing,
+    measure,
+    processor_name,
+    programs_a_core,
+    read_rate,
+)
+from offload.quant.matmul import cpu_kernel_works, matmul_packed, matmul_unpacked
+from offload.units import gib
+from offload.version import __version__
 
 LITTLE_RAM = 2**30
 # One channel of DDR4-2400 carries 19 GB/s, and what is copied is read and written.
@@ -114,3 +128,164 @@ def disk(home: Path) -> Iterator[Finding]:
         else "",
         {"gb_per_s": rate.gb_per_s, "how": rate.how},
     )
+
+
+SETS = {  # flag of Linux -> what people call it
+    "avx2": "AVX2",
+    "avx512f": "AVX-512",
+    "avx512_bf16": "AVX-512 BF16",
+    "avx512_vnni": "VNNI",
+    "amx_bf16": "AMX",
+    "asimd": "NEON",
+    "sve": "SVE",
+}
+BITS = (2, 3, 4, 5, 6, 8)
+
+
+def processor() -> Iterator[Finding]:
+    """Cores, instruction sets, kernels."""
+    threads, cores = torch.get_num_threads(), psutil.cpu_count(logical=False)
+    load = programs_a_core()
+    busy = load > BUSY
+    yield Finding(
+        "processor",
+        f"{processor_name()}, {cores} cores, {threads} thread{'s' * (threads != 1)} used",
+        SLOW if busy else OK,
+        f"{load:.1f} programs a core are running: rates found here are too low" if busy else "",
+        {"cores": cores, "threads": threads, "load": load},
+    )
+    yield _instruction_sets(about_processor())
+    yield _kernels()
+
+
+def _instruction_sets(about: dict[str, str]) -> Finding:
+    flags = set((about.get("flags") or about.get("Features") or "").split())
+    known = [text for flag, text in SETS.items() if flag in flags]
+    capability = torch.backends.cpu.get_cpu_capability()
+    data = {"instruction_sets": known, "torch_capability": capability}
+    value = f"{', '.join(known) or 'not readable here'}; torch uses {capability}"
+    if flags and not flags & {"avx2", "asimd"}:
+        remedy = "without AVX2 or NEON the CPU is many times slower: use a GPU or another machine"
+        return Finding("instruction sets", value, SLOW, remedy, data)
+    return Finding("instruction sets", value, data=data)
+
+
+def _kernels() -> Finding:
+    """Whether each number of bits has kernels that compile here and give the right figures."""
+    begin = time.perf_counter()
+    broken = [
+        bits
+        for bits in BITS
+        if not all(
+            cpu_kernel_works(way, bits, 16, torch.bfloat16)
+            for way in (matmul_packed, matmul_unpacked)
+        )
+    ]
+    seconds = time.perf_counter() - begin
+    data = {"broken_bits": broken, "seconds": seconds}
+    if broken:
+        return Finding(
+            "CPU kernels",
+            f"do not work for {', '.join(map(str, broken))} bits",
+            MISSING,
+            "pip install -U llvmlite; until then products are many times slower",
+            data,
+        )
+    return Finding("CPU kernels", f"compiled and right for {BITS[0]} to {BITS[-1]} bits", data=data)
+
+
+NEEDED = (
+    "torch",
+    "transformers",
+    "hqq",
+    "llvmlite",
+    "accelerate",
+    "safetensors",
+    "huggingface_hub",
+)
+EXTRAS = {"gguf": "GGUF files and the demo", "matplotlib": "plots"}  # name -> what for
+VARIABLES = (
+    "OFFLOAD_HOME",
+    "XDG_CACHE_HOME",
+    "HF_HOME",
+    "HF_HUB_CACHE",
+    "HF_HUB_OFFLINE",
+    "CUDA_HOME",
+    "CUDA_VISIBLE_DEVICES",
+    "TRITON_CACHE_DIR",
+    "TRITON_INTERPRET",
+    "OMP_NUM_THREADS",
+)
+
+
+def software() -> Iterator[Finding]:
+    """Versions."""
+    yield Finding("offload", f"{__version__}, files in {short(offload_home())}")
+    release = platform.release()
+    subsystem = ", WSL" if "microsoft" in release.casefold() else ""
+    kernel = release.partition("-")[0]
+    yield Finding(
+        "system",
+        f"{platform.system()} {kernel}, {platform.machine()}{subsystem}",
+        data={"platform": platform.platform()},
+    )
+    yield Finding("Python", platform.python_version())
+    found = {name: _version(name) for name in (*NEEDED, *EXTRAS, "triton")}
+    lacking = [name for name in NEEDED if found[name] is None]
+    yield Finding(
+        "libraries",
+        ", ".join(f"{name} {found[name] or 'missing'}" for name in NEEDED),
+        MISSING if lacking else "ok",
+        f"pip install {' '.join(lacking)}" if lacking else "",
+        {"versions": found},
+    )
+    if platform.system() == "Linux":  # where it is needed: elsewhere there are no wheels of it
+        yield _triton(found["triton"])
+    for name, use in EXTRAS.items():
+        if found[name] is None:
+            yield Finding(name, f"not here: only for {use}", MISSING, f"pip install {name}")
+    given = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    if given:
+        text = ", ".join(f"{name}={value}" for name, value in given.items())
+        yield Finding("environment", text, data={"variables": given})
+
+
+def _triton(found: str | None) -> Finding:
+    if found is None:
+        return Finding("Triton", "not here: GPU kernels need it", MISSING, "pip install triton")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        remedy = "unset TRITON_INTERPRET: it is for tests"
+        return Finding("Triton", f"{found}, interpreting: GPU kernels crawl", SLOW, remedy)
+    return Finding("Triton", f"{found}, for GPU kernels")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+Look = Callable[[], Iterator[Finding]]
+
+
+def looks() -> dict[str, Look]:
+    """What is looked at, by name."""
+    return {
+        "software": software,
+        "processor": processor,
+        "memory": memory,
+        "pin limit": lambda: pin_limit(torch.cuda.is_available()),
+        "disk": lambda: disk(offload_home()),
+        "GPUs": graphics,
+    }
+
+
+def examine() -> Iterator[Finding]:
+    """Findings, each as soon as it is there: about ten seconds in all."""
+    for name, look in looks().items():
+        try:
+            yield from look()
+        except Exception as error:  # whatever a driver or a library raises
+            remedy = "report it, with offload doctor --json"
+            yield Finding(name, f"could not be looked at: {reason(error)}", MISSING, remedy)

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from offload.budget.budget import gib
 from offload.machine.finding import MISSING, OK, SLOW, Finding
 from offload.machine.measure import measure
+from offload.units import gib
 
 PCI_DEVICES = Path("/sys/bus/pci/devices")
 NVIDIA = "0x10de"

@@ -8,13 +8,88 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import mmap
+import os
+import platform
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
 
+import psutil
 import torch
 
 from offload.cache.simulate.machines import Hardware
+
+FILE_BYTES = 256 * 2**20
+DISK_BLOCK_BYTES = 4 * 2**20  # about an expert
+READERS = 4  # an NVMe disk needs several requests at a time
+MOST_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class DiskRate:
+    """A measurement, and how the page cache was kept out of it."""
+
+    gb_per_s: float
+    how: str
+
+
+def existing(folder: Path) -> Path:
+    """`folder`, or the nearest above it that is there."""
+    while not folder.is_dir():
+        folder = folder.parent
+    return folder
+
+
+def read_rate(folder: Path, size: int = FILE_BYTES) -> DiskRate:
+    """Read a new file of `size` bytes, a block at a time by several threads. Raises `OSError`."""
+    with tempfile.NamedTemporaryFile(dir=existing(folder), prefix=".offload-doctor-") as file:
+        block = os.urandom(DISK_BLOCK_BYTES)  # zeros would be compressed away
+        for _ in range(size // DISK_BLOCK_BYTES):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+        try:
+            flags = os.O_RDONLY | os.O_DIRECT
+            handle, how = os.open(file.name, flags), "past the page cache (O_DIRECT)"
+            os.preadv(handle, [mmap.mmap(-1, 4096)], 0)
+        except (OSError, AttributeError):  # tmpfs, some network file systems, not Linux
+            handle, how = os.open(file.name, os.O_RDONLY), _drop(file.fileno())
+        try:
+            return DiskRate(_timed(handle, size) / 1e9, how)
+        finally:
+            os.close(handle)
+
+
+def _drop(handle: int) -> str:
+    """Ask the kernel to forget a file's pages; how sure that is."""
+    if not hasattr(os, "posix_fadvise"):
+        return "perhaps from the page cache: it cannot be dropped here"
+    os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    return "after dropping the page cache (posix_fadvise)"
+
+
+def _timed(handle: int, size: int) -> float:
+    """Bytes a second."""
+    begin = time.perf_counter()
+
+    def read(reader: int) -> int:
+        buffer = mmap.mmap(-1, DISK_BLOCK_BYTES)  # aligned, as O_DIRECT wants
+        done = 0
+        for offset in range(reader * DISK_BLOCK_BYTES, size, READERS * DISK_BLOCK_BYTES):
+            done += os.preadv(handle, [buffer], offset)
+            if time.perf_counter() - begin > MOST_SECONDS:
+                break
+        return done
+
+    with ThreadPoolExecutor(READERS) as pool:
+        done = sum(pool.map(read, range(READERS)))
+    return done / (time.perf_counter() - begin)
+
 
 BLOCK_BYTES = 128 * 2**20  # beyond any cache
 RECORD_BYTES = 2 * 2**20  # a usual expert
@@ -106,3 +181,27 @@ def _median(run: Callable[[], object], rounds: int) -> float:
         run()
         seconds.append(time.perf_counter() - begin)
     return statistics.median(seconds)
+
+
+CPUINFO = Path("/proc/cpuinfo")
+BUSY = 0.5  # programs a core, from which on what is measured is too low
+
+
+def about_processor() -> dict[str, str]:
+    """What Linux says about the first core; nothing elsewhere."""
+    try:
+        first = CPUINFO.read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def processor_name() -> str:
+    """As people know it, where the system tells; else its kind, like x86_64."""
+    return about_processor().get("model name") or platform.processor() or platform.machine()
+
+
+def programs_a_core() -> float:
+    """That were running in the last minute."""
+    return psutil.getloadavg()[0] / (psutil.cpu_count() or 1)

@@ -31,7 +31,7 @@ from transformers.core_model_loading import (
 )
 
 from offload.errors import CheckpointError, UnsupportedModelError
-from offload.model.formats.source_part import TensorSource
+from offload.model.formats.source import TensorSource
 from offload.model.seam import ExpertsModule
 
 

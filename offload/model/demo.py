@@ -38,10 +38,10 @@ from transformers import (
 )
 
 from offload.errors import SourceError
-from offload.home import offload_home
+from offload.files import offload_home
 from offload.progress import without_bars
 from offload.quant.pack import file_sha256
-from offload.quant.turn import take_turn
+from offload.quant.pack_writer import take_turn
 
 NUM_EXPERTS = 8
 TOP_K = 2

@@ -23,7 +23,8 @@ from transformers import (
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.integrations.moe import ExpertsInterface
 
-from offload.errors import CheckpointError, UnsupportedModelError, reason
+from offload.errors import CheckpointError, UnsupportedModelError
+from offload.lines import reason
 from offload.model.quantized import QuantizedEmbedding, QuantizedLinear
 from offload.quant.errors import OffloadError, PackError
 from offload.quant.pack import REMAKE

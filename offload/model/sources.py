@@ -6,22 +6,167 @@ the weights.
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import re
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 from huggingface_hub.errors import LocalEntryNotFoundError
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
-from offload.errors import CheckpointError, SourceError, reason
-from offload.files import user_path
-from offload.json_file import read_object
+from offload.errors import CheckpointError, GenerationError, SourceError
+from offload.files import read_object, unreadable, user_path
+from offload.lines import reason
 from offload.model.formats import gguf_model as gguf_config
-from offload.model.formats.gguf_files import is_gguf, model_name, models_in
+from offload.model.formats.gguf import GgufFile, gguf_files, is_gguf, model_name, models_in
+from offload.model.formats.safetensors import INDEX
 from offload.quant.pack import is_pack
+from offload.sampling import is_number, resolve_sampling
+
+CONFIG = "config.json"
+QUANTISATION = "quantization_config"
+COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
+
+
+def companions(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Name and content of each file that belongs beside the weights of the model at `path`."""
+    if is_gguf(path):
+        yield from _of_gguf(path)
+        return
+    for pattern in COPIED:
+        for file in sorted(path.glob(pattern)):
+            if file.name == CONFIG:
+                yield CONFIG, _plain_config(file)
+            elif file.name != INDEX and file.is_file():
+                yield file.name, _content(file)
+
+
+def _plain_config(file: Path) -> bytes:
+    """A config without word of quantisation, which a pack's dense weights no longer have."""
+    config = read_object(file)
+    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
+    if not any(QUANTISATION in part for part in parts):
+        return _content(file)
+    for part in parts:
+        part.pop(QUANTISATION, None)
+    return json.dumps(config, indent=2).encode()
+
+
+def _content(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except PermissionError:
+        raise unreadable(file) from None
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error}): fetch it again") from None
+
+
+def _of_gguf(path: Path) -> Iterator[tuple[str, bytes]]:
+    with tempfile.TemporaryDirectory() as scratch:
+        gguf_config.read_config(path).save_pretrained(scratch)
+        gguf_config.generation_config(path).save_pretrained(scratch)
+        if "tokenizer.ggml.tokens" in GgufFile(path).fields:
+            gguf_tokenizer(path).save_pretrained(scratch)
+        for file in sorted(Path(scratch).iterdir()):
+            yield file.name, file.read_bytes()
+
+
+def gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a GGUF file, made by transformers. Raises `CheckpointError`."""
+    first = gguf_files(path)[0]
+    try:
+        # transformers draws a bar of its own here, and there is no switch for it
+        with contextlib.redirect_stderr(io.StringIO()):
+            return AutoTokenizer.from_pretrained(
+                first.parent, gguf_file=first.name, local_files_only=True
+            )
+    except Exception as error:  # whatever it raises on what is in the metadata
+        raise CheckpointError(
+            f"transformers cannot make the tokenizer in {first} ({reason(error)}): use the "
+            "model's safetensors checkpoint"
+        ) from None
+
+
+NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty")
+WHOLE_NUMBERS = ("top_k", "max_new_tokens", "bos_token_id", "pad_token_id")
+DEEPEST = 16  # levels of lists in lists; transformers copies the values recursively
+
+
+def check_generation_config(folder: Path) -> None:
+    """Raise `CheckpointError` when the file in `folder` is there and cannot be used.
+
+    It comes with the checkpoint, and transformers would fail in the middle of loading.
+    """
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return
+    remedy = "correct the file, fetch it again, or remove it"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} cannot be read ({error}): {remedy}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file} is no table of names and values: {remedy}")
+    for fault in _faults(values):
+        raise CheckpointError(f"{file}: {fault}: {remedy}")
+    try:
+        resolve_sampling(GenerationConfig.from_dict(values))
+    except GenerationError as error:
+        raise CheckpointError(f"{file}: {error}: {remedy}") from None
+    except Exception as error:  # whatever transformers raises on what is in the file
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{file} is not usable ({reason}): {remedy}") from None
+
+
+def end_ids(value: Any) -> frozenset[int]:
+    """The ids of an `eos_token_id`: none, one or several. Raises `GenerationError`."""
+    ids = value if isinstance(value, list | tuple | set | frozenset) else [value]
+    if value is None:
+        return frozenset()
+    if not all(is_number(item, Integral) for item in ids):
+        raise GenerationError(f"eos_token_id is {value!r}: it must be a whole number, or several")
+    return frozenset(int(item) for item in ids)
+
+
+def _faults(values: dict[str, Any]) -> Iterator[str]:
+    if _depth(values) > DEEPEST:
+        yield f"its values are nested more than {DEEPEST} deep"
+    for name in values:
+        if callable(getattr(GenerationConfig, name, None)):
+            yield f"{name} is not a parameter"
+    for names, kind, what in ((NUMBERS, Real, "number"), (WHOLE_NUMBERS, Integral, "whole number")):
+        for name in names:
+            value = values.get(name)
+            if value is not None and not is_number(value, kind):
+                yield f"{name} is {value!r}: it must be a {what}"
+    try:
+        end_ids(values.get("eos_token_id"))
+    except GenerationError as error:
+        yield str(error)
+
+
+def _depth(value: Any) -> int:
+    depth, level = 0, [value]
+    while level:
+        inner = [item.values() if isinstance(item, dict) else item for item in level]
+        level = [x for items in inner for x in items if isinstance(x, dict | list)]
+        depth += 1
+    return depth
+
 
 DEMO = "demo"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")

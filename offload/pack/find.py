@@ -18,11 +18,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from offload.budget.resolve import Planner
 from offload.errors import BudgetError, SourceError
-from offload.files import user_path
-from offload.home import offload_home
+from offload.files import offload_home, user_path
 from offload.model import demo, sources
-from offload.model.generation_config import check_generation_config
 from offload.model.seam import build_on_meta, find_experts, model_class, own_config
+from offload.model.sources import check_generation_config
 from offload.pack.describe import PackSource
 from offload.pack.make import PackMaker, fingerprint
 from offload.pack.recipe import AskedBits, Recipe, most_bits

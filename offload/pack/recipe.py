@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from offload.errors import RecipeError
+from offload.quant.pack import PackInfo
 from offload.quant.scheme import Scheme
 
 PARTS = ("experts", "attention", "shared", "mlp", "head", "embeddings")
@@ -216,3 +217,8 @@ def most_bits(*conditions: Callable[[Recipe], bool]) -> Recipe:
         (recipe for condition in conditions for recipe in recipes if condition(recipe)),
         recipes[-1],
     )
+
+
+def bits_name(info: PackInfo) -> str:
+    """The preset a pack was made with, else its rules."""
+    return Recipe.parse(info.bits).name

@@ -12,10 +12,10 @@ from pathlib import Path
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from offload.errors import CheckpointError
-from offload.json_file import read_object
+from offload.files import read_object
 from offload.model import demo, sources
 from offload.model.checkpoint import Checkpoint
-from offload.model.formats.gguf_files import is_gguf
+from offload.model.formats.gguf import is_gguf
 from offload.model.formats.opening import open_weights
 from offload.model.formats.safetensors import INDEX, SINGLE, weight_files
 from offload.model.formats.source import ExpectedSource

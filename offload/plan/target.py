@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 import psutil
 import torch
 
-from offload.budget.budget import SHARE, Memory, parse_bytes
+from offload.budget.budget import Memory
 from offload.budget.resolve import find_device
 from offload.cache.simulate.machines import PROFILES, Hardware, find_hardware
 from offload.errors import BudgetError
-from offload.home import offload_home
-from offload.machine.disk import read_rate
-from offload.machine.measure import measure
+from offload.files import offload_home
+from offload.machine.measure import measure, read_rate
+from offload.units import SHARE, parse_bytes
 
 MOST_CARDS = 64
 LEAST_BYTES = 2**20  # of a size without a unit: fewer were meant as GiB

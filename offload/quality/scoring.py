@@ -8,8 +8,9 @@ Letters: N tokens of the text, T of one window, n of one slice, V vocabulary.
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +18,43 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from offload.budget.budget import READ_WHOLE
 from offload.errors import QualityError
+from offload.units import READ_WHOLE
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value and its standard error."""
+
+    value: float
+    error: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ± {self.error:.3f}"
+
+
+def mean_of(samples: Tensor) -> Estimate:
+    """The mean of `samples` [n], n > 1: its error is sqrt((E[x^2] - E[x]^2) / (n - 1)).
+
+    As llama.cpp's perplexity tool has it (`mean_and_uncertainty`): the samples count as
+    independent, which neighbouring tokens are not quite.
+    """
+    values = samples.double()
+    variance = float(values.var(correction=0))
+    return Estimate(float(values.mean()), math.sqrt(variance / (len(values) - 1)))
+
+
+def share_of(hits: Tensor) -> Estimate:
+    """The share p of true `hits` [n], n > 1: its error is sqrt(p (1 - p) / (n - 1))."""
+    share = float(hits.double().mean())
+    return Estimate(share, math.sqrt(share * (1 - share) / (len(hits) - 1)))
+
+
+def exp_of(estimate: Estimate) -> Estimate:
+    """The exponential: |d exp(x) / dx| = exp(x) carries the error over (first order)."""
+    value = math.exp(estimate.value) if estimate.value < 700 else math.inf  # 1.8e308 is exp(709.8)
+    return Estimate(value, value * estimate.error)
+
 
 WINDOW = 512  # tokens, as llama.cpp's perplexity tool; half of them are context by default
 DECODED = 16  # tokens at a window's end given singly: other kernels compute those
@@ -179,3 +215,51 @@ def _forward(model: PreTrainedModel, ids: Tensor, cache: Any, keep: int) -> tupl
     """The last `keep` tokens' logits [keep, V], and the KV cache."""
     out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=keep)
     return out.logits[0], out.past_key_values
+
+
+Report = Callable[[int, int], None]  # tokens scored, tokens to score
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """exp of the mean negative log-likelihood of `tokens` scored tokens."""
+
+    nll: Estimate  # nats a token
+    tokens: int
+
+    @property
+    def perplexity(self) -> Estimate:
+        return exp_of(self.nll)
+
+    def __str__(self) -> str:
+        return f"Perplexity: {self.perplexity}"
+
+
+def measure_perplexity(
+    model: PreTrainedModel, text: Text, sliding: Sliding, report: Report | None = None
+) -> Perplexity:
+    """Perplexity of `model` on `text`; `report` is told how far it is.
+
+    Error of the mean of the n log-likelihoods sqrt((E[x^2] - E[x]^2) / (n - 1)), times the
+    perplexity: as llama.cpp's perplexity tool prints it. Raises `QualityError`.
+    """
+    samples: list[Tensor] = []
+    done = 0
+    for scores in score(model, text, sliding):
+        samples.append(finite(scores.nll, done, "the negative log-likelihood"))
+        done += len(samples[-1])
+        if report is not None:
+            report(done, text.scored)
+    return Perplexity(mean_of(torch.cat(samples)), done)
+
+
+def finite(values: Tensor, at: int, what: str) -> Tensor:
+    """`values` [n] if all are finite; else `QualityError`. `at`: tokens scored before."""
+    bad = (~values.isfinite()).nonzero()
+    if len(bad):
+        index = int(bad[0])
+        raise QualityError(
+            f"{what} at scored token {at + index + 1} is {float(values[index])}: weights are "
+            "damaged or overflow in this dtype; remake the pack"
+        )
+    return values

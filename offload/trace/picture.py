@@ -6,12 +6,16 @@ come from.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from offload.cache.trace.heatmap import HeatMap
+from offload.cache.errors import CacheError
+from offload.cache.trace.heatmap import HeatMap, collect, show
+from offload.cache.trace.replay import Setup
 from offload.quant.errors import OffloadError
+from offload.trace.show import open_trace
 
 DPI = 120
 MOST_INCHES = 20.0
@@ -72,3 +76,29 @@ def _panel(
     axes.yaxis.get_major_locator().set_params(integer=True)
     if not yes_or_no:
         figure.colorbar(image, ax=axes)
+
+
+def plot(
+    trace_name: str, expert_slots: str, policy: str, allocation: str, file: Path | None
+) -> str:
+    """The heat map of a replayed trace: drawn to `file`, else returned as text."""
+    from offload.units import parse_slots
+
+    try:
+        trace = open_trace(trace_name)
+        slots = parse_slots(expert_slots, trace.header.total_experts)
+        assert slots is not None
+        heat = collect(trace, Setup(slots, policy, allocation))
+    except CacheError as error:
+        raise OffloadError(str(error)) from None
+    if file is None:
+        return show(heat, sys.stdout)
+
+    hits, misses = sum(map(sum, heat.hits)), sum(map(sum, heat.misses))
+    save_png(
+        heat,
+        file,
+        f"{trace.header.model}: {slots} slots for {trace.header.total_experts} experts, "
+        f"{policy}, hits {hits / max(1, hits + misses):.1%}",
+    )
+    return ""

@@ -10,10 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from offload.cache.errors import CacheError
-from offload.cache.simulate.machines import PROFILES, Hardware, find_hardware
+from offload.cache.simulate.machines import PROFILES, SOFTWARE, Hardware, find_hardware
 from offload.cache.simulate.prediction import Prediction
 from offload.cache.simulate.simulator import Scenario, simulate
-from offload.cache.simulate.software import SOFTWARE
 from offload.cache.trace.replay import Setup
 from offload.cache.trace.timeline import Timeline
 from offload.cache.trace.trace import Trace
@@ -75,7 +74,7 @@ def find_machine(name: str) -> Hardware:
 
 def make_scenario(question: Question, trace: Trace, machine: Hardware) -> Scenario:
     """Texts as numbers."""
-    from offload.budget.budget import parse_bytes, parse_slots
+    from offload.units import parse_bytes, parse_slots
 
     slots = parse_slots(question.expert_slots, trace.header.total_experts)
     assert slots is not None

@@ -6,17 +6,20 @@ multiplied. A copy to one card never waits for one to another: each has a link o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Sequence
 from typing import NoReturn
 
+import torch
 from torch import Tensor
 
-from offload.cache.plan import Use
 from offload.cache.sharded import card_and_row, divided
-from offload.engine.compute import Compute
-from offload.engine.layer import Layer
-from offload.transfer.base import Marks
-from offload.transfer.host import Ticket, Transfer
+from offload.options import Options
+from offload.quant.pack import Pack
+from offload.transfer.base import Marks, Ticket, Transfer
+from offload.transfer.cuda import CudaTransfer
+from offload.transfer.host import HostTransfer
+from offload.transfer.host_tier import HostTier
 
 
 class CardTicket:
@@ -118,27 +121,32 @@ class CardsTransfer:
         return card_and_row(slot, len(self.transfers))
 
 
-class CardsCompute:
-    """`Compute`'s interface over one for each card, over the slots that are there."""
+def transfer_of(pack: Pack, options: Options, ram: int | None) -> Transfer:
+    """Slots and rows past them on every card; all cards are filled from one host tier of `ram`
+    bytes (None: a share of what is free)."""
+    staging = options.staging
+    if not options.cards:
+        return _transfer_to(options.device, pack, options.slots, staging, ram, None)
+    with contextlib.ExitStack() as undo:
+        transfers: list[Transfer] = []
+        for card, share in options.caching:
+            tier = next((made.tier for made in transfers if isinstance(made, CudaTransfer)), None)
+            transfers.append(_transfer_to(card.device, pack, share.slots, staging, ram, tier))
+            undo.callback(transfers[-1].close)
+        undo.pop_all()
+    if len(transfers) == 1:
+        return transfers[0]
+    return CardsTransfer(transfers, [share.slots for _, share in options.caching])
 
-    def __init__(self, computes: Sequence[Compute]) -> None:
-        self._computes = tuple(computes)
-        self.together = all(compute.together for compute in self._computes)
 
-    def run(
-        self,
-        layer: Layer,
-        uses: Sequence[Use],
-        hidden: Tensor,
-        cells_of: Mapping[int, Sequence[int]],
-        k: int,
-        cells: Tensor,
-    ) -> None:
-        places = [card_and_row(use.slot, len(self._computes)) for use in uses]
-        card = places[0][0]  # a layer's experts are on one
-        here = [Use(use.expert, row) for use, (_, row) in zip(uses, places, strict=True)]
-        self._computes[card].run(layer, here, hidden, cells_of, k, cells)
-
-    def close(self) -> None:
-        for compute in self._computes:
-            compute.close()
+def _transfer_to(
+    device: torch.device,
+    pack: Pack,
+    slots: int,
+    staging: int,
+    ram: int | None,
+    tier: HostTier | None,
+) -> Transfer:
+    if device.type == "cpu":
+        return HostTransfer(pack, slots)
+    return CudaTransfer(pack, slots + staging, device, ram, tier=tier)

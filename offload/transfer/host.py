@@ -8,89 +8,88 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from offload.errors import TransferError
 from offload.quant.pack import Pack
-from offload.transfer.base import NO_MARKS, Marks
-from offload.transfer.page_in import PageIn
+from offload.transfer.base import NO_MARKS, Marks, Ticket
+from offload.transfer.memory import PAGE, in_pages
+
+READERS = 8
+PIECE = 256 << 10  # bytes of a read
+AT_ONCE = 32  # reads before looking at whatever is more urgent
 
 
-class Ticket(Protocol):
-    """One copy under way."""
+class PageIn:
+    """Reads the missing parts of records with several threads. Nothing is kept: the system does.
 
-    @property
-    def done(self) -> bool:
-        """Whether the copy is complete (or failed: `Transfer.wait` says so)."""
-
-
-class Transfer(Protocol):
-    """Copies records into numbered slots. Not for use by several threads at once.
-
-    Rows past the cache's slots are for experts that are streamed: used once, and not kept.
+    Where the system cannot be asked what it has, or has no such reads, nothing is done: the
+    mapping works all the same.
     """
 
-    device: torch.device
-    overtakes: bool  # an urgent copy goes before any other, even one that is under way
-    streams_in_place: bool  # what goes into a row past the slots is not copied
-    marks: Marks  # told of each copy that is over
+    def __init__(self, pack: Pack) -> None:
+        self._pack = pack
+        self._mincore = _mincore() if hasattr(os, "preadv") else None
+        self._threads = ThreadPoolExecutor(READERS, thread_name_prefix="offload-page-in")
+        self._local = threading.local()
 
-    @property
-    def slots(self) -> Tensor:
-        """The bytes [slots, slot_bytes] uint8 of all slots, on `device`."""
+    def bring_in(self, layer: int, expert: int, between: Callable[[], None] | None = None) -> None:
+        """Return when the record's pages are in memory. `between` is called now and then; it may
+        bring in another. Raises `PackError`."""
+        missing = self._missing(layer, expert)
+        if not missing:
+            return
+        while missing:
+            some, missing = missing[:AT_ONCE], missing[AT_ONCE:]
+            for _ in self._threads.map(lambda at: self._read(layer, at), some):
+                pass
+            if between is not None and missing:
+                between()
 
-    def slot(self, index: int) -> Tensor:
-        """The bytes [slot_bytes] uint8 of a slot, on `device`."""
+    def _missing(self, layer: int, expert: int) -> list[int]:
+        """Where in its file the pieces of a record begin that are not in memory as a whole."""
+        if self._mincore is None:
+            return []
+        record = self._pack.record(layer, expert)
+        first = record.data_ptr() // PAGE * PAGE
+        size = in_pages(record.data_ptr() + record.nbytes - first)
+        pages = ctypes.create_string_buffer(size // PAGE)
+        if self._mincore(ctypes.c_void_p(first), ctypes.c_size_t(size), pages):
+            return []
+        here = bytes(page & 1 for page in pages.raw)
+        if 0 not in here:
+            return []
+        begin = self._pack.place(layer, expert)[1] - (record.data_ptr() - first)
+        step = PIECE // PAGE
+        return [begin + at * PAGE for at in range(0, len(here), step) if 0 in here[at : at + step]]
 
-    def addresses(self) -> Tensor | None:
-        """Where every record is, [layers, experts] int64, in memory that kernels on `device` can
-        read; None where not all are."""
-
-    def start(self, layer: int, expert: int, slot: int, *, urgent: bool) -> Ticket:
-        """Begin to copy a record into `slot`.
-
-        An urgent copy goes before those that are not and have not begun, where the link can do
-        that.
-        """
-
-    def wait(self, ticket: Ticket) -> None:
-        """Return when compute on `device` may use the slot. Raises what the copy raised."""
-
-    def keep(self, layer: int, expert: int, row: int, slot: int) -> Ticket | None:
-        """Copy a record that was waited for in `row`, past the slots, on into `slot`, inside
-        the device. None: whatever is computed from now on may use it."""
-
-    def drop(self, ticket: Ticket) -> bool:
-        """Nobody wants this copy any more, its slot is used again; whether it never began."""
-
-    def drain(self) -> None:
-        """Drop the copies not yet begun and return when none is under way."""
-
-    def release(self, slots: Sequence[int]) -> None:
-        """What was computed from `slots` so far must finish before later copies overwrite them."""
-
-    @property
-    def busy_seconds(self) -> float:
-        """Time the link spent copying so far."""
-
-    def resize(self, slots: int, staging: int) -> None:
-        """Give the slots' memory back and take `slots` instead, which hold nothing, and `staging`
-        rows past them. Views of the old ones have to be gone."""
+    def _read(self, layer: int, begin: int) -> None:
+        if not hasattr(self._local, "scratch"):
+            self._local.scratch = memoryview(bytearray(PIECE))
+        self._pack.read_at(layer, begin, self._local.scratch)
 
     def close(self) -> None:
-        """Finish what is under way, free the slots, end the threads."""
+        """End the threads."""
+        self._threads.shutdown()
+
+
+def _mincore() -> Any:
+    """The system's answer to which pages are in memory, or None where it has none."""
+    return getattr(ctypes.CDLL(None), "mincore", None)
 
 
 CHUNK = 1 << 18  # bytes of a copy that is not urgent, between looks at those that are
-PAGE = 4096
+PAGE_BYTES = 4096
 NOWHERE = -1  # the slot of a ticket that only marks its place in the queue
 
 
@@ -274,7 +273,7 @@ class HostTransfer:
             checked[ticket.expert] = True
         record = self._pack.record(ticket.layer, ticket.expert)
         if ticket.slot >= len(self._slots):
-            record[::PAGE].sum()  # reads from disk what has left memory
+            record[::PAGE_BYTES].sum()  # reads from disk what has left memory
             return
         slot = self._slots[ticket.slot]
         # Not Tensor.copy_: it would take the compute's threads. memmove runs without the GIL.

@@ -22,12 +22,11 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from offload.budget.budget import gib
 from offload.quant.pack import Pack
-from offload.transfer.disk_tier import DiskTier, Read
+from offload.transfer.disk_tier import DiskTier, Read, RecordFiles
 from offload.transfer.memory import PAGE, in_pages, mapped_file, own_memory
 from offload.transfer.pinning import Pinner
-from offload.transfer.record_files import RecordFiles
+from offload.units import gib
 
 logger = logging.getLogger("offload")
 

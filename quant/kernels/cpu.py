@@ -10,10 +10,9 @@ import functools
 from typing import TYPE_CHECKING
 
 import torch
-from offload.quant.codes import TILE_ROWS
+from offload.quant.codes import STEP_VALUES, TILE_ROWS
 from offload.quant.kernels.kernel import WORDS, Kernel
 from offload.quant.record import MatrixView
-from offload.quant.scales import STEP_VALUES
 from torch import Tensor
 
 if TYPE_CHECKING:

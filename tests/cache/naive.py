@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from offload.cache.cache import PROMPT_WEIGHT
-from offload.cache.policies.slru import PROTECTED_SHARE, SEGMENT
+from offload.cache.policies import PROTECTED_SHARE, SEGMENT
 from offload.cache.policy import Key
 
 LFRU_BONUS = 2.0  # in units, of what was used at the last step: repeats 1/2 over 1 - 1/growth

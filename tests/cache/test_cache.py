@@ -11,9 +11,7 @@ from hypothesis import strategies as st
 from offload.cache.allocation import ALLOCATIONS
 from offload.cache.cache import ExpertCache
 from offload.cache.plan import Use, Wave
-from offload.cache.policies import POLICIES
-from offload.cache.policies.lfru import LFRU
-from offload.cache.policies.lru import LRU
+from offload.cache.policies import LFRU, LRU, POLICIES
 
 from tests.cache.machine import LookAhead, Machine, PlanStep, Size, Step, Warm, runs
 from tests.cache.naive import LFRU_HALF_LIFE, NaiveCache

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from offload.cache.cache import ExpertCache
 from offload.cache.early import absent, nearly_all
 from offload.cache.plan import Plan, Use, Wave
-from offload.cache.policies.lru import LRU
+from offload.cache.policies import LRU
 from offload.cache.sharded import ShardedCache, ShardedStaging, card_and_row
 from offload.cache.simulate.machines import PROFILES
 from offload.cache.simulate.simulator import Scenario, simulate

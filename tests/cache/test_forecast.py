@@ -7,9 +7,8 @@ from dataclasses import replace
 import pytest
 from offload.cache.errors import CacheError
 from offload.cache.simulate.forecast import LOCAL, UNIFORM, Forecast, Load, forecast, forecast_of
-from offload.cache.simulate.machines import Hardware, find_hardware
+from offload.cache.simulate.machines import DEVICE_PLANNED, Hardware, find_hardware
 from offload.cache.simulate.simulator import Scenario, simulate
-from offload.cache.simulate.software import DEVICE_PLANNED
 from offload.cache.trace.replay import Setup, replay
 from offload.cache.trace.synthetic import (
     GPT_OSS_120B,

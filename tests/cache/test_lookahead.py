@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from offload.cache.lookahead import WINDOW, LookaheadBalance
+from offload.cache.guesses import WINDOW, LookaheadBalance
 
 
 class Steps:

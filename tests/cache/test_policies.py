@@ -5,9 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from offload.cache.policies import POLICIES
-from offload.cache.policies.lfu import LFU
-from offload.cache.policies.lru import LRU
+from offload.cache.policies import LFU, LRU, POLICIES
 from offload.cache.policy import Key, Policy
 
 keys = st.tuples(st.integers(0, 1), st.integers(0, 4))

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from offload.cache.cache import ExpertCache
-from offload.cache.policies.lfru import LFRU
-from offload.cache.policies.lru import LRU
+from offload.cache.policies import LFRU, LRU
 from offload.cache.policy import Key
 from offload.cache.pool import RecordPool
 from offload.cache.simulate.forecast import USUAL

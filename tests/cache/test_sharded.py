@@ -12,17 +12,9 @@ from offload.cache.errors import CacheError
 from offload.cache.plan import Plan
 from offload.cache.policies import POLICIES
 from offload.cache.sharded import ShardedCache, ShardedStaging, card_and_row, divided
-from offload.cache.trace.replay import (
-    BELADY,
-    CardSlots,
-    Setup,
-    cards_text,
-    layers_of,
-    recorded_setup,
-    replay,
-)
+from offload.cache.trace.replay import BELADY, Setup, layers_of, recorded_setup, replay
 from offload.cache.trace.synthetic import Routing, Shape, synthesize
-from offload.cache.trace.trace import Trace
+from offload.cache.trace.trace import CardSlots, Trace, cards_text
 
 EXPERTS = 6
 SHAPE = Shape("tiny", 5, 8, 2, record_bytes=1000, dense_bytes=0, expert_bits=4.5)

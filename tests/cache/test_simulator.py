@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 from offload.cache.errors import CacheError
-from offload.cache.simulate.machines import Hardware
+from offload.cache.simulate.machines import HOST_PLANNED, Hardware, Software
 from offload.cache.simulate.prediction import Prediction
 from offload.cache.simulate.simulator import Scenario, simulate
-from offload.cache.simulate.software import HOST_PLANNED, Software
 from offload.cache.trace.replay import LIVE, Setup, replay
 from offload.cache.trace.synthetic import MIXTRAL, QWEN3_30B, Routing, Shape, synthesize
 from offload.cache.trace.timeline import Timeline

@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from offload.cache.cache import ExpertCache
 from offload.cache.plan import Plan, Use, Wave
-from offload.cache.policies import POLICIES
-from offload.cache.policies.lru import LRU
+from offload.cache.policies import LRU, POLICIES
 from offload.cache.staging import Staging
 from offload.cache.trace.replay import Setup, admitted, replay
 from offload.cache.trace.trace import Event, Trace, TraceHeader

@@ -24,7 +24,6 @@ from offload.quant.scheme import Scheme
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from cli.parser import build_parser
-from offload.budget.budget import parse_bytes, parse_slots
 from offload.chat.chat import Chat
 from offload.chat.commands import obey
 from offload.chat.display import Plain
@@ -36,11 +35,11 @@ from offload.loading import _tokenizer as load_tokenizer
 from offload.model import sources
 from offload.model.formats.gguf import read_header
 from offload.model.formats.safetensors import INDEX, SafetensorsSource, weight_files
-from offload.model.generation_config import check_generation_config
+from offload.model.sources import check_generation_config
 from offload.pack.recipe import Recipe
-from offload.quality.baseline import FORMAT, VERSION, read_baseline
-from offload.quality.tolerance import TOLERANCES
+from offload.quality.baseline import FORMAT, TOLERANCES, VERSION, read_baseline
 from offload.sampling import PARAMETERS, Sampling
+from offload.units import parse_bytes, parse_slots
 from tests.fuzz.choices import NASTY, Choices, harmed_bytes, harmed_json, harmed_text, harmed_value
 
 Target = Callable[[Choices], object]

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from offload.quant.gate import Gate
 from offload.quant.kernels import gpu
+from offload.quant.program import Gate
 from offload.quant.record import MatrixSpec, plan_layout
 from offload.quant.scheme import Scheme
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from offload.quant.encode import HereEncoder
-from offload.quant.pending import PendingRecord
+from offload.quant.encode import HereEncoder, PendingRecord
 from offload.quant.record import RecordLayout
 from torch import Tensor
 

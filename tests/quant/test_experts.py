@@ -17,10 +17,9 @@ from offload.quant.experts import (
     prefill,
     prefill_reference,
 )
-from offload.quant.gate import FUNCTIONS, OAI, Gate, recognise
 from offload.quant.kernels import gpu
 from offload.quant.matmul import sample_record
-from offload.quant.program import Program
+from offload.quant.program import FUNCTIONS, OAI, Gate, Program, recognise
 from offload.quant.record import MatrixSpec, plan_layout
 from offload.quant.scheme import Scheme
 from torch import Tensor

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from offload.quant.codes import unpack
+from offload.quant.codes import STEP_VALUES, decode_scales, unpack
 from offload.quant.hqq import quantize
 from offload.quant.matmul import dequantize
 from offload.quant.record import (
@@ -19,7 +19,6 @@ from offload.quant.record import (
     plan_layout,
     view_record,
 )
-from offload.quant.scales import STEP_VALUES, decode_scales
 from offload.quant.scheme import BITS, GROUP_SIZES, Scheme
 from torch import Tensor
 

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from offload.quant.encode import DeviceEncoder, chunk_rows, encode_rows
+from offload.quant.encode import DeviceEncoder, PendingRecord, chunk_rows, encode_rows
 from offload.quant.errors import PackError
-from offload.quant.pending import PendingRecord
 from offload.quant.record import MatrixSpec, plan_layout
 from offload.quant.scheme import Scheme
 from offload.quant.workers import WorkerEncoder

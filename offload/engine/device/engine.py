@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -24,19 +25,95 @@ from torch import Tensor
 
 from offload.cache.cache import ExpertCache
 from offload.cache.guesses import NO_LOOKAHEAD, Lookahead
-from offload.engine.compute import Compute
-from offload.engine.device.compute import SlotDecode
+from offload.engine.compute import Compute, program_of
 from offload.engine.device.gather import gather
-from offload.engine.device.lanes import Lanes
 from offload.engine.device.places import Places
 from offload.engine.device.table import Table, add_counters
 from offload.engine.engine import Engine, fewer_slots
 from offload.engine.layer import Layer
 from offload.engine.stats import Stats
 from offload.errors import GenerationError
+from offload.quant.experts import decode, kernels_work
 from offload.quant.pack import PackInfo
-from offload.transfer.base import NO_MARKS
-from offload.transfer.host import Transfer
+from offload.quant.program import Program
+from offload.transfer.base import NO_MARKS, Transfer
+
+
+class SlotDecode:
+    """Computes one token's experts from slots, without asking the host anything."""
+
+    def __init__(self, info: PackInfo) -> None:
+        self._info = info
+        self._programs: dict[int, Program] = {}
+
+    def __call__(
+        self, layer: Layer, hidden: Tensor, slots: Tensor, slot_of_cell: Tensor, cells: Tensor
+    ) -> None:
+        """Fill `cells` [k, H] for `hidden` [1, H]; where `slot_of_cell` [k] is -1 they stay.
+
+        What comes before a norm that some models have after each expert.
+        """
+        decode(hidden, slots, slot_of_cell, self._program(layer), cells)
+
+    def works(self, layer: Layer, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether there are kernels for this layer; the reference would ask for every slot."""
+        return kernels_work(self._program(layer), dtype, device)
+
+    def _program(self, layer: Layer) -> Program:
+        if layer.index not in self._programs:
+            layout = self._info.layout_of(layer.index)
+            self._programs[layer.index] = program_of(layer.module, layout)
+        return self._programs[layer.index]
+
+
+class Lanes:
+    """The stream in use is for compute; a second one fetches records. Both can be captured."""
+
+    def __init__(self, device: torch.device) -> None:
+        # Its few blocks of threads go before compute's many, or the link stands still meanwhile.
+        self._link = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+
+    def device(self) -> AbstractContextManager[object]:
+        """Kernels launched inside run on the device: Triton asks which one is in use, not where
+        tensors are."""
+        return (
+            contextlib.nullcontext() if self._link is None else torch.cuda.device(self._link.device)
+        )
+
+    def link(self) -> AbstractContextManager[object]:
+        """What is queued inside goes to the link's lane."""
+        return contextlib.nullcontext() if self._link is None else torch.cuda.stream(self._link)
+
+    def fork(self) -> None:
+        """What the link's lane is given from now on comes after all that compute was given."""
+        if self._link is not None:
+            self._link.wait_stream(torch.cuda.current_stream(self._link.device))
+
+    def mark(self) -> torch.cuda.Event | None:
+        """A point in the link's lane, to be asked for inside `link()`."""
+        if self._link is None:
+            return None
+        event = torch.cuda.Event()
+        event.record(self._link)
+        return event
+
+    def come_together(self) -> None:
+        """Compute goes on when the link's lane is idle: for a step that broke off between forking
+        and joining. A capture that it had not forked into does not learn of the lane."""
+        if self._link is None:
+            return
+        with self.link():
+            forked = torch.cuda.is_current_stream_capturing()
+        with self.device():
+            if forked == torch.cuda.is_current_stream_capturing():
+                torch.cuda.current_stream().wait_stream(self._link)
+
+    def join(self, point: torch.cuda.Event | None) -> None:
+        """Compute goes on when the link's lane has come to `point`."""
+        if point is not None:
+            assert self._link is not None
+            torch.cuda.current_stream(self._link.device).wait_event(point)
+
 
 logger = logging.getLogger("offload")
 

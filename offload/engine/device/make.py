@@ -5,19 +5,72 @@ Knows: what the kernels need of a machine and of the options. Does not know: mod
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+
+import torch
 
 from offload.cache.cache import ExpertCache
 from offload.cache.guesses import Lookahead
+from offload.cache.policies import KERNEL_POLICIES, LFRU
+from offload.cache.trace.synthetic import Routing, Shape, synthesize
 from offload.engine.compute import Compute
-from offload.engine.device.check import kernels_decide_rightly
-from offload.engine.device.compute import SlotDecode
-from offload.engine.device.engine import DeviceEngine
-from offload.engine.device.places import ALLOCATIONS, POLICIES, Places
+from offload.engine.device.engine import DeviceEngine, SlotDecode
+from offload.engine.device.gather import gather
+from offload.engine.device.places import ALLOCATIONS, Places
+from offload.engine.device.table import Table
+from offload.lines import reason
+from offload.quant.gpu import launching_on
 from offload.quant.pack import PackInfo
 from offload.residency import Residency
-from offload.transfer.host import Transfer
+from offload.transfer.base import Transfer
 from offload.transfer.pinning import kernels_read_registered
+
+SHAPE = Shape("check", layers=2, experts=8, top_k=2, record_bytes=0, dense_bytes=0, expert_bits=4.0)
+SLOTS, TOKENS = 5, 8
+
+
+@functools.cache
+def kernels_decide_rightly(device: torch.device) -> str:
+    """Why the kernels cannot be used, or ""."""
+    try:
+        with launching_on(device):
+            if not _plans(device):
+                return "its kernels decide otherwise than the host on this machine"
+            if not _copies(device):
+                return "its kernels copy wrongly on this machine"
+    except Exception as error:  # whatever a compiler or a driver raises
+        return f"its kernels do not run here: {reason(error)}"
+    return ""
+
+
+def _plans(device: torch.device) -> bool:
+    cache = ExpertCache(SLOTS, SHAPE.layers, LFRU)
+    table = Table(Places(SHAPE.layers, SHAPE.experts, SHAPE.top_k, SLOTS, "lfru", "shared"), device)
+    table.upload(cache.state())
+    for event in synthesize(SHAPE, Routing(recall=0.7), TOKENS).events:
+        cache.plan(event.layer, event.experts[0])
+        table.plan(event.layer, SHAPE.experts, torch.tensor(event.experts[0], device=device))
+        for guess in event.guesses:
+            cache.look_ahead(guess.layer, guess.experts, most=len(guess.experts))
+            index = torch.tensor(guess.experts, device=device)
+            table.look_ahead(guess.layer, SHAPE.experts, index)
+    return table.download().keys == cache.state().keys
+
+
+def _copies(device: torch.device) -> bool:
+    pinned = device.type == "cuda"
+    records = torch.arange(3 * 4096, dtype=torch.int32).view(3, -1).to(torch.uint8)
+    records = records.pin_memory() if pinned else records
+    begins = [record.data_ptr() for record in records]
+    addresses = torch.tensor(begins, dtype=torch.int64, device=device)
+    slots = torch.zeros(2, 4352, dtype=torch.uint8, device=device)
+    experts = torch.tensor([2, 0, 1], dtype=torch.int32, device=device)
+    loads = torch.tensor([1, -1, 0], dtype=torch.int32, device=device)
+    gather(experts, loads, addresses, slots, 4096)
+    copied = slots.cpu()[:, :4096]
+    return bool((copied == torch.stack((records[1], records[2])).cpu()).all())
+
 
 DEVICES = ("cuda",)  # on a CPU the kernels are interpreted: for tests
 
@@ -38,8 +91,8 @@ def why_not(wanted: Wanted, transfer: Transfer) -> str:
     residency = wanted.residency
     if transfer.device.type not in DEVICES:
         return "it needs a CUDA GPU"
-    if residency.policy not in POLICIES:
-        return f"its kernels know the policies {', '.join(POLICIES)}, not {residency.policy}"
+    if residency.policy not in KERNEL_POLICIES:
+        return f"its kernels know the policies {', '.join(KERNEL_POLICIES)}, not {residency.policy}"
     if residency.allocation not in ALLOCATIONS:
         return (
             f"its kernels know the allocations {', '.join(ALLOCATIONS)}, not {residency.allocation}"

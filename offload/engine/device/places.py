@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-POLICIES = ("lru", "fifo", "lfru")
 ALLOCATIONS = ("shared", "global")
 COUNTS = (  # of `cache.statistics.LayerCounts`, in this order
     "requests",

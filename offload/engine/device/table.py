@@ -15,9 +15,9 @@ from torch import Tensor
 
 from offload.cache.allocation import pace
 from offload.cache.heat import GROWTH
-from offload.cache.policies.lfru import HALF_LIFE, MOST, REPEATS, bonus_of, growth_of
+from offload.cache.plan import CacheState, HeatState
+from offload.cache.policies import HALF_LIFE, MOST, REPEATS, bonus_of, growth_of
 from offload.cache.policy import Key, KeyState, PoolState
-from offload.cache.state import CacheState, HeatState
 from offload.cache.statistics import LayerCounts
 from offload.engine.device.kernels import look_ahead_kernel, plan_kernel
 from offload.engine.device.places import COUNTS, Places

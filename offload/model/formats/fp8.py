@@ -13,7 +13,7 @@ from torch import Tensor
 
 from offload.errors import CheckpointError
 from offload.model.formats.safetensors import SafetensorsSource
-from offload.model.formats.source_part import CHUNK_WEIGHTS
+from offload.model.formats.source import CHUNK_WEIGHTS
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SUFFIXES = ("_scale_inv", "_scale")  # both are factors: "inv" is the quantiser's point of view

@@ -10,16 +10,14 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from offload.errors import CheckpointError
-from offload.json_file import read_object
+from offload.files import read_object
 from offload.model.formats import mxfp4
 from offload.model.formats.fp8 import FLOAT8, Fp8Source
-from offload.model.formats.gguf_files import gguf_files, is_gguf
-from offload.model.formats.gguf_mapped import MappedSource, has_rules
-from offload.model.formats.gguf_model_part import GgufSource
-from offload.model.formats.gguf_part import GgufFile
+from offload.model.formats.gguf import GgufFile, gguf_files, is_gguf
+from offload.model.formats.gguf_model import GgufSource, MappedSource, has_rules
 from offload.model.formats.mxfp4 import Mxfp4Source
 from offload.model.formats.safetensors import SafetensorsSource, weight_files
-from offload.model.formats.source_part import TensorSource
+from offload.model.formats.source import TensorSource
 
 
 def open_weights(path: Path, model: PreTrainedModel) -> TensorSource:

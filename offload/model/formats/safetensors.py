@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from offload.errors import CheckpointError
-from offload.json_file import read_object, unreadable
+from offload.files import read_object, unreadable
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

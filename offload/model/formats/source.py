@@ -5,7 +5,7 @@ Knows: a model's own parameters. Does not know: files; there are none, and nothi
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -36,3 +36,23 @@ class ExpectedSource:
 
     def read_slice(self, name: str, index: int) -> NoReturn:
         self.read(name)
+
+
+CHUNK_WEIGHTS = 2**22  # dequantised at a time on the way to a large tensor, to bound memory
+
+
+class TensorSource(Protocol):
+    """Tensors by name. Nothing is read or dequantised before it is asked for."""
+
+    def names(self) -> list[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of what `read` gives."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of what `read` gives. Raises `CheckpointError` for one that is not read."""
+
+    def read(self, name: str) -> Tensor: ...
+
+    def read_slice(self, name: str, index: int) -> Tensor:
+        """`read(name)[index : index + 1]`; only that part is read and dequantised."""

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from offload.cache.statistics import LayerCounts
 
-from offload.bench.bound import Bound, Rates
-from offload.bench.result import Result
+from offload.bench.result import Bound, Rates, Result, Subject
 from offload.bench.run import Row
-from offload.bench.sample import Sample
-from offload.bench.subject import Subject
-from offload.bench.tests import Test
+from offload.bench.sample import Sample, Test
 from offload.engine.stats import Stats
 
 MS = 10**6  # ns

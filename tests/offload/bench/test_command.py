@@ -12,9 +12,8 @@ import jsonschema
 import pytest
 
 import cli
-from offload.bench.run_part import run as run_tests
-from offload.bench.sample import take_sample
-from offload.bench.tests import Test
+from offload.bench.run import run as run_tests
+from offload.bench.sample import Test, take_sample
 from tests.test_cli import Run
 from tests.test_cli import run as run  # a fixture
 
@@ -77,7 +76,7 @@ def test_bench_writes_llama_benchs_json_and_ours(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "cpuinfo").write_text("model name\t: Old One\n")
-    monkeypatch.setattr("offload.machine.processor.CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr("offload.machine.measure.CPUINFO", tmp_path / "cpuinfo")
     done = run("bench", mixtral_pack, *BENCH, "-o", "json", *([text] if text else []))
     prefill, decode = json.loads(done.out)
     keys = [
@@ -150,7 +149,7 @@ def test_the_links_ceiling_does_not_depend_on_when_copies_are_waited_for(
     mixtral_pack: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from offload import load
-    from offload.bench.rates import measure_link
+    from offload.bench.run import measure_link
 
     model, _ = load(mixtral_pack, device="cpu", expert_slots=1)
     transfer = model.offload.engine.transfer

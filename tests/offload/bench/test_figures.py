@@ -9,12 +9,9 @@ from offload.quant.errors import OffloadError
 from transformers import PreTrainedTokenizerBase
 
 from offload import load
-from offload.bench.bound import Bound, Rates, bound_of, dense_bytes
-from offload.bench.result import percentile
+from offload.bench.result import Bound, Rates, bound_of, dense_bytes, percentile
 from offload.bench.run import Setting, make_settings
-from offload.bench.sample import take_sample
-from offload.bench.tests import Test, make_tests
-from offload.bench.texts import random_tokens, real_text, stretches
+from offload.bench.sample import Test, make_tests, random_tokens, real_text, stretches, take_sample
 from offload.engine.handle import offload_of
 from tests.offload.bench.rows import row
 

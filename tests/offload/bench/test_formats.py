@@ -10,12 +10,18 @@ from pathlib import Path
 import pytest
 from offload.quant.errors import OffloadError
 
-from offload.bench.comparison import Earlier, read_earlier
-from offload.bench.formats import CsvPrinter, JsonlPrinter, JsonPrinter, ended
-from offload.bench.output import TablePrinter
+from offload.bench.output import (
+    CsvPrinter,
+    Earlier,
+    JsonlPrinter,
+    JsonPrinter,
+    TablePrinter,
+    ended,
+    read_earlier,
+)
 from offload.bench.picture import check_picture, save_picture
 from offload.bench.run import Row, Setting
-from offload.bench.tests import Test
+from offload.bench.sample import Test
 from tests.offload.bench.rows import row
 
 TESTS = [Test(8, 0), Test(0, 4)]

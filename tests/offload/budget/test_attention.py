@@ -14,8 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GptOssConfig, PreTrainedConfig
 
 import offload
-from offload.budget.attention import ALIVE, keeps_scores, score_bytes
-from offload.budget.budget import Memory, chunk_tokens
+from offload.budget.budget import ALIVE, Memory, chunk_tokens, keeps_scores, score_bytes
 from offload.budget.resolve import Planner
 from tests.tiny import tiny_config
 

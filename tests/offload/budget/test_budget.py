@@ -19,13 +19,12 @@ from offload.budget.budget import (
     available_bytes,
     hold_vram,
     kv_cache_bytes,
-    parse_bytes,
-    parse_slots,
     staging_rows,
 )
 from offload.budget.resolve import Planner, find_device
 from offload.errors import BudgetError
 from offload.generation.fixed_kv import FixedKV
+from offload.units import parse_bytes, parse_slots
 from tests.tiny import EXPERTS, LAYERS, tiny_config
 
 MIB, GIB = 2**20, 2**30
@@ -343,7 +342,7 @@ def test_a_model_that_does_not_run_without_memory_is_estimated(
     def fails(*_: Any) -> int:
         raise RuntimeError("no meta kernel")
 
-    monkeypatch.setattr(offload.budget, "cache_bytes", fails)
+    monkeypatch.setattr(offload.budget.budget, "cache_bytes", fails)
     config = tiny_config("mixtral", max_position_embeddings=333)  # another than those seen before
     assert kv_cache_bytes(config, 100, torch.float32) == 2 * 3 * 2 * 16 * 100 * 4
 

@@ -14,13 +14,12 @@ import offload
 import offload.budget.budget
 from offload.budget.blocks import Layers, demand, device_of
 from offload.budget.budget import Memory, kv_cache_bytes, staging_rows
-from offload.budget.gpus import find_place
 from offload.budget.placement import place
-from offload.budget.resolve import Planner
-from offload.engine.handle import Card, Options
+from offload.budget.resolve import Planner, find_place
 from offload.errors import BudgetError
 from offload.model import sources
 from offload.model.seam import build_on_meta, model_class, own_config
+from offload.options import Card, Options
 from tests.tiny import save_tiny
 
 GIB = 2**30
@@ -136,7 +135,7 @@ def test_too_little_memory_for_two_cards_names_the_one_that_is_short(tmp_path: P
 def test_rows_for_prompts_are_counted_on_each_card_unless_every_expert_has_a_slot(
     mixtral_pack: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(offload.budget, "MOST_STAGING_ROWS", 4)
+    monkeypatch.setattr(offload.budget.budget, "MOST_STAGING_ROWS", 4)
     info = read_info(mixtral_pack)
     config = sources.read_config("tiny", mixtral_pack, trust_remote_code=False)
     cls = model_class(config, "tiny", False)

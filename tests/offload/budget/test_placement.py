@@ -10,8 +10,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from offload.budget.budget import Budget
-from offload.budget.placement import Block, Demand, Share, place
+from offload.budget.placement import Block, Demand, place
 from offload.errors import BudgetError
+from offload.options import Share
 
 GIB = 2**30
 blocks = st.builds(

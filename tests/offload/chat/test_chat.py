@@ -17,8 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import offload
 from offload.chat.chat import Chat
-from offload.chat.chat_words import WORDS
-from offload.chat.commands import COMMANDS, obey
+from offload.chat.commands import COMMANDS, WORDS, obey
 from offload.chat.display import Plain
 from offload.chat.loop import converse, read_message
 from offload.errors import ChatError

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload.chat.context import LEFT_FREE, fit, reserve
+from offload.chat.chat import LEFT_FREE, fit, reserve
 from offload.generation.stream import Message
 
 

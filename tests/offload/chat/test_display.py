@@ -73,8 +73,8 @@ class Screen(io.StringIO):
 
 
 def _rendered(rows: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Rendered, Screen]:
-    monkeypatch.setattr(offload.display, "REFRESH_SECONDS", 0)
-    monkeypatch.setattr(offload.display, "DRAWING_SHARE", 1e9)
+    monkeypatch.setattr(offload.chat.display, "REFRESH_SECONDS", 0)
+    monkeypatch.setattr(offload.chat.display, "DRAWING_SHARE", 1e9)
     screen = Screen(rows)
     console = Console(
         file=screen, force_terminal=True, width=60, height=rows, _environ={"TERM": "xterm"}
@@ -107,7 +107,7 @@ def test_markdown_is_read_when_it_is_drawn_not_at_every_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     display, screen = _rendered(20, monkeypatch)
-    monkeypatch.setattr(offload.display, "REFRESH_SECONDS", 1e9)
+    monkeypatch.setattr(offload.chat.display, "REFRESH_SECONDS", 1e9)
     real, read = offload.chat.display._PARSER.parse, list[str]()
     monkeypatch.setattr(
         offload.chat.display._PARSER, "parse", lambda text: (read.append(text), real(text))[1]

@@ -15,7 +15,7 @@ import offload.budget.resolve
 import offload.engine.compute as module
 from offload.engine.compute import Grouped, OneByOne
 from offload.engine.handle import offload_of
-from offload.transfer import per_card
+from offload.transfer import cards as per_card
 from offload.transfer.host import HostTransfer
 from tests.interpreter import quicken
 from tests.tiny import K, save_tiny
@@ -35,7 +35,7 @@ def _logits(folder: Path, monkeypatch: pytest.MonkeyPatch, way: type, **options:
     if way is Grouped:  # as on a GPU, streamed experts have rows of their own
         copied = functools.partial(_with_staging, rows=4)
         monkeypatch.setattr(per_card, "HostTransfer", copied)
-        monkeypatch.setattr(offload.planning, "staging_rows", lambda *_: 4)
+        monkeypatch.setattr(offload.budget.resolve, "staging_rows", lambda *_: 4)
     model, _ = offload.load(folder / "checkpoint", device="cpu", pack_dir=folder, **options)
     out = model(input_ids=PROMPT, use_cache=True)
     last = model(input_ids=PROMPT[:, :1], past_key_values=out.past_key_values, use_cache=True)

@@ -15,7 +15,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
 from offload.budget.blocks import Layers, device_of
-from offload.budget.placement import Share
 from offload.engine.crossing import Crossing
 from offload.model.seam import (
     IMPLEMENTATION,
@@ -26,6 +25,7 @@ from offload.model.seam import (
     model_class,
     own_config,
 )
+from offload.options import Share
 from tests.tiny import tiny_config
 
 FIRST, SECOND = torch.device("cpu"), torch.device("meta")

@@ -18,9 +18,10 @@ from transformers import PreTrainedModel
 import offload
 import offload.engine.engine
 import offload.loading
-import offload.transfer.per_card
-from offload.engine.handle import Options, offload_of
+import offload.transfer.cards
+from offload.engine.handle import offload_of
 from offload.generation.stream import forward
+from offload.options import Options
 from offload.transfer.cuda import CudaTransfer
 from offload.transfer.host_tier import HostTier
 from tests.fake_link import FakeLink
@@ -53,7 +54,7 @@ def load(mixtral_pack: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
         return Watched(pack, rows, torch.device("cpu"), None, tier=tier, link=link)
 
     def loaded(slots: int, rows: int = 2, ram: int = EVERYTHING) -> PreTrainedModel:
-        monkeypatch.setattr(offload.planning, "staging_rows", lambda *_: rows)
+        monkeypatch.setattr(offload.budget.resolve, "staging_rows", lambda *_: rows)
         with monkeypatch.context() as patch:
             patch.setattr(offload.loading, "transfer_of", lambda p, o, _: played(p, o, ram))
             model, _ = offload.load(
@@ -65,7 +66,7 @@ def load(mixtral_pack: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
 
 
 def _begin_early(monkeypatch: pytest.MonkeyPatch, *, always: bool) -> None:
-    monkeypatch.setattr(offload.engine, "nearly_all", lambda *_: always)
+    monkeypatch.setattr(offload.engine.engine, "nearly_all", lambda *_: always)
 
 
 def _arrive(model: PreTrainedModel) -> None:

@@ -133,7 +133,9 @@ def test_wrong_guesses_do_not_change_answers(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = _tokens(model)
-    monkeypatch.setattr("offload.cache.trust.ENOUGH", -1.0)  # they may load although they are wrong
+    monkeypatch.setattr(
+        "offload.cache.guesses.ENOUGH", -1.0
+    )  # they may load although they are wrong
     guesses = random.Random(1)
     monkeypatch.setattr(
         Layer, "guess", lambda self, hidden: guesses.sample(range(EXPERTS), 4), raising=True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from offload.engine.norms import NormFinder
+from offload.engine.layer import NormFinder
 
 
 def _block() -> nn.Module:

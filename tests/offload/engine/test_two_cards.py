@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 import offload
 from offload.engine.engine import Engine
 from offload.engine.handle import offload_of
-from offload.engine_choice import make_engine
 from offload.errors import GenerationError
+from offload.loading import make_engine
 from offload.transfer.cards import CardsTransfer
 from tests.tiny import save_tiny
 

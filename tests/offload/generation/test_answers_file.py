@@ -55,7 +55,7 @@ def test_prompts_from_other_systems_are_read(tmp_path: Path) -> None:
 def test_a_line_that_has_no_end_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(offload.answers_file, "MOST_CHARACTERS", 20)
+    monkeypatch.setattr(offload.generation.answers, "MOST_CHARACTERS", 20)
     file = tmp_path / "prompts.jsonl"
     file.write_text('"short"\n' * 10)
     assert len(read_prompts(file)) == 10, "a file may be longer than a line"
@@ -199,7 +199,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.Monk
         os.pwrite(handle, data[:5], at)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(offload.answers_file, "_write", half)
+    monkeypatch.setattr(offload.generation.answers, "_write", half)
     with pytest.raises(OffloadError, match="No space left"):
         answers.append(GIVEN[1], {"answer": "b"})
     answers.close()

@@ -47,8 +47,8 @@ def test_a_thread_that_ends_before_it_begins_is_not_waited_for(
 
 @pytest.fixture
 def tokenizer(monkeypatch: pytest.MonkeyPatch) -> PreTrainedTokenizerFast:
-    monkeypatch.setattr(offload.generation, "TEMPLATE_SECONDS", 1.0)
-    monkeypatch.setattr(offload.generation, "TEMPLATE_BYTES", 2**27)
+    monkeypatch.setattr(offload.generation.stream, "TEMPLATE_SECONDS", 1.0)
+    monkeypatch.setattr(offload.generation.stream, "TEMPLATE_BYTES", 2**27)
     return make_tokenizer()
 
 

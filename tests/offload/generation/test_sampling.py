@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from offload.errors import GenerationError
-from offload.sampling import Sampler, Sampling, resolve_sampling
+from offload.generation.sampler import Sampler
+from offload.sampling import Sampling, resolve_sampling
 
 FALLBACK = Sampling(temperature=0.8, top_k=40, top_p=0.95, min_p=0.05)
 CPU = torch.device("cpu")

@@ -14,13 +14,16 @@ import torch
 from offload.cache.simulate.machines import Hardware
 
 import cli
-from offload.machine import disk, examination, graphics, software
+from offload.machine import doctor as examination
+from offload.machine import doctor as processor
+from offload.machine import doctor as software
 from offload.machine import doctor as storage
-from offload.machine import processor as about
-from offload.machine import processor_part as processor
-from offload.machine.disk import read_rate
+from offload.machine import graphics
+from offload.machine import measure as about
+from offload.machine import measure as disk
 from offload.machine.finding import MISSING, OK, SLOW, Finding
 from offload.machine.graphics import Slot, parse_slots, sysfs_slots
+from offload.machine.measure import read_rate
 
 MIB, GIB = 2**20, 2**30
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from offload.quant.turn import take_turn
+from offload.quant.pack_writer import take_turn
 
 from offload.errors import SourceError
 from offload.model import demo

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offload.errors import CheckpointError, GenerationError
-from offload.model.generation_config import NUMBERS, WHOLE_NUMBERS, check_generation_config, end_ids
+from offload.model.sources import NUMBERS, WHOLE_NUMBERS, check_generation_config, end_ids
 from offload.pack.find import find_or_make_pack
 from offload.pack.recipe import Recipe
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import cli
 import offload
 from offload import CheckpointError, OffloadError
-from offload.json_file import read_object
+from offload.files import read_object
 
 WEIGHTS = "model.safetensors"
 DEEP = "[" * 100_000 + "]" * 100_000

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import offload
 from offload import OffloadError, SourceError, generate
-from offload.home import offload_home
+from offload.files import offload_home
 from offload.model.sources import find, read_config
 
 HUB_ID = "somebody/tiny-mixtral"

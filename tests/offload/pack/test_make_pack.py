@@ -14,7 +14,7 @@ import pytest
 import torch
 from offload.quant.pack import Pack, is_pack
 
-from offload.pack import encoding
+from offload.pack import make as encoding
 from offload.pack.find import find_or_make_pack
 from offload.pack.recipe import Recipe
 from tests.children import children

@@ -16,13 +16,15 @@ from offload.cache.trace.synthetic import Routing, Shape, synthesize
 
 import cli
 import offload
-from offload.budget.budget import SHARE, Memory
+from offload.budget.budget import Memory
 from offload.budget.resolve import Planner
-from offload.engine.handle import Card, offload_of
-from offload.machine.disk import DiskRate
+from offload.engine.handle import offload_of
+from offload.machine.measure import DiskRate
 from offload.model import demo
+from offload.options import Card
 from offload.pack.recipe import Recipe
 from offload.plan import outline, target
+from offload.units import SHARE
 from tests.gguf_files import write_gguf
 from tests.published import PUBLISHED
 from tests.tiny import EXPERTS, LAYERS, save_tiny

@@ -12,14 +12,16 @@ from typing import Any
 import pytest
 
 from offload import QualityError
-from offload.quality.baseline import baseline_of, read_baseline, save_baseline
-from offload.quality.check import CheckResult
-from offload.quality.comparison import Comparison
-from offload.quality.estimate import Estimate
+from offload.quality.baseline import (
+    TOLERANCES,
+    Tolerance,
+    baseline_of,
+    read_baseline,
+    save_baseline,
+)
+from offload.quality.check import CheckResult, Comparison, Subject
 from offload.quality.prompts import Prompts
-from offload.quality.scoring import Sliding
-from offload.quality.subject import Subject
-from offload.quality.tolerance import TOLERANCES, Tolerance
+from offload.quality.scoring import Estimate, Sliding
 
 SUBJECT = Subject("tiny", "mixtral", 3, 64, 320, {"expert_bits": 4})
 FIGURES = Comparison(

@@ -15,11 +15,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from offload import PackError, QualityError, SourceError, load
-from offload.quality.check import CheckResult, check, reference_bits
-from offload.quality.comparison import Comparison, Positions, kl_divergence, table
+from offload.quality.check import (
+    CheckResult,
+    Comparison,
+    Positions,
+    Source,
+    check,
+    kl_divergence,
+    reference_bits,
+    table,
+)
 from offload.quality.plain import load_plain
 from offload.quality.prompts import BUILT_IN, Prompts, read_prompts
-from offload.quality.recording import Source
 from offload.quality.scoring import Sliding
 from tests.conftest import make_tokenizer
 
@@ -194,7 +201,7 @@ def test_a_full_disk_is_told_in_one_line(
         def write(self, _: object) -> int:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("offload.quality.recording.tempfile.TemporaryFile", lambda **_: Full())
+    monkeypatch.setattr("offload.quality.check.tempfile.TemporaryFile", lambda **_: Full())
     with pytest.raises(QualityError, match=r"No space left on device.*TMPDIR"):
         run(source(mixtral_pack), source(mixtral_pack))
 

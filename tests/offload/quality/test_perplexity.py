@@ -21,9 +21,18 @@ from offload import QualityError, load
 from offload.engine.handle import offload_of
 from offload.progress import Ticker
 from offload.quality import scoring as scoring_module
-from offload.quality.estimate import Estimate, exp_of, mean_of, share_of
-from offload.quality.perplexity import Perplexity, measure_perplexity
-from offload.quality.scoring import Sliding, Text, cut, encode_text
+from offload.quality.scoring import (
+    Estimate,
+    Perplexity,
+    Sliding,
+    Text,
+    cut,
+    encode_text,
+    exp_of,
+    mean_of,
+    measure_perplexity,
+    share_of,
+)
 from tests.conftest import BEGIN, make_tokenizer
 from tests.tiny import tiny_config
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import offload
 import offload.transfer.host as transfer_module
+from offload.engine.engine import Engine
 from offload.engine.handle import offload_of
 from offload.engine.layer import Layer
 from tests.tiny import EXPERTS, K, save_tiny
@@ -28,6 +29,7 @@ class Oracle:
 
     def __init__(self, trace: Trace, right: bool) -> None:
         self._right = right
+        self.engine: Engine | None = None  # of the run that is guessed for
         self._wanted: dict[tuple[int, int], list[int]] = {}  # (layer, tokens so far) -> experts
         tokens = 0
         for event in trace.events:
@@ -35,7 +37,8 @@ class Oracle:
             self._wanted[event.layer, tokens] = event.distinct()
 
     def guess(self, layer: Layer, _: Tensor) -> list[int]:
-        wanted = self._wanted[layer.index, layer.engine.tokens]
+        assert self.engine is not None
+        wanted = self._wanted[layer.index, self.engine.tokens]
         if self._right:
             return wanted
         return [expert for expert in range(EXPERTS) if expert not in wanted][:K]
@@ -59,7 +62,7 @@ def slow_link(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transfer_module, "CHUNK", 1 << 10)
 
 
-def _run(folder: Path, lookahead: bool) -> LayerCounts:
+def _run(folder: Path, lookahead: bool, oracle: Oracle | None = None) -> LayerCounts:
     model, _ = offload.load(
         folder / "checkpoint",
         device="cpu",
@@ -69,6 +72,8 @@ def _run(folder: Path, lookahead: bool) -> LayerCounts:
         warm_start=False,
         trace=None if lookahead else folder / "trace",
     )
+    if oracle is not None:
+        oracle.engine = offload_of(model).engine
     model.generate(PROMPT, max_new_tokens=40, do_sample=False)
     counts = offload_of(model).stats().counts
     offload_of(model).close()
@@ -84,7 +89,7 @@ def test_guesses_spare_waiting_when_right_and_cost_none_when_wrong(
     without = _run(tmp_path, lookahead=False)
     oracle = Oracle(read(tmp_path / "trace"), right)
     monkeypatch.setattr(Layer, "guess", lambda layer, hidden: oracle.guess(layer, hidden))
-    guessed = _run(tmp_path, lookahead=True)
+    guessed = _run(tmp_path, True, oracle)
     assert guessed.requests == without.requests
     assert guessed.lookahead_guesses > 50
     assert guessed.lookahead_recall == float(right)

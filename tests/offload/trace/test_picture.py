@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 from offload.cache.trace.file import write
-from offload.cache.trace.heatmap import BLOCKS, PLAIN_BLOCKS, HeatMap, draw
+from offload.cache.trace.heatmap import BLOCKS, PLAIN_BLOCKS, HeatMap, draw, show
 from offload.cache.trace.synthetic import MIXTRAL, Routing, synthesize
 
 import cli
-from offload.trace.picture_part import show
 
 HEAT = HeatMap(
     uses=((9.0, 3.0, 0.0, 1.0), (0.0, 5.0, 5.0, 0.0)),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from offload.cache.trust import Trust
+from offload.cache.guesses import Trust
 from offload.quant.pack import Pack
 
 import offload

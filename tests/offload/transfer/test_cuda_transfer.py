@@ -14,8 +14,8 @@ from offload.quant.pack import Pack
 
 import offload
 import offload.loading
-import offload.transfer.per_card
-from offload.engine.handle import Options
+import offload.transfer.cards
+from offload.options import Options
 from offload.transfer.base import NO_MARKS
 from offload.transfer.cuda import CudaTicket, CudaTransfer
 from offload.transfer.host_tier import HostTier
@@ -330,7 +330,7 @@ def test_two_of_them_over_one_host_tier_give_the_logits_of_one(
             tier = HostTier(pack, ram, pinners[-1])
         return CudaTransfer(pack, slots + staging, CPU, None, tier=tier, link=FakeLink(slots))
 
-    monkeypatch.setattr(offload.per_card, "_transfer_to", played)
+    monkeypatch.setattr(offload.transfer.cards, "_transfer_to", played)
     model, _ = offload.load(mixtral_pack, gpus=("cpu", "cpu"), **options)
     engine = model.offload.engine
     assert torch.equal(logits(model), expected)

@@ -14,11 +14,10 @@ from offload.quant.errors import PackError
 from offload.quant.pack import Pack, PackLayer
 from torch import Tensor
 
-from offload.transfer.disk_tier import DiskTier, Read
+from offload.transfer.disk_tier import DiskTier, Read, RecordFiles
 from offload.transfer.host_tier import LEAST_BUFFERS, HostTier
 from offload.transfer.memory import PAGE, own_memory
 from offload.transfer.pinning import LockPinner
-from offload.transfer.record_files import RecordFiles
 from tests.interrupt import interrupt_before
 from tests.tiny import EXPERTS, LAYERS
 

@@ -11,12 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from offload.quant.errors import PackError
-from offload.quant.pack import Pack
-from offload.quant.reading import read_at
+from offload.quant.pack import Pack, read_at
 
-from offload.transfer.host import HostTransfer
+from offload.transfer.host import PIECE, HostTransfer, PageIn
 from offload.transfer.memory import PAGE
-from offload.transfer.page_in import PIECE, PageIn
 from tests.tiny import EXPERTS
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "preadv"), reason="this system has no preadv")
@@ -103,7 +101,7 @@ def test_the_pieces_of_a_record_are_where_they_lie_in_its_file(pack: Pack, page_
 def test_whatever_is_more_urgent_is_looked_at_in_between(
     pack: Pack, page_in: PageIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("offload.transfer.page_in.AT_ONCE", 1)
+    monkeypatch.setattr("offload.transfer.host.AT_ONCE", 1)
     monkeypatch.setattr(page_in, "_missing", lambda *_: [0, PAGE, 2 * PAGE])
     looks = []
     page_in.bring_in(0, 0, lambda: looks.append(1))
@@ -129,7 +127,7 @@ def test_a_system_that_cannot_tell_works_all_the_same(
     if gone == "preadv":
         monkeypatch.delattr(os, "preadv")
     else:
-        monkeypatch.setattr("offload.transfer.page_in._mincore", lambda: None)
+        monkeypatch.setattr("offload.transfer.host._mincore", lambda: None)
     transfer = HostTransfer(pack, 1)
     transfer.wait(transfer.start(0, 2, 0, urgent=True))
     assert torch.equal(transfer.slot(0), pack.record(0, 2))

@@ -14,10 +14,9 @@ from offload.quant.errors import OffloadError, PackError
 from offload.quant.pack import Pack
 from torch import Tensor
 
-from offload.errors import one_line
-from offload.transfer.disk_tier import DiskTier
+from offload.lines import one_line
+from offload.transfer.disk_tier import DiskTier, RecordFiles
 from offload.transfer.memory import own_memory
-from offload.transfer.record_files import RecordFiles
 
 FIRST, OTHER = (1, 3), (0, 0)  # of two files
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 import offload
 from offload.engine.ahead import Ahead
 from offload.engine.device import make as making
-from offload.engine.device.compute import SlotDecode
+from offload.engine.device.engine import SlotDecode
 from offload.engine.layer import Layer
 from tests.interpreter import quicken
 from tests.tiny import save_tiny

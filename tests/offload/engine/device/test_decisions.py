@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import offload.cache.heat as heat_module
-import offload.cache.policies.lfru as lfru_module
+import offload.cache.policies as lfru_module
 import pytest
 import torch
 from offload.cache.cache import ExpertCache

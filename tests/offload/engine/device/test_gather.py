@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from offload.engine.device.check import kernels_decide_rightly
 from offload.engine.device.gather import gather
+from offload.engine.device.make import kernels_decide_rightly
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZE, SLOT = 256 * 131, 256 * 133  # more than one round of all blocks would need padding

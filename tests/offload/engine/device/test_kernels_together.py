@@ -8,7 +8,7 @@ import torch
 from offload.engine.compute import Grouped
 from offload.engine.handle import offload_of
 from offload.generation.stream import forward
-from offload.transfer import per_card
+from offload.transfer import cards as per_card
 from tests.offload.engine.device.conftest import Load
 
 

@@ -11,16 +11,16 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-import offload.generation.step_part as step_module
+import offload.generation.step as step_module
 from offload.engine.device.engine import DeviceEngine
 from offload.engine.handle import offload_of
 from offload.errors import GenerationError
 from offload.generation.fixed_kv import FixedKV
 from offload.generation.graph import Replay
 from offload.generation.prompt_cache import PromptCache
+from offload.generation.sampler import Sampler
 from offload.generation.step import DecodeLoop
 from offload.generation.stream import GenerationResponse, stream_generate
-from offload.sampling import Sampler
 from tests.offload.engine.device.conftest import Load
 
 PROMPT = list(range(5, 17))

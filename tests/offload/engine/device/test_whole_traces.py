@@ -10,8 +10,8 @@ from typing import NamedTuple
 import pytest
 import torch
 from offload.cache.cache import ExpertCache
+from offload.cache.plan import CacheState
 from offload.cache.policies import POLICIES
-from offload.cache.state import CacheState
 from offload.cache.statistics import LayerCounts
 from offload.cache.trace.synthetic import Routing, Shape, synthesize
 from offload.cache.trace.trace import Trace

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import offload
 from offload import CheckpointError, OffloadError, SourceError, UnsupportedModelError
 from offload.model.demo import fetch_gguf
-from offload.model.formats import gguf_part as gguf_module
-from offload.model.formats.gguf_model_part import GgufSource
-from offload.model.formats.gguf_part import GgufFile
+from offload.model.formats import gguf as gguf_module
+from offload.model.formats.gguf import GgufFile
+from offload.model.formats.gguf_model import GgufSource
 from offload.model.sources import find, read_config
 from tests.gguf_files import (
     ARCHITECTURES,

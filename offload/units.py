@@ -1,0 +1,51 @@
+"""Sizes and shares as people write them: "20GiB", "25%"."""
+
+from __future__ import annotations
+
+import re
+
+from offload.errors import BudgetError
+
+SHARE = 0.9  # of the memory that is free at start, when the user names no budget
+UBATCH = 2048  # tokens of a prompt at once: an expert crosses the link once for all of them
+# Their states (transformers 5.23) forget what was before when several tokens follow others.
+READ_WHOLE = frozenset({"jamba"})
+UNITS = {"": 1, "B": 1} | {
+    letter + suffix: base**power
+    for power, letter in enumerate("KMGT", start=1)
+    for suffix, base in (("", 2**10), ("IB", 2**10), ("B", 10**3))
+}
+MOST_SLOTS = 2**31  # asking for more is asking for all
+MOST_BYTES = 2**60  # of a size: more than any machine has
+
+
+def parse_bytes(text: str | int | None) -> int | None:
+    """Bytes from a number or from text like "20GiB"; None stays None. Raises `BudgetError`."""
+    if text is None or isinstance(text, int):
+        return text
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    unit = UNITS.get(match.group(2).upper()) if match else None
+    if match is None or unit is None:
+        raise BudgetError(f"{text!r} is not a size: write bytes or a size like 20GiB")
+    size = float(match.group(1)) * unit
+    if size > MOST_BYTES:
+        raise BudgetError(f"{text!r} is more than any machine has: write a size like 20GiB")
+    return int(size)
+
+
+def parse_slots(text: str | int | None, total: int) -> int | None:
+    """A number of slots from a number or a share of `total` like "25%"; None stays None."""
+    if text is None or isinstance(text, int):
+        return text
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%?)\s*", text)
+    if match is None or (not match.group(2) and "." in match.group(1)):
+        raise BudgetError(
+            f"{text!r} is not a number of expert slots: write a number or a share like 25%"
+        )
+    value = min(float(match.group(1)), MOST_SLOTS)
+    return max(1, round(total * value / 100)) if match.group(2) else int(value)
+
+
+def gib(size: int) -> str:
+    """A size as people read it."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
