@@ -26,7 +26,7 @@ Build = Callable[[Any, Path, Any], None]
 KILLED = """
 import os, signal
 from pathlib import Path
-from offload import demo
+from offload.model import demo
 
 def write(dense, folder, dtype):
     folder.mkdir()

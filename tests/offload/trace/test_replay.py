@@ -198,7 +198,7 @@ def test_a_pack_that_cannot_be_written_has_no_warm_start(
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError("read-only")
 
-    monkeypatch.setattr("offload.files.write_whole", refuse)
+    monkeypatch.setattr("offload.engine.warm.write_whole", refuse)
     offload_of(model).close()
     assert not (offload_of(model).pack.path / "hot.json").exists()
 
