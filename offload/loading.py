@@ -30,6 +30,7 @@ from offload.engine.engine import Engine
 from offload.engine.handle import Decoding, Offload
 from offload.engine.warm import read_hot
 from offload.errors import CheckpointError
+from offload.fit import Card, Fit
 from offload.model import sources
 from offload.model.demo import NOTE
 from offload.model.quantized import QuantizedEmbedding, QuantizedLinear
@@ -47,7 +48,7 @@ from offload.model.seam import (
     without_packed_weights,
 )
 from offload.model.sources import check_generation_config
-from offload.options import Card, Fit, LoadKeywords, LoadOptions
+from offload.options import LoadKeywords, LoadOptions
 from offload.pack.find import check_recipe, find_or_make_pack
 from offload.pack.recipe import AskedBits
 from offload.progress import without_bars

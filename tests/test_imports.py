@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import offload
-from offload.main import COMMANDS
+from offload.commands import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("offload", "cache", "quant")

@@ -21,7 +21,8 @@ from offload.budget.budget import (
 )
 from offload.budget.placement import place
 from offload.errors import BudgetError
-from offload.options import Card, Fit, LoadOptions, Share
+from offload.fit import Card, Fit, Share
+from offload.options import LoadOptions
 from offload.quant.pack import PackInfo
 from offload.units import parse_bytes, parse_slots
 

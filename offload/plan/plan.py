@@ -14,7 +14,8 @@ from offload.cache.simulate.forecast import Forecast, Load, forecast, forecast_o
 from offload.cache.trace.synthetic import Shape
 from offload.cache.trace.trace import Trace
 from offload.errors import BudgetError, SourceError
-from offload.options import Card, LoadOptions, Share
+from offload.fit import Card, Share
+from offload.options import LoadOptions
 from offload.pack.recipe import FITTING, AskedBits, Recipe, most_bits
 from offload.plan.outline import Outline
 from offload.plan.target import Target

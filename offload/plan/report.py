@@ -14,7 +14,7 @@ from typing import Any
 
 from offload.cache.simulate.forecast import HOST, LOCAL, RATES, USUAL, Forecast
 from offload.files import offload_home
-from offload.options import Share
+from offload.fit import Share
 from offload.plan.plan import GOOD_BITS, Plan, Row
 from offload.units import gib
 

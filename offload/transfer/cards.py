@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from offload.cache.sharded import card_and_row, divided
-from offload.options import Fit
+from offload.fit import Fit
 from offload.quant.pack import Pack
 from offload.transfer.base import Marks, Ticket, Transfer
 from offload.transfer.cuda import CudaTransfer

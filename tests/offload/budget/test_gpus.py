@@ -17,9 +17,10 @@ from offload.budget.budget import Memory, kv_cache_bytes, staging_rows
 from offload.budget.placement import place
 from offload.budget.resolve import Place, Resolver, find_place
 from offload.errors import BudgetError
+from offload.fit import Card, Fit
 from offload.model import sources
 from offload.model.seam import build_on_meta, model_class, own_config
-from offload.options import Card, Fit, LoadOptions
+from offload.options import LoadOptions
 from tests.tiny import save_tiny
 
 GIB = 2**30

@@ -20,8 +20,8 @@ import offload.engine.engine
 import offload.loading
 import offload.transfer.cards
 from offload.engine.handle import offload_of
+from offload.fit import Fit
 from offload.generation.stream import forward
-from offload.options import Fit
 from offload.transfer.cuda import CudaTransfer
 from offload.transfer.host_tier import HostTier
 from tests.fake_link import FakeLink

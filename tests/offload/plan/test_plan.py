@@ -19,9 +19,10 @@ import offload
 from offload.budget.budget import Memory
 from offload.budget.resolve import Place, Resolver
 from offload.engine.handle import offload_of
+from offload.fit import Card
 from offload.machine.measure import DiskRate
 from offload.model import demo
-from offload.options import Card, LoadOptions
+from offload.options import LoadOptions
 from offload.pack.recipe import Recipe
 from offload.plan import outline, target
 from offload.units import SHARE
