@@ -31,7 +31,7 @@ from offload.commands import build_parser
 from offload.engine.warm import read_hot
 from offload.generation.answers import AnswersFile, read_prompts
 from offload.generation.stream import encode_prompt
-from offload.loading import _tokenizer as load_tokenizer
+from offload.loading import load_tokenizer
 from offload.model import sources
 from offload.model.formats.gguf import read_header
 from offload.model.formats.safetensors import INDEX, SafetensorsSource, weight_files

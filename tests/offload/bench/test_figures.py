@@ -22,7 +22,7 @@ def test_tests_come_in_llama_benchs_order() -> None:
     ]  # fmt: skip
 
 
-def test_lengths_of_nothing_are_no_tests() -> None:
+def test_a_test_of_no_tokens_is_left_out() -> None:
     assert make_tests([0], [0], [], [0]) == []
     assert make_tests([0], [4], [], [0]) == [Test(0, 4)]
 
@@ -66,7 +66,7 @@ def test_bytes_that_are_read_are_those_of_weights_experts_and_the_kv_cache(
     config = model.config
     kv = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers * 4
     calls_read = sum(layer.requests for layer in sample.experts.layers) * record
-    counts = sample.experts.counts  # a prompt's streamed experts are read where they are mapped
+    counts = sample.experts.counts  # streamed experts of a prompt are read where they are mapped
     assert sample.experts.bytes_copied == (counts.loads - counts.loads_beside) * record > 0
     assert sample.experts.tokens == 6
     assert (

@@ -36,7 +36,7 @@ def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_lines_of_a_table_are_equally_long() -> None:
+def test_the_lines_of_a_table_are_equally_long() -> None:
     lines = tables([row(Test(8, 0)), row()], [LoadOptions()])
     first, second = lines[:4], lines[5:]
     assert lines[4] == ""
@@ -52,7 +52,7 @@ def test_the_second_table_holds_times_memory_and_bounds() -> None:
     assert cells(lines[8])[1:4] == ["tg4", "-", "10.0"]
 
 
-def test_what_is_swept_has_a_column() -> None:
+def test_a_swept_option_has_a_column() -> None:
     settings = [LoadOptions(policy="lru"), LoadOptions(policy="lfru")]
     lines = tables([row(policy="lru"), row(policy="lfru")], settings)
     assert cells(lines[0])[4:6] == ["policy", "test"]
@@ -126,7 +126,7 @@ def test_json_is_whole_even_if_a_run_breaks_off() -> None:
 # --- --compare -----------------------------------------------------------------------------------
 
 
-def test_a_ratio_has_both_runs_errors() -> None:
+def test_the_error_of_a_ratio_comes_from_both_runs() -> None:
     then = {**as_json(row(token_ms=(20, 20, 20, 20))), "stddev_ts": 5.0}  # of 50 t/s: 10%
     ratio = EarlierRun((then,)).ratio(row())
     assert ratio is not None
@@ -135,7 +135,7 @@ def test_a_ratio_has_both_runs_errors() -> None:
     assert str(ratio) == "2.00 ± 0.20"
 
 
-def test_a_row_is_compared_with_the_one_of_its_settings() -> None:
+def test_a_row_is_compared_with_the_earlier_row_of_the_nearest_settings() -> None:
     earlier = EarlierRun(
         (
             as_json(row(policy="lru", token_ms=(20, 20, 20, 20))),
@@ -155,7 +155,7 @@ def test_a_row_is_compared_with_the_one_of_its_settings() -> None:
     assert value(row(Test(16, 0))) is None
 
 
-def test_why_there_is_no_ratio_names_the_rows_there_are() -> None:
+def test_the_reason_for_no_ratio_names_the_rows_of_the_file() -> None:
     earlier = EarlierRun(
         (
             as_json(row(policy="lru")),
@@ -179,7 +179,7 @@ def test_why_there_is_no_ratio_names_the_rows_there_are() -> None:
 
 
 @pytest.mark.parametrize("kind", ["json", "jsonl"])
-def test_what_was_written_can_be_compared_with(kind: str, tmp_path: Path) -> None:
+def test_json_that_was_written_can_be_compared_with(kind: str, tmp_path: Path) -> None:
     out = io.StringIO()
     WRITERS[kind]([row()], out)
     file = tmp_path / "rows"
@@ -194,7 +194,7 @@ def test_what_was_written_can_be_compared_with(kind: str, tmp_path: Path) -> Non
     ["", "[]", "{", "[1]", "[{}]", "\0", '[{"model": 1}]', "[" * 100_000]
     + [json.dumps([{**as_json(row()), "avg_ts": bad}]) for bad in (0, "fast", None, float("nan"))],
 )
-def test_what_is_no_bench_is_refused_in_one_line(text: str, tmp_path: Path) -> None:
+def test_a_file_of_something_else_is_refused_in_one_line(text: str, tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
     file.write_text(text)
     with pytest.raises(OffloadError, match="name a file that offload bench -o json wrote"):
@@ -206,7 +206,7 @@ def test_what_is_no_bench_is_refused_in_one_line(text: str, tmp_path: Path) -> N
 # --- --plot --------------------------------------------------------------------------------------
 
 
-def test_a_picture_has_a_line_for_each_setting_but_residency(tmp_path: Path) -> None:
+def test_a_picture_is_drawn_of_a_sweep(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     rows = [
         row(test, slots=slots, policy=policy)
