@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from offload.plan.plan import Plan
     from offload.plan.target import Target
 
-EXAMPLE = 'offload plan mistralai/Mixtral-8x7B-v0.1 --gpu "RTX 4090" --ram 64GiB'
+EXAMPLE = 'offload plan mistralai/Mixtral-8x7B-v0.1 --gpu 4090 --ram 64GiB'
 SIZES = ("device", "vram", "ram", "context", "ubatch_size", "expert_slots")
 _machine = partial(option, group="machine")
 
