@@ -1,4 +1,4 @@
-"""`offload trace simulate` as a user meets it."""
+"""`python -m benchmarks.simulator` as a user meets it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from offload.cache.trace.file import write
 from offload.cache.trace.synthetic import MIXTRAL, Routing, synthesize
 from offload.cache.trace.trace import Trace
 
-import cli
-from offload.machine.measure import measure
+from benchmarks.simulator.__main__ import main
 from tests.cache.chrome import check_chrome_trace
 
 
@@ -29,7 +27,7 @@ def small_trace() -> Trace:
 
 
 def simulate(*arguments: object) -> int:
-    return cli.main(["trace", "simulate", *map(str, arguments)])
+    return main([*map(str, arguments)])
 
 
 def test_prints_speed_waits_link_and_limit(
@@ -105,12 +103,3 @@ def test_a_missing_file_and_a_wrong_model_are_told(capsys: pytest.CaptureFixture
     assert simulate("nowhere.trace", "--hardware", "a100") == 1
     assert simulate("synthetic:elsewhere", "--hardware", "a100") == 1
     assert "nowhere.trace" in capsys.readouterr().err
-
-
-def test_this_machine_is_measured() -> None:
-    machine = measure(torch.device("cpu"))
-    assert not machine.runs_ahead
-    assert 0.05 < machine.link_gb_per_s < 2000
-    assert 0.05 < machine.memory_gb_per_s < 2000
-    assert 0 < machine.launch_seconds < 0.1
-    assert machine.name.startswith("this machine")
