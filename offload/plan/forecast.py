@@ -32,6 +32,7 @@ layer resident and 60% with 4 (arXiv 2312.17238, figure 2); Qwen3-30B-A3B 66% wi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from offload.cache.interface import Cache
@@ -124,7 +125,7 @@ def hit_rate(share: float, experts: float, top_k: int, locality: Locality) -> fl
     if share >= 1:
         return 1.0
     resident = (share * experts - top_k / 4) / (experts - top_k / 4)
-    return max(0.0, resident) ** locality.exponent
+    return math.pow(max(0.0, resident), locality.exponent)
 
 
 def replayed_hit_rate(trace: Trace, slots: int) -> float:

@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 
 from offload.budget.budget import Budget
-from offload.budget.resolve import Planner
+from offload.budget.resolve import Place, Resolver
 from offload.cache.trace.trace import Trace
 from offload.errors import BudgetError, SourceError
-from offload.options import Card, Share
+from offload.options import Card, LoadOptions, Share
 from offload.pack.recipe import FITTING, AskedBits, Recipe, most_bits
 from offload.plan.forecast import Forecast, Workload, forecast
 from offload.plan.outline import Outline
 from offload.plan.target import Target
 from offload.quant.pack import PackInfo
 from offload.quant.scheme import Scheme
-from offload.units import UBATCH, parse_slots
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is asked for, beside the model and the machine."""
-
-    bits: AskedBits = field(default_factory=AskedBits)
-    slots: str | None = None
-    context: int = 4096
-    ubatch: int = UBATCH
-    trace: Trace | None = None
+from offload.units import parse_slots
 
 
 @dataclass(frozen=True)
@@ -43,7 +32,7 @@ class PlanRow:
     chunk: int  # tokens of a prompt that go through the model at once
     shares: tuple[Share, ...]  # of several cards
     slots: int  # over all cards; 0 if not even one fits
-    fixed_cache: bool  # there is a second KV cache (`Planner.keeps_fixed_cache`)
+    fixed_cache: bool  # there is a second KV cache (`Resolver.keeps_fixed_cache`)
     on_device: bool  # steps are planned on the card, as `--engine auto` does where it can
     refusal: str = ""  # why it does not fit
     rest: str = ""  # where experts without a slot are: RAM, disk, or VRAM if all have one
@@ -70,26 +59,32 @@ def experts_scheme(recipe: Recipe) -> Scheme:
     return recipe.parts["experts"]
 
 
-def make_row(outline: Outline, target: Target, question: Question, recipe: Recipe) -> PlanRow:
+def make_row(
+    outline: Outline,
+    target: Target,
+    options: LoadOptions,
+    recipe: Recipe,
+    trace: Trace | None = None,
+) -> PlanRow:
     """`recipe` on `target`, with the reason in `refusal` if it does not fit.
 
     Raises `OffloadError`.
     """
     info = outline.describe(recipe)
-    planner = _planner(target, question)
+    resolver = _resolver(target, options)
     slots, shares, refusal = 0, tuple[Share, ...](), ""
     try:
-        options = planner(info, outline.config, outline.model)
-        slots, shares = options.slots, options.shares
+        fit = resolver.fit(info, outline.config, outline.model)
+        slots, shares = fit.slots, fit.shares
     except BudgetError as error:
         refusal = str(error)
-    fixed_cache = planner.keeps_fixed_cache(info)
+    fixed_cache = resolver.keeps_fixed_cache(info)
     row = PlanRow(
         recipe,
         experts_scheme(recipe),
         info,
-        _of_a_card(planner.budget(info, outline.config), target.cards, shares),
-        planner.chunk(outline.config),
+        _of_a_card(resolver.budget(info, outline.config), target.cards, shares),
+        resolver.chunk(outline.config),
         shares,
         slots,
         fixed_cache,
@@ -103,23 +98,16 @@ def make_row(outline: Outline, target: Target, question: Question, recipe: Recip
     # take up their part of it too (docs/log/host-tier.md).
     disk_share = 0.0 if row.resident else max(0.0, 1 - held / info.expert_bytes)
     row = replace(row, rest=_rest(target, row, held), disk_share=disk_share)
-    itemsize = planner.compute_dtype(outline.config).itemsize
-    return replace(row, forecast=_forecast(outline, target, row, itemsize, question.trace))
+    itemsize = resolver.dtype(outline.config).itemsize
+    return replace(row, forecast=_forecast(outline, target, row, itemsize, trace))
 
 
-def _planner(target: Target, question: Question) -> Planner:
+def _resolver(target: Target, options: LoadOptions) -> Resolver:
     cards = tuple(
         Card(number, torch.device(target.device.type, number), target.memory.device)
         for number in range(target.cards)
     )
-    return Planner(
-        target.device,
-        target.memory,
-        slots=question.slots,
-        context=question.context,
-        ubatch=question.ubatch,
-        cards=cards if target.cards > 1 else (),
-    )
+    return Resolver(options, Place(target.device, target.memory, cards if len(cards) > 1 else ()))
 
 
 def _of_a_card(whole: Budget, cards: int, shares: tuple[Share, ...]) -> Budget:
@@ -193,37 +181,42 @@ class Plan:
 
     outline: Outline
     target: Target
-    context: int
-    ubatch: int
+    options: LoadOptions
     rows: tuple[PlanRow, ...]
     chosen: PlanRow | None  # the one to run; None if none fits
     remedy: str = ""  # if none fits: the option that makes one fit
 
 
-def make_plan(outline: Outline, target: Target, question: Question) -> Plan:
-    """Every row, and the one to run. Raises `OffloadError`."""
-    if parse_slots(question.slots, 1) == 0:  # no machine could do it, so it is no row's refusal
+def make_plan(
+    outline: Outline, target: Target, options: LoadOptions, trace: Trace | None = None
+) -> Plan:
+    """Every row, and the one to run. Without a `trace` the hit rates are assumed.
+
+    Raises `OffloadError`.
+    """
+    if parse_slots(options.expert_slots, 1) == 0:  # on any machine, so it is no row's refusal
         raise BudgetError("0 expert slots: at least one is needed, raise --expert-slots")
-    asked = _asked(outline, question.bits)
-    recipes = _recipes(outline, question.bits, asked)
-    rows = tuple(make_row(outline, target, question, recipe) for recipe in recipes)
-    if question.bits.fit:
+    bits = AskedBits.of(options)
+    asked = _asked(outline, bits)
+    recipes = _recipes(outline, bits, asked)
+    rows = tuple(make_row(outline, target, options, recipe, trace) for recipe in recipes)
+    if bits.fit:
         chosen = _fitting(rows)
     elif asked is not None:
         chosen = next((row for row in rows if row.recipe == asked and not row.refusal), None)
     else:
         chosen = _best(rows)
-    remedy = "" if chosen else _remedy(outline, target, question)
-    return Plan(outline, target, question.context, question.ubatch, rows, chosen, remedy)
+    remedy = "" if chosen else _remedy(outline, target, options)
+    return Plan(outline, target, options, rows, chosen, remedy)
 
 
-def _remedy(outline: Outline, target: Target, question: Question) -> str:
+def _remedy(outline: Outline, target: Target, options: LoadOptions) -> str:
     """The option with the most bits of dense weights at which experts of `GOOD_BITS` bits fit."""
-    if outline.made is not None or question.slots is not None:
+    if outline.made is not None or options.expert_slots is not None:
         return ""
     for bits in DENSE_BITS:
         recipe = Recipe.parse(f"experts={GOOD_BITS},dense={bits}")
-        if not make_row(outline, target, question, recipe).refusal:
+        if not make_row(outline, target, options, recipe).refusal:
             return f"--dense-bits {bits}"
     return ""
 
