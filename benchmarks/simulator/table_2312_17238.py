@@ -69,7 +69,7 @@ FULL, NO_LOOKAHEAD, NO_LRU, NAIVE = (
     "without LRU and look-ahead",
     "naive accelerate",
 )
-PUBLISHED = {  # tokens/s, table 2, by expert bits
+PUBLISHED: dict[int, dict[str, tuple[float | None, ...]]] = {  # tokens/s, table 2, by expert bits
     2: {
         FULL: (3.061, 2.655, 2.278, 2.092),
         NO_LOOKAHEAD: (2.918, 2.227, 2.051, 1.567),

@@ -153,7 +153,7 @@ def _download(plan: Plan) -> str:
 
 
 def notes(plan: Plan, traced: bool) -> Iterator[str]:
-    """What a reader must know to judge the figures."""
+    """What a reader must know to judge the figures, a sentence each."""
     yield from _assumptions(plan, traced)
     yield from _engine(plan)
     if any(row.rest == "disk" for row in plan.rows):
@@ -180,27 +180,30 @@ def notes(plan: Plan, traced: bool) -> Iterator[str]:
 
 
 def _assumptions(plan: Plan, traced: bool) -> Iterator[str]:
-    """What the speeds and their range stand for."""
+    """What the speeds and the ends of their range stand for."""
     rows = [row for row in plan.rows if row.forecast]
     if not rows:
         return
-    by_host = "steps planned by the host at " if any(row.on_device for row in rows) else ""
-    low = f"{RATES:.0%} of these rates, {by_host}{SLOW_PYTHON:g} times the Python"
-    # The rates that were measured on a CPU may be a busy machine's.
-    high = f"{1 / RATES:.0%} of these rates" if plan.target.device.type == "cpu" else ""
     if traced:
-        assumed = "a cache that is replayed on the trace tells how often an expert is resident"
+        yield "tok/s is a forecast, not a measurement: hits are those of a replay on the trace"
     else:
         info = plan.rows[0].info
-        experts = info.total_experts / len(info.layers)
-        served = [
-            f"{hit_rate(0.25, experts, plan.outline.top_k, locality):.0%}"
+        low, usual, high = (
+            hit_rate(0.25, info.total_experts / len(info.layers), plan.outline.top_k, locality)
             for locality in (UNIFORM, USUAL, LOCAL)
-        ]
-        assumed = f"a quarter of the experts, resident, serves {served[1]} of a token's choices"
-        low, high = f"{served[0]}, {low}", ", ".join(filter(None, (served[2], high)))
-    ends = f"its range: from {low}" + f", to {high}" * bool(high)
-    yield f"tok/s is a forecast, not a measurement: {assumed}; {ends}"
+        )
+        yield (
+            "tok/s is a forecast, not a measurement: it assumes that, with a quarter of all "
+            f"experts resident, {usual:.0%} of those that a token uses are among them ({low:.0%} "
+            f"to {high:.0%} over the range)"
+        )
+    low_end = f"the low end of the range assumes {RATES:.0%} of these rates"
+    if any(row.on_device for row in rows):
+        low_end += ", steps planned by the host"
+    low_end += f" and {SLOW_PYTHON:g} times the usual Python"
+    if plan.target.device.type == "cpu":  # it may have been busy when it was measured
+        low_end += f"; the high end assumes {1 / RATES:.0%} of these rates"
+    yield low_end
 
 
 def _engine(plan: Plan) -> Iterator[str]:
