@@ -19,8 +19,8 @@ from offload.units import SHARE, parse_bytes
 MOST_CARDS = 64
 LEAST_BYTES = 2**20  # of a size without a unit: a smaller number was meant as GiB
 ASSUMED = (
-    "link, RAM and disk are not measured but assumed: a slot with all lanes of the card's PCIe, "
-    "RAM as is usual beside it, an NVMe disk on PCIe 4"
+    "rates of link, RAM and disk are assumed, not measured: the card uses all of its PCIe lanes, "
+    "RAM is what is usual beside such a card, and the disk is an NVMe disk on PCIe 4"
 )
 DISK_BYTES = 2**26  # that are read to measure the disk
 
@@ -120,5 +120,5 @@ def _one_of(several: Hardware) -> Hardware:
 
 def _checked(cards: int) -> int:
     if cards > MOST_CARDS:
-        raise BudgetError(f"{cards} cards: at most {MOST_CARDS} are planned for")
+        raise BudgetError(f"{cards} cards: offload plan takes at most {MOST_CARDS}")
     return cards
