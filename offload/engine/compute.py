@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from offload.cache.decision import Use
 from offload.cache.interface import Cache
-from offload.cache.plan import Use
 from offload.cache.sharded import ShardedCache, card_and_row
 from offload.engine.layer import Layer
 from offload.options import Options
