@@ -16,10 +16,10 @@ from collections import Counter, deque
 from dataclasses import dataclass, field, replace
 
 from offload.cache.cache import ExpertCache
+from offload.cache.decision import Use
 from offload.cache.early import absent, nearly_all
 from offload.cache.errors import CacheError
 from offload.cache.guesses import make_predictor
-from offload.cache.plan import Use
 from offload.cache.staging import Kept, Staging
 from offload.cache.statistics import LayerCounts
 from offload.cache.trace.replay import Setup, admitted, guesses, layers_of, make_one, warmed
@@ -239,9 +239,9 @@ class _Simulation:
         self._dense(event, phase)
         self.window.planned(event, self.host)
         admit = admitted(event, self.scenario.cache, self.header)
-        plan = card.cache.plan(local, event.distinct(), prompt=event.prompt, admit=admit)
+        decision = card.cache.decide(local, event.distinct(), prompt=event.prompt, admit=admit)
         tokens_of = Counter(expert for row in event.experts for expert in row)
-        steps = card.staging.steps(plan)
+        steps = card.staging.steps(decision)
         right = sum(len(step.loads) - len(step.begin) for step in steps)
         card.cache.statistics.layers[local].early_loads_right += right
         early = admit is not None and self.scenario.early

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from offload.cache.decision import Use
 from offload.cache.guesses import WITH_ROUTER, Lookahead, LookaheadBalance, make_predictor, merged
 from offload.cache.interface import Cache
-from offload.cache.plan import Use
 from offload.cache.trace.trace import Guess
 from offload.engine.layer import Layer
 from offload.transfer.base import Ticket

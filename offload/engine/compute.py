@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from offload.cache.cache import ExpertCache
+from offload.cache.decision import Use
 from offload.cache.interface import Cache
-from offload.cache.plan import Use
 from offload.cache.policies import POLICIES
 from offload.cache.sharded import ShardedCache, card_and_row
 from offload.engine.layer import Layer

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from offload.cache.decision import Use
 from offload.cache.early import absent, nearly_all
 from offload.cache.guesses import NO_LOOKAHEAD, Lookahead, LookaheadBalance
 from offload.cache.interface import Cache
-from offload.cache.plan import Use
 from offload.cache.policy import Key
 from offload.cache.sharded import staging_of
 from offload.cache.staging import Kept, Step
@@ -157,10 +157,10 @@ class Engine:
         counts = self.cache.statistics.layers[layer.index]
         needed_before = counts.needed_loads
         admit = _admit(chosen[-1], cells_of) if prompt and self._staging.rows else None
-        plan = self.cache.plan(layer.index, list(cells_of), prompt=prompt, admit=admit)
+        decision = self.cache.decide(layer.index, list(cells_of), prompt=prompt, admit=admit)
         guesses: list[Guess] = []
         cells = hidden.new_zeros(top_k_index.numel(), hidden.shape[-1])  # [S, H]
-        steps = self._staging.steps(plan)
+        steps = self._staging.steps(decision)
         # Each load is in one step, and those that were not begun before in the `begin` of one.
         counts.early_loads_right += sum(len(step.loads) - len(step.begin) for step in steps)
         early = [] if admit is None else self._surely_next(layer, len(cells_of))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 from offload.cache.cache import ExpertCache
+from offload.cache.decision import Decision, Use, Wave
 from offload.cache.early import absent, nearly_all
-from offload.cache.plan import Plan, Use, Wave
 from offload.cache.policies import LRU
 from offload.cache.sharded import ShardedCache, ShardedStaging, card_and_row
 from offload.cache.staging import Kept, Staging
@@ -27,7 +27,7 @@ def test_seven_of_eight_chosen_make_the_next_layers_experts_sure() -> None:
 def test_what_has_no_slot_is_begun_the_hottest_first() -> None:
     cache = ExpertCache(2, 2, LRU)
     for experts in ((5, 3), (3,), (0, 1)):
-        cache.plan(1, experts)
+        cache.decide(1, experts)
     assert absent(cache, 1, 6) == [3, 5, 2, 4]
     assert absent(cache, 0, 3) == [0, 1, 2]
 
@@ -44,8 +44,8 @@ def test_what_came_early_is_computed_first_and_its_rows_are_filled_again() -> No
     assert staging.early(1, [7, 8, 9], halves=1) == [Use(7, 4)]
     assert staging.early(1, [7, 8, 9]) == [Use(8, 5)]
     assert staging.early(1, [7, 8, 9]) == []
-    plan = Plan(1, (Wave((Use(0, 0),), (Use(1, 1),)),), (7, 8, 9, 10))
-    first, second, wave, third, fourth = staging.steps(plan)
+    decision = Decision(1, (Wave((Use(0, 0),), (Use(1, 1),)),), (7, 8, 9, 10))
+    first, second, wave, third, fourth = staging.steps(decision)
     assert first == ((Use(1, 1),), (), (Use(7, 4),), (), True)
     assert second == ((Use(9, 4),), (), (Use(8, 5),), (), True)
     assert wave == ((Use(10, 5),), (Use(0, 0),), (Use(1, 1),), (), False)
@@ -56,8 +56,8 @@ def test_what_came_early_is_computed_first_and_its_rows_are_filled_again() -> No
 def test_what_came_early_and_gets_a_slot_is_copied_on_from_its_row() -> None:
     staging = Staging(SLOTS, 2)
     staging.early(0, [7, 8])
-    plan = Plan(0, (Wave((), (Use(7, 2), Use(1, 1))),), (8,))
-    first, second, wave = staging.steps(plan)
+    decision = Decision(0, (Wave((), (Use(7, 2), Use(1, 1))),), (8,))
+    first, second, wave = staging.steps(decision)
     assert first.begin == (Use(1, 1),)
     assert first.loads == (Use(7, 4),)
     assert first.kept == (Kept(7, 4, 2),)
@@ -66,12 +66,18 @@ def test_what_came_early_and_gets_a_slot_is_copied_on_from_its_row() -> None:
 
 
 def test_what_came_early_for_another_layer_or_is_not_asked_for_is_forgotten() -> None:
-    for plan in (Plan(1, (), (7,)), Plan(0, (Wave((Use(3, 3),), ()),)), Plan(0, (), (9, 11))):
+    for decision in (
+        Decision(1, (), (7,)),
+        Decision(0, (Wave((Use(3, 3),), ()),)),
+        Decision(0, (), (9, 11)),
+    ):
         staging = Staging(SLOTS, 2)
         staging.early(0, [7, 8])
-        begun = [use.expert for step in staging.steps(plan) for use in step.begin]
-        assert begun == list(plan.streamed)
-        again = [use.expert for step in staging.steps(Plan(0, (), (7, 8))) for use in step.begin]
+        begun = [use.expert for step in staging.steps(decision) for use in step.begin]
+        assert begun == list(decision.streamed)
+        again = [
+            use.expert for step in staging.steps(Decision(0, (), (7, 8))) for use in step.begin
+        ]
         assert again == [7, 8]
 
 
@@ -82,7 +88,7 @@ def test_after_a_step_that_broke_off_nothing_is_in_the_rows() -> None:
     ):
         staging.early(1, [7])
         staging.start_over()
-        (step,) = staging.steps(Plan(1, (), (7,)))
+        (step,) = staging.steps(Decision(1, (), (7,)))
         assert [use.expert for use in step.begin] == [7]
 
 
@@ -91,7 +97,7 @@ def test_a_card_begins_early_in_rows_of_its_own() -> None:
     staging = ShardedStaging(cache, 2)
     uses = staging.early(2, [1, 6])
     assert [card_and_row(use.slot, 2) for use in uses] == [(1, 5), (1, 6)]
-    (first, second) = staging.steps(Plan(2, (), (1, 6)))
+    (first, second) = staging.steps(Decision(2, (), (1, 6)))
     assert first.begin == second.begin == ()
 
 
@@ -115,9 +121,9 @@ def test_whatever_was_begun_early_each_expert_is_loaded_once_and_computed_from_i
     content: dict[int, tuple[int, int]] = {}  # slot or row -> what is, or will be, in it
     early: dict[int, set[int]] = {}
     for layer, experts, admit, guesses, later in run:
-        plan = cache.plan(layer, experts, prompt=True, admit=admit)
-        hits = {use.expert for wave in plan.waves for use in wave.hits}
-        steps = staging.steps(plan)
+        decision = cache.decide(layer, experts, prompt=True, admit=admit)
+        hits = {use.expert for wave in decision.waves for use in wave.hits}
+        steps = staging.steps(decision)
         begun: list[int] = []
         computed: list[int] = []
         ahead: set[int] = set()

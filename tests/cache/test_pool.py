@@ -46,7 +46,7 @@ def test_behind_slots_it_holds_of_what_is_loaded_as_much_as_of_all(
     for at, event in enumerate(synthesize(shape, Routing(), 160).events):
         if at == 80 * shape.layers:
             pool.hits = pool.misses = 0
-        for wave in cache.plan(event.layer, event.distinct()).waves:
+        for wave in cache.decide(event.layer, event.distinct()).waves:
             for use in wave.loads:
                 asked(pool, (event.layer, use.expert))
     from_disk = pool.misses / (pool.hits + pool.misses)

@@ -186,7 +186,7 @@ class DeviceEngine(Engine):
         index = top_k_index.reshape(-1)  # [k]
         hits, loads = table.hits[at, : len(index)], table.loads[at, : len(index)]
         lanes.join(self._ahead_planned)
-        table.plan(at, layer.num_experts, index)
+        table.decide(at, layer.num_experts, index)
         lanes.fork()
         with lanes.link():
             self._fetch(at, index, loads)

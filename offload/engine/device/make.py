@@ -45,8 +45,8 @@ def _plans(device: torch.device) -> bool:
     table = Table(Places(SHAPE.layers, SHAPE.experts, SHAPE.top_k, SLOTS, "lfru", "shared"), device)
     table.upload(cache.state())
     for event in synthesize(SHAPE, Routing(recall=0.7), TOKENS).events:
-        cache.plan(event.layer, event.experts[0])
-        table.plan(event.layer, SHAPE.experts, torch.tensor(event.experts[0], device=device))
+        cache.decide(event.layer, event.experts[0])
+        table.decide(event.layer, SHAPE.experts, torch.tensor(event.experts[0], device=device))
         for guess in event.guesses:
             cache.look_ahead(guess.layer, guess.experts, most=len(guess.experts))
             index = torch.tensor(guess.experts, device=device)

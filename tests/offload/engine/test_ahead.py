@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from offload.cache.cache import ExpertCache
+from offload.cache.decision import Use
 from offload.cache.guesses import Lookahead
-from offload.cache.plan import Use
 from offload.cache.policies import POLICIES
 
 from offload.engine.ahead import Ahead

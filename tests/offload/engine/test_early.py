@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from offload.cache.plan import Use
+from offload.cache.decision import Use
 from offload.cache.staging import Kept
 from offload.quant.pack import Pack
 from torch import Tensor
