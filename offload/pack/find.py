@@ -1,8 +1,4 @@
-"""The pack of a model: found, or made from its checkpoint.
-
-Knows: what is looked at in which order, where packs are kept, which bits fit. Does not know: how
-one is made (`offload.make_pack`).
-"""
+"""Finds the pack of a model, or has it made from the model's checkpoint."""
 
 from __future__ import annotations
 
@@ -33,10 +29,10 @@ logger = logging.getLogger("offload")
 
 def find_source(
     name: str, *, revision: str | None, local_files_only: bool, trust_remote_code: bool
-) -> sources.Source:
+) -> sources.FoundModel:
     """What `name` stands for; "demo" is built if need be. Raises `SourceError`."""
     if name == sources.DEMO:
-        return sources.Source(name, demo.checkpoint(), is_pack=False)
+        return sources.FoundModel(name, demo.checkpoint(), is_pack=False)
     return sources.find(
         name,
         revision=revision,

@@ -68,10 +68,10 @@ def outline(
 
     Of a hub model nothing but config.json and its index is fetched. Raises `OffloadError`.
     """
-    if name == sources.DEMO and not demo.place().is_dir():
+    if name == sources.DEMO and not demo.demo_folder().is_dir():
         return _outline(name, demo.planned_config(), None, None, trust_remote_code)
     found = (
-        sources.Source(name, demo.place(), is_pack=False)
+        sources.FoundModel(name, demo.demo_folder(), is_pack=False)
         if name == sources.DEMO
         else sources.find(
             name,

@@ -1,7 +1,4 @@
-"""The right reader for a model's weights.
-
-Knows: how the formats are told apart. Does not know: any of them.
-"""
+"""Chooses the reader for a model's weights by their format."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from offload.files import read_object
 from offload.model.formats import mxfp4
 from offload.model.formats.fp8 import FLOAT8, Fp8Source
 from offload.model.formats.gguf import GgufFile, gguf_files, is_gguf
-from offload.model.formats.gguf_model import GgufSource, MappedSource, has_rules
+from offload.model.formats.gguf_model import GgufSource
 from offload.model.formats.mxfp4 import Mxfp4Source
 from offload.model.formats.safetensors import SafetensorsSource, weight_files
 from offload.model.formats.source import TensorSource
@@ -26,8 +23,7 @@ def open_weights(path: Path, model: PreTrainedModel) -> TensorSource:
     Raises `CheckpointError`.
     """
     if is_gguf(path):
-        file = GgufFile(path)
-        return MappedSource(file, model) if has_rules(file) else GgufSource(file, model)
+        return GgufSource(GgufFile(path), model)
     plain = SafetensorsSource(path)
     names = plain.names()
     packed = any(name.endswith(mxfp4.BLOCKS) for name in names)
