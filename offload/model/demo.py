@@ -35,7 +35,7 @@ from transformers import (
 from offload.errors import SourceError
 from offload.files import offload_home
 from offload.model.formats.gguf import GgufFile
-from offload.model.formats.gguf_model import GgufSource, load_tokenizer
+from offload.model.formats.gguf_model import GgufSource, gguf_tokenizer
 from offload.quant.pack import file_sha256
 from offload.quant.pack_writer import take_turn
 
@@ -199,7 +199,7 @@ def write_checkpoint(dense: PreTrainedModel, folder: Path, dtype: torch.dtype) -
     """Write `dense` with experts into the new `folder`: a safetensors file for each layer, and the
     tokenizer."""
     folder.mkdir(parents=True)
-    tokenizer = load_tokenizer(fetch_gguf(), LlamaConfig)
+    tokenizer = gguf_tokenizer(fetch_gguf(), LlamaConfig)
     routers = make_routers(hidden_states(dense, tokenizer))
     weight_map: dict[str, str] = {}
 

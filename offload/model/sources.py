@@ -16,8 +16,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTraine
 from offload.errors import CheckpointError, GenerationError, SourceError
 from offload.files import read_object, user_path
 from offload.lines import reason
-from offload.model.formats import gguf_model
 from offload.model.formats.gguf import is_gguf, model_name, models_in
+from offload.model.formats.gguf_model import gguf_config
 from offload.quant.pack import is_pack
 from offload.sampling import is_number, resolve_sampling
 
@@ -125,7 +125,7 @@ def read_config(source: str, folder: Path, *, trust_remote_code: bool) -> PreTra
     Raises `SourceError` or `CheckpointError`.
     """
     if is_gguf(folder):
-        return gguf_model.read_config(folder)
+        return gguf_config(folder)
     file = folder / "config.json"
     raw = read_object(file)
     kind = raw.get("model_type")

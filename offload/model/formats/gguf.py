@@ -256,7 +256,7 @@ _OTHER_BLOCKS: dict[int, tuple[int, int, Unpack]] = {  # as GGML_BLOCK: weights,
 PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}  # ggml's types without blocks
 
 
-def _block(kind: int) -> tuple[int, int] | None:
+def block_size(kind: int) -> tuple[int, int] | None:
     """How many weights and bytes a block of ggml's type `kind` has; None where it is not read."""
     if kind in PLAIN:
         return 1, PLAIN[kind].itemsize
@@ -303,7 +303,7 @@ class GgufFile:
 
     def _check(self, name: str, tensor: StoredTensor) -> None:
         """Raise `CheckpointError` unless all of `tensor` is in its file and can be dequantised."""
-        block = _block(tensor.kind)
+        block = block_size(tensor.kind)
         if block is None:
             raise CheckpointError(
                 f"{name} in {tensor.file} is stored as ggml type {tensor.kind}, which is not read: "
@@ -320,7 +320,7 @@ class GgufFile:
 
     def _read(self, tensor: StoredTensor, index: int, shape: tuple[int, ...]) -> Tensor:
         """The `index`th part of `shape`, dequantised in pieces that bound the memory it takes."""
-        block = _block(tensor.kind)
+        block = block_size(tensor.kind)
         assert block is not None, "checked when the file was opened"
         size = math.prod(shape) // block[0] * block[1]
         begin = tensor.begin + index * size

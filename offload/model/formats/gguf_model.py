@@ -350,7 +350,7 @@ _KEYS = {
 _NEEDED = ("block_count", "embedding_length", "attention.head_count", "expert_used_count")
 
 
-def read_config(path: Path) -> PreTrainedConfig:
+def gguf_config(path: Path) -> PreTrainedConfig:
     """The config of the GGUF model `path`. Raises `OffloadError`."""
     file = GgufFile(path)
     try:
@@ -420,7 +420,7 @@ def save_config_files(path: Path, folder: Path) -> None:
 
     Raises `OffloadError`.
     """
-    file, config = GgufFile(path), read_config(path)
+    file, config = GgufFile(path), gguf_config(path)
     config.save_pretrained(folder)
     tokens = _token_ids(file)
     ends = list(dict.fromkeys(tokens[name] for name in ("eos", "eot") if tokens[name] is not None))
@@ -430,10 +430,10 @@ def save_config_files(path: Path, folder: Path) -> None:
     if "tokenizer.ggml.tokens" in file.fields:
         # llama.cpp gives Mixtral the tokenizer of Llama
         of_llama = file.fields["general.architecture"] == "llama"
-        load_tokenizer(path, LlamaConfig if of_llama else type(config)).save_pretrained(folder)
+        gguf_tokenizer(path, LlamaConfig if of_llama else type(config)).save_pretrained(folder)
 
 
-def load_tokenizer(path: Path, config: type[PreTrainedConfig]) -> PreTrainedTokenizerBase:
+def gguf_tokenizer(path: Path, config: type[PreTrainedConfig]) -> PreTrainedTokenizerBase:
     """The tokenizer in a GGUF file, as transformers makes it for models with such a `config`.
 
     `AutoTokenizer` would read the config once more, and with it the whole file, to find the class.

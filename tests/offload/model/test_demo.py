@@ -28,7 +28,7 @@ def real_home(demo_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @torch.inference_mode()
 def test_unquantised_demo_answers_exactly_as_the_dense_model(tmp_path: Path) -> None:
     """Mixtral's weights sum to one and all experts are the dense FFN: logits agree to rounding."""
-    dense = demo.load_dense(torch.float32)
+    dense = demo.load_dense()
     with without_bars():
         demo.write_checkpoint(dense, tmp_path / "checkpoint", torch.float32)
     model, tokenizer = offload.load(

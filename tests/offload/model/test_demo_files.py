@@ -26,14 +26,14 @@ Build = Callable[[Any, Path, Any], None]
 KILLED = """
 import os, signal
 from pathlib import Path
-from offload import demo
+from offload.model import demo
 
 def write(dense, folder, dtype):
     folder.mkdir()
     (folder / "layer-00.safetensors").write_bytes(bytes(1000))
     os.kill(os.getpid(), signal.SIGKILL)
 
-demo.fetch_gguf = demo.load_dense = lambda *_: None
+demo.fetch_gguf = demo.load_dense = lambda: None
 demo.write_checkpoint = write
 demo.checkpoint()
 """
@@ -50,7 +50,7 @@ def building(monkeypatch: pytest.MonkeyPatch) -> Callable[[Build], None]:
 
     def build(write: Build) -> None:
         monkeypatch.setattr(demo, "fetch_gguf", lambda: None)
-        monkeypatch.setattr(demo, "load_dense", lambda dtype: None)
+        monkeypatch.setattr(demo, "load_dense", lambda: None)
         monkeypatch.setattr(demo, "write_checkpoint", write)
 
     build(_write)
