@@ -31,8 +31,10 @@ DEQUANTISED = ("fp8", "mxfp4")  # quantisation methods whose weights are read
 
 @dataclass(frozen=True)
 class FoundModel:
-    """A model that was found. A model from the hub has a `commit`, and its weights may not have been
-    fetched yet."""
+    """A model that was found.
+
+    A model from the hub has a `commit`, and its weights may not have been fetched yet.
+    """
 
     name: str
     folder: Path  # or a GGUF file
@@ -187,7 +189,7 @@ def check_generation_config(folder: Path) -> None:
         resolve_sampling(GenerationConfig.from_dict(values))
     except Exception as error:  # whatever transformers raises on what is in the file
         raise CheckpointError(
-            f"{file} cannot be used: {reason(error)}: correct the file, fetch it again, or remove it"
+            f"{file} cannot be used: {reason(error)}: correct it, fetch it again, or remove it"
         ) from None
 
 

@@ -1,8 +1,8 @@
 """The header and the tensors of a GGUF file, versions 2 and 3 (ggml's docs/gguf.md).
 
-Blocks become weights by transformers' `dequantize`; the types that transformers lacks are below. The
-header is read here, because transformers' reader refuses the later files of a model in parts and
-every tensor of such a type, and makes a list of any length that a damaged file asks for.
+transformers' `dequantize` turns blocks into weights, except for the types below that it lacks. The
+header is not read by transformers: its reader refuses the later files of a model in several files
+and all tensors of those types, and builds a list of any length that a damaged file asks for.
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ from transformers import (
     TokenizersBackend,
 )
 from transformers.core_model_loading import (
+    ConversionOps,
     Interleave,
-    Transpose,
     WeightConverter,
     WeightRenaming,
     WeightTransform,
@@ -161,11 +161,26 @@ def _has_rules(file: GgufFile) -> bool:
     return name in GGUF_CONFIG_ARCHS and name in GGUF_ARCHS
 
 
+class TransposedView(ConversionOps):  # type: ignore[misc]
+    """Swaps rows and columns without a copy, so that an expert [out, in] stays contiguous.
+
+    Quantising adds numbers in the order of memory, and a pack's bytes depend on that order.
+    """
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: Any, target_patterns: Any, **_: Any
+    ) -> dict[str, Tensor]:
+        (tensor,) = input_dict.values()
+        tensor = tensor[0] if isinstance(tensor, list) else tensor
+        return {target_patterns[0]: tensor.transpose(1, 2)}
+
+
 def _transforms(file: GgufFile, model: PreTrainedModel) -> list[WeightTransform]:
     """How `file`'s tensors become `model`'s parameters, as transformers describes it."""
     architecture = file.fields["general.architecture"]
     if _has_rules(file):
-        return get_gguf_conversion_mapping(architecture, model.config)
+        theirs: list[WeightTransform] = get_gguf_conversion_mapping(architecture, model.config)
+        return theirs
     known = ARCHITECTURES[architecture]
     experts = next((m for m in model.modules() if is_experts_module(m)), None)
     names = {**_NAMES, **known.names}
@@ -192,7 +207,7 @@ def _transforms(file: GgufFile, model: PreTrainedModel) -> list[WeightTransform]
     for end in ("", "_bias"):
         turned = []
         if experts is not None and experts.is_transposed and not end:
-            turned = [Transpose(1, 2)]
+            turned = [TransposedView()]
             transforms.append(
                 WeightConverter(r"\.experts.down_proj", ".experts.down_proj", [*turned])
             )
@@ -240,7 +255,7 @@ def _stored(file: GgufFile) -> dict[str, _Stored]:
         if (match := _ONE_EXPERT.match(name)) is None:
             found[name] = _Stored((name,), apart=False)
         else:
-            of_experts[f"{match[1]}_exps.{name[match.end():]}"][int(match[2])] = name
+            of_experts[f"{match[1]}_exps.{name[match.end() :]}"][int(match[2])] = name
     for whole, numbered in of_experts.items():
         names = tuple(numbered[number] for number in sorted(numbered))
         shapes = {file.shape(name) for name in names}
@@ -335,7 +350,7 @@ class GgufSource:
                 f"the rule for {name} failed on {self._file.path} ({reason(error)}): the file's "
                 "metadata and weights do not match"
             ) from None
-        return (made[0] if isinstance(made, list) else made).contiguous()  # type: ignore[no-any-return]
+        return made[0] if isinstance(made, list) else made  # type: ignore[no-any-return]
 
 
 _KEYS = {
