@@ -1,9 +1,7 @@
-"""A model's weights outside its experts: which of them can be quantised, and what they are called.
+"""Finds the weights outside the experts that can be quantised, and the part each belongs to.
 
-Knows: where linear layers and the token table sit in transformers' models. Does not know: bits.
-
-Routers, norms, convolutions and what is smaller than a tile are always kept as stored: they weigh
-nothing, and a router's error changes which experts are asked.
+Routers, norms, convolutions and matrices smaller than a tile are always kept as stored: they take
+little memory, and an error in a router would change which experts are chosen.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from transformers import PreTrainedModel
 
 from offload.model.seam import ExpertsModule, find_router
 
-SMALLEST = 32  # rows and columns of a matrix worth quantising
+SMALLEST = 32  # rows and columns that a matrix needs at least to be worth quantising
 _LAYER = re.compile(r"(.*?)\.(\d+)\.")  # "model.layers" and the index
 _MIXES_TOKENS = re.compile(r"attn|attention|mamba|mixer|conv|recurrent|temporal")
 _ROUTES = re.compile(r"(^|\.)(gate|router)(\.|$)")
@@ -27,13 +25,12 @@ _ROUTES = re.compile(r"(^|\.)(gate|router)(\.|$)")
 class DenseMatrix:
     """A weight [rows, columns] that is not an expert's.
 
-    `modules` are the paths of those that use it, `parts` names of `offload.recipe.PARTS`: one each,
-    or two for a token table that is also the head.
+    There is one module and one part, or two of each for a token table that is also the head.
     """
 
-    modules: tuple[str, ...]
-    parts: tuple[str, ...]
-    layer: int | None  # of the decoder
+    modules: tuple[str, ...]  # paths of the modules that use it
+    parts: tuple[str, ...]  # names in `offload.pack.recipe.PARTS`
+    layer: int | None  # of the decoder; None for a weight outside of it
     rows: int
     columns: int
 
@@ -43,7 +40,7 @@ class DenseMatrix:
 
 
 def layer_of(path: str) -> int | None:
-    """The decoder layer that the module at `path` is in."""
+    """The decoder layer of the module at `path`; None for a module outside of all layers."""
     match = _LAYER.match(path)
     return int(match[2]) if match else None
 
@@ -71,7 +68,7 @@ def dense_matrices(model: PreTrainedModel, experts: Sequence[ExpertsModule]) -> 
 
 
 def _part(path: str) -> str:
-    """The part a linear layer belongs to, by its path inside the decoder layer."""
+    """The part of a linear layer, told by its path inside the decoder layer."""
     if "shared" in path:
         return "shared"
     return "attention" if _MIXES_TOKENS.search(path) else "mlp"
@@ -84,7 +81,7 @@ def _outside_layers(model: PreTrainedModel) -> list[DenseMatrix]:
     tied = {name.rpartition(".")[0] for name in model.all_tied_weights_keys}
     head_is_tied = head is not None and names[id(head)] in tied
     found = []
-    if type(table) is nn.Embedding:  # one that scales what it gives out has a class of its own
+    if type(table) is nn.Embedding:  # not a subclass, which may scale the rows it returns
         modules: tuple[str, ...] = (names[id(table)],)
         parts: tuple[str, ...] = ("embeddings",)
         if head_is_tied:

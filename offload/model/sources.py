@@ -25,8 +25,8 @@ DEMO = "demo"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 TEXT_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
 WEIGHT_FILES = ["*.safetensors"]
-SHAPE_FILES = ["config.json", "*.index.json"]  # what tells sizes
-DEQUANTISED = ("fp8", "mxfp4")  # quantisation methods whose weights are read
+SHAPE_FILES = ["config.json", "*.index.json"]  # the files that tell a model's sizes
+DEQUANTISED = ("fp8", "mxfp4")  # the quantisation methods whose weights can be read
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,9 @@ def find(
     trust_remote_code: bool,
     files: Sequence[str] = TEXT_FILES,
 ) -> FoundModel:
-    """The model `name` (not "demo"); of a hub model only `files`, patterns of small ones, are
-    fetched.
+    """The model `name`: a pack, a checkpoint folder, a GGUF file or a hub id, but not "demo".
 
-    Raises `SourceError`.
+    Of a hub model only the files that match the patterns `files` are fetched. Raises `SourceError`.
     """
     path = user_path(name)
     if path.is_dir():
@@ -104,7 +103,7 @@ def _snapshot(name: str, revision: str | None, local_files_only: bool, patterns:
             f"{name} is neither a folder here nor in the hub's local cache, and the hub cannot be "
             "asked: check the name, the connection, or HF_HUB_OFFLINE"
         ) from None
-    except Exception as error:  # the hub's library lets those of its transport through
+    except Exception as error:  # huggingface_hub raises its transport's errors too
         raise SourceError(
             f"{name} is neither a folder here nor a model the hub gives out ({reason(error)}): "
             "check the name, the revision, and HF_TOKEN for a gated model"
@@ -115,16 +114,16 @@ def _snapshot(name: str, revision: str | None, local_files_only: bool, patterns:
 
 
 def _remote_code(config: dict[str, Any]) -> str | None:
-    """Where the code of a config class is, when it comes with the checkpoint."""
+    """The reference to a config class whose code comes with the checkpoint."""
     given = config.get("auto_map")
     reference = given.get("AutoConfig") if isinstance(given, dict) else None
     return reference if isinstance(reference, str) else None
 
 
 def read_config(source: str, folder: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
-    """The config of a checkpoint, GGUF file or pack, without word of quantisation.
+    """The config of the checkpoint, GGUF file or pack `folder`, without `quantization_config`.
 
-    Raises `SourceError` or `CheckpointError`.
+    `source` is its name in messages. Raises `SourceError` or `CheckpointError`.
     """
     if is_gguf(folder):
         return gguf_config(folder)
@@ -159,7 +158,7 @@ def read_config(source: str, folder: Path, *, trust_remote_code: bool) -> PreTra
 
 
 def _check_quantisation(source: str, raw: dict[str, Any]) -> None:
-    """Raise `SourceError` for weights that are quantised in a way that is not read."""
+    """Raise `SourceError` for a method of quantisation that cannot be read."""
     for part in (raw, raw.get("text_config")):
         given = part.get("quantization_config") if isinstance(part, dict) else None
         method = given.get("quant_method") if isinstance(given, dict) else given

@@ -1,8 +1,4 @@
-"""What a pack will be, before a weight is read.
-
-Knows: which of a checkpoint's weights a recipe puts where. Does not know: how they get there
-(`offload.make_pack`), whether the weights are here.
-"""
+"""Describes the pack that a recipe makes of a checkpoint, before any weight is read."""
 
 from __future__ import annotations
 
@@ -23,15 +19,15 @@ from offload.quant.record import STORED_DTYPES, MatrixSpec, RecordLayout, fittin
 
 @dataclass(frozen=True)
 class PackSource:
-    """What a pack is made from."""
+    """The checkpoint that a pack is made from."""
 
-    name: str  # for people
-    fingerprint: str  # changes when the weights do
-    folder: Path  # of the checkpoint, or its GGUF file
+    name: str  # as people know it
+    fingerprint: str  # changes when the weights change
+    folder: Path  # the checkpoint's, or its GGUF file
 
 
 class Describer:
-    """Describes packs of one checkpoint."""
+    """Describes the packs of one checkpoint."""
 
     def __init__(
         self,
@@ -40,7 +36,7 @@ class Describer:
         model: PreTrainedModel,
         experts: list[ExpertsModule],
     ) -> None:
-        """`model` is on meta with its experts."""
+        """`model` is on meta and has its experts."""
         self._source = source
         self._checkpoint = checkpoint
         self._experts = experts
@@ -71,8 +67,8 @@ class Describer:
         )
 
     def _describe_dense(self, recipe: Recipe, layouts: list[RecordLayout]) -> Iterator[PackDense]:
-        """What of the rest is quantised; `layouts` are added to."""
-        files: dict[int | str, int] = {}  # one for each decoder layer, and for what is outside
+        """The matrices outside the experts that are quantised; adds their layouts to `layouts`."""
+        files: dict[int | str, int] = {}  # decoder layer, or matrix outside them -> number of file
         for matrix in self._dense:
             schemes = (recipe.scheme(part, matrix.layer) for part in matrix.parts)
             scheme = next((scheme for scheme in schemes if scheme.quantised), None)
@@ -92,7 +88,7 @@ def _index(layouts: list[RecordLayout], layout: RecordLayout) -> int:
 
 
 def _can_be_quantised(checkpoint: Checkpoint, matrix: DenseMatrix) -> bool:
-    """Not where the checkpoint has it in another form, nor where groups would be tiny."""
+    """Whether the checkpoint has the matrix unchanged, and its columns make groups of 16."""
     return (
         matrix.parameter in checkpoint.plain
         and checkpoint.plain_dtype(matrix.parameter) in STORED_DTYPES.values()

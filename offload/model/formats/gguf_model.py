@@ -139,7 +139,7 @@ _BLOCK = re.compile(r"blk\.(\d{1,9})\.")
 _ONE_EXPERT = re.compile(r"(blk\.\d+\.ffn_(?:gate|up|down))\.(\d{1,9})\.")
 
 
-def architecture_of(file: GgufFile) -> Architecture:
+def _architecture(file: GgufFile) -> Architecture:
     """Raises `UnsupportedModelError` for an architecture that is not read."""
     name = file.fields.get("general.architecture")
     if name == "llama" and not file.fields.get("llama.expert_count"):
@@ -158,7 +158,7 @@ def architecture_of(file: GgufFile) -> Architecture:
 def _has_rules(file: GgufFile) -> bool:
     """Whether transformers has rules for this file's architecture."""
     name = file.fields.get("general.architecture")
-    return name in GGUF_CONFIG_ARCHS and name in GGUF_ARCHS
+    return isinstance(name, str) and name in GGUF_CONFIG_ARCHS and name in GGUF_ARCHS
 
 
 class TransposedView(ConversionOps):  # type: ignore[misc]
@@ -276,7 +276,10 @@ class GgufSource:
         self._file = file
         self._config = model.config
         self._shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-        transforms = _transforms(file, model)
+        try:
+            transforms = _transforms(file, model)
+        except Exception as error:  # whatever the rules raise on odd sizes
+            raise self._mismatch(f"there are no rules for the model ({reason(error)})") from None
         renamings = [entry for entry in transforms if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in transforms if isinstance(entry, WeightConverter)]
         of_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
@@ -331,10 +334,8 @@ class GgufSource:
         made = self._convert(name, empty).shape
         if size != math.prod(wanted) or [n for n in made if n > 1] != [n for n in wanted if n > 1]:
             tensors = " and ".join(part.names[0] for part in self._tensors[name].values())
-            raise CheckpointError(
-                f"{tensors} in {self._file.path}: shape {' and '.join(map(str, parts.values()))} "
-                f"where the model asks for {wanted}: the file's metadata and weights do not match"
-            )
+            shapes = " and ".join(map(str, parts.values()))
+            raise self._mismatch(f"{tensors}: shape {shapes} where the model asks for {wanted}")
 
     def _convert(self, name: str, tensors: dict[str, Tensor]) -> Tensor:
         converter = self._converters[name]
@@ -346,11 +347,13 @@ class GgufSource:
         try:
             made: Any = converter.convert(name, model=None, config=self._config)[name]
         except (KeyError, ValueError, RuntimeError, IndexError) as error:
-            raise CheckpointError(
-                f"the rule for {name} failed on {self._file.path} ({reason(error)}): the file's "
-                "metadata and weights do not match"
-            ) from None
+            raise self._mismatch(f"the rule for {name} failed ({reason(error)})") from None
         return made[0] if isinstance(made, list) else made  # type: ignore[no-any-return]
+
+    def _mismatch(self, what: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self._file.path}: {what}: the file's metadata and weights do not match"
+        )
 
 
 _KEYS = {
@@ -387,7 +390,7 @@ def gguf_config(path: Path) -> PreTrainedConfig:
 
 def _own_config(file: GgufFile) -> dict[str, Any]:
     """What the class of one of `ARCHITECTURES` is made from. Raises `OffloadError`."""
-    known = architecture_of(file)
+    known = _architecture(file)
     values = _Metadata(file)
     for key in _NEEDED:
         if key not in values:

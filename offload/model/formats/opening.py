@@ -18,7 +18,7 @@ from offload.model.formats.source import TensorSource
 
 
 def open_weights(path: Path, model: PreTrainedModel) -> TensorSource:
-    """The tensors of the checkpoint folder or .gguf file `path`, which `model` is made from.
+    """The tensors of `path`, a checkpoint folder or .gguf file, for the parameters of `model`.
 
     Raises `CheckpointError`.
     """
@@ -35,14 +35,14 @@ def open_weights(path: Path, model: PreTrainedModel) -> TensorSource:
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files `open_weights` reads. Raises `CheckpointError`."""
+    """The files that `open_weights` reads. Raises `CheckpointError`."""
     if is_gguf(path):
         return gguf_files(path)
     return [path / name for name in weight_files(path)]
 
 
 def _block_size(folder: Path) -> tuple[int, int] | None:
-    """Rows and columns that share a scale, as the checkpoint's config says."""
+    """The rows and columns that share a scale; None when the checkpoint's config does not say."""
     config = read_object(folder / "config.json")
     inner = config.get("text_config")
     for part in (config, inner if isinstance(inner, dict) else {}):

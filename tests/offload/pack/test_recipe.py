@@ -172,7 +172,7 @@ def test_fitting_goes_from_many_bits_to_few() -> None:
     [
         ("expert=4", "did you mean experts?"),
         ("Q4_K_M", "did you mean q4?"),
-        ("experts=4 attention=8", "a comma goes between rules"),
+        ("experts=4 attention=8", "rules are separated by commas"),
         ("norm=4", "the parts are experts, attention, shared, mlp, head, embeddings"),
     ],
 )

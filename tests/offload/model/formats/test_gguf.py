@@ -356,6 +356,8 @@ def test_a_slice_dequantises_one_expert(model_type: str, apart: bool, tmp_path: 
         part = source.read_slice(name, expert)
         assert torch.equal(part, whole[expert : expert + 1])
         assert file.weights == part.numel()
+        # as [out, in], so that quantising adds in the same order as for any other architecture
+        assert (part[0].t() if model_type == "gpt_oss" else part[0]).is_contiguous()
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
@@ -469,6 +471,7 @@ def test_a_tensor_without_a_place(tmp_path: Path) -> None:
         (lambda w: _replace(w, "expert_used_count", 0), "expert_used_count .* is 0"),
         (lambda w: _replace(w, "block_count", 2**31), "num_hidden_layers"),
         (lambda w: _replace(w, "attention.head_count", 7), "do not match"),
+        (lambda w: _replace(w, "rope.dimension_count", 15), "unusable metadata"),
     ],
 )
 def test_metadata_that_cannot_be_followed(
@@ -533,6 +536,13 @@ def test_an_array_longer_than_the_file_is_refused_at_once(tmp_path: Path) -> Non
         array = struct.pack("<IIQ", 9, kind, 2**60)
         (tmp_path / "long.gguf").write_bytes(head + array + b"\0" * 64)
         _fails(tmp_path / "long.gguf", CheckpointError, "not a whole GGUF file")
+
+
+def test_an_architecture_that_is_no_text(tmp_path: Path) -> None:
+    key = b"general.architecture"
+    head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", len(key)) + key
+    (tmp_path / "odd.gguf").write_bytes(head + struct.pack("<IIQ", 9, 0, 2) + bytes([1, 2]))
+    _fails(tmp_path / "odd.gguf", UnsupportedModelError, r"architecture \[1, 2\]")
 
 
 # --- a file of llama.cpp's own making -----------------------------------------------------------
