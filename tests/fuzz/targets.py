@@ -1,6 +1,6 @@
-"""What reads files and texts that others made: each as a function of `Choices`.
+"""Everything that reads files and texts made by others, each as a function of `Choices`.
 
-A target may end well or with our own error, one line that says what to do. Anything else is a bug.
+A target may end well or with an error of `ALLOWED` in one line. Anything else is a bug.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ SIZE_PARTS = ("1", "20", "9" * 40, ".", "GiB", "MB", "%", "-", " ", "e9", "٤", 
 
 
 class Targets:
-    """Good input of every kind, made once in a folder, and what is done with it."""
+    """Good input of every kind, made once in a folder, and the functions that damage and read it."""
 
     def __init__(
         self, folder: Path, pack: Path, checkpoint: Path, tokenizer: PreTrainedTokenizerFast
@@ -100,7 +100,7 @@ class Targets:
         (folder / "home" / "conversations").mkdir(parents=True)
 
     def all(self) -> dict[str, Target]:
-        """By name."""
+        """The targets by name."""
         return {
             name.removeprefix("fuzz_"): getattr(self, name)
             for name in dir(self)
@@ -113,7 +113,9 @@ class Targets:
 
     def fuzz_manifest(self, choices: Choices) -> None:
         manifest = harmed_value(self._manifest, choices)
-        if isinstance(manifest, dict) and choices.number(4):  # else its checksum is found wrong
+        if isinstance(manifest, dict) and choices.number(
+            4
+        ):  # else only its checksum would be tested
             manifest.pop("check", None)
             manifest["check"] = manifest_check(manifest)
         (self._pack / MANIFEST).write_bytes(json.dumps(manifest).encode())
@@ -269,7 +271,7 @@ class Targets:
         assert (parse_slots(text, 100) or 0) >= 0
 
     def fuzz_saved_messages(self, choices: Choices) -> None:
-        """What a template is given may be of any kind: a file of messages was written by others."""
+        """Messages from a file written by others may be of any kind when a template gets them."""
         messages = harmed_value(
             [{"role": "user", "content": "hi"}, {"role": "a", "content": "b"}], choices
         )
@@ -278,7 +280,7 @@ class Targets:
 
 
 def _words(parser: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
-    """Every command's name, and every flag of all of them."""
+    """The names of all commands and all their flags."""
     names, flags = [], list(parser._option_string_actions)
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):

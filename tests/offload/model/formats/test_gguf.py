@@ -87,7 +87,7 @@ def _ours(file: Path) -> Tensor:
 
 @torch.no_grad()
 def _round_to_bfloat16(model: PreTrainedModel) -> None:
-    """Every matrix; the file has vectors and kernels of convolutions in float32."""
+    """Round every matrix, but not the vectors and convolutions, which files have in float32."""
     for name, parameter in model.named_parameters():
         if parameter.squeeze().dim() > 1 and "conv1d" not in name:
             parameter.copy_(parameter.to(torch.bfloat16))
@@ -110,7 +110,7 @@ def test_a_file_gives_the_logits_of_the_model_it_was_made_from(
 
 @pytest.mark.parametrize("model_type", ["qwen2_moe", "qwen3_moe"])
 def test_logits_are_those_of_transformers_own_reading(model_type: str, tmp_path: Path) -> None:
-    """Where transformers reads an architecture; of Mixtral it would make a dense Llama."""
+    """For architectures that transformers reads; it would make a dense Llama of a Mixtral."""
     model = _tiny(model_type, tmp_path / "checkpoint")
     write_gguf(tmp_path / "tiny.gguf", model, lambda name: Kind.Q8_0)
     theirs = AutoModelForCausalLM.from_pretrained(
@@ -169,7 +169,7 @@ def test_a_folder_with_several_models_asks_for_one(tmp_path: Path) -> None:
         offload.load(tmp_path)
 
 
-def test_a_part_that_is_missing(tmp_path: Path) -> None:
+def test_a_missing_part_is_named(tmp_path: Path) -> None:
     write_gguf(tmp_path / "tiny.gguf", _tiny("mixtral", tmp_path / "checkpoint"), parts=3)
     (tmp_path / "tiny-00002-of-00003.gguf").unlink()
     with pytest.raises(CheckpointError, match=r"tiny-00002-of-00003\.gguf is missing"):
@@ -189,7 +189,7 @@ def test_a_quantised_file_is_computed_in_bfloat16(tmp_path: Path) -> None:
     model.offload.close()
 
 
-def test_another_file_has_another_pack(tmp_path: Path, home: Path) -> None:
+def test_a_changed_file_has_another_pack(tmp_path: Path, home: Path) -> None:
     for kind in (Kind.Q4_0, Kind.Q8_0):
         write_gguf(tmp_path / "q.gguf", _tiny("mixtral", tmp_path / "c"), lambda name, k=kind: k)
         for _ in range(2):
@@ -198,8 +198,10 @@ def test_another_file_has_another_pack(tmp_path: Path, home: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [Kind.F32, Kind.Q8_0])
-def test_architectures_by_transformers_own_rules(kind: Kind, tmp_path: Path) -> None:
-    """Qwen3.5, whose converter does more than rename; random tensors, read by both."""
+def test_an_architecture_with_rules_in_transformers_gives_its_logits(
+    kind: Kind, tmp_path: Path
+) -> None:
+    """Qwen3.5, whose rules do more than rename, with random tensors."""
     write_qwen35moe(tmp_path / "tiny.gguf", kind)
     theirs = AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file="tiny.gguf", dtype=torch.float32
@@ -286,7 +288,7 @@ def test_every_type_that_the_gguf_library_dequantises_is_read() -> None:
 
 @pytest.mark.parametrize("kind", sorted(set(CAN_BE_READ) - PLAIN_KINDS), ids=lambda k: k.name)
 def test_random_blocks_are_what_the_gguf_library_reads(kind: Kind, tmp_path: Path) -> None:
-    """For most types the library has no quantiser."""
+    """The blocks are random, because the library cannot quantise to most types."""
     values, size = gguf.GGML_QUANT_SIZES[kind]
     generator = np.random.default_rng(0)
     blocks = generator.integers(0, 256, (4, 6, 512 // values, size), dtype=np.uint8)
@@ -362,7 +364,7 @@ def test_a_slice_dequantises_one_expert(model_type: str, apart: bool, tmp_path: 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_every_parameter_is_the_one_that_was_written(model_type: str, tmp_path: Path) -> None:
-    """The file has the names of the gguf library's own table, which are mapped without it here."""
+    """The file is written with the names of the gguf library's table, and read without it."""
     model = _tiny(model_type, tmp_path / "c")
     write_gguf(tmp_path / "tiny.gguf", model)
     source = GgufSource(GgufFile(tmp_path / "tiny.gguf"), model)
@@ -385,7 +387,7 @@ def test_metadata_is_what_transformers_reads(tmp_path: Path) -> None:
 
 
 def test_a_pack_is_the_same_each_time_it_is_made(tmp_path: Path) -> None:
-    """Files made from metadata too: an interrupted making goes on with equal bytes."""
+    """So are the files made from metadata: an interrupted making continues with equal bytes."""
     model = _tiny("qwen3_moe", tmp_path / "c", vocab_size=BPE_VOCABULARY)
     write_gguf(tmp_path / "tiny.gguf", model, lambda name: Kind.Q8_0, fields=add_bpe)
     packs = []
@@ -424,12 +426,12 @@ def _write_empty(file: Path, architecture: str) -> None:
     writer.close()
 
 
-def test_a_dense_model(tmp_path: Path) -> None:
+def test_a_dense_model_is_refused(tmp_path: Path) -> None:
     _write_empty(tmp_path / "dense.gguf", "llama")
     _fails(tmp_path / "dense.gguf", UnsupportedModelError, "not a Mixture-of-Experts model")
 
 
-def test_an_architecture_that_is_not_read(tmp_path: Path) -> None:
+def test_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
     _write_empty(tmp_path / "other.gguf", "deepseek2")
     _fails(tmp_path / "other.gguf", UnsupportedModelError, "'deepseek2'; llama, qwen2moe, qwen3moe")
 
@@ -446,8 +448,8 @@ def test_no_gguf_library_is_needed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [b"9", b"2"])
-def test_an_expert_that_is_missing(number: bytes, tmp_path: Path) -> None:
-    """Of those that old files have in a tensor each."""
+def test_a_missing_expert_is_refused(number: bytes, tmp_path: Path) -> None:
+    """In an old file, which has a tensor for each expert."""
     file = tmp_path / "old.gguf"
     write_gguf(file, _tiny("mixtral", tmp_path / "c"), one_tensor_an_expert=True)
     names = b"blk.1.ffn_up.3.weight", b"blk.1.ffn_up." + number + b".weight"
@@ -455,7 +457,7 @@ def test_an_expert_that_is_missing(number: bytes, tmp_path: Path) -> None:
     _fails(file, CheckpointError, "are not one series|is there twice")
 
 
-def test_a_tensor_without_a_place(tmp_path: Path) -> None:
+def test_a_tensor_without_a_place_is_named(tmp_path: Path) -> None:
     model = _tiny("mixtral", tmp_path / "c")
     model.config.tie_word_embeddings = False
     model.model.layers[0].self_attn.q_proj.bias = torch.nn.Parameter(torch.ones(64))
@@ -474,7 +476,7 @@ def test_a_tensor_without_a_place(tmp_path: Path) -> None:
         (lambda w: _replace(w, "rope.dimension_count", 15), "unusable metadata"),
     ],
 )
-def test_metadata_that_cannot_be_followed(
+def test_impossible_metadata_is_refused(
     change: Callable[[gguf.GGUFWriter], None], match: str, tmp_path: Path
 ) -> None:
     write_gguf(tmp_path / "tiny.gguf", _tiny("mixtral", tmp_path / "c"), fields=change)
@@ -487,7 +489,7 @@ def _replace(writer: gguf.GGUFWriter, key: str, value: int) -> None:
 
 
 @pytest.mark.parametrize("key", ["block_count", "embedding_length", "expert_used_count"])
-def test_metadata_that_is_missing(key: str, tmp_path: Path) -> None:
+def test_missing_metadata_is_named(key: str, tmp_path: Path) -> None:
     write_gguf(
         tmp_path / "tiny.gguf",
         _tiny("mixtral", tmp_path / "c"),
@@ -497,7 +499,7 @@ def test_metadata_that_is_missing(key: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [EXPERTS - 1, EXPERTS + 1, 2**31])
-def test_metadata_and_weights_that_do_not_match(count: int, tmp_path: Path) -> None:
+def test_metadata_that_does_not_match_the_weights_is_refused(count: int, tmp_path: Path) -> None:
     write_gguf(
         tmp_path / "tiny.gguf",
         _tiny("mixtral", tmp_path / "c"),
@@ -506,7 +508,7 @@ def test_metadata_and_weights_that_do_not_match(count: int, tmp_path: Path) -> N
     _fails(tmp_path / "tiny.gguf", CheckpointError, "do not match")
 
 
-def test_a_truncated_file_at_any_length(tmp_path: Path) -> None:
+def test_a_truncated_file_is_refused_at_any_length(tmp_path: Path) -> None:
     write_gguf(tmp_path / "tiny.gguf", _tiny("mixtral", tmp_path / "c"))
     data = (tmp_path / "tiny.gguf").read_bytes()
     header = data.index(b"output.weight") + 64
@@ -516,7 +518,7 @@ def test_a_truncated_file_at_any_length(tmp_path: Path) -> None:
 
 
 def test_a_damaged_header_is_refused_or_harmless(tmp_path: Path) -> None:
-    """No hang, no allocation larger than the file, no other error, wherever a bit is wrong."""
+    """Wherever bits are wrong, there is no other error, no hang and no huge allocation."""
     write_gguf(tmp_path / "tiny.gguf", _tiny("mixtral", tmp_path / "c"))
     data = bytearray((tmp_path / "tiny.gguf").read_bytes())
     for at in range(0, data.index(b"output.weight") + 64, 3):
@@ -529,7 +531,7 @@ def test_a_damaged_header_is_refused_or_harmless(tmp_path: Path) -> None:
 
 
 def test_an_array_longer_than_the_file_is_refused_at_once(tmp_path: Path) -> None:
-    """The gguf library's reader would walk over its 2 ** 60 elements."""
+    """A reader that believes the length would walk over 2 ** 60 elements."""
     key = b"tokenizer.ggml.scores"
     head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", len(key)) + key
     for kind in (0, 6, 8, 9):
@@ -538,7 +540,7 @@ def test_an_array_longer_than_the_file_is_refused_at_once(tmp_path: Path) -> Non
         _fails(tmp_path / "long.gguf", CheckpointError, "not a whole GGUF file")
 
 
-def test_an_architecture_that_is_no_text(tmp_path: Path) -> None:
+def test_an_architecture_that_is_no_text_is_refused(tmp_path: Path) -> None:
     key = b"general.architecture"
     head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", len(key)) + key
     (tmp_path / "odd.gguf").write_bytes(head + struct.pack("<IIQ", 9, 0, 2) + bytes([1, 2]))
@@ -551,7 +553,7 @@ def test_an_architecture_that_is_no_text(tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.demo
 def test_a_dense_file_of_llama_cpp_upcycled_answers_as_before(tmp_path: Path) -> None:
-    """SmolLM2's blocks as llama.cpp wrote them, each FFN twice: two weights that sum to one."""
+    """SmolLM2's blocks as llama.cpp wrote them, with each FFN twice and routers that weigh both."""
     dense = fetch_gguf()
     upcycle_gguf(dense, tmp_path / "moe.gguf", experts=2)
     model, tokenizer = offload.load(
