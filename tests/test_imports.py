@@ -10,15 +10,10 @@ from pathlib import Path
 import pytest
 
 import offload
+from offload.main import COMMANDS
 
 ROOT = Path(__file__).parents[1]
-OURS = {"cli", "offload", "cache", "quant", "tests", "benchmarks"}
-MAY_IMPORT = {
-    "cli": {"cli", "offload"},
-    "offload": {"offload", "cache", "quant"},
-    "cache": {"cache"},
-    "quant": {"quant"},
-}
+PACKAGES = ("offload", "cache", "quant")
 EXPORTED = {
     "BudgetError",
     "CheckpointError",
@@ -64,7 +59,7 @@ def _dotted(node: ast.AST) -> str:
 
 CALENDAR = {"time.time", "time.time_ns", "time.localtime", "time.gmtime", "time.ctime"}
 CALENDAR |= {f"{kind}.{how}" for kind in ("datetime", "date") for how in ("now", "utcnow", "today")}
-DATED = {("offload/benching/run.py", "datetime.now")}  # the day a benchmark was run on
+DATED = {("offload/bench/run.py", "datetime.now")}  # the day a benchmark was run on
 
 
 def _asks_for_the_time(tree: ast.AST) -> set[str]:
@@ -83,7 +78,7 @@ def test_no_duration_is_measured_with_a_clock_that_can_be_set() -> None:
     jumps. No clock is set here."""
     asked = {
         (str(file.relative_to(ROOT)), name)
-        for package in MAY_IMPORT
+        for package in PACKAGES
         for file in _sources(package)
         for name in _asks_for_the_time(ast.parse(file.read_text(encoding="utf-8")))
     }
@@ -98,30 +93,30 @@ def test_a_module_that_asks_for_the_time_would_be_found(source: str) -> None:
     assert _asks_for_the_time(ast.parse(source))
 
 
-@pytest.mark.parametrize("package", MAY_IMPORT)
-def test_imports_run_one_way(package: str) -> None:
-    sources = _sources(package)
-    assert sources
-    for file in sources:
-        ours = {name.partition(".")[0] for name in _imports(file)} & OURS
-        assert ours <= MAY_IMPORT[package], file.name
-
-
 def test_cache_is_plain_python() -> None:
     for file in _sources("cache"):
-        roots = {name.partition(".")[0] for name in _imports(file)}
-        assert roots <= {"cache", *sys.stdlib_module_names}, file.name
+        names = {name for name in _imports(file) if not name.startswith("offload.cache.")}
+        roots = {name.partition(".")[0] for name in names}
+        assert roots <= {*sys.stdlib_module_names}, file.name
 
 
-def test_cli_touches_no_tensors() -> None:
-    for file in _sources("cli"):
+COMMAND_LINE = [
+    ROOT / "cli.py",
+    ROOT / "offload/main.py",
+    *sorted((ROOT / "offload").glob("*/command.py")),
+]
+
+
+def test_the_command_line_touches_no_tensors() -> None:
+    assert len(COMMAND_LINE) > 8
+    for file in COMMAND_LINE:
         roots = {name.partition(".")[0] for name in _imports(file)}
-        assert roots <= {"cli", "offload", "transformers", *sys.stdlib_module_names}, file.name
+        assert roots <= {"offload", "transformers", *sys.stdlib_module_names}, file.name
 
 
 def test_few_modules_reach_kernels() -> None:
     reaching = set()
-    for file in [f for package in MAY_IMPORT for f in _sources(package)]:
+    for file in [f for package in PACKAGES for f in _sources(package)]:
         place = file.relative_to(ROOT)
         if "kernels" in place.parts:
             continue  # the kernels themselves
@@ -138,7 +133,7 @@ def test_few_modules_reach_kernels() -> None:
 def test_only_one_module_knows_the_solver() -> None:
     using = [
         file.relative_to(ROOT).as_posix()
-        for package in MAY_IMPORT
+        for package in PACKAGES
         for file in _sources(package)
         if any(name.startswith("hqq") for name in _imports(file))
     ]
@@ -146,7 +141,7 @@ def test_only_one_module_knows_the_solver() -> None:
 
 
 def test_every_module_says_what_it_knows() -> None:
-    for package in MAY_IMPORT:
+    for package in PACKAGES:
         for file in _sources(package):
             assert ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))), file.name
 
@@ -172,20 +167,42 @@ def test_every_error_is_an_offload_error() -> None:
             assert issubclass(getattr(offload, name), offload.OffloadError)
 
 
-@pytest.mark.parametrize("argument", ["--version", "--help"])
-def test_the_command_answers_without_torch(argument: str) -> None:
-    code = (
-        "import sys, cli\n"
-        "try:\n"
-        f"    cli.main([{argument!r}])\n"
-        "except SystemExit as left:\n"
-        "    assert left.code == 0\n"
-        "heavy = {'torch', 'transformers', 'hqq', 'numpy', 'rich'} & sys.modules.keys()\n"
-        "assert not heavy, heavy\n"
-    )
+def test_names_that_can_be_completed_are_the_public_ones() -> None:
+    assert dir(offload) == sorted(EXPORTED)
+
+
+def _alone(code: str) -> str:
+    """What `code` prints in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
-    if argument == "--version":
-        assert done.stdout == f"offload {offload.__version__}\n"
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--version"], ["--help"], *([name, "--help"] for name in COMMANDS)]
+)
+def test_the_command_answers_without_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys, cli\n"
+        "try:\n"
+        f"    cli.main({arguments!r})\n"
+        "except SystemExit as left:\n"
+        "    assert left.code == 0\n"
+        "heavy = {'torch', 'transformers', 'hqq', 'numpy', 'rich'} & sys.modules.keys()\n"
+        "assert not heavy, heavy\n"
+        "called = {m for m in sys.modules if m.endswith('.command')}\n"
+        f"assert len(called) <= 2 * {len(arguments) - 1}, called\n"
+    )
+    out = _alone(code)
+    if arguments == ["--version"]:
+        assert out == f"offload {offload.__version__}\n"
+
+
+def test_a_checkout_runs_the_command_as_a_file_and_as_a_module() -> None:
+    for way in (["cli.py"], ["-m", "cli"]):
+        done = subprocess.run(
+            [sys.executable, *way, "--version"], cwd=ROOT, capture_output=True, text=True
+        )
+        assert (done.returncode, done.stdout) == (0, f"offload {offload.__version__}\n")

@@ -70,9 +70,9 @@ def test_making_a_pack_holds_at_most_a_layer(form: Callable[[Path], Path], tmp_p
     before, peak = _run(
         """
 import sys, threading, time
-from offload.packs import find_or_make_pack
-from offload.recipe import Recipe
-from quant.hqq import quantize
+from offload.pack.find import find_or_make_pack
+from offload.pack.recipe import Recipe
+from offload.quant.hqq import quantize
 import torch
 quantize(torch.randn(128, 512), 4, 64)  # what libraries take when first used is theirs
 before = peak = anonymous()

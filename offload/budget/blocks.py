@@ -1,8 +1,5 @@
-"""A model's decoder layers, and what of it goes to which card.
-
-Knows: where layers, token table, final norm and head are in transformers' models, and what they
-weigh. Does not know: how cards share them (`offload.placement`), tensors with values.
-"""
+"""The parts of a transformers model: what each decoder layer weighs, and which card a part goes
+to."""
 
 from __future__ import annotations
 
@@ -29,10 +26,11 @@ def demand(
     ubatch: int,
     workspace: int,
 ) -> Demand:
-    """What `model` (on meta, whole) needs when run from a pack like `info`; `ubatch`: tokens of
-    a prompt at once; `workspace`: bytes on each card.
+    """Return the bytes that `model` needs, layer by layer, when it runs from a pack like `info`.
 
-    In all it is what `offload.budget` counts for one card.
+    `model` is the whole model on the meta device. `ubatch` is the number of prompt tokens that are
+    read at once, and `workspace` the bytes needed on each card. The sum equals what
+    `offload.budget.budget` counts for a single card.
     """
     layers = Layers(model)
     of_layer, last = [0] * layers.count, 0
@@ -48,7 +46,7 @@ def demand(
         assert at is not None, "experts outside the decoder layers"
         experts[at] += layer.num_experts
     caches = kv_cache_by_layer(config, context, dtype, ubatch)
-    if len(caches) != layers.count:  # its config counts otherwise
+    if len(caches) != layers.count:  # the config counts layers differently: share them evenly
         total = sum(caches)
         caches = [
             total * (at + 1) // layers.count - total * at // layers.count
@@ -67,7 +65,7 @@ def demand(
 def _dense_sizes(
     model: PreTrainedModel, info: PackInfo, dtype: torch.dtype
 ) -> Iterator[tuple[str, int]]:
-    """Path and bytes of everything that is not an expert's."""
+    """Path and bytes of every weight outside the experts."""
     records = {
         f"{path}.weight": info.dense_layout(dense).record_bytes * (path == dense.modules[0])
         for dense in info.dense
@@ -80,28 +78,30 @@ def _dense_sizes(
 
 
 class Layers:
-    """The decoder layers of a model, and what comes before and behind them."""
+    """The decoder layers of a model, and the parts before and after them."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         experts = [module.path for module in find_experts(model)]
         self._model = model
-        self.path = experts[0][: experts[0].index(f".{layer_of(experts[0])}.")]  # of their list
+        self.path = experts[0][
+            : experts[0].index(f".{layer_of(experts[0])}.")
+        ]  # of the module list
         self.count = len(list(model.get_submodule(self.path).children()))
         self._last = set(self._behind())
 
     def index(self, path: str) -> int | None:
-        """The decoder layer that the module or weight at `path` is in."""
+        """The number of the decoder layer that contains `path`; None outside the layers."""
         return layer_of(f"{path}.") if path.startswith(f"{self.path}.") else None
 
     def is_last(self, path: str) -> bool:
-        """Whether what is at `path` goes to the card of the last layer."""
+        """Whether the part at `path` goes to the card of the last layer."""
         return any(path == last or path.startswith(f"{last}.") for last in self._last)
 
     def _behind(self) -> Iterator[str]:
-        """The norms beside the layers, and the head, where it has weights of its own.
+        """The norms beside the layers, and the head if it has weights of its own.
 
-        A head that is the token table stays where the table is: a hidden state that crosses back is
-        less than a second copy of it.
+        A head tied to the token table stays with the table, because sending a hidden state back is
+        cheaper than a second copy of the table.
         """
         above = self.path.rpartition(".")[0]
         for name, module in self._model.get_submodule(above).named_children():
@@ -116,7 +116,7 @@ class Layers:
     def device_map(
         self, shares: Sequence[Share], devices: Sequence[torch.device]
     ) -> dict[str, torch.device]:
-        """Every part of the model, in the pieces that are moved, and its device."""
+        """Map every part of the model that is moved as one piece to its device."""
         found = {}
         for share, device in zip(shares, devices, strict=True):
             found.update({f"{self.path}.{at}": device for at in share.blocks})
@@ -125,7 +125,7 @@ class Layers:
         return found
 
     def _outside(self, module: nn.Module, path: str) -> Iterator[str]:
-        """Paths of everything beside the layers: the largest modules, and lone tensors."""
+        """Paths of everything outside the layers: the largest modules, and single tensors."""
         for name, _ in (
             *module.named_parameters(recurse=False),
             *module.named_buffers(recurse=False),
@@ -142,7 +142,7 @@ class Layers:
 
 
 def device_of(path: str, devices: Mapping[str, torch.device]) -> torch.device:
-    """Where the module at `path` is, by a map of its like or of one around it."""
+    """The device of the module at `path`, or of the smallest module around it in the map."""
     while path not in devices:
         assert path, "a module outside the map"
         path = path.rpartition(".")[0]

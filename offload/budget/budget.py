@@ -1,8 +1,4 @@
-"""How many experts fit: arithmetic on a config and a pack's description, before anything is
-allocated.
-
-Knows: what takes memory and how much. Does not know: how it is allocated.
-"""
+"""How many experts fit: arithmetic on a config and a pack's description, without allocating."""
 
 from __future__ import annotations
 
@@ -21,47 +17,21 @@ from offload.quant.matmul import REFERENCE_WEIGHTS
 from offload.quant.pack import PackInfo
 from offload.units import READ_WHOLE, SHARE, gib, parse_bytes
 
-# Tensors of the scores' size at once. gpt-oss holds three (scores; with sinks; their softmax), the
-# eager attention of most others one of 16 bits, its softmax in float32, which counts twice, and
-# that in 16 bits again.
-ALIVE = 4
-
-
-def keeps_scores(config: PreTrainedConfig) -> bool:
-    """Whether the model of `config` gets eager attention, as transformers 5.23 chooses.
-
-    What code of a checkpoint's own does is not known before it runs: it counts as fused.
-    """
-    asked = getattr(config, "_attn_implementation", None)
-    if asked is not None:
-        return bool(asked == "eager")
-    try:
-        return not model_class(config, "", trust_remote_code=False)._supports_sdpa
-    except UnsupportedModelError:
-        return False
-
-
-def score_bytes(config: PreTrainedConfig, context: int, itemsize: int) -> int:
-    """Bytes that attention to `context` tokens keeps for each token of a prompt's chunk."""
-    if not keeps_scores(config):
-        return 0
-    text = config.get_text_config()
-    layers = getattr(text, "per_layer_config", None) or [text]
-    heads = max(int(getattr(layer, "num_attention_heads", None) or 0) for layer in layers)
-    return ALIVE * heads * context * itemsize
-
-
 logger = logging.getLogger("offload")
-BASE_BYTES = 200 * 2**20  # libraries' own buffers, the allocator's slack
-STAGING_BYTES = 128 * 2**20  # for small records more than two rows: fewer, larger kernels
+BASE_BYTES = 200 * 2**20  # the libraries' own buffers and the allocator's slack
+STAGING_BYTES = 128 * 2**20  # with small records more than two rows: fewer, larger kernels
 MOST_STAGING_ROWS = 32
-SCORES_SHARE = 8  # of the memory at most one in so many for attention scores, where any are kept
-UNPACKED_BYTES = 10  # a weight while its matrix is dequantised: codes, float32, the result
+SCORES_SHARE = 8  # attention scores may take at most one eighth of the memory
+UNPACKED_BYTES = 10  # a weight, while its matrix is dequantised: codes, float32 and the result
+# Tensors as large as the attention scores that exist at the same time. gpt-oss holds three: scores,
+# scores with sinks, and their softmax. The eager attention of most other models holds one of 16
+# bits, its softmax in float32, which counts twice, and that softmax in 16 bits.
+ALIVE = 4
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What goes into the compute device's memory, in bytes."""
+    """What goes into the compute device's memory. All sizes are in bytes."""
 
     available: int
     dense: int
@@ -69,11 +39,11 @@ class Budget:
     workspace: int
     slot: int
     total_experts: int
-    staging: int = 0  # rows of a slot's size beside the slots, unless all experts have one
+    staging: int = 0  # staging rows, each as large as a slot; unused if all experts have slots
 
     def slots(self, asked: int | None) -> int:
-        """The number of expert slots to allocate, `asked` or as many as fit. Raises
-        `BudgetError`."""
+        """Return the number of expert slots to allocate: `asked`, or as many as fit if it is None.
+        Raises `BudgetError`."""
         left = self.available - self.dense - self.kv_cache - self.workspace
         fit = max(0, left // self.slot)
         if fit < self.total_experts or (asked is not None and asked < self.total_experts):
@@ -101,14 +71,15 @@ class Budget:
 
 @dataclass(frozen=True)
 class Memory:
-    """What may be used, in bytes: on the compute device, and of RAM."""
+    """Bytes that may be used on the compute device and in RAM."""
 
     device: int
     ram: int
 
     @classmethod
     def of(cls, device: torch.device, vram: str | int | None, ram: str | int | None) -> Memory:
-        """What the user gave, else a share of what is free. Raises `BudgetError`."""
+        """Take the sizes that the user gave, or a share of the free memory. Raises
+        `BudgetError`."""
         if vram is not None and device.type == "cpu":
             logger.warning("--vram has no effect without a GPU: --ram is the limit here")
         given = parse_bytes(ram)
@@ -117,7 +88,8 @@ class Memory:
 
 
 def available_bytes(device: torch.device, vram: int | None, ram: int | None) -> int:
-    """The budget on `device`: what the user gave, else a share of what is free."""
+    """The bytes that may be used on `device`: the size that was given, or a share of the free
+    memory."""
     given = ram if device.type == "cpu" else vram
     if given is not None:
         return given
@@ -127,8 +99,11 @@ def available_bytes(device: torch.device, vram: int | None, ram: int | None) -> 
 
 
 def hold_vram(device: torch.device, budget: int) -> None:
-    """Let torch take no more than `budget` beside what it has: more is out of memory, which leads
-    to slots being given back, instead of other programs' shortage."""
+    """Limit torch to `budget` bytes beyond what it already holds.
+
+    Beyond the limit torch raises an out-of-memory error, and the engine then gives slots back.
+    Without the limit torch would take the memory of other programs.
+    """
     total = torch.cuda.get_device_properties(device).total_memory
     share = (torch.cuda.memory_reserved(device) + budget) / total
     torch.cuda.set_per_process_memory_fraction(min(share, 1.0), device)
@@ -141,8 +116,8 @@ def kv_cache_bytes(
     ubatch: int | None = None,
     fixed: bool = False,
 ) -> int:
-    """Bytes of the KV cache at `context` tokens, for one sequence read `ubatch` tokens at a time
-    (None: at once); `fixed`: of one whose tensors never move, for CUDA graphs."""
+    """Bytes of the KV cache of one sequence of `context` tokens, read `ubatch` tokens at a time
+    (None: all at once). `fixed` asks about a cache whose tensors never move, for CUDA graphs."""
     return sum(kv_cache_by_layer(config, context, dtype, ubatch, fixed))
 
 
@@ -153,22 +128,22 @@ def kv_cache_by_layer(
     ubatch: int | None = None,
     fixed: bool = False,
 ) -> list[int]:
-    """`kv_cache_bytes`, of each layer."""
+    """The same as `kv_cache_bytes`, for each layer."""
     key = (type(config), config.to_json_string(), context, dtype, ubatch or context, fixed)
     if key not in _KV_CACHE:
         try:
             _KV_CACHE[key] = cache_bytes(config, context, dtype, ubatch or context, fixed)
-        except Exception as error:  # whatever a model raises that does not run without memory
+        except Exception as error:  # models raise many things on the meta device
             logger.debug("the KV cache is estimated: %s", reason(error))
             _KV_CACHE[key] = _estimated_kv_bytes(config, context, dtype)
     return _KV_CACHE[key]
 
 
-_KV_CACHE: dict[tuple[object, ...], list[int]] = {}  # a model is asked about several times
+_KV_CACHE: dict[tuple[object, ...], list[int]] = {}  # results, because trial runs are slow
 
 
 def _estimated_kv_bytes(config: PreTrainedConfig, context: int, dtype: torch.dtype) -> list[int]:
-    """Every layer counted as full attention (2 * heads * head_dim a token)."""
+    """Count every layer as full attention: 2 * heads * head_dim values a token."""
     text = config.get_text_config()
     layers = getattr(text, "per_layer_config", None) or [text] * text.num_hidden_layers
     values = []
@@ -180,24 +155,51 @@ def _estimated_kv_bytes(config: PreTrainedConfig, context: int, dtype: torch.dty
     return values
 
 
+def keeps_scores(config: PreTrainedConfig) -> bool:
+    """Whether transformers gives the model of `config` eager attention, which stores its scores.
+
+    A model that comes with its own code counts as fused, because its code is unknown until it runs.
+    """
+    asked = getattr(config, "_attn_implementation", None)
+    if asked is not None:
+        return bool(asked == "eager")
+    try:
+        return not model_class(config, "", trust_remote_code=False)._supports_sdpa
+    except UnsupportedModelError:
+        return False
+
+
+def score_bytes(config: PreTrainedConfig, context: int, itemsize: int) -> int:
+    """Bytes of attention scores over `context` tokens, for each token of a prompt's chunk."""
+    if not keeps_scores(config):
+        return 0
+    text = config.get_text_config()
+    layers = getattr(text, "per_layer_config", None) or [text]
+    heads = max(int(getattr(layer, "num_attention_heads", None) or 0) for layer in layers)
+    return ALIVE * heads * context * itemsize
+
+
 def staging_rows(device: torch.device, slot_bytes: int) -> int:
-    """Rows beside the slots for a prompt's experts: two halves, one filled while the other is
-    computed from."""
+    """The number of staging rows, through which a prompt's experts are streamed. They form two
+    halves: one is filled while the experts in the other are computed."""
     if device.type == "cpu":
-        return 2  # takes no memory: they are computed from where they are mapped
+        return 2  # they take no memory: experts are computed from the mapped pack
     return max(2, min(MOST_STAGING_ROWS, STAGING_BYTES // slot_bytes) // 2 * 2)
 
 
 def chunk_tokens(
     config: PreTrainedConfig, asked: int, context: int, memory: int, dtype: torch.dtype
 ) -> int:
-    """Tokens of a prompt that go through the model at once: those asked for, or fewer where their
-    attention scores would take more than an eighth of the device's `memory`. Fewer are a power of
-    two: the last bits of an answer to a long prompt change with the chunk, so a little more or less
-    free memory should not change it; `asked` small enough fixes it.
+    """Return how many prompt tokens go through the model at once.
 
-    A chunk half as long loads experts twice as often, but scores grow with the context: those of
-    gpt-oss for 2048 tokens at 32768 take 32 GiB, more than any home card has. Raises `BudgetError`.
+    The result is `asked`, or less where the attention scores of so many tokens would take more than
+    an eighth of the device's `memory`. A smaller result is a power of two: the last bits of an
+    answer to a long prompt depend on the chunk length, which a little more or less free memory
+    should therefore not change. A small enough `asked` fixes the length.
+
+    With half the chunk length experts are loaded twice as often. But scores grow with the context:
+    those of gpt-oss for 2048 tokens at a context of 32768 take 32 GiB, more than any home card has.
+    Raises `BudgetError`.
     """
     if asked < 1:
         raise BudgetError(f"{asked} tokens at once: at least one is needed, raise --ubatch-size")
@@ -214,8 +216,8 @@ def chunk_tokens(
 def workspace_bytes(
     config: PreTrainedConfig, info: PackInfo, tokens: int, context: int, dtype: torch.dtype
 ) -> int:
-    """Bytes of what comes and goes: one dequantised matrix, the activations of `tokens` at once,
-    and where a model's attention keeps them their scores with a whole `context`."""
+    """Bytes of temporary tensors: one dequantised matrix, the activations of `tokens` at once, and
+    the scores over a whole `context` for models whose attention stores them."""
     text = config.get_text_config()
     layouts = (*info.layouts, *info.dense_layouts)
     widest = max(m.rows * m.columns for layout in layouts for m in layout.matrices)

@@ -1,8 +1,4 @@
-"""A model's KV cache: how large it gets, and taking back what a step that broke off left in it.
-
-Knows: transformers' cache layers. Does not know: budgets (`offload.budget`), why a step broke off
-(`offload.recovery`).
-"""
+"""The size of a model's KV cache, found by running the model without memory."""
 
 from __future__ import annotations
 
@@ -16,20 +12,23 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from offload.model.seam import build_on_meta, is_experts_module, model_class, own_config
 
-PROBE = 255  # tokens that a model without memory is given; odd, so that what waits for more shows
-DEPTH = 4  # of containers in a cache layer
+# Tokens of the trial run. The number is odd so that layers which collect tokens until a block is
+# full show that they hold an incomplete block.
+PROBE = 255
+DEPTH = 4  # deepest nesting of containers in a cache layer
 
 
 def cache_bytes(
     config: PreTrainedConfig, context: int, dtype: torch.dtype, ubatch: int, fixed: bool = False
 ) -> list[int]:
-    """Bytes of each layer's cache of one sequence of `context` tokens, read `ubatch` at a time.
+    """Return each layer's cache size in bytes, for one sequence of `context` tokens that is read
+    `ubatch` tokens at a time.
 
-    `fixed`: of one whose tensors never move (`offload.device.kv`), with windows kept whole and
-    nothing of a prompt that is cut off later.
+    `fixed` asks about a cache whose tensors never move (`offload.generation.fixed_kv`): it holds a
+    window at its full length, and no states of a prompt that are cut off later.
 
-    The model itself is run on meta, without its experts: whatever its layers keep (latent or
-    compressed states, recurrent ones, a window) is seen. Raises whatever a model raises.
+    The model itself runs on the meta device, without its experts, so whatever its layers keep is
+    counted: latent, compressed or recurrent states, or a window. Raises whatever the model raises.
     """
     tokens = min(PROBE, context)
     model = _on_meta(config, dtype)
@@ -39,7 +38,7 @@ def cache_bytes(
     for index, layer in enumerate(long):
         if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
             if not layer.is_initialized:
-                continue  # it shares another layer's
+                continue  # this layer shares the cache of another one
             a_token = (layer.keys.nbytes + layer.values.nbytes) // layer.keys.shape[-2]
             most = context
             if type(layer) is DynamicSlidingWindowLayer and not fixed:
@@ -62,7 +61,9 @@ class _Held:
     """Bytes of the tensors in a cache layer."""
 
     used: int = 0
-    cut: int = 0  # behind a view: of a prompt's states a window remains, until the next step
+    # A sliding-window layer returns a view. The full prompt stays allocated behind that view until
+    # the next step; these are its bytes.
+    cut: int = 0
 
     @classmethod
     def by(cls, layer: Any) -> _Held:
@@ -88,7 +89,7 @@ def _on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     model = build_on_meta(own_config(config, cls), cls).to(dtype).eval()
     for module in model.modules():
         if is_experts_module(module):
-            module.forward = _unchanged  # what they do is not asked
+            module.forward = _unchanged  # experts do not change the size of the cache
     return model
 
 

@@ -1,13 +1,10 @@
-"""Which card has which layers, and how many expert slots: arithmetic over several cards.
+"""Which card gets which layers and how many expert slots, as arithmetic on bytes and counts.
 
-Knows: bytes and counts. Does not know: devices, models, tensors (`offload.blocks` counts a model's
-bytes and carries a placement out).
-
-A card has a range of decoder layers, so a hidden state crosses once from each card to the next. The
-ranges are chosen so that the card where room is tightest has as much as it can have, counted in
-slots for each expert of its layers. Cards work in turn and each caches its own layers, so a token
-waits for the misses of all of them; hits grow ever slower with the share that is resident, so what
-one card gives away costs more than another gains from it.
+Each card gets a range of decoder layers, so a hidden state crosses once from each card to the next.
+The ranges maximise the room on the tightest card, measured in slots for each expert of its layers.
+The reason is that cards work in turn and each caches its own layers, so a token waits for the
+misses of all of them. The hit rate grows ever more slowly with the resident share, so a card that
+gives room away loses more hits than another card gains.
 """
 
 from __future__ import annotations
@@ -24,11 +21,12 @@ from offload.units import gib
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder layer: bytes of its weights outside the experts and of its KV cache; experts."""
+    """One decoder layer: bytes of its dense weights and of its KV cache, and its number of
+    experts."""
 
     dense: int
     kv_cache: int
-    experts: int  # 0: a layer without any
+    experts: int  # 0 in a layer without experts
 
 
 @dataclass(frozen=True)
@@ -36,8 +34,8 @@ class Demand:
     """What a model needs, in bytes."""
 
     blocks: tuple[Block, ...]
-    first: int  # weights before the layers: on the first card
-    last: int  # weights behind them: on the last card
+    first: int  # weights before the layers, on the first card
+    last: int  # weights after the layers, on the last card
     workspace: int  # on each card
     slot: int
 
@@ -49,10 +47,11 @@ def place(
     *,
     numbers: Sequence[int] | None = None,
 ) -> tuple[Share, ...]:
-    """Every card's share, given the bytes `available` on each; `slots` over all cards, None: as
-    many as fit; `numbers`: what the cards are called, None: 0, 1, ...
+    """Return every card's share, given the bytes `available` on each card.
 
-    Raises `BudgetError`, which names the card that has too little.
+    `slots` is the number of expert slots over all cards; None means as many as fit. `numbers` are
+    the cards' numbers for messages; None means 0, 1, ... Raises `BudgetError`, which names the card
+    with too little memory.
     """
     if len(available) > len(demand.blocks):
         raise BudgetError(
@@ -79,7 +78,7 @@ def place(
 
 
 class _Room:
-    """Sums over layers [begin, end) as if they were on a card."""
+    """What a card would hold if it had the layers [begin, end)."""
 
     def __init__(
         self, demand: Demand, available: tuple[int, ...], numbers: tuple[int, ...]
@@ -102,7 +101,7 @@ class _Room:
         return self._experts[end] - self._experts[begin]
 
     def left(self, card: int, begin: int, end: int) -> int:
-        """Bytes for slots; less than 0: too little for the rest."""
+        """Bytes left for slots. A negative number means that even the rest does not fit."""
         fixed = self.dense(card, begin, end) + self.kv_cache(begin, end) + self.demand.workspace
         return self.available[card] - fixed
 
@@ -110,14 +109,15 @@ class _Room:
         return max(0, self.left(card, begin, end) // self.demand.slot)
 
     def least(self, begin: int, end: int) -> int:
-        """Bytes of slots without which nothing can be computed."""
+        """Bytes of the slots that the card needs at the very least: one slot if it has experts."""
         return self.demand.slot if self.experts(begin, end) else 0
 
     def fits(self, card: int, begin: int, end: int) -> bool:
         return self.left(card, begin, end) >= self.least(begin, end)
 
     def ampleness(self, card: int, begin: int, end: int) -> float:
-        """Slots that fit for each expert, more than one too; -inf: it does not fit."""
+        """Slots that fit for each expert, which may be more than one; -inf if the layers do not
+        fit."""
         if not self.fits(card, begin, end):
             return -inf
         experts = self.experts(begin, end)
@@ -132,17 +132,19 @@ def _running(values: Sequence[int]) -> list[int]:
 
 
 def _best_cuts(room: _Room) -> list[tuple[int, int]]:
-    """Ranges of layers for all cards, every card at least one layer. Raises `BudgetError`.
+    """Choose the range of layers of each card, at least one layer each. Raises `BudgetError`.
 
-    Of those where the tightest card has the most room, one with the most experts resident.
+    Among the choices that leave the most room on the tightest card, take one with the most resident
+    experts.
     """
 
     def last_begins(card: int, end: int) -> range:
-        return range(card, end) if card else range(1)  # one layer at least for each card before
+        return range(card, end) if card else range(1)  # each card before has at least one layer
 
     @cache
     def tightest(card: int, end: int) -> float:
-        """The best that cards 0 to `card` can do with the layers before `end`."""
+        """The room on the tightest of the cards 0 to `card`, at best, with the layers before
+        `end`."""
         return max(
             min(tightest(card - 1, at) if card else inf, room.ampleness(card, at, end))
             for at in last_begins(card, end)
@@ -154,7 +156,8 @@ def _best_cuts(room: _Room) -> list[tuple[int, int]]:
 
     @cache
     def resident(card: int, end: int) -> tuple[int, int]:
-        """The most experts resident with nowhere less room than the goal, and the last cut."""
+        """The most experts that can be resident if no card has less room than the goal, and the
+        first layer of the last card."""
         best = (-1, 0)
         for at in last_begins(card, end):
             before = resident(card - 1, at)[0] if card else 0
@@ -173,10 +176,11 @@ def _best_cuts(room: _Room) -> list[tuple[int, int]]:
 
 
 def _too_little(room: _Room) -> BudgetError:
-    """Cards filled one after the other: the first at which that comes to nothing."""
+    """Fill the cards one after the other, and return the error of the first that cannot hold a
+    layer."""
     begin = 0
     for card in range(room.cards):
-        rest = room.cards - 1 - card  # cards behind this one, which need a layer each
+        rest = room.cards - 1 - card  # later cards, each of which needs a layer
         ends = (
             range(begin + 1, room.layers - rest + 1)
             if rest
@@ -197,7 +201,8 @@ def _too_little(room: _Room) -> BudgetError:
 
 
 def _divided(slots: int, experts: Sequence[int], fit: Sequence[int], room: _Room) -> list[int]:
-    """`slots` over the cards, to each next the card with the least share; `fit`: at most."""
+    """Divide `slots` among the cards: the next slot always goes to the card with the smallest share
+    of its experts resident, and no card gets more than `fit`."""
     given = [min(1, count) for count in experts]
     if slots < sum(given):
         raise BudgetError(

@@ -1,8 +1,4 @@
-"""A conversation: what was said, and how the next answer is made and shown.
-
-Knows: messages, parameters, what is left when an answer breaks off. Does not know: terminals
-(`offload.display`, `offload.terminal`), commands (`offload.chat_commands`).
-"""
+"""The state of one conversation, and how its next answer is made and shown."""
 
 from __future__ import annotations
 
@@ -22,13 +18,15 @@ from offload.generation.prompt_cache import PromptCache
 from offload.generation.stream import GenerationResponse, Message, encode_prompt, stream_generate
 from offload.sampling import Sampling
 
-NEARLY_FULL = 0.85  # of the context: said before turns have to leave
-LEFT_FREE = 0.25  # of it, once some have: or each turn would cost a new prefill of all others
-MOST_RESERVED = 512  # tokens kept for the answer, at most an eighth of the context
+NEARLY_FULL = 0.85  # share of the context in use at which the user is told that turns will leave
+# When turns leave, this share of the context is freed at once. Freeing just enough would let every
+# further turn push another one out, and each time the whole prompt would have to be read again.
+LEFT_FREE = 0.25
+MOST_RESERVED = 512  # tokens kept free for the answer; never more than an eighth of the context
 
 
 def reserve(context: int) -> int:
-    """Tokens of the context that a prompt leaves to its answer."""
+    """Return how many tokens of the context a prompt must leave free for its answer."""
     return min(MOST_RESERVED, context // 8)
 
 
@@ -38,12 +36,13 @@ def fit(
     context: int,
     encode: Callable[[Sequence[Message]], list[int]],
 ) -> tuple[int, list[int]]:
-    """Where the messages to send begin, and their ids: at `begin`, or later where from there on
-    they do not fit into `context` tokens.
+    """Choose the first message to send, and return its index and the token ids from there on.
 
-    Whole turns leave, a turn being a user's message and what follows it. The last one stays: that
-    it may be too long by itself is for the caller to say. With n turns to choose from log2(n) + 2
-    beginnings are encoded: a long conversation takes a while each time.
+    The index is `begin` if everything from `begin` fits into `context` tokens; otherwise the oldest
+    turns leave. Turns leave whole: a turn is a user's message and everything that follows it. The
+    last turn always stays, even if it is too long by itself, which the caller must check. The
+    search encodes at most log2(n) + 2 candidates for n turns, because encoding a long conversation
+    is slow.
     """
     ids = encode(messages[begin:])
     if len(ids) <= context - reserve(context):
@@ -70,33 +69,34 @@ class Chat:
     stop_strings: tuple[str, ...] = ()
     timings: bool = True
     verbose: bool = False
-    load_seconds: float = 0.0  # that the next answer's figures have in them
-    debug: bool = False  # an error that is not ours ends the chat with its traceback
+    load_seconds: float = 0.0  # time spent loading the model, reported with the first answer
+    debug: bool = False  # let an unexpected error end the chat with its traceback
     messages: list[Message] = field(default_factory=list)
-    begin: int = 0  # of `messages` that still are in the context
-    think: bool | None = None  # asked of the template; None: as the template has it
+    begin: int = 0  # index of the first message that still fits into the context
+    think: bool | None = None  # passed to the chat template; None leaves the template's default
     prompt_cache: PromptCache = field(default_factory=PromptCache)
     stopped: bool = False  # whether Ctrl-C ended the last answer
-    last: GenerationResponse | None = None  # of the answer that is coming, or came
+    last: GenerationResponse | None = None  # the newest response of the current or last answer
 
     def say(self, text: str) -> None:
-        """Send a message and write the answer as it comes. Ctrl-C keeps what was said so far."""
+        """Send a message and show the answer as it arrives. Ctrl-C keeps the text shown so far."""
         self._answer([*self.messages, {"role": "user", "content": text}])
 
     def answer_again(self) -> None:
-        """Replace the last answer, or give the one that is missing. Raises `ChatError`."""
+        """Replace the last answer, or give the missing one. Raises `ChatError` when the
+        conversation is empty."""
         if not self.messages:
             raise ChatError("nothing was said yet: there is no answer to make again")
         answered = self.messages[-1]["role"] == "assistant"
         self._answer(self.messages[:-1] if answered else self.messages)
 
     def clear(self) -> None:
-        """Forget what was said; what was set stays."""
+        """Forget the messages and keep the settings."""
         self.messages, self.begin = [], 0
 
     @property
     def settings(self) -> Settings:
-        """What is set beside sampling and system prompt."""
+        """The settings of this chat other than sampling and system prompt."""
         return Settings(self.max_new_tokens, self.think, self.display.thoughts, self.stop_strings)
 
     @settings.setter
@@ -105,9 +105,10 @@ class Chat:
         self.display.thoughts, self.stop_strings = settings.thoughts, settings.stop
 
     def _answer(self, messages: list[Message]) -> None:
-        """Answer `messages`, which become the conversation, with the answer, once there is one.
+        """Answer `messages`; then `messages` and the answer become the conversation.
 
-        Whatever ends it before leaves the conversation as it was: the question may be asked again.
+        If an error ends the answer, the conversation stays as it was and the question can be asked
+        again.
         """
         begin, ids = self._make_room(messages)
         special = marks_are_special(self.tokenizer)
@@ -116,7 +117,7 @@ class Chat:
             self.tokenizer.all_special_tokens if special else (),
         )
         self.last = None
-        said = {False: "", True: ""}  # the answer, and the thoughts before it
+        said = {False: "", True: ""}  # is it a thought? -> text so far
         self.stopped = False
         try:
             for response in self._stream(ids, skip_special_tokens=not special):
@@ -146,10 +147,10 @@ class Chat:
     def _tell_figures(self, last: GenerationResponse) -> None:
         if self.verbose:
             self.display.write(verbose_rows(last, self.load_seconds) + "\n")
-        self.load_seconds = 0.0  # the first answer had it
+        self.load_seconds = 0.0  # reported once, with the first answer
         if self.timings:
             self.display.write(f"\n{timings(last)}\n{last.experts.line()}\n")
-        context = offload_of(self.model).options.context
+        context = offload_of(self.model).fit.options.context
         used = last.prompt_tokens + last.generation_tokens
         if used > NEARLY_FULL * context:
             self.display.write(
@@ -158,8 +159,9 @@ class Chat:
             )
 
     def _make_room(self, messages: list[Message]) -> tuple[int, list[int]]:
-        """Where the messages that fit begin, and their ids; says how many no longer do."""
-        context = offload_of(self.model).options.context
+        """Return the index of the first message that fits and the ids from there on. Tell the user
+        how many messages no longer fit."""
+        context = offload_of(self.model).fit.options.context
         begin, ids = fit(messages, min(self.begin, len(messages) - 1), context, self._encode)
         if begin > self.begin:
             self.display.write(f"(the oldest {begin} messages no longer fit into the context)\n")
@@ -175,7 +177,7 @@ class Chat:
             self.model,
             self.tokenizer,
             ids,
-            max_new_tokens=self.max_new_tokens or offload_of(self.model).options.context,
+            max_new_tokens=self.max_new_tokens or offload_of(self.model).fit.options.context,
             stop_strings=self.stop_strings,
             temperature=self.sampling.temperature,
             top_k=self.sampling.top_k,

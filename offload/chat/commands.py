@@ -1,8 +1,4 @@
-"""Commands of a chat, each beginning with a slash.
-
-Knows: what each does to a conversation, and what it says. Does not know: how answers are made
-(`offload.chat`), how commands are described (`offload.chat_words`).
-"""
+"""The slash commands of a chat: their help lines, and what each does to a conversation."""
 
 from __future__ import annotations
 
@@ -20,29 +16,29 @@ from offload.pack.recipe import bits_name
 from offload.quant.errors import OffloadError
 from offload.sampling import PARAMETERS
 
-# Words in capitals stand for what a user puts there; words joined by | are to choose from.
+# Words in capitals stand for a value that the user types; words joined by | are alternatives.
 USAGE = (
     ("/set system TEXT", "set the system prompt"),
     ("/set NAME VALUE", "set a sampling parameter (/show parameters)"),
-    ("/set seed random", "draw anew for each answer again"),
-    ("/set num_predict COUNT", "tokens an answer has at most; -1: as many as fit"),
+    ("/set seed random", "use a new random seed for every answer again"),
+    ("/set num_predict COUNT", "longest answer in tokens; -1 means as long as fits"),
     ("/set verbose|quiet", "show all timings after an answer, or none"),
-    ("/set think|nothink", "ask the model to think first, or not to (models that know how)"),
-    ("/set thoughts show|hide", "what a model thinks before it answers"),
-    ("/set panel on|off", "speed, hits and experts below an answer while it comes"),
-    ("/show info|parameters|system|experts", "what is running, and how"),
-    ("/stats", "the experts' figures so far"),
-    ("/save NAME", "keep this conversation, its system prompt and all that is set"),
-    ("/load NAME", "go back to a conversation that was saved"),
-    ("/read FILE", "send a file's text as a message"),
+    ("/set think|nothink", "switch thinking on or off, if the model has such a switch"),
+    ("/set thoughts show|hide", "show or hide what a model thinks before it answers"),
+    ("/set panel on|off", "show speed, hits and experts below an answer while it comes"),
+    ("/show info|parameters|system|experts", "show what is running, and how"),
+    ("/stats", "show the experts' statistics so far"),
+    ("/save NAME", "save the conversation, its system prompt and its settings"),
+    ("/load NAME", "go back to a saved conversation"),
+    ("/read FILE", "send the text of a file as a message"),
     ("/regen", "answer the last message again"),
     ("/clear", "forget the conversation"),
-    ("/?", "these lines (also /help)"),
+    ("/?", "show this list (also /help)"),
     ("/bye", "leave (also Ctrl-D)"),
 )
 KEYS = (
-    ('"""', "begins and ends a message of several lines, or one that begins with /"),
-    ("Ctrl-C", "stops an answer"),
+    ('"""', "begin and end a message of several lines, or one that starts with /"),
+    ("Ctrl-C", "stop the answer"),
 )
 HELP = "\n".join(f"  {usage:<37} {what}" for usage, what in USAGE + KEYS)
 
@@ -60,11 +56,11 @@ def _words() -> dict[str, tuple[str, ...]]:
     return words
 
 
-WORDS = _words()  # what may follow the words so far, "" being the slash
+WORDS = _words()  # words typed so far (without the slash) -> words that may follow, for completion
 
 
 def obey(chat: Chat, line: str) -> bool:
-    """Carry out a line that begins with a slash; False means leave. Raises `ChatError`."""
+    """Carry out a command line, and return False if it ends the chat. Raises `ChatError`."""
     name, _, rest = line[1:].partition(" ")
     if name == "bye":
         return False
@@ -94,7 +90,7 @@ def _regen(chat: Chat, _: str) -> None:
 def _read(chat: Chat, rest: str) -> None:
     file = user_path(rest)
     try:
-        if not file.is_file():  # reading from a device or a pipe might never end
+        if not file.is_file():  # reading a device or a pipe might never end
             raise ChatError(f"there is no file {rest!r}")
         with file.open(encoding="utf-8-sig") as handle:
             text = read_text(handle, "the file")
@@ -171,13 +167,13 @@ def _number(name: str, value: str, kind: type[int] | type[float]) -> Any:
 def _show(chat: Chat, rest: str) -> None:
     handle = offload_of(chat.model)
     if rest == "info":
-        info, options = handle.pack.info, handle.options
+        info, fit = handle.pack.info, handle.fit
         text = (
             f"{info.source}: {chat.model.config.model_type}, {len(info.layers)} MoE layers, "
             f"{info.total_experts} experts; bits: {bits_name(info)}\n"
             f"pack {handle.pack.path}\n{handle.stats().slots} slots for experts on "
-            f"{' and '.join(map(str, options.devices))}, "
-            f"computing in {str(options.dtype).removeprefix('torch.')}, context {options.context}"
+            f"{' and '.join(map(str, fit.devices))}, computing in "
+            f"{str(fit.dtype).removeprefix('torch.')}, context {fit.options.context}"
         )
     elif rest == "parameters":
         text = _parameters(chat)

@@ -1,9 +1,7 @@
-"""How an answer appears while it comes.
+"""How an answer appears while it arrives.
 
-Knows: thoughts and text, piece by piece; a terminal's lines. Does not know: models, conversations.
-
-Markdown is drawn a block at a time: blocks that are over are printed once and for all, only the
-last one is drawn anew as it grows, so that nothing above it ever moves or flickers.
+Markdown is drawn block by block: a finished block is printed once and stays, and only the last,
+growing block is drawn again, so that nothing above it moves or flickers.
 """
 
 from __future__ import annotations
@@ -25,39 +23,41 @@ from rich.text import Text
 from offload.chat.thinking import Piece
 from offload.lines import printable
 
-REFRESH_SECONDS = 0.08  # between two drawings of what grows
-DRAWING_SHARE = 0.1  # of the time, at most: long blocks take long to draw
-DEEPEST = 12  # levels of lists and quotes, two for each, that are drawn
+REFRESH_SECONDS = 0.08  # at least, between two drawings of the growing block
+DRAWING_SHARE = 0.1  # at most this share of the time goes into drawing; long blocks are slow
+DEEPEST = 12  # deepest nesting, as markdown-it counts it (two a list or quote), that is drawn
 THINKING, THOUGHT = "Thinking...", "...done thinking."  # ollama's words
 
 Panel = Callable[[], RenderableType]
 
 
 class Display(Protocol):
-    """Shows one answer after the other."""
+    """Shows answers, one after the other."""
 
-    thoughts: bool  # shown, or left out
-    live: bool  # whether there is a place for a panel
-    panel: Panel | None  # what is shown below an answer while it comes
+    thoughts: bool  # whether thoughts are shown
+    live: bool  # whether a panel can be shown
+    panel: Panel | None  # draws the lines below an answer while it arrives
 
     def write(self, text: str) -> None:
-        """Text that is no answer, as it stands."""
+        """Write text that is not part of an answer, unchanged."""
 
     def show(self, piece: Piece) -> None:
-        """More of the answer."""
+        """Show the next piece of the answer."""
 
     def finish(self) -> None:
-        """The answer is over, or was interrupted at any point: nothing of it is lost."""
+        """End the answer, which may have been interrupted at any point, and show all of its
+        text."""
 
 
 class Plain:
-    """Text as it comes, for a file, a pipe, or a terminal that asks for no more."""
+    """Plain text, for a file, a pipe, or a terminal without colours."""
 
     live = False
     panel: Panel | None = None
 
     def __init__(self, write: Callable[[str], None], *, safe: bool = True) -> None:
-        """`safe`: `write` reaches a terminal, which must not be told what to do by a model."""
+        """`safe`: make control characters visible, because `write` reaches a terminal that would
+        obey them."""
         self.thoughts = True
         self.write = write
         self._safe = safe
@@ -79,7 +79,7 @@ class Plain:
 
 
 class Rendered:
-    """Markdown and dimmed thoughts in a terminal."""
+    """Markdown in a terminal, with dimmed thoughts."""
 
     live = True
 
@@ -88,10 +88,10 @@ class Rendered:
         self.panel: Panel | None = None
         self._console = console
         self._live: Live | None = None
-        self._source = ""  # of the block that grows
+        self._source = ""  # Markdown of the growing block
         self._thinking = False
-        self._begun = False  # something of the answer is on the screen for good
-        self._next_drawing = 0.0  # by `time.monotonic`
+        self._begun = False  # whether a block of this answer has been printed
+        self._next_drawing = 0.0  # earliest time of the next drawing, by `time.monotonic`
 
     def write(self, text: str) -> None:
         print(text, end="", flush=True)
@@ -104,7 +104,7 @@ class Rendered:
             self._thinking = piece.thought
         self._source += printable(piece.text)
         begin = time.monotonic()
-        if begin >= self._next_drawing:  # reading a long list takes long, too: not at every line
+        if begin >= self._next_drawing:  # parsing a long list is slow, so not after every piece
             *over, self._source = self._blocks(self._source)
             for block in over:
                 self._settle(block)
@@ -122,7 +122,7 @@ class Rendered:
             self._live = None
 
     def _blocks(self, source: str) -> list[str]:
-        """The blocks of `source`: all but the last will not change any more."""
+        """Split `source` into blocks. All but the last are finished."""
         if self._thinking:
             over, newline, rest = source.rpartition("\n")
             return [over + newline, rest]
@@ -133,13 +133,13 @@ class Rendered:
         return ["".join(lines[begin:end]) for begin, end in pairwise(edges)]
 
     def _settle_all(self) -> None:
-        """Print what there is for good: nothing follows in this voice."""
+        """Print everything that is left, because the thoughts or the answer are over."""
         for block in self._blocks(self._source):
             self._settle(block)
         self._source = ""
 
     def _settle(self, source: str) -> None:
-        """Print a block for good."""
+        """Print a finished block."""
         if not source.strip() or (self._thinking and not self.thoughts):
             return
         if self._thinking:
@@ -152,17 +152,17 @@ class Rendered:
 
     def _print(self, what: RenderableType) -> None:
         if self._live is not None:
-            self._live.update("")  # the block that grew is this one now
+            self._live.update("")  # the growing block is now printed as a finished one
         self._console.print(what)
 
     def _draw(self) -> None:
-        """Draw the block that grows, and the panel, where they were drawn before."""
+        """Draw the growing block and the panel again, in place."""
         if self._live is None:
             self._live = Live(
                 console=self._console, auto_refresh=False, transient=True, redirect_stdout=False
             )
             self._live.start()
-            self._console.show_cursor(True)  # or a program that is killed leaves none
+            self._console.show_cursor(True)  # a killed program must not leave the cursor hidden
         growing: RenderableType
         if self._thinking:
             growing = Text(self._source if self.thoughts else THINKING, style="dim")
@@ -175,8 +175,8 @@ class Rendered:
 
 
 class _Lines:
-    """Something without blank lines around it, which rich draws around some blocks; the last
-    `most` lines of it."""
+    """Draws something without the blank lines that rich puts around some blocks, or only its last
+    `most` lines."""
 
     def __init__(self, what: RenderableType, most: int | None = None) -> None:
         self._what = what
@@ -197,8 +197,8 @@ class _Lines:
 
 
 def _without_padding(line: list[Segment]) -> list[Segment]:
-    """`line` without the spaces that fill it up: terminals disagree about how wide emoji and
-    combined letters are, and a line as wide as the terminal would break."""
+    """Remove the spaces that fill a line up to the terminal's width. Terminals disagree about the
+    width of emoji and combining characters, so that a full line may wrap."""
     kept = list(line)
     while kept:
         text, style, control = kept.pop()
@@ -213,8 +213,8 @@ def _blank(line: list[Segment]) -> bool:
     return not any(segment.text.strip() for segment in line)
 
 
-# As `rich.markdown` reads it, but for what that does not draw: HTML and definitions of links stay
-# text, an image is a link.
+# The parser of `rich.markdown`, except that nothing is dropped: HTML and link definitions, which
+# rich does not draw, stay text, and an image becomes a link.
 _PARSER = (
     MarkdownIt("commonmark", {"html": False, "maxNesting": 4 * DEEPEST})
     .enable(["strikethrough", "table"])
@@ -222,13 +222,13 @@ _PARSER = (
 )
 
 
-@functools.lru_cache(maxsize=1)  # a block is looked at for its end, and then drawn
+@functools.lru_cache(maxsize=1)  # a block is parsed to find its end, then again to be drawn
 def _tokens(source: str) -> list[Token]:
     return _PARSER.parse(source)
 
 
 def _drawn(source: str) -> RenderableType:
-    """Markdown of which nothing is left out; as it stands where it is nested too deep for lines."""
+    """Draw Markdown without leaving anything out, or plain text where it is nested too deeply."""
     tokens = _tokens(source)
     if max((token.level for token in tokens), default=0) > DEEPEST:
         return Text(source)

@@ -1,9 +1,4 @@
-"""Reading messages and commands until the end of a conversation.
-
-Knows: what one message is, what ends a chat and what only ends an answer. Does not know: where
-lines come from (`offload.terminal`), what is done with them (`offload.chat`,
-`offload.chat_commands`).
-"""
+"""The loop of a chat: read a message or a command, answer it, until the user leaves."""
 
 from __future__ import annotations
 
@@ -18,12 +13,11 @@ QUOTES = '"""'
 
 
 def converse(chat: Chat, read: Callable[[str], str], first: str | None = None) -> None:
-    """Answer the message `first`, if there is one, then read and answer until `/bye` or the end of
-    the input (`EOFError`).
+    """Answer `first`, if it is given, then read and answer messages until `/bye` or the end of the
+    input (`EOFError`).
 
-    An error in an answer or a command is told in one line and the chat goes on; one in reading or
-    writing ends it, since there is nobody to talk to.
-    """
+    An error in an answer or a command is shown in one line and the chat goes on. An error in
+    reading or writing ends the chat, because nobody is there to talk to."""
     waiting = [] if first is None else [(first, True)]
     while True:
         try:
@@ -40,7 +34,8 @@ def converse(chat: Chat, read: Callable[[str], str], first: str | None = None) -
 
 
 def read_message(read: Callable[[str], str]) -> tuple[str, bool]:
-    """One message from `read(prompt)`, and whether three quotes began and ended it."""
+    """Read one message with `read(prompt)`. The second value says whether three quotes enclose
+    it."""
     line = read(">>> ")
     if not line.startswith(QUOTES):
         return line, False
@@ -52,14 +47,14 @@ def read_message(read: Callable[[str], str]) -> tuple[str, bool]:
 
 
 def is_command(text: str) -> bool:
-    """Whether a message that no quotes enclose is a command. One of several lines, pasted say, is
-    none, but for a system prompt."""
+    """Whether an unquoted message is a command. A message of several lines, for example a pasted
+    one, is a command only if it sets the system prompt."""
     several_lines = "\n" in text.strip()
     return text.startswith("/set system " if several_lines else "/")
 
 
 def _answer(chat: Chat, text: str, quoted: bool) -> bool:
-    """Carry out a command or answer a message; False means leave."""
+    """Carry out a command or answer a message. Return False if the chat is over."""
     try:
         if is_command(text) and not quoted:
             return obey(chat, text.strip())

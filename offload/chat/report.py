@@ -1,8 +1,4 @@
-"""Figures as lines of text.
-
-Knows: the formats users of llama.cpp and ollama already read. Does not know: where they are
-printed.
-"""
+"""Figures as lines of text, in the formats that users of llama.cpp and ollama know."""
 
 from __future__ import annotations
 
@@ -23,7 +19,7 @@ from offload.units import gib
 
 
 def pack_line(path: Path) -> str:
-    """What a pack is, and what to do with it."""
+    """One line about a new pack: its size, its bits, and the command that opens it."""
     with contextlib.closing(Pack(path)) as pack:
         weight = pack.total_bytes * 8 / pack.parameters
         how = f"{weight:.1f} bits a weight, {bits_name(pack.info)}"
@@ -31,15 +27,15 @@ def pack_line(path: Path) -> str:
 
 
 def timings(response: GenerationResponse) -> str:
-    """llama.cpp's line after an answer."""
+    """The line that llama.cpp prints after an answer."""
     return (
         f"[ Prompt: {response.prompt_tps:.1f} t/s | Generation: {response.generation_tps:.1f} t/s ]"
     )
 
 
 def verbose_rows(response: GenerationResponse, load_seconds: float) -> str:
-    """ollama's rows after an answer; as there, only one that waited for the model has a load
-    duration, and a prompt's tokens are those that were read."""
+    """The rows that ollama prints after an answer. As in ollama, the load duration appears only
+    when the answer waited for the model, and the prompt count leaves out tokens from the cache."""
     cached = response.cached_tokens
     read = f"{response.prompt_tokens - cached} token(s)" + (
         f" (+{cached} cached)" if cached else ""
@@ -63,7 +59,7 @@ def _duration(seconds: float) -> str:
 
 
 def counters(stats: Stats) -> str:
-    """All that was counted since the model was loaded, in three lines."""
+    """All statistics since the model was loaded, in three lines."""
     counts = stats.counts
     return (
         f"{stats.line()}\n"
@@ -75,8 +71,8 @@ def counters(stats: Stats) -> str:
 
 
 def live_panel(response: GenerationResponse | None, offload: Offload) -> Text:
-    """Speed (tokens/s), hits, MiB loaded a token, and where the resident experts are, while an
-    answer comes. Takes a few milliseconds for thousands of experts: `Rendered` draws it seldom."""
+    """The panel below an answer while it arrives: speed in tokens/s, hits, MiB loaded a token, and
+    a map of the resident experts. It takes a few milliseconds for thousands of experts."""
     if response is None:
         return Text()
     counts, info = response.experts.counts, offload.pack.info
@@ -89,5 +85,6 @@ def live_panel(response: GenerationResponse | None, offload: Offload) -> Text:
 
 
 def experts_map(cache: Cache, info: PackInfo) -> str:
-    """A row a layer, a sign an expert, for where stdout goes."""
+    """The map of experts for `/show experts`: a row for each layer and a sign for each expert, in
+    characters that stdout can show."""
     return show(of_cache(cache, [layer.num_experts for layer in info.layers]), sys.stdout)

@@ -1,7 +1,4 @@
-"""Conversations kept as readable JSON under the runtime's home.
-
-Knows: names, files, what such a file holds. Does not know: what a chat does with it.
-"""
+"""Saved conversations, as readable JSON files under the runtime's home folder."""
 
 from __future__ import annotations
 
@@ -17,21 +14,22 @@ from offload.generation.stream import Message
 from offload.sampling import PARAMETERS, Sampling
 
 NAME = re.compile(r"[\w.-]+")
-UNUSABLE = (ValueError, OverflowError, RecursionError)  # what JSON and its numbers may raise
+UNUSABLE = (ValueError, OverflowError, RecursionError)  # raised by JSON and number conversion
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What else is set in a conversation, beside sampling."""
+    """The settings of a conversation other than sampling."""
 
-    num_predict: int | None  # most tokens of an answer; None: as many as fit
-    think: bool | None  # asked of the template; None: as the template has it
-    thoughts: bool  # shown
+    num_predict: int | None  # longest answer in tokens; None: as long as fits
+    think: bool | None  # passed to the chat template; None leaves the template's default
+    thoughts: bool  # whether thoughts are shown
     stop: tuple[str, ...]
 
     @classmethod
     def of(cls, data: dict[str, Any]) -> Settings:
-        """As `asdict` and JSON have left it. Raises `KeyError`, `TypeError` or `ValueError`."""
+        """Check and convert the dictionary from a saved file. Raises `KeyError`, `TypeError` or
+        `ValueError`."""
         made = cls(data["num_predict"], data["think"], data["thoughts"], tuple(data["stop"]))
         count = made.num_predict
         if (
@@ -47,15 +45,15 @@ class Settings:
 
 @dataclass(frozen=True)
 class SavedChat:
-    """What a conversation is taken up with again."""
+    """Everything that is needed to continue a conversation."""
 
     system: str
     sampling: Sampling
     messages: list[Message]
-    settings: Settings | None = None  # None: a file of an earlier version, without them
+    settings: Settings | None = None  # None: the file comes from a version without settings
 
     def save(self, name: str) -> Path:
-        """Write it as `name`, and return the file. Raises `ChatError`."""
+        """Write the conversation under `name` and return the file. Raises `ChatError`."""
         file = _file(name)
         data: dict[str, Any] = {
             "system": self.system,
@@ -74,7 +72,8 @@ class SavedChat:
 
     @classmethod
     def load(cls, name: str) -> SavedChat:
-        """The conversation saved as `name`. Raises `ChatError` or what `Sampling` raises."""
+        """Read the conversation saved under `name`. Raises `ChatError`, or the error of `Sampling`
+        for parameters out of range."""
         file = _file(name)
         try:
             data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -98,7 +97,7 @@ class SavedChat:
 
 
 def saved_names() -> list[str]:
-    """Names that `SavedChat.load` takes."""
+    """The names of all saved conversations."""
     return sorted(file.stem for file in (offload_home() / "conversations").glob("*.json"))
 
 

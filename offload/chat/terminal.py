@@ -1,8 +1,4 @@
-"""Where the chat's messages come from, and what its answers are shown on.
-
-Knows: prompt_toolkit, what a terminal can do, and what to do when there is none. Does not know:
-what the messages mean.
-"""
+"""The terminal of a chat, or the pipe in its place: where lines come from and where answers go."""
 
 from __future__ import annotations
 
@@ -26,7 +22,7 @@ from offload.files import offload_home
 
 
 class Slashes(Completer):
-    """Completes slash commands; nothing in messages."""
+    """Completes slash commands, and leaves messages alone."""
 
     def __init__(self) -> None:
         self._files = PathCompleter(expanduser=True)
@@ -37,7 +33,7 @@ class Slashes(Completer):
         text = document.text_before_cursor
         if not text.startswith("/") or "\n" in text:
             return
-        if text.startswith("/read "):  # a file's name may have spaces
+        if text.startswith("/read "):  # a file name may contain spaces
             file = Document(text.removeprefix("/read ").lstrip())
             yield from self._files.get_completions(file, complete_event)
             return
@@ -49,20 +45,20 @@ class Slashes(Completer):
 
 
 def reader() -> Callable[[str], str]:
-    """Asks for one message: with editing, history and completion at a terminal, else a line of
-    stdin without a prompt.
+    """Return a function that asks for one message and raises `EOFError` at the end of the input.
 
-    At a terminal Alt-Enter begins a new line, so does Enter between three quotes, and what is
-    pasted stays one message. Raises `EOFError` at the end of the input.
+    At a terminal it offers editing, history and completion: Alt-Enter begins a new line, Enter does
+    so inside three quotes, and pasted text stays one message. Elsewhere it reads a line of stdin
+    and shows no prompt.
     """
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no text ends no chat
+            sys.stdin.reconfigure(errors="surrogateescape")  # invalid UTF-8 must not end the chat
         return _read_plain
     session: PromptSession[str] = PromptSession(
         history=_history(),
         completer=Slashes(),
-        complete_while_typing=False,  # the arrows belong to the history
+        complete_while_typing=False,  # otherwise the arrow keys would choose completions
         multiline=True,
         prompt_continuation="... ",
         key_bindings=_keys(),
@@ -75,7 +71,7 @@ def reader() -> Callable[[str], str]:
 
 
 def is_open(text: str) -> bool:
-    """Whether three quotes began a message and none have ended it yet."""
+    """Whether a message was opened with three quotes and is not closed yet."""
     return text.startswith('"""') and not (len(text) > 5 and text.rstrip().endswith('"""'))
 
 
@@ -98,7 +94,8 @@ def _keys() -> KeyBindings:
 
 
 def display() -> Display:
-    """What answers are shown on: drawn at a terminal, as they are elsewhere."""
+    """Return what shows the answers: Markdown at a terminal, plain text elsewhere or when
+    `NO_COLOR` or a dumb terminal asks for it."""
     console = Console(soft_wrap=False)
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     if console.is_terminal and sys.stdout.isatty() and not plain:
@@ -111,7 +108,7 @@ def _write(text: str) -> None:
 
 
 class _History(FileHistory):
-    """A history that a full disk makes forgetful, not one that ends the chat."""
+    """A history file. If a line cannot be stored, on a full disk say, the chat goes on."""
 
     def store_string(self, string: str) -> None:
         with contextlib.suppress(OSError):

@@ -1,7 +1,5 @@
-"""A reasoning model's answer in two voices: what it thinks, and what it says.
-
-Knows: the marks that models put around their thoughts. Does not know: how either is shown.
-"""
+"""Tells a reasoning model's thoughts from its answer by the marks that models put around
+thoughts."""
 
 from __future__ import annotations
 
@@ -12,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from offload.generation.text import held_back
 
-# Opening and closing marks: Qwen3, DeepSeek-R1, GLM; Mistral; Seed-OSS; gpt-oss (harmony, whose
-# final message may also come without any thoughts before it); Gemma 4.
+# Opening and closing marks of, in this order: Qwen3, DeepSeek-R1 and GLM; Mistral; Seed-OSS;
+# gpt-oss (the harmony format, whose final message may also come without thoughts); Gemma 4.
 MARKS = (
     ("<think>", "</think>"),
     ("[THINK]", "[/THINK]"),
@@ -24,39 +22,40 @@ MARKS = (
     ),
     ("<|channel>thought\n", "<channel|>"),
 )
-DROPPED = ("<|channel|>final<|message|>",)  # opens an answer that no thoughts precede
+DROPPED = ("<|channel|>final<|message|>",)  # opens an answer that comes without thoughts
 
 
 class Piece(NamedTuple):
-    """Some text, and whose it is."""
+    """Some text, and whether it is a thought or part of the answer."""
 
     text: str
     thought: bool
 
 
 class Voices:
-    """Tells thoughts from the answer in text that comes piece by piece.
+    """Splits text that arrives piece by piece into thoughts and answer.
 
-    Thoughts come before the answer. In it a mark that is text, as in an explanation of such marks,
-    is text; one that is a special token still opens thoughts.
+    Thoughts come before the answer. Inside the answer, a mark spelled out as ordinary text, for
+    example in an explanation of such marks, counts as text; a mark that is a special token still
+    opens thoughts.
     """
 
     def __init__(self, prompt: str = "", specials: Sequence[str] = ()) -> None:
-        """`prompt`: the end of what the model was given, which may open its thoughts already;
-        `specials`: special tokens' texts, to be dropped where they are no marks."""
+        """`prompt`: the end of the prompt, which may already open the thoughts. `specials`: the
+        texts of special tokens, which are dropped unless they are marks."""
         marks = {mark for pair in MARKS for mark in pair}
         self._dropped = tuple(DROPPED) + tuple(text for text in specials if text not in marks)
         self._tokens = tuple(mark for mark, _ in MARKS if mark.startswith(tuple(specials)))
-        self._answering = False  # something of the answer was said
-        self._close: str | None = None  # the mark that ends the thoughts being read
-        self._held = ""  # may turn out to begin a mark
-        self._fresh = True  # nothing was said since the voice changed
+        self._answering = False  # whether any text of the answer has arrived
+        self._close: str | None = None  # the mark that ends the current thoughts; None: the answer
+        self._held = ""  # text that may turn out to be the beginning of a mark
+        self._fresh = True  # no text has arrived since the last mark
         for opening, closing in MARKS:
             if prompt.rstrip().endswith(opening.rstrip()):
                 self._close = closing
 
     def push(self, text: str) -> Iterator[Piece]:
-        """What is certain after more `text`."""
+        """Take more `text`, and yield the pieces whose voice is now certain."""
         self._held += text
         while (met := self._first_mark()) is not None:
             at, mark = met
@@ -68,12 +67,13 @@ class Voices:
         self._held = self._held[certain:]
 
     def finish(self) -> Iterator[Piece]:
-        """What was held back when the answer ends."""
+        """Yield the text that was held back, because the answer is over."""
         rest, self._held = self._held, ""
         yield from self._piece(rest)
 
     def _first_mark(self) -> tuple[int, str] | None:
-        """Where the first mark is that is not the beginning of a longer one."""
+        """Return the position and text of the first mark, unless it may still become a longer
+        one."""
         marks = self._awaited()
         found = [
             (at, -len(mark), mark)
@@ -95,7 +95,7 @@ class Voices:
         return (*openings, *self._dropped)
 
     def _counts(self, mark: str, before: str) -> bool:
-        """Whether `mark` is one after the text `before`, which was not said yet."""
+        """Whether `mark` counts as a mark after the text `before`, which was not yielded yet."""
         if self._close is not None or mark in self._tokens or mark in self._dropped:
             return True
         return not before.strip()
@@ -107,7 +107,7 @@ class Voices:
             self._close, self._fresh = closing, True
 
     def _piece(self, text: str) -> Iterator[Piece]:
-        if self._fresh:  # marks stand on lines of their own
+        if self._fresh:  # a mark stands on its own line, so line breaks after it are dropped
             text = text.lstrip("\n")
         if text:
             self._fresh = False
@@ -116,6 +116,6 @@ class Voices:
 
 
 def marks_are_special(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether marks are special tokens, which decoding would leave out."""
+    """Whether the marks are special tokens, which decoding leaves out unless told otherwise."""
     specials = tuple(tokenizer.all_special_tokens)
     return any(opening.startswith(specials) for opening, _ in MARKS)

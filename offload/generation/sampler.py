@@ -1,3 +1,5 @@
+"""Tokens drawn from logits, as sampling options ask."""
+
 from __future__ import annotations
 
 import torch

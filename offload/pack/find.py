@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from offload.budget.resolve import Planner
+from offload.budget.resolve import Resolver
 from offload.errors import BudgetError, SourceError
 from offload.files import offload_home, user_path
 from offload.model import demo, sources
@@ -51,12 +51,12 @@ def find_or_make_pack(
     local_files_only: bool = False,
     trust_remote_code: bool = False,
     device: torch.device = CPU,
-    plan: Planner | None = None,
+    resolver: Resolver | None = None,
 ) -> Path:
     """The folder of the pack for `source`, made if need be, at `destination` or under `pack_dir`.
 
-    Weights are quantised on `device`. A pack that `plan` refuses is not made. Without a `recipe`,
-    the one that fits the memory of `plan` (which is then needed) is taken.
+    Weights are quantised on `device`. A pack that does not fit, as `resolver` tells, is not made.
+    Without a `recipe`, the one that fits (then `resolver` is needed) is taken.
     """
     found = find_source(
         source,
@@ -83,17 +83,17 @@ def find_or_make_pack(
     sources.fetch_weights(found, local_files_only=local_files_only)
     maker = PackMaker(PackSource(found.name, mark, found.folder), model, experts)
     if recipe is None:
-        assert plan is not None, "what fits depends on a plan"
-        recipe = _fitting_recipe(maker, plan, config, model, place)
-    if plan is not None:
-        plan(maker.describe(recipe), config, model)
+        assert resolver is not None, "what fits depends on the machine"
+        recipe = _fitting_recipe(maker, resolver, config, model, place)
+    if resolver is not None:
+        resolver.fit(maker.describe(recipe), config, model)
     maker.make(place(recipe), recipe, device)
     return place(recipe)
 
 
 def _fitting_recipe(
     maker: PackMaker,
-    plan: Planner,
+    resolver: Resolver,
     config: PreTrainedConfig,
     model: PreTrainedModel,
     place: Callable[[Recipe], Path],
@@ -103,24 +103,25 @@ def _fitting_recipe(
     A pack that was made before is preferred while all of its experts are resident: free memory
     differs from one start to the next, and quantising takes long.
     """
-    everything = replace(plan, slots=None)
+    everything = replace(resolver, options=replace(resolver.options, expert_slots=None))
+    device, memory = resolver.place.device, resolver.place.memory
 
     def resident(recipe: Recipe) -> bool:
         info = maker.describe(recipe)
         try:
-            return everything(info, config, model).slots >= info.total_experts
+            return everything.fit(info, config, model).slots >= info.total_experts
         except BudgetError:
             return False
 
     def in_ram(recipe: Recipe) -> bool:  # without a GPU, this is what `resident` says
-        host = plan.memory.ram if plan.device.type != "cpu" else 0
+        host = memory.ram if device.type != "cpu" else 0
         return maker.describe(recipe).expert_bytes < host
 
     def made(recipe: Recipe) -> bool:
         return is_pack(place(recipe)) and resident(recipe)
 
     chosen, best = most_bits(made, resident, in_ram), most_bits(resident, in_ram)
-    space = f"{plan.memory.device / 2**30:.1f} GiB"
+    space = f"{memory.device / 2**30:.1f} GiB"
     if chosen != best:
         logger.warning("%s is here and fits %s; --bits %s would too", chosen.name, space, best.name)
     elif resident(chosen):

@@ -11,14 +11,12 @@ from benchmarks.cuda_check.setting import Setting
 from benchmarks.cuda_check.store import Store
 from benchmarks.cuda_check.suite import MARK, ON_GPU, files_with, verdicts_in
 
-DEVICE = "tests/offload/device/"
+DEVICE = "tests/offload/engine/device/"
 
 
 def test_tests_that_need_a_gpu_and_tests_that_use_one_are_found() -> None:
     marked = {"test_whole_traces.py", "test_gpu_answers.py"}
-    assert {"tests/offload/test_cuda.py", *(DEVICE + name for name in marked)} <= set(
-        files_with(MARK)
-    )
+    assert {"tests/test_cuda.py", *(DEVICE + name for name in marked)} <= set(files_with(MARK))
     wherever = {"test_whole_traces.py", "test_decisions.py", "test_gather.py"}
     assert {"tests/quant/test_experts.py", *(DEVICE + name for name in wherever)} <= set(
         files_with(ON_GPU)

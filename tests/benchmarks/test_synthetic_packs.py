@@ -75,7 +75,7 @@ class Bare(PathFinder):
         return None if name in hidden else PathFinder.find_spec(name, path, target)
 sys.meta_path[sys.meta_path.index(PathFinder)] = Bare
 import offload
-from offload.generation import stream_generate
+from offload import stream_generate
 model, tokenizer = offload.load(sys.argv[1], device="cpu", expert_slots="50%")
 steps = list(stream_generate(model, tokenizer, [3, 4, 5], max_new_tokens=3))
 assert len(steps) == 3

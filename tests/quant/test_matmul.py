@@ -223,8 +223,8 @@ def test_code_for_other_processors_is_right(name: str, monkeypatch: pytest.Monke
 FRESH_PROCESS = """
 import sys
 import torch
-from quant import matmul
-from quant.scheme import Scheme
+from offload.quant import matmul
+from offload.quant.scheme import Scheme
 assert "llvmlite" not in sys.modules, "a model without packed weights would pay for it"
 assert not matmul.bfloat16_is_quick()
 view, x = matmul.sample_matrix(128, 128, Scheme(4)), torch.randn(3, 128).bfloat16()

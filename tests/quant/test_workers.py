@@ -88,7 +88,7 @@ def test_a_folder_called_quant_where_the_user_works_is_not_run(
 
 INTERRUPTED = """
 import sys, time
-from quant.workers import WorkerEncoder
+from offload.quant.workers import WorkerEncoder
 with WorkerEncoder(2):
     print("started", flush=True)
     try:

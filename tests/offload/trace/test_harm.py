@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,10 +56,8 @@ def slow_link(monkeypatch: pytest.MonkeyPatch) -> None:
         time.sleep(COPY_SECONDS * size / record_bytes[0])
         return memmove(target, source, size)
 
-    class Slow:
-        memmove = staticmethod(slow)
-
-    monkeypatch.setattr(transfer_module, "ctypes", Slow)
+    played = SimpleNamespace(**{**vars(ctypes), "memmove": slow})
+    monkeypatch.setattr(transfer_module, "ctypes", played)
     monkeypatch.setattr(transfer_module, "CHUNK", 1 << 10)
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from offload import loading
 from offload.engine.compute import Grouped
 from offload.engine.handle import offload_of
 from offload.generation.stream import forward
-from offload.transfer import cards as per_card
 from tests.offload.engine.device.conftest import Load
 
 
@@ -16,7 +16,7 @@ from tests.offload.engine.device.conftest import Load
 def test_logits_are_those_of_the_host_planned_engine(
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(per_card, "OneByOne", Grouped)  # the same products on both sides
+    monkeypatch.setattr(loading, "compute_of", Grouped)  # the same products on both sides
     logits = []
     for engine in ("host", "device"):
         model = load("mixtral", engine)
