@@ -35,7 +35,8 @@ from transformers import (
 from offload.errors import SourceError
 from offload.files import offload_home
 from offload.model.formats.gguf import GgufFile
-from offload.model.formats.gguf_model import GgufSource, gguf_tokenizer
+from offload.model.formats.gguf_config import gguf_tokenizer
+from offload.model.formats.gguf_model import GgufSource
 from offload.quant.pack import file_sha256
 from offload.quant.pack_writer import take_turn
 

@@ -6,6 +6,7 @@ the place of an experts module.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ MATRICES = ("gate_up_proj", "up_proj", "down_proj")
 MOST_LAYERS = 4096  # a config that asks for more is damaged, and building would take very long
 # The names that configs have for the number of experts that a token is sent to.
 CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "num_experts_per_token")
+LAYER = re.compile(r"(.*?)\.(\d+)\.")  # of a module's path: "model.layers" and the index
 
 
 class ExpertBlock(Protocol):
@@ -286,3 +288,9 @@ def find_router(model: nn.Module, experts_path: str, num_experts: int) -> nn.Mod
         if weights and not is_experts_module(child):
             return child
     return None
+
+
+def layer_of(path: str) -> int | None:
+    """The decoder layer of the module at `path`; None for a module outside of all layers."""
+    match = LAYER.match(path)
+    return int(match[2]) if match else None

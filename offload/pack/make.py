@@ -25,10 +25,10 @@ from offload.errors import CheckpointError
 from offload.files import read_object, unreadable
 from offload.model.checkpoint import Checkpoint
 from offload.model.formats.gguf import is_gguf
-from offload.model.formats.gguf_model import save_config_files
-from offload.model.formats.opening import files_of, open_weights
+from offload.model.formats.gguf_config import save_config_files
 from offload.model.formats.safetensors import DTYPES, INDEX, SafetensorsSource
 from offload.model.seam import ExpertsModule
+from offload.model.sources import files_of, open_weights
 from offload.pack.describe import Describer, PackSource
 from offload.pack.recipe import Recipe
 from offload.progress import Progress

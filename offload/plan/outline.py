@@ -16,10 +16,10 @@ from offload.files import read_object
 from offload.model import demo, sources
 from offload.model.checkpoint import Checkpoint
 from offload.model.formats.gguf import is_gguf
-from offload.model.formats.opening import open_weights
 from offload.model.formats.safetensors import INDEX, SINGLE, weight_files
 from offload.model.formats.source import ExpectedSource
 from offload.model.seam import build_on_meta, chosen_experts, find_experts, model_class, own_config
+from offload.model.sources import open_weights
 from offload.pack.describe import Describer, PackSource
 from offload.pack.recipe import Recipe
 from offload.quant.pack import PackInfo, read_info

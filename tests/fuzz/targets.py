@@ -34,7 +34,7 @@ from offload.loading import _tokenizer as load_tokenizer
 from offload.main import build_parser
 from offload.model import sources
 from offload.model.formats.gguf import GgufFile
-from offload.model.formats.gguf_model import gguf_config
+from offload.model.formats.gguf_config import gguf_config
 from offload.model.formats.safetensors import INDEX, SafetensorsSource, weight_files
 from offload.model.sources import check_generation_config
 from offload.pack.recipe import Recipe
