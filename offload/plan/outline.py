@@ -12,10 +12,10 @@ from offload.files import read_object
 from offload.model import demo, sources
 from offload.model.checkpoint import Checkpoint
 from offload.model.formats.gguf import is_gguf
-from offload.model.formats.opening import open_weights
 from offload.model.formats.safetensors import INDEX, SINGLE, weight_files
 from offload.model.formats.source import ExpectedSource
 from offload.model.seam import build_on_meta, chosen_experts, find_experts, model_class, own_config
+from offload.model.sources import open_weights
 from offload.pack.describe import Describer, PackSource
 from offload.pack.recipe import Recipe
 from offload.quant.pack import PackInfo, read_info
@@ -68,10 +68,10 @@ def outline(
 
     Of a hub model only config.json and the weights' index are fetched. Raises `OffloadError`.
     """
-    if name == sources.DEMO and not demo.place().is_dir():
+    if name == sources.DEMO and not demo.demo_folder().is_dir():
         return _outline(name, demo.planned_config(), None, None, trust_remote_code)
     found = (
-        sources.Source(name, demo.place(), is_pack=False)
+        sources.FoundModel(name, demo.demo_folder(), is_pack=False)
         if name == sources.DEMO
         else sources.find(
             name,
