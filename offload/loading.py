@@ -22,13 +22,11 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 from offload.budget.blocks import Layers, device_of
 from offload.budget.budget import hold_vram
 from offload.budget.resolve import Gpus, Planner, find_place
-from offload.cache.cache import ExpertCache
-from offload.cache.guesses import WITH_ROUTER, Lookahead
-from offload.engine.compute import cache_of, compute_of
+from offload.cache.guesses import WITH_ROUTER
 from offload.engine.cpu_linear import OneTokenLinear, native_is_quicker
 from offload.engine.crossing import Crossing
-from offload.engine.engine import Engine
-from offload.engine.handle import Decoding, Offload
+from offload.engine.engine import make_engine
+from offload.engine.handle import Offload
 from offload.engine.warm import read_hot
 from offload.errors import CheckpointError, UnsupportedModelError
 from offload.model import sources
@@ -51,7 +49,7 @@ from offload.options import Card, Options
 from offload.pack.find import check_recipe, find_or_make_pack
 from offload.pack.recipe import AskedBits
 from offload.progress import without_bars
-from offload.quant.errors import OffloadError, PackError
+from offload.quant.errors import PackError
 from offload.quant.pack import REMAKE, Pack, PackInfo
 from offload.quant.record import view_record
 from offload.residency import ALLOCATION, POLICY, PREDICTOR, Residency
@@ -68,41 +66,6 @@ def check_engine(name: str) -> None:
     """Raise `UnsupportedModelError` for a name that is none."""
     if name not in ENGINES:
         raise UnsupportedModelError(f"there is no engine {name!r}: choose {' or '.join(ENGINES)}")
-
-
-def make_engine(
-    asked: str, info: PackInfo, options: Options, transfer: Transfer, ahead: Lookahead, k: int
-) -> tuple[Engine, Decoding | None]:
-    """The engine, and what gives tokens a step behind where that is possible.
-
-    With several cards it is the host's, which is said where the device's was asked for or to be
-    expected. Raises `OffloadError` where `asked` is the device's and there is no GPU.
-    """
-    residency = options.residency
-    cache, compute = cache_of(info, options), compute_of(info, transfer)
-    cuda = options.device.type == "cuda"
-    wants_device = asked == "device" or (asked == "auto" and cuda)
-    if not isinstance(cache, ExpertCache) or options.cards:
-        if wants_device:
-            logger.warning("steps are planned on the host: the model is on several cards")
-    elif wants_device:
-        refused = ""
-        try:
-            from offload.engine.device import make as making
-            from offload.generation.tokens import Loops
-        except ImportError as error:
-            refused = f"it needs Triton ({error})"
-        else:
-            wanted = making.Wanted(residency, ahead, options.slots, k, options.staging)
-            refused = making.why_not(wanted, transfer)
-            if not refused:
-                engine = making.make(info, cache, transfer, compute, wanted)
-                return engine, Loops(engine)
-        if not cuda:
-            raise OffloadError(f"there is no device-planned engine here: {refused}: choose host")
-        logger.warning("steps are planned on the host, with a wait at every layer: %s", refused)
-    balance = residency.balance()
-    return Engine(info, cache, transfer, compute, balance, ahead, options.staging), None
 
 
 def load(
@@ -322,7 +285,12 @@ def _connect(
         )
     ahead = options.residency.ahead(everything_fits=options.slots >= info.total_experts)
     k = chosen_experts(model.config)
-    engine, decoding = make_engine(asked_engine, info, options, transfer, ahead, k)
+    engine = make_engine(asked_engine, info, options, transfer, ahead, k)
+    decoding = None
+    if engine.device is not None:
+        from offload.generation.tokens import Loops  # loads Triton
+
+        decoding = Loops(engine, engine.device)
     for module in experts_modules(model):
         install(module, engine.add_layer(module))
     engine.watch_calls(model)
