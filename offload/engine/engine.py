@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from offload.cache.cache import ExpertCache
-from offload.cache.guesses import Lookahead
+from offload.cache.guesses import Lookahead, LookaheadBalance
 from offload.cache.interface import Cache
 from offload.engine.compute import cache_of, compute_of
 from offload.engine.host import HostPlanned
@@ -22,7 +22,7 @@ from offload.engine.layer import Call, Layer
 from offload.engine.recording import RoutingTrace
 from offload.engine.stats import Stats
 from offload.errors import NO_MEMORY, GenerationError
-from offload.options import Options
+from offload.options import Fit
 from offload.quant.errors import OffloadError
 from offload.quant.pack import PackInfo
 from offload.transfer.base import Transfer
@@ -45,7 +45,7 @@ class Engine:
 
     def __init__(self, host: HostPlanned, device: DevicePlanned | None = None) -> None:
         """Without `device` the host plans everything."""
-        self._host, self.device = host, device
+        self.host, self.device = host, device
         self._on_device = False  # whether the device's table is what holds, and not the cache
         self.transfer = host.transfer
         self.layers = host.layers
@@ -61,17 +61,17 @@ class Engine:
     def cache(self) -> Cache:
         """Who is resident. Waits for the device, if that decides."""
         self.plan_on_host()
-        return self._host.cache
+        return self.host.cache
 
     @property
     def tokens(self) -> int:
         """How many tokens went through the first layer."""
-        return self._host.tokens
+        return self.host.tokens
 
     def add_layer(self, module: nn.Module) -> Layer:
         """The next MoE layer of the model."""
         index = len(self.layers)
-        layer = Layer(self.step, index, module, self._host.info.layers[index].num_experts)
+        layer = Layer(self.step, index, module, self.host.info.layers[index].num_experts)
         self.layers.append(layer)
         return layer
 
@@ -107,7 +107,7 @@ class Engine:
                 raise GenerationError("slots are reused, so gradients cannot be had: use no_grad()")
             if self._broken_off:
                 self._start_over()
-                self._host.warm_again()
+                self.host.warm_again()
             # Cleared only on success, so an exception or Ctrl-C at any point leaves it set.
             self._broken_off = True
             call = Call(layer, hidden, top_k_index, top_k_weights, self._reads_prompt)
@@ -124,15 +124,15 @@ class Engine:
             if one_token and (self._on_device or (begins and self.plan_on_device())):
                 return self.device
             self.plan_on_host()
-        return self._host
+        return self.host
 
     def plan_on_device(self) -> bool:
         """Give the device what the cache knows, between two tokens; False: the host has to plan."""
         if self._on_device or self.device is None:
             return self._on_device
-        if not self.device.computes or self._host.needed:
+        if not self.device.computes or self.host.needed:
             return False
-        self._host.settle()
+        self.host.settle()
         self.device.take_over(self._only_cache().state())
         self._on_device = True
         return True
@@ -148,7 +148,7 @@ class Engine:
         self._on_device = False
 
     def _only_cache(self) -> ExpertCache:
-        cache = self._host.cache
+        cache = self.host.cache
         assert isinstance(cache, ExpertCache), "a device that plans is the only one"
         return cache
 
@@ -178,17 +178,17 @@ class Engine:
         """Add what the device counted since it was asked last: `Table.counts` of some moment, maybe
         of one before the host was told."""
         assert self.device is not None
-        layers = self._host.cache.statistics.layers
+        layers = self.host.cache.statistics.layers
         before = [layer.loads for layer in layers]
         tokens = self.device.add_new(counts, layers)
         loads = [layer.loads - had for layer, had in zip(layers, before, strict=True)]
-        self._host.count_elsewhere(tokens, loads)
+        self.host.count_elsewhere(tokens, loads)
 
     def warm(self, hot: Iterable[tuple[int, int, float]]) -> None:
         """Load what was `hot` in an earlier run: layer, expert, decayed uses; hottest first."""
         with self._lock:
             self.plan_on_host()
-            self._host.warm(hot)
+            self.host.warm(hot)
 
     def settle(self) -> None:
         """Return when no copy is under way. Raises what a copy raised."""
@@ -196,12 +196,12 @@ class Engine:
             if self._broken_off:  # nobody knows which copies were begun
                 self._start_over()
             else:
-                self._host.settle()
+                self.host.settle()
 
     def spares(self, shortage: int) -> bool:
         """Whether steps can still be planned on the device when `shortage` bytes are given back."""
         assert self.device is not None
-        left = fewer_slots(self._host.cache.table.slots, shortage, self._host.info.slot_bytes)
+        left = fewer_slots(self.host.cache.table.slots, shortage, self.host.info.slot_bytes)
         return left >= self.device.fewest_slots
 
     @torch.inference_mode(False)  # what takes the old slots' place is written outside of it, too
@@ -213,7 +213,7 @@ class Engine:
         """
         with self._lock:
             self.plan_on_host()
-            host, table = self._host, self._host.cache.table
+            host, table = self.host, self.host.cache.table
             before = slots = table.slots
             least = host.cache.least_slots
             self._start_over()
@@ -248,7 +248,7 @@ class Engine:
                 self.count(self.device.counts())
             self._on_device = False
             self.device.forget_queued()
-        self._host.start_over()
+        self.host.start_over()
         self._broken_off = before
 
     def record(self, trace: RoutingTrace, noted_layers: int = 0) -> None:
@@ -260,21 +260,21 @@ class Engine:
         with self._lock:
             self.stop_recording()
             self._start_over()
-            self._host.record(trace, noted_layers)
+            self.host.record(trace, noted_layers)
 
     def stop_recording(self) -> None:
         """The routing trace is complete."""
-        self._host.stop_recording()
+        self.host.stop_recording()
 
     def record_bytes(self, layer: int) -> int:
         """Size of one expert's record."""
-        return self._host.record_bytes(layer)
+        return self.host.record_bytes(layer)
 
     def stats(self) -> Stats:
         """The figures of everything so far; subtract two to get what happened between them."""
         if self._on_device and self.device is not None and not self.device.counts_come:
             self.count(self.device.counts())
-        return self._host.stats()
+        return self.host.stats()
 
     def close(self) -> None:
         """Free the slots and end the copies; the model cannot be used afterwards."""
@@ -284,7 +284,7 @@ class Engine:
         self.closed = True
         for hook in self._hooks:
             hook.remove()
-        self._host.close()
+        self.host.close()
 
 
 def fewer_slots(slots: int, shortage: int, slot_bytes: int) -> int:
@@ -294,7 +294,7 @@ def fewer_slots(slots: int, shortage: int, slot_bytes: int) -> int:
 
 
 def make_engine(
-    asked: str, info: PackInfo, options: Options, transfer: Transfer, ahead: Lookahead, k: int
+    asked: str, info: PackInfo, fit: Fit, transfer: Transfer, ahead: Lookahead, k: int
 ) -> Engine:
     """The engine of a model each of whose tokens has `k` experts (0: not known).
 
@@ -302,15 +302,15 @@ def make_engine(
     cannot, where that was asked for or to be expected. Raises `OffloadError` where `asked` is
     "device" and there is no GPU.
     """
-    cache, compute = cache_of(info, options), compute_of(info, transfer)
+    cache, compute = cache_of(info, fit), compute_of(info, transfer)
     layers: list[Layer] = []
     device = None
-    if asked == "device" or (asked == "auto" and options.device.type == "cuda"):
-        if not isinstance(cache, ExpertCache) or options.cards:
+    if asked == "device" or (asked == "auto" and fit.device.type == "cuda"):
+        if not isinstance(cache, ExpertCache) or fit.cards:
             logger.warning("steps are planned on the host: the model is on several cards")
         else:
-            device, refused = _device_planned(info, options, transfer, ahead, k, layers)
-            if device is None and options.device.type != "cuda":
+            device, refused = _device_planned(info, fit, transfer, ahead, k, layers)
+            if device is None and fit.device.type != "cuda":
                 raise OffloadError(
                     f"there is no device-planned engine here: {refused}: choose host"
                 )
@@ -319,14 +319,15 @@ def make_engine(
                     "steps are planned on the host, with a wait at every layer: %s", refused
                 )
     # On the device a guess costs the host nothing, so it is not weighed.
-    balance = options.residency.balance() if device is None else None
-    host = HostPlanned(info, layers, cache, transfer, compute, balance, ahead, options.staging)
+    weighs = device is None and fit.options.lookahead is None
+    balance = LookaheadBalance() if weighs else None
+    host = HostPlanned(info, layers, cache, transfer, compute, balance, ahead, fit.staging)
     return Engine(host, device)
 
 
 def _device_planned(
     info: PackInfo,
-    options: Options,
+    fit: Fit,
     transfer: Transfer,
     ahead: Lookahead,
     k: int,
@@ -337,6 +338,6 @@ def _device_planned(
         from offload.engine.device import make
     except ImportError as error:
         return None, f"it needs Triton ({error})"
-    wanted = make.Wanted(options.residency, ahead, options.slots, k)
+    wanted = make.Wanted(fit.options.policy, ahead, fit.slots, k)
     refused = make.why_not(wanted, transfer)
     return (None, refused) if refused else (make.make(info, layers, transfer, wanted), "")

@@ -5,6 +5,7 @@ Knows: how to open one from the names `load` takes. Does not know: what it is co
 
 from __future__ import annotations
 
+import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -22,7 +23,7 @@ from offload.progress import without_bars
 def load_plain(
     source: str,
     *,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
     trust_remote_code: bool = False,

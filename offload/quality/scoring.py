@@ -198,7 +198,7 @@ def _at_once(model: PreTrainedModel) -> int:
     if model.config.get_text_config().model_type in READ_WHOLE:
         return sys.maxsize
     handle = getattr(model, "offload", None)  # transformers' own has none
-    return PIECE if handle is None else min(PIECE, handle.options.ubatch)
+    return PIECE if handle is None else min(PIECE, handle.fit.ubatch)
 
 
 def _pieces(count: int, at_once: int) -> Iterator[tuple[int, int]]:

@@ -40,7 +40,7 @@ class Question:
 
 def answer(question: Question) -> list[str]:
     """The prediction's lines. Raises `OffloadError`, also for what `cache` finds wrong."""
-    from offload.trace.timeline import check_writable, write
+    from offload.trace.timeline import check_writable
 
     file = question.timeline
     try:
@@ -53,7 +53,7 @@ def answer(question: Question) -> list[str]:
         prediction = simulate(trace, scenario, timeline)
     except CacheError as error:
         raise OffloadError(str(error)) from None
-    write(timeline, file)
+    timeline.write(file)
     return describe(trace, scenario, prediction)
 
 
