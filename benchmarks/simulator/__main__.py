@@ -13,12 +13,12 @@ from pathlib import Path
 
 from offload.cache.errors import CacheError
 from offload.cache.trace.replay import Setup
-from offload.cache.trace.timeline import Timeline
 from offload.cache.trace.trace import Trace
 from offload.quant.errors import OffloadError
 
 from benchmarks.simulator.outcome import SimulatedRun
 from benchmarks.simulator.simulator import SOFTWARE, Scenario, simulate
+from benchmarks.simulator.timeline import Timeline
 from offload import files
 from offload.machine.hardware import PROFILES, Hardware, find_hardware
 from offload.trace.show import open_trace

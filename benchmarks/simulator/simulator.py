@@ -23,10 +23,10 @@ from offload.cache.guesses import make_predictor
 from offload.cache.staging import Kept, Staging
 from offload.cache.statistics import LayerCounts
 from offload.cache.trace.replay import Setup, admitted, guesses, layers_of, make_one, warmed
-from offload.cache.trace.timeline import Span, Timeline
 from offload.cache.trace.trace import Event, Trace
 
 from benchmarks.simulator.outcome import Phase, SimulatedRun
+from benchmarks.simulator.timeline import Span, Timeline
 from offload.machine.hardware import Hardware
 from offload.plan.forecast import GUESS, KERNEL_STARTS, LAUNCHES, LAYER
 
