@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -61,6 +62,45 @@ def test_an_answer_into_a_full_disk_is_told(mixtral_pack: Path) -> None:
     code, _, errors = _shell('"$@" >/dev/full', *arguments)
     assert code == 1
     assert "cannot write to stdout: No space left" in _one_error(errors)
+
+
+PYTHON_ANSWERS = """
+import sys, torch, offload
+model, tokenizer = offload.load(sys.argv[1], device="cpu")
+offload.generate(model, tokenizer, "hi", max_new_tokens=3)
+offload.generate(model, tokenizer, ["hi", "you"], max_new_tokens=3)
+[*offload.stream_generate(model, tokenizer, "hi", max_new_tokens=3, temperature=1.0)]
+inputs = tokenizer("hi", return_tensors="pt")
+model.generate(**inputs, max_new_tokens=3, do_sample=False)
+model.offload.close()
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["-c", PYTHON_ANSWERS], ""),
+        (["-m", "cli", "generate", "--no-show-timings", "-n", "3"], ""),
+        (["-m", "cli", "chat", "--no-show-timings", "-n", "3"], r"24 slots .* /bye leaves\n"),
+        (["-m", "cli", "ppl"], r"\[ Experts: .* \]\n"),
+    ],
+    ids=["python", "generate", "chat", "ppl"],
+)
+def test_no_warning_of_a_library_reaches_the_user(
+    arguments: list[str], expected: str, mixtral_pack: Path
+) -> None:
+    """These processes treat a FutureWarning as an error, and nothing but our own line is printed."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error::FutureWarning", *arguments, mixtral_pack],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        input="how are you?",
+        encoding="utf-8",
+        capture_output=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(expected, done.stderr)
 
 
 def test_a_closed_stdin_is_an_empty_one() -> None:

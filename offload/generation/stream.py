@@ -320,8 +320,8 @@ def forward(
     def step(ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
         size = ubatch if not whole else ids.shape[1] if cache is None else 1
         for chunk in ids.split(size, dim=1):
-            out = model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = out.past_key_values
+            out = model(input_ids=chunk, cache=cache, use_cache=True, logits_to_keep=1)
+            cache = out.cache
         return out.logits[:, -1], cache
 
     return recovery.run(step, offload_of(model).engine, ids, cache, before)

@@ -213,8 +213,8 @@ def _pieces(count: int, at_once: int) -> Iterator[tuple[int, int]]:
 @torch.inference_mode()
 def _forward(model: PreTrainedModel, ids: Tensor, cache: Any, keep: int) -> tuple[Tensor, Any]:
     """The last `keep` tokens' logits [keep, V], and the KV cache."""
-    out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=keep)
-    return out.logits[0], out.past_key_values
+    out = model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=keep)
+    return out.logits[0], out.cache
 
 
 Report = Callable[[int, int], None]  # tokens scored, tokens to score
