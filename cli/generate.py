@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from offload.generation.answers import AnswersFile
-    from offload.generation.stream import Prompt
+    from offload.generation.prompt import Prompt
 
 MOST_VOTES = 1024
 
@@ -151,7 +151,7 @@ def _vote(
     prompt: Prompt,
 ) -> int:
     from offload.engine.handle import offload_of
-    from offload.generation.batch import answers, vote
+    from offload.generation.batch import complete, vote
     from offload.lines import printable
     from offload.trace.timeline import recording
 
@@ -159,7 +159,7 @@ def _vote(
         if tokenizer is None:
             raise OffloadError("the model has no tokenizer: there are no texts to vote on")
         options = _options(arguments, model)
-        made = answers(model, tokenizer, [prompt], num_return_sequences=arguments.vote, **options)
+        made = complete(model, tokenizer, [prompt], num_return_sequences=arguments.vote, **options)
     texts = [answer.text for answer in made[0]]
     winner, tally = vote(texts)
     print(printable(texts[winner]) if sys.stdout.isatty() else texts[winner])
@@ -169,11 +169,11 @@ def _vote(
 
 
 def _answer_file(arguments: argparse.Namespace) -> int:
-    from offload.generation.answers import AnswersFile, read_prompts
+    from offload.generation.answers import AnswersFile, read_prompt_lines
 
     if arguments.file is None or arguments.prompt is not None or arguments.vote is not None:
         raise OffloadError("-o answers the prompts of -f FILE: give that, no -p and no --vote")
-    prompts = read_prompts(arguments.file)
+    prompts = read_prompt_lines(arguments.file)
     with contextlib.closing(AnswersFile(arguments.output)) as file:
         done = file.done(prompts)
         if done:
@@ -189,8 +189,8 @@ def _answer_rest(
 ) -> None:
     model, tokenizer, _ = load_model(arguments)
     from offload.engine.handle import offload_of
-    from offload.generation.batch import answers
-    from offload.generation.stream import check_length, encode_prompt
+    from offload.generation.batch import complete
+    from offload.generation.prompt import check_length, encode_prompt
     from offload.trace.timeline import recording
 
     with contextlib.closing(offload_of(model)), recording(model, arguments.timeline):
@@ -206,7 +206,7 @@ def _answer_rest(
                     check_length(model, ids[-1])
                 except OffloadError as error:
                     raise OffloadError(f"{arguments.file}, prompt {number}: {error}") from None
-            made = answers(model, tokenizer, ids, **options)
+            made = complete(model, tokenizer, ids, **options)
             for given, (answer,) in zip(batch, made, strict=True):
                 file.append(
                     given,

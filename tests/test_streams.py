@@ -89,7 +89,7 @@ model.offload.close()
 def test_no_warning_of_a_library_reaches_the_user(
     arguments: list[str], expected: str, mixtral_pack: Path
 ) -> None:
-    """These processes treat a FutureWarning as an error, and nothing but our own line is printed."""
+    """In these processes a FutureWarning is an error, and only our own lines are printed."""
     done = subprocess.run(
         [sys.executable, "-W", "error::FutureWarning", *arguments, mixtral_pack],
         cwd=ROOT,

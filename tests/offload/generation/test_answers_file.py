@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from offload.quant.errors import OffloadError
 
-import offload.generation.answers
 from cli import main
-from offload.generation.answers import AnswersFile, messages_of, read_prompts
+from offload.files import MOST_CHARACTERS
+from offload.generation.answers import AnswersFile, messages_of, read_prompt_lines
 
 GIVEN = [{"prompt": f"number {i}", "id": i} for i in range(6)]
 
@@ -35,7 +35,7 @@ def test_a_line_that_is_no_prompt_is_named(line: str, tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text(f'"fine"\n\n{line}\n')
     with pytest.raises(OffloadError, match="line 3"):
-        read_prompts(file)
+        read_prompt_lines(file)
 
 
 @pytest.mark.parametrize("name", ["answer", "finish_reason", "prompt_tokens", "generated_tokens"])
@@ -43,25 +43,23 @@ def test_a_prompt_that_has_what_an_answer_adds_is_refused(name: str, tmp_path: P
     file = tmp_path / "prompts.jsonl"
     file.write_text(f'"fine"\n{{"prompt": "a", "{name}": "the right one"}}\n')
     with pytest.raises(OffloadError, match=f"line 2 has a value '{name}' already"):
-        read_prompts(file)
+        read_prompt_lines(file)
 
 
 def test_prompts_from_other_systems_are_read(tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_bytes(b'\xef\xbb\xbf"one"\r\n{"prompt": "two"}\r\n"three"')
-    assert [given["prompt"] for given in read_prompts(file)] == ["one", "two", "three"]
+    assert [given["prompt"] for given in read_prompt_lines(file)] == ["one", "two", "three"]
 
 
-def test_a_line_that_has_no_end_is_given_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(offload.generation.answers, "MOST_CHARACTERS", 20)
+def test_a_line_that_is_too_long_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
-    file.write_text('"short"\n' * 10)
-    assert len(read_prompts(file)) == 10, "a file may be longer than a line"
-    file.write_text('"short"\n"' + "x" * 20)
+    third = MOST_CHARACTERS // 3
+    file.write_text(f'"{"x" * third}"\n' * 4)
+    assert len(read_prompt_lines(file)) == 4, "a file may be longer than a line"
+    file.write_text('"short"\n"' + "x" * MOST_CHARACTERS)
     with pytest.raises(OffloadError, match="line 2 has more"):
-        read_prompts(file)
+        read_prompt_lines(file)
 
 
 def test_a_line_s_own_system_prompt_goes_before_the_command_s() -> None:
@@ -195,11 +193,13 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.Monk
     answers.append(GIVEN[0], {"answer": "a"})
     whole = file.read_bytes()
 
-    def half(handle: int, data: bytes, at: int) -> None:
-        os.pwrite(handle, data[:5], at)
+    pwrite = os.pwrite
+
+    def half(handle: int, data: bytes, at: int) -> int:
+        pwrite(handle, data[:5], at)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(offload.generation.answers, "_write", half)
+    monkeypatch.setattr(os, "pwrite", half)
     with pytest.raises(OffloadError, match="No space left"):
         answers.append(GIVEN[1], {"answer": "b"})
     answers.close()

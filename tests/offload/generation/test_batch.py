@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 import offload
-from offload.generation.batch import answers, final_answer, vote
+from offload.generation.batch import complete, final_answer, vote
 from offload.sampling import Sampling
 from tests.conftest import save_with_tokenizer
 
@@ -63,7 +63,7 @@ def test_a_prompt_that_fills_the_context_does_not_shorten_the_others(
 ) -> None:
     prompts = [[5, 6, 7], [9] * (CONTEXT - 3), [8] * 20]
     model, tokenizer = loaded
-    rows = answers(model, tokenizer, prompts, Sampling(), max_new_tokens=30)
+    rows = complete(model, tokenizer, prompts, Sampling(), max_new_tokens=30)
     assert [len(row.tokens) for (row,) in rows] == [30, 3, 30]
     for prompt, (row,) in zip(prompts, rows, strict=True):
         assert row.text == offload.generate(model, tokenizer, prompt, max_new_tokens=30)
@@ -125,9 +125,9 @@ def test_the_seed_leaves_torch_s_own_numbers_alone(loaded: tuple[Any, Any]) -> N
 
 def test_a_stop_string_ends_a_row(loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded
-    ((whole,),) = answers(model, tokenizer, ["a"], Sampling(), max_new_tokens=20)
+    ((whole,),) = complete(model, tokenizer, ["a"], Sampling(), max_new_tokens=20)
     stop = whole.text[3:5]
-    ((cut,),) = answers(model, tokenizer, ["a"], Sampling(), max_new_tokens=20, stop_strings=stop)
+    ((cut,),) = complete(model, tokenizer, ["a"], Sampling(), max_new_tokens=20, stop_strings=stop)
     assert cut.text == whole.text[: whole.text.index(stop)]
     assert (whole.finish_reason, cut.finish_reason) == ("length", "stop")
     assert len(cut.tokens) < len(whole.tokens) == 20

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 import offload
 from offload import GenerationError, GenerationResponse, generate, stream_generate
 from offload.engine.handle import offload_of
-from offload.generation.stream import encode_prompt
+from offload.generation.prompt import encode_prompt
 from tests.conftest import BEGIN, END, PAD, Script, make_tokenizer
 from tests.tiny import EXPERTS, LAYERS, K
 
