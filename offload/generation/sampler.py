@@ -88,7 +88,7 @@ class Sampler:
 def check_trouble(trouble: int) -> None:
     """Raise `GenerationError` if `trouble`, which `Sampler.draw` returned, is not 0.
 
-    It is 1 if only the processed scores lack a finite maximum, and 2 if the model's logits lack it too.
+    It is 1 if only the processed scores lack a finite maximum, and 2 if the logits lack it too.
     """
     if trouble == 1:
         raise GenerationError(
