@@ -63,7 +63,8 @@ def add(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from offload.progress import Ticker
     from offload.quality.baseline import TOLERANCES, read_baseline, save_baseline
-    from offload.quality.check import Source, check, reference_bits, table
+    from offload.quality.check import ModelLoader, compare_models, load_plain, reference_bits
+    from offload.quality.comparison import table
     from offload.quality.prompts import read_prompts
     from offload.quality.scoring import Sliding
 
@@ -83,8 +84,6 @@ def run(arguments: argparse.Namespace) -> int:
     against = argparse.Namespace(**{**vars(arguments), **other})
 
     def plain() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        from offload.quality.plain import load_plain
-
         return load_plain(
             against.model,
             device=against.device,
@@ -94,9 +93,11 @@ def run(arguments: argparse.Namespace) -> int:
         )
 
     with Ticker("check") as ticker:
-        result = check(
-            Source(arguments.model, lambda: load_model(arguments)[:2]),
-            Source(against.model, plain if arguments.plain else lambda: load_model(against)[:2]),
+        result = compare_models(
+            ModelLoader(arguments.model, lambda: load_model(arguments)[:2]),
+            ModelLoader(
+                against.model, plain if arguments.plain else lambda: load_model(against)[:2]
+            ),
             prompts,
             Sliding.asked(arguments.ctx_size, arguments.stride),
             ticker,

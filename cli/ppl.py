@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from cli.commands import Commands
@@ -33,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     model, tokenizer, _ = load_model(arguments)
     from offload.engine.handle import offload_of
     from offload.progress import Ticker
-    from offload.quality.check import subject_of
+    from offload.quality.check import measured_model
     from offload.quality.scoring import Sliding, encode_text, measure_perplexity
 
     sliding = Sliding.asked(arguments.ctx_size, arguments.stride)
@@ -51,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
             "window": sliding.window,
             "stride": sliding.stride,
             "seconds": seconds,
-            "model": subject_of(model, arguments.model).to_json(),
+            "model": asdict(measured_model(model, arguments.model)),
         }
         print(json.dumps(report, indent=2, ensure_ascii=False))
     else:

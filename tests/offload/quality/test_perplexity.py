@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from offload import QualityError, load
 from offload.engine.handle import offload_of
 from offload.progress import Ticker
-from offload.quality import scoring as scoring_module
 from offload.quality.scoring import (
+    DECODED,
     Estimate,
     Perplexity,
     Sliding,
@@ -31,7 +31,10 @@ from offload.quality.scoring import (
     exp_of,
     mean_of,
     measure_perplexity,
+    pieces,
+    score,
     share_of,
+    tokens_at_once,
 )
 from tests.conftest import BEGIN, make_tokenizer
 from tests.tiny import tiny_config
@@ -104,16 +107,13 @@ def test_a_token_more_or_less_than_the_window(count: int, model: Any, plain: Any
 
 
 @pytest.mark.parametrize("piece", [1, 5, 16, 31])
-def test_long_windows_go_in_pieces_with_the_same_result(
-    piece: int, model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_long_windows_go_in_pieces_with_the_same_result(piece: int, model: Any) -> None:
     text = Text((BEGIN,), tuple(TEXT.encode()))
-    whole = measure_perplexity(model, text, Sliding(40, 13))
-    monkeypatch.setattr(scoring_module, "PIECE", piece)
-    monkeypatch.setattr(scoring_module, "SLICE", 7)
-    pieces = measure_perplexity(model, text, Sliding(40, 13))
-    assert pieces.tokens == whole.tokens
-    assert pieces.nll.value == pytest.approx(whole.nll.value, rel=1e-5)
+    sliding = Sliding(40, 13)
+    whole = torch.cat([scores.nll for scores in score(model, text, sliding)])
+    parts = [scores.nll for scores in score(model, text, sliding, piece=piece, rows=7)]
+    assert max(map(len, parts)) <= 7
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-5, atol=1e-5)
 
 
 def test_how_far_it_is_is_told_to_the_end(model: Any) -> None:
@@ -225,7 +225,7 @@ def test_progress_is_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize(
-    ("count", "at_once", "pieces"),
+    ("count", "at_once", "expected"),
     [
         (20, 512, [(0, 4)]),
         (50, 16, [(0, 16), (16, 32), (32, 34)]),
@@ -233,15 +233,15 @@ def test_progress_is_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixt
     ],
 )
 def test_what_is_given_at_once_is_no_more_than_asked(
-    count: int, at_once: int, pieces: list[tuple[int, int]]
+    count: int, at_once: int, expected: list[tuple[int, int]]
 ) -> None:
-    singly = [(at, at + 1) for at in range(count - scoring_module.DECODED, count)]
-    assert [*scoring_module._pieces(count, at_once)] == [*pieces, *singly]
+    singly = [(at, at + 1) for at in range(count - DECODED, count)]
+    assert [*pieces(count, at_once)] == [*expected, *singly]
 
 
 def test_a_model_is_given_what_its_memory_is_counted_for(mixtral_pack: Path) -> None:
     model, _ = load(mixtral_pack, device="cpu", ubatch_size=64)
-    assert scoring_module._at_once(model) == 64
+    assert tokens_at_once(model) == 64
     offload_of(model).close()
     jamba = types.SimpleNamespace(config=tiny_config("jamba"))
-    assert scoring_module._at_once(jamba) == sys.maxsize  # type: ignore[arg-type]
+    assert tokens_at_once(jamba) == sys.maxsize  # type: ignore[arg-type]
