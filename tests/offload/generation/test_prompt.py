@@ -81,7 +81,7 @@ def test_the_common_beginning_is_kept(held: list[int], prompt: list[int], kept: 
     assert prompt_cache.take(prompt) == (None, 0), "what was taken is not there twice"
 
 
-def test_a_cache_that_cannot_be_cut_back_serves_what_goes_on_from_it() -> None:
+def test_a_cache_that_cannot_be_cut_back_serves_only_prompts_that_continue_it() -> None:
     class Sum(DynamicCache):
         is_croppable = False
 

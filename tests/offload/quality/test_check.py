@@ -1,4 +1,4 @@
-"""Comparing a model with its reference: the figures, damage, vocabularies, memory."""
+"""A model compared with its reference: figures, damage, vocabularies, and memory."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SLIDING = Sliding(16, 8)
 
 
 def source(path: Path, **options: Any) -> ModelLoader:
-    """`path` behind our runtime."""
+    """A loader of the model in `path`, with our experts."""
     return ModelLoader(path.name, lambda: load(path, device="cpu", **options))
 
 
@@ -42,7 +42,7 @@ def run(model: ModelLoader, reference: ModelLoader) -> CheckResult:
 
 
 def perturbed(checkpoint: Path, folder: Path, amount: float) -> Path:
-    """A copy of `checkpoint` whose experts are off by `amount` of their spread."""
+    """A copy of `checkpoint` with noise of `amount` standard deviations in its experts."""
     shutil.copytree(checkpoint, folder)
     generator = torch.Generator().manual_seed(7)
     for file in folder.glob("*.safetensors"):
@@ -59,7 +59,7 @@ def perturbed(checkpoint: Path, folder: Path, amount: float) -> Path:
 
 
 @pytest.mark.parametrize("bits", [16, 4])
-def test_a_model_is_itself(bits: int, mixtral: Path, tmp_path: Path) -> None:
+def test_a_model_does_not_differ_from_itself(bits: int, mixtral: Path, tmp_path: Path) -> None:
     same = source(mixtral, expert_bits=bits, pack_dir=tmp_path)
     result = run(same, source(mixtral, expert_bits=bits, pack_dir=tmp_path, expert_slots=2))
     for comparison in (result.overall, *result.by_prompt):
@@ -71,7 +71,7 @@ def test_a_model_is_itself(bits: int, mixtral: Path, tmp_path: Path) -> None:
     assert sum(part.tokens for part in result.by_prompt) == result.overall.tokens
 
 
-def test_unquantised_experts_are_transformers_own(mixtral: Path, tmp_path: Path) -> None:
+def test_unquantised_experts_agree_with_transformers(mixtral: Path, tmp_path: Path) -> None:
     result = run(
         source(mixtral, expert_bits=16, pack_dir=tmp_path),
         ModelLoader("plain", lambda: load_plain(str(mixtral), device="cpu")),
@@ -81,8 +81,8 @@ def test_unquantised_experts_are_transformers_own(mixtral: Path, tmp_path: Path)
     assert result.model.identity | {"name": "plain"} == result.reference.identity
 
 
-def test_figures_are_those_of_the_distributions(mixtral: Path, mixtral_pack: Path) -> None:
-    """Everything again from whole logits: both models at once, no windows, no slices."""
+def test_figures_agree_with_whole_logits_of_both_models(mixtral: Path, mixtral_pack: Path) -> None:
+    """The figures are computed again from whole logits, without windows and slices."""
     result = compare_models(
         source(mixtral_pack),
         ModelLoader("plain", lambda: load_plain(str(mixtral), device="cpu")),
@@ -114,14 +114,14 @@ def test_figures_are_those_of_the_distributions(mixtral: Path, mixtral_pack: Pat
     assert found.perplexity.value == pytest.approx(math.exp(sum(nll) / n), rel=1e-5)
     ratio = math.exp((sum(nll) - sum(base_nll)) / n)
     assert found.perplexity_ratio.value == pytest.approx(ratio, rel=1e-5)
-    # The ratio's error by llama.cpp's formula: both variances less twice the covariance.
+    # llama.cpp computes the ratio's error from both variances minus twice the covariance.
     pair = torch.tensor([nll, base_nll], dtype=torch.float64)
     covariance = torch.cov(pair, correction=0) / (n - 1)
     spread = float(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1])
     assert found.perplexity_ratio.error == pytest.approx(ratio * math.sqrt(spread), rel=1e-3)
 
 
-def test_more_damage_is_a_larger_divergence(
+def test_more_damage_gives_a_larger_divergence(
     mixtral: Path, mixtral_pack: Path, tmp_path: Path
 ) -> None:
     reference = source(mixtral, expert_bits=16, pack_dir=tmp_path / "packs")
@@ -137,7 +137,7 @@ def test_more_damage_is_a_larger_divergence(
 def test_kl_divergence_by_hand() -> None:
     p, q = torch.tensor([[0.5, 0.5, 0.0]]), torch.tensor([[0.25, 0.5, 0.25]])
     assert kl_divergence(p.log(), q.log()).tolist() == pytest.approx([0.5 * math.log(2)])
-    assert kl_divergence(q.log(), p.log()).tolist() == [math.inf]  # it has a direction
+    assert kl_divergence(q.log(), p.log()).tolist() == [math.inf]  # the divergence is not symmetric
     assert kl_divergence(p.log(), p.log()).tolist() == [0]
 
 
@@ -149,7 +149,7 @@ def test_percentiles_and_maximum() -> None:
     assert found.kl_mean.value == 50
 
 
-def test_the_table_has_a_row_a_prompt_and_the_errors(mixtral_pack: Path) -> None:
+def test_the_table_has_a_row_for_each_prompt_and_the_errors(mixtral_pack: Path) -> None:
     result = run(source(mixtral_pack), source(mixtral_pack))
     lines = table([*result.named(), ("all", result.overall)]).splitlines()
     assert [line.split()[0] for line in lines[:4]] == ["prompt", "one", "two", "all"]
@@ -188,7 +188,7 @@ def test_models_are_closed_when_something_fails(mixtral_pack: Path) -> None:
     assert [model.offload.engine.closed for model in opened] == [True]
 
 
-def test_a_full_disk_is_told_in_one_line(
+def test_a_full_disk_is_one_line_of_error(
     mixtral_pack: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Full:
@@ -228,7 +228,7 @@ def test_another_tokenizer_of_the_same_size_is_refused(mixtral_pack: Path) -> No
         run(ModelLoader("shifted", shifted), source(mixtral_pack))
 
 
-def test_a_model_of_nan_is_refused_on_either_side(mixtral: Path, tmp_path: Path) -> None:
+def test_nan_in_the_model_or_the_reference_is_an_error(mixtral: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(mixtral, broken)
     for file in broken.glob("*.safetensors"):
@@ -250,7 +250,9 @@ def test_a_pack_cannot_be_run_by_transformers_alone(mixtral_pack: Path) -> None:
         load_plain(str(mixtral_pack))
 
 
-def test_a_damaged_record_is_told_and_no_figure_given(mixtral_pack: Path, tmp_path: Path) -> None:
+def test_a_damaged_expert_is_an_error_and_gives_no_figures(
+    mixtral_pack: Path, tmp_path: Path
+) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(mixtral_pack, copy)
     file = copy / "experts-00001.safetensors"
@@ -262,7 +264,7 @@ def test_a_damaged_record_is_told_and_no_figure_given(mixtral_pack: Path, tmp_pa
         run(source(copy), source(mixtral_pack))
 
 
-def test_a_checkpoint_is_a_reference_at_16_bits_and_a_pack_at_its_own(
+def test_a_reference_runs_at_16_bits_and_a_pack_at_its_own(
     mixtral: Path, mixtral_pack: Path
 ) -> None:
     assert reference_bits(str(mixtral)) == "experts=16,dense=16"
@@ -279,7 +281,7 @@ def test_the_built_in_prompts_are_of_several_kinds() -> None:
     assert prompts == read_prompts(BUILT_IN)
 
 
-def test_prompts_are_read_by_their_headings(tmp_path: Path) -> None:
+def test_headings_separate_prompts(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("first\n--- two words \n\nsecond\n\n--- three\nthird\n---\nstill third\n")
     assert read_prompts(file) == Prompts(
@@ -291,7 +293,7 @@ WRONG = {"empty": "\n \n", "headings": "--- a\n--- b\n", "twice": "--- a\nx\n---
 
 
 @pytest.mark.parametrize("text", WRONG.values(), ids=WRONG.keys())
-def test_prompts_that_are_none_are_refused(text: str, tmp_path: Path) -> None:
+def test_a_file_without_usable_prompts_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text(text)
     with pytest.raises(QualityError, match=r"holds no prompts|two prompts with the same name"):
         read_prompts(tmp_path / "prompts.txt")
@@ -299,7 +301,7 @@ def test_prompts_that_are_none_are_refused(text: str, tmp_path: Path) -> None:
         read_prompts(tmp_path / "none.txt")
 
 
-def test_the_digest_is_of_names_and_texts() -> None:
+def test_the_digest_depends_on_names_and_texts() -> None:
     digests = {
         Prompts(names, texts).sha256
         for names, texts in [(("a",), ("bc",)), (("ab",), ("c",)), (("a",), ("bd",))]
