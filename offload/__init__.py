@@ -48,6 +48,11 @@ _LATER = {
 }
 
 
+def __dir__() -> list[str]:
+    """The public names only: a user's completion need not offer modules."""
+    return sorted(__all__)
+
+
 def __getattr__(name: str) -> Any:
     if name not in _LATER:
         raise AttributeError(f"module 'offload' has no attribute {name!r}")

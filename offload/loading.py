@@ -1,17 +1,16 @@
-"""`load`: from a name to a model that generates.
-
-Knows: the order in which everything is found, made, opened and put together. Does not know: the
-details of any of it.
-"""
+"""`load`: from a name to a model that generates."""
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
+import sys
+import time
 import weakref
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import transformers
@@ -21,17 +20,18 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 
 from offload.budget.blocks import Layers, device_of
 from offload.budget.budget import hold_vram
-from offload.budget.resolve import Gpus, Planner, find_place
+from offload.budget.resolve import Resolver, find_place
 from offload.cache.cache import ExpertCache
-from offload.cache.guesses import WITH_ROUTER, Lookahead
+from offload.cache.guesses import NO_LOOKAHEAD, Lookahead, LookaheadBalance
 from offload.engine.compute import cache_of, compute_of
 from offload.engine.cpu_linear import OneTokenLinear, native_is_quicker
 from offload.engine.crossing import Crossing
 from offload.engine.engine import Engine
 from offload.engine.handle import Decoding, Offload
 from offload.engine.warm import read_hot
-from offload.errors import CheckpointError, UnsupportedModelError
+from offload.errors import CheckpointError
 from offload.model import sources
+from offload.model.demo import NOTE
 from offload.model.quantized import QuantizedEmbedding, QuantizedLinear
 from offload.model.seam import (
     BUILDING,
@@ -47,42 +47,32 @@ from offload.model.seam import (
     without_packed_weights,
 )
 from offload.model.sources import check_generation_config
-from offload.options import Card, Options
+from offload.options import Card, Fit, LoadKeywords, LoadOptions
 from offload.pack.find import check_recipe, find_or_make_pack
 from offload.pack.recipe import AskedBits
 from offload.progress import without_bars
 from offload.quant.errors import OffloadError, PackError
 from offload.quant.pack import REMAKE, Pack, PackInfo
 from offload.quant.record import view_record
-from offload.residency import ALLOCATION, POLICY, PREDICTOR, Residency
 from offload.transfer.base import Transfer
 from offload.transfer.cards import transfer_of
-from offload.units import UBATCH, parse_bytes
+from offload.units import UBATCH
 
 logger = logging.getLogger("offload")
 
-ENGINES = ("auto", "host", "device")
-
-
-def check_engine(name: str) -> None:
-    """Raise `UnsupportedModelError` for a name that is none."""
-    if name not in ENGINES:
-        raise UnsupportedModelError(f"there is no engine {name!r}: choose {' or '.join(ENGINES)}")
-
 
 def make_engine(
-    asked: str, info: PackInfo, options: Options, transfer: Transfer, ahead: Lookahead, k: int
+    asked: str, info: PackInfo, fit: Fit, transfer: Transfer, ahead: Lookahead, k: int
 ) -> tuple[Engine, Decoding | None]:
     """The engine, and what gives tokens a step behind where that is possible.
 
     With several cards it is the host's, which is said where the device's was asked for or to be
     expected. Raises `OffloadError` where `asked` is the device's and there is no GPU.
     """
-    residency = options.residency
-    cache, compute = cache_of(info, options), compute_of(info, transfer)
-    cuda = options.device.type == "cuda"
+    cache, compute = cache_of(info, fit), compute_of(info, transfer)
+    cuda = fit.device.type == "cuda"
     wants_device = asked == "device" or (asked == "auto" and cuda)
-    if not isinstance(cache, ExpertCache) or options.cards:
+    if not isinstance(cache, ExpertCache) or fit.cards:
         if wants_device:
             logger.warning("steps are planned on the host: the model is on several cards")
     elif wants_device:
@@ -93,7 +83,7 @@ def make_engine(
         except ImportError as error:
             refused = f"it needs Triton ({error})"
         else:
-            wanted = making.Wanted(residency, ahead, options.slots, k, options.staging)
+            wanted = making.Wanted(fit.options.policy, ahead, fit.slots, k, fit.staging)
             refused = making.why_not(wanted, transfer)
             if not refused:
                 engine = making.make(info, cache, transfer, compute, wanted)
@@ -101,150 +91,125 @@ def make_engine(
         if not cuda:
             raise OffloadError(f"there is no device-planned engine here: {refused}: choose host")
         logger.warning("steps are planned on the host, with a wait at every layer: %s", refused)
-    balance = residency.balance()
-    return Engine(info, cache, transfer, compute, balance, ahead, options.staging), None
+    balance = LookaheadBalance() if fit.options.lookahead is None else None
+    return Engine(info, cache, transfer, compute, balance, ahead, fit.staging), None
 
 
 def load(
-    source: str | Path,
-    *,
-    device: str | torch.device | None = None,
-    gpus: Gpus | None = None,
-    dtype: torch.dtype | None = None,
-    bits: str | None = None,
-    expert_bits: int | None = None,
-    dense_bits: int | None = None,
-    group_size: int | None = None,
-    expert_slots: int | str | None = None,
-    vram: str | int | None = None,
-    ram: str | int | None = None,
-    policy: str = POLICY,
-    allocation: str = ALLOCATION,
-    lookahead: bool | None = None,
-    predictor: str = PREDICTOR,
-    layers_ahead: int = 1,
-    warm_start: bool = True,
-    engine: str = "auto",
-    trace: str | Path | None = None,
-    context: int = 4096,
-    ubatch_size: int = UBATCH,
-    pack_dir: str | Path | None = None,
-    revision: str | None = None,
-    local_files_only: bool = False,
-    trust_remote_code: bool = False,
+    source: str | Path, **options: Unpack[LoadKeywords]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a Mixture-of-Experts model whose experts need not fit.
 
     `source` is a checkpoint folder, a .gguf file, a pack, a hub id, or "demo". A checkpoint is
-    quantised into a pack the first time (under `pack_dir`, else `$OFFLOAD_HOME/packs`); a pack
-    opens in seconds.
-
-    - `expert_bits`, `dense_bits`: 2, 3, 4, 5, 6, 8 or 16 (as stored); `group_size` weights share a
-      scale; None: a pack's own, else 4, 16, 64. `bits`: a preset or rules for everything, see
-      `offload.recipe`; "fit": the most bits at which all experts are resident.
-    - `expert_slots`: experts resident on the compute device, over all layers, a number or a share
-      like "25%"; None: as many as `vram` (GPU) or `ram` (CPU), bytes or "20GiB", allow.
-    - `gpus`: cards that share the model, like "0,1": layers by free memory, a cache and a link
-      each; `vram` is then for each card, or one size for each like "20GiB,10GiB".
-    - `policy`: who is evicted, lru, slru, lfru, lfu or fifo; `allocation`: which layer gives a
-      slot, shared, global or quota.
-    - `lookahead`: load what the next layers will probably want; None: while measured to pay, where
-      the host plans (on the device a guess costs the host nothing, and is not weighed: as True).
-      `predictor` guesses that: router, previous, transitions or union; `layers_ahead` 1 to 3.
-    - `warm_start`: load first what was hot when the pack was last closed, in the background.
-    - `engine`: who plans a token's steps: host, device (CUDA: without waiting for the host, see
-      docs/structure.md), or auto: the device where it can.
-    - `trace`: a file to record in what the routers choose (`offload trace`).
-    - `context`: tokens the KV cache is budgeted for, and the most a conversation may have.
-    - `ubatch_size`: tokens of a prompt that go through the model at once; every expert they need is
-      loaded once for all of them. Fewer where attention keeps scores (gpt-oss) and those would take
-      more than an eighth of the memory.
-    - `dtype`: of the computation; None: as the checkpoint's config says.
+    quantised into a pack the first time; a pack opens in seconds. What the options mean is told by
+    `help(offload.options.LoadOptions)`.
 
     Returns `(model, tokenizer)`; the tokenizer is None when the checkpoint has none. The model is a
     transformers model with one more attribute, `model.offload` (`stats()`, `close()`).
     Raises `OffloadError`, whose message says what to do.
     """
-    asked = AskedBits(bits, expert_bits, dense_bits, group_size)
-    residency = Residency(policy, allocation, lookahead, predictor, layers_ahead, warm_start)
-    check_engine(engine)
-    place = find_place(device, gpus, vram, ram)
-    ram_bytes = parse_bytes(ram)
-    plan = Planner(
-        place.device,
-        place.memory,
-        dtype,
-        expert_slots,
-        residency,
-        context,
-        ubatch_size,
-        place.cards,
-        engine,
-    )
+    return load_with(source, LoadOptions(**options))
+
+
+load.__signature__ = inspect.signature(load).replace(  # type: ignore[attr-defined]
+    parameters=[
+        inspect.signature(load).parameters["source"],
+        *inspect.signature(LoadOptions).parameters.values(),
+    ]
+)
+
+
+def load_with(
+    source: str | Path, options: LoadOptions
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """`load`, given its options as one value."""
+    asked, place = AskedBits.of(options), find_place(options)
+    resolver = Resolver(options, place)
     for card in place.cards or (Card(0, place.device, place.memory.device),):
         if card.device.type == "cuda":
             hold_vram(card.device, card.memory)
     path = find_or_make_pack(
         str(source),
         asked.recipe(),
-        pack_dir=pack_dir,
-        revision=revision,
-        local_files_only=local_files_only,
-        trust_remote_code=trust_remote_code,
+        pack_dir=options.pack_dir,
+        revision=options.revision,
+        local_files_only=options.local_files_only,
+        trust_remote_code=options.trust_remote_code,
         device=place.device,
-        plan=plan,
+        resolver=resolver,
     )
+    trusts = options.trust_remote_code
     with contextlib.ExitStack() as undo:  # what was begun, should the rest fail
         pack = Pack(path)
         undo.callback(pack.close)
         check_generation_config(path)
         check_recipe(pack, asked)
-        config = sources.read_config(str(source), path, trust_remote_code=trust_remote_code)
-        cls = model_class(config, str(path), trust_remote_code)
+        config = sources.read_config(str(source), path, trust_remote_code=trusts)
+        cls = model_class(config, str(path), trusts)
         whole = build_on_meta(own_config(config, cls), cls) if place.cards else None
-        options = plan(pack.info, config, whole)
-        _tell_shorter_chunks(options, ubatch_size)
-        devices = _devices(options, whole)
-        tokenizer = _tokenizer(path, trust_remote_code)
-        model = _load_dense(pack, own_config(config, cls), cls, options, devices)
-        transfer = transfer_of(pack, options, ram_bytes)
+        fit = resolver.fit(pack.info, config, whole)
+        _tell_shorter_chunks(fit)
+        devices = _devices(fit, whole)
+        tokenizer = _tokenizer(path, trusts)
+        model = _load_dense(pack, own_config(config, cls), cls, fit, devices)
+        transfer = transfer_of(pack, fit)
         undo.callback(transfer.close)
-        _connect(model, pack, options, transfer, engine)
+        _connect(model, pack, fit, transfer, options.engine)
         undo.callback(model.offload.close)
-        if trace is not None:  # with what routers say of the next layer, for replays to act on
+        if options.trace is not None:  # with what routers say of the next layer, for replays
             if not model.offload.engine.watches_routers:
                 model.offload.engine.watch_routers(model, routers(model, pack.info))
-            model.offload.record(trace, noted_layers=1)
-        if warm_start:
+            model.offload.record(options.trace, noted_layers=1)
+        if options.warm_start:
             model.offload.engine.warm(read_hot(pack.path, pack.info))
         undo.pop_all()
     return model, tokenizer
 
 
-def _tell_shorter_chunks(options: Options, asked: int) -> None:
+def load_and_tell(
+    source: str, options: LoadOptions, threads: int | None = None, *, note: bool = True
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, float]:
+    """`load_with` for commands: the model, its tokenizer and the seconds it took.
+
+    Computes with `threads` CPU threads. What each card has goes to stderr, and with `note` also
+    what the demo is.
+    """
+    begin = time.perf_counter()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    model, tokenizer = load_with(source, options)
+    for share in model.offload.fit.shares:
+        print(share.line(), file=sys.stderr)
+    if note and source == sources.DEMO:
+        print(NOTE, file=sys.stderr)
+    return model, tokenizer, time.perf_counter() - begin
+
+
+def _tell_shorter_chunks(fit: Fit) -> None:
     """Warn who asked for longer ones."""
-    if options.ubatch < min(asked, options.context):
+    asked = fit.options.ubatch_size
+    if fit.ubatch < min(asked, fit.options.context):
         logger.log(
             logging.INFO if asked == UBATCH else logging.WARNING,
             "prompts are read %d tokens at once, not %d: this model's attention keeps its scores, "
             "which would take too much memory",
-            options.ubatch,
+            fit.ubatch,
             asked,
         )
 
 
-def _devices(options: Options, whole: PreTrainedModel | None) -> dict[str, torch.device]:
+def _devices(fit: Fit, whole: PreTrainedModel | None) -> dict[str, torch.device]:
     """Every part of the model and its device."""
     if whole is None:
-        return {"": options.device}
-    return Layers(whole).device_map(options.shares, [card.device for card in options.cards])
+        return {"": fit.device}
+    return Layers(whole).device_map(fit.shares, [card.device for card in fit.cards])
 
 
 def _load_dense(
     pack: Pack,
     config: PreTrainedConfig,
     cls: type[PreTrainedModel],
-    options: Options,
+    fit: Fit,
     devices: dict[str, torch.device],
 ) -> PreTrainedModel:
     """The model with everything in place, its parts on `devices`, but its experts."""
@@ -256,7 +221,7 @@ def _load_dense(
         loaded = without_packed_weights(cls, quantised).from_pretrained(
             pack.path,
             config=config,
-            dtype=options.dtype,
+            dtype=fit.dtype,
             device_map=devices,
             experts_implementation=IMPLEMENTATION,
             local_files_only=True,
@@ -281,12 +246,12 @@ def _load_dense(
                 raise PackError(
                     f"{pack.path} has a matrix of another shape than the model's {path}: {REMAKE}"
                 )
-            module.bind(view, options.dtype)
+            module.bind(view, fit.dtype)
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = _in_memory(tensor.data, tensor.device)
     if len(devices) > 1:
         remove_hook_from_submodules(model)  # accelerate's, one for each linear layer
-        Crossing(model, devices, home=options.device)
+        Crossing(model, devices, home=fit.device)
     return model.requires_grad_(False)  # slots are reused: there is nothing to train
 
 
@@ -303,7 +268,7 @@ def _untied(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _connect(
-    model: PreTrainedModel, pack: Pack, options: Options, transfer: Transfer, asked_engine: str
+    model: PreTrainedModel, pack: Pack, fit: Fit, transfer: Transfer, asked_engine: str
 ) -> None:
     """Put the engine behind the model's experts."""
     info = pack.info
@@ -320,17 +285,19 @@ def _connect(
             f"{pack.path} was made for other experts modules than transformers "
             f"{transformers.__version__} has: {REMAKE}"
         )
-    ahead = options.residency.ahead(everything_fits=options.slots >= info.total_experts)
+    everything_fits = fit.slots >= info.total_experts  # then no expert is ever loaded twice
+    looks = fit.options.lookahead is not False and not everything_fits
+    ahead = Lookahead("router", 1) if looks else NO_LOOKAHEAD
     k = chosen_experts(model.config)
-    engine, decoding = make_engine(asked_engine, info, options, transfer, ahead, k)
+    engine, decoding = make_engine(asked_engine, info, fit, transfer, ahead, k)
     for module in experts_modules(model):
         install(module, engine.add_layer(module))
     engine.watch_calls(model)
-    if ahead.layers and ahead.predictor in WITH_ROUTER:
+    if looks:
         engine.watch_routers(model, routers(model, info))
-    single = options.device.type == "cpu" and options.dtype == torch.bfloat16
+    single = fit.device.type == "cpu" and fit.dtype == torch.bfloat16
     one_token = OneTokenLinear(model) if single and native_is_quicker() else None
-    model.offload = Offload(pack, engine, options, one_token, k, decoding)
+    model.offload = Offload(pack, engine, fit, one_token, k, decoding)
     weakref.finalize(model, model.offload.close)  # a model that is dropped frees what it held
 
 

@@ -1,14 +1,18 @@
-"""Sizes and shares as people write them: "20GiB", "25%"."""
+"""Numbers as people write them: sizes, counts, shares and lists, read and told."""
 
 from __future__ import annotations
 
+import argparse
 import re
+from collections.abc import Callable
+from typing import Any
 
 from offload.errors import BudgetError
 
 SHARE = 0.9  # of the memory that is free at start, when the user names no budget
 UBATCH = 2048  # tokens of a prompt at once: an expert crosses the link once for all of them
-# Their states (transformers 5.23) forget what was before when several tokens follow others.
+# Models that read a prompt whole: in transformers 5.23 their recurrent state is lost when several
+# tokens follow earlier ones.
 READ_WHOLE = frozenset({"jamba"})
 UNITS = {"": 1, "B": 1} | {
     letter + suffix: base**power
@@ -17,6 +21,7 @@ UNITS = {"": 1, "B": 1} | {
 }
 MOST_SLOTS = 2**31  # asking for more is asking for all
 MOST_BYTES = 2**60  # of a size: more than any machine has
+MOST = 2**31 - 1  # tokens, repetitions
 
 
 def parse_bytes(text: str | int | None) -> int | None:
@@ -34,7 +39,10 @@ def parse_bytes(text: str | int | None) -> int | None:
 
 
 def parse_slots(text: str | int | None, total: int) -> int | None:
-    """A number of slots from a number or a share of `total` like "25%"; None stays None."""
+    """A number of slots from a number or a share of `total` like "25%"; None stays None.
+
+    Raises `BudgetError`.
+    """
     if text is None or isinstance(text, int):
         return text
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%?)\s*", text)
@@ -49,3 +57,42 @@ def parse_slots(text: str | int | None, total: int) -> int | None:
 def gib(size: int) -> str:
     """A size as people read it."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def between(least: int, most: int) -> Callable[[str], int]:
+    """An argparse type: whole numbers from `least` to `most`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number") from None
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value} is not at least {least}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"{text[:40]} is more than {most}")
+        return value
+
+    return parse
+
+
+count, positive = between(0, MOST), between(1, MOST)
+
+
+def listed(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """An argparse type: several values with commas between them, each read by `parse`."""
+    return lambda text: [parse(part) for part in text.split(",")]
+
+
+def pair(text: str) -> tuple[int, int]:
+    """An argparse type: two positive numbers with a comma between them."""
+    first, _, second = text.partition(",")
+    return positive(first), positive(second)
+
+
+def switch(text: str) -> bool | None:
+    """An argparse type: on, off, or auto (None)."""
+    known = {"on": True, "off": False, "auto": None}
+    if text not in known:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not on, off or auto")
+    return known[text]

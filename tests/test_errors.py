@@ -644,7 +644,7 @@ def test_quantising_a_pack_does_not_pretend_to_have_made_another(
         ("--bits", "q7", "'q7' is not a rule for bits: write a preset (q8, q6, q5, q4,"),
         ("--bits", "layers.3-1.experts=4", "layers.3-1 has no layers"),
         ("--group-size", "48", "group size must be 16, 32, 64, 128 or 256, not 48"),
-        ("--policy", "mru", "there is no policy 'mru': choose lru or slru or lfru"),
+        ("--policy", "mru", "there is no policy 'mru': choose lfru or lru"),
         ("--device", "toaster", "toaster"),
         ("--device", "cuda:99", "cuda:99"),
         ("--gpus", "0,x", "'0,x' are not cards: write their numbers like 0,1"),
@@ -757,7 +757,7 @@ def test_an_unexpected_error_is_one_line_too(
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("first line\nsecond line")
 
-    monkeypatch.setattr("offload.loading.load", broken)
+    monkeypatch.setattr("offload.loading.load_with", broken)
     assert cli.main(["generate", str(mixtral_pack), *HI]) == 1
     expected = "offload: error: RuntimeError: first line second line (a bug: --debug shows where)\n"
     assert capsys.readouterr().err == expected

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 import offload
+from offload.main import COMMANDS
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("cli", "offload", "cache", "quant")
+PACKAGES = ("offload", "cache", "quant")
 EXPORTED = {
     "BudgetError",
     "CheckpointError",
@@ -99,10 +100,18 @@ def test_cache_is_plain_python() -> None:
         assert roots <= {*sys.stdlib_module_names}, file.name
 
 
-def test_cli_touches_no_tensors() -> None:
-    for file in _sources("cli"):
+COMMAND_LINE = [
+    ROOT / "cli.py",
+    ROOT / "offload/main.py",
+    *sorted((ROOT / "offload").glob("*/command.py")),
+]
+
+
+def test_the_command_line_touches_no_tensors() -> None:
+    assert len(COMMAND_LINE) > 8
+    for file in COMMAND_LINE:
         roots = {name.partition(".")[0] for name in _imports(file)}
-        assert roots <= {"cli", "offload", "transformers", *sys.stdlib_module_names}, file.name
+        assert roots <= {"offload", "transformers", *sys.stdlib_module_names}, file.name
 
 
 def test_few_modules_reach_kernels() -> None:
@@ -158,20 +167,42 @@ def test_every_error_is_an_offload_error() -> None:
             assert issubclass(getattr(offload, name), offload.OffloadError)
 
 
-@pytest.mark.parametrize("argument", ["--version", "--help"])
-def test_the_command_answers_without_torch(argument: str) -> None:
-    code = (
-        "import sys, cli\n"
-        "try:\n"
-        f"    cli.main([{argument!r}])\n"
-        "except SystemExit as left:\n"
-        "    assert left.code == 0\n"
-        "heavy = {'torch', 'transformers', 'hqq', 'numpy', 'rich'} & sys.modules.keys()\n"
-        "assert not heavy, heavy\n"
-    )
+def test_names_that_can_be_completed_are_the_public_ones() -> None:
+    assert dir(offload) == sorted(EXPORTED)
+
+
+def _alone(code: str) -> str:
+    """What `code` prints in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
-    if argument == "--version":
-        assert done.stdout == f"offload {offload.__version__}\n"
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--version"], ["--help"], *([name, "--help"] for name in COMMANDS)]
+)
+def test_the_command_answers_without_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys, cli\n"
+        "try:\n"
+        f"    cli.main({arguments!r})\n"
+        "except SystemExit as left:\n"
+        "    assert left.code == 0\n"
+        "heavy = {'torch', 'transformers', 'hqq', 'numpy', 'rich'} & sys.modules.keys()\n"
+        "assert not heavy, heavy\n"
+        "called = {m for m in sys.modules if m.endswith('.command')}\n"
+        f"assert len(called) <= 2 * {len(arguments) - 1}, called\n"
+    )
+    out = _alone(code)
+    if arguments == ["--version"]:
+        assert out == f"offload {offload.__version__}\n"
+
+
+def test_a_checkout_runs_the_command_as_a_file_and_as_a_module() -> None:
+    for way in (["cli.py"], ["-m", "cli"]):
+        done = subprocess.run(
+            [sys.executable, *way, "--version"], cwd=ROOT, capture_output=True, text=True
+        )
+        assert (done.returncode, done.stdout) == (0, f"offload {offload.__version__}\n")

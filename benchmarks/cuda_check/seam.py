@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from benchmarks.cuda_check.attempt import NotBuiltError
 from offload import loading
 from offload.engine.handle import Offload, offload_of
-from offload.options import Options
+from offload.options import Fit
 from offload.transfer.base import Transfer
 from offload.transfer.cuda import CudaTransfer
 from offload.transfer.host import HostTransfer
@@ -50,17 +50,17 @@ def has_engines() -> bool:
 
 
 def connect(
-    model: PreTrainedModel, pack: Pack, options: Options, transfer: Transfer, engine: str
+    model: PreTrainedModel, pack: Pack, fit: Fit, transfer: Transfer, engine: str
 ) -> Offload:
     """Put `engine` behind the model's experts. Raises `NotBuiltError` where it is not to be had."""
     way: Any = loading._connect
     if has_engines():
         try:
-            way(model, pack, options, transfer, engine)
+            way(model, pack, fit, transfer, engine)
         except OffloadError as error:
             raise NotBuiltError(str(error)) from None
     elif engine == HOST:
-        way(model, pack, options, transfer)
+        way(model, pack, fit, transfer)
     else:
         raise NotBuiltError("there is no engine to choose but the host-planned one")
     handle = offload_of(model)
@@ -86,9 +86,9 @@ def kernels_anywhere(rehearse: bool) -> Iterator[None]:
         making.DEVICES = before
 
 
-def rows(options: Options) -> int:
+def rows(fit: Fit) -> int:
     """Rows of slots: the cache's, and those that prompts are streamed through."""
-    return options.slots + options.staging
+    return fit.slots + fit.staging
 
 
 def host_tier(transfer: Transfer) -> HostTier | None:
@@ -99,11 +99,11 @@ def host_tier(transfer: Transfer) -> HostTier | None:
     return transfer.tier
 
 
-def make_transfer(pack: Pack, options: Options, tier: HostTier | None) -> Transfer:
+def make_transfer(pack: Pack, fit: Fit, tier: HostTier | None) -> Transfer:
     """Slots on the device, filled from `tier`."""
-    if options.device.type == "cpu":
-        return HostTransfer(pack, options.slots)
-    return CudaTransfer(pack, rows(options), options.device, None, tier=tier)
+    if fit.device.type == "cpu":
+        return HostTransfer(pack, fit.slots)
+    return CudaTransfer(pack, rows(fit), fit.device, None, tier=tier)
 
 
 def is_captured(handle: Offload) -> bool:

@@ -27,11 +27,10 @@ from benchmarks.cuda_check.seam import (
 )
 from benchmarks.cuda_check.setting import Setting
 from offload.budget.budget import Memory
-from offload.budget.resolve import Planner
+from offload.budget.resolve import Place, Resolver
 from offload.engine.handle import Offload, offload_of
 from offload.loading import routers
-from offload.options import Options
-from offload.residency import Residency
+from offload.options import Fit, LoadOptions
 from offload.transfer.base import Transfer
 
 
@@ -73,38 +72,38 @@ class Subject:
     def serving(self, run: Run) -> Iterator[Offload]:
         """The model with its experts served like `run`. Raises `NotBuiltError`, `BudgetError`."""
         slots = max(1, round(self.pack.info.total_experts * run.resident))
-        options = self._options(slots, run.lookahead)
+        fit = self._fit(slots, run.lookahead)
         with self._connected(
-            options, lambda: make_transfer(self.pack, options, self._tier), run.engine
+            fit, lambda: make_transfer(self.pack, fit, self._tier), run.engine
         ) as handle:
             yield handle
 
     @contextmanager
     def serving_naively(self, *, pinned: bool) -> Iterator[Offload]:
         """The model with every chosen expert copied before it is computed, and none kept."""
-        options = self._options(self.top_k, lookahead=False)
+        fit = self._fit(self.top_k, lookahead=False)
         pins = pinned and not self.setting.rehearse
         with self._connected(
-            options,
-            lambda: NaiveTransfer(self.pack, rows(options), options.device, pinned=pins),
+            fit,
+            lambda: NaiveTransfer(self.pack, rows(fit), fit.device, pinned=pins),
             HOST,
         ) as handle:
             yield handle
 
-    def _options(self, slots: int, lookahead: bool) -> Options:
-        residency = Residency(lookahead=lookahead, warm_start=False)
-        plan = Planner(
-            self.setting.device, self._memory, None, slots, residency, context=self._context
+    def _fit(self, slots: int, lookahead: bool) -> Fit:
+        asked = LoadOptions(
+            expert_slots=slots, lookahead=lookahead, warm_start=False, context=self._context
         )
-        return plan(self.pack.info, self.model.config)
+        place = Place(self.setting.device, self._memory)
+        return Resolver(asked, place).fit(self.pack.info, self.model.config)
 
     @contextmanager
     def _connected(
-        self, options: Options, transfer: Callable[[], Transfer], engine: str
+        self, fit: Fit, transfer: Callable[[], Transfer], engine: str
     ) -> Iterator[Offload]:
         self._disconnect()
         try:
-            yield connect(self.model, self.pack, options, transfer(), engine)
+            yield connect(self.model, self.pack, fit, transfer(), engine)
         finally:
             self._disconnect()
 

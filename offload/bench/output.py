@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from offload.bench.run import Row, Setting
+from offload.bench.run import Row
 from offload.bench.sample import Test
 from offload.files import user_path
 from offload.lines import printable
+from offload.options import LoadOptions
 from offload.quant.errors import OffloadError
 
 # Rows are of the same measurement when these agree; of the others, more agreement is better.
@@ -280,7 +281,7 @@ class TablePrinter:
         self,
         out: TextIO,
         tests: Sequence[Test],
-        settings: Sequence[Setting],
+        settings: Sequence[LoadOptions],
         *,
         columns: int | None = None,
         earlier: Earlier | None = None,

@@ -63,7 +63,7 @@ def bound_of(
     model: PreTrainedModel, test: Test, samples: tuple[Sample, ...], rates: Rates
 ) -> Bound:
     """The bound of `samples` of `test` together."""
-    engine, ubatch = offload_of(model).engine, offload_of(model).options.ubatch
+    engine, ubatch = offload_of(model).engine, offload_of(model).fit.ubatch
     calls = [min(ubatch, test.n_prompt - at) for at in range(0, test.n_prompt, ubatch)]
     calls += [1] * test.n_gen
     each = len(calls) * dense_bytes(model)
@@ -235,7 +235,7 @@ class Subject:
     def of(cls, model: PreTrainedModel, *, random: bool) -> Subject:
         """Of a loaded model."""
         offload = offload_of(model)
-        device = offload.options.device
+        device, options = offload.fit.device, offload.fit.options
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         return cls(
             build=__version__,
@@ -248,8 +248,8 @@ class Subject:
             model_size=offload.pack.total_bytes,
             model_n_params=offload.pack.parameters,
             bits=bits_name(offload.pack.info),
-            policy=offload.options.policy,
-            lookahead=offload.options.lookahead,
+            policy=options.policy,
+            lookahead=options.lookahead,
             text="random" if random else "real",
         )
 

@@ -1,14 +1,9 @@
-"""One table over several settings: for each the model is loaded anew.
-
-Knows: the order of settings, and that one model is gone before the next comes. Does not know: how a
-model is loaded, what is done with a row.
-"""
+"""One table over several settings: the model is freed and loaded anew for each."""
 
 from __future__ import annotations
 
 import functools
 import gc
-import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -33,8 +28,7 @@ from offload.bench.sample import (
 from offload.engine.engine import Engine
 from offload.engine.handle import offload_of
 from offload.errors import GenerationError
-from offload.residency import Residency
-from offload.units import parse_slots
+from offload.options import LoadOptions
 
 BLOCK_BYTES = 256 * 2**20  # beyond most caches
 ROUNDS = 8
@@ -90,7 +84,7 @@ def run(
     Each repetition reads a stretch of text of its own, and with other settings the same ones
     again. Raises `GenerationError` before the first.
     """
-    check_context(tests, offload_of(model).options.context)
+    check_context(tests, offload_of(model).fit.options.context)
     if tokenizer is None and not random:
         raise GenerationError("the model has no tokenizer for real text: pass --random")
     count = max(test.context for test in tests) * (repetitions + warmup)
@@ -114,7 +108,7 @@ def _run(
     model: PreTrainedModel, tests: Sequence[Test], ids: list[int], repetitions: int, warmup: bool
 ) -> Iterator[Result]:
     offload = offload_of(model)
-    link, devices = measure_link(offload.engine), offload.options.devices
+    link, devices = measure_link(offload.engine), offload.fit.devices
     rates = Rates(link, measure_memory(model.device))
     for test in tests:
         texts = stretches(ids, test.context)
@@ -134,16 +128,6 @@ def _run(
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What a sweep changes, as the flags have it."""
-
-    expert_bits: int | None = None
-    expert_slots: str | None = None
-    policy: str = "lfru"
-    lookahead: bool | None = None
-
-
-@dataclass(frozen=True)
 class Row:
     """A test's figures with what they belong to."""
 
@@ -155,28 +139,12 @@ class Row:
 
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase | None]
-Load = Callable[[Setting], AbstractContextManager[Loaded]]
-
-
-def make_settings(
-    expert_bits: Sequence[int | None],
-    expert_slots: Sequence[str | None],
-    policies: Sequence[str],
-    lookaheads: Sequence[bool | None],
-) -> list[Setting]:
-    """Every combination; the last one named changes first. Raises `OffloadError` for one that
-    could not be loaded."""
-    for policy in policies:
-        Residency(policy)
-    for slots in expert_slots:
-        parse_slots(slots, 1)
-    every = itertools.product(expert_bits, expert_slots, policies, lookaheads)
-    return [Setting(*one) for one in every]
+Load = Callable[[LoadOptions], AbstractContextManager[Loaded]]
 
 
 def sweep(
     load: Load,
-    settings: Sequence[Setting],
+    settings: Sequence[LoadOptions],
     tests: Sequence[Test],
     *,
     repetitions: int = 5,
@@ -185,7 +153,7 @@ def sweep(
 ) -> Iterator[Row]:
     """The rows of every setting, each as soon as it is measured."""
 
-    def rows(setting: Setting) -> Iterator[Row]:
+    def rows(setting: LoadOptions) -> Iterator[Row]:
         with load(setting) as (model, tokenizer):
             subject = Subject.of(model, random=random)
             for result in run(

@@ -112,7 +112,7 @@ def take_sample(model: PreTrainedModel, test: Test, ids: list[int]) -> Sample:
     """
     handle = offload_of(model)
     tokens = torch.tensor([ids], device=model.device)  # [1, T]
-    at, ubatch = test.n_depth, handle.options.ubatch
+    at, ubatch = test.n_depth, handle.fit.ubatch
     if not at and not test.n_prompt and handle.decoding is not None:
         at = 1
     logits, cache = forward(model, tokens[:, :at], None, ubatch) if at else (None, None)

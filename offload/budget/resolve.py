@@ -1,13 +1,10 @@
-"""Everything about a run resolved to numbers, before anything is made or allocated.
-
-Knows: devices, what was asked, the budget. Does not know: how a pack or a model comes to be.
-"""
+"""What was asked, resolved to numbers for one machine before anything is made or allocated."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -23,108 +20,109 @@ from offload.budget.budget import (
     workspace_bytes,
 )
 from offload.budget.placement import place
-from offload.cache.policies import KERNEL_POLICIES
 from offload.errors import BudgetError
-from offload.options import Card, Options, Share
+from offload.options import Card, Fit, LoadOptions, Share
 from offload.quant.pack import PackInfo
-from offload.residency import Residency
-from offload.units import UBATCH, parse_bytes, parse_slots
+from offload.units import parse_bytes, parse_slots
 
 
 @dataclass(frozen=True)
-class Planner:
-    """Resolves what was asked to numbers, before anything is made or allocated."""
+class Place:
+    """Where a model runs."""
 
-    device: torch.device
+    device: torch.device  # of inputs and logits: the only one, or the first card
     memory: Memory
-    dtype: torch.dtype | None = None
-    slots: int | str | None = None
-    residency: Residency = field(default_factory=Residency)
-    context: int = 4096
-    ubatch: int = UBATCH
-    cards: tuple[Card, ...] = ()  # where there are several
-    engine: str = "auto"
+    cards: tuple[Card, ...] = ()  # in the order of the layers; empty where there is one device
 
-    def __call__(
+
+@dataclass(frozen=True)
+class Resolver:
+    """Tells how a pack would be run: `load` and `offload plan` both ask it."""
+
+    options: LoadOptions
+    place: Place
+
+    def fit(
         self, info: PackInfo, config: PreTrainedConfig, model: PreTrainedModel | None = None
-    ) -> Options:
-        """How a pack like `info` would be run; for several cards `model` is needed, whole, on meta.
+    ) -> Fit:
+        """How a pack like `info` would be run. For several cards the whole `model` is needed, on
+        the meta device.
 
         Raises `BudgetError`.
         """
-        asked = parse_slots(self.slots, info.total_experts)
+        asked = parse_slots(self.options.expert_slots, info.total_experts)
         shares: tuple[Share, ...] = ()
-        if self.cards:
+        if self.place.cards:
             assert model is not None, "what each layer weighs is counted on a model"
             shares = self._shares(info, config, model, asked)
             slots = sum(share.slots for share in shares)
         else:
             slots = self.budget(info, config).slots(asked)
-        whole = slots >= info.total_experts
-        return Options(
-            self.device,
-            self.compute_dtype(config),
+        device, everything = self.place.device, slots >= info.total_experts
+        return Fit(
+            self.options,
+            device,
+            self.dtype(config),
             slots,
-            self.residency,
-            self.context,
-            0 if whole else staging_rows(self.device, info.slot_bytes),
-            self.chunk(config),
-            self.cards,
-            shares,
+            staging=0 if everything else staging_rows(device, info.slot_bytes),
+            ubatch=self.chunk(config),
+            ram=self.place.memory.ram,
+            cards=self.place.cards,
+            shares=shares,
         )
 
     def _shares(
         self, info: PackInfo, config: PreTrainedConfig, model: PreTrainedModel, asked: int | None
     ) -> tuple[Share, ...]:
-        """Every card's; with rows that prompts are streamed through, unless all experts have a
-        slot."""
-        budget = self.budget(info, config)
-        ubatch, dtype = self.chunk(config), self.compute_dtype(config)
-        needs = demand(model, info, config, self.context, dtype, ubatch, budget.workspace)
-        cards = [card.memory for card in self.cards]
-        numbers = [card.number for card in self.cards]
-        shares = place(needs, cards, asked, numbers=numbers)
+        """Every card's share, with rows through which prompts are streamed unless all experts have
+        a slot."""
+        budget, context = self.budget(info, config), self.options.context
+        needs = demand(
+            model, info, config, context, self.dtype(config), self.chunk(config), budget.workspace
+        )
+        memory = [card.memory for card in self.place.cards]
+        numbers = [card.number for card in self.place.cards]
+        shares = place(needs, memory, asked, numbers=numbers)
         if budget.staging and sum(share.slots for share in shares) < info.total_experts:
             beside = budget.workspace + budget.staging * budget.slot
-            shares = place(replace(needs, workspace=beside), cards, asked, numbers=numbers)
+            shares = place(replace(needs, workspace=beside), memory, asked, numbers=numbers)
         return shares
 
     def budget(self, info: PackInfo, config: PreTrainedConfig) -> Budget:
         """What goes into the compute device's memory beside the experts, and into how much."""
-        compute = self.compute_dtype(config)
+        device, dtype, context = self.place.device, self.dtype(config), self.options.context
         ubatch = self.chunk(config)
-        on_cpu = self.device.type == "cpu"
-        kv_cache = kv_cache_bytes(config, self.context, compute, ubatch)
+        kv_cache = kv_cache_bytes(config, context, dtype, ubatch)
         if self.keeps_fixed_cache(info):
-            kv_cache += kv_cache_bytes(config, self.context, compute, fixed=True)
+            kv_cache += kv_cache_bytes(config, context, dtype, fixed=True)
         return Budget(
-            self.memory.device,
-            dense=info.dense_bytes(compute.itemsize),
+            self.place.memory.device,
+            dense=info.dense_bytes(dtype.itemsize),
             kv_cache=kv_cache,
-            workspace=workspace_bytes(config, info, ubatch, self.context, compute),
+            workspace=workspace_bytes(config, info, ubatch, context, dtype),
             slot=info.slot_bytes,
             total_experts=info.total_experts,
-            staging=0 if on_cpu else staging_rows(self.device, info.slot_bytes),
+            staging=0 if device.type == "cpu" else staging_rows(device, info.slot_bytes),
         )
 
     def chunk(self, config: PreTrainedConfig) -> int:
         """Tokens of a prompt at once, on the card with the least memory. Raises `BudgetError`."""
-        memory = min((card.memory for card in self.cards), default=self.memory.device)
-        dtype = self.compute_dtype(config)
-        return chunk_tokens(config, self.ubatch, self.context, memory, dtype)
+        cards, asked = self.place.cards, self.options
+        memory = min((card.memory for card in cards), default=self.place.memory.device)
+        return chunk_tokens(config, asked.ubatch_size, asked.context, memory, self.dtype(config))
 
     def keeps_fixed_cache(self, info: PackInfo) -> bool:
         """Whether there is a second KV cache, of fixed size, for steps captured as CUDA graphs: on
-        one card, where RAM may hold all experts and the policy is one that kernels know. What else
-        `offload.device.making` asks, such as whether memory can be pinned, is seen on the machine.
+        one card, where RAM may hold all experts. What else `offload.device.making` asks, such as
+        whether memory can be pinned, is seen on the machine.
         """
-        on_card = self.device.type == "cuda" and not self.cards and self.engine != "host"
-        known = self.residency.policy in KERNEL_POLICIES
-        return on_card and known and info.expert_bytes <= self.memory.ram
+        on_card = self.place.device.type == "cuda" and not self.place.cards
+        may_plan = self.options.engine != "host"
+        return on_card and may_plan and info.expert_bytes <= self.place.memory.ram
 
-    def compute_dtype(self, config: PreTrainedConfig) -> torch.dtype:
-        """What was asked for, else what the config says."""
-        return self.dtype or _config_dtype(config)
+    def dtype(self, config: PreTrainedConfig) -> torch.dtype:
+        """The type of the computation: what was asked for, else what the config says."""
+        return self.options.dtype or _config_dtype(config)
 
 
 def _config_dtype(config: PreTrainedConfig) -> torch.dtype:
@@ -162,30 +160,15 @@ def set_threads(count: int) -> None:
 
 logger = logging.getLogger("offload")
 
-Gpus = str | Sequence[int | str]
 
-
-@dataclass(frozen=True)
-class Place:
-    """Where a model runs."""
-
-    device: torch.device  # of inputs and logits: the only one, or the first card
-    memory: Memory
-    cards: tuple[Card, ...] = ()  # in the order of the layers; empty where there is one device
-
-
-def find_place(
-    device: str | torch.device | None,
-    gpus: Gpus | None,
-    vram: str | int | None,
-    ram: str | int | None,
-) -> Place:
-    """One device, or the cards of `gpus`: numbers like "0,1". `vram`: a size for each card, or
-    several with commas between.
+def find_place(options: LoadOptions) -> Place:
+    """One device, or the cards of `options.gpus`: numbers like "0,1". `options.vram` is a size for
+    each card, or several with commas between.
 
     For tests, `gpus` may be a sequence of names of devices: ("cpu", "cpu") are two, in halves of
     RAM. Raises `BudgetError`.
     """
+    device, gpus, vram, ram = options.device, options.gpus, options.vram, options.ram
     if gpus is None:
         place = find_device(device)
         if device in (None, "cuda") and place.type == "cuda" and torch.cuda.device_count() > 1:
@@ -215,7 +198,7 @@ def find_place(
     return Place(devices[0], Memory(sum(card.memory for card in cards), host), cards)
 
 
-def _names(gpus: Gpus) -> list[str]:
+def _names(gpus: str | Sequence[int | str]) -> list[str]:
     """Names of devices. Text has numbers only, each once."""
     if not isinstance(gpus, str):
         names = [f"cuda:{gpu}" if isinstance(gpu, int) else gpu for gpu in gpus]

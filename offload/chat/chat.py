@@ -150,7 +150,7 @@ class Chat:
         self.load_seconds = 0.0  # reported once, with the first answer
         if self.timings:
             self.display.write(f"\n{timings(last)}\n{last.experts.line()}\n")
-        context = offload_of(self.model).options.context
+        context = offload_of(self.model).fit.options.context
         used = last.prompt_tokens + last.generation_tokens
         if used > NEARLY_FULL * context:
             self.display.write(
@@ -161,7 +161,7 @@ class Chat:
     def _make_room(self, messages: list[Message]) -> tuple[int, list[int]]:
         """Return the index of the first message that fits and the ids from there on. Tell the user
         how many messages no longer fit."""
-        context = offload_of(self.model).options.context
+        context = offload_of(self.model).fit.options.context
         begin, ids = fit(messages, min(self.begin, len(messages) - 1), context, self._encode)
         if begin > self.begin:
             self.display.write(f"(the oldest {begin} messages no longer fit into the context)\n")
@@ -177,7 +177,7 @@ class Chat:
             self.model,
             self.tokenizer,
             ids,
-            max_new_tokens=self.max_new_tokens or offload_of(self.model).options.context,
+            max_new_tokens=self.max_new_tokens or offload_of(self.model).fit.options.context,
             stop_strings=self.stop_strings,
             temperature=self.sampling.temperature,
             top_k=self.sampling.top_k,

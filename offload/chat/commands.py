@@ -167,13 +167,13 @@ def _number(name: str, value: str, kind: type[int] | type[float]) -> Any:
 def _show(chat: Chat, rest: str) -> None:
     handle = offload_of(chat.model)
     if rest == "info":
-        info, options = handle.pack.info, handle.options
+        info, fit = handle.pack.info, handle.fit
         text = (
             f"{info.source}: {chat.model.config.model_type}, {len(info.layers)} MoE layers, "
             f"{info.total_experts} experts; bits: {bits_name(info)}\n"
             f"pack {handle.pack.path}\n{handle.stats().slots} slots for experts on "
-            f"{' and '.join(map(str, options.devices))}, "
-            f"computing in {str(options.dtype).removeprefix('torch.')}, context {options.context}"
+            f"{' and '.join(map(str, fit.devices))}, computing in "
+            f"{str(fit.dtype).removeprefix('torch.')}, context {fit.options.context}"
         )
     elif rest == "parameters":
         text = _parameters(chat)

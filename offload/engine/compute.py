@@ -14,11 +14,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from offload.cache.cache import ExpertCache
 from offload.cache.interface import Cache
 from offload.cache.plan import Use
+from offload.cache.policies import POLICIES
 from offload.cache.sharded import ShardedCache, card_and_row
 from offload.engine.layer import Layer
-from offload.options import Options
+from offload.options import Fit
 from offload.quant.experts import block_cells, decode, kernels_work, make_batch, prefill
 from offload.quant.pack import PackInfo
 from offload.quant.program import Program, recognise
@@ -191,12 +193,14 @@ class CardsCompute:
             compute.close()
 
 
-def cache_of(info: PackInfo, options: Options) -> Cache:
+def cache_of(info: PackInfo, fit: Fit) -> Cache:
     """Slots that are all empty."""
-    make = options.residency.cache
-    if len(options.caching) > 1:
-        return ShardedCache([make(share.slots, share.moe_layers) for _, share in options.caching])
-    return make(options.slots, len(info.layers))
+    policy = POLICIES[fit.options.policy]
+    if len(fit.caching) > 1:
+        return ShardedCache(
+            [ExpertCache(share.slots, share.moe_layers, policy) for _, share in fit.caching]
+        )
+    return ExpertCache(fit.slots, len(info.layers), policy)
 
 
 def compute_of(info: PackInfo, transfer: Transfer) -> Compute:

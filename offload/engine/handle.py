@@ -1,13 +1,9 @@
-"""What hangs on a loaded model as `model.offload`.
-
-Knows: the parts a running model is made of, and how it was set up. Does not know: how it came to
-be.
-"""
+"""What hangs on a loaded model as `model.offload`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +17,7 @@ from offload.engine.engine import Engine
 from offload.engine.recording import Recorder
 from offload.engine.stats import CardStats, Stats
 from offload.engine.warm import write_hot
-from offload.options import Options
+from offload.options import Fit
 from offload.quant.pack import Pack
 from offload.sampling import Sampling
 from offload.transfer.cards import CardsTransfer
@@ -64,7 +60,7 @@ class Offload:
         self,
         pack: Pack,
         engine: Engine,
-        options: Options,
+        fit: Fit,
         one_token: OneTokenLinear | None,
         top_k: int,
         decoding: Decoding | None = None,
@@ -73,19 +69,19 @@ class Offload:
         self.decoding = decoding
         self.pack = pack
         self.engine = engine
-        self.options = options
+        self.fit = fit
         self.top_k = top_k
         self._one_token = one_token
 
     def stats(self) -> Stats:
         """Hits, misses, bytes, waiting and look-ahead since the model was loaded."""
         whole = self.engine.stats()
-        return replace(whole, cards=tuple(self._cards(whole))) if self.options.cards else whole
+        return replace(whole, cards=tuple(self._cards(whole))) if self.fit.cards else whole
 
     def _cards(self, whole: Stats) -> Iterator[CardStats]:
         transfer, first = self.engine.transfer, 0
         links = transfer.transfers if isinstance(transfer, CardsTransfer) else (transfer,)
-        for (_, share), link in zip(self.options.caching, links, strict=True):
+        for (_, share), link in zip(self.fit.caching, links, strict=True):
             layers = range(first, first + share.moe_layers)
             first = layers.stop
             yield CardStats(
@@ -108,7 +104,7 @@ class Offload:
 
     def trace_header(self) -> TraceHeader:
         """What a trace says of this model and this run."""
-        info, residency = self.pack.info, self.options.residency
+        info, options = self.pack.info, self.fit.options
         layouts = [info.layout_of(i) for i in range(len(info.layers))]
         stored = sum(8 * layout.record_bytes for layout in layouts)
         return TraceHeader(
@@ -117,13 +113,16 @@ class Offload:
             top_k=self.top_k,
             record_bytes=tuple(self.engine.record_bytes(i) for i in range(len(info.layers))),
             settings={
-                "slots": self.options.slots,
+                "slots": self.fit.slots,
                 "cards": cards_text(
-                    CardSlots(share.moe_layers, share.slots) for _, share in self.options.caching
+                    CardSlots(share.moe_layers, share.slots) for _, share in self.fit.caching
                 ),
-                **asdict(residency),
-                "device": self.options.device.type,
-                "dense_bytes": info.dense_bytes(self.options.dtype.itemsize),  # for the simulator
+                "policy": options.policy,
+                "allocation": "shared",
+                "lookahead": options.lookahead,
+                "warm_start": options.warm_start,
+                "device": self.fit.device.type,
+                "dense_bytes": info.dense_bytes(self.fit.dtype.itemsize),  # for the simulator
                 "expert_bits": stored / sum(layout.weights for layout in layouts),
                 "version": __version__,
             },
@@ -131,7 +130,7 @@ class Offload:
 
     def close(self) -> None:
         """Free the slots, the mapping and the copy thread. The model cannot be used afterwards."""
-        if self.options.residency.warm_start and not self.engine.closed:
+        if self.fit.options.warm_start and not self.engine.closed:
             write_hot(self.pack.path, self.engine.cache.heat)
         if self._one_token is not None:
             self._one_token.close()

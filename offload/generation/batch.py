@@ -30,7 +30,7 @@ FINAL = re.compile(r"(?:answer is|answer:|####)\s*(.+)", re.IGNORECASE)
 BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")  # braces three deep
 
 
-class GenerateOptions(TypedDict, total=False):
+class GenerationKeywords(TypedDict, total=False):
     """The keyword arguments of `generate`, which `stream_generate` documents."""
 
     max_new_tokens: int | None
@@ -53,7 +53,7 @@ def generate(
     prompt: Prompt,
     *,
     num_return_sequences: Literal[1] = 1,
-    **options: Unpack[GenerateOptions],
+    **options: Unpack[GenerationKeywords],
 ) -> str: ...
 
 
@@ -64,7 +64,7 @@ def generate(
     prompt: Prompt,
     *,
     num_return_sequences: int,
-    **options: Unpack[GenerateOptions],
+    **options: Unpack[GenerationKeywords],
 ) -> list[str]: ...
 
 
@@ -75,7 +75,7 @@ def generate(
     prompt: PromptBatch,
     *,
     num_return_sequences: Literal[1] = 1,
-    **options: Unpack[GenerateOptions],
+    **options: Unpack[GenerationKeywords],
 ) -> list[str]: ...
 
 
@@ -86,7 +86,7 @@ def generate(
     prompt: PromptBatch,
     *,
     num_return_sequences: int,
-    **options: Unpack[GenerateOptions],
+    **options: Unpack[GenerationKeywords],
 ) -> list[list[str]]: ...
 
 
@@ -96,7 +96,7 @@ def generate(
     prompt: Prompt | PromptBatch,
     *,
     num_return_sequences: int = 1,
-    **options: Unpack[GenerateOptions],
+    **options: Unpack[GenerationKeywords],
 ) -> str | list[str] | list[list[str]]:
     """Return the whole answer to `prompt` as a text; `stream_generate` documents the options.
 
@@ -110,7 +110,7 @@ def generate(
     if not many and num_return_sequences == 1:
         steps = stream_generate(model, tokenizer, prompt, **options)  # type: ignore[arg-type]
         return "".join(step.text for step in steps)
-    if unknown := sorted(options.keys() - GenerateOptions.__annotations__.keys()):
+    if unknown := sorted(options.keys() - GenerationKeywords.__annotations__.keys()):
         raise TypeError(f"generate has no {unknown[0]!r} for several answers")
     named = {name: value for name, value in options.items() if name in PARAMETERS}
     sampling = resolve_sampling(model.generation_config, **named)  # type: ignore[arg-type]

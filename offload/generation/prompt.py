@@ -130,7 +130,7 @@ def check_request(
 def check_length(model: PreTrainedModel, ids: Sequence[int]) -> int:
     """Return how many tokens the context holds. Raises `GenerationError` if `ids` leave no room
     for an answer."""
-    context = offload_of(model).options.context
+    context = offload_of(model).fit.options.context
     if len(ids) >= context:
         raise GenerationError(
             f"the prompt has {len(ids)} tokens and the context holds {context}: shorten it or "

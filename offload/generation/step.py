@@ -171,7 +171,7 @@ class DecodeLoop:
         self._sampler.go_back(self._before)
         if not self.step.go_back(length):
             logger.warning("%d tokens are read again", length)
-            ubatch = offload_of(self._model).options.ubatch
+            ubatch = offload_of(self._model).fit.ubatch
             _, grown = forward(self._model, self.step.read(length), None, ubatch)
             self.step.kv.fill(grown)
 

@@ -97,10 +97,10 @@ def _stream(
     prompt, limit = request.ids, request.limit
     ids = torch.tensor([prompt], device=model.device)
     cache, cached = kept.take(prompt) if kept is not None else (None, 0)
-    logits, cache = forward(model, ids[:, cached:], cache, handle.options.ubatch, ids[:, :cached])
+    logits, cache = forward(model, ids[:, cached:], cache, handle.fit.ubatch, ids[:, :cached])
     answer: Answer | None = None
     if handle.decoding is not None:
-        longest = handle.options.context
+        longest = handle.fit.options.context
         answer = handle.decoding.begin(model, ids, logits, cache, sampling, limit, longest, ends)
     if answer is None:
         answer = StepByStep(model, ids, logits, cache, sampling)
@@ -130,7 +130,7 @@ def _stream(
             count,
             seconds,
             (count - 1) / seconds if count > 1 else 0.0,
-            sum(map(peak_memory, handle.options.devices)),
+            sum(map(peak_memory, handle.fit.devices)),
             reason,
             handle.stats() - before,
         )

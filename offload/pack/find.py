@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from offload.budget.resolve import Planner
+from offload.budget.resolve import Resolver
 from offload.errors import BudgetError, SourceError
 from offload.files import offload_home, user_path
 from offload.model import demo, sources
@@ -55,12 +55,12 @@ def find_or_make_pack(
     local_files_only: bool = False,
     trust_remote_code: bool = False,
     device: torch.device = CPU,
-    plan: Planner | None = None,
+    resolver: Resolver | None = None,
 ) -> Path:
     """The folder of the pack for `source`, made if need be, at `destination` or under `pack_dir`.
 
-    Weights are quantised on `device`. What `plan` refuses is not made. A `recipe` of None is the
-    one that fits what `plan` (then not None) has.
+    Weights are quantised on `device`. What does not fit, as `resolver` tells, is not made. A
+    `recipe` of None is the one that fits what `resolver` (then not None) has.
     """
     found = find_source(
         source,
@@ -87,44 +87,45 @@ def find_or_make_pack(
     sources.fetch_weights(found, local_files_only=local_files_only)
     maker = PackMaker(PackSource(found.name, mark, found.folder), model, experts)
     if recipe is None:
-        assert plan is not None, "what fits depends on a plan"
-        recipe = _fitting_recipe(maker, plan, config, model, place)
-    if plan is not None:
-        plan(maker.describe(recipe), config, model)
+        assert resolver is not None, "what fits depends on the machine"
+        recipe = _fitting_recipe(maker, resolver, config, model, place)
+    if resolver is not None:
+        resolver.fit(maker.describe(recipe), config, model)
     maker.make(place(recipe), recipe, device)
     return place(recipe)
 
 
 def _fitting_recipe(
     maker: PackMaker,
-    plan: Planner,
+    resolver: Resolver,
     config: PreTrainedConfig,
     model: PreTrainedModel,
     place: Callable[[Recipe], Path],
 ) -> Recipe:
-    """The recipe for what `plan` has: the most bits at which all experts are resident, else in RAM.
+    """The recipe that fits: the most bits at which all experts are resident, else all in RAM.
 
     A pack that was made before is taken while all of it is resident: what is free changes from one
     start to the next, and quantising takes long.
     """
-    everything = replace(plan, slots=None)
+    everything = replace(resolver, options=replace(resolver.options, expert_slots=None))
+    device, memory = resolver.place.device, resolver.place.memory
 
     def resident(recipe: Recipe) -> bool:
         info = maker.describe(recipe)
         try:
-            return everything(info, config, model).slots >= info.total_experts
+            return everything.fit(info, config, model).slots >= info.total_experts
         except BudgetError:
             return False
 
     def in_ram(recipe: Recipe) -> bool:  # without a GPU that is what resident means
-        host = plan.memory.ram if plan.device.type != "cpu" else 0
+        host = memory.ram if device.type != "cpu" else 0
         return maker.describe(recipe).expert_bytes < host
 
     def made(recipe: Recipe) -> bool:
         return is_pack(place(recipe)) and resident(recipe)
 
     chosen, best = most_bits(made, resident, in_ram), most_bits(resident, in_ram)
-    space = f"{plan.memory.device / 2**30:.1f} GiB"
+    space = f"{memory.device / 2**30:.1f} GiB"
     if chosen != best:
         logger.warning("%s is here and fits %s; --bits %s would too", chosen.name, space, best.name)
     elif resident(chosen):

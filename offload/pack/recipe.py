@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from offload.errors import RecipeError
+from offload.options import LoadOptions
 from offload.quant.pack import PackInfo
 from offload.quant.scheme import Scheme
 
@@ -186,6 +187,11 @@ class AskedBits:
         if self.fit and any(other is not None for other in others):
             raise RecipeError(f"{FIT!r} chooses everything: leave the other options on bits out")
         self.on(Recipe())  # raises what is wrong before any work
+
+    @classmethod
+    def of(cls, options: LoadOptions) -> AskedBits:
+        """What `options` say about bits."""
+        return cls(options.bits, options.expert_bits, options.dense_bits, options.group_size)
 
     @property
     def fit(self) -> bool:

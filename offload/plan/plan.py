@@ -1,41 +1,26 @@
-"""One row of a plan: a model with its experts at some bits, on a machine.
-
-Knows: the arithmetic that `load` does too (`offload.planning`). Does not know: which bits are asked
-about, which row is best (`offload.plan`).
-"""
+"""One row of a plan: a model with its experts at some bits, on a machine."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 
 from offload.budget.budget import Budget
-from offload.budget.resolve import Planner
+from offload.budget.resolve import Place, Resolver
 from offload.cache.errors import CacheError
 from offload.cache.simulate.forecast import Forecast, Load, forecast, forecast_of
 from offload.cache.trace.synthetic import Shape
 from offload.cache.trace.trace import Trace
 from offload.errors import BudgetError, SourceError
-from offload.options import Card, Share
+from offload.options import Card, LoadOptions, Share
 from offload.pack.recipe import FITTING, AskedBits, Recipe, most_bits
 from offload.plan.outline import Outline
 from offload.plan.target import Target
 from offload.quant.pack import PackInfo
 from offload.quant.scheme import Scheme
-from offload.units import UBATCH, parse_slots
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is asked, beside model and machine."""
-
-    bits: AskedBits = field(default_factory=AskedBits)
-    slots: str | None = None
-    context: int = 4096
-    ubatch: int = UBATCH
-    trace: Trace | None = None
+from offload.units import parse_slots
 
 
 @dataclass(frozen=True)
@@ -52,7 +37,7 @@ class Row:
     rest: str  # where the others are: VRAM (there are none), RAM, disk; "" when it does not fit
     disk_share: float  # of what is loaded into slots: what comes from the disk
     refusal: str  # why it does not fit
-    fixed_cache: bool  # the KV cache is there twice (`Planner.keeps_fixed_cache`)
+    fixed_cache: bool  # the KV cache is there twice (`Resolver.keeps_fixed_cache`)
     on_device: bool  # steps are planned on the card, as `--engine auto` does where it can
     forecast: Forecast | None
 
@@ -76,24 +61,30 @@ def experts_scheme(recipe: Recipe) -> Scheme:
     return recipe.parts["experts"]
 
 
-def make_row(outline: Outline, target: Target, question: Question, recipe: Recipe) -> Row:
+def make_row(
+    outline: Outline,
+    target: Target,
+    options: LoadOptions,
+    recipe: Recipe,
+    trace: Trace | None = None,
+) -> Row:
     """`recipe` on `target`; a model that does not fit is a row too. Raises `OffloadError`."""
     info = outline.describe(recipe)
-    planner = _planner(target, question)
+    resolver = _resolver(target, options)
     slots, shares, refusal = 0, tuple[Share, ...](), ""
     try:
-        options = planner(info, outline.config, outline.model)
-        slots, shares = options.slots, options.shares
+        fit = resolver.fit(info, outline.config, outline.model)
+        slots, shares = fit.slots, fit.shares
     except BudgetError as error:
         refusal = str(error)
-    budget = _of_a_card(planner.budget(info, outline.config), target.cards, shares)
-    fixed_cache = planner.keeps_fixed_cache(info)
+    budget = _of_a_card(resolver.budget(info, outline.config), target.cards, shares)
+    fixed_cache = resolver.keeps_fixed_cache(info)
     row = Row(
         recipe,
         experts_scheme(recipe),
         info,
         budget,
-        planner.chunk(outline.config),
+        resolver.chunk(outline.config),
         shares,
         slots,
         "",
@@ -107,22 +98,15 @@ def make_row(outline: Outline, target: Target, question: Question, recipe: Recip
         return row
     held = _held_in_ram(target, row)
     row = replace(row, rest=_rest(target, row, held), disk_share=_disk_share(row, held))
-    return replace(row, forecast=_forecast(outline, target, question, row, held))
+    return replace(row, forecast=_forecast(outline, target, row, held, resolver, trace))
 
 
-def _planner(target: Target, question: Question) -> Planner:
+def _resolver(target: Target, options: LoadOptions) -> Resolver:
     cards = tuple(
         Card(number, torch.device(target.device.type, number), target.memory.device)
         for number in range(target.cards)
     )
-    return Planner(
-        target.device,
-        target.memory,
-        slots=question.slots,
-        context=question.context,
-        ubatch=question.ubatch,
-        cards=cards if target.cards > 1 else (),
-    )
+    return Resolver(options, Place(target.device, target.memory, cards if len(cards) > 1 else ()))
 
 
 def _of_a_card(whole: Budget, cards: int, shares: tuple[Share, ...]) -> Budget:
@@ -159,26 +143,30 @@ def _disk_share(row: Row, held: int) -> float:
 
 
 def _forecast(
-    outline: Outline, target: Target, question: Question, row: Row, held: int
+    outline: Outline,
+    target: Target,
+    row: Row,
+    held: int,
+    resolver: Resolver,
+    trace: Trace | None,
 ) -> Forecast:
     info = row.info
     layers = len(info.layers)
     weights = sum(n.num_experts * info.layout_of(i).weights for i, n in enumerate(info.layers))
-    planner = _planner(target, question)
     shape = Shape(
         outline.name,
         layers,
         max(layer.num_experts for layer in info.layers),
         outline.top_k,
         info.expert_bytes // info.total_experts,
-        outline.read_bytes(info, planner.compute_dtype(outline.config).itemsize),
+        outline.read_bytes(info, resolver.dtype(outline.config).itemsize),
         info.expert_bytes * 8 / weights,
     )
     load = Load(shape, target.hardware, row.slots, held, on_device=row.on_device)
     try:
-        if question.trace is None:
+        if trace is None:
             return forecast(load)
-        return forecast_of(load, _on_this_model(question.trace, outline, info))
+        return forecast_of(load, _on_this_model(trace, outline, info))
     except CacheError as error:
         raise BudgetError(str(error)) from None
 
@@ -208,42 +196,47 @@ class Plan:
 
     outline: Outline
     target: Target
-    context: int
-    ubatch: int
+    options: LoadOptions
     rows: tuple[Row, ...]
     chosen: Row | None  # the one to run; None: none fits
     remedy: str = ""  # what makes a model fit of which nothing does
 
 
-def make_plan(outline: Outline, target: Target, question: Question) -> Plan:
-    """Every row, and the one to run. Raises `OffloadError`."""
-    _check_slots(question.slots)
-    asked = _asked(outline, question.bits)
-    recipes = _recipes(outline, question.bits, asked)
-    rows = tuple(make_row(outline, target, question, recipe) for recipe in recipes)
-    if question.bits.fit:
+def make_plan(
+    outline: Outline, target: Target, options: LoadOptions, trace: Trace | None = None
+) -> Plan:
+    """Every row, and the one to run. Without a `trace` the routing is made up.
+
+    Raises `OffloadError`.
+    """
+    _check_slots(options.expert_slots)
+    bits = AskedBits.of(options)
+    asked = _asked(outline, bits)
+    recipes = _recipes(outline, bits, asked)
+    rows = tuple(make_row(outline, target, options, recipe, trace) for recipe in recipes)
+    if bits.fit:
         chosen = _fitting(rows)
     elif asked is not None:
         chosen = next((row for row in rows if row.recipe == asked and not row.refusal), None)
     else:
         chosen = _best(rows)
-    remedy = "" if chosen else _remedy(outline, target, question)
-    return Plan(outline, target, question.context, question.ubatch, rows, chosen, remedy)
+    remedy = "" if chosen else _remedy(outline, target, options)
+    return Plan(outline, target, options, rows, chosen, remedy)
 
 
-def _check_slots(slots: str | None) -> None:
+def _check_slots(slots: int | str | None) -> None:
     """What no machine could do is no row's refusal. Raises `BudgetError`."""
     if parse_slots(slots, 1) == 0:
         raise BudgetError("0 expert slots: at least one is needed, raise --expert-slots")
 
 
-def _remedy(outline: Outline, target: Target, question: Question) -> str:
+def _remedy(outline: Outline, target: Target, options: LoadOptions) -> str:
     """The most bits of the dense weights with which experts of `GOOD_BITS` fit, as a flag."""
-    if outline.made is not None or question.slots is not None:
+    if outline.made is not None or options.expert_slots is not None:
         return ""
     for bits in DENSE_BITS:
         recipe = Recipe.parse(f"experts={GOOD_BITS},dense={bits}")
-        if not make_row(outline, target, question, recipe).refusal:
+        if not make_row(outline, target, options, recipe).refusal:
             return f"--dense-bits {bits}"
     return ""
 

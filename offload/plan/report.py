@@ -121,9 +121,9 @@ def _sizes(plan: Plan, row: Row) -> Iterator[str]:
     yield f"At {row.recipe.name}:"
     yield f"  dense      {gib(budget.dense):>10}{each} in {device}"
     twice = ", with one of fixed size for CUDA graphs" * row.fixed_cache
-    yield f"  KV cache   {gib(budget.kv_cache):>10}{each}, {plan.context} tokens{twice}"
+    yield f"  KV cache   {gib(budget.kv_cache):>10}{each}, {plan.options.context} tokens{twice}"
     yield f"  workspace  {gib(budget.workspace):>10}{each}"
-    if row.chunk < min(plan.ubatch, plan.context):
+    if row.chunk < min(plan.options.ubatch_size, plan.options.context):
         yield f"  prompts    {row.chunk} tokens at once: attention's scores take what is left"
     if row.staging_bytes:
         yield f"  staging    {gib(row.staging_bytes):>10}{each}, prompts are streamed through it"
@@ -251,7 +251,7 @@ def to_json(plan: Plan, command: str, traced: bool) -> dict[str, Any]:
             "link_gb_per_s": target.hardware.link_gb_per_s,
             "disk_gb_per_s": target.hardware.disk_gb_per_s,
         },
-        "context": plan.context,
+        "context": plan.options.context,
         "rows": [_row_json(row) for row in plan.rows],
         "chosen": None if plan.chosen is None else plan.rows.index(plan.chosen),
         "command": None if plan.chosen is None else command,

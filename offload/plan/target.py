@@ -1,7 +1,4 @@
-"""The machine to plan for: this one, or one that is named.
-
-Knows: what of it may be used, its rates, how many cards. Does not know: models.
-"""
+"""The machine to plan for: this one, or one that is named."""
 
 from __future__ import annotations
 
@@ -16,6 +13,7 @@ from offload.cache.simulate.machines import PROFILES, Hardware, find_hardware
 from offload.errors import BudgetError
 from offload.files import offload_home
 from offload.machine.measure import measure, read_rate
+from offload.options import LoadOptions
 from offload.units import SHARE, parse_bytes
 
 MOST_CARDS = 64
@@ -47,12 +45,10 @@ class Target:
         return f"{self.cards} x {self.hardware.name}" if self.cards > 1 else self.hardware.name
 
 
-def this_machine(
-    device: str | None, vram: str | None, ram: str | None, cards: int | None
-) -> Target:
+def this_machine(options: LoadOptions, cards: int | None) -> Target:
     """Where we are, measured, with what is free, or with what the user gives. Raises
     `BudgetError`."""
-    place = find_device(device)
+    place = find_device(options.device)
     count = _checked(cards or 1)
     if place.type != "cuda" and count > 1:
         raise BudgetError(f"there are no {count} GPUs here: name one with --gpu, like 4090")
@@ -60,7 +56,7 @@ def this_machine(
         raise BudgetError(
             f"there are {torch.cuda.device_count()} GPUs here, not {count}: name them with --gpu"
         )
-    memory = Memory.of(place, vram, ram)
+    memory = Memory.of(place, options.vram, options.ram)
     hardware = _with_disk(replace(measure(place), cards=count))
     free = int(psutil.virtual_memory().available * SHARE)  # the page cache takes what we leave
     spare = memory.ram if place.type == "cuda" else max(free, memory.ram)
@@ -76,7 +72,7 @@ def _with_disk(hardware: Hardware) -> Hardware:
     return replace(hardware, disk_gb_per_s=rate.gb_per_s)
 
 
-def named_machine(gpu: str, vram: str | None, ram: str | None, cards: int | None) -> Target:
+def named_machine(gpu: str, options: LoadOptions, cards: int | None) -> Target:
     """One with cards called `gpu`; a share of their memory and of its RAM is used, as `load` uses a
     share of what is free. Raises `BudgetError`."""
     found = find_hardware(gpu)
@@ -87,14 +83,15 @@ def named_machine(gpu: str, vram: str | None, ram: str | None, cards: int | None
             "its --vram"
         )
     notes = [ASSUMED]
-    for text in (vram, ram):
-        if text and text.isdecimal() and 0 < (parse_bytes(text) or 0) < LEAST_BYTES:
+    for text in (options.vram, options.ram):
+        bare = isinstance(text, str) and text.isdecimal()
+        if bare and 0 < (parse_bytes(text) or 0) < LEAST_BYTES:
             raise BudgetError(f"{text!r} is that many bytes: write the unit too, like 20GiB")
-    host = parse_bytes(ram)
+    host = parse_bytes(options.ram)
     if host is None:
         host = psutil.virtual_memory().total
         notes.append(f"RAM is this machine's, {host / 2**30:.0f} GiB: --ram gives another")
-    given = parse_bytes(vram)
+    given = parse_bytes(options.vram)
     size = found.memory_bytes if given is None else given
     if size is None:
         raise BudgetError(f"it is not known how much memory {found.name} has: give it with --vram")

@@ -109,7 +109,7 @@ def reference_bits(name: str) -> str | None:
 def load_plain(
     source: str,
     *,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
     trust_remote_code: bool = False,

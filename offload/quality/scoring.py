@@ -203,7 +203,7 @@ def tokens_at_once(model: PreTrainedModel, piece: int = PIECE) -> int:
     if model.config.get_text_config().model_type in READ_WHOLE:
         return sys.maxsize
     handle = getattr(model, "offload", None)  # a model run by transformers alone has none
-    return piece if handle is None else min(piece, handle.options.ubatch)
+    return piece if handle is None else min(piece, handle.fit.ubatch)
 
 
 def pieces(count: int, at_once: int) -> Iterator[tuple[int, int]]:
@@ -226,7 +226,7 @@ Report = Callable[[int, int], None]  # tokens scored, tokens to score
 
 
 @dataclass(frozen=True)
-class Perplexity:
+class PerplexityResult:
     """The exponential of the mean negative log-likelihood of `tokens` scored tokens."""
 
     nll: Estimate  # nats per token
@@ -242,7 +242,7 @@ class Perplexity:
 
 def measure_perplexity(
     model: PreTrainedModel, text: Text, sliding: Sliding, report: Report | None = None
-) -> Perplexity:
+) -> PerplexityResult:
     """Measure the perplexity of `model` on `text`; `report` is called with the progress.
 
     Its error is the error of the mean log-likelihood times the perplexity, as llama.cpp's
@@ -255,7 +255,7 @@ def measure_perplexity(
         done += len(samples[-1])
         if report is not None:
             report(done, text.scored)
-    return Perplexity(mean_of(torch.cat(samples)), done)
+    return PerplexityResult(mean_of(torch.cat(samples)), done)
 
 
 def finite(values: Tensor, at: int, what: str) -> Tensor:

@@ -78,9 +78,7 @@ def _panel(
         figure.colorbar(image, ax=axes)
 
 
-def plot(
-    trace_name: str, expert_slots: str, policy: str, allocation: str, file: Path | None
-) -> str:
+def plot(trace_name: str, expert_slots: str, policy: str, file: Path | None) -> str:
     """The heat map of a replayed trace: drawn to `file`, else returned as text."""
     from offload.units import parse_slots
 
@@ -88,7 +86,7 @@ def plot(
         trace = open_trace(trace_name)
         slots = parse_slots(expert_slots, trace.header.total_experts)
         assert slots is not None
-        heat = collect(trace, Setup(slots, policy, allocation))
+        heat = collect(trace, Setup(slots, policy))
     except CacheError as error:
         raise OffloadError(str(error)) from None
     if file is None:

@@ -80,10 +80,8 @@ def _recall(shape: LayerShape, ahead: int) -> str:
 def replays(
     name: str,
     policies: Sequence[str],
-    allocations: Sequence[str],
     slots: Sequence[str],
     lookaheads: Sequence[str],
-    ahead: int,
     *,
     per_layer: bool = False,
 ) -> Iterator[str]:
@@ -93,10 +91,10 @@ def replays(
     """
     trace = open_trace(name)
     try:
-        setups = list(_setups(trace, policies, allocations, slots, lookaheads, ahead))
-        names = "slots resident policy allocation look-ahead hit of-Belady loads/token MiB/token"
+        setups = list(_setups(trace, policies, slots, lookaheads))
+        names = "slots resident policy look-ahead hit of-Belady loads/token MiB/token"
         yield _row([*names.split(), "precision", "recall"])
-        yield _row(["---:"] * 11)
+        yield _row(["---:"] * 10)
         ceilings: dict[int, Outcome] = {}
         for setup in setups:
             if setup.slots not in ceilings:
@@ -113,19 +111,16 @@ def replays(
 def _setups(
     trace: Trace,
     policies: Sequence[str],
-    allocations: Sequence[str],
     slots: Sequence[str],
     lookaheads: Sequence[str],
-    ahead: int,
 ) -> Iterator[Setup]:
     recorded = None if policies and slots else recorded_setup(trace)
     for size in slots or [str(recorded.slots if recorded else 1)]:
         for policy in policies or [recorded.policy if recorded else BELADY]:
-            for allocation in allocations:
-                for lookahead in lookaheads:
-                    count = parse_share(size, trace.header.total_experts)
-                    cards = recorded.cards if recorded and not slots else ()
-                    yield Setup(count, policy, allocation, lookahead, ahead, cards)
+            for lookahead in lookaheads:
+                count = parse_share(size, trace.header.total_experts)
+                cards = recorded.cards if recorded and not slots else ()
+                yield Setup(count, policy, lookahead=lookahead, cards=cards)
 
 
 def parse_share(text: str, whole: int) -> int:
@@ -140,7 +135,6 @@ def parse_share(text: str, whole: int) -> int:
 
 def _line(trace: Trace, outcome: Outcome, ceiling: Outcome) -> str:
     setup, counts = outcome.setup, outcome.counts
-    belady = setup.policy == BELADY and setup.lookahead == NONE
     looked = setup.lookahead != NONE
     share = setup.slots / trace.header.total_experts
     best = ceiling.counts.hit_rate
@@ -149,7 +143,6 @@ def _line(trace: Trace, outcome: Outcome, ceiling: Outcome) -> str:
             str(setup.slots),
             f"{share:.0%}",
             setup.policy,
-            "" if belady else setup.allocation,
             f"{setup.lookahead}" if looked else "",
             _percent(counts.hit_rate),
             _percent(counts.hit_rate / best) if best else "",

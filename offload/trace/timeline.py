@@ -61,9 +61,7 @@ def recording(model: PreTrainedModel, file: Path | None) -> Iterator[None]:
         return
     check_writable(file)
     offload = offload_of(model)
-    links = [
-        card.number for card, share in offload.options.caching for _ in range(share.moe_layers)
-    ]
+    links = [card.number for card, share in offload.fit.caching for _ in range(share.moe_layers)]
     recorder = Recorder(f"offload {offload.pack.info.source}", links)
     offload.engine.tell(recorder)
     try:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from offload.cache.sharded import card_and_row, divided
-from offload.options import Options
+from offload.options import Fit
 from offload.quant.pack import Pack
 from offload.transfer.base import Marks, Ticket, Transfer
 from offload.transfer.cuda import CudaTransfer
@@ -121,32 +121,25 @@ class CardsTransfer:
         return card_and_row(slot, len(self.transfers))
 
 
-def transfer_of(pack: Pack, options: Options, ram: int | None) -> Transfer:
-    """Slots and rows past them on every card; all cards are filled from one host tier of `ram`
-    bytes (None: a share of what is free)."""
-    staging = options.staging
-    if not options.cards:
-        return _transfer_to(options.device, pack, options.slots, staging, ram, None)
+def transfer_of(pack: Pack, fit: Fit) -> Transfer:
+    """Slots and rows past them on every card; all cards are filled from one host tier."""
+    if not fit.cards:
+        return _transfer_to(fit.device, pack, fit.slots, fit, None)
     with contextlib.ExitStack() as undo:
         transfers: list[Transfer] = []
-        for card, share in options.caching:
+        for card, share in fit.caching:
             tier = next((made.tier for made in transfers if isinstance(made, CudaTransfer)), None)
-            transfers.append(_transfer_to(card.device, pack, share.slots, staging, ram, tier))
+            transfers.append(_transfer_to(card.device, pack, share.slots, fit, tier))
             undo.callback(transfers[-1].close)
         undo.pop_all()
     if len(transfers) == 1:
         return transfers[0]
-    return CardsTransfer(transfers, [share.slots for _, share in options.caching])
+    return CardsTransfer(transfers, [share.slots for _, share in fit.caching])
 
 
 def _transfer_to(
-    device: torch.device,
-    pack: Pack,
-    slots: int,
-    staging: int,
-    ram: int | None,
-    tier: HostTier | None,
+    device: torch.device, pack: Pack, slots: int, fit: Fit, tier: HostTier | None
 ) -> Transfer:
     if device.type == "cpu":
         return HostTransfer(pack, slots)
-    return CudaTransfer(pack, slots + staging, device, ram, tier=tier)
+    return CudaTransfer(pack, slots + fit.staging, device, fit.ram, tier=tier)

@@ -23,7 +23,6 @@ from offload.quant.pack import MANIFEST, Pack, manifest_check
 from offload.quant.scheme import Scheme
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from cli.parser import build_parser
 from offload.chat.chat import Chat
 from offload.chat.commands import obey
 from offload.chat.display import Plain
@@ -32,6 +31,7 @@ from offload.engine.warm import read_hot
 from offload.generation.answers import AnswersFile, read_prompt_lines
 from offload.generation.prompt import encode_prompt
 from offload.loading import _tokenizer as load_tokenizer
+from offload.main import build_parser
 from offload.model import sources
 from offload.model.formats.gguf import read_header
 from offload.model.formats.safetensors import INDEX, SafetensorsSource, weight_files

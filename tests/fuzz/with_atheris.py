@@ -16,7 +16,7 @@ from pathlib import Path
 
 import atheris  # an optional tool
 
-OURS = ["cli", "offload", "cache", "quant"]
+OURS = ["offload", "cache", "quant"]
 
 
 def main() -> None:

@@ -1,7 +1,4 @@
-"""Whether a model's decode steps can be planned on its device, and the engine that does.
-
-Knows: what the kernels need of a machine and of the options. Does not know: models.
-"""
+"""Whether a model's decode steps can be planned on its device, and the engine that does."""
 
 from __future__ import annotations
 
@@ -12,17 +9,16 @@ import torch
 
 from offload.cache.cache import ExpertCache
 from offload.cache.guesses import Lookahead
-from offload.cache.policies import KERNEL_POLICIES, LFRU
+from offload.cache.policies import LFRU
 from offload.cache.trace.synthetic import Routing, Shape, synthesize
 from offload.engine.compute import Compute
 from offload.engine.device.engine import DeviceEngine, SlotDecode
 from offload.engine.device.gather import gather
-from offload.engine.device.places import ALLOCATIONS, Places
+from offload.engine.device.places import Places
 from offload.engine.device.table import Table
 from offload.lines import reason
 from offload.quant.gpu import launching_on
 from offload.quant.pack import PackInfo
-from offload.residency import Residency
 from offload.transfer.base import Transfer
 from offload.transfer.pinning import kernels_read_registered
 
@@ -79,7 +75,7 @@ DEVICES = ("cuda",)  # on a CPU the kernels are interpreted: for tests
 class Wanted:
     """What an engine is to do."""
 
-    residency: Residency
+    policy: str
     lookahead: Lookahead
     slots: int
     k: int  # experts a token; 0: not known
@@ -88,19 +84,8 @@ class Wanted:
 
 def why_not(wanted: Wanted, transfer: Transfer) -> str:
     """Why the host has to plan; "" when it need not."""
-    residency = wanted.residency
     if transfer.device.type not in DEVICES:
         return "it needs a CUDA GPU"
-    if residency.policy not in KERNEL_POLICIES:
-        return f"its kernels know the policies {', '.join(KERNEL_POLICIES)}, not {residency.policy}"
-    if residency.allocation not in ALLOCATIONS:
-        return (
-            f"its kernels know the allocations {', '.join(ALLOCATIONS)}, not {residency.allocation}"
-        )
-    if wanted.lookahead.layers > 1 or (
-        wanted.lookahead.layers and wanted.lookahead.predictor != "router"
-    ):
-        return "it looks ahead one layer, by that layer's router: choose --predictor router"
     if not wanted.k:
         return "the model's config does not say how many experts a token has"
     if wanted.slots < 2 * wanted.k:
@@ -121,10 +106,7 @@ def make(
     addresses = transfer.addresses()
     assert addresses is not None
     experts = max(layer.num_experts for layer in info.layers)
-    residency = wanted.residency
-    places = Places(
-        len(info.layers), experts, wanted.k, wanted.slots, residency.policy, residency.allocation
-    )
+    places = Places(len(info.layers), experts, wanted.k, wanted.slots, wanted.policy, "shared")
     return DeviceEngine(
         info,
         cache,

@@ -308,7 +308,7 @@ def test_an_interrupted_sweep_keeps_its_rows(
     monkeypatch.setattr("offload.bench.run.take_sample", sample)
     code = cli.main(
         ["bench", str(mixtral_pack), "-p", "4", "-n", "0", "-r", "1", "-o", output,
-         "--policy", "lru,lfru,fifo"]
+         "--policy", "lru,lfru"]
     )  # fmt: skip
     out = capsys.readouterr().out
     assert code == 130

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,11 @@ from offload.quant.errors import OffloadError
 from transformers import PreTrainedTokenizerBase
 
 from offload import load
+from offload.bench.command import SWEPT
 from offload.bench.result import Bound, Rates, bound_of, dense_bytes, percentile
-from offload.bench.run import Setting, make_settings
 from offload.bench.sample import Test, make_tests, random_tokens, real_text, stretches, take_sample
 from offload.engine.handle import offload_of
+from offload.options import LoadOptions, combinations
 from tests.offload.bench.rows import row
 
 
@@ -30,19 +32,18 @@ def test_lengths_of_nothing_are_no_tests() -> None:
 
 
 def test_a_sweep_is_every_combination_the_last_changes_first() -> None:
-    settings = make_settings([8, 4], ["25%"], ["lru", "lfru"], [None])
-    assert settings == [
-        Setting(8, "25%", "lru"),
-        Setting(8, "25%", "lfru"),
-        Setting(4, "25%", "lru"),
-        Setting(4, "25%", "lfru"),
+    given = Namespace(expert_bits=[8, 4], expert_slots=["25%"], policy=["lru", "lfru"], context=77)
+    assert combinations(given, SWEPT) == [
+        LoadOptions(expert_bits=bits, expert_slots="25%", policy=policy, context=77)
+        for bits in (8, 4)
+        for policy in ("lru", "lfru")
     ]
 
 
 @pytest.mark.parametrize(("slots", "policy"), [("many", "lru"), ("25%", "best")])
 def test_a_sweep_refuses_at_once_what_could_not_be_loaded(slots: str, policy: str) -> None:
     with pytest.raises(OffloadError):
-        make_settings([None], ["25%", slots], ["lru", policy], [None])
+        combinations(Namespace(expert_slots=["25%", slots], policy=["lru", policy]), SWEPT)
 
 
 def test_percentiles_lie_between_values() -> None:

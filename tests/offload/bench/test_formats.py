@@ -20,14 +20,15 @@ from offload.bench.output import (
     read_earlier,
 )
 from offload.bench.picture import check_picture, save_picture
-from offload.bench.run import Row, Setting
+from offload.bench.run import Row
 from offload.bench.sample import Test
+from offload.options import LoadOptions
 from tests.offload.bench.rows import row
 
 TESTS = [Test(8, 0), Test(0, 4)]
 
 
-def tables(rows: list[Row], settings: list[Setting], columns: int | None = None) -> list[str]:
+def tables(rows: list[Row], settings: list[LoadOptions], columns: int | None = None) -> list[str]:
     out = io.StringIO()
     with ended(TablePrinter(out, TESTS, settings, columns=columns)) as printer:
         for one in rows:
@@ -40,14 +41,14 @@ def cells(line: str) -> list[str]:
 
 
 def test_lines_of_a_table_are_equally_long() -> None:
-    lines = tables([row(Test(8, 0)), row()], [Setting()])
+    lines = tables([row(Test(8, 0)), row()], [LoadOptions()])
     first, second = lines[:4], lines[5:]
     assert lines[4] == ""
     assert len({len(line) for line in first}) == len({len(line) for line in second}) == 1
 
 
 def test_the_second_table_holds_times_memory_and_bounds() -> None:
-    lines = tables([row(Test(8, 0)), row()], [Setting()])
+    lines = tables([row(Test(8, 0)), row()], [LoadOptions()])
     assert cells(lines[5])[1:] == [
         "test", "first ms", "p50 ms", "p95", "p99", "peak GiB", "bound t/s", "reached",
     ]  # fmt: skip
@@ -56,18 +57,20 @@ def test_the_second_table_holds_times_memory_and_bounds() -> None:
 
 
 def test_what_is_swept_has_a_column() -> None:
-    settings = [Setting(policy="lru"), Setting(policy="lfru")]
+    settings = [LoadOptions(policy="lru"), LoadOptions(policy="lfru")]
     lines = tables([row(policy="lru"), row(policy="lfru")], settings)
     assert cells(lines[0])[4:6] == ["policy", "test"]
     assert [cells(line)[4] for line in lines[2:4]] == ["lru", "lfru"]
     assert "look-ahead" not in lines[0]
-    lines = tables([row(lookahead=True)], [Setting(lookahead=True), Setting(lookahead=False)])
+    lines = tables(
+        [row(lookahead=True)], [LoadOptions(lookahead=True), LoadOptions(lookahead=False)]
+    )
     assert cells(lines[2])[4] == "on"
 
 
 def test_a_narrow_terminal_has_the_model_above_its_rows() -> None:
     rows = [row(bits="q8"), row(bits="q8"), row(bits="q4")]
-    lines = tables(rows, [Setting(8), Setting(4)], columns=90)
+    lines = tables(rows, [LoadOptions(expert_bits=8), LoadOptions(expert_bits=4)], columns=90)
     assert all(len(line) <= 90 for line in lines)
     assert lines[0] == "tiny q8, 1.00 GiB, 1.00 B, CPU"
     assert lines.count("tiny q4, 1.00 GiB, 1.00 B, CPU") == 2  # in both tables

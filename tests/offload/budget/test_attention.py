@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, GptOssConfig, PreTrainedConfig
 
 import offload
 from offload.budget.budget import ALIVE, Memory, chunk_tokens, keeps_scores, score_bytes
-from offload.budget.resolve import Planner
+from offload.budget.resolve import Place, Resolver
+from offload.options import LoadOptions
 from tests.tiny import tiny_config
 
 GIB = 2**30
@@ -93,13 +94,14 @@ def test_scores_are_in_the_budget_and_the_options_have_the_shorter_chunk(
 ) -> None:
     pack = Pack(mixtral_pack)
     config, cpu = tiny_config("mixtral"), torch.device("cpu")
-    planner = Planner(cpu, Memory(2 * GIB, 2 * GIB), dtype=BF16, context=100_000)
+    asked = LoadOptions(dtype=BF16, context=100_000)
+    resolver = Resolver(asked, Place(cpu, Memory(2 * GIB, 2 * GIB)))
     fused, eager = (
-        planner.budget(pack.info, each) for each in (config, _eager(tiny_config("mixtral")))
+        resolver.budget(pack.info, each) for each in (config, _eager(tiny_config("mixtral")))
     )
     a_token = score_bytes(_eager(tiny_config("mixtral")), 100_000, 2)
-    tokens = planner(pack.info, _eager(tiny_config("mixtral"))).ubatch
-    assert 0 < tokens < planner(pack.info, config).ubatch == 2048
+    tokens = resolver.fit(pack.info, _eager(tiny_config("mixtral"))).ubatch
+    assert 0 < tokens < resolver.fit(pack.info, config).ubatch == 2048
     assert tokens * a_token <= 2 * GIB // 8 < 2 * tokens * a_token
     cells = 2 * 2 * config.hidden_size * 4  # a token's, as for any model
     assert eager.workspace == fused.workspace - (2048 - tokens) * cells + tokens * a_token

@@ -21,9 +21,10 @@ from offload.budget.budget import (
     kv_cache_bytes,
     staging_rows,
 )
-from offload.budget.resolve import Planner, find_device
+from offload.budget.resolve import Place, Resolver, find_device
 from offload.errors import BudgetError
 from offload.generation.fixed_kv import FixedKV
+from offload.options import LoadOptions
 from offload.units import parse_bytes, parse_slots
 from tests.tiny import EXPERTS, LAYERS, tiny_config
 
@@ -230,7 +231,7 @@ def test_a_longer_context_leaves_room_for_fewer_experts(mixtral: Path, tmp_path:
     def slots(context: int) -> int:
         options: dict[str, Any] = {"ram": "202.2MiB", "context": context, "expert_bits": 16}
         model, _ = offload.load(mixtral, device="cpu", pack_dir=tmp_path, **options)
-        count: int = model.offload.options.slots
+        count: int = model.offload.fit.slots
         model.offload.close()
         return count
 
@@ -321,11 +322,10 @@ def test_a_gpus_budget_has_room_for_the_cache_of_fixed_size(
 ) -> None:
     config = tiny_config("mixtral")
     a_token = 2 * 3 * 2 * 16 * 4
-    planner = Planner(
-        torch.device(device), Memory(2**30, 2**30), torch.float32, ubatch=32, engine=engine
-    )
+    asked = LoadOptions(dtype=torch.float32, ubatch_size=32, engine=engine)
+    resolver = Resolver(asked, Place(torch.device(device), Memory(2**30, 2**30)))
     grown, fixed = a_token * (63 + 32), a_token * 4096
-    counted = planner.budget(Pack(mixtral_pack).info, config).kv_cache
+    counted = resolver.budget(Pack(mixtral_pack).info, config).kv_cache
     assert counted == grown + fixed * twice
 
 

@@ -15,11 +15,11 @@ import offload.budget.budget
 from offload.budget.blocks import Layers, demand, device_of
 from offload.budget.budget import Memory, kv_cache_bytes, staging_rows
 from offload.budget.placement import place
-from offload.budget.resolve import Planner, find_place
+from offload.budget.resolve import Place, Resolver, find_place
 from offload.errors import BudgetError
 from offload.model import sources
 from offload.model.seam import build_on_meta, model_class, own_config
-from offload.options import Card, Options
+from offload.options import Card, Fit, LoadOptions
 from tests.tiny import save_tiny
 
 GIB = 2**30
@@ -37,21 +37,23 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("two_gpus")
 def test_cards_are_taken_in_the_order_in_which_they_are_named() -> None:
-    found = find_place(None, "1, 0", None, None)
+    found = find_place(LoadOptions(gpus="1, 0"))
     assert found.device == torch.device("cuda:1")
     assert [card.number for card in found.cards] == [1, 0]
     assert [card.memory for card in found.cards] == [int(12 * GIB * 0.9), int(24 * GIB * 0.9)]
     assert found.memory.device == sum(card.memory for card in found.cards)
-    assert find_place(None, (1, 0), None, None) == find_place(None, "1,0", None, None)
+    assert find_place(LoadOptions(gpus=(1, 0))) == find_place(LoadOptions(gpus="1,0"))
 
 
 @pytest.mark.usefixtures("two_gpus")
 def test_vram_is_for_each_card_or_one_size_for_each() -> None:
-    assert [c.memory for c in find_place(None, "0,1", "8GiB", None).cards] == [8 * GIB] * 2
-    each = find_place(None, "0,1", "20GiB,10GiB", None).cards
-    assert [c.memory for c in each] == [20 * GIB, 10 * GIB]
+    def cards(vram: str) -> tuple[Card, ...]:
+        return find_place(LoadOptions(gpus="0,1", vram=vram)).cards
+
+    assert [c.memory for c in cards("8GiB")] == [8 * GIB] * 2
+    assert [c.memory for c in cards("20GiB,10GiB")] == [20 * GIB, 10 * GIB]
     with pytest.raises(BudgetError, match="3 sizes for 2 cards: give one for each"):
-        find_place(None, "0,1", "8GiB,8GiB,8GiB", None)
+        cards("8GiB,8GiB,8GiB")
 
 
 @pytest.mark.usefixtures("two_gpus")
@@ -59,11 +61,11 @@ def test_one_card_of_several_is_used_with_a_word_about_the_others(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level(logging.WARNING, "offload"):
-        assert find_place("cuda:1", None, None, None).cards == ()
-        alone = find_place(None, "1", "8GiB", None)
+        assert find_place(LoadOptions(device="cuda:1")).cards == ()
+        alone = find_place(LoadOptions(gpus="1", vram="8GiB"))
         assert (alone.device, alone.cards) == (torch.device("cuda:1"), ())
         assert not caplog.records, "who names one card means it"
-        assert find_place(None, None, None, None).device == torch.device("cuda:0")
+        assert find_place(LoadOptions()).device == torch.device("cuda:0")
     assert caplog.messages == ["using card 0 of 2, the others are idle: use them with --gpus 0,1"]
 
 
@@ -82,16 +84,17 @@ def test_one_card_of_several_is_used_with_a_word_about_the_others(
 )
 def test_what_is_no_list_of_cards_is_refused(gpus: str | Sequence[int], message: str) -> None:
     with pytest.raises(BudgetError, match=message):
-        find_place(None, gpus, None, None)
+        find_place(LoadOptions(gpus=gpus))
 
 
 def test_a_device_and_cards_together_are_refused() -> None:
     with pytest.raises(BudgetError, match="both --device and --gpus"):
-        find_place("cpu", "0,1", None, None)
+        find_place(LoadOptions(device="cpu", gpus="0,1"))
 
 
 def test_two_cpus_have_half_the_memory_each() -> None:
-    assert [c.memory for c in find_place(None, ("cpu", "cpu"), None, "4GiB").cards] == [2 * GIB] * 2
+    found = find_place(LoadOptions(gpus=("cpu", "cpu"), ram="4GiB"))
+    assert [card.memory for card in found.cards] == [2 * GIB] * 2
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -142,19 +145,18 @@ def test_rows_for_prompts_are_counted_on_each_card_unless_every_expert_has_a_slo
     whole = build_on_meta(own_config(config, cls), cls)
     devices = [torch.device("cuda", number) for number in range(2)]
 
-    def options(size: int) -> Options:
+    def fit(size: int) -> Fit:
         cards = tuple(Card(number, device, size) for number, device in enumerate(devices))
         memory = Memory(2 * size, GIB)
-        return Planner(devices[0], memory, torch.float32, context=64, cards=cards)(
-            info, config, whole
-        )
+        asked = LoadOptions(dtype=torch.float32, context=64)
+        return Resolver(asked, Place(devices[0], memory, cards)).fit(info, config, whole)
 
-    ample = options(GIB)
+    ample = fit(GIB)
     assert ample.slots == info.total_experts
     assert ample.staging == 0
     beside = [share.dense + share.kv_cache + share.workspace for share in ample.shares]
     rows = staging_rows(devices[0], info.slot_bytes)
-    tight = options(max(beside) + (rows + 3) * info.slot_bytes)
+    tight = fit(max(beside) + (rows + 3) * info.slot_bytes)
     assert tight.staging == rows
     assert min(share.slots for share in tight.shares) >= 1
     for share, card in zip(tight.shares, tight.cards, strict=True):

@@ -21,7 +21,7 @@ import offload.loading
 import offload.transfer.cards
 from offload.engine.handle import offload_of
 from offload.generation.stream import forward
-from offload.options import Options
+from offload.options import Fit
 from offload.transfer.cuda import CudaTransfer
 from offload.transfer.host_tier import HostTier
 from tests.fake_link import FakeLink
@@ -48,15 +48,15 @@ class Watched(CudaTransfer):
 
 @pytest.fixture
 def load(mixtral_pack: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
-    def played(pack: Pack, options: Options, ram: int) -> CudaTransfer:
-        link, tier = FakeLink(options.slots), HostTier(pack, ram, Limited())
-        rows = options.slots + options.staging
+    def played(pack: Pack, fit: Fit, ram: int) -> CudaTransfer:
+        link, tier = FakeLink(fit.slots), HostTier(pack, ram, Limited())
+        rows = fit.slots + fit.staging
         return Watched(pack, rows, torch.device("cpu"), None, tier=tier, link=link)
 
     def loaded(slots: int, rows: int = 2, ram: int = EVERYTHING) -> PreTrainedModel:
         monkeypatch.setattr(offload.budget.resolve, "staging_rows", lambda *_: rows)
         with monkeypatch.context() as patch:
-            patch.setattr(offload.loading, "transfer_of", lambda p, o, _: played(p, o, ram))
+            patch.setattr(offload.loading, "transfer_of", lambda pack, fit: played(pack, fit, ram))
             model, _ = offload.load(
                 mixtral_pack, device="cpu", expert_slots=slots, warm_start=False, lookahead=False
             )

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 import offload
 from offload.engine.handle import offload_of
 from offload.generation.stream import stream_generate
+from offload.options import POLICIES
 from tests.tiny import EXPERTS, LAYERS, K, save_tiny
 
 
@@ -42,7 +43,7 @@ def test_logits_are_bit_equal_at_every_cache_setting(
     save_tiny(model_type, tmp_path / "checkpoint", dtype=dtype)
     expected = _logits(tmp_path, expert_bits=bits, dtype=dtype)
     slots = (1, K, EXPERTS * LAYERS // 2)
-    for count, lookahead, policy in itertools.product(slots, (True, False), ("lru", "lfu")):
+    for count, lookahead, policy in itertools.product(slots, (True, False), POLICIES):
         got = _logits(
             tmp_path,
             expert_bits=bits,

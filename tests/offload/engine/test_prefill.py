@@ -35,7 +35,7 @@ def _load(folder: Path, **options: Any) -> PreTrainedModel:
 
 def _logits(model: PreTrainedModel) -> Tensor:
     """Of the prompt's last token and of some after it."""
-    ubatch = offload_of(model).options.ubatch
+    ubatch = offload_of(model).fit.ubatch
     out, cache = forward(model, PROMPT, None, ubatch)
     logits = [out]
     for at in range(6):
@@ -92,7 +92,7 @@ def test_a_prompt_in_chunks_says_what_a_whole_one_says(model_type: str, tmp_path
 def test_states_that_cannot_go_on_in_chunks_read_a_prompt_whole(tmp_path: Path) -> None:
     save_tiny("jamba", tmp_path / "checkpoint")
     model = _load(tmp_path, expert_bits=16, ubatch_size=16, context=128)
-    assert offload_of(model).options.ubatch == 128
+    assert offload_of(model).fit.ubatch == 128
     ids = PROMPT[0].tolist()
     with torch.inference_mode():
         expected = int(model(PROMPT).logits[0, -1].argmax())
@@ -133,14 +133,12 @@ def test_a_prompt_does_not_flush_what_decode_holds(tmp_path: Path) -> None:
     assert left <= K * LAYERS
 
 
-@pytest.mark.parametrize("allocation", ["shared", "global", "quota"])
-def test_replay_streams_what_the_live_run_streams(allocation: str, tmp_path: Path) -> None:
+def test_replay_streams_what_the_live_run_streams(tmp_path: Path) -> None:
     save_tiny("mixtral", tmp_path / "checkpoint")
     for slots in (1, 7, TOTAL):
         model = _load(
             tmp_path,
             expert_slots=slots,
-            allocation=allocation,
             lookahead=True,
             ubatch_size=32,
             trace=tmp_path / "trace",
@@ -160,7 +158,7 @@ def test_a_smaller_ubatch_leaves_room_for_more_experts(tmp_path: Path) -> None:
     slots = []
     for ubatch in (2000, 64):
         model = _load(tmp_path, expert_bits=16, ram="204MiB", context=2000, ubatch_size=ubatch)
-        slots.append(offload_of(model).options.slots)
+        slots.append(offload_of(model).fit.slots)
         offload_of(model).close()
     assert slots[0] < slots[1]
     with pytest.raises(BudgetError, match="--ubatch-size"):

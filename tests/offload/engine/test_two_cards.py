@@ -21,6 +21,7 @@ from offload.engine.engine import Engine
 from offload.engine.handle import offload_of
 from offload.errors import GenerationError
 from offload.loading import make_engine
+from offload.options import POLICIES
 from offload.transfer.cards import CardsTransfer
 from tests.tiny import save_tiny
 
@@ -98,15 +99,14 @@ def test_each_card_says_what_it_holds(tmp_path: Path) -> None:
     offload_of(model).close()
 
 
-@pytest.mark.parametrize(("policy", "allocation"), [("lfru", "shared"), ("slru", "quota")])
-def test_a_replay_does_what_two_cards_did(policy: str, allocation: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_replay_does_what_two_cards_did(policy: str, tmp_path: Path) -> None:
     save_tiny("mixtral", tmp_path / "checkpoint")
     model = _load(
         tmp_path,
         gpus=CPUS,
         expert_slots=7,
         policy=policy,
-        allocation=allocation,
         lookahead=True,
         trace=tmp_path / "trace",
     )
@@ -220,9 +220,9 @@ def test_on_gpus_it_is_also_said_to_who_left_the_choice_open(
 ) -> None:
     save_tiny("mixtral", tmp_path / "checkpoint")
     handle = offload_of(_load(tmp_path, gpus=CPUS))
-    options = replace(handle.options, device=torch.device("cuda", 0))
+    fit = replace(handle.fit, device=torch.device("cuda", 0))
     info, transfer = handle.pack.info, handle.engine.transfer
-    made, decoding = make_engine(engine, info, options, transfer, NO_LOOKAHEAD, handle.top_k)
+    made, decoding = make_engine(engine, info, fit, transfer, NO_LOOKAHEAD, handle.top_k)
     assert type(made) is Engine
     assert decoding is None
     assert caplog.messages == ON_SEVERAL * (engine != "host")

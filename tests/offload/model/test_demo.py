@@ -53,7 +53,7 @@ def test_unquantised_demo_answers_exactly_as_the_dense_model(tmp_path: Path) -> 
 
 def test_quantised_demo_answers_with_a_quarter_of_its_experts() -> None:
     model, tokenizer = offload.load("demo", device="cpu", expert_slots="25%")
-    assert offload_of(model).options.slots == 60
+    assert offload_of(model).fit.slots == 60
     assert "Paris" in generate(model, tokenizer, QUESTION, max_new_tokens=24)
     offload_of(model).close()
 

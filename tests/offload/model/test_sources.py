@@ -17,6 +17,7 @@ import offload
 from offload import OffloadError, SourceError, generate
 from offload.files import offload_home
 from offload.model.sources import find, read_config
+from offload.options import LoadOptions
 
 HUB_ID = "somebody/tiny-mixtral"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -236,22 +237,20 @@ def test_computes_in_the_checkpoints_dtype_or_the_one_asked_for(
     mixtral_pack: Path, asked: torch.dtype | None
 ) -> None:
     model, _ = offload.load(mixtral_pack, device="cpu", dtype=asked)
-    assert model.offload.options.dtype == model.dtype == (asked or torch.float32)
+    assert model.offload.fit.dtype == model.dtype == (asked or torch.float32)
     model.offload.close()
 
 
 def test_options_are_resolved_to_numbers(mixtral_pack: Path) -> None:
     model, _ = offload.load(
-        mixtral_pack, device="cpu", expert_slots="25%", policy="lfu", lookahead=False, context=77
+        mixtral_pack, device="cpu", expert_slots="25%", policy="lru", lookahead=False, context=77
     )
-    options = model.offload.options
-    assert (options.slots, options.policy, options.lookahead, options.context) == (
-        6,
-        "lfu",
-        False,
-        77,
+    fit = model.offload.fit
+    assert fit.slots == 6
+    assert fit.options == LoadOptions(
+        device="cpu", expert_slots="25%", policy="lru", lookahead=False, context=77
     )
-    assert options.device == torch.device("cpu")
+    assert fit.device == torch.device("cpu")
     model.offload.close()
 
 

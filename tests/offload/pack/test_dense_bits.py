@@ -12,13 +12,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import offload
 from offload.budget.budget import Memory, kv_cache_bytes, workspace_bytes
-from offload.budget.resolve import Planner
+from offload.budget.resolve import Place, Resolver
 from offload.engine.handle import offload_of
 from offload.errors import BudgetError
 from offload.generation.batch import generate
 from offload.model.parts import dense_matrices
 from offload.model.quantized import QuantizedEmbedding, QuantizedLinear
 from offload.model.seam import find_experts
+from offload.options import LoadOptions
 from offload.pack.find import find_or_make_pack
 from offload.pack.recipe import PRESETS, Recipe
 from tests.offload.engine.test_parity import NAMED, OTHERS
@@ -157,7 +158,7 @@ def test_fit_takes_the_most_bits_that_are_all_resident(preset: str, tmp_path: Pa
     )
     handle = offload_of(ours)
     assert handle.pack.info.bits == info.bits
-    assert handle.options.slots == EXPERTS * 3
+    assert handle.fit.slots == EXPERTS * 3
     handle.close()
     more = {"ram": needed * 10, "context": 64, "pack_dir": packs}
     ours, _ = offload.load(tmp_path / "checkpoint", device="cpu", bits="fit", **more)
@@ -177,7 +178,7 @@ def test_fit_streams_the_fewest_bits_where_none_are_all_resident(
     )
     handle = offload_of(ours)
     assert handle.pack.info.bits == info.bits
-    assert handle.options.slots == 3
+    assert handle.fit.slots == 3
     assert "no bits fit" in caplog.text
     handle.close()
 
@@ -185,9 +186,9 @@ def test_fit_streams_the_fewest_bits_where_none_are_all_resident(
 def test_fit_is_no_way_around_the_budget(tmp_path: Path) -> None:
     save_tiny("mixtral", tmp_path / "checkpoint")
     folder = str(tmp_path / "checkpoint")
-    plan = Planner(torch.device("cpu"), Memory(1, 1))
+    resolver = Resolver(LoadOptions(), Place(torch.device("cpu"), Memory(1, 1)))
     with pytest.raises(BudgetError):  # not one slot fits: told before anything is made
-        find_or_make_pack(folder, None, pack_dir=tmp_path / "new", plan=plan)
+        find_or_make_pack(folder, None, pack_dir=tmp_path / "new", resolver=resolver)
     assert not list((tmp_path / "new").glob("*"))
 
 

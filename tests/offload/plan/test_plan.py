@@ -17,11 +17,11 @@ from offload.cache.trace.synthetic import Routing, Shape, synthesize
 import cli
 import offload
 from offload.budget.budget import Memory
-from offload.budget.resolve import Planner
+from offload.budget.resolve import Place, Resolver
 from offload.engine.handle import offload_of
 from offload.machine.measure import DiskRate
 from offload.model import demo
-from offload.options import Card
+from offload.options import Card, LoadOptions
 from offload.pack.recipe import Recipe
 from offload.plan import outline, target
 from offload.units import SHARE
@@ -85,9 +85,9 @@ def test_a_plan_is_what_load_does(
     row = next(row for row in plan["rows"] if row["bits"] == "4g64")
     model, _ = offload.load(mixtral, device="cpu", ram=ram, context=context, pack_dir=tmp_path)
     handle = offload_of(model)
-    assert row["slots"] == handle.options.slots
+    assert row["slots"] == handle.fit.slots
     assert row["expert_bytes"] == handle.pack.info.expert_bytes
-    assert row["dense_bytes"] == handle.pack.info.dense_bytes(handle.options.dtype.itemsize)
+    assert row["dense_bytes"] == handle.pack.info.dense_bytes(handle.fit.dtype.itemsize)
     handle.close()
 
 
@@ -103,7 +103,7 @@ def test_slots_are_counted_as_load_counts_them(
     rows = planned(capsys, mixtral, "-c", 64, "--ram", ram)["rows"]
     assert next(row for row in rows if row["bits"] == "4g64")["slots"] == spare + 1
     model, _ = offload.load(mixtral, device="cpu", ram=ram, context=64, pack_dir=tmp_path)
-    assert offload_of(model).options.slots == spare + 1
+    assert offload_of(model).fit.slots == spare + 1
     offload_of(model).close()
 
 
@@ -166,11 +166,11 @@ def test_several_cards_are_planned_as_load_shares_a_model_out(
     info = model.describe(Recipe.parse("experts=4"))
     size = int(ram * SHARE)
     cards = tuple(Card(number, torch.device("cuda", number), size) for number in range(2))
-    planner = Planner(torch.device("cuda"), Memory(size, 0), context=300, cards=cards)
-    options = planner(info, model.config, model.model)
-    assert row["slots"] == options.slots
-    assert [card["slots"] for card in row["cards"]] == [s.slots for s in options.shares]
-    assert [card["dense_bytes"] for card in row["cards"]] == [s.dense for s in options.shares]
+    place = Place(torch.device("cuda"), Memory(size, 0), cards)
+    fit = Resolver(LoadOptions(context=300), place).fit(info, model.config, model.model)
+    assert row["slots"] == fit.slots
+    assert [card["slots"] for card in row["cards"]] == [s.slots for s in fit.shares]
+    assert [card["dense_bytes"] for card in row["cards"]] == [s.dense for s in fit.shares]
 
 
 def test_two_cards_hold_more_than_one(

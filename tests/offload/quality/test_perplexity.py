@@ -23,7 +23,7 @@ from offload.progress import Ticker
 from offload.quality.scoring import (
     DECODED,
     Estimate,
-    Perplexity,
+    PerplexityResult,
     Sliding,
     Text,
     cut,
@@ -211,7 +211,7 @@ def test_the_exponential_scales_the_error() -> None:
 
 
 def test_the_printed_line_is_that_of_llama_cpp() -> None:
-    assert str(Perplexity(Estimate(math.log(12), 0.01), 99)) == "Perplexity: 12.000 ± 0.120"
+    assert str(PerplexityResult(Estimate(math.log(12), 0.01), 99)) == "Perplexity: 12.000 ± 0.120"
 
 
 def test_progress_is_printed_as_lines_without_a_terminal(

@@ -110,7 +110,7 @@ def test_the_next_card_s_link_works_before_this_card_s_is_waited_for(
     )
     transfer = offload_of(model).engine.transfer
     assert isinstance(transfer, CardsTransfer)
-    first_card = range(len(offload_of(model).options.shares[0].blocks))
+    first_card = range(len(offload_of(model).fit.shares[0].blocks))
     happened: list[tuple[str, int, int]] = []  # what, card, layer
     start, wait = CardsTransfer.start, CardsTransfer.wait
 

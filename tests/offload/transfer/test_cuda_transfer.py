@@ -15,7 +15,7 @@ from offload.quant.pack import Pack
 import offload
 import offload.loading
 import offload.transfer.cards
-from offload.options import Options
+from offload.options import Fit
 from offload.transfer.base import NO_MARKS
 from offload.transfer.cuda import CudaTicket, CudaTransfer
 from offload.transfer.host_tier import HostTier
@@ -261,8 +261,8 @@ def test_an_engine_over_it_gives_the_same_logits(
 
     expected = logits(EXPERTS * LAYERS)
 
-    def played(pack: Pack, options: Options, _: int | None) -> CudaTransfer:
-        return transfer_of(pack, options.slots + options.staging, ram, FakeLink(options.slots))
+    def played(pack: Pack, fit: Fit) -> CudaTransfer:
+        return transfer_of(pack, fit.slots + fit.staging, ram, FakeLink(fit.slots))
 
     monkeypatch.setattr(offload.loading, "transfer_of", played)
     for slots in (1, 3, 7, 13):
@@ -323,12 +323,12 @@ def test_two_of_them_over_one_host_tier_give_the_logits_of_one(
     pinners = []
 
     def played(
-        _: torch.device, pack: Pack, slots: int, staging: int, __: int | None, tier: HostTier | None
+        _: torch.device, pack: Pack, slots: int, fit: Fit, tier: HostTier | None
     ) -> CudaTransfer:
         if tier is None:
             pinners.append(Limited())
             tier = HostTier(pack, ram, pinners[-1])
-        return CudaTransfer(pack, slots + staging, CPU, None, tier=tier, link=FakeLink(slots))
+        return CudaTransfer(pack, slots + fit.staging, CPU, None, tier=tier, link=FakeLink(slots))
 
     monkeypatch.setattr(offload.transfer.cards, "_transfer_to", played)
     model, _ = offload.load(mixtral_pack, gpus=("cpu", "cpu"), **options)

@@ -14,11 +14,11 @@ import torch
 from offload.engine.device.gather import gather
 from offload.engine.device.places import Places
 from offload.engine.device.table import Table
-from offload.residency import Residency
+from offload.options import LoadOptions
 from tests.launches import caught, tell
 
 CPU = torch.device("cpu")
-USUAL = Places(48, 128, 8, 3072, Residency().policy, Residency().allocation)
+USUAL = Places(48, 128, 8, 3072, LoadOptions().policy, "shared")
 ALL = {
     "qwen3-30b": USUAL,
     "qwen3-30b lru": Places(48, 128, 8, 1536, "lru", "global"),

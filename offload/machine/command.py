@@ -1,7 +1,4 @@
-"""`offload doctor`: what this machine has, what is slow, what to do about it.
-
-Knows: columns and JSON. Does not know: what is looked at (`offload.doctor`).
-"""
+"""`offload doctor`: what this machine has, what is slow, what to do about it."""
 
 from __future__ import annotations
 
@@ -14,33 +11,31 @@ import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from cli.commands import Commands
-from cli.exit_codes import DONE
+from offload.options import DONE, JsonOptions, add_options, options_from
 
 if TYPE_CHECKING:
     from offload.machine.finding import Finding
 
+EXAMPLE = "offload doctor"
 COLOURS = {"ok": "32", "slow": "33", "missing": "31"}  # green, yellow, red
 NAME = 17  # columns
 
 
-def add(commands: Commands) -> None:
-    """The command and its flags."""
-    doctor = commands.add(
-        "doctor", run, "look at this machine: versions, rates, what to mend", "offload doctor"
-    )
-    doctor.add_argument("--json", action="store_true", help="write JSON, for bug reports")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_options(parser, JsonOptions)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Write every finding as soon as it is made."""
     from offload.machine.doctor import examine
 
+    as_json = options_from(arguments, JsonOptions).json
     findings = []
     for finding in examine():
         findings.append(finding)
-        if not arguments.json:
+        if not as_json:
             print("\n".join(lines(finding)), flush=True)
-    if arguments.json:
+    if as_json:
         print(json.dumps([f.to_json() for f in findings], indent=2, ensure_ascii=False))
         return DONE
     amiss = sum(finding.verdict != "ok" for finding in findings)

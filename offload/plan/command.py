@@ -1,0 +1,94 @@
+"""`offload plan`: what a model would take and how fast it would be, before it is fetched."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from offload.errors import BudgetError
+from offload.options import (
+    BITS,
+    DONE,
+    HUB,
+    LoadOptions,
+    PlanOptions,
+    add_model,
+    add_options,
+    options_from,
+    words_of,
+)
+
+if TYPE_CHECKING:
+    from offload.plan.plan import Plan
+    from offload.plan.target import Target
+
+EXAMPLE = 'offload plan mistralai/Mixtral-8x7B-v0.1 --gpu "RTX 4090" --ram 64GiB'
+SIZES = ("device", "vram", "ram", "context", "ubatch_size", "expert_slots")
+ONE_SIZE = {"vram": "memory to use on each GPU, like 20GiB"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    add_options(parser, PlanOptions)
+    add_options(parser, LoadOptions, SIZES, group="machine", helps=ONE_SIZE)
+    add_options(parser, LoadOptions, (*BITS, *HUB))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the plan. Raises `BudgetError` when nothing fits."""
+    from offload.pack.recipe import AskedBits
+    from offload.plan.outline import outline
+    from offload.plan.plan import make_plan
+    from offload.plan.report import lines, to_json
+    from offload.trace.show import open_trace
+
+    asked = options_from(arguments, PlanOptions)
+    options = options_from(arguments, LoadOptions)
+    AskedBits.of(options)  # what is wrong with bits is told before anything is read
+    trace = open_trace(asked.routing) if asked.routing else None
+    model = outline(
+        arguments.model,
+        revision=options.revision,
+        local_files_only=options.local_files_only,
+        trust_remote_code=options.trust_remote_code,
+    )
+    plan = make_plan(model, _target(asked, options), options, trace)
+    command = _command(arguments.model, plan)
+    if asked.output == "json":
+        print(json.dumps(to_json(plan, command, trace is not None), indent=2, ensure_ascii=False))
+    else:
+        print("\n".join(lines(plan, command, trace is not None)))
+    if plan.chosen is None:
+        if plan.remedy:
+            raise BudgetError(f"nothing fits: plan with {plan.remedy}, that does")
+        raise BudgetError(f"nothing fits: {plan.rows[-1].refusal}")
+    return DONE
+
+
+def _target(asked: PlanOptions, options: LoadOptions) -> Target:
+    from offload.plan.target import named_machine, this_machine
+
+    if asked.gpu is None:
+        return this_machine(options, asked.cards)
+    if options.device is not None:
+        raise BudgetError("--device is of this machine: leave it out, or --gpu")
+    return named_machine(asked.gpu, options, asked.cards)
+
+
+def _command(model: str, plan: Plan) -> str:
+    """What carries `plan` out, on the machine it is for."""
+    options = plan.options
+    if not plan.target.here:
+        options = replace(options, device=None, vram=None, ram=None)
+    settled = options.bits is not None or options.expert_bits is not None
+    if plan.chosen is not None and plan.outline.made is None and not settled:
+        options = replace(options, expert_bits=plan.chosen.bits.bits)
+    if plan.target.cards > 1:
+        options = replace(options, gpus=",".join(map(str, range(plan.target.cards))))
+    first = (*BITS, "expert_slots", "revision")
+    rest = ("ubatch_size", "device", "vram", "ram", "gpus", "local_files_only", "trust_remote_code")
+    words = [*words_of(options, first), "-c", str(options.context), *words_of(options, rest)]
+    return shlex.join(["offload", "chat", model, *words])

@@ -1,0 +1,187 @@
+"""`offload ppl` and `offload check`: how well a model predicts text, also beside a reference."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from offload.files import read_text, user_path
+from offload.options import (
+    DONE,
+    CheckOptions,
+    JsonOptions,
+    LoadOptions,
+    PerplexityOptions,
+    ThreadOptions,
+    WindowOptions,
+    add_model,
+    add_options,
+    options_from,
+)
+from offload.quant.errors import OffloadError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase | None]
+
+
+def _add_arguments(parser: argparse.ArgumentParser, own: type) -> None:
+    add_model(parser)
+    add_options(parser, LoadOptions, context=512)
+    for kind in (ThreadOptions, own, WindowOptions, JsonOptions):
+        add_options(parser, kind)
+
+
+class Perplexity:
+    """`offload ppl`: the perplexity of a text."""
+
+    EXAMPLE = "offload ppl demo -f book.txt"
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        _add_arguments(parser, PerplexityOptions)
+
+    @staticmethod
+    def run(arguments: argparse.Namespace) -> int:
+        """Print the perplexity as a line or as JSON, and return the exit code."""
+        file = options_from(arguments, PerplexityOptions).file
+        options = options_from(arguments, LoadOptions)
+        text = _asked_text(file)
+        from offload.engine.handle import offload_of
+        from offload.loading import load_and_tell
+        from offload.progress import Ticker
+        from offload.quality.check import measured_model
+        from offload.quality.scoring import Sliding, encode_text, measure_perplexity
+
+        threads = options_from(arguments, ThreadOptions).threads
+        model, tokenizer, _ = load_and_tell(arguments.model, options, threads)
+        sliding = Sliding.asked(options.context, options_from(arguments, WindowOptions).stride)
+        encoded = encode_text(tokenizer, text, str(file or "the piped text"))
+        begin = time.perf_counter()
+        with Ticker("perplexity") as ticker:
+            result = measure_perplexity(model, encoded, sliding, ticker)
+        seconds = time.perf_counter() - begin
+        if options_from(arguments, JsonOptions).json:
+            report = {
+                "perplexity": result.perplexity.value,
+                "perplexity_error": result.perplexity.error,
+                "nll": result.nll.value,
+                "tokens": result.tokens,
+                "window": sliding.window,
+                "stride": sliding.stride,
+                "seconds": seconds,
+                "model": asdict(measured_model(model, arguments.model)),
+            }
+            print(json.dumps(report, indent=2, ensure_ascii=False))
+        else:
+            print(result)
+        print(offload_of(model).stats().line(), file=sys.stderr)
+        offload_of(model).close()
+        return DONE
+
+
+def _asked_text(file: Path | None) -> str:
+    """The text of -f or of a piped stdin. Raises `OffloadError`."""
+    if file is None and sys.stdin.isatty():
+        raise OffloadError("there is no text: give one with -f or a pipe, there is no default")
+    try:
+        if file is None:
+            text = read_text(sys.stdin, "the piped text")
+        else:
+            with user_path(file).open(encoding="utf-8") as handle:
+                text = read_text(handle, "the text")
+    except (OSError, OffloadError) as error:
+        raise OffloadError(f"cannot read the text from {file or 'stdin'}: {error}") from None
+    if not text:  # checked before the model is loaded
+        raise OffloadError(f"the text from {file or 'stdin'} is empty: give one of a page or more")
+    return text
+
+
+class Check:
+    """`offload check`: a model beside its reference, and beside its own earlier figures."""
+
+    EXAMPLE = "offload check demo --bits q4 --against demo --save-baseline demo-q4.json"
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        _add_arguments(parser, CheckOptions)
+
+    @staticmethod
+    def run(arguments: argparse.Namespace) -> int:
+        """Print how far the models differ, and return the exit code.
+
+        Raises `OffloadError` if a figure is worse than the baseline allows.
+        """
+        from offload.loading import load_and_tell
+        from offload.progress import Ticker
+        from offload.quality.baseline import TOLERANCES, read_baseline, save_baseline
+        from offload.quality.check import ModelLoader, compare_models, load_plain, reference_bits
+        from offload.quality.comparison import table
+        from offload.quality.prompts import read_prompts
+        from offload.quality.scoring import Sliding
+
+        asked = options_from(arguments, CheckOptions)
+        options = options_from(arguments, LoadOptions)
+        threads = options_from(arguments, ThreadOptions).threads
+        prompts = read_prompts(asked.prompts)
+        # A file that cannot be used is an error before two models are run.
+        baseline = read_baseline(asked.baseline) if asked.baseline else None
+        if asked.save_baseline and not asked.save_baseline.resolve().parent.is_dir():
+            raise OffloadError(f"there is no folder for {asked.save_baseline}: make it first")
+        reference = replace(
+            options,
+            revision=options.revision if asked.against == arguments.model else None,
+            bits=reference_bits(asked.against),
+            expert_bits=None,
+            dense_bits=None,
+            group_size=None,
+        )
+
+        def load_model() -> Loaded:
+            return load_and_tell(arguments.model, options, threads)[:2]
+
+        def load_reference() -> Loaded:
+            return load_and_tell(asked.against, reference, threads)[:2]
+
+        def load_reference_plain() -> Loaded:
+            return load_plain(
+                asked.against,
+                device=reference.device,
+                revision=reference.revision,
+                local_files_only=reference.local_files_only,
+                trust_remote_code=reference.trust_remote_code,
+            )
+
+        with Ticker("check") as ticker:
+            result = compare_models(
+                ModelLoader(arguments.model, load_model),
+                ModelLoader(asked.against, load_reference_plain if asked.plain else load_reference),
+                prompts,
+                Sliding.asked(options.context, options_from(arguments, WindowOptions).stride),
+                ticker,
+            )
+        changes = baseline.worse(result) if baseline else ()
+        if baseline and baseline.settings != result.model.settings:
+            print(f"the baseline was measured with {baseline.settings}", file=sys.stderr)
+        if options_from(arguments, JsonOptions).json:
+            worse = None if baseline is None else [asdict(change) for change in changes]
+            whole = {**result.to_json(), "worse": worse}
+            print(json.dumps(whole, indent=2, ensure_ascii=False))
+        else:
+            print(table([*result.named(), ("all", result.overall)]))
+        if changes:
+            what = "; ".join(map(str, changes))
+            raise OffloadError(f"worse than {asked.baseline} allows: {what}")
+        if baseline:
+            print(f"no worse than {asked.baseline} allows", file=sys.stderr)
+        if asked.save_baseline:
+            tolerances = baseline.tolerances if baseline else TOLERANCES
+            save_baseline(asked.save_baseline, result, tolerances)
+            print(f"figures saved in {asked.save_baseline}", file=sys.stderr)
+        return DONE
