@@ -28,7 +28,7 @@ COMMANDS = {
     "bench": ("offload.bench.command", "measure tokens per second"),
     "plan": (
         "offload.plan.command",
-        "tell whether a model fits, with which bits and how fast, before it is downloaded",
+        "tell what fits, with which bits and how fast, before a download",
     ),
     "doctor": (
         "offload.machine.command",

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from offload.plan.plan import Plan
     from offload.plan.target import Target
 
-EXAMPLE = 'offload plan mistralai/Mixtral-8x7B-v0.1 --gpu 4090 --ram 64GiB'
+EXAMPLE = "offload plan mistralai/Mixtral-8x7B-v0.1 --gpu 4090 --ram 64GiB"
 SIZES = ("device", "vram", "ram", "context", "ubatch_size", "expert_slots")
 _machine = partial(option, group="machine")
 
@@ -88,14 +88,12 @@ def _target(asked: PlanOptions, options: LoadOptions) -> Target:
     if asked.gpu is None:
         return this_machine(options, asked.cards)
     if options.device is not None:
-        raise BudgetError(
-            "--device names a device of this machine and --gpu another machine: give one of them"
-        )
+        raise BudgetError("--device names a device of this machine: leave out --device or --gpu")
     return named_machine(asked.gpu, options, asked.cards)
 
 
 def _command(model: str, plan: Plan) -> str:
-    """The command that carries `plan` out on the machine that it is for."""
+    """The command that carries `plan` out on the machine for which it was made."""
     options = plan.options
     if not plan.target.here:
         options = replace(options, device=None, vram=None, ram=None)

@@ -96,14 +96,14 @@ class PerplexityCommand:
 
     @staticmethod
     def run(arguments: argparse.Namespace) -> int:
-        """Write the perplexity as a line or as JSON."""
+        """Print the perplexity as a line or as JSON, and return the exit code."""
         file = options_from(arguments, PerplexityOptions).file
         options = options_from(arguments, LoadOptions)
         text = _asked_text(file)
         from offload.engine.handle import offload_of
         from offload.loading import load_and_tell
         from offload.progress import Ticker
-        from offload.quality.check import subject_of
+        from offload.quality.check import measured_model
         from offload.quality.scoring import Sliding, encode_text, measure_perplexity
 
         threads = options_from(arguments, ThreadOptions).threads
@@ -123,7 +123,7 @@ class PerplexityCommand:
                 "window": sliding.window,
                 "stride": sliding.stride,
                 "seconds": seconds,
-                "model": subject_of(model, arguments.model).to_json(),
+                "model": asdict(measured_model(model, arguments.model)),
             }
             print(json.dumps(report, indent=2, ensure_ascii=False))
         else:
@@ -134,7 +134,7 @@ class PerplexityCommand:
 
 
 def _asked_text(file: Path | None) -> str:
-    """The text in the file of -f, or what is piped in. Raises `OffloadError`."""
+    """The text of -f or of a piped stdin. Raises `OffloadError`."""
     if file is None and sys.stdin.isatty():
         raise OffloadError("there is no text: give one with -f or a pipe")
     try:
@@ -145,8 +145,8 @@ def _asked_text(file: Path | None) -> str:
                 text = read_text(handle, "the text")
     except (OSError, OffloadError) as error:
         raise OffloadError(f"cannot read the text from {file or 'stdin'}: {error}") from None
-    if not text:
-        raise OffloadError(f"the text from {file or 'stdin'} is empty: give a page or more of text")
+    if not text:  # checked before the model is loaded
+        raise OffloadError(f"the text from {file or 'stdin'} is empty: give one of a page or more")
     return text
 
 
@@ -161,14 +161,15 @@ class CheckCommand:
 
     @staticmethod
     def run(arguments: argparse.Namespace) -> int:
-        """Write how far the models differ.
+        """Print how far the models differ, and return the exit code.
 
         Raises `OffloadError` if a figure is worse than the baseline allows.
         """
         from offload.loading import load_and_tell
         from offload.progress import Ticker
         from offload.quality.baseline import TOLERANCES, read_baseline, save_baseline
-        from offload.quality.check import Source, check, reference_bits, table
+        from offload.quality.check import ModelLoader, compare_models, load_plain, reference_bits
+        from offload.quality.comparison import table
         from offload.quality.prompts import read_prompts
         from offload.quality.scoring import Sliding
 
@@ -176,7 +177,7 @@ class CheckCommand:
         options = options_from(arguments, LoadOptions)
         threads = options_from(arguments, ThreadOptions).threads
         prompts = read_prompts(asked.prompts)
-        # Raise for a file that cannot be used before two models are run.
+        # A file that cannot be used is an error before two models are run.
         baseline = read_baseline(asked.baseline) if asked.baseline else None
         if asked.save_baseline and not asked.save_baseline.resolve().parent.is_dir():
             raise OffloadError(f"the folder of {asked.save_baseline} does not exist: make it first")
@@ -195,10 +196,8 @@ class CheckCommand:
         def load_reference() -> Loaded:
             return load_and_tell(asked.against, reference, threads)[:2]
 
-        def load_plain() -> Loaded:
-            from offload.quality import plain
-
-            return plain.load_plain(
+        def load_reference_plain() -> Loaded:
+            return load_plain(
                 asked.against,
                 device=reference.device,
                 revision=reference.revision,
@@ -207,9 +206,9 @@ class CheckCommand:
             )
 
         with Ticker("check") as ticker:
-            result = check(
-                Source(arguments.model, load_model),
-                Source(asked.against, load_plain if asked.plain else load_reference),
+            result = compare_models(
+                ModelLoader(arguments.model, load_model),
+                ModelLoader(asked.against, load_reference_plain if asked.plain else load_reference),
                 prompts,
                 Sliding.asked(options.context, options_from(arguments, WindowOptions).stride),
                 ticker,
