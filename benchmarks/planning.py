@@ -1,4 +1,4 @@
-"""What deciding costs: processor microseconds of `ExpertCache.plan` a layer, for every policy.
+"""What deciding costs: processor microseconds of `ExpertCache.decide` a layer, for every policy.
 
 48 layers of 128 experts, top-8, a quarter resident. Choices are drawn so that they repeat as those
 of real models do: each layer prefers some experts (Zipf) and keeps part of the token's before.
@@ -54,7 +54,7 @@ def main() -> None:
             for token in tokens:
                 begin = time.thread_time()
                 for layer, experts in enumerate(token):
-                    cache.plan(layer, experts)
+                    cache.decide(layer, experts)
                 seconds.append((time.thread_time() - begin) / LAYERS)
             cost = median(seconds[len(seconds) // 4 :]) * 1e6
             hits = cache.statistics.total().hit_rate

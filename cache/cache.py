@@ -10,9 +10,9 @@ import functools
 from collections.abc import Callable, Container, Sequence
 
 from offload.cache.allocation import ALLOCATIONS, Allocation
+from offload.cache.decision import CacheState, Decision, Use, Wave
 from offload.cache.guesses import Trust
 from offload.cache.heat import Heat
-from offload.cache.plan import CacheState, Plan, Use, Wave
 from offload.cache.policy import Key, Policy
 from offload.cache.slots import SlotTable
 from offload.cache.statistics import Statistics
@@ -23,7 +23,7 @@ PROMPT_WEIGHT = 0.25  # of a prompt's use; a generated token's counts 1
 class ExpertCache:
     """Slots shared by all layers under one policy and one allocation.
 
-    `plan` is called once a step; what it names is in use until the next call. What `look_ahead`
+    `decide` is called once a step; what it names is in use until the next call. What `look_ahead`
     named stays until the step it was guessed for. Neither is evicted meanwhile.
     """
 
@@ -46,14 +46,14 @@ class ExpertCache:
         self._guesses: dict[int, _Guess] = {}  # of a layer's next step
         self._useless: dict[Key, None] = {}  # loaded by a wrong guess, not asked for since
 
-    def plan(
+    def decide(
         self,
         layer: int,
         experts: Sequence[int],
         *,
         prompt: bool = False,
         admit: int | None = None,
-    ) -> Plan:
+    ) -> Decision:
         """Decide how the distinct `experts` of `layer` are served.
 
         Residents come first. Of what is missing the last `admit` of `experts` may evict; the
@@ -85,16 +85,16 @@ class ExpertCache:
         counts.hits += len(hits)
         counts.misses += len(missing)
         if not missing:
-            return Plan(layer, (Wave(tuple(hits), ()),) if hits else ())
+            return Decision(layer, (Wave(tuple(hits), ()),) if hits else ())
         if admit is None:
-            return Plan(layer, self._waves(layer, hits, missing, weight))
+            return Decision(layer, self._waves(layer, hits, missing, weight))
         last = set(keys[max(0, len(keys) - admit) :])
         loads = self._admit(layer, missing, last, weight)
         placed = {use.expert for use in loads}
         streamed = tuple(expert for _, expert in missing if expert not in placed)
         counts.streamed += len(streamed)
         waves = (Wave(tuple(hits), loads),) if hits or loads else ()
-        return Plan(layer, waves, streamed)
+        return Decision(layer, waves, streamed)
 
     def _admit(
         self, layer: int, missing: list[Key], last: set[Key], weight: float
@@ -179,7 +179,7 @@ class ExpertCache:
     def look_ahead(self, layer: int, experts: Sequence[int], most: int) -> tuple[Use, ...]:
         """Choose which guessed `experts` of a later `layer` to load now, at most `most` of them.
 
-        Evicts neither what is in use nor what is guessed, always leaves one slot that `plan` can
+        Evicts neither what is in use nor what is guessed, always leaves one slot that `decide` can
         have at once, and evicts nothing useful for a layer whose guesses do not come true.
         """
         guess = _Guess(experts)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
-from offload.cache.plan import HeatState
+from offload.cache.decision import HeatState
 from offload.cache.policy import Key
 
 HALF_LIFE = 256.0  # tokens: a conversation, not a sentence

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from offload.cache.decision import Decision, Use
 from offload.cache.heat import Heat
-from offload.cache.plan import Plan, Use
 from offload.cache.policy import Key
 from offload.cache.statistics import Statistics
 
@@ -49,14 +49,14 @@ class Cache(Protocol):
     def heat(self) -> Heat:
         """What was used lately, layer by layer."""
 
-    def plan(
+    def decide(
         self,
         layer: int,
         experts: Sequence[int],
         *,
         prompt: bool = False,
         admit: int | None = None,
-    ) -> Plan:
+    ) -> Decision:
         """Decide how the distinct `experts` of `layer` are served."""
 
     def look_ahead(self, layer: int, experts: Sequence[int], most: int) -> tuple[Use, ...]:

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from offload.cache.cache import ExpertCache
+from offload.cache.decision import Decision, Use, Wave
 from offload.cache.heat import Heat
 from offload.cache.interface import Cache
-from offload.cache.plan import Plan, Use, Wave
 from offload.cache.policy import Key
 from offload.cache.staging import Staging, Step
 from offload.cache.statistics import Statistics
@@ -49,21 +49,21 @@ class ShardedCache:
             (card, layer) for card, cache in enumerate(caches) for layer in range(len(cache.heat))
         ]  # of each layer of the model
 
-    def plan(
+    def decide(
         self,
         layer: int,
         experts: Sequence[int],
         *,
         prompt: bool = False,
         admit: int | None = None,
-    ) -> Plan:
+    ) -> Decision:
         card, local = self._at[layer]
-        plan = self.caches[card].plan(local, experts, prompt=prompt, admit=admit)
+        decision = self.caches[card].decide(local, experts, prompt=prompt, admit=admit)
         waves = (
             Wave(self._numbered(card, wave.hits), self._numbered(card, wave.loads))
-            for wave in plan.waves
+            for wave in decision.waves
         )
-        return plan._replace(layer=layer, waves=tuple(waves))
+        return decision._replace(layer=layer, waves=tuple(waves))
 
     def look_ahead(self, layer: int, experts: Sequence[int], most: int) -> tuple[Use, ...]:
         card, local = self._at[layer]
@@ -107,8 +107,8 @@ class ShardedStaging:
             for _ in range(len(part.heat))
         ]  # of each layer of the model
 
-    def steps(self, plan: Plan) -> list[Step]:
-        return self._at[plan.layer].steps(plan)
+    def steps(self, decision: Decision) -> list[Step]:
+        return self._at[decision.layer].steps(decision)
 
     def early(self, layer: int, experts: Sequence[int], halves: int = 2) -> list[Use]:
         return self._at[layer].early(layer, experts, halves)

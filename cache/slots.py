@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from offload.cache.plan import Use
+from offload.cache.decision import Use
 from offload.cache.policy import Key
 
 

@@ -1,4 +1,4 @@
-"""Rows beside the slots that streamed experts pass through, and the order of a plan's loads.
+"""Rows beside the slots that streamed experts pass through, and the order of a decision's loads.
 
 Knows: that two halves of the rows take turns: one is filled while the other is computed from; what
 they were filled with before its layer was planned. Does not know: how many rows a device has room
@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from offload.cache.plan import Plan, Use, Wave
+from offload.cache.decision import Decision, Use, Wave
 
 
 class Kept(NamedTuple):
-    """An expert that came to a row early, and for which the plan then has a slot."""
+    """An expert that came to a row early, and for which the decision then has a slot."""
 
     expert: int
     row: int
@@ -50,8 +50,8 @@ class Staging:
         """Begin the first of `experts` before `layer` is planned, in so many halves, or as many as
         are left of two.
 
-        For the time when the plan before has begun its last load. While its last step is computed
-        from one half, the other is free.
+        This is for the time when the decision before has begun its last load: while its last step
+        is computed from one half, the other half is free.
         """
         if layer != self._early_layer:
             self._early, self._early_layer = [], layer
@@ -66,17 +66,17 @@ class Staging:
         """Nothing is in the rows."""
         self._early.clear()
 
-    def steps(self, plan: Plan) -> list[Step]:
-        """A plan in order. What came early is computed first, so that its rows are filled again.
-        What is streamed is begun as soon as its half is free, while a wave takes over the slots of
-        the one before."""
-        early = self._begun(plan)
-        if not plan.streamed and not early:
-            return [Step(wave.loads, wave.hits, wave.loads) for wave in plan.waves]
+    def steps(self, decision: Decision) -> list[Step]:
+        """A decision in order. What came early is computed first, so that its rows are filled
+        again. What is streamed is begun as soon as its half is free, while a wave takes over the
+        slots of the one before."""
+        early = self._begun(decision)
+        if not decision.streamed and not early:
+            return [Step(wave.loads, wave.hits, wave.loads) for wave in decision.waves]
         there = {use.expert for batch in early for use in batch}
-        slots = {use.expert: use.slot for wave in plan.waves for use in wave.loads}
-        waves = [step for wave in plan.waves if (step := _without(there, wave)) is not None]
-        late = self._batches([expert for expert in plan.streamed if expert not in there])
+        slots = {use.expert: use.slot for wave in decision.waves for use in wave.loads}
+        waves = [step for wave in decision.waves if (step := _without(there, wave)) is not None]
+        late = self._batches([expert for expert in decision.streamed if expert not in there])
         steps = [_beside(batch, slots) for batch in early]
         first, gap = len(steps), len(waves)
         if waves and first:  # slots are free at once
@@ -88,13 +88,13 @@ class Staging:
             steps[at] = _with(steps[at], batch)
         return steps
 
-    def _begun(self, plan: Plan) -> list[tuple[Use, ...]]:
-        """What was begun early and `plan` loads, a half each; the turn is that of the other half
-        than the last one's."""
+    def _begun(self, decision: Decision) -> list[tuple[Use, ...]]:
+        """What was begun early and `decision` loads, a half each; the turn is that of the other
+        half than the last one's."""
         early, self._early = self._early, []
-        if plan.layer != self._early_layer or len(plan.waves) > 1:  # later waves take slots over
-            return []
-        asked = {*plan.streamed, *(use.expert for wave in plan.waves for use in wave.loads)}
+        if decision.layer != self._early_layer or len(decision.waves) > 1:
+            return []  # later waves take slots over
+        asked = {*decision.streamed, *(use.expert for wave in decision.waves for use in wave.loads)}
         needed = [tuple([use for use in batch if use.expert in asked]) for batch in early]
         needed = [batch for batch in needed if batch]
         if needed:

@@ -21,13 +21,11 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 from offload.budget.blocks import Layers, device_of
 from offload.budget.budget import hold_vram
 from offload.budget.resolve import Resolver, find_place
-from offload.cache.cache import ExpertCache
-from offload.cache.guesses import NO_LOOKAHEAD, Lookahead, LookaheadBalance
-from offload.engine.compute import cache_of, compute_of
+from offload.cache.guesses import NO_LOOKAHEAD, Lookahead
 from offload.engine.cpu_linear import OneTokenLinear, native_is_quicker
 from offload.engine.crossing import Crossing
-from offload.engine.engine import Engine
-from offload.engine.handle import Decoding, Offload
+from offload.engine.engine import make_engine
+from offload.engine.handle import Offload
 from offload.engine.warm import read_hot
 from offload.errors import CheckpointError
 from offload.model import sources
@@ -51,7 +49,7 @@ from offload.options import Card, Fit, LoadKeywords, LoadOptions
 from offload.pack.find import check_recipe, find_or_make_pack
 from offload.pack.recipe import AskedBits
 from offload.progress import without_bars
-from offload.quant.errors import OffloadError, PackError
+from offload.quant.errors import PackError
 from offload.quant.pack import REMAKE, Pack, PackInfo
 from offload.quant.record import view_record
 from offload.transfer.base import Transfer
@@ -59,40 +57,6 @@ from offload.transfer.cards import transfer_of
 from offload.units import UBATCH
 
 logger = logging.getLogger("offload")
-
-
-def make_engine(
-    asked: str, info: PackInfo, fit: Fit, transfer: Transfer, ahead: Lookahead, k: int
-) -> tuple[Engine, Decoding | None]:
-    """The engine, and what gives tokens a step behind where that is possible.
-
-    With several cards it is the host's, which is said where the device's was asked for or to be
-    expected. Raises `OffloadError` where `asked` is the device's and there is no GPU.
-    """
-    cache, compute = cache_of(info, fit), compute_of(info, transfer)
-    cuda = fit.device.type == "cuda"
-    wants_device = asked == "device" or (asked == "auto" and cuda)
-    if not isinstance(cache, ExpertCache) or fit.cards:
-        if wants_device:
-            logger.warning("steps are planned on the host: the model is on several cards")
-    elif wants_device:
-        refused = ""
-        try:
-            from offload.engine.device import make as making
-            from offload.generation.tokens import Loops
-        except ImportError as error:
-            refused = f"it needs Triton ({error})"
-        else:
-            wanted = making.Wanted(fit.options.policy, ahead, fit.slots, k, fit.staging)
-            refused = making.why_not(wanted, transfer)
-            if not refused:
-                engine = making.make(info, cache, transfer, compute, wanted)
-                return engine, Loops(engine)
-        if not cuda:
-            raise OffloadError(f"there is no device-planned engine here: {refused}: choose host")
-        logger.warning("steps are planned on the host, with a wait at every layer: %s", refused)
-    balance = LookaheadBalance() if fit.options.lookahead is None else None
-    return Engine(info, cache, transfer, compute, balance, ahead, fit.staging), None
 
 
 def load(
@@ -289,7 +253,12 @@ def _connect(
     looks = fit.options.lookahead is not False and not everything_fits
     ahead = Lookahead("router", 1) if looks else NO_LOOKAHEAD
     k = chosen_experts(model.config)
-    engine, decoding = make_engine(asked_engine, info, fit, transfer, ahead, k)
+    engine = make_engine(asked_engine, info, fit, transfer, ahead, k)
+    decoding = None
+    if engine.device is not None:
+        from offload.generation.tokens import Loops  # loads Triton
+
+        decoding = Loops(engine, engine.device)
     for module in experts_modules(model):
         install(module, engine.add_layer(module))
     engine.watch_calls(model)

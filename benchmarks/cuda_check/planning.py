@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 from offload.cache.cache import ExpertCache
-from offload.cache.plan import CacheState
+from offload.cache.decision import CacheState
 from offload.cache.policies import POLICIES
 from offload.cache.trace.synthetic import Shape, synthesize
 
@@ -64,7 +64,7 @@ def _full(shape: Shape, policy: str, allocation: str, tokens: int) -> CacheState
     slots = round(shape.layers * shape.experts * RESIDENT)
     cache = ExpertCache(slots, shape.layers, POLICIES[policy], allocation)
     for event in synthesize(shape, QWEN3.routing, tokens).events:
-        cache.plan(event.layer, event.experts[0])
+        cache.decide(event.layer, event.experts[0])
     state = cache.state()
     assert None not in state.keys, "not all slots are taken"
     return state._replace(trust=(TRUSTED,) * shape.layers)
@@ -83,7 +83,7 @@ def _token(
             (resident if cache.is_resident(layer, expert) else others).append(expert)
         chosen = others[:absent] + resident[: shape.top_k - absent]
         if kernel == PLAN:
-            cache.plan(layer, chosen)
+            cache.decide(layer, chosen)
         else:
             cache.look_ahead(layer, chosen, most=len(chosen))
         token.append(chosen)
@@ -105,7 +105,7 @@ def _seconds(
 
     places = Places(shape.layers, shape.experts, shape.top_k, len(full.keys), policy, allocation)
     table = Table(places, setting.device)
-    decide = {PLAN: table.plan, LOOK_AHEAD: table.look_ahead}[kernel]
+    decide = {PLAN: table.decide, LOOK_AHEAD: table.look_ahead}[kernel]
     experts = torch.tensor(token, device=setting.device)  # [L, k]
 
     def run() -> None:

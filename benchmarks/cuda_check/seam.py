@@ -64,7 +64,7 @@ def connect(
     else:
         raise NotBuiltError("there is no engine to choose but the host-planned one")
     handle = offload_of(model)
-    if engine == DEVICE and type(handle.engine).__name__ != "DeviceEngine":
+    if engine == DEVICE and handle.engine.device is None:
         raise NotBuiltError("the host plans instead: a warning said why")
     return handle
 

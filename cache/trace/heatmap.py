@@ -119,13 +119,13 @@ def collect(trace: Trace, setup: Setup) -> HeatMap:
     for event in trace.events:
         prepare(cache, event, setup)
         admit = admitted(event, setup, trace.header)
-        plan = cache.plan(event.layer, event.distinct(), prompt=event.prompt, admit=admit)
-        for wave in plan.waves:
+        decision = cache.decide(event.layer, event.distinct(), prompt=event.prompt, admit=admit)
+        for wave in decision.waves:
             for use in wave.hits:
                 hits[event.layer][use.expert] += 1
             for use in wave.loads:
                 misses[event.layer][use.expert] += 1
-        for expert in plan.streamed:
+        for expert in decision.streamed:
             misses[event.layer][expert] += 1
     both = zip(hits, misses, strict=True)
     return HeatMap(

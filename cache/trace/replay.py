@@ -220,7 +220,7 @@ def replay(
     for event in trace.events:
         prepare(cache, event, setup)
         admit = admitted(event, setup, trace.header)
-        cache.plan(event.layer, event.distinct(), prompt=event.prompt, admit=admit)
+        cache.decide(event.layer, event.distinct(), prompt=event.prompt, admit=admit)
         for guess in guesses(event, setup, predictor, trace.header.layers):
             cache.look_ahead(guess.layer, guess.experts, most=len(guess.experts))
         if after is not None:

@@ -41,7 +41,7 @@ class Event(NamedTuple):
 
     @property
     def admit(self) -> int | None:
-        """How many of `distinct`, from the end, may take others' slots (`ExpertCache.plan`): of a
+        """How many of `distinct`, from the end, may take others' slots (`ExpertCache.decide`): of a
         prompt what its last token chose, since the next token often chooses it again."""
         return len(set(self.experts[-1])) if self.prompt and self.experts else None
 

@@ -32,7 +32,7 @@ class NaiveCache:
         self.steps = [0] * layers
         self.moment = 0
 
-    def plan(self, layer: int, experts: list[int], prompt: bool) -> tuple[list[int], list[int]]:
+    def decide(self, layer: int, experts: list[int], prompt: bool) -> tuple[list[int], list[int]]:
         """The hits and the misses of a step that fits."""
         if self.allocation != "global":
             self.steps[layer] += 1

@@ -23,11 +23,11 @@ NOBODY = tl.constexpr(1 << 30)
 
 # One compilation for all layers, whatever a layer's number and where its rows of cells begin.
 @triton.jit(do_not_specialize=["layer"], do_not_specialize_on_alignment=["index", "hits", "loads"])
-def plan_kernel(
+def decide_kernel(
     index, layer, num_experts, k, ints, reals, hits, loads,
     P: tl.constexpr, KB: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """`ExpertCache.plan` for one token, whose experts are index [k].
+    """`ExpertCache.decide` for one token, whose experts are index [k].
 
     Writes for each cell [k] the slot it is computed from: into `hits` what is resident, into
     `loads` what has to be copied there first; -1 elsewhere.
@@ -40,7 +40,7 @@ def plan_kernel(
     key = layer * P.experts + tl.maximum(expert, 0)
     before = tl.load(ints + P.slot_of + key, mask=expert >= 0, other=-1)
     if tl.load(ints + P.halted) == 0:
-        _plan(layer, expert, wanted, key, before, ints, reals, P, KB, CHUNK)
+        _decide(layer, expert, wanted, key, before, ints, reals, P, KB, CHUNK)
     _all_have_written()
     after = tl.load(ints + P.slot_of + key, mask=expert >= 0, other=-1)
     tl.store(hits + at, before, mask=at < k)
@@ -112,15 +112,15 @@ def _all_have_written():
 
 
 @triton.jit
-def _plan(
+def _decide(
     layer, expert, wanted, key, slot, ints, reals,
     P: tl.constexpr, KB: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     counters = ints + P.counters + layer * P.counts
-    plan = tl.load(ints + P.plans) + 1
+    step = tl.load(ints + P.steps) + 1
     guessing = tl.load(ints + P.guessing + layer)
     _all_have_read()
-    tl.store(ints + P.plans, plan)
+    tl.store(ints + P.steps, step)
     if layer == 0:
         _add(ints + P.tokens, 1)
     _heat(layer, key, wanted, reals, P, CHUNK)
@@ -137,7 +137,7 @@ def _plan(
     useless_keys = tl.load(ints + P.useless_keys) - _count(useless > 0)
     _all_have_read()
     tl.store(ints + P.useless + slot, tl.zeros_like(useless), mask=hit)
-    tl.store(ints + P.in_use + slot, tl.full([KB], 0, tl.int64) + plan, mask=hit)
+    tl.store(ints + P.in_use + slot, tl.full([KB], 0, tl.int64) + step, mask=hit)
     if P.lfru:
         score = tl.load(reals + P.score + key, mask=hit, other=0.0)
         tl.store(reals + P.score + key, score + unit, mask=hit)
@@ -154,11 +154,11 @@ def _plan(
     _all_have_written()
     if _count(missing) > 0:
         slot, useless_keys = _take(
-            layer, plan, missing, True, useless_keys, ints, reals, P, KB, CHUNK
+            layer, step, missing, True, useless_keys, ints, reals, P, KB, CHUNK
         )
         put = missing & (slot >= 0)
         _put(key, slot, put, now, inserted, ints, P)
-        tl.store(ints + P.in_use + slot, tl.full([KB], 0, tl.int64) + plan, mask=put)
+        tl.store(ints + P.in_use + slot, tl.full([KB], 0, tl.int64) + step, mask=put)
         inserted += _count(put)
         if P.lfru:
             score = tl.load(reals + P.score + key, mask=put, other=0.0)
@@ -184,7 +184,7 @@ def _look_ahead(
     slot = tl.full([KB], -1, tl.int64)
     trust = tl.load(reals + P.trust + layer)
     if trust >= 0.5:  # cache.trust.ENOUGH
-        plan = tl.load(ints + P.plans)
+        step = tl.load(ints + P.steps)
         useless_keys = tl.load(ints + P.useless_keys)
         ones = tl.full([KB], 1, tl.int64)
         _all_have_read()
@@ -192,7 +192,7 @@ def _look_ahead(
         _all_have_written()
         if _count(absent) > 0:
             slot, useless_keys = _take(
-                layer, plan, absent, trust > 0.5, useless_keys, ints, reals, P, KB, CHUNK
+                layer, step, absent, trust > 0.5, useless_keys, ints, reals, P, KB, CHUNK
             )
             put = absent & (slot >= 0)
             pool = layer if P.shared else 0
@@ -297,7 +297,7 @@ def _put(key, slot, put, now, inserted, ints, P: tl.constexpr):
 
 @triton.jit
 def _take(
-    layer, plan, missing, may_evict, useless_keys, ints, reals,
+    layer, step, missing, may_evict, useless_keys, ints, reals,
     P: tl.constexpr, KB: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """`ExpertCache._take_slots`: free ones, useless ones, victims', one for each `missing`.
@@ -312,12 +312,12 @@ def _take(
     tl.store(ints + P.taken, taken + free)
     slot = tl.where(missing & (rank < free), taken + rank, -1)
     if (free < wanted) & ((useless_keys > 0) | may_evict):
-        _weigh(layer, plan, ints, reals, P, CHUNK)
+        _weigh(layer, step, ints, reals, P, CHUNK)
         evictions = 0
         for place in range(free, wanted):
             victim = tl.full([], -1, tl.int32)
             if useless_keys > 0:
-                victim = _first_useless(plan, ints, P, CHUNK)
+                victim = _first_useless(step, ints, P, CHUNK)
             if (victim < 0) & may_evict:
                 victim = _least_worth(layer, ints, reals, P, CHUNK)
             if victim >= 0:
@@ -336,13 +336,13 @@ def _take(
 
 
 @triton.jit
-def _first_useless(plan, ints, P: tl.constexpr, CHUNK: tl.constexpr):
+def _first_useless(step, ints, P: tl.constexpr, CHUNK: tl.constexpr):
     """The slot of the useless key that is to leave first, or -1."""
     least = tl.full([CHUNK], 1 << 62, tl.int64)
     for start in range(0, P.slots, CHUNK):
         at = start + tl.arange(0, CHUNK)
         order = tl.load(ints + P.useless + at, mask=at < P.slots, other=0)
-        stays = _stays(at, plan, ints, P)
+        stays = _stays(at, step, ints, P)
         least = tl.minimum(least, tl.where((order > 0) & ~stays, order, 1 << 62))
     first = tl.min(least, 0)
     slot = tl.full([CHUNK], NOBODY, tl.int32)
@@ -355,14 +355,14 @@ def _first_useless(plan, ints, P: tl.constexpr, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _stays(at, plan, ints, P: tl.constexpr):
+def _stays(at, step, ints, P: tl.constexpr):
     """Which slots are in use or guessed."""
-    in_use = tl.load(ints + P.in_use + at, mask=at < P.slots, other=0) == plan
+    in_use = tl.load(ints + P.in_use + at, mask=at < P.slots, other=0) == step
     return in_use | (tl.load(ints + P.guessed + at, mask=at < P.slots, other=0) != 0)
 
 
 @triton.jit
-def _weigh(layer, plan, ints, reals, P: tl.constexpr, CHUNK: tl.constexpr):
+def _weigh(layer, step, ints, reals, P: tl.constexpr, CHUNK: tl.constexpr):
     """What each slot is worth to whoever asks for one for `layer`; infinite: it stays."""
     for start in range(0, P.slots, CHUNK):
         at = start + tl.arange(0, CHUNK)
@@ -370,7 +370,7 @@ def _weigh(layer, plan, ints, reals, P: tl.constexpr, CHUNK: tl.constexpr):
         if P.shared:
             ahead = tl.where(pool > layer, pool - layer, pool - layer + P.layers)
             worth = worth * tl.load(reals + P.pace + ahead)
-        leaves = (key >= 0) & ~_stays(at, plan, ints, P)
+        leaves = (key >= 0) & ~_stays(at, step, ints, P)
         tl.store(reals + P.worth + at, tl.where(leaves, worth, INF), mask=at < P.slots)
     _all_have_written()
 

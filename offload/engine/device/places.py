@@ -53,7 +53,7 @@ class Places:
         return self.layers * self.experts
 
     # ints: about the whole cache
-    plans = 0  # steps of layers so far: what is in use bears the last one's number
+    steps = 0  # steps of layers so far: what is in use bears the last one's number
     taken = 1  # slots that are not free any more: the first ones
     ordered = 2  # the highest number of a useless key
     useless_keys = 3
@@ -77,7 +77,7 @@ class Places:
 
     @property
     def in_use(self) -> int:
-        return self.key_in + self.slots  # number of the plan that names it
+        return self.key_in + self.slots  # number of the step that names it
 
     @property
     def guessed(self) -> int:

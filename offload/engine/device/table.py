@@ -14,12 +14,12 @@ import triton
 from torch import Tensor
 
 from offload.cache.allocation import pace
+from offload.cache.decision import CacheState, HeatState
 from offload.cache.heat import GROWTH
-from offload.cache.plan import CacheState, HeatState
 from offload.cache.policies import HALF_LIFE, MOST, REPEATS, bonus_of, growth_of
 from offload.cache.policy import Key, KeyState, PoolState
 from offload.cache.statistics import LayerCounts
-from offload.engine.device.kernels import look_ahead_kernel, plan_kernel
+from offload.engine.device.kernels import decide_kernel, look_ahead_kernel
 from offload.engine.device.places import COUNTS, Places
 
 CHUNK = 512  # slots the block of threads looks at together: one a thread, so none is spilled
@@ -44,15 +44,15 @@ class Table:
         self._padded = triton.next_power_of_2(places.k)
         self._chunk = min(CHUNK, triton.next_power_of_2(places.slots))
 
-    def plan(self, layer: int, num_experts: int, index: Tensor) -> None:
+    def decide(self, layer: int, num_experts: int, index: Tensor) -> None:
         """Decide how the experts `index` [.., k] of one token are served: `hits`, `loads`."""
-        self._decide(plan_kernel, layer, num_experts, index, self.hits, self.loads)
+        self._launch(decide_kernel, layer, num_experts, index, self.hits, self.loads)
 
     def look_ahead(self, layer: int, num_experts: int, index: Tensor) -> None:
         """Decide what to load for a later `layer`: `guesses`, `guess_loads`."""
-        self._decide(look_ahead_kernel, layer, num_experts, index, self.guesses, self.guess_loads)
+        self._launch(look_ahead_kernel, layer, num_experts, index, self.guesses, self.guess_loads)
 
-    def _decide(
+    def _launch(
         self,
         kernel: Any,
         layer: int,
@@ -96,7 +96,7 @@ class Table:
         taken = sum(key is not None for key in state.keys)
         assert all(key is None for key in state.keys[taken:]), "free slots are not the last ones"
         ints[at.taken] = taken
-        ints[at.plans] = 1  # no slot bears its number: nothing is in use between two tokens
+        ints[at.steps] = 1  # no slot bears its number: nothing is in use between two tokens
         ints[at.slot_of : at.slot_of + at.keys] = -1
         ints[at.key_in : at.key_in + at.slots] = -1
         ints[at.used : at.used + at.keys] = -1

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from offload.cache.cache import ExpertCache
 from offload.cache.guesses import Lookahead
-from offload.cache.plan import Use
 from offload.cache.policies import POLICIES
 
 from offload.engine.ahead import Ahead
+from offload.engine.layer import Call
 
 ONE, OTHER = torch.device("cuda:0"), torch.device("cuda:1")
-K = 2
+EXPERTS, K = 8, 2
 
 
 class Guesses:
@@ -22,26 +22,24 @@ class Guesses:
 
     def __init__(self, devices: tuple[torch.device, ...], ahead: int) -> None:
         self.layers: list[Any] = [
-            SimpleNamespace(index=at, device=device, asked=None)
+            SimpleNamespace(index=at, device=device, asked=None, num_experts=EXPERTS)
             for at, device in enumerate(devices)
         ]
         cache = ExpertCache(20, len(devices), POLICIES["lru"])
-        self.started: list[int] = []  # layers that copies were begun for
         self.landed = False
         look = Lookahead("previous", ahead)
-        self._ahead = Ahead(self.layers, cache, look, None, self._start)
+        self._ahead = Ahead(self.layers, cache, look, None)
         for layer in self.layers:  # the token before
             self.of(layer.index)
 
-    def _start(self, layer: int, use: Use) -> Any:
-        self.started.append(layer)
-        return SimpleNamespace(done=self.landed)
-
     def of(self, layer: int) -> list[int]:
         """Layers that copies are begun for at the step of `layer`."""
-        self.started.clear()
-        self._ahead.look(self.layers[layer], range(K))
-        return self.started[:]
+        index = torch.arange(K)[None]
+        call = Call(self.layers[layer], torch.zeros(1, 4), index, torch.ones(1, K), False)
+        _, wanted = self._ahead.look(call)
+        for later, _ in wanted:
+            self._ahead.begun(later, SimpleNamespace(done=self.landed))
+        return [later.index for later, _ in wanted]
 
 
 def test_no_guess_is_made_while_those_before_wait_for_the_link() -> None:

@@ -35,7 +35,7 @@ def launch(places: Places) -> None:
     slots = torch.empty(2, RECORD, dtype=torch.uint8)
     addresses = torch.empty(places.layers, places.experts, dtype=torch.int64)
     for layer in range(places.layers):
-        table.plan(layer, places.experts, chosen)
+        table.decide(layer, places.experts, chosen)
         gather(chosen, table.loads[layer], addresses[layer], slots, RECORD)
         table.look_ahead(layer, places.experts, chosen)
         guesses, loads = table.guesses[layer], table.guess_loads[layer]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from offload.cache.cache import ExpertCache
-from offload.cache.plan import CacheState
+from offload.cache.decision import CacheState
 from offload.cache.policies import POLICIES
 from offload.cache.statistics import LayerCounts
 from offload.cache.trace.synthetic import Routing, Shape, synthesize
@@ -43,7 +43,7 @@ def on_the_host(trace: Trace, slots: int, policy: str, allocation: str) -> Decid
     for at, event in enumerate(trace.events):
         hits, loads, guessed = said[at // layers]
         experts = event.experts[0]
-        (wave,) = cache.plan(event.layer, experts).waves
+        (wave,) = cache.decide(event.layer, experts).waves
         for row, uses in ((hits, wave.hits), (loads, wave.loads)):
             slot_of = dict(uses)
             row[event.layer] = [slot_of.get(expert, NONE) for expert in experts]
@@ -63,7 +63,7 @@ def on_the_device(trace: Trace, slots: int, policy: str, allocation: str) -> Dec
     ahead = torch.tensor(guessed, device=DEVICE)
     said = []
     for at, event in enumerate(trace.events):
-        table.plan(event.layer, experts, chosen[at])
+        table.decide(event.layer, experts, chosen[at])
         if event.guesses:
             table.look_ahead(event.layer + 1, experts, ahead[at])
         else:  # a token's last layer

@@ -24,7 +24,7 @@ class Wave(NamedTuple):
     loads: tuple[Use, ...]
 
 
-class Plan(NamedTuple):
+class Decision(NamedTuple):
     """Waves to carry out one after the other: a later wave's loads overwrite an earlier one's
     slots. Then what is streamed: loaded beside the slots, used once, and not kept."""
 
