@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from benchmarks.cuda_check.attempt import NotBuiltError
 from offload import loading
 from offload.engine.handle import Offload, offload_of
-from offload.options import Fit
+from offload.fit import Fit
 from offload.transfer.base import Transfer
 from offload.transfer.cuda import CudaTransfer
 from offload.transfer.host import HostTransfer

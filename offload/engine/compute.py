@@ -16,7 +16,7 @@ from offload.cache.interface import Cache
 from offload.cache.policies import POLICIES
 from offload.cache.sharded import ShardedCache, card_and_row
 from offload.engine.layer import Call, Layer
-from offload.options import Fit
+from offload.fit import Fit
 from offload.quant.experts import block_cells, decode, kernels_work, make_batch, prefill
 from offload.quant.pack import PackInfo
 from offload.quant.program import Program, recognise

@@ -22,7 +22,7 @@ from offload.engine.layer import Call, Layer
 from offload.engine.recording import RoutingTrace
 from offload.engine.stats import Stats
 from offload.errors import NO_MEMORY, GenerationError
-from offload.options import Fit
+from offload.fit import Fit
 from offload.quant.errors import OffloadError
 from offload.quant.pack import PackInfo
 from offload.transfer.base import Transfer

@@ -17,7 +17,7 @@ from offload.engine.engine import Engine
 from offload.engine.recording import RoutingTrace
 from offload.engine.stats import CardStats, Stats
 from offload.engine.warm import write_hot
-from offload.options import Fit
+from offload.fit import Fit
 from offload.quant.pack import Pack
 from offload.sampling import Sampling
 from offload.transfer.cards import CardsTransfer

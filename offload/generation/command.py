@@ -5,22 +5,23 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from offload.errors import DONE
 from offload.files import read_text, user_path
+from offload.flags import add_model, add_options, option, options_from
 from offload.options import (
-    DONE,
     FALLBACK,
     AnswerOptions,
-    GenerateOptions,
     LoadOptions,
     ThreadOptions,
     TimelineOptions,
-    add_model,
-    add_options,
-    options_from,
 )
 from offload.quant.errors import OffloadError
+from offload.units import between, positive
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,11 +31,37 @@ if TYPE_CHECKING:
     from offload.sampling import Sampling
 
 EXAMPLE = 'offload generate demo -p "Hi" > a.txt'
+_several = partial(option, group="several answers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerFileOptions:
+    """Options of `offload generate` alone."""
+
+    raw: bool = option("--raw", False, "give the prompt as it is, without the chat template")
+    output: Path | None = _several(
+        "-o --output FILE",
+        None,
+        "answer every line of -f FILE and write the answers to this file. Each line is JSON: a "
+        "text, or an object with a prompt or messages. If the command is stopped, running it again "
+        "continues; it compares the prompts with those already answered, but not the other options",
+        parse=Path,
+    )
+    parallel: int = _several(
+        "-np --parallel N", 8, "how many prompts of -o are answered at once", parse=positive
+    )
+    vote: int | None = _several(
+        "--vote N",
+        None,
+        "sample N answers and print one whose result is the most frequent; the result of an answer "
+        "is what it puts in \\boxed{}, what follows 'answer is', or its last line",
+        parse=between(2, 1024),
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    for kind in (LoadOptions, ThreadOptions, AnswerOptions, GenerateOptions, TimelineOptions):
+    for kind in (LoadOptions, ThreadOptions, AnswerOptions, AnswerFileOptions, TimelineOptions):
         add_options(parser, kind)
 
 
@@ -78,7 +105,7 @@ class _Job:
         self.load = options_from(arguments, LoadOptions)
         self.threads = options_from(arguments, ThreadOptions).threads
         self.asked = options_from(arguments, AnswerOptions)
-        self.own = options_from(arguments, GenerateOptions)
+        self.own = options_from(arguments, AnswerFileOptions)
         self.timeline = options_from(arguments, TimelineOptions).timeline
 
     def answer(self) -> int:
@@ -89,7 +116,9 @@ class _Job:
         if not prompt:
             raise OffloadError("there is no prompt: give one with -p, -f or a pipe")
         if self.own.vote is not None and self.asked.temperature == 0:
-            raise OffloadError("--vote needs samples that differ: give a --temp above 0, or none")
+            raise OffloadError(
+                "--vote needs answers that differ: give a --temp above 0, or leave --temp out"
+            )
         model, tokenizer, load_seconds = self.load_model()
         from offload.chat.report import timings, verbose_rows
         from offload.engine.handle import offload_of
@@ -141,7 +170,7 @@ class _Job:
             return messages_of(given, self.asked.system_prompt)
         if "messages" in given:
             raise OffloadError(
-                f"{self.model_name} has no chat template: give prompts, not messages"
+                f"{self.model_name} has no chat template: give a prompt in place of messages"
             )
         return str(given["prompt"])
 
@@ -185,12 +214,12 @@ class _Job:
         asked, output = self.asked, self.own.output
         assert output is not None
         if asked.file is None or asked.prompt is not None or self.own.vote is not None:
-            raise OffloadError("-o answers the prompts of -f FILE: give that, no -p and no --vote")
+            raise OffloadError("-o answers the prompts of -f FILE: give -f, without -p and --vote")
         prompts = read_prompt_lines(asked.file)
         with contextlib.closing(AnswersFile(output)) as file:
             done = file.done(prompts)
             if done:
-                print(f"{done} of {len(prompts)} prompts are answered already", file=sys.stderr)
+                print(f"{done} of {len(prompts)} prompts are already answered", file=sys.stderr)
             if done < len(prompts):
                 self.answer_rest(prompts, done, file)
         print(f"{len(prompts)} answers in {output}", file=sys.stderr)
@@ -205,7 +234,7 @@ class _Job:
 
         with contextlib.closing(offload_of(model)), recording(model, self.timeline):
             if tokenizer is None:
-                raise OffloadError("the model has no tokenizer: there are no texts to answer")
+                raise OffloadError("the model has no tokenizer, so that it cannot read prompts")
             options = self.options(model)
             for begin in range(done, len(prompts), self.own.parallel):
                 batch = prompts[begin : begin + self.own.parallel]

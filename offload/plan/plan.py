@@ -11,7 +11,8 @@ from offload.budget.budget import Budget
 from offload.budget.resolve import Place, Resolver
 from offload.cache.trace.trace import Trace
 from offload.errors import BudgetError, SourceError
-from offload.options import Card, LoadOptions, Share
+from offload.fit import Card, Share
+from offload.options import LoadOptions
 from offload.pack.recipe import FITTING, AskedBits, Recipe, most_bits
 from offload.plan.forecast import Forecast, Workload, forecast
 from offload.plan.outline import Outline

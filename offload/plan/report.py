@@ -9,8 +9,8 @@ from dataclasses import asdict
 from typing import Any
 
 from offload.files import offload_home
+from offload.fit import Share
 from offload.machine.measure import existing
-from offload.options import Share
 from offload.plan.forecast import (
     LOCAL,
     RATES,

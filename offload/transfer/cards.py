@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from offload.cache.sharded import card_and_row, divided
-from offload.options import Fit
+from offload.fit import Fit
 from offload.quant.pack import Pack
 from offload.transfer.base import Ticket, Transfer
 from offload.transfer.cuda import CudaTransfer

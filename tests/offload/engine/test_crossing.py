@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from offload.budget.blocks import Layers, device_of
 from offload.engine.crossing import Crossing
+from offload.fit import Share
 from offload.model.seam import (
     IMPLEMENTATION,
     build_on_meta,
@@ -25,7 +26,6 @@ from offload.model.seam import (
     model_class,
     own_config,
 )
-from offload.options import Share
 from tests.tiny import tiny_config
 
 FIRST, SECOND = torch.device("cpu"), torch.device("meta")

@@ -22,8 +22,8 @@ import offload.transfer.cards
 from offload.engine.compute import OneByOne
 from offload.engine.handle import offload_of
 from offload.engine.layer import Call
+from offload.fit import Fit
 from offload.generation.stream import forward
-from offload.options import Fit
 from offload.transfer.cuda import CudaTransfer
 from offload.transfer.host_tier import HostTier
 from tests.fake_link import FakeLink

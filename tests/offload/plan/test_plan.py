@@ -19,9 +19,10 @@ import offload
 from offload.budget.budget import Memory
 from offload.budget.resolve import Place, Resolver
 from offload.engine.handle import offload_of
+from offload.fit import Card
 from offload.machine.measure import DiskRate
 from offload.model import demo
-from offload.options import Card, LoadOptions
+from offload.options import LoadOptions
 from offload.pack.recipe import Recipe
 from offload.plan import outline, target
 from offload.units import SHARE
@@ -327,7 +328,7 @@ def test_a_model_that_does_not_fit_is_reported_with_a_remedy(
 ) -> None:
     PUBLISHED["DeepSeek-V3"].config().save_pretrained(tmp_path)
     error = told(capsys, tmp_path, "--gpu", "4090", "--ram", "512GiB")
-    remedy = re.search(r"nothing fits: plan with --dense-bits (\d), that does", error)
+    remedy = re.search(r"nothing fits: plan with --dense-bits (\d), which does fit", error)
     assert remedy
     bits = remedy[1]
     plan = planned(capsys, tmp_path, "--gpu", "4090", "--ram", "512GiB", "--dense-bits", bits)

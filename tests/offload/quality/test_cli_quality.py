@@ -151,10 +151,10 @@ def test_check_passes_a_good_pack_and_fails_a_damaged_one(
     baseline = tmp_path / "baseline.json"
     common = ("--against", mixtral, "--prompts", prompts)
     saved = run("check", mixtral_pack, *common, "--save-baseline", baseline)
-    assert (saved.code, saved.err.splitlines()[-1]) == (0, f"figures saved in {baseline}")
+    assert (saved.code, saved.err.splitlines()[-1]) == (0, f"the figures are saved in {baseline}")
 
     good = run("check", mixtral_pack, *common, "--baseline", baseline)
-    assert (good.code, good.err) == (0, f"no worse than {baseline} allows\n")
+    assert (good.code, good.err) == (0, f"no figure is worse than {baseline} allows\n")
 
     better = run("check", mixtral, "--bits", "q8", *common, "--baseline", baseline)
     assert better.code == 0
@@ -190,7 +190,7 @@ def test_check_refuses_a_baseline_of_something_else(
     assert "not a usable baseline" in one_line(run(*common, "--baseline", baseline))
     assert "cannot read" in one_line(run(*common, "--baseline", tmp_path / "none.json"))
     missing = tmp_path / "no" / "folder.json"
-    assert "there is no folder" in one_line(run(*common, "--save-baseline", missing))
+    assert "does not exist: make it first" in one_line(run(*common, "--save-baseline", missing))
 
 
 def test_a_saved_baseline_keeps_the_tolerances_it_passed(

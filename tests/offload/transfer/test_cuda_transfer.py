@@ -15,7 +15,7 @@ from offload.quant.pack import Pack
 import offload
 import offload.loading
 import offload.transfer.cards
-from offload.options import Fit
+from offload.fit import Fit
 from offload.transfer.cuda import CudaTicket, CudaTransfer
 from offload.transfer.host_tier import HostTier
 from tests.fake_link import FakeLink
