@@ -44,8 +44,8 @@ class Tolerance:
 # On one machine a check repeats to the last bit, so tolerances are for other processors and
 # versions. The demo in bfloat16 against itself in float32 shows how far rounding alone can go:
 # KL mean 0.0010, median 0.0007, 99% 0.006, max 0.02, 2.5% other top tokens, perplexity 0.04%
-# (docs/log). The absolute parts are above that; they matter for figures near 0, as at 8 and 16
-# bits. The relative parts are well below the cost of one bit less.
+# (docs/log/quality.md). The absolute parts are above that; they matter for figures near 0, as at 8
+# and 16 bits. The relative parts are well below the cost of one bit less.
 TOLERANCES = {
     "kl_mean": Tolerance(relative=0.10, absolute=0.002),
     "kl_median": Tolerance(relative=0.15, absolute=0.002),

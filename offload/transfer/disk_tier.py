@@ -52,7 +52,7 @@ class RecordFiles:
             self._checked[layer][expert] = 1
 
 
-READERS = 4  # reads a disk has to do at once: docs/log.md
+READERS = 4  # reads a disk has to do at once: docs/log/host-tier.md
 
 
 class Read:
