@@ -141,7 +141,7 @@ def test_what_is_kept_comes_after_all_that_was_on_its_way_and_before_what_follow
     transfer.close()
 
 
-def test_a_guess_waits_on_the_device_for_the_demands_before_it_and_no_demand_for_it(
+def test_a_guess_waits_on_the_device_for_the_urgent_copies_before_it_and_none_of_them_for_it(
     pack: Pack,
 ) -> None:
     link = FakeLink(eager=False)
@@ -150,9 +150,9 @@ def test_a_guess_waits_on_the_device_for_the_demands_before_it_and_no_demand_for
     first = transfer.start(0, 0, 0, urgent=True)
     transfer.start(0, 1, 1, urgent=False)
     transfer.start(0, 2, 2, urgent=True)
-    demands, guesses = link._queues["demands"], link._queues["guesses"]
+    urgent, guesses = link._queues["urgent"], link._queues["guesses"]
     assert [after for after, _ in guesses] == [[first.end], ()]
-    assert not any(after for after, _ in demands)
+    assert not any(after for after, _ in urgent)
     transfer.close()
 
 
