@@ -50,8 +50,8 @@ class Staging:
         """Begin the first of `experts` before `layer` is planned, in so many halves, or as many as
         are left of two.
 
-        For the time when the decision before has begun its last load. While its last step is computed
-        from one half, the other is free.
+        This is for the time when the decision before has begun its last load: while its last step
+        is computed from one half, the other half is free.
         """
         if layer != self._early_layer:
             self._early, self._early_layer = [], layer
@@ -67,9 +67,9 @@ class Staging:
         self._early.clear()
 
     def steps(self, decision: Decision) -> list[Step]:
-        """A decision in order. What came early is computed first, so that its rows are filled again.
-        What is streamed is begun as soon as its half is free, while a wave takes over the slots of
-        the one before."""
+        """A decision in order. What came early is computed first, so that its rows are filled
+        again. What is streamed is begun as soon as its half is free, while a wave takes over the
+        slots of the one before."""
         early = self._begun(decision)
         if not decision.streamed and not early:
             return [Step(wave.loads, wave.hits, wave.loads) for wave in decision.waves]
@@ -89,13 +89,11 @@ class Staging:
         return steps
 
     def _begun(self, decision: Decision) -> list[tuple[Use, ...]]:
-        """What was begun early and `decision` loads, a half each; the turn is that of the other half
-        than the last one's."""
+        """What was begun early and `decision` loads, a half each; the turn is that of the other
+        half than the last one's."""
         early, self._early = self._early, []
-        if (
-            decision.layer != self._early_layer or len(decision.waves) > 1
-        ):  # later waves take slots over
-            return []
+        if decision.layer != self._early_layer or len(decision.waves) > 1:
+            return []  # later waves take slots over
         asked = {*decision.streamed, *(use.expert for wave in decision.waves for use in wave.loads)}
         needed = [tuple([use for use in batch if use.expert in asked]) for batch in early]
         needed = [batch for batch in needed if batch]

@@ -11,8 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from offload.budget.budget import kv_cache_by_layer
 from offload.budget.placement import Block, Demand
-from offload.model.parts import layer_of
-from offload.model.seam import find_experts
+from offload.model.seam import find_experts, layer_of
 from offload.options import Share
 from offload.quant.pack import PackInfo
 

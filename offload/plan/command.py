@@ -74,12 +74,12 @@ def _target(asked: PlanOptions, options: LoadOptions) -> Target:
     if asked.gpu is None:
         return this_machine(options, asked.cards)
     if options.device is not None:
-        raise BudgetError("--device is of this machine: leave it out, or --gpu")
+        raise BudgetError("--device names a device of this machine: leave out --device or --gpu")
     return named_machine(asked.gpu, options, asked.cards)
 
 
 def _command(model: str, plan: Plan) -> str:
-    """What carries `plan` out, on the machine it is for."""
+    """The command that carries `plan` out on the machine for which it was made."""
     options = plan.options
     if not plan.target.here:
         options = replace(options, device=None, vram=None, ram=None)

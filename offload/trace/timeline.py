@@ -27,7 +27,10 @@ def recording(model: PreTrainedModel, file: Path | None) -> Iterator[None]:
     if file is None:
         yield
         return
-    check_writable(file)
+    try:
+        files.check_writable(file)
+    except OSError as error:
+        raise _unwritable(file, error.strerror) from None
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to stderr
     engine = offload_of(model).engine
     activities = [ProfilerActivity.CPU]
@@ -76,14 +79,6 @@ def _dense_ranges(engine: Engine) -> Iterator[None]:
         end()
         for hook in hooks:
             hook.remove()
-
-
-def check_writable(file: Path) -> None:
-    """Raise `OffloadError` now where writing the timeline would raise it later."""
-    try:
-        files.check_writable(file)
-    except OSError as error:
-        raise _unwritable(file, error.strerror) from None
 
 
 def _write(profiler: profile, file: Path) -> None:
