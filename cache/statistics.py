@@ -75,7 +75,7 @@ class LayerCounts(Figures):
         return self.streamed + self.early_loads_wrong
 
     @property
-    def needed_loads(self) -> int:
+    def useful_loads(self) -> int:
         """Loads that were of use: misses, and right guesses."""
         return self.misses + self.lookahead_loads_right
 

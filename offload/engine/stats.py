@@ -32,7 +32,7 @@ class CardStats(Figures):
 
 @dataclass(frozen=True)
 class Stats(Figures):
-    """Everything that happened up to a moment, or between two: subtract one `Stats` from another."""
+    """What happened up to a moment; subtract an earlier one for what happened in between."""
 
     FIXED: ClassVar[frozenset[str]] = frozenset({"slots", "total_experts"})
 
@@ -61,7 +61,7 @@ class Stats(Figures):
         return self.bytes_copied / 1e9 / self.link_busy_seconds if self.link_busy_seconds else 0.0
 
     def line(self) -> str:
-        """The line about experts printed after an answer, and one more for each of several cards."""
+        """The line about experts after an answer, and one more for each of several cards."""
         counts = self.counts
         text = (
             f"[ Experts: {self.slots} slots for {self.total_experts} | "

@@ -1,8 +1,4 @@
-"""Tokens one behind: the next step is queued before this one's token is read.
-
-Knows: when a step is queued, when a token is here, and what holds when a step broke off for lack of
-memory. Does not know: what is in a step, text.
-"""
+"""Tokens one behind: the next step is queued before the present step's token is read."""
 
 from __future__ import annotations
 
@@ -27,12 +23,12 @@ from offload.sampling import Sampling
 
 logger = logging.getLogger("offload")
 
-SHORTEST = 512  # tokens of the shortest KV cache; longer ones are twice as long each
+SHORTEST = 512  # tokens of the shortest KV cache; each longer size is twice the one before
 Made = TypeVar("Made")
 
 
 class Answer:
-    """One sequence: each call gives its next token."""
+    """One sequence of tokens: each call gives the next one."""
 
     def __init__(self, loop: DecodeLoop, prompt_length: int, limit: int) -> None:
         """The first token is queued."""
@@ -57,8 +53,8 @@ class Answer:
         self._queued += 1
 
     def _go_back(self) -> None:
-        """All that was queued before the step that broke off holds: each token but the last was
-        read."""
+        """Undo the step that broke off; everything queued before it is valid, and each token but
+        the last was read."""
         self._loop.go_back(self._prompt_length + self._queued - 1)
 
     @torch.inference_mode()
@@ -70,7 +66,7 @@ class Answer:
 
 
 class Loops:
-    """The decode loop of a model: one answer at a time."""
+    """The decode loop of a model, for one answer at a time."""
 
     def __init__(self, engine: Engine, device: DevicePlanned) -> None:
         """`device` is what plans steps for `engine` without asking the host."""
@@ -93,8 +89,9 @@ class Loops:
     ) -> Answer | None:
         """The tokens after `prompt` [1, T], at most `limit`, ended by one of `ends`.
 
-        `logits` [1, V] are of the prompt's last token, `grown` is the KV cache it left; no sequence
-        is longer than `longest`. None: tokens have to be had one by one.
+        `logits` [1, V] are those of the prompt's last token, and `grown` is the KV cache that the
+        prompt left. No sequence is longer than `longest`. None: the caller has to get tokens one by
+        one.
         """
         busy = self._answer is not None and self._answer() is not None
         if self.refused or busy or not isinstance(grown, Cache):
@@ -148,15 +145,18 @@ class Loops:
         return self._loop
 
     def _let_go(self) -> None:
-        """The loop's memory is needed."""
+        """Free the loop's memory."""
         if self._loop is not None:
             self._loop.close()
             self._loop = None
 
 
 def if_spared(make: Callable[[], Made | None], engine: Engine, lost: str) -> Made | None:
-    """What `make` gives; as long as memory runs out slots are given back, but never so many that
-    the host would have to plan: then None, and it is said that there is no memory `lost`."""
+    """The result of `make`, for which slots are given back while memory runs out.
+
+    Never so many that the host would have to plan: then the result is None, and a warning says that
+    there is no memory `lost`.
+    """
     try:
         return until_it_fits(make, engine, spares=engine.spares)
     except NotSparedError:

@@ -78,4 +78,4 @@ def test_rates_are_shares() -> None:
     assert some.lookahead_precision == pytest.approx(0.25)
     assert some.lookahead_recall == pytest.approx(0.4)
     assert some.loads == 9
-    assert some.needed_loads == 7
+    assert some.useful_loads == 7
