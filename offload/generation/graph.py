@@ -33,8 +33,8 @@ class Replay:
         generator cannot be used any more. `spares` says whether so many bytes can be had for a
         graph; if so, a call whose capture lacks memory raises `torch.OutOfMemoryError`.
         """
-        self._step, self._generator = step, generator
-        self._broke_off, self._spares = broke_off, spares
+        self._step, self.generator = step, generator
+        self.broke_off, self.spares = broke_off, spares
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._runs = 0
@@ -65,7 +65,7 @@ class Replay:
     def _capture(self, stream: torch.cuda.Stream) -> None:
         around = sys.exception()  # an exception that the caller is handling is not ours
         graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(self._generator())
+        graph.register_generator_state(self.generator())
         try:
             # "thread_local": other threads, which read disks and pin memory, may go on calling
             # CUDA. The outer `stream` puts the stream back where ending a capture fails.
@@ -75,7 +75,7 @@ class Replay:
             ):
                 self._step()
         except BaseException as error:  # whatever a model, a library or the driver raises
-            self._broke_off()
+            self.broke_off()
             torch.cuda.synchronize(stream.device)
             self._refuse([*_with_causes(error, around)])
             return
@@ -87,7 +87,7 @@ class Replay:
         for cause in causes:
             if not isinstance(cause, Exception):
                 raise cause
-            if _is_shortage(cause) and self._spares(asked_bytes(cause)):
+            if _is_shortage(cause) and self.spares(asked_bytes(cause)):
                 raise torch.OutOfMemoryError(str(cause))
         self.refused = reason(
             causes[min(1, len(causes) - 1)]

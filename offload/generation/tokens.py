@@ -71,7 +71,7 @@ class Loops:
     def __init__(self, engine: Engine, device: DevicePlanned) -> None:
         """`device` is what plans steps for `engine` without asking the host."""
         self._engine, self._device = engine, device
-        self._loop: DecodeLoop | None = None
+        self.loop: DecodeLoop | None = None
         self._answer: weakref.ref[Answer] | None = None
         self.refused = ""  # why there is none for this model
 
@@ -136,19 +136,19 @@ class Loops:
         while length < needed:
             length *= 2
         asked = (min(length, longest), replace(sampling, seed=None), tuple(sorted(ends)))
-        loop = self._loop
+        loop = self.loop
         if loop is not None and loop.made_for == asked and loop.step.table is self._device.table:
             return loop
         loop = None
         self._let_go()
-        self._loop = DecodeLoop(model, self._engine, self._device, grown, *asked)
-        return self._loop
+        self.loop = DecodeLoop(model, self._engine, self._device, grown, *asked)
+        return self.loop
 
     def _let_go(self) -> None:
         """Free the loop's memory."""
-        if self._loop is not None:
-            self._loop.close()
-            self._loop = None
+        if self.loop is not None:
+            self.loop.close()
+            self.loop = None
 
 
 def if_spared(make: Callable[[], Made | None], engine: Engine, lost: str) -> Made | None:

@@ -22,7 +22,9 @@ from offload.quant.errors import OffloadError
 def recording(model: PreTrainedModel, file: Path | None) -> Iterator[None]:
     """Record what `model` does meanwhile and write it to `file`, also when it breaks off.
 
-    None: record nothing. Raises `OffloadError` before anything runs where `file` cannot be written.
+    None: record nothing. The profiler keeps every operation of torch, which are thousands a token
+    and about a quarter of a megabyte per thousand in the file, so a short run is recorded best.
+    Raises `OffloadError` before anything runs where `file` cannot be written.
     """
     if file is None:
         yield

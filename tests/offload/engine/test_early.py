@@ -164,9 +164,9 @@ def test_copies_that_turn_out_to_be_of_no_use_are_counted(
 def test_a_guess_on_its_way_does_not_overwrite_what_is_kept(
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(offload.transfer.cuda, "GUESSED_BYTES", 1)  # all guesses but one wait
     model = load(9, rows=8)
     engine = offload_of(model).engine
-    _transfer(model)._order._most = 1  # byte: all but one wait
     keep, slots = engine.host._keep, []
 
     def behind_guesses(call: Call, step: Step) -> None:

@@ -150,7 +150,7 @@ def test_a_guess_waits_on_the_device_for_the_urgent_copies_before_it_and_none_of
     first = transfer.start(0, 0, 0, urgent=True)
     transfer.start(0, 1, 1, urgent=False)
     transfer.start(0, 2, 2, urgent=True)
-    urgent, guesses = link._queues["urgent"], link._queues["guesses"]
+    urgent, guesses = link.queues["urgent"], link.queues["guesses"]
     assert [after for after, _ in guesses] == [[first.end], ()]
     assert not any(after for after, _ in urgent)
     transfer.close()
@@ -174,7 +174,7 @@ def test_resized_slots_are_filled_anew(pack: Pack, ram: int) -> None:
     transfer = transfer_of(pack, 8, ram, FakeLink())
     transfer.wait(transfer.start(0, 1, 7, urgent=True))
     transfer.resize(3, 2)
-    assert transfer._slots.shape[0] == 5
+    assert transfer.slots.shape[0] == 5
     transfer.wait(transfer.start(0, 2, 2, urgent=True))
     assert torch.equal(transfer.slot(2), pack.record(0, 2))
     transfer.close()

@@ -78,6 +78,10 @@ def device_of(model: PreTrainedModel) -> DevicePlanned:
     return device
 
 
+def loops_of(model: PreTrainedModel) -> Any:
+    return offload_of(model).decoding
+
+
 def slots_of(model: PreTrainedModel) -> int:
     return engine_of(model).cache.table.slots
 
@@ -247,7 +251,7 @@ def test_slots_given_back_between_two_tokens_are_not_used_any_more(load: Load) -
     assert tokens == expected
     check(model)
     after = engine_of(model).stats().counts
-    assert offload_of(model).decoding._loop.step.table is device_of(model).table  # type: ignore[union-attr]
+    assert loops_of(model).loop.step.table is device_of(model).table
     assert after.requests - before.requests == 3 * 3 * 2  # tokens, layers, experts: all seen
 
 
@@ -273,7 +277,7 @@ def test_slots_make_way_for_the_second_kv_cache(
 ) -> None:
     model = load("mixtral", "device", expert_slots=SLOTS)
     expected = said(model, **SAMPLED)
-    offload_of(model).decoding._loop = None  # type: ignore[union-attr]
+    loops_of(model).loop = None
     run, runs = DecodeLoop.run, []
     monkeypatch.setattr(DecodeLoop, "run", lambda loop: (runs.append(1), run(loop))[1])
     shortage = Shortage(1, 2)
@@ -288,9 +292,9 @@ def test_slots_make_way_for_the_second_kv_cache(
 def test_a_loop_that_is_not_used_any_more_holds_no_memory(load: Load) -> None:
     """Without Python's collector, which comes when it likes."""
     model = load("mixtral", "device", expert_slots=SLOTS)
-    loops = offload_of(model).decoding
+    loops = loops_of(model)
     said(model, **SAMPLED)
-    keys = weakref.ref(loops._loop.step.kv.layers[0].keys)  # type: ignore[union-attr]
+    keys = weakref.ref(loops.loop.step.kv.layers[0].keys)
     gc.collect()
     gc.disable()
     try:
@@ -309,7 +313,7 @@ def test_without_a_second_kv_cache_tokens_wait_and_the_last_slots_are_kept(
     assert said(model, **SAMPLED) == expected
     assert slots_of(model) == 4
     assert caplog.messages == ["no memory for a second KV cache: every token waits for the last"]
-    assert offload_of(model).decoding._loop is None  # type: ignore[union-attr]
+    assert loops_of(model).loop is None
 
 
 @pytest.mark.parametrize(("slots", "cached"), [(SLOTS, len(PROMPT) + 3), (4, 0)])
@@ -344,10 +348,10 @@ def test_a_capture_that_lacked_memory_changes_nothing_that_is_said(
         """Of the third call. As one whose end fails it takes the generator with it."""
         replays.append(replay)
         if len(replays) == 3:
-            torch.rand(5, generator=replay._generator())
-            replay._broke_off()
+            torch.rand(5, generator=replay.generator())
+            replay.broke_off()
             if spared:
-                assert replay._spares(0)
+                assert replay.spares(0)
                 raise torch.OutOfMemoryError("no memory for a graph")
         call(replay)
 
