@@ -78,7 +78,6 @@ SHRUNK: dict[str, Any] = {
     "num_nextn_predict_layers": 0,
     "vocab_size_per_layer_input": 128,
     "hidden_size_per_layer_input": 0,
-    "global_head_dim": 16,
 }
 
 # Values that an architecture needs besides those of `SHRUNK`.
@@ -93,7 +92,8 @@ DIFFERENT: dict[str, dict[str, Any]] = {
         "layer_types": ["linear_attention", "indexed_attention", "linear_attention"]
     },
     "qwen2_moe": {"decoder_sparse_step": 1, "mlp_only_layers": [0]},
-    "gemma4_text": {"enable_moe_block": True, "num_kv_shared_layers": 0},
+    # Its layers with full attention have a head size of their own, which is no attribute.
+    "gemma4_text": {"enable_moe_block": True, "num_kv_shared_layers": 0, "global_head_dim": 16},
     "nemotron_h": {
         "layers_block_type": ["moe", "attention", "moe", "mamba", "moe"],
         "num_hidden_layers": None,

@@ -18,7 +18,7 @@ from offload.quant.errors import OffloadError
 
 from benchmarks.simulator.outcome import SimulatedRun
 from benchmarks.simulator.simulator import SOFTWARE, Scenario, simulate
-from benchmarks.simulator.spans import Timeline
+from benchmarks.simulator.timeline import Timeline
 from offload import files
 from offload.machine.hardware import PROFILES, Hardware, find_hardware
 from offload.trace.show import open_trace

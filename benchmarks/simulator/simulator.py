@@ -26,7 +26,7 @@ from offload.cache.trace.replay import Setup, admitted, guesses, layers_of, make
 from offload.cache.trace.trace import Event, Trace
 
 from benchmarks.simulator.outcome import Phase, SimulatedRun
-from benchmarks.simulator.spans import Span, Timeline
+from benchmarks.simulator.timeline import Span, Timeline
 from offload.machine.hardware import Hardware
 from offload.plan.forecast import GUESS, KERNEL_STARTS, LAUNCHES, LAYER
 

@@ -24,8 +24,8 @@ from offload.transfer.cards import CardsTransfer
 from offload.version import __version__
 
 
-class Answer(Protocol):
-    """One sequence of tokens."""
+class TokenSource(Protocol):
+    """Gives the tokens of one sequence."""
 
     def __call__(self) -> int:
         """The next one. Raises `GenerationError` when the model's logits cannot be believed, or
@@ -48,7 +48,7 @@ class Decoding(Protocol):
         limit: int,
         longest: int,
         ends: frozenset[int],
-    ) -> Answer | None:
+    ) -> TokenSource | None:
         """What gives at most `limit` tokens after `prompt` [1, T]; None: it cannot.
 
         The last token of the prompt has `logits` [1, V], and the prompt left the KV cache `grown`.

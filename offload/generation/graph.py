@@ -89,9 +89,8 @@ class Replay:
                 raise cause
             if _is_shortage(cause) and self.spares(asked_bytes(cause)):
                 raise torch.OutOfMemoryError(str(cause))
-        self.refused = reason(
-            causes[min(1, len(causes) - 1)]
-        )  # the last is that the end failed, too
+        # The latest of several says only that ending the failed capture failed, too.
+        self.refused = reason(causes[min(1, len(causes) - 1)])
         logger.warning(
             "the decode step cannot be captured as a CUDA graph, so each of its kernels is "
             "launched by Python, slower (%s)",

@@ -97,9 +97,7 @@ class DecodeStep:
 
     def __call__(self) -> None:
         self.table.halted.logical_or_((self._token == self._ends).any())
-        out = self._model(
-            input_ids=self._token, past_key_values=self.kv, use_cache=True, logits_to_keep=1
-        )
+        out = self._model(input_ids=self._token, cache=self.kv, use_cache=True, logits_to_keep=1)
         self._say(out.logits[:, -1])
 
     def _say(self, logits: Tensor) -> None:

@@ -27,7 +27,7 @@ SHORTEST = 512  # tokens of the shortest KV cache; each longer size is twice the
 Made = TypeVar("Made")
 
 
-class Answer:
+class LoopTokens:
     """One sequence of tokens: each call gives the next one."""
 
     def __init__(self, loop: DecodeLoop, prompt_length: int, limit: int) -> None:
@@ -72,7 +72,7 @@ class Loops:
         """`device` is what plans steps for `engine` without asking the host."""
         self._engine, self._device = engine, device
         self.loop: DecodeLoop | None = None
-        self._answer: weakref.ref[Answer] | None = None
+        self._answer: weakref.ref[LoopTokens] | None = None
         self.refused = ""  # why there is none for this model
 
     @torch.inference_mode()
@@ -86,7 +86,7 @@ class Loops:
         limit: int,
         longest: int,
         ends: frozenset[int],
-    ) -> Answer | None:
+    ) -> LoopTokens | None:
         """The tokens after `prompt` [1, T], at most `limit`, ended by one of `ends`.
 
         `logits` [1, V] are those of the prompt's last token, and `grown` is the KV cache that the
@@ -98,7 +98,7 @@ class Loops:
             return None
         length = prompt.shape[1]
 
-        def begun() -> Answer | None:
+        def begun() -> LoopTokens | None:
             with self._engine.loop() as on_device:
                 if not on_device:
                     return None
@@ -108,7 +108,7 @@ class Loops:
                 except torch.OutOfMemoryError:
                     self._let_go()
                     raise
-                return Answer(loop, length, limit)
+                return LoopTokens(loop, length, limit)
 
         try:
             answer = if_spared(

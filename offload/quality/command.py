@@ -49,14 +49,14 @@ class Perplexity:
 
     @staticmethod
     def run(arguments: argparse.Namespace) -> int:
-        """Write the perplexity as a line or as JSON."""
+        """Print the perplexity as a line or as JSON, and return the exit code."""
         file = options_from(arguments, PerplexityOptions).file
         options = options_from(arguments, LoadOptions)
         text = _asked_text(file)
         from offload.engine.handle import offload_of
         from offload.loading import load_and_tell
         from offload.progress import Ticker
-        from offload.quality.check import subject_of
+        from offload.quality.check import measured_model
         from offload.quality.scoring import Sliding, encode_text, measure_perplexity
 
         threads = options_from(arguments, ThreadOptions).threads
@@ -76,7 +76,7 @@ class Perplexity:
                 "window": sliding.window,
                 "stride": sliding.stride,
                 "seconds": seconds,
-                "model": subject_of(model, arguments.model).to_json(),
+                "model": asdict(measured_model(model, arguments.model)),
             }
             print(json.dumps(report, indent=2, ensure_ascii=False))
         else:
@@ -87,7 +87,7 @@ class Perplexity:
 
 
 def _asked_text(file: Path | None) -> str:
-    """The text of -f or a piped stdin."""
+    """The text of -f or of a piped stdin. Raises `OffloadError`."""
     if file is None and sys.stdin.isatty():
         raise OffloadError("there is no text: give one with -f or a pipe, there is no default")
     try:
@@ -98,7 +98,7 @@ def _asked_text(file: Path | None) -> str:
                 text = read_text(handle, "the text")
     except (OSError, OffloadError) as error:
         raise OffloadError(f"cannot read the text from {file or 'stdin'}: {error}") from None
-    if not text:  # told before the model is loaded
+    if not text:  # checked before the model is loaded
         raise OffloadError(f"the text from {file or 'stdin'} is empty: give one of a page or more")
     return text
 
@@ -114,12 +114,15 @@ class Check:
 
     @staticmethod
     def run(arguments: argparse.Namespace) -> int:
-        """Write how far the models differ. Raises `OffloadError` when a figure is worse than the
-        baseline allows."""
+        """Print how far the models differ, and return the exit code.
+
+        Raises `OffloadError` if a figure is worse than the baseline allows.
+        """
         from offload.loading import load_and_tell
         from offload.progress import Ticker
         from offload.quality.baseline import TOLERANCES, read_baseline, save_baseline
-        from offload.quality.check import Source, check, reference_bits, table
+        from offload.quality.check import ModelLoader, compare_models, load_plain, reference_bits
+        from offload.quality.comparison import table
         from offload.quality.prompts import read_prompts
         from offload.quality.scoring import Sliding
 
@@ -127,7 +130,7 @@ class Check:
         options = options_from(arguments, LoadOptions)
         threads = options_from(arguments, ThreadOptions).threads
         prompts = read_prompts(asked.prompts)
-        # A file that cannot be used is told before two models are run.
+        # A file that cannot be used is an error before two models are run.
         baseline = read_baseline(asked.baseline) if asked.baseline else None
         if asked.save_baseline and not asked.save_baseline.resolve().parent.is_dir():
             raise OffloadError(f"there is no folder for {asked.save_baseline}: make it first")
@@ -146,10 +149,8 @@ class Check:
         def load_reference() -> Loaded:
             return load_and_tell(asked.against, reference, threads)[:2]
 
-        def load_plain() -> Loaded:
-            from offload.quality import plain
-
-            return plain.load_plain(
+        def load_reference_plain() -> Loaded:
+            return load_plain(
                 asked.against,
                 device=reference.device,
                 revision=reference.revision,
@@ -158,9 +159,9 @@ class Check:
             )
 
         with Ticker("check") as ticker:
-            result = check(
-                Source(arguments.model, load_model),
-                Source(asked.against, load_plain if asked.plain else load_reference),
+            result = compare_models(
+                ModelLoader(arguments.model, load_model),
+                ModelLoader(asked.against, load_reference_plain if asked.plain else load_reference),
                 prompts,
                 Sliding.asked(options.context, options_from(arguments, WindowOptions).stride),
                 ticker,

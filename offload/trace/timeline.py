@@ -45,7 +45,7 @@ def recording(model: PreTrainedModel, file: Path | None) -> Iterator[None]:
     )
     profiler.start()
     try:
-        with ranges.recording(), _dense_ranges(engine):
+        with ranges.switched_on(), _dense_ranges(engine):
             yield
     finally:
         with contextlib.suppress(OffloadError):  # of a copy that failed and nobody waited for

@@ -15,7 +15,7 @@ from offload.cache.trace.trace import Event, Guess, Trace, TraceHeader
 
 from benchmarks.simulator.outcome import SimulatedRun
 from benchmarks.simulator.simulator import HOST_PLANNED, Scenario, Software, simulate
-from benchmarks.simulator.spans import Timeline
+from benchmarks.simulator.timeline import Timeline
 from offload.machine.hardware import PROFILES, Hardware
 
 # A byte takes a second in device memory, two on the link, eight from disk; nothing else costs.

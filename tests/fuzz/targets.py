@@ -28,8 +28,8 @@ from offload.chat.commands import obey
 from offload.chat.display import Plain
 from offload.chat.terminal import _History
 from offload.engine.warm import read_hot
-from offload.generation.answers import AnswersFile, read_prompts
-from offload.generation.stream import encode_prompt
+from offload.generation.answers import AnswersFile, read_prompt_lines
+from offload.generation.prompt import encode_prompt
 from offload.loading import _tokenizer as load_tokenizer
 from offload.main import build_parser
 from offload.model import sources
@@ -236,7 +236,7 @@ class Targets:
     def fuzz_prompts(self, choices: Choices) -> None:
         good: Any = {"prompt": "hi", "id": 3, "messages": [{"role": "user", "content": "a"}]}
         first = harmed_json(good, choices) if choices.number(2) else json.dumps(good).encode()
-        prompts = read_prompts(self._write(first + b"\n" + json.dumps("two").encode()))
+        prompts = read_prompt_lines(self._write(first + b"\n" + json.dumps("two").encode()))
         answer = prompts[0] | {"answer": "b"}
         line = harmed_json(answer, choices) if choices.number(2) else json.dumps(answer).encode()
         answers = AnswersFile(self._write(line + b"\n"[: choices.number(2)]))

@@ -39,7 +39,7 @@ def _logits(folder: Path, monkeypatch: pytest.MonkeyPatch, way: type, **options:
         monkeypatch.setattr(offload.budget.resolve, "staging_rows", lambda *_: 4)
     model, _ = offload.load(folder / "checkpoint", device="cpu", pack_dir=folder, **options)
     out = model(input_ids=PROMPT, use_cache=True)
-    last = model(input_ids=PROMPT[:, :1], past_key_values=out.past_key_values, use_cache=True)
+    last = model(input_ids=PROMPT[:, :1], cache=out.cache, use_cache=True)
     offload_of(model).close()
     return torch.cat([out.logits, last.logits], dim=1)
 

@@ -47,7 +47,7 @@ def run(model: PreTrainedModel) -> Tensor:
     """Logits of a prefill and a decode step."""
     prompt = torch.randint(3, 120, (1, 13), generator=torch.Generator().manual_seed(1))
     out = model(input_ids=prompt, use_cache=True)
-    step = model(input_ids=prompt[:, :1], past_key_values=out.past_key_values, use_cache=True)
+    step = model(input_ids=prompt[:, :1], cache=out.cache, use_cache=True)
     return torch.cat((out.logits, step.logits), dim=1)
 
 

@@ -1,4 +1,4 @@
-"""`ppl` and `check`: what goes to stdout and what to stderr, exit codes, baselines."""
+"""The output, exit codes and baselines of `offload ppl` and `offload check`."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_ppl_as_json(run: Run, mixtral_pack: Path, text: Path) -> None:
 
 
 def one_line(done: Done) -> str:
-    """The error's line."""
+    """The only line of error, which is also the last line of stderr."""
     assert done.code == 1
     assert done.out == ""
     lines = [line for line in done.err.splitlines() if line.startswith("offload: error: ")]
@@ -166,11 +166,11 @@ def test_check_passes_a_good_pack_and_fails_a_damaged_one(
         "check", damaged, *common, "--baseline", baseline, "--save-baseline", tmp_path / "new.json"
     )
     assert bad.code == 1
-    assert bad.out.startswith("prompt")  # the figures are shown all the same
+    assert bad.out.startswith("prompt")  # the figures are printed even if the check fails
     error = bad.err.splitlines()[-1]
     assert error.startswith(f"offload: error: worse than {baseline} allows: kl_mean 0.")
     assert "kl_median" in error
-    assert not (tmp_path / "new.json").exists()  # what is worse does not become the measure
+    assert not (tmp_path / "new.json").exists()  # a check that fails saves no baseline
 
     as_json = run("check", damaged, *common, "--baseline", baseline, "--json")
     assert as_json.code == 1

@@ -16,7 +16,7 @@ from offload.engine.device.table import Table
 from offload.engine.engine import Engine
 from offload.engine.handle import offload_of
 from offload.errors import GenerationError
-from offload.generation.prompt_cache import PromptCache
+from offload.generation.prompt import PromptCache
 from offload.generation.step import DecodeLoop
 from offload.generation.stream import GenerationResponse, forward, stream_generate
 from tests.offload.engine.device.conftest import Load

@@ -18,7 +18,7 @@ from offload.engine.handle import offload_of
 from offload.errors import GenerationError
 from offload.generation.fixed_kv import FixedKV
 from offload.generation.graph import Replay
-from offload.generation.prompt_cache import PromptCache
+from offload.generation.prompt import PromptCache
 from offload.generation.sampler import Sampler
 from offload.generation.step import DecodeLoop
 from offload.generation.stream import GenerationResponse, stream_generate

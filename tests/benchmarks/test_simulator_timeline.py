@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from benchmarks.simulator.spans import Span, Timeline
+from benchmarks.simulator.timeline import Span, Timeline
 from tests.benchmarks.chrome import check_chrome_trace
 
 
