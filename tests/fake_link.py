@@ -1,4 +1,4 @@
-"""A device that does what it was given late, in any order its queues allow.
+"""A fake device that does its work late, in any order its queues allow.
 
 Copies really happen, at the moment the device gets to them: whoever forgets to wait sees old bytes.
 """
@@ -33,7 +33,7 @@ class FakeEvent:
 
 
 class FakeLink:
-    """With `eager` compute happens when it is called, as on a CPU: it waits on the spot."""
+    """With `eager` compute happens when it is called, as on a CPU, and waits on the spot."""
 
     def __init__(self, seed: int = 0, *, eager: bool = True) -> None:
         self.device = torch.device("cpu")
@@ -75,7 +75,7 @@ class FakeLink:
             self.queues["compute"].append(((event,), lambda: None))
 
     def compute(self, call: Callable[[], None]) -> None:
-        """`call` happens on the device, in its time."""
+        """Queue `call` on the device."""
         if self._eager:
             call()
         else:

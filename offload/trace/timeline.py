@@ -43,6 +43,7 @@ def recording(model: PreTrainedModel, file: Path | None) -> Iterator[None]:
     profiler = profile(
         activities=activities, experimental_config=_ExperimentalConfig(profile_all_threads=True)
     )
+    engine.plan_on_host()  # the steps that the device plans have no ranges
     profiler.start()
     try:
         with ranges.switched_on(), _dense_ranges(engine):

@@ -39,7 +39,7 @@ def _load(folder: Path, **options: Any) -> PreTrainedModel:
 
 
 def _logits(model: PreTrainedModel) -> list[torch.Tensor]:
-    """Of a prompt and of some tokens after it."""
+    """The logits of a prompt and of some tokens after it."""
     found, cache, ids = [], None, PROMPT
     with torch.inference_mode():
         for _ in range(8):
@@ -67,7 +67,7 @@ def test_two_devices_give_the_logits_of_one(model_type: str, tmp_path: Path) -> 
     offload_of(one).close()
 
 
-def test_quantised_dense_layers_and_a_tied_head_are_put_on_their_cards(tmp_path: Path) -> None:
+def test_quantised_dense_layers_and_a_tied_head_are_on_their_cards(tmp_path: Path) -> None:
     save_tiny("mixtral", tmp_path / "checkpoint", tie_word_embeddings=True)
     one, two = (
         _load(tmp_path, expert_slots=6, dense_bits=8, **where)
@@ -203,7 +203,7 @@ def test_memory_runs_out_with_one_slot_left_on_each_card(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("engine", ["auto", "host", "device"])
-def test_the_host_plans_for_several_cards_which_is_said_to_who_asked_otherwise(
+def test_a_warning_says_that_the_host_plans_for_several_cards_if_the_device_was_asked_for(
     engine: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save_tiny("mixtral", tmp_path / "checkpoint")
@@ -214,7 +214,7 @@ def test_the_host_plans_for_several_cards_which_is_said_to_who_asked_otherwise(
 
 
 @pytest.mark.parametrize("engine", ["auto", "host", "device"])
-def test_on_gpus_it_is_also_said_to_who_left_the_choice_open(
+def test_on_gpus_the_warning_also_comes_if_the_choice_was_left_open(
     engine: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save_tiny("mixtral", tmp_path / "checkpoint")

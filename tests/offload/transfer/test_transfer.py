@@ -1,4 +1,4 @@
-"""Copies from the mapped pack into host slots."""
+"""Copies from the mapped pack into slots in host memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def pack(tmp_path: Path) -> Iterator[Pack]:
 
 
 class Gated:
-    """Copies wait for `gate`; `order` is that of their experts."""
+    """Copies wait for `gate`; `order` lists their experts as they are copied."""
 
     def __init__(self) -> None:
         self.gate = threading.Event()
@@ -39,7 +39,7 @@ class Gated:
 
 @pytest.fixture
 def gated(monkeypatch: pytest.MonkeyPatch) -> Gated:
-    """Every copy of this test is gated."""
+    """Every copy in this test waits for the gate."""
     copies, copy = Gated(), HostTransfer._copy
 
     def gated_copy(self: HostTransfer, ticket: HostTicket) -> None:
@@ -74,7 +74,7 @@ def test_urgent_copies_overtake_others(pack: Pack, gated: Gated) -> None:
     transfer.close()
 
 
-def test_waiting_for_a_look_ahead_copy_makes_it_urgent(pack: Pack, gated: Gated) -> None:
+def test_waiting_for_a_guess_makes_it_urgent(pack: Pack, gated: Gated) -> None:
     transfer = HostTransfer(pack, 4)
     tickets = [transfer.start(0, expert, expert, urgent=False) for expert in range(4)]
     while len(transfer.waiting.guesses) > 3:  # the thread has taken the first
@@ -158,7 +158,7 @@ class Preempted(deque[HostTicket]):
 def test_a_drain_waits_for_a_copy_that_is_just_giving_way(
     pack: Pack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else that copy would go on into a slot which is somebody else's by then."""
+    """Otherwise that copy would go on into a slot that holds another record by then."""
     transfer = HostTransfer(pack, 2)
     urgent = Preempted()
     transfer.waiting.urgent = urgent
