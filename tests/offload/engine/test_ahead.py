@@ -1,4 +1,4 @@
-"""When guessing stands back: a link that is behind, and that of another card."""
+"""Guessing stands back while the link is behind, and each card has a link of its own."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Guesses:
         return [later.index for later, _ in wanted]
 
 
-def test_no_guess_is_made_while_those_before_wait_for_the_link() -> None:
+def test_no_guess_is_made_while_earlier_ones_wait_for_the_link() -> None:
     guesses = Guesses((ONE, ONE, ONE), ahead=1)
     assert guesses.of(0) == [1, 1]
     assert guesses.of(1) == []
@@ -52,13 +52,13 @@ def test_no_guess_is_made_while_those_before_wait_for_the_link() -> None:
     assert guesses.of(1) == [2, 2]
 
 
-def test_another_card_s_link_is_not_behind() -> None:
+def test_the_link_of_another_card_is_not_behind() -> None:
     guesses = Guesses((ONE, ONE, OTHER), ahead=1)
     assert guesses.of(0) == [1, 1]
     assert guesses.of(1) == [2, 2]
 
 
-def test_each_link_is_behind_for_itself() -> None:
+def test_each_link_is_judged_by_its_own_copies() -> None:
     guesses = Guesses((ONE, ONE, OTHER, OTHER), ahead=2)
     assert guesses.of(0) == [1, 1, 2, 2]
     assert guesses.of(1) == [3, 3], "two more on the other link, where two may wait for each layer"

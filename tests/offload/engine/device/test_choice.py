@@ -6,7 +6,6 @@ import pytest
 from offload.cache import policies
 from offload.quant.errors import OffloadError
 
-from offload.engine.device import places
 from offload.engine.handle import offload_of
 from offload.options import POLICIES
 from tests.offload.engine.device.conftest import Load
@@ -34,4 +33,4 @@ def test_too_few_slots_for_the_kernels_are_told(load: Load) -> None:
 
 
 def test_the_kernels_know_every_policy_that_can_be_asked_for() -> None:
-    assert set(POLICIES) <= set(places.POLICIES) & set(policies.POLICIES)
+    assert set(POLICIES) <= set(policies.KERNEL_POLICIES) & set(policies.POLICIES)
