@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from offload.cache.policy import Key, PoolState
+from offload.cache.policies import Key, PoolState
 
 
 class Use(NamedTuple):

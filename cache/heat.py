@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from offload.cache.decision import HeatState
-from offload.cache.policy import Key
+from offload.cache.policies import Key
 
 HALF_LIFE = 256.0  # tokens: a conversation, not a sentence
 GROWTH = 2.0 ** (1.0 / HALF_LIFE)

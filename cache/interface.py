@@ -11,7 +11,7 @@ from typing import Protocol
 
 from offload.cache.decision import Decision, Use
 from offload.cache.heat import Heat
-from offload.cache.policy import Key
+from offload.cache.policies import Key
 from offload.cache.statistics import Statistics
 
 

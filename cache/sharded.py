@@ -16,7 +16,7 @@ from offload.cache.cache import ExpertCache
 from offload.cache.decision import Decision, Use, Wave
 from offload.cache.heat import Heat
 from offload.cache.interface import Cache
-from offload.cache.policy import Key
+from offload.cache.policies import Key
 from offload.cache.staging import Staging, Step
 from offload.cache.statistics import Statistics
 

@@ -1,7 +1,7 @@
 """Which key is in which slot.
 
 Knows: the one-to-one table of resident keys and slots, and the free slots. Does not know: why a key
-is there (`cache.policy`) nor what it weighs.
+is there (`cache.policies`) nor what it weighs.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from offload.cache.decision import Use
-from offload.cache.policy import Key
+from offload.cache.policies import Key
 
 
 class SlotTable:

@@ -22,7 +22,7 @@ from offload.budget.blocks import Layers, device_of
 from offload.budget.budget import hold_vram
 from offload.budget.resolve import Resolver, find_place
 from offload.cache.cache import ExpertCache
-from offload.cache.guesses import NO_LOOKAHEAD, Lookahead, LookaheadBalance
+from offload.cache.guesses import LookaheadBalance
 from offload.engine.compute import cache_of, compute_of
 from offload.engine.cpu_linear import OneTokenLinear, native_is_quicker
 from offload.engine.crossing import Crossing
@@ -62,7 +62,7 @@ logger = logging.getLogger("offload")
 
 
 def make_engine(
-    asked: str, info: PackInfo, fit: Fit, transfer: Transfer, ahead: Lookahead, k: int
+    asked: str, info: PackInfo, fit: Fit, transfer: Transfer, ahead: bool, k: int
 ) -> tuple[Engine, Decoding | None]:
     """The engine, and what gives tokens a step behind where that is possible.
 
@@ -287,9 +287,8 @@ def _connect(
         )
     everything_fits = fit.slots >= info.total_experts  # then no expert is ever loaded twice
     looks = fit.options.lookahead is not False and not everything_fits
-    ahead = Lookahead("router", 1) if looks else NO_LOOKAHEAD
     k = chosen_experts(model.config)
-    engine, decoding = make_engine(asked_engine, info, fit, transfer, ahead, k)
+    engine, decoding = make_engine(asked_engine, info, fit, transfer, looks, k)
     for module in experts_modules(model):
         install(module, engine.add_layer(module))
     engine.watch_calls(model)

@@ -179,7 +179,7 @@ def _warm_trace(shape: Shape, routing: Routing) -> Trace:
 def _run(load: Load, trace: Trace, software: Software, lookahead: str) -> _Speed:
     scenario = Scenario(
         load.hardware,
-        Setup(load.slots, load.policy, "shared", lookahead),
+        Setup(load.slots, load.policy, lookahead),
         load.shape.dense_bytes,
         software,
         expert_bits=load.shape.expert_bits,

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from offload.cache.decision import Use
 from offload.cache.early import absent, nearly_all
-from offload.cache.guesses import NO_LOOKAHEAD, Lookahead, LookaheadBalance
+from offload.cache.guesses import LookaheadBalance
 from offload.cache.interface import Cache
-from offload.cache.policy import Key
+from offload.cache.policies import Key
 from offload.cache.sharded import staging_of
 from offload.cache.staging import Kept, Step
 from offload.cache.trace.trace import Guess
@@ -57,7 +57,7 @@ class Engine:
         transfer: Transfer,
         compute: Compute,
         balance: LookaheadBalance | None,
-        lookahead: Lookahead = NO_LOOKAHEAD,
+        lookahead: bool = False,
         staging: int = 0,
     ) -> None:
         """With `balance` looking ahead stops while it does not pay; with None it never does.
@@ -339,7 +339,6 @@ class Engine:
         with self._lock:
             self.stop_recording()
             self._start_over()
-            self._ahead.forget()
             self._recorder = recorder
             self._ahead.noted_layers = noted_layers
 

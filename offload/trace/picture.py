@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from offload.cache.errors import CacheError
-from offload.cache.trace.heatmap import HeatMap, collect, show
+from offload.cache.trace.heatmap import HeatMap, collect, draw_for
 from offload.cache.trace.replay import Setup
 from offload.quant.errors import OffloadError
 from offload.trace.show import open_trace
@@ -90,7 +90,7 @@ def plot(trace_name: str, expert_slots: str, policy: str, file: Path | None) -> 
     except CacheError as error:
         raise OffloadError(str(error)) from None
     if file is None:
-        return show(heat, sys.stdout)
+        return draw_for(sys.stdout, heat)
 
     hits, misses = sum(map(sum, heat.hits)), sum(map(sum, heat.misses))
     save_png(

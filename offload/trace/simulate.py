@@ -30,7 +30,6 @@ class Question:
     hardware: str
     expert_slots: str = "25%"
     policy: str = "lfru"
-    allocation: str = "shared"
     software: str = "host-planned"
     lookahead: str = "router"
     dense: str | None = None  # size; None: what the trace says
@@ -94,7 +93,6 @@ def make_scenario(question: Question, trace: Trace, machine: Hardware) -> Scenar
     cache = Setup(
         min(slots, trace.header.total_experts),
         question.policy,
-        question.allocation,
         question.lookahead,
     )
     scenario = Scenario(machine, cache, dense, software, ram_bytes=parse_bytes(question.ram))

@@ -180,9 +180,7 @@ def test_a_long_prompt_comes_within_a_tenth_of_what_the_link_allows(
     )
 
     def link_share(early: bool) -> float:
-        scenario = Scenario(
-            hardware, Setup(slots, "lfru", "quota"), dense, staging_rows=rows, early=early
-        )
+        scenario = Scenario(hardware, Setup(slots, "lfru"), dense, staging_rows=rows, early=early)
         fill = simulate(Trace(both.header, first), scenario).prefill
         whole = simulate(Trace(both.header, [*first, *second]), scenario)
         assert whole.counts.early_loads_wrong <= 0.02 * whole.counts.loads

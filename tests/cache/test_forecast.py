@@ -40,7 +40,7 @@ def hit_rate(experts: int, top_k: int, share: float, routing: Routing) -> float:
     """LRU's, once its slots are full."""
     shape = Shape("x", 2, experts, top_k, 1, 0, 4.5)
     trace = synthesize(shape, replace(routing, recall=None), TOKENS)
-    setup = Setup(round(2 * experts * share))
+    setup = Setup(round(2 * experts * share), "lru")
     whole = replay(trace, setup).counts
     before = replay(Trace(trace.header, trace.events[: WARM * 2]), setup).counts
     return (whole.hits - before.hits) / (whole.requests - before.requests)

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from offload.cache.cache import ExpertCache
-from offload.cache.guesses import NO_LOOKAHEAD, Lookahead
 from offload.engine.compute import Compute, program_of
 from offload.engine.device.gather import gather
 from offload.engine.device.places import Places
@@ -129,7 +128,7 @@ class DeviceEngine(Engine):
         cache: ExpertCache,
         transfer: Transfer,
         compute: Compute,
-        lookahead: Lookahead = NO_LOOKAHEAD,
+        lookahead: bool = False,
         staging: int = 0,
         *,
         places: Places,
@@ -144,7 +143,7 @@ class DeviceEngine(Engine):
         self._addresses = addresses.to(transfer.device)
         self._decode = decode
         self._lanes = Lanes(transfer.device)
-        self._guesses = lookahead.layers > 0
+        self._guesses = lookahead
         self._ahead_planned: torch.cuda.Event | None = None
         self._ahead_here: torch.cuda.Event | None = None
         self._held: tuple[Tensor, ...] = ()  # what the link's lane still reads

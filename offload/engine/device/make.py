@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 
 from offload.cache.cache import ExpertCache
-from offload.cache.guesses import Lookahead
 from offload.cache.policies import LFRU
 from offload.cache.trace.synthetic import Routing, Shape, synthesize
 from offload.engine.compute import Compute
@@ -42,7 +41,7 @@ def kernels_decide_rightly(device: torch.device) -> str:
 
 def _plans(device: torch.device) -> bool:
     cache = ExpertCache(SLOTS, SHAPE.layers, LFRU)
-    table = Table(Places(SHAPE.layers, SHAPE.experts, SHAPE.top_k, SLOTS, "lfru", "shared"), device)
+    table = Table(Places(SHAPE.layers, SHAPE.experts, SHAPE.top_k, SLOTS, "lfru"), device)
     table.upload(cache.state())
     for event in synthesize(SHAPE, Routing(recall=0.7), TOKENS).events:
         cache.decide(event.layer, event.experts[0])
@@ -76,7 +75,7 @@ class Wanted:
     """What an engine is to do."""
 
     policy: str
-    lookahead: Lookahead
+    lookahead: bool
     slots: int
     k: int  # experts a token; 0: not known
     staging: int  # rows past the slots, for prompts
@@ -106,7 +105,7 @@ def make(
     addresses = transfer.addresses()
     assert addresses is not None
     experts = max(layer.num_experts for layer in info.layers)
-    places = Places(len(info.layers), experts, wanted.k, wanted.slots, wanted.policy, "shared")
+    places = Places(len(info.layers), experts, wanted.k, wanted.slots, wanted.policy)
     return DeviceEngine(
         info,
         cache,
