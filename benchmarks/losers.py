@@ -74,7 +74,7 @@ class SLRU:
         for segment, factor in ((self._probation, 1.0), (self._protected, SEGMENT)):
             for key, (used, slot) in segment.items():
                 if key not in keep:
-                    return Victim(factor / (1 + self._now - used), slot, key)
+                    return factor / (1 + self._now - used), slot, key
         return None
 
     def keys(self) -> Iterable[Key]:

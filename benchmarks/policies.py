@@ -16,16 +16,22 @@ from statistics import fmean
 from typing import Any
 
 from losers import FIFO, MOST_AHEAD, PREDICTORS, SLRU, Guesser
-
 from offload.cache.cache import ExpertCache
 from offload.cache.eviction import LayerPools
 from offload.cache.interface import Cache
 from offload.cache.policies import Policy
 from offload.cache.sharded import ShardedCache
 from offload.cache.trace.file import read
-from offload.cache.trace.replay import BELADY, NONE, REPLAYED, OnePool, Setup, make_cache, replay_with
+from offload.cache.trace.replay import (
+    BELADY,
+    NONE,
+    REPLAYED,
+    OnePool,
+    Setup,
+    make_cache,
+    replay_with,
+)
 from offload.cache.trace.trace import Event, Guess, Trace
-
 
 HERE = Path(__file__).parent
 SHARES = (0.10, 0.25, 0.50, 0.75)

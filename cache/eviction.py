@@ -69,11 +69,12 @@ class LayerPools:
             giver = worth.index(least)
             if worth.count(least) > 1:
                 equals = (at for at, other in enumerate(worth) if other == least)
-                giver = min(equals, key=lambda at: cast(Victim, self._first[at]).slot)
+                giver = min(equals, key=lambda at: cast(Victim, self._first[at])[1])
             victim = self._first[giver]
             assert victim is not None, "worth something, but no key"
-            self.pools[giver].remove(victim.key)
-            found.append(victim.key)
+            _, _, key = victim
+            self.pools[giver].remove(key)
+            found.append(key)
             if len(found) == count:
                 self._changed.add(giver)
                 break
@@ -84,7 +85,7 @@ class LayerPools:
     def _look(self, layer: int, keep: Container[Key]) -> None:
         """Find the first victim of `layer` and what it is worth."""
         victim = self._first[layer] = self.pools[layer].first(keep)
-        self._worth[layer] = inf if victim is None else victim.worth
+        self._worth[layer] = inf if victim is None else victim[0]
 
     def keys(self) -> Iterator[Key]:
         """Every resident key, for checks."""

@@ -10,16 +10,10 @@ from typing import NamedTuple, Protocol
 Key = tuple[int, int]  # (MoE layer, expert)
 
 
-class Victim(NamedTuple):
-    """A key that may leave. The smallest tuple leaves first: of equal worths the lower slot.
-
-    `worth` says how likely the next step of the key's layer asks for it, in a unit that all pools
-    of one policy share.
-    """
-
-    worth: float
-    slot: int
-    key: Key
+# A key that may leave: its worth, its slot, the key. The smallest tuple leaves first, so of equal
+# worths the lower slot. The worth says how likely the next step of the key's layer asks for it, in a
+# unit that all pools of one policy share.
+Victim = tuple[float, int, Key]
 
 
 class Policy(Protocol):
@@ -112,7 +106,7 @@ class LRU:
                 oldest, found = used, (slot, key)
         if oldest is None or found is None:
             return None
-        return Victim(1.0 / (1 + self._now - oldest), *found)
+        return 1.0 / (1 + self._now - oldest), *found
 
     def keys(self) -> Iterable[Key]:
         return self._used
@@ -131,33 +125,34 @@ class LRU:
 
 
 class Ranking:
-    """Resident keys, sorted by their score and then by their slot."""
+    """Resident keys, sorted by their score and then by their slot.
+
+    An entry is a `Victim` with the score in place of the worth.
+    """
 
     def __init__(self) -> None:
-        self._order: list[Victim] = []  # the score stands where a victim has its worth
+        self._order: list[Victim] = []
         self._entries: dict[Key, Victim] = {}
-
-    def __contains__(self, key: Key) -> bool:
-        return key in self._entries
 
     def __iter__(self) -> Iterator[Key]:
         return iter(self._entries)
 
     def add(self, key: Key, slot: int, score: float) -> None:
-        entry = self._entries[key] = Victim(score, slot, key)
+        entry = self._entries[key] = score, slot, key
         insort(self._order, entry)
 
     def extend(self, entries: Iterable[Victim]) -> None:
         """Add many keys at once."""
-        self._order.extend(entries)
-        self._entries.update((entry.key, entry) for entry in entries)
+        for entry in entries:
+            self._entries[entry[2]] = entry
+            self._order.append(entry)
         self._order.sort()
 
     def remove(self, key: Key) -> int:
         """Take `key` out and return its slot."""
         entry = self._entries.pop(key)
         del self._order[bisect_left(self._order, entry)]
-        return entry.slot
+        return entry[1]
 
     def clear(self) -> None:
         self._order.clear()
@@ -166,7 +161,7 @@ class Ranking:
     def first(self, keep: Container[Key]) -> Victim | None:
         """The lowest entry whose key is not in `keep`."""
         for entry in self._order:
-            if entry.key not in keep:
+            if entry[2] not in keep:
                 return entry
         return None
 
@@ -218,7 +213,7 @@ class LFRU:
     def step(self) -> None:
         scores = self._scores
         self._idle.extend(
-            [Victim(to_26_bits(scores[key]), slot, key) for key, slot in self._recent.items()]
+            [(to_26_bits(scores[key]), slot, key) for key, slot in self._recent.items()]
         )
         self._recent.clear()
         self._unit *= self._growth
@@ -231,7 +226,7 @@ class LFRU:
             self._scores[key] /= self._unit
         self._unit = 1.0
         idle = [(key, self._idle.remove(key)) for key in list(self._idle)]
-        self._idle.extend([Victim(to_26_bits(self._scores[key]), slot, key) for key, slot in idle])
+        self._idle.extend([(to_26_bits(self._scores[key]), slot, key) for key, slot in idle])
 
     def insert(self, keys: Sequence[Key], slots: Sequence[int], weight: float = 1.0) -> None:
         for key, slot in zip(keys, slots, strict=True):
@@ -257,18 +252,18 @@ class LFRU:
         self._idle.clear()
 
     def first(self, keep: Container[Key]) -> Victim | None:
-        idle = self._idle.first(keep)
-        found = idle and Victim(idle.worth * self._inverse, idle.slot, idle.key)
-        if found is None or found.worth >= self._bonus:  # a key with a bonus may be worth less
-            scores, inverse, bonus = self._scores, self._inverse, self._bonus
-            recent = [
-                Victim(to_26_bits(scores[key]) * inverse + bonus, slot, key)
-                for key, slot in self._recent.items()
-                if key not in keep
-            ]
-            if found is not None:
-                recent.append(found)
-            return min(recent, default=None)
+        found: Victim | None = None
+        inverse, bonus = self._inverse, self._bonus
+        if (idle := self._idle.first(keep)) is not None:
+            score, slot, key = idle
+            found = score * inverse, slot, key
+            if found[0] < bonus:
+                return found
+        for key, slot in self._recent.items():  # a key with a bonus may be worth less
+            if key not in keep:
+                victim = to_26_bits(self._scores[key]) * inverse + bonus, slot, key
+                if found is None or victim < found:
+                    found = victim
         return found
 
     def keys(self) -> Iterable[Key]:

@@ -41,8 +41,9 @@ class RecordPool:
             victim = self._policy.first(self._holds)
             if victim is None:
                 return None
-            self._policy.remove(victim.key)
-            buffer = self.table.remove(victim.key)
+            _, buffer, evicted = victim
+            self._policy.remove(evicted)
+            self.table.remove(evicted)
         self.table.put(key, buffer)
         self._policy.insert([key], [buffer], weight)
         self.hold(key)

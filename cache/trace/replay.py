@@ -5,7 +5,7 @@ Seconds play no part: when a copy lands does not change what a cache decides.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from itertools import count
@@ -93,7 +93,7 @@ class Belady:
 
     def _entry(self, key: Key) -> Victim:
         uses = self._uses.get(key)
-        return Victim(-uses[-1] if uses else -NEVER, self._slots[key], key)
+        return -uses[-1] if uses else -NEVER, self._slots[key], key
 
     def remove(self, key: Key) -> None:
         del self._slots[key]
@@ -107,9 +107,10 @@ class Belady:
         found: Victim | None = None
         while self._heap and found is None:
             top = self._heap[0]
-            if top.key not in self._slots or top != self._entry(top.key):
+            key = top[2]
+            if key not in self._slots or top != self._entry(key):
                 heappop(self._heap)
-            elif top.key in keep:
+            elif key in keep:
                 kept.append(heappop(self._heap))
             else:
                 found = top
@@ -136,8 +137,9 @@ class OnePool(LayerPools):
     def evict(self, layer: int, count: int, keep: Container[Key]) -> list[Key]:
         found: list[Key] = []
         while len(found) < count and (victim := self.pools[0].first(keep)) is not None:
-            self.remove(victim.key)
-            found.append(victim.key)
+            key = victim[2]
+            self.remove(key)
+            found.append(key)
         return found
 
     def keys(self) -> Iterator[Key]:

@@ -38,8 +38,9 @@ def order(policy: Policy) -> list[Key]:
     """The resident keys in the order in which they would leave."""
     found: list[Key] = []
     while (victim := policy.first(found)) is not None:
-        assert victim.slot == slot_of(victim.key)
-        found.append(victim.key)
+        _, slot, key = victim
+        assert slot == slot_of(key)
+        found.append(key)
     return found
 
 

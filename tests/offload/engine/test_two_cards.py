@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from offload.cache.guesses import NO_LOOKAHEAD
 from offload.cache.sharded import ShardedCache
 from offload.cache.trace.file import read
 from offload.cache.trace.replay import recorded_setup, replay
@@ -222,7 +221,7 @@ def test_on_gpus_it_is_also_said_to_who_left_the_choice_open(
     handle = offload_of(_load(tmp_path, gpus=CPUS))
     fit = replace(handle.fit, device=torch.device("cuda", 0))
     info, transfer = handle.pack.info, handle.engine.transfer
-    made, decoding = make_engine(engine, info, fit, transfer, NO_LOOKAHEAD, handle.top_k)
+    made, decoding = make_engine(engine, info, fit, transfer, False, handle.top_k)
     assert type(made) is Engine
     assert decoding is None
     assert caplog.messages == ON_SEVERAL * (engine != "host")
