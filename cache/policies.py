@@ -11,8 +11,8 @@ Key = tuple[int, int]  # (MoE layer, expert)
 
 
 # A key that may leave: its worth, its slot, the key. The smallest tuple leaves first, so of equal
-# worths the lower slot. The worth says how likely the next step of the key's layer asks for it, in a
-# unit that all pools of one policy share.
+# worths the lower slot. The worth says how likely the next step of the key's layer asks for it; all
+# pools of one policy share a unit.
 Victim = tuple[float, int, Key]
 
 

@@ -1,8 +1,4 @@
-"""The heat map as a picture file.
-
-Knows: matplotlib, which is an extra and drawn without a display. Does not know: where the counts
-come from.
-"""
+"""The heat map of a trace, as text or drawn to a file by matplotlib."""
 
 from __future__ import annotations
 
@@ -22,7 +18,10 @@ MOST_INCHES = 20.0
 
 
 def save_png(heat: HeatMap, file: Path, title: str) -> None:
-    """Three panels of experts by layers: resident, hits, misses. Raises `OffloadError`."""
+    """Draw three panels of experts by layers: resident, hits, misses.
+
+    Raises `OffloadError` if matplotlib is missing or `file` cannot be written.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -39,7 +38,7 @@ def save_png(heat: HeatMap, file: Path, title: str) -> None:
         ("misses", heat.misses or [[0] * len(row) for row in heat.resident], "inferno"),
     ]
     layers, experts = len(heat.resident), max(map(len, heat.resident))
-    wide = experts > 2 * layers  # then panels lie one below the other
+    wide = experts > 2 * layers  # then the panels lie one below the other
     grid = (3, 1) if wide else (1, 3)
     side = (min(MOST_INCHES, 3 + experts * 0.09), 1 + layers * 0.09)
     size = (
@@ -79,7 +78,10 @@ def _panel(
 
 
 def plot(trace_name: str, expert_slots: str, policy: str, file: Path | None) -> str:
-    """The heat map of a replayed trace: drawn to `file`, else returned as text."""
+    """Draw the heat map of a replayed trace to `file`, or return it as text where that is None.
+
+    Raises `OffloadError`.
+    """
     from offload.units import parse_slots
 
     try:
