@@ -1,12 +1,13 @@
-"""Eviction policies and predictors that lost, kept so that the log's figures can be repeated."""
+"""Policies, allocations and predictors that lost, kept so that the log can be repeated."""
 
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Protocol
 
-from offload.cache.policies import LRU, Key, Victim
+from offload.cache.cache import ExpertCache
+from offload.cache.policies import LRU, Key, Policy, Victim
 from offload.cache.trace.trace import Event, Guess
 
 MOST_AHEAD = 3  # layers
@@ -79,6 +80,34 @@ class SLRU:
 
     def keys(self) -> Iterable[Key]:
         return self._probation.keys() | self._protected.keys()
+
+
+class QuotaCache(ExpertCache):
+    """A cache in which no layer has more than its share of the slots."""
+
+    def __init__(self, slots: int, layers: int, policy: Callable[[], Policy]) -> None:
+        super().__init__(slots, layers, policy)
+        shares = (slots // layers + (layer < slots % layers) for layer in range(layers))
+        self._quotas = [max(1, share) for share in shares]
+        self._too_few = slots < layers
+
+    def _take_slots(self, layer: int, count: int, *, evict: int) -> list[int]:
+        held = Counter(giver for giver, _ in self._pools.keys())
+        room = min(count, self._quotas[layer] - held[layer])
+        slots: list[int] = []
+        while len(slots) < room and (slot := self.table.take_free()) is not None:
+            slots.append(slot)
+        useless = [key for key in self._useless if key not in self._keep and key[0] == layer]
+        slots += self._evict(layer, useless[: count - len(slots)])
+        own = held[layer] or not self._too_few
+        givers = [layer] if own else sorted(held, key=lambda giver: (-held[giver], giver))
+        for giver in givers:
+            pool = self._pools.pools[giver]
+            while len(slots) < evict and (victim := pool.first(self._keep)) is not None:
+                slots += self._evict(layer, [victim[2]])
+                if not own:
+                    return slots
+        return slots
 
 
 class Predictor(Protocol):

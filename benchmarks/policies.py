@@ -9,18 +9,17 @@ in `benchmarks/losers.py`. Prints tables, writes JSON. Plain Python: no model is
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from losers import FIFO, MOST_AHEAD, PREDICTORS, SLRU, Guesser
+from losers import FIFO, MOST_AHEAD, PREDICTORS, SLRU, Guesser, QuotaCache
 from offload.cache.cache import ExpertCache
-from offload.cache.eviction import LayerPools
 from offload.cache.interface import Cache
-from offload.cache.policies import Policy
-from offload.cache.sharded import ShardedCache
+from offload.cache.policies import HALF_LIFE, LFRU, Policy
 from offload.cache.trace.file import read
 from offload.cache.trace.replay import (
     BELADY,
@@ -38,16 +37,17 @@ SHARES = (0.10, 0.25, 0.50, 0.75)
 POLICIES: dict[str, Callable[[], Policy]] = {**REPLAYED, "slru": SLRU, "fifo": FIFO}
 
 
-def with_quotas(slots: int, layers: int, policy: Callable[[], Policy]) -> ShardedCache:
-    """A fixed share of the slots for each layer: as if each had a card of its own."""
-    shares = (slots // layers + (layer < slots % layers) for layer in range(layers))
-    return ShardedCache([ExpertCache(max(1, share), 1, policy) for share in shares])
+def with_one_pool(slots: int, layers: int, policy: Callable[[], Policy]) -> ExpertCache:
+    """One pool for all layers, whose clock advances at every step of a layer."""
+    if policy is LFRU:
+        policy = functools.partial(LFRU, HALF_LIFE * layers)
+    return ExpertCache(slots, layers, policy, OnePool)
 
 
-ALLOCATIONS: dict[str, Callable[[int, int, Callable[[], Policy]], Cache]] = {
-    "shared": lambda slots, layers, policy: ExpertCache(slots, layers, policy, LayerPools),
-    "global": lambda slots, layers, policy: ExpertCache(slots, layers, policy, OnePool),
-    "quota": with_quotas,
+ALLOCATIONS: dict[str, Callable[[int, int, Callable[[], Policy]], ExpertCache]] = {
+    "shared": ExpertCache,
+    "global": with_one_pool,
+    "quota": QuotaCache,
 }
 
 
@@ -64,6 +64,7 @@ def measure(
     for name, trace in traces.items():
         setup = Setup(slots, policy if policy == BELADY else "lru")  # says whether all may evict
         layers = trace.header.layers
+        cache: Cache
         if policy == BELADY:
             cache = make_cache(trace, setup)
         else:

@@ -123,15 +123,14 @@ class Belady:
 
 
 class OnePool(LayerPools):
-    """One pool for the keys of all layers, whose victims are compared as its policy values them."""
+    """One pool for the keys of all layers, whose clock advances at every step of a layer."""
 
     def __init__(self, layers: int, policy: Callable[[], Policy]) -> None:
         super().__init__(layers, policy)
         self.pools = self.pools[:1] * layers
 
     def use(self, layer: int, keys: Iterable[Key], weight: float) -> None:
-        if layer == 0:  # the pool's clock advances once a token
-            self.pools[0].step()
+        self.pools[0].step()
         self.pools[0].use(keys, weight)
 
     def evict(self, layer: int, count: int, keep: Container[Key]) -> list[Key]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 from offload.cache.cache import ExpertCache
-from offload.cache.policies import Policy
+from offload.cache.decision import Decision
+from offload.cache.interface import Cache
+from offload.cache.policies import LRU, Policy
 from offload.cache.trace.replay import Setup, replay_with
 from offload.cache.trace.synthetic import Routing, Shape, synthesize
+from offload.cache.trace.trace import Event
 
 from benchmarks.losers import (
     FIFO,
@@ -14,6 +17,7 @@ from benchmarks.losers import (
     SLRU,
     Guesser,
     Previous,
+    QuotaCache,
     Transitions,
     Union,
     merged,
@@ -29,6 +33,21 @@ def test_a_policy_that_lost_runs_a_cache(policy: type[Policy]) -> None:
     setup = Setup(14, "lru")
     replay_with(trace, cache, setup, lambda _: (), lambda cache, *_: cache.check_integrity())
     assert cache.statistics.total().hits > 0
+
+
+@pytest.mark.parametrize("slots", [10, 12])
+def test_a_quota_gives_no_layer_more_than_its_share(slots: int) -> None:
+    trace = synthesize(SHAPE, Routing(), 40)
+    cache = QuotaCache(slots, SHAPE.layers, LRU)
+
+    def check(_: Cache, event: Event, __: Decision) -> None:
+        cache.check_integrity()
+        for layer in range(SHAPE.layers):
+            held = sum(cache.is_resident(layer, expert) for expert in range(SHAPE.experts))
+            assert held <= max(1, slots // SHAPE.layers + (layer < slots % SHAPE.layers))
+
+    replay_with(trace, cache, Setup(slots, "lru"), lambda _: (), check)
+    assert len(cache.table) == slots
 
 
 def test_slru_protects_what_was_used_twice() -> None:

@@ -31,10 +31,10 @@ class NaiveCache:
 
     def decide(self, layer: int, experts: list[int], prompt: bool) -> tuple[list[Use], list[Use]]:
         """The hits and the loads of a step that fits."""
-        if not self.one_pool:
-            self.steps[layer] += 1
-        elif layer == 0:
+        if self.one_pool:  # one clock for all layers
             self.steps = [step + 1 for step in self.steps]
+        else:
+            self.steps[layer] += 1
         asked = [(layer, expert) for expert in experts]
         hits = [key for key in asked if key in self.slot_of]
         misses = [key for key in asked if key not in self.slot_of]
