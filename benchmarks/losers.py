@@ -92,7 +92,8 @@ class QuotaCache(ExpertCache):
         self._too_few = slots < layers
 
     def _take_slots(self, layer: int, count: int, *, evict: int) -> list[int]:
-        held = Counter(giver for giver, _ in self._pools.keys())
+        resident: Iterable[Key] = self._pools.keys()
+        held = Counter(giver for giver, _ in resident)
         room = min(count, self._quotas[layer] - held[layer])
         slots: list[int] = []
         while len(slots) < room and (slot := self.table.take_free()) is not None:

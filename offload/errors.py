@@ -44,10 +44,16 @@ class ChatError(OffloadError):
     """A command of a chat that cannot be carried out."""
 
 
+DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130  # exit codes of every command
 NO_MEMORY = "lower --expert-slots, --ctx-size or --expert-bits"
 
 
 __all__ = [
+    "DONE",
+    "FAILED",
+    "INTERRUPTED",
+    "NO_MEMORY",
+    "USAGE",
     "BudgetError",
     "ChatError",
     "CheckpointError",

@@ -43,7 +43,7 @@ class FakeLink:
         self._chooser = random.Random(seed)
         self._clock = 0.0
         self._queues: dict[str, deque[tuple[Sequence[FakeEvent], Callable[[], None]]]] = {
-            name: deque() for name in ("demands", "guesses", "compute")
+            name: deque() for name in ("urgent", "guesses", "compute")
         }
 
     def allocate(self, slots: int, slot_bytes: int) -> Tensor:
@@ -55,7 +55,7 @@ class FakeLink:
         self, target: Tensor, source: Tensor, *, urgent: bool, after: Sequence[FakeEvent]
     ) -> tuple[FakeEvent, FakeEvent]:
         begin, end = FakeEvent(self), FakeEvent(self)
-        queue = self._queues["demands" if urgent else "guesses"]
+        queue = self._queues["urgent" if urgent else "guesses"]
         queue.append((after, lambda: self._pass(begin)))
         queue.append(((), lambda: (target.copy_(source), self._pass(end))[1]))
         return begin, end
@@ -84,11 +84,6 @@ class FakeLink:
     def synchronize(self) -> None:
         while self.one():
             pass
-
-    def moment(self) -> tuple[FakeEvent, float]:
-        event = FakeEvent(self)
-        self._pass(event)
-        return event, 0.0
 
     def free_cached(self) -> None:
         pass

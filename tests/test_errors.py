@@ -647,7 +647,7 @@ def test_quantising_a_pack_does_not_pretend_to_have_made_another(
         ("--policy", "mru", "there is no policy 'mru': choose lfru or lru"),
         ("--device", "toaster", "toaster"),
         ("--device", "cuda:99", "cuda:99"),
-        ("--gpus", "0,x", "'0,x' are not cards: write their numbers like 0,1"),
+        ("--gpus", "0,x", "'0,x' is not a list of GPUs: write their numbers like 0,1"),
         ("--gpus", "98,99", "there is no device 'cuda:98' here"),
         ("--temp", "-1", "temperature is -1.0: it must be 0 or more"),
         ("--temp", "nan", "temperature is nan"),

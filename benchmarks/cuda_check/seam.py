@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from benchmarks.cuda_check.attempt import NotBuiltError
 from offload import loading
 from offload.engine.handle import Offload, offload_of
-from offload.options import Fit
+from offload.fit import Fit
 from offload.transfer.base import Transfer
 from offload.transfer.cuda import CudaTransfer
 from offload.transfer.host import HostTransfer
@@ -64,7 +64,7 @@ def connect(
     else:
         raise NotBuiltError("there is no engine to choose but the host-planned one")
     handle = offload_of(model)
-    if engine == DEVICE and type(handle.engine).__name__ != "DeviceEngine":
+    if engine == DEVICE and handle.engine.device is None:
         raise NotBuiltError("the host plans instead: a warning said why")
     return handle
 

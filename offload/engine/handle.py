@@ -14,10 +14,10 @@ from offload.cache.statistics import LayerCounts
 from offload.cache.trace.trace import CardSlots, TraceHeader, cards_text
 from offload.engine.cpu_linear import OneTokenLinear
 from offload.engine.engine import Engine
-from offload.engine.recording import Recorder
+from offload.engine.recording import RoutingTrace
 from offload.engine.stats import CardStats, Stats
 from offload.engine.warm import write_hot
-from offload.options import Fit
+from offload.fit import Fit
 from offload.quant.pack import Pack
 from offload.sampling import Sampling
 from offload.transfer.cards import CardsTransfer
@@ -100,7 +100,7 @@ class Offload:
 
         The slots are emptied first, so that a replay can do exactly what this run does.
         """
-        self.engine.record(Recorder(path, self.trace_header()), noted_layers)
+        self.engine.record(RoutingTrace(path, self.trace_header()), noted_layers)
 
     def trace_header(self) -> TraceHeader:
         """What a trace says of this model and this run."""

@@ -1,15 +1,12 @@
-"""One MoE layer: its experts, and its router where somebody else asks it.
+"""One MoE layer: its experts, its calls, and its router where somebody else asks it."""
 
-Knows: what the experts seam of transformers promises, what a router takes and answers. Does not
-know: where an expert's bytes are (`offload.engine`), why a router is asked (`offload.ahead`).
-
-Letters: M rows of one expert, H hidden, I inner.
-"""
+# T tokens, k experts a token, S = T * k cells, M rows of one expert, H hidden, I inner
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Set
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -79,15 +76,15 @@ def _device(norm: nn.Module, like: Tensor) -> torch.device:
 
 
 # layer, hidden [T, H], top-k index and weights [T, k] -> what the experts add [T, H]
-Step = Callable[["Layer", Tensor, Tensor, Tensor], Tensor]
+Serve = Callable[["Layer", Tensor, Tensor, Tensor], Tensor]
 
 
 class Layer:
     """One MoE layer's experts, called by transformers in place of its own."""
 
-    def __init__(self, step: Step, index: int, module: nn.Module, num_experts: int) -> None:
-        """`step`: what serves a call of this layer."""
-        self._step = step
+    def __init__(self, serve: Serve, index: int, module: nn.Module, num_experts: int) -> None:
+        """`serve` answers the calls of this layer."""
+        self._serve = serve
         self.index = index
         self.module = module
         self.num_experts = num_experts
@@ -99,7 +96,7 @@ class Layer:
         self.scales: dict[int, Tensor | None] = {}  # later layer -> what its norm makes of ours
 
     def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        return self._step(self, hidden, top_k_index, top_k_weights)
+        return self._serve(self, hidden, top_k_index, top_k_weights)
 
     def watch(
         self, model: nn.Module, router: nn.Module, owned: Set[int]
@@ -164,6 +161,56 @@ class Layer:
             return out
         normed: Tensor = module.post_expert_norm(out)
         return normed
+
+
+@dataclass
+class Call:
+    """One call of a layer: T tokens, each with the k experts that the router chose for it."""
+
+    layer: Layer
+    hidden: Tensor  # [T, H]
+    index: Tensor  # [T, k] int64; a number past the layer's experts is a sentinel
+    weights: Tensor  # [T, k]
+    reads_prompt: bool | None  # whether the model reads a prompt; None: it is not known
+
+    @functools.cached_property
+    def chosen(self) -> list[list[int]]:
+        """`index` on the host."""
+        chosen: list[list[int]] = self.index.tolist()  # sync: the decision is made on the host
+        return chosen
+
+    @functools.cached_property
+    def cells_of(self) -> dict[int, list[int]]:
+        """The cells (token * k + place) of each expert.
+
+        The experts are in the order of their last cells, so what the last tokens chose is loaded
+        last and stays longest.
+        """
+        cells: dict[int, list[int]] = {}
+        cell = 0
+        for places in self.chosen:
+            for expert in places:
+                if 0 <= expert < self.layer.num_experts:
+                    cells.setdefault(expert, []).append(cell)
+                cell += 1
+        if len(self.chosen) > 1:  # the same order as `cache.trace.by_last_appearance`
+            return dict(sorted(cells.items(), key=lambda item: item[1][-1]))
+        return cells
+
+    @property
+    def prompt(self) -> bool:
+        """Whether the tokens are of a prompt."""
+        return len(self.chosen) > 1 if self.reads_prompt is None else self.reads_prompt
+
+    @property
+    def of_last_token(self) -> int:
+        """How many experts the last token chose (as `cache.trace.Event.admit`)."""
+        return len(self.cells_of.keys() & set(self.chosen[-1]))
+
+    def reduced(self, cells: Tensor) -> Tensor:
+        """The weighted sum [T, H] over each token's `cells` [S, H], in one fixed order."""
+        weighted = cells.view(*self.index.shape, -1) * self.weights.unsqueeze(-1)  # [T, k, H]
+        return weighted.sum(dim=1).to(self.hidden.dtype)
 
 
 def _around(model: nn.Module, experts: nn.Module) -> nn.Module:

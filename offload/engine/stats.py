@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from offload.cache.statistics import LayerCounts
-from offload.options import Share
+from offload.fit import Share
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import cache_utils
 from transformers.cache_utils import (
     Cache,
+    DummyLayer,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -21,10 +21,6 @@ from transformers.cache_utils import (
 )
 
 from offload.quant.errors import OffloadError
-
-# Layers that keep nothing. transformers 5.17 has no such class: there they are of linear attention,
-# with states that stay empty.
-NOTHING: Any = getattr(cache_utils, "DummyLayer", None)
 
 
 class CannotBeFixed(OffloadError):
@@ -46,7 +42,7 @@ class FixedKV(Cache):  # type: ignore[misc]  # transformers has no types here
     def fill(self, grown: Cache) -> None:
         """Hold what `grown` holds. Nothing moves."""
         for mine, theirs in zip(self.layers, grown.layers, strict=True):
-            if _keeps_nothing(mine):
+            if type(mine) is DummyLayer:
                 continue
             if isinstance(mine, LinearAttentionLayer):
                 for state in range(mine.number_of_states):
@@ -64,7 +60,7 @@ class FixedKV(Cache):  # type: ignore[misc]  # transformers has no types here
         if any(isinstance(layer, LinearAttentionLayer) for layer in self.layers):
             return False
         for layer in self.layers:
-            if not _keeps_nothing(layer):
+            if type(layer) is not DummyLayer:
                 layer.cumulative_length.fill_(length)  # what is past it is masked, then written
         return True
 
@@ -75,8 +71,8 @@ class FixedKV(Cache):  # type: ignore[misc]  # transformers has no types here
         for mine, window in zip(self.layers, self._windows, strict=True):
             if isinstance(mine, LinearAttentionLayer):
                 return None
-            if _keeps_nothing(mine):
-                cache.layers.append(NOTHING())
+            if type(mine) is DummyLayer:
+                cache.layers.append(DummyLayer())
                 continue
             layer = DynamicLayer() if window is None else DynamicSlidingWindowLayer(window)
             layer.lazy_initialization(mine.keys, mine.values)
@@ -94,16 +90,12 @@ def _copy(to: torch.Tensor | None, what: torch.Tensor | None) -> None:
         to.copy_(what)
 
 
-def _keeps_nothing(layer: object) -> bool:
-    return NOTHING is not None and type(layer) is NOTHING
-
-
 def _fixed_layer(grown: object, length: int) -> Any:
     kind = type(grown)
     if isinstance(grown, LinearAttentionLayer) and kind is LinearAttentionLayer:
         return _fixed_states(grown)
-    if _keeps_nothing(grown):
-        return NOTHING()
+    if type(grown) is DummyLayer:
+        return DummyLayer()
     if isinstance(grown, DynamicLayer) and kind in (DynamicLayer, DynamicSlidingWindowLayer):
         if grown.keys is None:
             raise CannotBeFixed("it keeps states of its own beside the cache")

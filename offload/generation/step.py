@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from offload.engine.device.engine import DeviceEngine
+from offload.engine.device.engine import DevicePlanned
 from offload.engine.device.table import Table
+from offload.engine.engine import Engine
 from offload.engine.handle import offload_of
 from offload.generation.fixed_kv import FixedKV
 from offload.generation.graph import Replay
@@ -99,9 +100,7 @@ class DecodeStep:
 
     def __call__(self) -> None:
         self.table.halted.logical_or_((self._token == self._ends).any())
-        out = self._model(
-            input_ids=self._token, past_key_values=self.kv, use_cache=True, logits_to_keep=1
-        )
+        out = self._model(input_ids=self._token, cache=self.kv, use_cache=True, logits_to_keep=1)
         self._say(out.logits[:, -1])
 
     def _say(self, logits: Tensor) -> None:
@@ -121,7 +120,8 @@ class DecodeLoop:
     def __init__(
         self,
         model: PreTrainedModel,
-        engine: DeviceEngine,
+        engine: Engine,
+        device: DevicePlanned,
         grown: Cache,
         length: int,
         sampling: Sampling,
@@ -129,15 +129,15 @@ class DecodeLoop:
     ) -> None:
         """Raises `CannotBeFixed`."""
         self.made_for = (length, sampling, ends)
-        self.engine = engine
+        self.engine, self._device = engine, device
         self._model, self._sampler = model, Sampler(sampling, model.device)
-        self.step = DecodeStep(model, FixedKV(grown, length), self._sampler, ends, engine.table)
+        self.step = DecodeStep(model, FixedKV(grown, length), self._sampler, ends, device.table)
         self._before = self._sampler.state()  # the step queued last
         self._begin_anew()
 
     def _begin_anew(self) -> None:
         """Run with the table and the slots that there are now."""
-        self.step.table = self.engine.table
+        self.step.table = self._device.table
         self.replay = Replay(
             self._whole_step,
             self._model.device,
@@ -161,7 +161,7 @@ class DecodeLoop:
         """Queue a step."""
         self._before = self._sampler.state()
         with self.engine.loop() as on_device:
-            if self.step.table is not self.engine.table:  # slots were given back
+            if self.step.table is not self._device.table:  # slots were given back
                 self._begin_anew()
             if on_device:
                 self.replay()
@@ -181,9 +181,9 @@ class DecodeLoop:
         try:
             self.step()
         except BaseException:
-            self.engine.come_together()  # or else a capture cannot be ended
+            self._device.come_together()  # or else a capture cannot be ended
             raise
 
     def _capture_broke_off(self) -> None:
-        self.engine.broke_off()
+        self.engine.never_happened()
         self._sampler.go_back(self._before)

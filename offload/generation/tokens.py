@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from offload.engine.device.engine import DeviceEngine
+from offload.engine.device.engine import DevicePlanned
+from offload.engine.engine import Engine
 from offload.generation.fixed_kv import CannotBeFixed
 from offload.generation.recovery import NotSparedError, until_it_fits
 from offload.generation.sampler import check_trouble
@@ -71,8 +72,9 @@ class Answer:
 class Loops:
     """The decode loop of a model: one answer at a time."""
 
-    def __init__(self, engine: DeviceEngine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, device: DevicePlanned) -> None:
+        """`device` is what plans steps for `engine` without asking the host."""
+        self._engine, self._device = engine, device
         self._loop: DecodeLoop | None = None
         self._answer: weakref.ref[Answer] | None = None
         self.refused = ""  # why there is none for this model
@@ -121,7 +123,7 @@ class Loops:
             return None
         if answer is not None:
             self._answer = weakref.ref(answer)
-            self._engine.counts_come = True
+            self._device.counts_come = True
         return answer
 
     def _loop_for(
@@ -138,11 +140,11 @@ class Loops:
             length *= 2
         asked = (min(length, longest), replace(sampling, seed=None), tuple(sorted(ends)))
         loop = self._loop
-        if loop is not None and loop.made_for == asked and loop.step.table is self._engine.table:
+        if loop is not None and loop.made_for == asked and loop.step.table is self._device.table:
             return loop
         loop = None
         self._let_go()
-        self._loop = DecodeLoop(model, self._engine, grown, *asked)
+        self._loop = DecodeLoop(model, self._engine, self._device, grown, *asked)
         return self._loop
 
     def _let_go(self) -> None:
@@ -152,7 +154,7 @@ class Loops:
             self._loop = None
 
 
-def if_spared(make: Callable[[], Made | None], engine: DeviceEngine, lost: str) -> Made | None:
+def if_spared(make: Callable[[], Made | None], engine: Engine, lost: str) -> Made | None:
     """What `make` gives; as long as memory runs out slots are given back, but never so many that
     the host would have to plan: then None, and it is said that there is no memory `lost`."""
     try:

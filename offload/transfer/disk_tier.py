@@ -1,8 +1,4 @@
-"""The tier before the disk, for models larger than RAM: the most valuable records in host buffers.
-
-Knows: threads that read whole records ahead, who waits for one. Does not know: pinning
-(`offload.host_tier`), GPUs, which record is worth keeping (`cache.pool`).
-"""
+"""The tier before the disk, for models larger than RAM: host buffers that threads fill."""
 
 from __future__ import annotations
 
@@ -11,7 +7,6 @@ import functools
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 
@@ -20,6 +15,7 @@ from torch import Tensor
 from offload.cache.policies import LFRU, Key, Policy
 from offload.cache.pool import RecordPool
 from offload.quant.pack import Pack, as_buffer
+from offload.transfer.order import UrgentFirst
 
 
 class RecordFiles:
@@ -55,7 +51,7 @@ class RecordFiles:
             self._checked[layer][expert] = 1
 
 
-READERS = 4  # reads a disk has to do at once: docs/log.md
+READERS = 4  # reads a disk has to do at once: docs/log/host-tier.md
 
 
 class Read:
@@ -81,21 +77,20 @@ class _Shelf:
         self.lock = threading.Lock()
         self.pool = RecordPool(buffers, policy)
         self.reading: dict[Key, Read] = {}  # asked for, not there yet
-        self.queues: tuple[deque[Read], deque[Read]] = (deque(), deque())  # urgent first
+        self.waiting: UrgentFirst[Read] = UrgentFirst()
         self.abandoned = False
 
     def next(self) -> Read | None:
         """The read to begin, with its buffer; None: nothing to read, or every buffer is held."""
-        queue = self.queues[0] or self.queues[1]
-        if not queue:
+        read = self.waiting.first()
+        if read is None:
             return None
-        read = queue[0]
         read.buffer = self.pool.place(read.key, 1.0 if read.urgent else 0.0)  # the reader's hold
         if read.buffer is None:
             return None
         for _ in range(read.wanted):
             self.pool.hold(read.key)
-        return queue.popleft()
+        return self.waiting.pop()
 
     def over(self, read: Read) -> None:
         """The reader is done with `read`."""
@@ -108,8 +103,7 @@ class _Shelf:
     def urge(self, read: Read) -> None:
         """A guess that nobody began to read is asked for now."""
         if not read.urgent and read.buffer is None:
-            self.queues[1].remove(read)
-            self.queues[0].append(read)
+            self.waiting.urge(read)
             read.urgent = True
 
 
@@ -161,7 +155,7 @@ class DiskTier:
                 read.ready = True
                 return read
             shelf.reading[key] = read
-            shelf.queues[0 if urgent else 1].append(read)
+            shelf.waiting.add(read, urgent=urgent)
         self._wake.put(True)
         return read
 
@@ -188,7 +182,7 @@ class DiskTier:
             if read.buffer is not None:
                 shelf.pool.release(read.key)
             elif not read.wanted:
-                shelf.queues[0 if read.urgent else 1].remove(read)
+                shelf.waiting.remove(read)
                 del shelf.reading[read.key]
         self._wake.put(True)  # a read may have found every buffer held
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from offload.cache.cache import ExpertCache
@@ -12,13 +9,8 @@ from offload.cache.decision import Decision, Use, Wave
 from offload.cache.early import absent, nearly_all
 from offload.cache.policies import LRU
 from offload.cache.sharded import ShardedCache, ShardedStaging, card_and_row
-from offload.cache.simulate.machines import PROFILES
-from offload.cache.simulate.simulator import Scenario, simulate
 from offload.cache.staging import Kept, Staging
 from offload.cache.statistics import LayerCounts
-from offload.cache.trace.replay import Setup
-from offload.cache.trace.synthetic import MIXTRAL, QWEN3_30B, Routing, Shape, synthesize
-from offload.cache.trace.trace import Trace
 
 SLOTS = 4
 
@@ -158,34 +150,3 @@ def test_whatever_was_begun_early_each_expert_is_loaded_once_and_computed_from_i
         early = {later: ahead | {use.expert for use in uses}}
         for slot in range(SLOTS):
             assert cache.table.key_in(slot) in (None, content.get(slot))
-
-
-@pytest.mark.parametrize(
-    ("shape", "record_mib", "rows"), [(MIXTRAL, 94.5, 2), (QWEN3_30B, 2.53, 32)]
-)
-def test_a_long_prompt_comes_within_a_tenth_of_what_the_link_allows(
-    shape: Shape, record_mib: float, rows: int
-) -> None:
-    """A quarter resident, 2.5 ms between two layers' experts; a few layers stand for all."""
-    layers, tokens = 6, 512  # four times the operations a token stand for 2048
-    shape = replace(shape, layers=layers, record_bytes=int(record_mib * 2**20))
-    hardware = replace(PROFILES["RTX 4090"], link_gb_per_s=26.8, tflops=120 / 4)
-    slots = layers * shape.experts // 4
-    # Of the border 0.47 ms are the host's; the rest is operations.
-    dense = 2.0e-3 * hardware.tflops * 1e12 / tokens * layers
-    both = synthesize(shape, Routing(), 0, 2 * tokens)
-    first, second = (
-        [event._replace(experts=event.experts[at : at + tokens]) for event in both.events]
-        for at in (0, tokens)
-    )
-
-    def link_share(early: bool) -> float:
-        scenario = Scenario(hardware, Setup(slots, "lfru"), dense, staging_rows=rows, early=early)
-        fill = simulate(Trace(both.header, first), scenario).prefill
-        whole = simulate(Trace(both.header, [*first, *second]), scenario)
-        assert whole.counts.early_loads_wrong <= 0.02 * whole.counts.loads
-        needed = whole.prefill.copy_seconds - fill.copy_seconds
-        return needed / (whole.prefill.seconds - fill.seconds)
-
-    assert link_share(early=False) < 0.87
-    assert link_share(early=True) > 0.9

@@ -1,8 +1,9 @@
-"""Whether a model's decode steps can be planned on its device, and the engine that does."""
+"""Whether decode steps can be planned on this device, and what plans them there."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +11,11 @@ import torch
 from offload.cache.cache import ExpertCache
 from offload.cache.policies import LFRU
 from offload.cache.trace.synthetic import Routing, Shape, synthesize
-from offload.engine.compute import Compute
-from offload.engine.device.engine import DeviceEngine, SlotDecode
+from offload.engine.device.engine import DevicePlanned, SlotDecode
 from offload.engine.device.gather import gather
 from offload.engine.device.places import Places
 from offload.engine.device.table import Table
+from offload.engine.layer import Layer
 from offload.lines import reason
 from offload.quant.gpu import launching_on
 from offload.quant.pack import PackInfo
@@ -72,13 +73,12 @@ DEVICES = ("cuda",)  # on a CPU the kernels are interpreted: for tests
 
 @dataclass(frozen=True)
 class Wanted:
-    """What an engine is to do."""
+    """What is asked of the device."""
 
     policy: str
     lookahead: bool
     slots: int
     k: int  # experts a token; 0: not known
-    staging: int  # rows past the slots, for prompts
 
 
 def why_not(wanted: Wanted, transfer: Transfer) -> str:
@@ -99,20 +99,18 @@ def why_not(wanted: Wanted, transfer: Transfer) -> str:
 
 
 def make(
-    info: PackInfo, cache: ExpertCache, transfer: Transfer, compute: Compute, wanted: Wanted
-) -> DeviceEngine:
-    """The engine, where `why_not` says nothing. `compute` is what prompts go through."""
+    info: PackInfo, layers: Sequence[Layer], transfer: Transfer, wanted: Wanted
+) -> DevicePlanned:
+    """What plans on the device, where `why_not` says nothing."""
     addresses = transfer.addresses()
     assert addresses is not None
     experts = max(layer.num_experts for layer in info.layers)
     places = Places(len(info.layers), experts, wanted.k, wanted.slots, wanted.policy)
-    return DeviceEngine(
+    return DevicePlanned(
         info,
-        cache,
+        layers,
         transfer,
-        compute,
-        wanted.lookahead,
-        wanted.staging,
+        looks_ahead=wanted.lookahead,
         places=places,
         addresses=addresses,
         decode=SlotDecode(info),

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from offload.cache.cache import ExpertCache
-from offload.cache.decision import Use
 from offload.cache.policies import POLICIES
 
 from offload.engine.ahead import Ahead
+from offload.engine.layer import Call
 
 ONE, OTHER = torch.device("cuda:0"), torch.device("cuda:1")
-K = 2
+EXPERTS, K = 8, 2
 
 
 class Guesses:
@@ -25,26 +25,25 @@ class Guesses:
                 index=at,
                 device=device,
                 asked=None,
+                num_experts=EXPERTS,
                 as_seen_by=lambda _, hidden: hidden,
                 guess=lambda _: list(range(K)),
             )
             for at, device in enumerate(devices)
         ]
-        cache = ExpertCache(20, len(devices), POLICIES["lru"])
-        self.started: list[int] = []  # layers that copies were begun for
         self._landed = landed
-        self._ahead = Ahead(self.layers, cache, True, None, self._start)
-
-    def _start(self, layer: int, use: Use) -> Any:
-        self.started.append(layer)
-        return SimpleNamespace(done=self._landed)
+        cache = ExpertCache(20, len(devices), POLICIES["lru"])
+        self._ahead = Ahead(self.layers, cache, True, None)
 
     def of(self, layer: int) -> list[int]:
         """Layers that copies are begun for at the step of `layer`."""
-        self.started.clear()
-        self.layers[layer].asked = torch.zeros(1)
-        self._ahead.look(self.layers[layer], range(K))
-        return self.started[:]
+        self.layers[layer].asked = hidden = torch.zeros(1, 4)
+        index = torch.arange(K)[None]
+        call = Call(self.layers[layer], hidden, index, torch.ones(1, K), False)
+        _, wanted = self._ahead.look(call)
+        for later, _ in wanted:
+            self._ahead.begun(later, SimpleNamespace(done=self._landed))
+        return [later.index for later, _ in wanted]
 
 
 def test_no_guess_is_made_while_those_before_wait_for_the_link() -> None:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from offload.budget.blocks import Layers, device_of
 from offload.engine.crossing import Crossing
+from offload.fit import Share
 from offload.model.seam import (
     IMPLEMENTATION,
     build_on_meta,
@@ -25,7 +26,6 @@ from offload.model.seam import (
     model_class,
     own_config,
 )
-from offload.options import Share
 from tests.tiny import tiny_config
 
 FIRST, SECOND = torch.device("cpu"), torch.device("meta")
@@ -102,7 +102,7 @@ def test_every_part_is_given_what_is_on_its_device(model_type: str) -> None:
         out = model(input_ids=torch.zeros(1, 5, dtype=torch.long), use_cache=True)
         assert out.logits.device == FIRST
         ids = torch.zeros(1, 1, dtype=torch.long)
-        out = model(input_ids=ids, past_key_values=out.past_key_values, use_cache=True)
+        out = model(input_ids=ids, cache=out.cache, use_cache=True)
         assert out.logits.device == FIRST
 
 
@@ -110,7 +110,7 @@ def test_the_kv_cache_is_where_its_layer_is() -> None:
     model, devices = _model("mixtral")
     Crossing(model, devices, home=FIRST)
     with FAKE, torch.no_grad():
-        cache = model(input_ids=torch.zeros(1, 5, dtype=torch.long), use_cache=True).past_key_values
+        cache = model(input_ids=torch.zeros(1, 5, dtype=torch.long), use_cache=True).cache
     assert [layer.keys.device for layer in cache.layers] == [FIRST, SECOND, SECOND]
 
 
@@ -122,7 +122,7 @@ def test_hidden_states_cross_once_and_what_layers_share_once_a_call(crossed: Cro
         out = model(input_ids=torch.zeros(1, 5, dtype=torch.long), use_cache=True)
         crossed.clear()
         ids = torch.zeros(1, 1, dtype=torch.long)
-        model(input_ids=ids, past_key_values=out.past_key_values, use_cache=True)
+        model(input_ids=ids, cache=out.cache, use_cache=True)
     assert crossed.count((torch.Size((1, 1, hidden)), SECOND)) == 1
     assert crossed.count((torch.Size((1, 1, vocabulary)), FIRST)) == 1
     assert len(crossed) <= 6, "cos, sin, mask and positions once, not for both layers there"

@@ -19,6 +19,7 @@ import offload
 from offload.engine.handle import offload_of
 from offload.errors import BudgetError
 from offload.generation.stream import forward, stream_generate
+from offload.transfer.host import NOWHERE, HostTicket, HostTransfer
 from tests.tiny import EXPERTS, LAYERS, K, save_tiny
 
 TOTAL = EXPERTS * LAYERS
@@ -182,12 +183,14 @@ def test_bytes_are_those_that_were_copied_even_after_ctrl_c(
 
     monkeypatch.setattr(engine.transfer, "keep", noted)
 
-    class Noted:
-        def mark(self, *_: object) -> None: ...
-        def copied(self, layer: int, expert: int, *_: object) -> None:
-            copied.append((layer, expert))
+    serve = HostTransfer._serve
 
-    engine.tell(Noted())
+    def copying(transfer: HostTransfer, ticket: HostTicket) -> None:
+        serve(transfer, ticket)
+        if ticket.slot != NOWHERE:
+            copied.append((ticket.layer, ticket.expert))
+
+    monkeypatch.setattr(HostTransfer, "_serve", copying)
     _logits(model)
     for uses in range(1, 16, 3):
         calls = iter(range(uses))
@@ -202,11 +205,9 @@ def test_bytes_are_those_that_were_copied_even_after_ctrl_c(
             with pytest.raises(KeyboardInterrupt):
                 _logits(model)
         _logits(model)
-        engine.transfer.drain()
+        engine.settle()
         stats = offload_of(model).stats()
-        given_up = sum(not ticket.done for ticket, _ in engine._tickets.values())
-        loads = len(copied) + given_up - kept
-        assert stats.bytes_loaded == loads * engine.record_bytes(0)
+        assert stats.bytes_loaded == (len(copied) - kept) * engine.record_bytes(0)
 
 
 def test_what_was_hot_is_loaded_again_after_ctrl_c(
@@ -239,18 +240,21 @@ def test_a_thread_waits_for_the_step_that_starts_over(
     save_tiny("mixtral", tmp_path / "checkpoint")
     model = _load(tmp_path, expert_slots=5)
     expected = _logits(model)
-    engine = offload_of(model).engine
-    serve, inside, most = engine._serve, [0], [0]
+    layer = offload_of(model).engine.layers[1]
+    expert, inside, most, interrupted = layer.expert, [0], [0], [False]
 
     def counted(*given: Any) -> Tensor:
+        if interrupted[0]:
+            interrupted[0] = False
+            raise KeyboardInterrupt
         inside[0] += 1
         most[0] = max(most[0], inside[0])
         try:
-            return serve(*given)
+            return expert(*given)
         finally:
             inside[0] -= 1
 
-    monkeypatch.setattr(engine, "_serve", counted)
+    monkeypatch.setattr(layer, "expert", counted)
     got: list[Tensor] = []
 
     def run() -> None:
@@ -258,7 +262,9 @@ def test_a_thread_waits_for_the_step_that_starts_over(
             got.append(_logits(model))
 
     for _ in range(3):
-        engine._broken_off = True
+        interrupted[0] = True
+        with pytest.raises(KeyboardInterrupt):
+            _logits(model)
         threads = [threading.Thread(target=run) for _ in range(3)]
         for thread in threads:
             thread.start()

@@ -43,8 +43,8 @@ def _logits(model: PreTrainedModel) -> list[torch.Tensor]:
     found, cache, ids = [], None, PROMPT
     with torch.inference_mode():
         for _ in range(8):
-            out = model(input_ids=ids, past_key_values=cache, use_cache=True)
-            cache, logits = out.past_key_values, out.logits[:, -1]
+            out = model(input_ids=ids, cache=cache, use_cache=True)
+            cache, logits = out.cache, out.logits[:, -1]
             ids = logits.argmax(-1, keepdim=True)
             found.append(logits)
     return found

@@ -250,7 +250,7 @@ def test_an_answer_goes_on_when_the_disk_has_no_room_for_its_trace(
     model = _load(tmp_path, expert_slots=6, warm_start=False)
     expected = model.generate(PROMPT, max_new_tokens=12, do_sample=False)
     offload_of(model).record(tmp_path / "trace")
-    recorder = offload_of(model).engine._recorder
+    recorder = offload_of(model).engine.host._trace
     assert recorder is not None
     recorder._writer._file.close()
     recorder._writer._file = Path("/dev/full").open("wb", buffering=0)  # noqa: SIM115

@@ -13,7 +13,6 @@ from offload.quant.pack import Pack
 
 import offload
 from offload.engine.handle import offload_of
-from offload.transfer.base import NO_MARKS, NoMarks
 from offload.transfer.cards import CardsTransfer
 from offload.transfer.host import HostTicket, HostTransfer
 from tests.tiny import save_tiny
@@ -72,24 +71,6 @@ def test_a_copy_to_one_card_is_done_while_another_s_link_stands_still(
     assert cards.drop(behind), "it had not begun"
     go_on.set()
     cards.wait(first)
-
-
-def test_marks_are_told_of_the_copies_to_every_card(pack: Pack, cards: CardsTransfer) -> None:
-    class Heard(NoMarks):
-        def __init__(self) -> None:
-            self.experts: list[int] = []
-
-        def copied(
-            self, layer: int, expert: int, urgent: bool, begin: float, seconds: float
-        ) -> None:
-            self.experts.append(expert)
-
-    assert cards.marks is NO_MARKS
-    heard = Heard()
-    cards.marks = heard
-    for slot in range(4):
-        cards.wait(cards.start(0, slot, slot, urgent=True))
-    assert sorted(heard.experts) == [0, 1, 2, 3]
 
 
 def test_the_next_card_s_link_works_before_this_card_s_is_waited_for(

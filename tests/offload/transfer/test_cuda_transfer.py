@@ -15,8 +15,7 @@ from offload.quant.pack import Pack
 import offload
 import offload.loading
 import offload.transfer.cards
-from offload.options import Fit
-from offload.transfer.base import NO_MARKS
+from offload.fit import Fit
 from offload.transfer.cuda import CudaTicket, CudaTransfer
 from offload.transfer.host_tier import HostTier
 from tests.fake_link import FakeLink
@@ -222,25 +221,6 @@ def test_time_on_both_streams_at_once_is_counted_once(pack: Pack) -> None:
         transfer.start(0, expert, expert, urgent=expert % 3 == 0)
     link.synchronize()
     assert 0 < transfer.busy_seconds <= link._clock / 1e3
-    transfer.close()
-
-
-def test_marks_are_told_of_every_copy(pack: Pack) -> None:
-    told = []
-
-    class Told:
-        def mark(self, name: str, layer: int, expert: int | None = None) -> None:
-            pass
-
-        def copied(self, layer: int, expert: int, urgent: bool, begin: float, s: float) -> None:
-            told.append((layer, expert, urgent))
-
-    transfer = transfer_of(pack, 2, EVERYTHING, FakeLink())
-    transfer.marks = Told()
-    transfer.wait(transfer.start(0, 3, 0, urgent=True))
-    transfer.wait(transfer.start(1, 4, 1, urgent=True))
-    transfer.marks = NO_MARKS
-    assert told == [(0, 3, True), (1, 4, True)]
     transfer.close()
 
 

@@ -64,7 +64,7 @@ def test_slot_holds_the_record_after_wait(pack: Pack) -> None:
 def test_urgent_copies_overtake_others(pack: Pack, gated: Gated) -> None:
     transfer = HostTransfer(pack, 4)
     tickets = [transfer.start(0, expert, expert, urgent=False) for expert in (0, 1, 2)]
-    while len(transfer._queues[1]) > 2:  # the thread has taken the first
+    while len(transfer._waiting.guesses) > 2:  # the thread has taken the first
         time.sleep(0.001)
     urgent = transfer.start(0, 3, 3, urgent=True)
     gated.gate.set()
@@ -77,7 +77,7 @@ def test_urgent_copies_overtake_others(pack: Pack, gated: Gated) -> None:
 def test_waiting_for_a_look_ahead_copy_makes_it_urgent(pack: Pack, gated: Gated) -> None:
     transfer = HostTransfer(pack, 4)
     tickets = [transfer.start(0, expert, expert, urgent=False) for expert in range(4)]
-    while len(transfer._queues[1]) > 3:  # the thread has taken the first
+    while len(transfer._waiting.guesses) > 3:  # the thread has taken the first
         time.sleep(0.001)
     threading.Timer(0.2, gated.gate.set).start()
     transfer.wait(tickets[3])
@@ -161,7 +161,7 @@ def test_a_drain_waits_for_a_copy_that_is_just_giving_way(
     """Else that copy would go on into a slot which is somebody else's by then."""
     transfer = HostTransfer(pack, 2)
     urgent = Preempted()
-    transfer._queues = (urgent, transfer._queues[1])
+    transfer._waiting.urgent = urgent
     marker = HostTicket(0, 0, NOWHERE, True)
 
     def drain() -> None:  # what `drain` does on its side

@@ -6,14 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from offload.cache.cache import ExpertCache
+from offload.cache.decision import CacheState
 from offload.cache.statistics import LayerCounts
 from transformers import PreTrainedModel
 
-from offload.engine.device.engine import DeviceEngine
+from offload.engine.device.engine import DevicePlanned
 from offload.engine.device.table import Table
+from offload.engine.engine import Engine
 from offload.engine.handle import offload_of
 from offload.errors import GenerationError
-from offload.generation.prompt_cache import PromptCache
+from offload.generation.prompt import PromptCache
 from offload.generation.step import DecodeLoop
 from offload.generation.stream import GenerationResponse, forward, stream_generate
 from tests.offload.engine.device.conftest import Load
@@ -41,10 +44,16 @@ def counts_of(model: PreTrainedModel) -> list[LayerCounts]:
     return [layer.decisions() for layer in layers]
 
 
-def engine_of(model: PreTrainedModel) -> DeviceEngine:
+def engine_of(model: PreTrainedModel) -> Engine:
     engine = offload_of(model).engine
-    assert isinstance(engine, DeviceEngine)
+    assert engine.device is not None
     return engine
+
+
+def _state(model: PreTrainedModel) -> CacheState:
+    cache = offload_of(model).engine.cache
+    assert isinstance(cache, ExpertCache)
+    return cache.state()
 
 
 @pytest.mark.parametrize(("model_type", "one_by_one"), [("mixtral", True), ("gpt_oss", False)])
@@ -58,7 +67,7 @@ def test_says_and_decides_what_the_host_planned_engine_does(
     assert said(mine) == said(theirs)
     assert counts_of(device) == counts_of(host)
     assert mine[-1].experts.counts.hits == theirs[-1].experts.counts.hits
-    state, expected = engine_of(device).cache.state(), offload_of(host).engine.cache.state()
+    state, expected = (_state(model) for model in (device, host))
     assert state.keys == expected.keys
     assert state.useless == expected.useless
     assert state.trust == expected.trust
@@ -148,7 +157,7 @@ def test_a_step_that_broke_off_leaves_nothing_wrong(
 ) -> None:
     model = load("mixtral", "device")
     whole = said(answer(model))
-    fetch = DeviceEngine._fetch
+    fetch = DevicePlanned.fetch
     calls = []
 
     def break_off(*args: Any) -> None:
@@ -157,7 +166,7 @@ def test_a_step_that_broke_off_leaves_nothing_wrong(
             raise KeyboardInterrupt
         fetch(*args)
 
-    monkeypatch.setattr(DeviceEngine, "_fetch", break_off)
+    monkeypatch.setattr(DevicePlanned, "fetch", break_off)
     with pytest.raises(KeyboardInterrupt):
         answer(model)
     assert said(answer(model)) == whole
@@ -198,5 +207,6 @@ def test_slots_given_back_are_not_used_any_more(load: Load) -> None:
     slots = engine.cache.table.slots
     assert slots < 8
     assert said(answer(model)) == whole
-    assert engine.table.places.slots == slots
+    assert engine.device is not None
+    assert engine.device.table.places.slots == slots
     engine.cache.check_integrity()

@@ -12,12 +12,13 @@ import torch
 from transformers import PreTrainedModel
 
 import offload.generation.step as step_module
-from offload.engine.device.engine import DeviceEngine
+from offload.engine.device.engine import DevicePlanned
+from offload.engine.engine import Engine
 from offload.engine.handle import offload_of
 from offload.errors import GenerationError
 from offload.generation.fixed_kv import FixedKV
 from offload.generation.graph import Replay
-from offload.generation.prompt_cache import PromptCache
+from offload.generation.prompt import PromptCache
 from offload.generation.sampler import Sampler
 from offload.generation.step import DecodeLoop
 from offload.generation.stream import GenerationResponse, stream_generate
@@ -67,10 +68,14 @@ def said(model: PreTrainedModel, **options: Any) -> list[int]:
     return [step.token for step in steps_of(model, **options)]
 
 
-def engine_of(model: PreTrainedModel) -> DeviceEngine:
-    engine = offload_of(model).engine
-    assert isinstance(engine, DeviceEngine)
-    return engine
+def engine_of(model: PreTrainedModel) -> Engine:
+    return offload_of(model).engine
+
+
+def device_of(model: PreTrainedModel) -> DevicePlanned:
+    device = engine_of(model).device
+    assert device is not None
+    return device
 
 
 def slots_of(model: PreTrainedModel) -> int:
@@ -81,7 +86,7 @@ def check(model: PreTrainedModel) -> None:
     engine = engine_of(model)
     if engine.spares(0):  # the device plans
         engine.plan_on_device()
-        engine.table.check_integrity()
+        device_of(model).table.check_integrity()
     engine.cache.check_integrity()
     counts = engine.stats().counts
     assert counts.hits + counts.misses == counts.requests
@@ -148,7 +153,7 @@ def test_a_step_that_breaks_off_among_the_experts_is_done_again(
     model = load("mixtral", "device", expert_slots=SLOTS)
     expected = said(model, **SAMPLED)
     shortage = Shortage(call)
-    monkeypatch.setattr(DeviceEngine, "_fetch", shortage.after(DeviceEngine._fetch))
+    monkeypatch.setattr(DevicePlanned, "fetch", shortage.after(DevicePlanned.fetch))
     assert said(model, **SAMPLED) == expected
     assert not shortage.left
     check(model)
@@ -242,7 +247,7 @@ def test_slots_given_back_between_two_tokens_are_not_used_any_more(load: Load) -
     assert tokens == expected
     check(model)
     after = engine_of(model).stats().counts
-    assert offload_of(model).decoding._loop.step.table is engine_of(model).table  # type: ignore[union-attr]
+    assert offload_of(model).decoding._loop.step.table is device_of(model).table  # type: ignore[union-attr]
     assert after.requests - before.requests == 3 * 3 * 2  # tokens, layers, experts: all seen
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from offload.cache.trace.timeline import Span, Timeline
-
+from benchmarks.simulator.timeline import Span, Timeline
 from tests.cache.chrome import check_chrome_trace
 
 
