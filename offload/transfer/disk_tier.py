@@ -12,8 +12,7 @@ from queue import SimpleQueue
 
 from torch import Tensor
 
-from offload.cache.policies import LFRU
-from offload.cache.policy import Key, Policy
+from offload.cache.policies import LFRU, Key, Policy
 from offload.cache.pool import RecordPool
 from offload.quant.pack import Pack, as_buffer
 from offload.transfer.order import UrgentFirst

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from offload.cache.guesses import NO_LOOKAHEAD
 from offload.cache.sharded import ShardedCache
 from offload.cache.trace.file import read
 from offload.cache.trace.replay import recorded_setup, replay
@@ -221,7 +220,7 @@ def test_on_gpus_the_warning_also_comes_if_the_choice_was_left_open(
     handle = offload_of(_load(tmp_path, gpus=CPUS))
     fit = replace(handle.fit, device=torch.device("cuda", 0))
     info, transfer = handle.pack.info, handle.engine.transfer
-    made = make_engine(engine, info, fit, transfer, NO_LOOKAHEAD, handle.top_k)
+    made = make_engine(engine, info, fit, transfer, False, handle.top_k)
     assert made.device is None
     assert caplog.messages == ON_SEVERAL * (engine != "host")
     handle.close()
