@@ -1,13 +1,10 @@
-"""What one MoE layer's step does, as values.
-
-Knows: the shape of a decision. Does not know: how it was reached (`cache.cache`) or is carried out.
-"""
+"""What the cache says about one MoE layer's step, as values."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from offload.cache.policy import Key, PoolState
+from offload.cache.policies import Key, PoolState
 
 
 class Use(NamedTuple):
@@ -18,15 +15,18 @@ class Use(NamedTuple):
 
 
 class Wave(NamedTuple):
-    """Experts whose slots are valid together: resident ones, and ones to load first."""
+    """Experts that are in their slots at the same time: residents, and misses to load first."""
 
     hits: tuple[Use, ...]
     loads: tuple[Use, ...]
 
 
 class Decision(NamedTuple):
-    """Waves to carry out one after the other: a later wave's loads overwrite an earlier one's
-    slots. Then what is streamed: loaded beside the slots, used once, and not kept."""
+    """How a layer's experts are served.
+
+    Waves are carried out one after the other, since the loads of a later wave overwrite slots of an
+    earlier one. Streamed experts come last: they are loaded beside the slots, used once, not kept.
+    """
 
     layer: int
     waves: tuple[Wave, ...]
@@ -41,10 +41,10 @@ class HeatState(NamedTuple):
 
 
 class CacheState(NamedTuple):
-    """Between two tokens: nothing is in use, nothing is guessed."""
+    """All that decisions depend on between two tokens, when nothing is in use or guessed."""
 
     keys: tuple[Key | None, ...]  # by slot; None: free
-    pools: tuple[PoolState, ...]  # of each layer, or one for all
-    useless: tuple[Key, ...]  # first to leave, in order
+    pools: tuple[PoolState, ...]  # of each layer
+    useless: tuple[Key, ...]  # the first to leave, in order
     trust: tuple[float, ...]  # in each layer's guesses
     heat: tuple[HeatState, ...]  # of each layer

@@ -21,7 +21,6 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 from offload.budget.blocks import Layers, device_of
 from offload.budget.budget import hold_vram
 from offload.budget.resolve import Resolver, find_place
-from offload.cache.guesses import NO_LOOKAHEAD, Lookahead
 from offload.engine.cpu_linear import OneTokenLinear, native_is_quicker
 from offload.engine.crossing import Crossing
 from offload.engine.engine import make_engine
@@ -261,9 +260,8 @@ def _connect(model: PreTrainedModel, pack: Pack, fit: Fit, transfer: Transfer) -
         )
     everything_fits = fit.slots >= info.total_experts  # then guesses gain nothing
     looks = fit.options.lookahead is not False and not everything_fits
-    ahead = Lookahead("router", 1) if looks else NO_LOOKAHEAD
     k = chosen_experts(model.config)
-    engine = make_engine(fit.options.engine, info, fit, transfer, ahead, k)
+    engine = make_engine(fit.options.engine, info, fit, transfer, looks, k)
     decoding = None
     if engine.device is not None:
         from offload.generation.tokens import Loops  # loads Triton

@@ -37,7 +37,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("trace", metavar="FILE", help="what --trace recorded, or synthetic:MODEL")
     add("--expert-slots", default="25%", metavar="N", help="resident experts, a number or a share")
     add("--policy", default="lfru", metavar="NAME", help="which expert is evicted")
-    add("--allocation", default="shared", metavar="NAME", help="how layers share the slots")
     add(
         "--hardware",
         default=HERE,
@@ -49,7 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--lookahead",
         default="router",
         metavar="NAME",
-        help="who guesses the next experts: none, live (as recorded), router, or another predictor",
+        help="who guesses the next experts: none, live (as recorded) or router",
     )
     add("--dense", metavar="SIZE", help="dense weights that a token reads, if not the trace's")
     add("--ram", metavar="SIZE", help="RAM for experts, if not all are in RAM; the rest is on disk")
@@ -112,7 +111,7 @@ def make_scenario(arguments: argparse.Namespace, trace: Trace, machine: Hardware
     if software is None:
         raise OffloadError(f"there is no software {arguments.software!r}: {' or '.join(SOFTWARE)}")
     slots = min(slots, trace.header.total_experts)
-    cache = Setup(slots, arguments.policy, arguments.allocation, arguments.lookahead)
+    cache = Setup(slots, arguments.policy, arguments.lookahead)
     scenario = Scenario(machine, cache, dense, software, ram_bytes=parse_bytes(arguments.ram))
     bits = settings.get("expert_bits")
     return replace(scenario, expert_bits=float(bits)) if isinstance(bits, int | float) else scenario

@@ -70,7 +70,7 @@ def _tokens_per_s(
 ) -> float:
     scenario = Scenario(
         hardware,
-        Setup(work.slots, "lfru", "shared", "router"),
+        Setup(work.slots, "lfru", "router"),
         shape.dense_bytes,
         software,
         expert_bits=shape.expert_bits,

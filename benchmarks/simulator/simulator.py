@@ -19,10 +19,9 @@ from offload.cache.cache import ExpertCache
 from offload.cache.decision import Use
 from offload.cache.early import absent, nearly_all
 from offload.cache.errors import CacheError
-from offload.cache.guesses import make_predictor
 from offload.cache.staging import Kept, Staging
 from offload.cache.statistics import LayerCounts
-from offload.cache.trace.replay import Setup, admitted, guesses, layers_of, make_one, warmed
+from offload.cache.trace.replay import Setup, admitted, card_trace, guesses, make_one, warmed
 from offload.cache.trace.trace import Event, Trace
 
 from benchmarks.simulator.outcome import Phase, SimulatedRun
@@ -191,7 +190,6 @@ class _Simulation:
         self.phases = {False: Phase(), True: Phase()}  # by Event.prompt
         self.cards = [self._card(number) for number in range(cards)]
         self.card_of = [c.number for c in self.cards for _ in c.cache.statistics.layers]
-        self.predictor = make_predictor(scenario.cache.lookahead, layers)
         self.from_disk = [self._is_on_disk(layer) for layer in range(layers)]
         self.copy_seconds = [self._copy_seconds(layer) for layer in range(layers)]
         self.window = _Window()
@@ -201,7 +199,7 @@ class _Simulation:
         cards, slots = self.hardware.cards, self.scenario.cache.slots
         first, end = (at * self.header.layers // cards for at in (number, number + 1))
         share = (number + 1) * slots // cards - number * slots // cards
-        part = self.trace if cards == 1 else layers_of(self.trace, first, end)
+        part = self.trace if cards == 1 else card_trace(self.trace, first, end)
         cache = make_one(part, replace(self.scenario.cache, slots=share, cards=()))
         return _Card(number, first, cache, Staging(cache.table.slots, self.scenario.staging_rows))
 
@@ -359,7 +357,7 @@ class _Simulation:
 
     def _look_ahead(self, event: Event, loads: int, phase: Phase) -> None:
         """Queue guesses for later layers behind this layer's own loads."""
-        said = list(guesses(event, self.scenario.cache, self.predictor, self.header.layers))
+        said = list(guesses(event, self.scenario.cache))
         if event.layer + 1 == self.header.layers:
             return
         link = self.cards[self.card_of[event.layer + 1]].link

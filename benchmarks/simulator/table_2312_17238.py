@@ -142,6 +142,7 @@ def run(trace: Trace, bits: int, algorithm: str, card: str, constants: Constants
         # products on one stream, one expert after the other.
         Setup(
             {NAIVE: 1, NO_LRU: 2}.get(algorithm, 32 * CACHED[card]),
+            "lru",
             lookahead=LIVE if algorithm == FULL else NONE,
         ),
         # Attention is dequantised like the experts, the head is not.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from offload.cache.cache import ExpertCache
-from offload.cache.guesses import Lookahead, LookaheadBalance
+from offload.cache.guesses import LookaheadBalance
 from offload.cache.interface import Cache
 from offload.engine.compute import cache_of, compute_of
 from offload.engine.host import HostPlanned
@@ -130,7 +130,7 @@ class Engine:
         """Give the device what the cache knows, between two tokens; False: the host has to plan."""
         if self._on_device or self.device is None:
             return self._on_device
-        if not self.device.computes or self.host.needed:
+        if not self.device.computes or self.host.must_plan:
             return False
         self.host.settle()
         self.device.take_over(self._only_cache().state())
@@ -294,7 +294,7 @@ def fewer_slots(slots: int, shortage: int, slot_bytes: int) -> int:
 
 
 def make_engine(
-    asked: str, info: PackInfo, fit: Fit, transfer: Transfer, ahead: Lookahead, k: int
+    asked: str, info: PackInfo, fit: Fit, transfer: Transfer, ahead: bool, k: int
 ) -> Engine:
     """The engine of a model each of whose tokens has `k` experts (0: not known).
 
@@ -329,7 +329,7 @@ def _device_planned(
     info: PackInfo,
     fit: Fit,
     transfer: Transfer,
-    ahead: Lookahead,
+    ahead: bool,
     k: int,
     layers: list[Layer],
 ) -> tuple[DevicePlanned | None, str]:

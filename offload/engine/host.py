@@ -14,9 +14,9 @@ from torch import Tensor
 
 from offload.cache.decision import Use
 from offload.cache.early import absent, nearly_all
-from offload.cache.guesses import NO_LOOKAHEAD, Lookahead, LookaheadBalance
+from offload.cache.guesses import LookaheadBalance
 from offload.cache.interface import Cache
-from offload.cache.policy import Key
+from offload.cache.policies import Key
 from offload.cache.sharded import staging_of
 from offload.cache.staging import Step
 from offload.cache.trace.trace import Guess
@@ -56,7 +56,7 @@ class HostPlanned:
         transfer: Transfer,
         compute: Compute,
         balance: LookaheadBalance | None,
-        lookahead: Lookahead = NO_LOOKAHEAD,
+        lookahead: bool = False,
         staging: int = 0,
     ) -> None:
         """`layers` is filled later, and shared with whoever else plans.
@@ -74,7 +74,7 @@ class HostPlanned:
         self._ahead = Ahead(self.layers, cache, lookahead, balance)
         self._trace: RoutingTrace | None = None
         self._watchers: list[Watcher] = []
-        if balance is not None and lookahead.layers:
+        if balance is not None and lookahead:
             self._watchers.append(Weigher(balance, cache.statistics, transfer))
         # slot -> (copy that nobody has waited for, layer to charge its wait to). The layer is None
         # if the load was already counted while the record sat in a staging row.
@@ -84,7 +84,7 @@ class HostPlanned:
         self._kept = [0] * len(info.layers)  # copies of each layer begun and not given up
 
     @property
-    def needed(self) -> bool:
+    def must_plan(self) -> bool:
         """Whether calls have to come here: a routing trace or a timeline is recorded, or a warm
         start goes on."""
         return self._trace is not None or recorded() or bool(self._cold)
@@ -291,7 +291,6 @@ class HostPlanned:
 
     def record(self, trace: RoutingTrace, noted_layers: int) -> None:
         """Write every call to `trace` from now on; `noted_layers` as in `Engine.record`."""
-        self._ahead.forget()
         self._ahead.noted_layers = noted_layers
         self._trace = trace
         self._watchers.append(trace)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from offload.cache.errors import TraceError
-from offload.cache.policy import Key
+from offload.cache.policies import Key
 from offload.cache.trace.file import TraceWriter
 from offload.cache.trace.trace import Event, Guess, TraceHeader
 from offload.engine.layer import Call

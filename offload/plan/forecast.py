@@ -35,6 +35,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from offload.cache.decision import Decision
 from offload.cache.interface import Cache
 from offload.cache.trace.replay import Setup, replay
 from offload.cache.trace.trace import Event, Trace
@@ -131,14 +132,12 @@ def hit_rate(share: float, experts: float, top_k: int, locality: Locality) -> fl
 def replayed_hit_rate(trace: Trace, slots: int) -> float:
     """Hit rate of generated tokens when the beginning of `trace` is replayed with `slots`."""
     requests = hits = tokens = 0
-    seen = [(0, 0)] * trace.header.layers
 
-    def count(cache: Cache, event: Event) -> None:
+    def count(_: Cache, event: Event, decision: Decision) -> None:
         nonlocal requests, hits
-        counts, (asked, hit) = cache.statistics.layers[event.layer], seen[event.layer]
-        seen[event.layer] = counts.requests, counts.hits
         if not event.prompt:
-            requests, hits = requests + counts.requests - asked, hits + counts.hits - hit
+            requests += len(event.distinct())
+            hits += sum(len(wave.hits) for wave in decision.waves)
 
     events = []
     for event in trace.events:

@@ -48,7 +48,7 @@ def trace_of(layers: int, *rows: tuple[int, ...], guesses: bool = False) -> Trac
 
 def hand(trace: Trace, slots: int, **more: object) -> SimulatedRun:
     lookahead = str(more.pop("lookahead", "none"))
-    cache = Setup(slots, lookahead=lookahead)
+    cache = Setup(slots, "lru", lookahead=lookahead)
     scenario = Scenario(SLOW, cache, dense_bytes=0.0, software=FREE)
     return simulate(trace, replace(scenario, **more))  # type: ignore[arg-type]
 
@@ -153,10 +153,10 @@ def test_a_wrong_predictor_keeps_no_urgent_copy_waiting(gb_per_s: float, slots: 
     trace = synthesize(SMALL, Routing(recall=1.0), 300)
     machine = Hardware("card", memory_gb_per_s=20.0, link_gb_per_s=gb_per_s, ram_gb_per_s=50.0)
     base = Scenario(
-        machine, Setup(slots), SMALL.dense_bytes, replace(HOST_PLANNED, guess_seconds=0.0)
+        machine, Setup(slots, "lru"), SMALL.dense_bytes, replace(HOST_PLANNED, guess_seconds=0.0)
     )
     without = simulate(trace, base)
-    looking = replace(base, cache=Setup(slots, lookahead=LIVE))
+    looking = replace(base, cache=Setup(slots, "lru", lookahead=LIVE))
     gentle = simulate(wrong(trace), replace(looking, gentle=True))
     assert gentle.counts.lookahead_right == 0
     assert gentle.guess_delay_seconds < 1e-12
@@ -171,9 +171,9 @@ def test_a_wrong_predictor_keeps_no_urgent_copy_waiting(gb_per_s: float, slots: 
 def test_right_guesses_pay() -> None:
     trace = synthesize(SMALL, Routing(recall=0.9), 200)
     machine = Hardware("card", memory_gb_per_s=5.0, link_gb_per_s=2.0, ram_gb_per_s=50.0)
-    base = Scenario(machine, Setup(16), SMALL.dense_bytes, FREE)
+    base = Scenario(machine, Setup(16, "lru"), SMALL.dense_bytes, FREE)
     without = simulate(trace, base).decode
-    looking = replace(base, cache=Setup(16, lookahead=LIVE))
+    looking = replace(base, cache=Setup(16, "lru", lookahead=LIVE))
     for gentle in (True, False):
         guessing = simulate(trace, replace(looking, gentle=gentle)).decode
         assert guessing.tokens_per_s > 1.1 * without.tokens_per_s
@@ -181,11 +181,11 @@ def test_right_guesses_pay() -> None:
 
 def card(slots: int = 16, lookahead: str = "none", **more: object) -> Scenario:
     machine = Hardware("card", memory_gb_per_s=300.0, link_gb_per_s=12.0, ram_gb_per_s=50.0)
-    scenario = Scenario(machine, Setup(slots, lookahead=lookahead), SMALL.dense_bytes)
+    scenario = Scenario(machine, Setup(slots, "lru", lookahead=lookahead), SMALL.dense_bytes)
     return replace(scenario, **more)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("lookahead", ["live", "none", "previous", "transitions"])
+@pytest.mark.parametrize("lookahead", ["live", "none", "router"])
 @pytest.mark.parametrize("policy", ["lru", "lfru", "belady"])
 def test_the_cache_does_what_a_replay_says(lookahead: str, policy: str) -> None:
     trace = synthesize(SMALL, Routing(recall=0.8), 60, prompt_tokens=8)
@@ -244,7 +244,8 @@ def test_a_prompt_is_limited_by_operations_not_by_bytes() -> None:
     machine = Hardware("card", 300.0, 12.0, 50.0, tflops=1e-3)
     header = TraceHeader("hand", (8,), 2, (1_000_000,))
     trace = Trace(header, [Event(0, True, ((0, 1),) * 100)])
-    prefill = simulate(trace, Scenario(machine, Setup(8), 0.0, FREE, expert_bits=8.0)).prefill
+    scenario = Scenario(machine, Setup(8, "lru"), 0.0, FREE, expert_bits=8.0)
+    prefill = simulate(trace, scenario).prefill
     assert prefill.expert_seconds == pytest.approx(2 * 2 * 100 * 1e6 / 1e9)
     assert prefill.tokens == 100
 
@@ -289,9 +290,7 @@ def test_a_long_prompt_comes_within_a_tenth_of_what_the_link_allows(
     )
 
     def link_share(early: bool) -> float:
-        scenario = Scenario(
-            hardware, Setup(slots, "lfru", "quota"), dense, staging_rows=rows, early=early
-        )
+        scenario = Scenario(hardware, Setup(slots, "lfru"), dense, staging_rows=rows, early=early)
         fill = simulate(Trace(both.header, first), scenario).prefill
         whole = simulate(Trace(both.header, [*first, *second]), scenario)
         assert whole.counts.early_loads_wrong <= 0.02 * whole.counts.loads

@@ -1,8 +1,7 @@
 """A machine that carries out what the cache decides, over slots that hold only names.
 
-It does what an engine does: starts the loads of a wave, waits for what it uses, computes, goes on
-to the next wave. It asserts that what is computed is in its slot, and checks the cache's promises
-after every step.
+As an engine does, the machine starts the loads of a wave, computes and goes on to the next wave. It
+asserts that each computed expert is in its slot and checks the cache's promises after every step.
 """
 
 from __future__ import annotations
@@ -10,12 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hypothesis import strategies as st
-from offload.cache.allocation import ALLOCATIONS
 from offload.cache.cache import ExpertCache
 from offload.cache.decision import Decision, Use
-from offload.cache.policies import POLICIES
-from offload.cache.policy import Key
+from offload.cache.policies import Key
 from offload.cache.staging import Staging
+from offload.cache.trace.replay import REPLAYED
 
 
 @dataclass(frozen=True)
@@ -24,7 +22,6 @@ class Size:
     layers: int
     experts: int
     policy: str = "lru"
-    allocation: str = "shared"
     staging: int = 2
 
 
@@ -64,8 +61,7 @@ def sizes(most_slots: int = 8) -> st.SearchStrategy[Size]:
         slots=st.integers(1, most_slots),
         layers=st.integers(1, 3),
         experts=st.integers(1, 6),
-        policy=st.sampled_from(sorted(POLICIES)),
-        allocation=st.sampled_from(sorted(ALLOCATIONS)),
+        policy=st.sampled_from(sorted(REPLAYED)),
         staging=st.integers(2, 5),
     )
 
@@ -74,9 +70,9 @@ def steps_of(size: Size, *, breaks: bool = True) -> st.SearchStrategy[list[Step]
     layer = st.integers(0, size.layers - 1)
     experts = st.lists(st.integers(0, size.experts - 1), unique=True).map(tuple)
     admit = st.none() | st.integers(0, 3)
-    plans = st.builds(DecideStep, layer, experts, prompt=st.booleans(), admit=admit)
+    decided = st.builds(DecideStep, layer, experts, prompt=st.booleans(), admit=admit)
     guesses = st.builds(LookAhead, layer, experts, st.integers(0, size.experts))
-    kinds: list[st.SearchStrategy[Step]] = [plans, plans, guesses]
+    kinds: list[st.SearchStrategy[Step]] = [decided, decided, guesses]
     warm = st.builds(Warm, layer, st.integers(0, size.experts - 1))
     kinds.append(warm)
     if breaks:
@@ -94,7 +90,7 @@ class Machine:
 
     def __init__(self, size: Size) -> None:
         self.size = size
-        self.cache = ExpertCache(size.slots, size.layers, POLICIES[size.policy], size.allocation)
+        self.cache = ExpertCache(size.slots, size.layers, REPLAYED[size.policy])
         self.staging = Staging(size.slots, size.staging)
         self.content: dict[int, Key] = {}  # what was last loaded into a slot or a staging row
         self.guessed: dict[int, set[Key]] = {}  # layer -> loads nobody asked for yet

@@ -8,10 +8,11 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from offload.cache.allocation import ALLOCATIONS
 from offload.cache.cache import ExpertCache
 from offload.cache.decision import Use, Wave
-from offload.cache.policies import LFRU, LRU, POLICIES
+from offload.cache.eviction import LayerPools
+from offload.cache.policies import LFRU, LRU
+from offload.cache.trace.replay import REPLAYED, OnePool
 
 from tests.cache.machine import DecideStep, LookAhead, Machine, Size, Step, Warm, runs
 from tests.cache.naive import LFRU_HALF_LIFE, NaiveCache
@@ -61,7 +62,7 @@ def test_with_room_for_all_each_expert_is_loaded_once(run: tuple[Size, list[Step
 
 
 @settings(max_examples=50)
-@given(experts=st.lists(st.integers(0, 20), unique=True), policy=st.sampled_from(sorted(POLICIES)))
+@given(experts=st.lists(st.integers(0, 20), unique=True), policy=st.sampled_from(sorted(REPLAYED)))
 def test_one_slot_is_enough_for_any_decision(experts: list[int], policy: str) -> None:
     machine = Machine(Size(slots=1, layers=2, experts=21, policy=policy))
     machine.do(DecideStep(1, (7,)))
@@ -71,8 +72,8 @@ def test_one_slot_is_enough_for_any_decision(experts: list[int], policy: str) ->
     assert len(decision.waves) == len(experts)
 
 
-@pytest.mark.parametrize("allocation", sorted(ALLOCATIONS))
-@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("pools", [LayerPools, OnePool])
+@pytest.mark.parametrize("policy", sorted(REPLAYED))
 @settings(max_examples=40)
 @given(
     slots=st.integers(1, 6),
@@ -89,23 +90,22 @@ def test_one_slot_is_enough_for_any_decision(experts: list[int], policy: str) ->
 )
 def test_cache_decides_as_a_naive_model_does(
     policy: str,
-    allocation: str,
+    pools: type[LayerPools],
     slots: int,
     layers: int,
     requests: list[tuple[int, list[int], bool]],
 ) -> None:
-    make = POLICIES[policy] if policy != "lfru" else functools.partial(LFRU, LFRU_HALF_LIFE, 0.5)
-    cache = ExpertCache(slots, layers, make, allocation)
-    model = NaiveCache(slots, layers, policy, allocation)
+    make = REPLAYED[policy] if policy != "lfru" else functools.partial(LFRU, LFRU_HALF_LIFE, 0.5)
+    cache = ExpertCache(slots, layers, make, pools)
+    model = NaiveCache(slots, layers, policy, pools is OnePool)
     for layer, experts, prompt in requests:
         layer %= layers
-        experts = experts[: model.quota(layer) if allocation == "quota" else slots]  # no waves
-        hits, misses = model.decide(layer, experts, prompt)
+        experts = experts[:slots]  # no waves
+        hits, loads = model.decide(layer, experts, prompt)
         (wave,) = cache.decide(layer, experts, prompt=prompt).waves
-        assert [use.expert for use in wave.hits] == hits
-        assert [use.expert for use in wave.loads] == misses
-        assert len(cache.table) == len(model.resident)
-        assert all(cache.is_resident(*key) for key in model.resident)
+        assert list(wave.hits) == hits
+        assert list(wave.loads) == loads
+        assert set(cache.table.keys()) == set(model.slot_of)
         cache.check_integrity()
 
 
@@ -163,12 +163,6 @@ def test_a_layer_that_changes_its_experts_takes_slots_of_one_that_does_not_use_i
     assert [e for e in range(3) if cache.is_resident(0, e)] == [0]
 
 
-def test_quota_gives_no_layer_more_than_its_share() -> None:
-    cache = ExpertCache(4, 2, LRU, "quota")
-    cache.decide(0, (0, 1, 2))
-    assert sum(cache.is_resident(0, e) for e in range(3)) == 2
-
-
 def test_look_ahead_turns_a_miss_into_a_hit_and_is_counted() -> None:
     cache = lru(4, layers=2)
     cache.decide(0, (0,))
@@ -182,7 +176,7 @@ def test_look_ahead_turns_a_miss_into_a_hit_and_is_counted() -> None:
     assert (counts.lookahead_guesses, counts.lookahead_loads) == (2, 2)
     assert (counts.lookahead_right, counts.lookahead_asked) == (1, 2)
     assert counts.lookahead_loads_right == 1
-    assert counts.needed_loads == 2
+    assert counts.useful_loads == 2
     assert counts.lookahead_precision == 0.5
     assert counts.lookahead_recall == 0.5
 
@@ -202,7 +196,7 @@ def test_right_guess_that_was_resident_is_not_a_right_load() -> None:
     cache.decide(1, (5,))
     counts = cache.statistics.layers[1]
     assert (counts.lookahead_right, counts.lookahead_loads_right) == (1, 0)
-    assert (counts.loads, counts.needed_loads) == (2, 1)
+    assert (counts.loads, counts.useful_loads) == (2, 1)
 
 
 def test_look_ahead_never_evicts_what_the_present_decision_uses() -> None:
@@ -311,7 +305,7 @@ def test_look_ahead_does_not_evict_a_guess_to_load_another() -> None:
 
 @settings(max_examples=100)
 @given(
-    policy=st.sampled_from(sorted(POLICIES)),
+    policy=st.sampled_from(sorted(REPLAYED)),
     slots=st.integers(2, 6),
     asked=st.lists(st.tuples(st.integers(0, 1), st.integers(0, 3)), min_size=8, max_size=20),
     guesses=st.lists(st.integers(0, 3), unique=True),
@@ -358,9 +352,8 @@ def test_decision_is_made_of_plain_values() -> None:
     assert hash(decision) == hash((0, (((), ((4, 0),)),), ()))
 
 
-@pytest.mark.parametrize("allocation", ["shared", "global", "quota"])
-def test_with_fewer_slots_it_begins_anew_and_keeps_its_counts(allocation: str) -> None:
-    cache = ExpertCache(6, 2, LRU, allocation)
+def test_with_fewer_slots_it_begins_anew_and_keeps_its_counts() -> None:
+    cache = lru(6, layers=2)
     for layer in (0, 1):
         cache.decide(layer, (0, 1, 2))
     cache.resize(2)

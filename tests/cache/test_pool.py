@@ -6,8 +6,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from offload.cache.cache import ExpertCache
-from offload.cache.policies import LFRU, LRU
-from offload.cache.policy import Key
+from offload.cache.policies import LFRU, LRU, Key
 from offload.cache.pool import RecordPool
 from offload.cache.trace.synthetic import Routing, Shape, synthesize
 
@@ -41,7 +40,7 @@ def test_behind_slots_it_holds_of_what_is_loaded_as_much_as_of_all(
     """`offload plan` relies on this: experts that have a slot too take up their part of RAM."""
     shape = Shape("x", 8, experts, 2 if experts == 8 else 8, 1, 0, 4.5)
     every = shape.layers * experts
-    cache = ExpertCache(round(every * slots), shape.layers, LFRU, "shared")
+    cache = ExpertCache(round(every * slots), shape.layers, LFRU)
     pool = RecordPool(round(every * held), LFRU)
     for at, event in enumerate(synthesize(shape, Routing(), 160).events):
         if at == 80 * shape.layers:

@@ -12,7 +12,7 @@ from offload.cache.decision import Decision
 from offload.cache.errors import CacheError
 from offload.cache.policies import POLICIES
 from offload.cache.sharded import ShardedCache, ShardedStaging, card_and_row, divided
-from offload.cache.trace.replay import BELADY, Setup, layers_of, recorded_setup, replay
+from offload.cache.trace.replay import BELADY, Setup, card_trace, recorded_setup, replay
 from offload.cache.trace.synthetic import Routing, Shape, synthesize
 from offload.cache.trace.trace import CardSlots, Trace, cards_text
 
@@ -106,7 +106,7 @@ def test_a_replay_of_two_cards_is_that_of_their_layers_apart(policy: str) -> Non
     trace, cards = _trace(), (CardSlots(2, 8), CardSlots(3, 6))
     both = replay(trace, Setup(14, policy, cards=cards))
     apart = [
-        replay(layers_of(trace, first, end), Setup(slots, policy))
+        replay(card_trace(trace, first, end), Setup(slots, policy))
         for first, end, slots in ((0, 2, 8), (2, 5, 6))
     ]
     assert both.layers == tuple(counts for part in apart for counts in part.layers)

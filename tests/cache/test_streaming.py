@@ -123,10 +123,10 @@ def test_replays_stream_prompts_unless_everything_fits() -> None:
     header = TraceHeader("made up", (6, 6), 2, (10, 10))
     prompt = tuple((expert, (expert + 1) % 6) for expert in range(6))
     events = [Event(layer, True, prompt) for layer in range(2)]
-    assert admitted(events[0], Setup(4), header) == 2
-    assert admitted(events[0], Setup(12), header) is None
+    assert admitted(events[0], Setup(4, "lru"), header) == 2
+    assert admitted(events[0], Setup(12, "lru"), header) is None
     assert admitted(events[0], Setup(4, "belady"), header) is None
-    assert admitted(events[0]._replace(prompt=False), Setup(4), header) is None
-    outcome = replay(Trace(header, events), Setup(4))
+    assert admitted(events[0]._replace(prompt=False), Setup(4, "lru"), header) is None
+    outcome = replay(Trace(header, events), Setup(4, "lru"))
     assert outcome.counts.streamed == 6
     assert outcome.bytes_loaded == 12 * 10

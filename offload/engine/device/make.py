@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 
 from offload.cache.cache import ExpertCache
-from offload.cache.guesses import Lookahead
 from offload.cache.policies import LFRU
 from offload.cache.trace.synthetic import Routing, Shape, synthesize
 from offload.engine.device.engine import DevicePlanned, SlotDecode
@@ -29,21 +28,21 @@ SLOTS, TOKENS = 5, 8
 
 @functools.cache
 def kernels_decide_rightly(device: torch.device) -> str:
-    """Why the kernels cannot be used, or ""."""
+    """Why the kernels cannot be used on `device`, or ""."""
     try:
         with launching_on(device):
-            if not _plans(device):
+            if not _decides(device):
                 return "its kernels decide otherwise than the host on this machine"
-            if not _copies(device):
+            if not _fetches(device):
                 return "its kernels copy wrongly on this machine"
     except Exception as error:  # whatever a compiler or a driver raises
         return f"its kernels do not run here: {reason(error)}"
     return ""
 
 
-def _plans(device: torch.device) -> bool:
+def _decides(device: torch.device) -> bool:
     cache = ExpertCache(SLOTS, SHAPE.layers, LFRU)
-    table = Table(Places(SHAPE.layers, SHAPE.experts, SHAPE.top_k, SLOTS, "lfru", "shared"), device)
+    table = Table(Places(SHAPE.layers, SHAPE.experts, SHAPE.top_k, SLOTS, "lfru"), device)
     table.upload(cache.state())
     for event in synthesize(SHAPE, Routing(recall=0.7), TOKENS).events:
         cache.decide(event.layer, event.experts[0])
@@ -55,7 +54,7 @@ def _plans(device: torch.device) -> bool:
     return table.download().keys == cache.state().keys
 
 
-def _copies(device: torch.device) -> bool:
+def _fetches(device: torch.device) -> bool:
     pinned = device.type == "cuda"
     records = torch.arange(3 * 4096, dtype=torch.int32).view(3, -1).to(torch.uint8)
     records = records.pin_memory() if pinned else records
@@ -77,7 +76,7 @@ class Wanted:
     """What is asked of the device."""
 
     policy: str
-    lookahead: Lookahead
+    lookahead: bool
     slots: int
     k: int  # experts a token; 0: not known
 
@@ -106,12 +105,12 @@ def make(
     addresses = transfer.addresses()
     assert addresses is not None
     experts = max(layer.num_experts for layer in info.layers)
-    places = Places(len(info.layers), experts, wanted.k, wanted.slots, wanted.policy, "shared")
+    places = Places(len(info.layers), experts, wanted.k, wanted.slots, wanted.policy)
     return DevicePlanned(
         info,
         layers,
         transfer,
-        looks_ahead=wanted.lookahead.layers > 0,
+        looks_ahead=wanted.lookahead,
         places=places,
         addresses=addresses,
         decode=SlotDecode(info),

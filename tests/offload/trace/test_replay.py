@@ -219,7 +219,7 @@ def test_replay_agrees_after_a_step_that_broke_off(
     outcome = replay(
         trace,
         recorded_setup(trace),
-        after=lambda cache, _: counted.append(cache.statistics.total()),
+        after=lambda cache, *_: counted.append(cache.statistics.total()),
     )
     at = next(i for i, event in enumerate(trace.events) if event.fresh)
     replayed = outcome.counts - counted[at - 1]

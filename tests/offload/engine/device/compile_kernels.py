@@ -18,12 +18,12 @@ from offload.options import LoadOptions
 from tests.launches import caught, tell
 
 CPU = torch.device("cpu")
-USUAL = Places(48, 128, 8, 3072, LoadOptions().policy, "shared")
+USUAL = Places(48, 128, 8, 3072, LoadOptions().policy)
 ALL = {
     "qwen3-30b": USUAL,
-    "qwen3-30b lru": Places(48, 128, 8, 1536, "lru", "global"),
-    "mixtral": Places(32, 8, 2, 64, USUAL.policy, USUAL.allocation),
-    "gpt-oss fifo": Places(36, 128, 4, 1152, "fifo", "shared"),
+    "qwen3-30b lru": Places(48, 128, 8, 1536, "lru"),
+    "mixtral": Places(32, 8, 2, 64, USUAL.policy),
+    "gpt-oss": Places(36, 128, 4, 1152, USUAL.policy),
 }
 SETS = {"usual": {"qwen3-30b": USUAL}, "all": ALL}
 RECORD = 1 << 16  # bytes, of which a record has any multiple of 16

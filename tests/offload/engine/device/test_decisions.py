@@ -27,12 +27,10 @@ def on_device(experts: Sequence[int]) -> torch.Tensor:
 class Both:
     """A cache on the host and one in tensors, told the same."""
 
-    def __init__(
-        self, slots: int, layers: int, experts: int, k: int, policy: str, allocation: str
-    ) -> None:
-        self.cache = ExpertCache(slots, layers, POLICIES[policy], allocation)
+    def __init__(self, slots: int, layers: int, experts: int, k: int, policy: str) -> None:
+        self.cache = ExpertCache(slots, layers, POLICIES[policy])
         self.experts = experts
-        self.table = Table(Places(layers, experts, k, slots, policy, allocation), DEVICE)
+        self.table = Table(Places(layers, experts, k, slots, policy), DEVICE)
         self.table.upload(self.cache.state())
 
     def decide(self, layer: int, experts: Sequence[int]) -> None:
@@ -75,35 +73,33 @@ def drive(both: Both, shape: Shape, tokens: int, routing: Routing) -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "allocation", "layers", "experts", "k", "slots", "recall"),
+    ("policy", "layers", "experts", "k", "slots", "recall"),
     [
-        ("lfru", "shared", 3, 8, 2, 4, 0.7),  # as few slots as there may be
-        ("lfru", "shared", 2, 16, 4, 20, 0.9),
-        ("lfru", "shared", 2, 16, 4, 9, 0.2),  # guesses that lose their right to load
-        ("lfru", "shared", 1, 8, 1, 2, None),
-        ("lfru", "global", 3, 8, 2, 9, 0.7),
-        ("lru", "global", 3, 8, 2, 9, 0.7),
-        ("lru", "shared", 4, 8, 2, 9, 0.9),
-        ("fifo", "shared", 3, 8, 2, 9, 0.7),
+        ("lfru", 3, 8, 2, 4, 0.7),  # as few slots as there may be
+        ("lfru", 2, 16, 4, 20, 0.9),
+        ("lfru", 2, 16, 4, 9, 0.2),  # guesses that lose their right to load
+        ("lfru", 1, 8, 1, 2, None),
+        ("lfru", 3, 8, 2, 9, 0.7),
+        ("lru", 3, 8, 2, 9, 0.7),
+        ("lru", 4, 8, 2, 9, 0.9),
     ],
 )
 def test_kernels_decide_as_the_host_does(
     policy: str,
-    allocation: str,
     layers: int,
     experts: int,
     k: int,
     slots: int,
     recall: float | None,
 ) -> None:
-    both = Both(slots, layers, experts, k, policy, allocation)
+    both = Both(slots, layers, experts, k, policy)
     shape = Shape("any", layers, experts, k, 1, 1, 4.0)
     drive(both, shape, 10, Routing(recall=recall, seed=slots))
 
 
 def test_slots_are_looked_at_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table_module, "CHUNK", 4)
-    both = Both(11, 3, 8, 2, "lfru", "shared")
+    both = Both(11, 3, 8, 2, "lfru")
     drive(both, Shape("any", 3, 8, 2, 1, 1, 4.0), 8, Routing(recall=0.7))
 
 
@@ -111,13 +107,12 @@ def test_decides_alike_where_scores_are_scaled_down(monkeypatch: pytest.MonkeyPa
     """Which happens once in thousands of tokens."""
     for module in (lfru_module, heat_module, table_module):
         monkeypatch.setattr(module, "MOST", 1.2)
-    for allocation in ("shared", "global"):
-        both = Both(7, 3, 8, 2, "lfru", allocation)
-        drive(both, Shape("any", 3, 8, 2, 1, 1, 4.0), 8, Routing(recall=0.7))
+    both = Both(7, 3, 8, 2, "lfru")
+    drive(both, Shape("any", 3, 8, 2, 1, 1, 4.0), 8, Routing(recall=0.7))
 
 
 def test_sentinels_and_experts_named_twice_are_passed_over() -> None:
-    both = Both(6, 2, 8, 4, "lfru", "shared")
+    both = Both(6, 2, 8, 4, "lfru")
     both.decide(0, [3, 8, 3, 1])
     both.decide(1, [8, 8, 8, 8])
     both.compare()
@@ -127,7 +122,7 @@ def test_sentinels_and_experts_named_twice_are_passed_over() -> None:
 
 
 def test_nothing_is_decided_when_the_sequence_is_over() -> None:
-    both = Both(6, 2, 8, 2, "lfru", "shared")
+    both = Both(6, 2, 8, 2, "lfru")
     both.decide(0, [3, 1])
     both.decide(1, [2, 5])
     both.table.halted.fill_(1)
@@ -139,7 +134,7 @@ def test_nothing_is_decided_when_the_sequence_is_over() -> None:
 
 
 def test_a_guess_may_evict_before_anything_was_planned_here() -> None:
-    both = Both(4, 2, 8, 2, "lfru", "shared")
+    both = Both(4, 2, 8, 2, "lfru")
     for layer in (0, 1):
         both.cache.decide(layer, [0, 1])
     state = both.cache.state()._replace(trust=(1.0, 1.0))
@@ -150,7 +145,7 @@ def test_a_guess_may_evict_before_anything_was_planned_here() -> None:
 
 
 def test_goes_on_from_what_the_host_decided_and_back() -> None:
-    both = Both(7, 3, 8, 2, "lfru", "shared")
+    both = Both(7, 3, 8, 2, "lfru")
     shape = Shape("any", 3, 8, 2, 1, 1, 4.0)
     drive(both, shape, 6, Routing(recall=0.7))
     state = both.table.download()
@@ -164,7 +159,7 @@ def test_goes_on_from_what_the_host_decided_and_back() -> None:
 
 
 def test_integrity_is_checked() -> None:
-    both = Both(6, 2, 8, 2, "lfru", "shared")
+    both = Both(6, 2, 8, 2, "lfru")
     both.decide(0, [3, 1])
     both.table.ints[both.table.places.slot_of + 3] = 5
     with pytest.raises(AssertionError):
