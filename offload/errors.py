@@ -1,7 +1,4 @@
-"""What can go wrong, by kind. Every message says what was wrong, where, and what to do.
-
-Knows: also how an error that is not ours is told in one line. Does not know: where it is printed.
-"""
+"""The errors that users meet, each with a remedy in its message, and the exit codes."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ def load_with(
         model = _load_dense(pack, own_config(config, cls), cls, fit, devices)
         transfer = transfer_of(pack, fit)
         undo.callback(transfer.close)
-        _connect(model, pack, fit, transfer, options.engine)
+        _connect(model, pack, fit, transfer)
         undo.callback(model.offload.close)
         if options.trace is not None:  # a trace holds the routers' guesses too, for replays
             if not model.offload.engine.watches_routers:
@@ -239,10 +239,11 @@ def _untied(config: PreTrainedConfig) -> PreTrainedConfig:
     return copy
 
 
-def _connect(
-    model: PreTrainedModel, pack: Pack, fit: Fit, transfer: Transfer, asked_engine: str
-) -> None:
-    """Put the engine behind the model's experts."""
+def _connect(model: PreTrainedModel, pack: Pack, fit: Fit, transfer: Transfer) -> None:
+    """Make an engine that serves the model's experts, and give the model its `offload`.
+
+    Raises `PackError` if the pack's experts are not those of the model.
+    """
     info = pack.info
     asked = [
         (module.path, module.num_experts, [matrix.shape for matrix in module.matrices])
@@ -257,12 +258,10 @@ def _connect(
             f"{pack.path} was made for other experts modules than transformers "
             f"{transformers.__version__} has: {REMAKE}"
         )
-    everything_fits = (
-        fit.slots >= info.total_experts
-    )  # then each expert is loaded once, and a guess gains nothing
+    everything_fits = fit.slots >= info.total_experts  # then guesses gain nothing
     looks = fit.options.lookahead is not False and not everything_fits
     k = chosen_experts(model.config)
-    engine = make_engine(asked_engine, info, fit, transfer, looks, k)
+    engine = make_engine(fit.options.engine, info, fit, transfer, looks, k)
     decoding = None
     if engine.device is not None:
         from offload.generation.tokens import Loops  # loads Triton

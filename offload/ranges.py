@@ -29,7 +29,7 @@ def label(name: str, layer: int, *experts: int) -> str:
 
 
 @contextlib.contextmanager
-def recording() -> Iterator[None]:
+def switched_on() -> Iterator[None]:
     """Ranges are recorded inside."""
     global _recorded
     _recorded = True

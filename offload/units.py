@@ -11,7 +11,7 @@ from offload.errors import BudgetError
 
 SHARE = 0.9  # of the memory that is free at the start, used if the user names no budget
 UBATCH = 2048  # tokens of a prompt that go through the model at once, and share each expert's load
-# Models that must read a prompt as a whole: transformers 5.23 loses their recurrent state when
+# Models that must read a prompt as a whole: transformers 5.24 loses their recurrent state when
 # several tokens follow earlier ones.
 READ_WHOLE = frozenset({"jamba"})
 UNITS = {"": 1, "B": 1} | {

@@ -198,6 +198,25 @@ def test_remote_code_is_not_run_without_the_flag(
     assert not trace.exists()
 
 
+@pytest.mark.parametrize("takes", ["past_key_values", "cache"])
+def test_remote_code_that_takes_no_cache_is_refused(
+    takes: str, fails: Fails, checkpoint: Path
+) -> None:
+    code = (
+        "from transformers import MixtralForCausalLM\n"
+        "class C(MixtralForCausalLM):\n"
+        f"    def forward(self, input_ids=None, {takes}=None, **others):\n"
+        f"        return super().forward(input_ids, {takes}={takes}, **others)\n"
+    )
+    (checkpoint / "remote.py").write_text(code)
+    _change_json(checkpoint / "config.json", auto_map={"AutoModelForCausalLM": "remote.C"})
+    arguments = ["generate", str(checkpoint), *HI, "--trust-remote-code"]
+    if takes == "cache":
+        assert cli.main(arguments) == 0
+    else:
+        assert "written for an older transformers" in fails(*arguments)
+
+
 def test_remote_code_of_a_tokenizer_is_not_run_without_the_flag(
     fails: Fails, checkpoint: Path, tmp_path: Path
 ) -> None:

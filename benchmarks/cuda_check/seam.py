@@ -108,7 +108,7 @@ def make_transfer(pack: Pack, fit: Fit, tier: HostTier | None) -> Transfer:
 
 def is_captured(handle: Offload) -> bool:
     """Whether decode steps are replayed from a graph."""
-    loop = getattr(getattr(handle, "decoding", None), "_loop", None)
+    loop = getattr(getattr(handle, "decoding", None), "loop", None)
     return bool(getattr(getattr(loop, "replay", None), "captured", False))
 
 

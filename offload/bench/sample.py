@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from offload.engine.handle import Answer, offload_of
+from offload.engine.handle import TokenSource, offload_of
 from offload.engine.stats import Stats
 from offload.generation.stream import forward, peak_memory
 from offload.sampling import Sampling
@@ -128,7 +128,7 @@ def take_sample(model: PreTrainedModel, test: Test, ids: list[int]) -> Sample:
         logits, cache = forward(model, tokens[:, at : at + test.n_prompt], cache, ubatch)
         at += test.n_prompt
         sync(model.device)
-    answer: Answer | None = None
+    answer: TokenSource | None = None
     if test.n_gen and handle.decoding is not None:
         assert logits is not None
         limit = test.n_gen + 1

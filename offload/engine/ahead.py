@@ -116,7 +116,7 @@ class Weigher:
     def served(self, call: Call, guesses: Sequence[Guess], copies: int) -> None:
         """As `engine.host.Watcher` says."""
         at = call.layer.index
-        before, self._needed[at] = self._needed[at], self._statistics.layers[at].needed_loads
+        before, self._needed[at] = self._needed[at], self._statistics.layers[at].useful_loads
         self._balance.step(self._needed[at] - before, copies, self._transfer.busy_seconds)
 
     def warmed(self, key: Key) -> None:
@@ -124,4 +124,4 @@ class Weigher:
 
     def started_over(self) -> None:
         """What a call that broke off needed is not weighed."""
-        self._needed = [counts.needed_loads for counts in self._statistics.layers]
+        self._needed = [counts.useful_loads for counts in self._statistics.layers]

@@ -30,7 +30,7 @@ FEW_TOKENS = 4  # up to which each cell reads its expert's weights for itself
 class Compute(Protocol):
     """Computes experts whose records are in slots."""
 
-    together: bool  # experts that are ready at the same time are computed best in one call
+    together: bool  # whether experts that are ready at the same time are best computed in one call
 
     def run(self, call: Call, uses: Sequence[Use], cells: Tensor) -> None:
         """Fill the cells of these experts among all `cells` [S, H] of `call`.
@@ -59,7 +59,7 @@ class OneByOne:
             _put(cells, where, layer.expert(rows, self._matrices(layer.index, use.slot)))
 
     def _matrices(self, layer: int, slot: int) -> dict[str, MatrixView]:
-        if slot >= len(self._transfer.slots):  # streamed: in another place each time
+        if slot >= len(self._transfer.slots):  # a streamed record is in another place each time
             return view_record(self._transfer.slot(slot), self._info.layout_of(layer))
         key = (self._info.layers[layer].layout, slot)
         if key not in self._views:
@@ -73,7 +73,7 @@ class OneByOne:
 class Grouped:
     """All experts in two launches, by kernels that read records through a table of slots.
 
-    A layer whose kernels cannot be trusted here is computed one by one; `quant.experts` says so.
+    A layer for which `quant.experts` finds no kernels that work here is computed one by one.
     """
 
     together = True
@@ -121,7 +121,7 @@ class Grouped:
 
 
 def program_of(module: Any, layout: RecordLayout) -> Program:
-    """What an experts module of transformers does with its two matrices."""
+    """What an experts module of transformers computes with its two matrices."""
     function = module._apply_gate if module.has_gate else module.act_fn
     interleaved = not module.is_concatenated
     numbers = [value for value in vars(module).values() if isinstance(value, int | float)]
@@ -144,7 +144,7 @@ def _put(cells: Tensor, where: Sequence[int], out: Tensor) -> None:
 
 
 class CardsCompute:
-    """`Compute`'s interface over one for each card, over the slots that are there."""
+    """`Compute`'s interface over one `Compute` for each card and its slots."""
 
     def __init__(self, computes: Sequence[Compute]) -> None:
         self._computes = tuple(computes)
@@ -152,7 +152,7 @@ class CardsCompute:
 
     def run(self, call: Call, uses: Sequence[Use], cells: Tensor) -> None:
         places = [card_and_row(use.slot, len(self._computes)) for use in uses]
-        card = places[0][0]  # a layer's experts are on one
+        card = places[0][0]  # the experts of a layer are on one card
         here = [Use(use.expert, row) for use, (_, row) in zip(uses, places, strict=True)]
         self._computes[card].run(call, here, cells)
 
@@ -172,7 +172,7 @@ def cache_of(info: PackInfo, fit: Fit) -> Cache:
 
 
 def compute_of(info: PackInfo, transfer: Transfer) -> Compute:
-    """What multiplies, from the slots of `transfer`."""
+    """What computes experts from the slots of `transfer`."""
     if isinstance(transfer, CardsTransfer):
         return CardsCompute([compute_of(info, card) for card in transfer.transfers])
     return (OneByOne if transfer.device.type == "cpu" else Grouped)(info, transfer)

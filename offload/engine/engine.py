@@ -130,7 +130,7 @@ class Engine:
         """Give the device what the cache knows, between two tokens; False: the host has to plan."""
         if self._on_device or self.device is None:
             return self._on_device
-        if not self.device.computes or self.host.needed:
+        if not self.device.computes or self.host.must_plan:
             return False
         self.host.settle()
         self.device.take_over(self._only_cache().state())

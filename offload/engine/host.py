@@ -84,7 +84,7 @@ class HostPlanned:
         self._kept = [0] * len(info.layers)  # copies of each layer begun and not given up
 
     @property
-    def needed(self) -> bool:
+    def must_plan(self) -> bool:
         """Whether calls have to come here: a routing trace or a timeline is recorded, or a warm
         start goes on."""
         return self._trace is not None or recorded() or bool(self._cold)

@@ -35,7 +35,7 @@ class NormFinder:
             self._last[module] = out
 
     def asked(self, hidden: Tensor) -> None:
-        """The router is asked about `hidden`: whose output is it?"""
+        """The router is asked about `hidden`: find the norm whose output that is."""
         for module, out in reversed(self._last.items()):
             if out.data_ptr() == hidden.data_ptr():
                 self.norm = module
@@ -51,7 +51,7 @@ class NormFinder:
 
 @torch.no_grad()
 def scale_between(norm: nn.Module | None, later: nn.Module | None, like: Tensor) -> Tensor | None:
-    """[H] that turns `norm`'s output into `later`'s; None when no product does."""
+    """The factors [H] that turn `norm`'s output into `later`'s; None when no factors do."""
     if norm is None or later is None:
         return None
     generator = torch.Generator().manual_seed(0)
@@ -113,15 +113,15 @@ class Layer:
         index = self.ask(hidden)
         if index is None:
             return []
-        chosen = index.flatten().tolist()  # sync: the plan is made on the host
+        chosen = index.flatten().tolist()  # sync: the decision is made on the host
         return [expert for expert in chosen if 0 <= expert < self.num_experts]
 
     def ask(self, hidden: Tensor) -> Tensor | None:
-        """As `guess`, for whoever does not ask the host: the router's index [.., k], or None."""
+        """The router's index [.., k] for `hidden`, still on the device; None: it has no answer."""
         if self.router is None or self.constants is None:
             return None
-        there = hidden.to(self.device)  # it may be on another card
-        answer = self.router.forward(there, *self.constants)  # without hooks: nobody else asked
+        there = hidden.to(self.device)  # the router may be on another card
+        answer = self.router.forward(there, *self.constants)  # hooks are for the model's own calls
         index = answer[2] if isinstance(answer, tuple) and len(answer) > 2 else None
         if not isinstance(index, Tensor) or index.is_floating_point():
             self.router = None  # not a router as transformers writes them
@@ -129,20 +129,20 @@ class Layer:
         return index
 
     def _asked(self, owned: Set[int], _: nn.Module, args: tuple[Any, ...]) -> None:
-        """The router is asked: keep what of one token, and nothing of many.
+        """The router is asked: keep the hidden state of one token, and nothing of many.
 
-        With many tokens nearly every expert is chosen: guessing is no help.
+        With many tokens nearly every expert is chosen, so that guessing is no help.
         """
         self.constants = args[1:]
         if any(rest is not None and id(rest) not in owned for rest in self.constants):
-            self.router = None  # it looks at more than the hidden state
+            self.router = None  # the router looks at more than the hidden state
         if self.finder is not None and self.finder.norm is None and args:
             self.finder.asked(args[0])
         one_token = bool(args) and args[0].numel() == args[0].shape[-1]
         self.asked = args[0] if one_token else None
 
     def as_seen_by(self, later: Layer, hidden: Tensor) -> Tensor:
-        """What `later`'s norm would make of the state that ours made `hidden` of."""
+        """`hidden` as it would be if `later`'s norm had made it in place of this layer's."""
         if later.index not in self.scales:
             mine, theirs = (at.finder.norm if at.finder else None for at in (self, later))
             self.scales[later.index] = scale_between(mine, theirs, hidden)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from offload.engine.handle import Answer, offload_of
+from offload.engine.handle import TokenSource, offload_of
 from offload.engine.stats import Stats
 from offload.generation import recovery
 from offload.generation.prompt import Prompt, PromptCache, Request, check_request, end_tokens
@@ -98,7 +98,7 @@ def _stream(
     ids = torch.tensor([prompt], device=model.device)
     cache, cached = kept.take(prompt) if kept is not None else (None, 0)
     logits, cache = forward(model, ids[:, cached:], cache, handle.fit.ubatch, ids[:, :cached])
-    answer: Answer | None = None
+    answer: TokenSource | None = None
     if handle.decoding is not None:
         longest = handle.fit.options.context
         answer = handle.decoding.begin(model, ids, logits, cache, sampling, limit, longest, ends)

@@ -6,6 +6,7 @@ the place of an experts module.
 
 from __future__ import annotations
 
+import inspect
 import re
 import threading
 from collections.abc import Sequence
@@ -83,12 +84,19 @@ def model_class(
 ) -> type[PreTrainedModel]:
     """The class that generates text from a checkpoint with this config.
 
-    Raises `UnsupportedModelError` when transformers has none.
+    Raises `UnsupportedModelError` when transformers has none, or when the checkpoint's own code
+    cannot be given a KV cache.
     """
     given = getattr(config, "auto_map", None)
     reference = given.get("AutoModelForCausalLM") if isinstance(given, dict) else None
     if reference and trust_remote_code:
         remote: type[PreTrainedModel] = get_class_from_dynamic_module(reference, source)
+        if "cache" not in inspect.signature(remote.forward).parameters:
+            raise UnsupportedModelError(
+                f"{source}: the model's own code was written for an older transformers (forward "
+                "takes no `cache`), and would forget the prompt: leave out --trust-remote-code if "
+                "transformers knows the model, or ask its authors for newer code"
+            )
         return remote
     for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
         if type(config) in mapping:
@@ -271,8 +279,6 @@ def experts_modules(model: PreTrainedModel) -> list[nn.Module]:
 
 def install(module: nn.Module, block: ExpertBlock) -> None:
     """Let `block` compute the experts of `module`."""
-    if not hasattr(module, "has_post_expert_norm"):  # transformers 5.17 knows of none
-        object.__setattr__(module, "has_post_expert_norm", False)
     object.__setattr__(module, BLOCK, block)
 
 

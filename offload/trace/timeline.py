@@ -22,12 +22,17 @@ from offload.quant.errors import OffloadError
 def recording(model: PreTrainedModel, file: Path | None) -> Iterator[None]:
     """Record what `model` does meanwhile and write it to `file`, also when it breaks off.
 
-    None: record nothing. Raises `OffloadError` before anything runs where `file` cannot be written.
+    None: record nothing. The profiler keeps every operation of torch, which are thousands a token
+    and about a quarter of a megabyte per thousand in the file, so a short run is recorded best.
+    Raises `OffloadError` before anything runs where `file` cannot be written.
     """
     if file is None:
         yield
         return
-    check_writable(file)
+    try:
+        files.check_writable(file)
+    except OSError as error:
+        raise _unwritable(file, error.strerror) from None
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to stderr
     engine = offload_of(model).engine
     activities = [ProfilerActivity.CPU]
@@ -38,9 +43,10 @@ def recording(model: PreTrainedModel, file: Path | None) -> Iterator[None]:
     profiler = profile(
         activities=activities, experimental_config=_ExperimentalConfig(profile_all_threads=True)
     )
+    engine.plan_on_host()  # the steps that the device plans have no ranges
     profiler.start()
     try:
-        with ranges.recording(), _dense_ranges(engine):
+        with ranges.switched_on(), _dense_ranges(engine):
             yield
     finally:
         with contextlib.suppress(OffloadError):  # of a copy that failed and nobody waited for
@@ -76,14 +82,6 @@ def _dense_ranges(engine: Engine) -> Iterator[None]:
         end()
         for hook in hooks:
             hook.remove()
-
-
-def check_writable(file: Path) -> None:
-    """Raise `OffloadError` now where writing the timeline would raise it later."""
-    try:
-        files.check_writable(file)
-    except OSError as error:
-        raise _unwritable(file, error.strerror) from None
 
 
 def _write(profiler: profile, file: Path) -> None:

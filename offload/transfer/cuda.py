@@ -20,7 +20,7 @@ from offload.transfer.pinning import CudaPinner
 from offload.units import SHARE
 
 
-class Event(Protocol):
+class DeviceEvent(Protocol):
     """A moment in the order of what the device does."""
 
     def query(self) -> bool:
@@ -42,17 +42,17 @@ class Link(Protocol):
         """Memory [slots, slot_bytes] uint8 of the device. Raises `torch.OutOfMemoryError`."""
 
     def copy(
-        self, target: Tensor, source: Tensor, *, urgent: bool, after: Sequence[Event]
-    ) -> tuple[Event, Event]:
+        self, target: Tensor, source: Tensor, *, urgent: bool, after: Sequence[DeviceEvent]
+    ) -> tuple[DeviceEvent, DeviceEvent]:
         """Give a copy to one of the queues, where it waits for `after`; when it begins and ends."""
 
     def move(self, target: Tensor, source: Tensor) -> None:
         """Copy inside the device's memory, in order with the compute queued before and after."""
 
-    def computed(self) -> Event:
+    def computed(self) -> DeviceEvent:
         """When the compute queued so far is done."""
 
-    def compute_waits(self, event: Event) -> None:
+    def compute_waits(self, event: DeviceEvent) -> None:
         """Compute queued from now on comes after `event`."""
 
     def synchronize(self) -> None:
@@ -74,8 +74,8 @@ class CudaLink:
         return torch.empty(slots, slot_bytes, dtype=torch.uint8, device=self.device)
 
     def copy(
-        self, target: Tensor, source: Tensor, *, urgent: bool, after: Sequence[Event]
-    ) -> tuple[Event, Event]:
+        self, target: Tensor, source: Tensor, *, urgent: bool, after: Sequence[DeviceEvent]
+    ) -> tuple[DeviceEvent, DeviceEvent]:
         stream = self._urgent if urgent else self._guesses
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with torch.cuda.stream(stream):
@@ -90,12 +90,12 @@ class CudaLink:
     def move(self, target: Tensor, source: Tensor) -> None:
         target.copy_(source, non_blocking=True)
 
-    def computed(self) -> Event:
+    def computed(self) -> DeviceEvent:
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self.device))
         return event
 
-    def compute_waits(self, event: Event) -> None:
+    def compute_waits(self, event: DeviceEvent) -> None:
         assert isinstance(event, torch.cuda.Event)
         torch.cuda.current_stream(self.device).wait_event(event)
 
@@ -128,8 +128,8 @@ class CudaTicket:
     ) -> None:
         self.job, self.layer, self.expert, self.slot, self.urgent = job, layer, expert, slot, urgent
         self.read = read  # of a record that may have to come from the disk first
-        self.begin: Event | None = None
-        self.end: Event | None = None
+        self.begin: DeviceEvent | None = None
+        self.end: DeviceEvent | None = None
         self.over = False  # complete or dropped, and known to be
 
     @property
@@ -175,7 +175,7 @@ class CudaTransfer:
             pack.info.layout_of(i).record_bytes for i in range(len(pack.info.layers))
         ]
         self._busy_seconds = 0.0
-        self._last_end: Event | None = None  # of the copy counted last
+        self._last_end: DeviceEvent | None = None  # of the copy counted last
         self._jobs = 0
         self._clear()
         tier.join(self._go_on)
@@ -185,7 +185,7 @@ class CudaTransfer:
         self._order = CopyOrder(max(GUESSED_BYTES, self._slot_bytes))
         self._waiting: dict[int, CudaTicket] = {}  # by job
         self._under_way: tuple[deque[CudaTicket], deque[CudaTicket]] = (deque(), deque())
-        self._released: dict[int, Event] = {}  # slot -> when compute was done with it
+        self._released: dict[int, DeviceEvent] = {}  # slot -> when compute was done with it
         self._written: dict[int, CudaTicket] = {}  # slot -> the copy into it given last
 
     @property

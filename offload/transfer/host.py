@@ -132,7 +132,7 @@ class HostTransfer:
         self._slots = torch.empty(slots, pack.info.slot_bytes, dtype=torch.uint8)
         self._mapped: dict[int, Tensor] = {}  # row past the slots -> record
         self._checked = [[False] * layer.num_experts for layer in pack.info.layers]
-        self._waiting: UrgentFirst[HostTicket] = UrgentFirst()
+        self.waiting: UrgentFirst[HostTicket] = UrgentFirst()
         self._wake: SimpleQueue[bool] = SimpleQueue()  # True: look at the queues, False: end
         self._busy_seconds = 0.0
         self._closed = False
@@ -166,14 +166,14 @@ class HostTransfer:
         if slot >= len(self._slots):
             self._mapped[slot] = self._pack.record(layer, expert)
         ticket = HostTicket(layer, expert, slot, urgent)
-        self._waiting.add(ticket, urgent=urgent)
+        self.waiting.add(ticket, urgent=urgent)
         self._wake.put(True)
         return ticket
 
     def wait(self, ticket: Ticket) -> None:
         assert isinstance(ticket, HostTicket)
         if not ticket.done:
-            if self._waiting.urge(ticket):
+            if self.waiting.urge(ticket):
                 self._wake.put(True)  # the thread may have looked while the ticket was in neither
             while not ticket.done:
                 rang = ticket.under_way.acquire(timeout=1.0)
@@ -188,10 +188,10 @@ class HostTransfer:
     def drop(self, ticket: Ticket) -> bool:
         assert isinstance(ticket, HostTicket)
         ticket.dropped = True  # a copy under way stops, and the one that follows begins
-        return self._waiting.remove(ticket)
+        return self.waiting.remove(ticket)
 
     def drain(self) -> None:
-        self._waiting.clear()
+        self.waiting.clear()
         if not self._closed and not self._thread.is_alive():  # an exception ended it
             self._thread = self._new_thread()
         self.wait(self.start(0, 0, NOWHERE, urgent=True))  # the copy under way comes before it
@@ -207,7 +207,7 @@ class HostTransfer:
         self._slots = torch.empty(slots, size, dtype=torch.uint8)
 
     def close(self) -> None:
-        self._waiting.clear()
+        self.waiting.clear()
         self._closed = True
         self._wake.put(False)
         self._thread.join()
@@ -217,7 +217,7 @@ class HostTransfer:
 
     def _run(self) -> None:
         while self._wake.get():
-            ticket = self._waiting.pop()
+            ticket = self.waiting.pop()
             if ticket is not None:  # else it was dropped
                 self._serve(ticket)
 
@@ -234,11 +234,11 @@ class HostTransfer:
     def _give_way(self) -> None:
         """Do urgent copies in the middle of a guess."""
         with contextlib.suppress(IndexError):  # there is none (any more)
-            while (ticket := self._waiting.urgent.popleft()).slot != NOWHERE:
+            while (ticket := self.waiting.urgent.popleft()).slot != NOWHERE:
                 begin = time.perf_counter()
                 self._serve(ticket)
                 self._busy_seconds -= time.perf_counter() - begin  # counted by the guess around it
-            self._waiting.urgent.appendleft(ticket)  # a drain waits for this copy, too
+            self.waiting.urgent.appendleft(ticket)  # a drain waits for this copy, too
 
     def _copy(self, ticket: HostTicket) -> None:
         if ticket.slot == NOWHERE:

@@ -12,7 +12,7 @@ from offload.cache.trace.synthetic import MIXTRAL, Routing, synthesize
 from offload.cache.trace.trace import Trace
 
 from benchmarks.simulator.__main__ import main
-from tests.cache.chrome import check_chrome_trace
+from tests.benchmarks.chrome import check_chrome_trace
 
 
 @pytest.fixture

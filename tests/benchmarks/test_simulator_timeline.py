@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from benchmarks.simulator.timeline import Span, Timeline
-from tests.cache.chrome import check_chrome_trace
+from tests.benchmarks.chrome import check_chrome_trace
 
 
 def test_a_written_timeline_is_a_valid_trace(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def test_look_ahead_turns_a_miss_into_a_hit_and_is_counted() -> None:
     assert (counts.lookahead_guesses, counts.lookahead_loads) == (2, 2)
     assert (counts.lookahead_right, counts.lookahead_asked) == (1, 2)
     assert counts.lookahead_loads_right == 1
-    assert counts.needed_loads == 2
+    assert counts.useful_loads == 2
     assert counts.lookahead_precision == 0.5
     assert counts.lookahead_recall == 0.5
 
@@ -196,7 +196,7 @@ def test_right_guess_that_was_resident_is_not_a_right_load() -> None:
     cache.decide(1, (5,))
     counts = cache.statistics.layers[1]
     assert (counts.lookahead_right, counts.lookahead_loads_right) == (1, 0)
-    assert (counts.loads, counts.needed_loads) == (2, 1)
+    assert (counts.loads, counts.useful_loads) == (2, 1)
 
 
 def test_look_ahead_never_evicts_what_the_present_decision_uses() -> None:

@@ -147,8 +147,8 @@ class DevicePlanned:
         self._decode = decode
         self._lanes = Lanes(transfer.device)
         self._looks_ahead = looks_ahead
-        self._ahead_planned: torch.cuda.Event | None = None
-        self._ahead_here: torch.cuda.Event | None = None
+        self._guess_decided: torch.cuda.Event | None = None
+        self._guess_here: torch.cuda.Event | None = None
         self._held: tuple[Tensor, ...] = ()  # tensors that the link's lane still reads
         self._counted = [0] * len(self.counts())  # the part of the device's counts already added
 
@@ -174,13 +174,13 @@ class DevicePlanned:
             self.counts_come = False
         index = call.index.reshape(-1)  # [k]
         hits, loads = table.hits[at, : len(index)], table.loads[at, : len(index)]
-        lanes.join(self._ahead_planned)
+        lanes.join(self._guess_decided)
         table.decide(at, layer.num_experts, index)
         lanes.fork()
         with lanes.link():
             self.fetch(at, index, loads)
             loaded = lanes.mark()
-            guessed_before, held_before = self._ahead_here, self._held
+            guessed_before, held_before = self._guess_here, self._held
             self._look_ahead(layer)
         out = self._info.layout_of(at).matrices[-1].rows
         cells = call.hidden.new_zeros(len(index), out)  # [k, H]
@@ -212,10 +212,10 @@ class DevicePlanned:
             return
         index = index.reshape(-1)
         self.table.look_ahead(later.index, later.num_experts, index)
-        self._ahead_planned = self._lanes.mark()
+        self._guess_decided = self._lanes.mark()
         where = self.table.guess_loads[later.index, : len(index)]
         self.fetch(later.index, self.table.guesses[later.index, : len(index)], where)
-        self._ahead_here = self._lanes.mark()
+        self._guess_here = self._lanes.mark()
         self._held = (hidden, index)
 
     def come_together(self) -> None:
@@ -224,7 +224,7 @@ class DevicePlanned:
 
     def forget_queued(self) -> None:
         """No guess is under way, or what was queued last never happened."""
-        self._ahead_planned = self._ahead_here = None
+        self._guess_decided = self._guess_here = None
         self._held = ()
 
     def take_over(self, state: CacheState) -> None:

@@ -28,19 +28,19 @@ SLOTS, TOKENS = 5, 8
 
 @functools.cache
 def kernels_decide_rightly(device: torch.device) -> str:
-    """Why the kernels cannot be used, or ""."""
+    """Why the kernels cannot be used on `device`, or ""."""
     try:
         with launching_on(device):
-            if not _plans(device):
+            if not _decides(device):
                 return "its kernels decide otherwise than the host on this machine"
-            if not _copies(device):
+            if not _fetches(device):
                 return "its kernels copy wrongly on this machine"
     except Exception as error:  # whatever a compiler or a driver raises
         return f"its kernels do not run here: {reason(error)}"
     return ""
 
 
-def _plans(device: torch.device) -> bool:
+def _decides(device: torch.device) -> bool:
     cache = ExpertCache(SLOTS, SHAPE.layers, LFRU)
     table = Table(Places(SHAPE.layers, SHAPE.experts, SHAPE.top_k, SLOTS, "lfru"), device)
     table.upload(cache.state())
@@ -54,7 +54,7 @@ def _plans(device: torch.device) -> bool:
     return table.download().keys == cache.state().keys
 
 
-def _copies(device: torch.device) -> bool:
+def _fetches(device: torch.device) -> bool:
     pinned = device.type == "cuda"
     records = torch.arange(3 * 4096, dtype=torch.int32).view(3, -1).to(torch.uint8)
     records = records.pin_memory() if pinned else records

@@ -1,4 +1,4 @@
-"""When guessing stands back: its link is behind, and another card's link is not."""
+"""Guessing stands back while the link is behind, and each card has a link of its own."""
 
 from __future__ import annotations
 
@@ -46,19 +46,19 @@ class Guesses:
         return [later.index for later, _ in wanted]
 
 
-def test_no_guess_is_made_while_those_before_wait_for_the_link() -> None:
+def test_no_guess_is_made_while_earlier_ones_wait_for_the_link() -> None:
     guesses = Guesses(ONE, ONE, ONE)
     assert guesses.of(0) == [1, 1]
     assert guesses.of(1) == []
 
 
-def test_guesses_go_on_when_those_before_have_landed() -> None:
+def test_guesses_go_on_once_earlier_ones_have_landed() -> None:
     guesses = Guesses(ONE, ONE, ONE, landed=True)
     assert guesses.of(0) == [1, 1]
     assert guesses.of(1) == [2, 2]
 
 
-def test_each_link_is_behind_for_itself() -> None:
+def test_each_link_is_judged_by_its_own_copies() -> None:
     guesses = Guesses(ONE, ONE, OTHER, OTHER)
     assert guesses.of(0) == [1, 1]
     assert guesses.of(1) == [2, 2], "the other card's link is not behind"

@@ -31,7 +31,7 @@ def _with_staging(pack: Pack, slots: int, rows: int) -> HostTransfer:
 
 @torch.inference_mode()
 def _logits(folder: Path, monkeypatch: pytest.MonkeyPatch, way: type, **options: object) -> Tensor:
-    """Of a prompt and a step."""
+    """The logits of a prompt and of one step."""
     monkeypatch.setattr(offload.engine.engine, "compute_of", way)
     if way is Grouped:  # as on a GPU, streamed experts have rows of their own
         copied = functools.partial(_with_staging, rows=4)

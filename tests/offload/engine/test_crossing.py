@@ -69,7 +69,7 @@ def _model(model_type: str) -> tuple[PreTrainedModel, dict[str, torch.device]]:
 
 @pytest.fixture
 def crossed(monkeypatch: pytest.MonkeyPatch) -> Crossed:
-    """What was copied from one device to the other."""
+    """The tensors that were copied from one device to the other."""
     copies: Crossed = []
     copy = Crossing._copy
 
@@ -95,7 +95,7 @@ def crossed(monkeypatch: pytest.MonkeyPatch) -> Crossed:
         "lfm2_moe",  # another name of the norm
     ],
 )
-def test_every_part_is_given_what_is_on_its_device(model_type: str) -> None:
+def test_every_part_is_given_tensors_on_its_device(model_type: str) -> None:
     model, devices = _model(model_type)
     Crossing(model, devices, home=FIRST)
     with FAKE, torch.no_grad():
@@ -106,7 +106,7 @@ def test_every_part_is_given_what_is_on_its_device(model_type: str) -> None:
         assert out.logits.device == FIRST
 
 
-def test_the_kv_cache_is_where_its_layer_is() -> None:
+def test_the_kv_cache_is_on_the_device_of_its_layer() -> None:
     model, devices = _model("mixtral")
     Crossing(model, devices, home=FIRST)
     with FAKE, torch.no_grad():
@@ -114,7 +114,7 @@ def test_the_kv_cache_is_where_its_layer_is() -> None:
     assert [layer.keys.device for layer in cache.layers] == [FIRST, SECOND, SECOND]
 
 
-def test_hidden_states_cross_once_and_what_layers_share_once_a_call(crossed: Crossed) -> None:
+def test_hidden_states_cross_once_and_shared_tensors_once_a_call(crossed: Crossed) -> None:
     model, devices = _model("mixtral")
     Crossing(model, devices, home=FIRST)
     hidden, vocabulary = model.config.hidden_size, model.config.vocab_size
@@ -128,7 +128,7 @@ def test_hidden_states_cross_once_and_what_layers_share_once_a_call(crossed: Cro
     assert len(crossed) <= 6, "cos, sin, mask and positions once, not for both layers there"
 
 
-def test_what_layers_hand_on_in_a_dictionary_is_seen_by_the_next() -> None:
+def test_tensors_that_a_layer_puts_into_a_dictionary_are_seen_by_the_next() -> None:
     class Part(nn.Module):
         def forward(self, x: Tensor, shared: dict[str, Tensor]) -> Tensor:
             shared["seen"] = shared.get("seen", x) + x

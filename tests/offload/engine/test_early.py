@@ -1,4 +1,4 @@
-"""Between two layers of a prompt the link has something to do, on a played device."""
+"""Between two layers of a prompt the link copies experts early; on a fake device."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Load = Callable[..., PreTrainedModel]
 
 
 class Watched(CudaTransfer):
-    """Tells of every copy given to the link."""
+    """Keeps a list of the copies given to the link."""
 
     def watch(self) -> list[tuple[int, int]]:
         self.copies: list[tuple[int, int]] = []
@@ -72,7 +72,7 @@ def _begin_early(monkeypatch: pytest.MonkeyPatch, *, always: bool) -> None:
 
 
 def _arrive(model: PreTrainedModel) -> None:
-    """Also of copies that nobody asked for."""
+    """Wait for all copies, also for those that no step asked for."""
     offload_of(model).engine.settle()
 
 
@@ -147,7 +147,7 @@ def test_logits_are_those_without_early_copies_and_every_expert_crosses_once(
         assert [table.key_in(slot) for slot in range(slots)] == expected, "decode's cache differs"
 
 
-def test_copies_that_turn_out_to_be_of_no_use_are_counted(
+def test_early_copies_that_were_wrong_are_counted(
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _begin_early(monkeypatch, always=True)
@@ -164,9 +164,9 @@ def test_copies_that_turn_out_to_be_of_no_use_are_counted(
 def test_a_guess_on_its_way_does_not_overwrite_what_is_kept(
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(offload.transfer.cuda, "GUESSED_BYTES", 1)  # all guesses but one wait
     model = load(9, rows=8)
     engine = offload_of(model).engine
-    _transfer(model)._order._most = 1  # byte: all but one wait
     keep, slots = engine.host._keep, []
 
     def behind_guesses(call: Call, step: Step) -> None:
@@ -193,7 +193,7 @@ def test_a_guess_on_its_way_does_not_overwrite_what_is_kept(
 def test_after_ctrl_c_nothing_wrong_is_believed(
     load: Load, monkeypatch: pytest.MonkeyPatch, part: str, call: int
 ) -> None:
-    """Among experts, and between two layers' experts, where no step is under way."""
+    """Ctrl-C comes while experts are computed, or in attention, where no step is under way."""
     expected = [_last(load(5), tokens) for tokens in (1, 60)]
     model = load(5)
     engine, copies = offload_of(model).engine, _transfer(model).watch()

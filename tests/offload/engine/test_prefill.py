@@ -35,7 +35,7 @@ def _load(folder: Path, **options: Any) -> PreTrainedModel:
 
 
 def _logits(model: PreTrainedModel) -> Tensor:
-    """Of the prompt's last token and of some after it."""
+    """The logits of the prompt's last token and of some tokens after it."""
     ubatch = offload_of(model).fit.ubatch
     out, cache = forward(model, PROMPT, None, ubatch)
     logits = [out]
@@ -46,7 +46,7 @@ def _logits(model: PreTrainedModel) -> Tensor:
 
 
 def _streams(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
-    """Every load that is begun from now on: layer, expert, slot where it is at last."""
+    """A list that grows by (layer, expert, final slot) with every load that is begun."""
     begun, transfer = [], offload_of(model).engine.transfer
     start, keep = transfer.start, transfer.keep
 
@@ -90,7 +90,7 @@ def test_a_prompt_in_chunks_says_what_a_whole_one_says(model_type: str, tmp_path
         assert torch.allclose(forward(model, PROMPT, None, ubatch)[0], whole, atol=1e-4)
 
 
-def test_states_that_cannot_go_on_in_chunks_read_a_prompt_whole(tmp_path: Path) -> None:
+def test_a_model_whose_states_cannot_go_on_in_chunks_reads_a_prompt_whole(tmp_path: Path) -> None:
     save_tiny("jamba", tmp_path / "checkpoint")
     model = _load(tmp_path, expert_bits=16, ubatch_size=16, context=128)
     assert offload_of(model).fit.ubatch == 128
@@ -166,7 +166,7 @@ def test_a_smaller_ubatch_leaves_room_for_more_experts(tmp_path: Path) -> None:
         _load(tmp_path, ubatch_size=0)
 
 
-def test_bytes_are_those_that_were_copied_even_after_ctrl_c(
+def test_bytes_loaded_are_the_bytes_copied_even_after_ctrl_c(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_tiny("mixtral", tmp_path / "checkpoint")
@@ -236,7 +236,7 @@ def test_what_was_hot_is_loaded_again_after_ctrl_c(
 def test_a_thread_waits_for_the_step_that_starts_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C, then two threads: one step at a time all the same."""
+    """After Ctrl-C three threads use the model, and still one step runs at a time."""
     save_tiny("mixtral", tmp_path / "checkpoint")
     model = _load(tmp_path, expert_slots=5)
     expected = _logits(model)

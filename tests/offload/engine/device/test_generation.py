@@ -39,7 +39,7 @@ def said(steps: list[GenerationResponse]) -> list[int]:
 
 
 def counts_of(model: PreTrainedModel) -> list[LayerCounts]:
-    """What does not depend on how quick the host's copies were."""
+    """The counts that do not depend on how quick the host's copies were."""
     layers = offload_of(model).stats().layers
     return [layer.decisions() for layer in layers]
 
@@ -88,7 +88,7 @@ def test_logits_are_bit_equal(load: Load) -> None:
 
 @pytest.mark.parametrize("model_type", ["gpt_oss", "qwen3_next"])
 def test_a_fixed_kv_cache_says_what_a_growing_one_does(load: Load, model_type: str) -> None:
-    """Longer than the tiny model's sliding window."""
+    """The prompt is longer than the tiny model's sliding window."""
     model = load(model_type, "device", expert_slots=24)
     fixed = said(answer(model, tokens=4, prompt=list(range(3, 70)), temperature=0.0))
     offload_of(model).decoding = None
@@ -172,7 +172,9 @@ def test_a_step_that_broke_off_leaves_nothing_wrong(
     assert said(answer(model)) == whole
 
 
-def test_logits_that_are_not_finite_are_told(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_that_are_not_finite_raise_an_error(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = load("mixtral", "device")
     steps = stream_generate(model, None, PROMPT, max_new_tokens=4)
     next(steps)

@@ -46,8 +46,8 @@ def answer(folder: Path, engine: str, slots: int) -> tuple[list[int], Replay | N
     replay = None
     if engine == "device":
         assert isinstance(handle.decoding, Loops)
-        assert handle.decoding._loop is not None, handle.decoding.refused
-        replay = handle.decoding._loop.replay
+        assert handle.decoding.loop is not None, handle.decoding.refused
+        replay = handle.decoding.loop.replay
     handle.close()
     return said, replay
 

@@ -1,4 +1,4 @@
-"""Everything the GPU would run for a token, interpreted: plans, fetches and products."""
+"""All kernels that a GPU runs for a token, interpreted: decisions, fetches and products."""
 
 from __future__ import annotations
 
