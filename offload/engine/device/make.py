@@ -20,7 +20,7 @@ from offload.lines import reason
 from offload.quant.gpu import launching_on
 from offload.quant.pack import PackInfo
 from offload.transfer.base import Transfer
-from offload.transfer.pinning import kernels_read_registered
+from offload.transfer.memory import kernels_read_registered
 
 SHAPE = Shape("check", layers=2, experts=8, top_k=2, record_bytes=0, dense_bytes=0, expert_bits=4.0)
 SLOTS, TOKENS = 5, 8
