@@ -116,7 +116,6 @@ def _walk(matrix: MatrixLayout, matrices: int, dtype: torch.dtype) -> Constants:
     """What `quantised_gemv` is compiled for, beside dtypes and activations."""
     span, lanes = spans(matrix)
     columns = min(COLUMNS, span)
-    widths = PLANES[matrix.bits]
     most = MOST_STEPS_FLOAT32 if dtype == torch.float32 else MOST_STEPS
     return {
         **_quantised(matrix),
@@ -124,9 +123,7 @@ def _walk(matrix: MatrixLayout, matrices: int, dtype: torch.dtype) -> Constants:
         "COLUMNS": columns,
         "LANES": lanes,
         "SPLIT": splits(matrix, matrices),
-        "STEPS": tuple(range(min(most[widths[0]], span // columns))),
-        "CODES_0": tuple(range(32 // widths[0])),
-        "CODES_1": tuple(range(32 // widths[-1])),
+        "STEPS": min(most[PLANES[matrix.bits][0]], span // columns),
     }
 
 
@@ -236,7 +233,7 @@ def gemm(
     quantised_gemm[(triton.cdiv(matrix.stored_rows, height), len(blocks))](
         x, out, slots, blocks, order, *common, matrix.scale_offset, matrix.step_offset, bias_at,
         rows, matrix.stored_rows,
-        **_quantised(matrix), DTYPE=dtype, PARTS=tuple(range(parts)), CELLS=block_cells, **tile,
+        **_quantised(matrix), DTYPE=dtype, PARTS=parts, CELLS=block_cells, **tile,
         enable_fp_fusion=True,
     )  # fmt: skip
 

@@ -13,10 +13,8 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from offload.quant.kernels.gpu_triton import teach
 from triton.language import tensor
 
-teach()
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 MANTISSA = tl.constexpr(23)  # bits of a float32
 MAGIC = tl.constexpr(0x4B000000)  # 2**23 as a float: what is OR-ed into its low bits is added to it

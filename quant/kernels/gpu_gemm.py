@@ -63,14 +63,14 @@ def quantised_gemm(
     filled = at < end
     cell = tl.load(order + at, mask=filled, other=0)
     lines = x + (cell // cells_a_row).to(tl.int64)[:, None] * x_stride
-    WIDE: tl.constexpr = 64 // len(PARTS)  # rows of a tile in one operand
+    WIDE: tl.constexpr = 64 // PARTS  # rows of a tile in one operand
     n = tl.arange(0, WIDE * TILES)
     tile = tl.program_id(0) * TILES + n // WIDE
     base = n % WIDE
     live = tile * 64 < stored_rows
     weight = record + weight_at
     plane = weight + (tile.to(tl.int64) * (K * 8 * BITS))[None, :]
-    accs = [tl.zeros([CELLS, WIDE * TILES], tl.float32) for _ in PARTS]
+    accs = (tl.zeros([CELLS, WIDE * TILES], tl.float32),) * PARTS
     column = tl.arange(0, COLS)
     for start in range(0, K, COLS):
         k = start + column
@@ -80,29 +80,30 @@ def quantised_gemm(
             packed = tl.load(
                 plane + (k[:, None] * WIDE + base[None, :]), mask=live[None, :], other=0
             ).to(tl.int32)
-            codes = [(packed >> (p * BITS)) & (2**BITS - 1) for p in PARTS]
+            codes = ()
+            for p in tl.static_range(PARTS):
+                codes += ((packed >> (p * BITS)) & (2**BITS - 1),)
         else:
             high = plane + K * 8 * WIDTHS[0]
             low_codes = block_codes(plane, k, base, live, WIDTHS[0])
-            codes = [
-                low_codes | (block_codes(high, k, base, live, WIDTHS[1]) << WIDTHS[0])
-                for _ in PARTS
-            ]
-        pairs = [
-            scale_pairs(
+            codes = (low_codes | (block_codes(high, k, base, live, WIDTHS[1]) << WIDTHS[0]),)
+        pairs = ()
+        for p in tl.static_range(PARTS):
+            pair = scale_pairs(
                 record, scale_at, step_at, group, tile * 64 + p * WIDE + base, stored_rows, live,
                 SCALE_BITS, SHARED,
-            )
-            for p in PARTS
-        ]  # fmt: skip
-        weights = [
-            (codes[p] - 2 ** (BITS - 1)).to(tl.float32) * pairs[p][0][None, :]
-            + pairs[p][1][None, :]
-            for p in PARTS
-        ]
-        accs = [accs[p] + product(inputs, weights[p], DTYPE) for p in PARTS]
+            )  # fmt: skip
+            pairs += (pair,)
+        weights = ()
+        for p in tl.static_range(PARTS):
+            centred = (codes[p] - 2 ** (BITS - 1)).to(tl.float32)
+            weights += (centred * pairs[p][0][None, :] + pairs[p][1][None, :],)
+        added = ()
+        for p in tl.static_range(PARTS):
+            added += (accs[p] + product(inputs, weights[p], DTYPE),)
+        accs = added
     to = out + cell.to(tl.int64)[:, None] * rows
-    for p in tl.static_range(len(PARTS)):
+    for p in tl.static_range(PARTS):
         row = (tile * 64 + p * WIDE + base)[None, :]
         total = with_bias(accs[p], record, bias_at, row, row < rows, BIAS, DTYPE)
         tl.store(to + row, total.to(DTYPE), mask=filled[:, None] & (row < rows))

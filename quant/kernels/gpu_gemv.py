@@ -36,62 +36,69 @@ def plane_sums(
     CENTRE: tl.constexpr, SCALE_BITS: tl.constexpr, SHARED: tl.constexpr,
     GATE: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, CLAMPED: tl.constexpr,
     DTYPE: tl.constexpr, SPAN: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr,
-    SPLIT: tl.constexpr, STEPS: tl.constexpr, CODES: tl.constexpr,
+    SPLIT: tl.constexpr, STEPS: tl.constexpr,
 ) -> Any:  # fmt: skip
     """The sums [2 * WIDTH] of each code of the plane's words."""
     WORDS: tl.constexpr = 2 * WIDTH
     SPANS: tl.constexpr = K // SPAN
+    CODES: tl.constexpr = 32 // WIDTH  # in a word
     span_lane = tl.arange(0, LANES)
     column = tl.arange(0, COLUMNS)
     word = tl.arange(0, WORDS)
     zero = tl.zeros([LANES, COLUMNS, WORDS], tl.float32)
-    outs = [zero for _ in CODES]
+    outs = (zero,) * CODES
     for start in range(first * LANES, SPANS, SPLIT * LANES):
         span = start + span_lane
         live = span < SPANS
         here = live[:, None, None]
         group = ((span * SPAN) // GROUP)[:, None, None]
         row = tile * 64 + word[None, None, :] * 4
-        pairs = [
-            scale_pairs(
+        pairs = ()
+        for c in tl.static_range(CODES):
+            pair = scale_pairs(
                 record, scale_at, step_at, group,
                 row + (c * WIDTH // 8 + (c * WIDTH % 8) // WIDTH * (8 * WIDTH)),
                 stored_rows, here, SCALE_BITS, SHARED,
-            )
-            for c in CODES
-        ]  # fmt: skip
+            )  # fmt: skip
+            pairs += (pair,)
         sums = tl.zeros([LANES, COLUMNS, 1], tl.float32)
-        accs = [zero for _ in CODES]
+        accs = (zero,) * CODES
         begin = span[:, None] * SPAN + column[None, :]
         column_words = plane + (begin[:, :, None] * WORDS + word[None, None, :])
-        for step in range(0, SPAN, COLUMNS * len(STEPS)):
-            # All loads of weights first: what they wait for is hidden behind the inputs and sums.
-            words = [
-                tl.load(
-                    column_words + (step + u * COLUMNS) * WORDS, mask=here, other=0
-                )
-                for u in STEPS
-            ]  # fmt: skip
-            inputs = [
-                load_inputs(
+        for step in range(0, SPAN, COLUMNS * STEPS):
+            # All loads of weights come first: loading inputs and summing hide their latency.
+            words = ()
+            for u in tl.static_range(STEPS):
+                at = column_words + (step + u * COLUMNS) * WORDS
+                words += (tl.load(at, mask=here, other=0),)
+            inputs = ()
+            for u in tl.static_range(STEPS):
+                part = load_inputs(
                     x, begin + step + u * COLUMNS, live[:, None], limit, alpha,
                     K, GATE, GATED, INTERLEAVED, CLAMPED, DTYPE,
-                )[:, :, None]
-                for u in STEPS
-            ]  # fmt: skip
-            for u in tl.static_range(len(STEPS)):
+                )  # fmt: skip
+                inputs += (part[:, :, None],)
+            for u in tl.static_range(STEPS):
                 sums += inputs[u]
-                accs = [
-                    accs[c] + centred(words[u], magic, CENTRE, c * WIDTH, WIDTH) * inputs[u]
-                    for c in CODES
-                ]
+                added = ()
+                for c in tl.static_range(CODES):
+                    code = centred(words[u], magic, CENTRE, c * WIDTH, WIDTH)
+                    added += (accs[c] + code * inputs[u],)
+                accs = added
         if LOW == 0:
-            outs = [outs[c] + sums * pairs[c][1] for c in CODES]
-        outs = [
-            outs[c] + accs[c] * (pairs[c][0] * (2.0**LOW * code_weight(c * WIDTH, WIDTH)))
-            for c in CODES
-        ]
-    return [tl.sum(tl.sum(outs[c], 0), 0) for c in CODES]
+            shifted = ()
+            for c in tl.static_range(CODES):
+                shifted += (outs[c] + sums * pairs[c][1],)
+            outs = shifted
+        scaled = ()
+        for c in tl.static_range(CODES):
+            scale = pairs[c][0] * (2.0**LOW * code_weight(c * WIDTH, WIDTH))
+            scaled += (outs[c] + accs[c] * scale,)
+        outs = scaled
+    totals = ()
+    for c in tl.static_range(CODES):
+        totals += (tl.sum(tl.sum(outs[c], 0), 0),)
+    return totals
 
 
 @triton.jit
@@ -119,7 +126,7 @@ def quantised_gemv(
     SHARED: tl.constexpr, BIAS: tl.constexpr, GATE: tl.constexpr, GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr, CLAMPED: tl.constexpr, DTYPE: tl.constexpr, SPAN: tl.constexpr,
     COLUMNS: tl.constexpr, LANES: tl.constexpr, SPLIT: tl.constexpr, STEPS: tl.constexpr,
-    WIDTHS: tl.constexpr, CODES_0: tl.constexpr, CODES_1: tl.constexpr,
+    WIDTHS: tl.constexpr,
 ) -> None:  # fmt: skip
     """out [S, N], or [SPLIT * planes, S, N] float32 where there is more than one part."""
     tile = tl.program_id(0)
@@ -140,7 +147,7 @@ def quantised_gemv(
         totals = plane_sums(
             row_x, record, words, tile, part, magic, scale_at, step_at, stored_rows, limit, alpha,
             K, GROUP, 0, WIDTH, 2 ** (BITS - 1), SCALE_BITS, SHARED, GATE, GATED,
-            INTERLEAVED, CLAMPED, DTYPE, SPAN, COLUMNS, LANES, SPLIT, STEPS, CODES_0,
+            INTERLEAVED, CLAMPED, DTYPE, SPAN, COLUMNS, LANES, SPLIT, STEPS,
         )  # fmt: skip
         FINAL: tl.constexpr = len(WIDTHS) * SPLIT == 1
         store_sums(totals, place, tile, rows, record, bias_at, WIDTH, FINAL, BIAS, DTYPE)
@@ -150,7 +157,7 @@ def quantised_gemv(
             row_x, record, words + K * 2 * WIDTH, tile, part - SPLIT, magic,
             scale_at, step_at, stored_rows, limit, alpha,
             K, GROUP, WIDTH, HIGH, 0, SCALE_BITS, SHARED, GATE, GATED,
-            INTERLEAVED, CLAMPED, DTYPE, SPAN, COLUMNS, LANES, SPLIT, STEPS, CODES_1,
+            INTERLEAVED, CLAMPED, DTYPE, SPAN, COLUMNS, LANES, SPLIT, STEPS,
         )  # fmt: skip
         store_sums(high, place, tile, rows, record, bias_at, HIGH, False, BIAS, DTYPE)
 
