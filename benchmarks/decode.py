@@ -35,8 +35,8 @@ SMALL = "experts=4,attention=4,head=6"
 @torch.inference_mode()
 def step(model: PreTrainedModel, ids: torch.Tensor, cache: Any) -> Any:
     """The KV cache after `ids` [1, T]. The same call for transformers' model and for ours."""
-    out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return out.past_key_values
+    out = model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1)
+    return out.cache
 
 
 def prefill(model: PreTrainedModel, ids: torch.Tensor) -> float:

@@ -80,11 +80,11 @@ class TorchModel:
         with torch.inference_mode():
             out = self._model(
                 input_ids=torch.tensor([ids]),
-                past_key_values=self._cache,
+                cache=self._cache,
                 use_cache=True,
                 logits_to_keep=1,
             )
-        self._cache, self._logits = out.past_key_values, out.logits
+        self._cache, self._logits = out.cache, out.logits
 
 
 class LlamaCppModel:

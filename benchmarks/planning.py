@@ -1,7 +1,8 @@
-"""What deciding costs: processor microseconds of `ExpertCache.plan` a layer, for every policy.
+"""What deciding costs: processor microseconds of `ExpertCache.decide` a layer, for every policy.
 
-48 layers of 128 experts, top-8, a quarter resident. Choices are drawn so that they repeat as those
-of real models do: each layer prefers some experts (Zipf) and keeps part of the token's before.
+The model has 48 layers of 128 experts, top-8, and a quarter of them is resident. The choices repeat
+as those of real models do: each layer prefers some experts (Zipf) and keeps a part of the choice
+that it made for the token before.
 
     python benchmarks/planning.py [--tokens 300]
 """
@@ -13,12 +14,11 @@ import random
 import time
 from statistics import median
 
-from offload.cache.allocation import ALLOCATIONS
 from offload.cache.cache import ExpertCache
-from offload.cache.policies import POLICIES
+from offload.cache.trace.replay import REPLAYED
 
 LAYERS, EXPERTS, TOP_K = 48, 128, 8
-KEPT = 0.45  # of a choice is as at the token before
+KEPT = 0.45  # share of a choice that repeats the token before
 
 
 def choices(tokens: int, seed: int = 0) -> list[list[list[int]]]:
@@ -46,19 +46,18 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=300)
     tokens = choices(parser.parse_args().tokens)
     slots = LAYERS * EXPERTS // 4
-    print("| allocation | policy | us a layer, median token | hits |\n| --- | --- | ---: | ---: |")
-    for allocation in ALLOCATIONS:
-        for name, policy in POLICIES.items():
-            cache = ExpertCache(slots, LAYERS, policy, allocation)
-            seconds = []
-            for token in tokens:
-                begin = time.thread_time()
-                for layer, experts in enumerate(token):
-                    cache.plan(layer, experts)
-                seconds.append((time.thread_time() - begin) / LAYERS)
-            cost = median(seconds[len(seconds) // 4 :]) * 1e6
-            hits = cache.statistics.total().hit_rate
-            print(f"| {allocation} | {name} | {cost:.1f} | {hits:.1%} |", flush=True)
+    print("| policy | us a layer, median token | hits |\n| --- | ---: | ---: |")
+    for name, policy in REPLAYED.items():
+        cache = ExpertCache(slots, LAYERS, policy)
+        seconds = []
+        for token in tokens:
+            begin = time.thread_time()
+            for layer, experts in enumerate(token):
+                cache.decide(layer, experts)
+            seconds.append((time.thread_time() - begin) / LAYERS)
+        cost = median(seconds[len(seconds) // 4 :]) * 1e6
+        hits = cache.statistics.total().hit_rate
+        print(f"| {name} | {cost:.1f} | {hits:.1%} |", flush=True)
 
 
 if __name__ == "__main__":

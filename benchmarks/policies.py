@@ -1,6 +1,7 @@
 """Hit rates of every policy and allocation on the recorded demo traces, Belady's ceiling beside.
 
-Then the same with look-ahead. Prints tables, writes JSON. Plain Python: no model is loaded.
+Then the same with look-ahead. What lost in these tables, and is no longer part of the product, is
+in `benchmarks/losers.py`. Prints tables, writes JSON. Plain Python: no model is loaded.
 
     python benchmarks/policies.py [--traces FOLDER] [--output benchmarks/results/NAME.json]
 """
@@ -8,45 +9,88 @@ Then the same with look-ahead. Prints tables, writes JSON. Plain Python: no mode
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from offload.cache.allocation import ALLOCATIONS
-from offload.cache.guesses import MOST_AHEAD, PREDICTORS
-from offload.cache.policies import POLICIES
+from losers import FIFO, MOST_AHEAD, PREDICTORS, SLRU, Guesser, QuotaCache
+from offload.cache.cache import ExpertCache
+from offload.cache.interface import Cache
+from offload.cache.policies import HALF_LIFE, LFRU, Policy
 from offload.cache.trace.file import read
-from offload.cache.trace.replay import BELADY, NONE, Setup, replay
-from offload.cache.trace.trace import Trace
+from offload.cache.trace.replay import (
+    BELADY,
+    NONE,
+    REPLAYED,
+    OnePool,
+    Setup,
+    make_cache,
+    replay_with,
+)
+from offload.cache.trace.trace import Event, Guess, Trace
 
 HERE = Path(__file__).parent
 SHARES = (0.10, 0.25, 0.50, 0.75)
+POLICIES: dict[str, Callable[[], Policy]] = {**REPLAYED, "slru": SLRU, "fifo": FIFO}
 
 
-def measure(traces: dict[str, Trace], setup: Setup) -> dict[str, Any]:
-    """Figures of one setup on each trace."""
-    outcomes = {name: replay(trace, setup) for name, trace in traces.items()}
+def with_one_pool(slots: int, layers: int, policy: Callable[[], Policy]) -> ExpertCache:
+    """One pool for all layers, whose clock advances at every step of a layer."""
+    if policy is LFRU:
+        policy = functools.partial(LFRU, HALF_LIFE * layers)
+    return ExpertCache(slots, layers, policy, OnePool)
+
+
+ALLOCATIONS: dict[str, Callable[[int, int, Callable[[], Policy]], ExpertCache]] = {
+    "shared": ExpertCache,
+    "global": with_one_pool,
+    "quota": QuotaCache,
+}
+
+
+def measure(
+    traces: dict[str, Trace],
+    slots: int,
+    policy: str,
+    allocation: str = "shared",
+    predictor: str = NONE,
+    ahead: int = 0,
+) -> dict[str, Any]:
+    """The figures of one way to run a cache, on each trace."""
+    hits, counts, loads = {}, [], []
+    for name, trace in traces.items():
+        setup = Setup(slots, policy if policy == BELADY else "lru")  # says whether all may evict
+        layers = trace.header.layers
+        cache: Cache
+        if policy == BELADY:
+            cache = make_cache(trace, setup)
+        else:
+            cache = ALLOCATIONS[allocation](slots, layers, POLICIES[policy])
+        guess: Callable[[Event], Iterable[Guess]] = (
+            (lambda _: ()) if predictor == NONE else Guesser(predictor, ahead, layers)
+        )
+        replay_with(trace, cache, setup, guess)
+        counts.append(cache.statistics.total())
+        hits[name] = round(counts[-1].hit_rate, 4)
+        loads.append(counts[-1].loads / trace.tokens)
     row: dict[str, Any] = {
-        "slots": setup.slots,
-        "policy": setup.policy,
-        "allocation": setup.allocation,
-        "lookahead": setup.lookahead,
-        "layers_ahead": setup.ahead if setup.lookahead != NONE else 0,
-        "hit_rate": {name: round(o.counts.hit_rate, 4) for name, o in outcomes.items()},
-        "loads_per_token": round(fmean(o.loads_per_token for o in outcomes.values()), 2),
+        "slots": slots,
+        "policy": policy,
+        "allocation": allocation,
+        "lookahead": predictor,
+        "layers_ahead": ahead,
+        "hit_rate": hits,
+        "loads_per_token": round(fmean(loads), 2),
     }
-    if setup.lookahead != NONE:
-        counts = [o.counts for o in outcomes.values()]
+    if predictor != NONE:
         row["precision"] = round(fmean(c.lookahead_precision for c in counts), 4)
         row["recall"] = round(fmean(c.lookahead_recall for c in counts), 4)
-        row["loads_right"] = round(
-            sum(c.lookahead_loads_right for c in counts)
-            / max(1, sum(c.lookahead_loads for c in counts)),
-            4,
-        )
-    row["mean_hit_rate"] = round(fmean(row["hit_rate"].values()), 4)
+        right = sum(c.lookahead_loads_right for c in counts)
+        row["loads_right"] = round(right / max(1, sum(c.lookahead_loads for c in counts)), 4)
+    row["mean_hit_rate"] = round(fmean(hits.values()), 4)
     return row
 
 
@@ -81,13 +125,13 @@ def main() -> None:
     rows, guessed = [], []
     for share in SHARES:
         slots = round(share * total)
-        ceiling = measure(traces, Setup(slots, BELADY))
+        ceiling = measure(traces, slots, BELADY)
         rows.append(ceiling)
         for allocation in ALLOCATIONS:
-            rows += [measure(traces, Setup(slots, policy, allocation)) for policy in POLICIES]
+            rows += [measure(traces, slots, policy, allocation) for policy in POLICIES]
         guessed.append(ceiling)
         guessed += [
-            measure(traces, Setup(slots, "lfru", "shared", predictor, ahead))
+            measure(traces, slots, "lfru", "shared", predictor, ahead)
             for predictor in PREDICTORS
             for ahead in range(1, MOST_AHEAD + 1)
         ]

@@ -30,7 +30,7 @@ from offload import OffloadError
 from offload.bench.sample import real_text
 from offload.engine.handle import offload_of
 from offload.progress import Ticker
-from offload.quality.check import Recording, Source, compare, record
+from offload.quality.check import LogitsRecord, ModelLoader, compare_with_record, record_logits
 from offload.quality.prompts import read_prompts
 from offload.quality.scoring import Sliding, Text, measure_perplexity, prefix_of
 
@@ -67,7 +67,7 @@ def load(source: str, setting: str, packs: Path) -> tuple[PreTrainedModel, Any]:
     return offload.load(source, bits=setting, pack_dir=packs)
 
 
-def measure(setting: str, source: str, recording: Recording, tokens: int) -> dict[str, Any]:
+def measure(setting: str, source: str, record: LogitsRecord, tokens: int) -> dict[str, Any]:
     """One row; its pack is gone afterwards."""
     figures: dict[str, Any] = {}
 
@@ -90,21 +90,21 @@ def measure(setting: str, source: str, recording: Recording, tokens: int) -> dic
 
     with tempfile.TemporaryDirectory(prefix="offload-quality-") as packs:
         begin = time.perf_counter()
-        result = compare(Source(setting, load_and_score), recording)
+        result = compare_with_record(ModelLoader(setting, load_and_score), record)
         figures["seconds"] = time.perf_counter() - begin
     return {"setting": setting, **figures, "check": result.to_json()}
 
 
 @contextlib.contextmanager
-def record_reference(source: str) -> Iterator[Recording]:
+def record_reference(source: str) -> Iterator[LogitsRecord]:
     """What all rows are compared with; its pack is gone when it has been run."""
     with tempfile.TemporaryDirectory(
         prefix="offload-quality-", ignore_cleanup_errors=True
     ) as packs:
-        reference = Source(REFERENCE, lambda: load(source, REFERENCE, Path(packs)))
-        with record(reference, read_prompts(), SLIDING) as recording:
+        reference = ModelLoader(REFERENCE, lambda: load(source, REFERENCE, Path(packs)))
+        with record_logits(reference, read_prompts(), SLIDING) as record:
             shutil.rmtree(packs)
-            yield recording
+            yield record
 
 
 def row(result: dict[str, Any]) -> str:
@@ -161,12 +161,12 @@ def main() -> None:
 
     now = conditions(arguments)
     done = {result["setting"]: result for result in earlier(arguments.output, now)}
-    with record_reference(arguments.source) as recording:
+    with record_reference(arguments.source) as record:
         for setting in arguments.only or SETTINGS:
             if setting in done:
                 continue
             try:
-                done[setting] = measure(setting, arguments.source, recording, arguments.tokens)
+                done[setting] = measure(setting, arguments.source, record, arguments.tokens)
             except OffloadError as error:  # such as bits that this version does not have
                 done[setting] = {"setting": setting, "skipped": str(error)}
             print(row(done[setting]), file=sys.stderr)

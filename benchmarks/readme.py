@@ -1,8 +1,9 @@
-"""The pages' pasted output, made again: `python benchmarks/readme.py [WORDS]`.
+"""Runs the commands whose output the pages show: `python benchmarks/readme.py [WORD ...]`.
 
-A block between `<!-- $ COMMAND -->` and `<!-- end -->` is what that command of ours writes to
-stdout, in 80 columns; with WORDS only commands with one of them are run. Of hub models they find
-config and index in a hub's cache made from tests/published.py, which is what they would fetch.
+A block between `<!-- $ COMMAND -->` and `<!-- end -->` is replaced by what COMMAND writes to stdout
+in 80 columns, or by its first N lines if COMMAND ends with `| head -N`. With WORDs, only commands
+that contain one of them are run. For a hub model, config and index come from a cache that is made
+from tests/published.py and holds what a command would fetch.
 """
 
 from __future__ import annotations
@@ -17,14 +18,15 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-HUB = {"Mixtral-8x7B": "mistralai/Mixtral-8x7B-v0.1"}  # published models that commands name
+HUB = {"Mixtral-8x7B": "mistralai/Mixtral-8x7B-v0.1"}  # the hub models that commands name
 PAGES = (ROOT / "README.md", ROOT / "docs/doctor.md")
 BLOCK = re.compile(r"(<!-- \$ (offload [^\n]*) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def output(command: str, folder: Path) -> str:
     """What `command` writes, as a block of Markdown."""
-    words = [sys.executable, "-m", "cli", *shlex.split(command)[1:]]
+    ours, _, most = command.partition(" | head -")
+    words = [sys.executable, "-m", "cli", *shlex.split(ours)[1:]]
     environment = {**os.environ, "COLUMNS": "80", "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
     if any(name in command for name in HUB.values()):
         environment |= {"HF_HUB_CACHE": str(folder), "HF_HUB_OFFLINE": "1"}
@@ -32,14 +34,14 @@ def output(command: str, folder: Path) -> str:
     done = subprocess.run(words, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(f"{command}: exit code {done.returncode}")
-    text = done.stdout.rstrip()
-    if text.startswith("|"):  # a table of Markdown
+    text = "\n".join(done.stdout.splitlines()[: int(most) if most else None]).rstrip()
+    if text.startswith("|"):  # a Markdown table
         return f"\n{text}\n\n"
     return f"```\n$ {command}\n{text}\n```\n"
 
 
 def write_cache(folder: Path) -> None:
-    """A hub's cache with config and index of the models in `HUB`, as bfloat16 is published."""
+    """Make `folder` a hub cache with config and index of the models in `HUB`, in bfloat16."""
     sys.path.insert(0, str(ROOT))
     from tests.published import PUBLISHED
 

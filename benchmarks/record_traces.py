@@ -13,7 +13,6 @@ import argparse
 from pathlib import Path
 
 import torch
-from offload.cache.guesses import MOST_AHEAD
 from offload.cache.trace.file import read, write
 from offload.cache.trace.trace import Trace
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,6 +24,7 @@ from offload.loading import routers
 
 TRACES = Path(__file__).parent / "traces"
 FED_PROMPT, FED_TOKENS = 64, 300
+NOTED_LAYERS = 3  # routers of so many later layers are asked
 CHAT = (
     "Why is the sky blue?",
     "And why is it red in the evening?",
@@ -88,7 +88,7 @@ def main() -> None:
     handle.engine.watch_routers(model, routers(model, handle.pack.info))
     for name in ("chat", "code", "prose", "hebrew"):
         path = folder / f"{name}.trace"
-        handle.record(path, noted_layers=MOST_AHEAD)
+        handle.record(path, noted_layers=NOTED_LAYERS)
         match name:
             case "chat":
                 converse(model, tokenizer, CHAT)

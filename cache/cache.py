@@ -1,30 +1,27 @@
-"""The expert cache: decides hits, loads, evictions, waves and look-ahead loads.
-
-Knows: which keys are resident, in use and guessed. Does not know: bytes, tensors, clocks, threads:
-the same calls lead to the same decisions, live and in a replay.
-"""
+"""The expert cache: decides hits, loads, evictions, waves and look-ahead loads."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Container, Sequence
 
-from offload.cache.allocation import ALLOCATIONS, Allocation
+from offload.cache.decision import CacheState, Decision, Use, Wave
+from offload.cache.eviction import LayerPools
 from offload.cache.guesses import Trust
 from offload.cache.heat import Heat
-from offload.cache.plan import CacheState, Plan, Use, Wave
-from offload.cache.policy import Key, Policy
+from offload.cache.policies import Key, Policy
 from offload.cache.slots import SlotTable
 from offload.cache.statistics import Statistics
 
-PROMPT_WEIGHT = 0.25  # of a prompt's use; a generated token's counts 1
+PROMPT_WEIGHT = 0.25  # what a use by a prompt counts; one by a generated token counts 1
 
 
 class ExpertCache:
-    """Slots shared by all layers under one policy and one allocation.
+    """Slots that all layers share under one eviction policy.
 
-    `plan` is called once a step; what it names is in use until the next call. What `look_ahead`
-    named stays until the step it was guessed for. Neither is evicted meanwhile.
+    `decide` is called once a step. The experts it names are in use until the next call, and the
+    experts that `look_ahead` names stay until the step they were guessed for: neither are evicted
+    meanwhile. The same calls lead to the same decisions, in a live run and in a replay.
     """
 
     def __init__(
@@ -32,33 +29,37 @@ class ExpertCache:
         slots: int,
         layers: int,
         policy: Callable[[], Policy],
-        allocation: str = "shared",
+        pools: Callable[[int, Callable[[], Policy]], LayerPools] = LayerPools,
     ) -> None:
+        """Raises `ValueError` for fewer than one slot. `pools` is another than `LayerPools` only in
+        replays that compare ways to choose a victim."""
         self.table = SlotTable(slots)
         self.least_slots = 1
         self.statistics = Statistics(layers)
         self.heat = Heat(layers)
-        self._make = functools.partial(ALLOCATIONS[allocation], layers=layers, policy=policy)
-        self._allocation: Allocation = self._make(slots)
+        self._new_pools = functools.partial(pools, layers, policy)
+        self._pools = self._new_pools()
         self._trust = Trust(layers)
-        self._keep: set[Key] = set()  # in use, or guessed
+        self._keep: set[Key] = set()  # keys in use, and guessed ones that are resident
         self._in_use: list[Key] = []
-        self._guesses: dict[int, _Guess] = {}  # of a layer's next step
-        self._useless: dict[Key, None] = {}  # loaded by a wrong guess, not asked for since
+        self._guesses: dict[int, _Guess] = {}  # layer -> what was guessed for its next step
+        # Keys that a wrong guess loaded and nobody asked for since: the first to leave, in order.
+        self._useless: dict[Key, None] = {}
 
-    def plan(
+    def decide(
         self,
         layer: int,
         experts: Sequence[int],
         *,
         prompt: bool = False,
         admit: int | None = None,
-    ) -> Plan:
+    ) -> Decision:
         """Decide how the distinct `experts` of `layer` are served.
 
-        Residents come first. Of what is missing the last `admit` of `experts` may evict; the
-        others get free slots, as far as there are any, or are streamed. With None all may, and what
-        does not fit waits for a later wave, which takes over the slots of the wave before it.
+        Residents come first. Of the misses those among the last `admit` of `experts` may evict
+        others; the rest get free slots as long as there are any, and are streamed otherwise. With
+        `admit` None all misses may evict, and misses that do not fit wait for a later wave, which
+        takes over the slots of the wave before it.
         """
         self._release()
         weight = PROMPT_WEIGHT if prompt else 1.0
@@ -76,7 +77,7 @@ class ExpertCache:
                 hits.append(use)
                 self._in_use.append(key)
         self._keep.update(self._in_use)
-        self._allocation.use(layer, self._in_use, weight)
+        self._pools.use(layer, self._in_use, weight)
         if self._useless:
             for key in self._in_use:
                 self._useless.pop(key, None)
@@ -85,21 +86,24 @@ class ExpertCache:
         counts.hits += len(hits)
         counts.misses += len(missing)
         if not missing:
-            return Plan(layer, (Wave(tuple(hits), ()),) if hits else ())
+            return Decision(layer, (Wave(tuple(hits), ()),) if hits else ())
         if admit is None:
-            return Plan(layer, self._waves(layer, hits, missing, weight))
+            return Decision(layer, self._waves(layer, hits, missing, weight))
         last = set(keys[max(0, len(keys) - admit) :])
         loads = self._admit(layer, missing, last, weight)
         placed = {use.expert for use in loads}
         streamed = tuple(expert for _, expert in missing if expert not in placed)
         counts.streamed += len(streamed)
         waves = (Wave(tuple(hits), loads),) if hits or loads else ()
-        return Plan(layer, waves, streamed)
+        return Decision(layer, waves, streamed)
 
     def _admit(
         self, layer: int, missing: list[Key], last: set[Key], weight: float
     ) -> tuple[Use, ...]:
-        """Load what may evict, and what finds room without; the later asked for goes first."""
+        """Load the `missing` keys that may evict (`last`) and those that find room without.
+
+        Where slots are few, keys of `last` come before the others, and later keys before earlier.
+        """
         slots = self._take_slots(layer, len(missing), evict=sum(key in last for key in missing))
         wanted = sorted(missing, key=last.__contains__)  # a stable sort: `last` comes last
         taken = wanted[len(wanted) - len(slots) :]
@@ -108,14 +112,14 @@ class ExpertCache:
         return self._place(layer, taken, slots, weight)
 
     def _release(self) -> None:
-        """The step before is over: what it used may leave again."""
+        """The step before is over, so the keys it used may leave again."""
         if self._in_use:
             self._keep.difference_update(self._in_use)
-            self._allocation.changed(self._in_use[0][0])
+            self._pools.changed(self._in_use[0][0])
             self._in_use.clear()
 
     def _judge(self, layer: int, guess: _Guess, experts: Sequence[int]) -> None:
-        """Compare what was guessed for this step with what it asks for."""
+        """Compare the guess made for this step with the experts the step asks for."""
         counts = self.statistics.layers[layer]
         right = guess.experts.intersection(experts)
         absent_right = guess.absent.intersection(experts)
@@ -130,6 +134,7 @@ class ExpertCache:
     def _waves(
         self, layer: int, hits: list[Use], missing: list[Key], weight: float
     ) -> tuple[Wave, ...]:
+        """The waves of a step whose misses may all evict."""
         waves = []
         done = hits  # uses whose slots the next wave may take over
         first_hits = tuple(hits)
@@ -148,28 +153,24 @@ class ExpertCache:
         return tuple(waves)
 
     def _take_slots(self, layer: int, count: int, *, evict: int) -> list[int]:
-        """At most `count` slots for keys of `layer`: free ones, useless ones, and as far as these
-        are fewer than `evict`, victims'."""
+        """At most `count` slots for keys of `layer`.
+
+        Free slots come first, then those of useless keys, then as many victims' slots as are
+        needed for `evict` slots in all.
+        """
         slots: list[int] = []
-        if self.table.has_free():
-            room = min(count, self._allocation.room(layer))
-            while len(slots) < room and (slot := self.table.take_free()) is not None:
-                slots.append(slot)
+        while len(slots) < count and (slot := self.table.take_free()) is not None:
+            slots.append(slot)
         if len(slots) < count and self._useless:
-            pooled = self._allocation.pooled
-            useless = [
-                key
-                for key in self._useless
-                if key not in self._keep and (pooled or key[0] == layer)
-            ]
+            useless = [key for key in self._useless if key not in self._keep]
             slots += self._evict(layer, useless[: count - len(slots)])
         if len(slots) < evict:
-            victims = self._allocation.evict(layer, evict - len(slots), self._keep)
+            victims = self._pools.evict(layer, evict - len(slots), self._keep)
             slots += self._vacate(layer, victims)
         return slots
 
     def _take_over(self, layer: int, done: Sequence[Use]) -> list[int]:
-        """The slots of uses that are over."""
+        """The slots of the uses in `done`, which are over."""
         keys = [(layer, use.expert) for use in done]
         assert keys, "a wave without a slot"
         self._in_use = [key for key in self._in_use if key not in keys]
@@ -179,21 +180,21 @@ class ExpertCache:
     def look_ahead(self, layer: int, experts: Sequence[int], most: int) -> tuple[Use, ...]:
         """Choose which guessed `experts` of a later `layer` to load now, at most `most` of them.
 
-        Evicts neither what is in use nor what is guessed, always leaves one slot that `plan` can
-        have at once, and evicts nothing useful for a layer whose guesses do not come true.
+        Keys that are in use or guessed are not evicted, and one slot is always left that `decide`
+        can have at once. For a layer whose guesses do not come true nothing useful is evicted.
         """
         guess = _Guess(experts)
         self._replace_guess(layer, guess)
         absent = [(layer, expert) for expert in experts if (layer, expert) not in self.table]
         guess.absent |= {key[1] for key in absent}
+        self._pools.changed(layer)
         if not self._trust.may_load(layer):
             return ()
-        self._allocation.changed(layer)
         spare = self.table.slots - 1 - (len(self._keep) - len(self._in_use))
         for expert in experts:
             key = (layer, expert)
             if spare > 0 and key in self.table and key not in self._keep:
-                self._keep.add(key)  # not to be evicted before it is asked for
+                self._keep.add(key)  # it must not leave before its step
                 spare -= 1
         count = min(most, len(absent), spare)
         if count < 1:
@@ -207,7 +208,11 @@ class ExpertCache:
         return loads
 
     def _replace_guess(self, layer: int, guess: _Guess) -> None:
-        """A guess made later, nearer to the step, takes over what was loaded for the earlier."""
+        """Note `guess` for the next step of `layer`.
+
+        An earlier guess for the same step is replaced, for example when a forward pass broke off
+        between two layers. What it loaded is useless unless it is guessed again.
+        """
         before = self._guesses.get(layer)
         self._guesses[layer] = guess
         if before is None:
@@ -220,7 +225,7 @@ class ExpertCache:
 
     def warm(self, layer: int, expert: int) -> Use | None:
         """Load an expert that was hot in an earlier run, if there is a free slot."""
-        if (layer, expert) in self.table or not self._allocation.room(layer):
+        if (layer, expert) in self.table:
             return None
         slot = self.table.take_free()
         if slot is None:
@@ -229,9 +234,12 @@ class ExpertCache:
         return self._place(layer, [(layer, expert)], [slot], 1.0)[0]
 
     def clear(self) -> None:
-        """Forget what is where; counts stay. For a step that broke off at any point."""
+        """Forget which slot holds which key, after a step that broke off at any point.
+
+        Counts stay, and so does what was learnt about keys and guesses.
+        """
         self.table = SlotTable(self.table.slots)
-        self._allocation.clear()
+        self._pools.clear()
         self._keep.clear()
         self._in_use.clear()
         self._guesses.clear()
@@ -240,13 +248,13 @@ class ExpertCache:
             counts.requests = counts.hits + counts.misses
 
     def forget(self) -> None:
-        """`clear`, and begin anew with what was learnt about keys and guesses; heat stays."""
+        """`clear`, and also forget what was learnt about keys and guesses; heat stays."""
         self.clear()
-        self._allocation = self._make(self.table.slots)
+        self._pools = self._new_pools()
         self._trust = Trust(len(self.heat))
 
     def resize(self, slots: int) -> None:
-        """Have `slots` from now on, all of them empty: `forget`."""
+        """Have `slots` slots from now on, all of them empty, and `forget`."""
         self.table = SlotTable(slots)
         self.forget()
 
@@ -256,11 +264,11 @@ class ExpertCache:
     def _evict(self, layer: int, keys: Sequence[Key]) -> list[int]:
         """The slots of `keys`, which make way for keys of `layer`."""
         for key in keys:
-            self._allocation.remove(key)
+            self._pools.remove(key)
         return self._vacate(layer, keys)
 
     def _vacate(self, layer: int, keys: Sequence[Key]) -> list[int]:
-        """The slots of `keys`, which the allocation gave up for `layer`."""
+        """The slots of `keys`, which have left the pools to make way for keys of `layer`."""
         self.statistics.layers[layer].evictions += len(keys)
         if self._useless:
             for key in keys:
@@ -271,29 +279,30 @@ class ExpertCache:
         self, layer: int, keys: Sequence[Key], slots: Sequence[int], weight: float
     ) -> tuple[Use, ...]:
         """Put `keys` of `layer` into as many slots."""
-        self._allocation.insert(layer, keys, weight)
+        self._pools.insert(layer, keys, slots, weight)
         put = self.table.put
         return tuple([put(key, slot) for key, slot in zip(keys, slots, strict=True)])
 
     def state(self) -> CacheState:
-        """Everything decisions depend on, between two tokens; counts are not part of it."""
+        """Everything that decisions depend on, between two tokens; counts are not part of it."""
         self._release()
         assert not self._keep, "a token is under way"
         return CacheState(
             tuple(self.table.key_in(slot) for slot in range(self.table.slots)),
-            self._allocation.states(),
+            self._pools.states(),
             tuple(self._useless),
             tuple(self._trust.mean),
             self.heat.states(),
         )
 
     def adopt(self, state: CacheState) -> None:
-        """Go on from `state`, which this cache or one elsewhere came to."""
+        """Go on from `state`, which this cache or another one came to."""
         self._keep.clear()
         self._in_use.clear()
         self._guesses.clear()
         self.table.adopt(state.keys)
-        self._allocation.adopt(state.pools, self.table)
+        slots = {key: slot for slot, key in enumerate(state.keys) if key is not None}
+        self._pools.adopt(state.pools, slots)
         self._useless = dict.fromkeys(state.useless)
         self._trust.mean = list(state.trust)
         self.heat.adopt(state.heat)
@@ -301,32 +310,26 @@ class ExpertCache:
     def check_integrity(self) -> None:
         """Raise `AssertionError` when the parts contradict each other."""
         self.table.check_integrity()
-        order = list(self._allocation.keys())
-        assert len(order) == len(self.table), "policy and table disagree"
-        assert all(key in self.table for key in order), (
-            "the policy orders a key that is not resident"
-        )
-        held = [sum(key[0] == layer for key in order) for layer in range(len(self.heat))]
-        assert held == self._allocation.held, "resident keys of a layer are miscounted"
+        assert sorted(self._pools.keys()) == sorted(self.table.keys()), "pools and table disagree"
         guessed = {(at, expert) for at, guess in self._guesses.items() for expert in guess.experts}
-        assert self._keep <= {*self._in_use, *guessed}, "a key stays for no reason"
-        assert all(key in self.table for key in self._keep), "what is to stay is gone"
-        assert all(key in self.table for key in self._useless), "what is useless is gone"
+        assert self._keep <= {*self._in_use, *guessed}, "a key is kept for no reason"
+        assert all(key in self.table for key in self._keep), "a key to be kept is gone"
+        assert all(key in self.table for key in self._useless), "a useless key is gone"
         for counts in self.statistics.layers:
             assert counts.hits + counts.misses == counts.requests
 
 
 class _Guess:
-    """What was guessed for a layer's next step."""
+    """The experts guessed for a layer's next step."""
 
     __slots__ = ("absent", "experts", "loaded", "order")
 
     def __init__(self, experts: Sequence[int]) -> None:
         self.order = experts  # likeliest first
         self.experts = frozenset(experts)
-        self.absent: frozenset[int] = frozenset()  # not resident when it was guessed
-        self.loaded: frozenset[int] = frozenset()  # and then loaded
+        self.absent: frozenset[int] = frozenset()  # not resident when they were guessed
+        self.loaded: frozenset[int] = frozenset()  # and then loaded for the guess
 
     def useless(self, layer: int, experts: Container[int]) -> dict[Key, None]:
-        """The keys of `experts`, in the order of the guess."""
+        """The keys of `experts`, in the order of the guess; their load was for nothing."""
         return {(layer, expert): None for expert in self.order if expert in experts}

@@ -1,11 +1,8 @@
-"""What can go wrong with what a user hands to the cache; messages end with the remedy.
-
-Knows: nothing. Does not know: the runtime's errors (`offload` turns these into its own).
-"""
+"""Errors about what a user hands to the cache; each message ends with the remedy."""
 
 
 class CacheError(ValueError):
-    """A policy, an allocation, a predictor or a number that cannot be used."""
+    """A name or a number that cannot be used."""
 
 
 class TraceError(CacheError):

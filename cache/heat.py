@@ -1,7 +1,4 @@
-"""How much each expert was used lately: what a warm start loads and a heat map shows.
-
-Knows: uses that count half as much every `HALF_LIFE` steps. Does not know: who is resident.
-"""
+"""How much each expert was used lately, for warm starts and heat maps."""
 
 from __future__ import annotations
 
@@ -10,12 +7,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
-from offload.cache.plan import HeatState
-from offload.cache.policy import Key
+from offload.cache.decision import HeatState
+from offload.cache.policies import Key
 
-HALF_LIFE = 256.0  # tokens: a conversation, not a sentence
+HALF_LIFE = 256.0  # tokens after which a use counts half: about a conversation
 GROWTH = 2.0 ** (1.0 / HALF_LIFE)
-MOST = 2.0**400
+MOST = 2.0**400  # a use may count as much before all uses of its layer are scaled down
 
 
 @dataclass
@@ -32,13 +29,13 @@ class Heat:
 
     @classmethod
     def joined(cls, parts: Iterable[Self]) -> Self:
-        """One view of the layers of several: what is counted in a part shows here, and back."""
+        """One view of the layers of all `parts`, which go on counting for both."""
         whole = cls(0)
         whole._layers = [layer for part in parts for layer in part._layers]
         return whole
 
     def __len__(self) -> int:
-        """Layers."""
+        """How many layers there are."""
         return len(self._layers)
 
     def use(self, layer: int, experts: Sequence[int], weight: float) -> None:
@@ -59,7 +56,7 @@ class Heat:
         return at.uses.get(expert, 0.0) / at.unit
 
     def hottest(self, most: int | None = None) -> list[Key]:
-        """At most `most` experts that were used at all, the hottest first."""
+        """The experts that were used at all, at most `most` of them, the hottest first."""
         keys = [(layer, expert) for layer, at in enumerate(self._layers) for expert in at.uses]
         keys.sort(key=lambda key: (-self.of(*key), key))
         return keys[:most]

@@ -1,22 +1,18 @@
-"""What an engine, a replay and a picture ask of a cache.
-
-Knows: the calls. Does not know: how they are answered: by one cache (`cache.cache`), or by one for
-each card (`cache.sharded`).
-"""
+"""What engines, replays and pictures ask of a cache, be it one or one for each card."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Protocol
 
+from offload.cache.decision import Decision, Use
 from offload.cache.heat import Heat
-from offload.cache.plan import Plan, Use
-from offload.cache.policy import Key
+from offload.cache.policies import Key
 from offload.cache.statistics import Statistics
 
 
 class Slots(Protocol):
-    """Which key is in which slot, for looking."""
+    """Which key is in which slot, to be read only."""
 
     @property
     def slots(self) -> int:
@@ -35,7 +31,7 @@ class Slots(Protocol):
 class Cache(Protocol):
     """Decides hits, loads and evictions; see `cache.cache.ExpertCache`."""
 
-    least_slots: int  # without which nothing can be computed
+    least_slots: int  # with fewer nothing can be computed
 
     @property
     def table(self) -> Slots:
@@ -49,14 +45,14 @@ class Cache(Protocol):
     def heat(self) -> Heat:
         """What was used lately, layer by layer."""
 
-    def plan(
+    def decide(
         self,
         layer: int,
         experts: Sequence[int],
         *,
         prompt: bool = False,
         admit: int | None = None,
-    ) -> Plan:
+    ) -> Decision:
         """Decide how the distinct `experts` of `layer` are served."""
 
     def look_ahead(self, layer: int, experts: Sequence[int], most: int) -> tuple[Use, ...]:

@@ -1,31 +1,93 @@
-"""Least recently used leaves first."""
+"""Eviction policies: what it is worth to keep each resident expert of one layer."""
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections import OrderedDict
-from collections.abc import Callable, Container, Iterable
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
-from offload.cache.policy import Key, KeyState, Policy, PoolState, Victim
+Key = tuple[int, int]  # (MoE layer, expert)
+
+
+# A key that may leave: its worth, its slot, the key. The smallest tuple leaves first, so of equal
+# worths the lower slot. The worth says how likely the next step of the key's layer asks for it; all
+# pools of one policy share a unit.
+Victim = tuple[float, int, Key]
+
+
+class Policy(Protocol):
+    """Values the resident keys of one pool, which is a layer's or a whole tier's.
+
+    `weight` says how much a use counts: 1 for a generated token, less for a prompt, 0 for a key
+    that was loaded before anybody asked for it.
+    """
+
+    def step(self) -> None:
+        """Advance the pool's clock: its layer is about to be asked once more."""
+
+    def insert(self, keys: Sequence[Key], slots: Sequence[int], weight: float = 1.0) -> None:
+        """`keys` became resident, each in the slot at the same place of `slots`."""
+
+    def use(self, keys: Iterable[Key], weight: float = 1.0) -> None:
+        """The resident `keys` were asked for."""
+
+    def remove(self, key: Key) -> None:
+        """`key` is no longer resident."""
+
+    def clear(self) -> None:
+        """Nothing is resident any more."""
+
+    def first(self, keep: Container[Key]) -> Victim | None:
+        """The first victim among the keys that are not in `keep`; it stays in the pool."""
+
+    def keys(self) -> Iterable[Key]:
+        """The resident keys, for checks."""
+
+
+class KeyState(NamedTuple):
+    """What a policy knows of a key."""
+
+    score: float  # the uses that the policy counts, 0 where it counts none
+    used: int  # the pool's step at the last use, or any other number if that was not lately
+
+
+class PoolState(NamedTuple):
+    """What a policy knows, as values from which another policy of its kind can go on."""
+
+    now: int  # the pool's step
+    unit: float  # what a use counts now
+    keys: dict[Key, KeyState]  # every key that the policy knows, resident or not
+
+
+class PortablePolicy(Policy, Protocol):
+    """A policy whose state can be taken to a GPU and back."""
+
+    def state(self) -> PoolState:
+        """Everything the policy knows."""
+
+    def adopt(self, state: PoolState, slots: Mapping[Key, int]) -> None:
+        """Go on from `state`; the keys in `slots` are resident, in these slots."""
 
 
 class LRU:
-    """Keys in the order of their last use, with the step of it."""
+    """Least recently used: a key is worth less the more steps it was not used."""
 
     def __init__(self) -> None:
-        self._used: OrderedDict[Key, int] = OrderedDict()
+        # (step of the last use, slot) of each resident key, in the order of the last uses
+        self._used: OrderedDict[Key, tuple[int, int]] = OrderedDict()
         self._now = 0
 
     def step(self) -> None:
         self._now += 1
 
-    def insert(self, keys: Iterable[Key], weight: float = 1.0) -> None:
-        for key in keys:
-            self._used[key] = self._now
+    def insert(self, keys: Sequence[Key], slots: Sequence[int], weight: float = 1.0) -> None:
+        for key, slot in zip(keys, slots, strict=True):
+            self._used[key] = self._now, slot
 
     def use(self, keys: Iterable[Key], weight: float = 1.0) -> None:
         for key in keys:
-            self._used[key] = self._now
+            self._used[key] = self._now, self._used[key][1]
             self._used.move_to_end(key)
 
     def remove(self, key: Key) -> None:
@@ -35,68 +97,79 @@ class LRU:
         self._used.clear()
 
     def first(self, keep: Container[Key]) -> Victim | None:
-        for key, used in self._used.items():
-            if key not in keep:
-                return 1.0 / (1 + self._now - used), key
-        return None
+        oldest: int | None = None
+        found: tuple[int, Key] | None = None
+        for key, (used, slot) in self._used.items():
+            if oldest is not None and used > oldest:
+                break
+            if key not in keep and (found is None or slot < found[0]):
+                oldest, found = used, (slot, key)
+        if oldest is None or found is None:
+            return None
+        return 1.0 / (1 + self._now - oldest), *found
 
     def keys(self) -> Iterable[Key]:
         return self._used
 
     def state(self) -> PoolState:
-        keys = {
-            key: KeyState(0.0, number, used)
-            for number, (key, used) in enumerate(self._used.items(), start=1)
-        }
-        return PoolState(self._now, 1.0, len(keys), keys)
+        return PoolState(
+            self._now, 1.0, {key: KeyState(0.0, used) for key, (used, _) in self._used.items()}
+        )
 
-    def adopt(self, state: PoolState, resident: Container[Key]) -> None:
+    def adopt(self, state: PoolState, slots: Mapping[Key, int]) -> None:
         self._now = state.now
-        oldest_first = sorted(state.keys.items(), key=lambda item: item[1].number)
-        self._used = OrderedDict((key, at.used) for key, at in oldest_first if key in resident)
-
-
-class FIFO(LRU):
-    """LRU in which only becoming resident counts as a use."""
-
-    def use(self, keys: Iterable[Key], weight: float = 1.0) -> None:
-        pass
-
-
-Entry = tuple[float, int, Key]  # score, number of the insertion, key
+        oldest_first = sorted((known.used, key) for key, known in state.keys.items())
+        self._used = OrderedDict(
+            (key, (used, slots[key])) for used, key in oldest_first if key in slots
+        )
 
 
 class Ranking:
-    """Entries, the lowest score first, the longer resident of equals first."""
+    """Resident keys, sorted by their score and then by their slot.
+
+    An entry is a `Victim` with the score in place of the worth.
+    """
 
     def __init__(self) -> None:
-        self.entries: list[Entry] = []
+        self._order: list[Victim] = []
+        self._entries: dict[Key, Victim] = {}
 
-    def add(self, entry: Entry) -> None:
-        insort(self.entries, entry)
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._entries)
 
-    def extend(self, entries: Iterable[Entry]) -> None:
-        """Add many at once."""
-        self.entries.extend(entries)
-        self.entries.sort()
+    def add(self, key: Key, slot: int, score: float) -> None:
+        entry = self._entries[key] = score, slot, key
+        insort(self._order, entry)
 
-    def remove(self, entry: Entry) -> None:
-        del self.entries[bisect_left(self.entries, entry)]
+    def extend(self, entries: Iterable[Victim]) -> None:
+        """Add many keys at once."""
+        for entry in entries:
+            self._entries[entry[2]] = entry
+            self._order.append(entry)
+        self._order.sort()
+
+    def remove(self, key: Key) -> int:
+        """Take `key` out and return its slot."""
+        entry = self._entries.pop(key)
+        del self._order[bisect_left(self._order, entry)]
+        return entry[1]
 
     def clear(self) -> None:
-        self.entries.clear()
+        self._order.clear()
+        self._entries.clear()
 
     def first(self, keep: Container[Key]) -> Victim | None:
         """The lowest entry whose key is not in `keep`."""
-        for score, _, key in self.entries:
-            if key not in keep:
-                return score, key
+        for entry in self._order:
+            if entry[2] not in keep:
+                return entry
         return None
 
 
-HALF_LIFE = 16.0  # steps of a layer, that is tokens; docs/log.md compares others
-REPEATS = 0.1  # more of them on models of few experts a layer would be wrong, see docs/log.md
-MOST = 2.0**400  # what a use may count before all scores are scaled down
+HALF_LIFE = 16.0  # steps of a layer, that is tokens; docs/log/policies.md compares others
+REPEATS = 0.1  # with more, models of few experts a layer lose hits: docs/log/policies.md
+MOST = 2.0**400  # a use may count as much before all scores are scaled down
+SPLIT = 2.0**27 + 1.0  # Dekker's constant (1971): leaves 26 of the 53 bits of a float
 
 
 def growth_of(half_life: float) -> float:
@@ -110,26 +183,38 @@ def bonus_of(half_life: float, repeats: float) -> float:
     return repeats / (1.0 - repeats) / (1.0 - 1.0 / growth_of(half_life))
 
 
+def to_26_bits(score: float) -> float:
+    """`score` to 26 bits.
+
+    Scores that differ only because their uses were added up in another order become equal, and
+    what is still different stays different after the multiplications of a worth. The order of
+    victims is therefore the same wherever it is computed.
+    """
+    large = score * SPLIT
+    return large - (large - score)
+
+
 class LFRU:
-    """Keys in the order of their decayed uses, those of keys that left included; what was used at
-    the last step has a bonus until the next."""
+    """Frequency with recency: a key is worth its decayed uses, and more if it was just used.
+
+    Uses are remembered when a key leaves. A key that was used at the last step has a bonus until
+    the next one.
+    """
 
     def __init__(self, half_life: float = HALF_LIFE, repeats: float = REPEATS) -> None:
         self._growth = growth_of(half_life)
         self._unit = 1.0  # what a use counts now
         self._inverse = 1.0  # 1 / unit
         self._bonus = bonus_of(half_life, repeats)  # in units
-        self._insertions = 0
-        self._known: dict[Key, _Standing] = {}  # every key that ever was resident
-        self._recent: list[_Standing] = []  # resident, used since the last step
-        self._idle = Ranking()  # the other resident keys: their scores stay as they are
+        self._scores: defaultdict[Key, float] = defaultdict(float)  # of every key ever resident
+        self._recent: dict[Key, int] = {}  # resident keys used since the last step -> slot
+        self._idle = Ranking()  # the other resident keys, whose scores do not change
 
     def step(self) -> None:
-        rest: list[Entry] = []
-        for standing in self._recent:
-            entry = standing.entry = (standing.score, standing.number, standing.key)
-            rest.append(entry)
-        self._idle.extend(rest)
+        scores = self._scores
+        self._idle.extend(
+            [(to_26_bits(scores[key]), slot, key) for key, slot in self._recent.items()]
+        )
         self._recent.clear()
         self._unit *= self._growth
         if self._unit > MOST:
@@ -137,219 +222,69 @@ class LFRU:
         self._inverse = 1.0 / self._unit
 
     def _scale_down(self) -> None:
-        for standing in self._known.values():
-            standing.score /= self._unit
+        for key in self._scores:
+            self._scores[key] /= self._unit
         self._unit = 1.0
-        idle = [self._known[key] for _, _, key in self._idle.entries]
-        self._idle.clear()
-        self._idle.extend([standing.rest() for standing in idle])
+        idle = [(key, self._idle.remove(key)) for key in list(self._idle)]
+        self._idle.extend([(to_26_bits(self._scores[key]), slot, key) for key, slot in idle])
 
-    def insert(self, keys: Iterable[Key], weight: float = 1.0) -> None:
-        for key in keys:
-            standing = self._known.get(key)
-            if standing is None:
-                standing = self._known[key] = _Standing(key)
-            self._insertions += 1
-            standing.number = self._insertions
-            standing.score += weight * self._unit
+    def insert(self, keys: Sequence[Key], slots: Sequence[int], weight: float = 1.0) -> None:
+        for key, slot in zip(keys, slots, strict=True):
+            self._scores[key] += weight * self._unit
             if weight:
-                self._recent.append(standing)
+                self._recent[key] = slot
             else:
-                self._idle.add(standing.rest())
+                self._idle.add(key, slot, to_26_bits(self._scores[key]))
 
     def use(self, keys: Iterable[Key], weight: float = 1.0) -> None:
         counted = weight * self._unit
         for key in keys:
-            standing = self._known[key]
-            standing.score += counted
-            if standing.entry is not None:
-                self._idle.remove(standing.entry)
-                standing.entry = None
-                self._recent.append(standing)
+            self._scores[key] += counted
+            if key not in self._recent:
+                self._recent[key] = self._idle.remove(key)
 
     def remove(self, key: Key) -> None:
-        standing = self._known[key]
-        if standing.entry is None:
-            self._recent.remove(standing)
-        else:
-            self._idle.remove(standing.entry)
-            standing.entry = None
+        if self._recent.pop(key, None) is None:
+            self._idle.remove(key)
 
     def clear(self) -> None:
-        for key in self.keys():
-            self._known[key].entry = None
         self._recent.clear()
         self._idle.clear()
 
     def first(self, keep: Container[Key]) -> Victim | None:
-        idle = self._idle.first(keep)
-        found = None if idle is None else (idle[0] * self._inverse, idle[1])
-        if found is None or found[0] > self._bonus:  # what was just used may be worth less
-            recent = [standing for standing in self._recent if standing.key not in keep]
-            if recent:
-                least = min(recent, key=lambda standing: (standing.score, standing.number))
-                worth = least.score * self._inverse + self._bonus
-                if found is None or worth < found[0]:
-                    return worth, least.key
+        found: Victim | None = None
+        inverse, bonus = self._inverse, self._bonus
+        if (idle := self._idle.first(keep)) is not None:
+            score, slot, key = idle
+            found = score * inverse, slot, key
+            if found[0] < bonus:
+                return found
+        for key, slot in self._recent.items():  # a key with a bonus may be worth less
+            if key not in keep:
+                victim = to_26_bits(self._scores[key]) * inverse + bonus, slot, key
+                if found is None or victim < found:
+                    found = victim
         return found
 
+    def keys(self) -> Iterable[Key]:
+        return [*self._recent, *self._idle]
+
     def state(self) -> PoolState:
-        recent = {standing.key for standing in self._recent}
         keys = {
-            key: KeyState(known.score, known.number, 0 if key in recent else -1)
-            for key, known in self._known.items()
+            key: KeyState(score, 0 if key in self._recent else -1)
+            for key, score in self._scores.items()
         }
-        return PoolState(0, self._unit, self._insertions, keys)
+        return PoolState(0, self._unit, keys)
 
-    def adopt(self, state: PoolState, resident: Container[Key]) -> None:
+    def adopt(self, state: PoolState, slots: Mapping[Key, int]) -> None:
         self._unit, self._inverse = state.unit, 1.0 / state.unit
-        self._insertions = state.inserted
-        self._known.clear()
+        self._scores = defaultdict(float, ((key, known.score) for key, known in state.keys.items()))
         self.clear()
-        idle: list[Entry] = []
-        for key, (score, number, used) in state.keys.items():
-            standing = self._known[key] = _Standing(key)
-            standing.score, standing.number = score, number
-            if key in resident and used == state.now:
-                self._recent.append(standing)
-            elif key in resident:
-                idle.append(standing.rest())
-        self._idle.extend(idle)
-
-    def keys(self) -> Iterable[Key]:
-        return [standing.key for standing in self._recent] + [key for *_, key in self._idle.entries]
+        for key, known in state.keys.items():
+            if key in slots and known.used == state.now:
+                self._recent[key] = slots[key]
+            elif key in slots:
+                self._idle.add(key, slots[key], to_26_bits(known.score))
 
 
-class _Standing:
-    """One key's uses, and its place among the idle ones."""
-
-    __slots__ = ("entry", "key", "number", "score")
-
-    def __init__(self, key: Key) -> None:
-        self.key = key
-        self.score = 0.0
-        self.number = 0  # of its last insertion
-        self.entry: Entry | None = None  # None: not idle
-
-    def rest(self) -> Entry:
-        """It becomes idle, with the score it has."""
-        entry = self.entry = (self.score, self.number, self.key)
-        return entry
-
-
-class LFU:
-    """Keys in the order of their uses, those of keys that left and came back included."""
-
-    def __init__(self) -> None:
-        self._uses: dict[Key, float] = {}  # of every key that ever had one
-        self._insertions = 0
-        self._entries: dict[Key, Entry] = {}  # of the resident keys
-        self._ranking = Ranking()
-
-    def step(self) -> None:
-        pass
-
-    def insert(self, keys: Iterable[Key], weight: float = 1.0) -> None:
-        for key in keys:
-            self._insertions += 1
-            self._rank(key, weight, self._insertions)
-
-    def use(self, keys: Iterable[Key], weight: float = 1.0) -> None:
-        for key in keys:
-            entry = self._entries[key]
-            self._ranking.remove(entry)
-            self._rank(key, weight, entry[1])
-
-    def _rank(self, key: Key, weight: float, number: int) -> None:
-        uses = self._uses[key] = self._uses.get(key, 0.0) + weight
-        entry = self._entries[key] = (uses, number, key)
-        self._ranking.add(entry)
-
-    def remove(self, key: Key) -> None:
-        self._ranking.remove(self._entries.pop(key))
-
-    def clear(self) -> None:
-        self._entries.clear()
-        self._ranking.clear()
-
-    def first(self, keep: Container[Key]) -> Victim | None:
-        return self._ranking.first(keep)
-
-    def keys(self) -> Iterable[Key]:
-        return self._entries
-
-
-PROTECTED_SHARE = 0.8  # of the resident keys, at most; Karedla et al. found 0.6 to 0.8 best
-SEGMENT = 1e9  # times: a protected key is worth more than any that is not
-
-
-class SLRU:
-    """Keys on probation and protected ones, each in the order of their last use."""
-
-    def __init__(self) -> None:
-        self._probation: OrderedDict[Key, int] = OrderedDict()
-        self._protected: OrderedDict[Key, int] = OrderedDict()
-        self._unused: set[Key] = set()  # came without being asked for: their next use is the first
-        self._now = 0
-
-    def step(self) -> None:
-        self._now += 1
-
-    def insert(self, keys: Iterable[Key], weight: float = 1.0) -> None:
-        for key in keys:
-            self._probation[key] = self._now
-            if weight == 0:
-                self._unused.add(key)
-
-    def use(self, keys: Iterable[Key], weight: float = 1.0) -> None:
-        for key in keys:
-            first = key in self._unused
-            self._unused.discard(key)
-            if key in self._protected or (weight >= 1 and not first):
-                self._protect(key)
-            else:  # a prompt's: recent, but not proven
-                self._probation[key] = self._now
-                self._probation.move_to_end(key)
-
-    def _protect(self, key: Key) -> None:
-        self._probation.pop(key, None)
-        self._protected[key] = self._now
-        self._protected.move_to_end(key)
-        if len(self._protected) > PROTECTED_SHARE * len(self):
-            oldest, used = self._protected.popitem(last=False)
-            self._probation[oldest] = used
-
-    def __len__(self) -> int:
-        return len(self._probation) + len(self._protected)
-
-    def remove(self, key: Key) -> None:
-        self._unused.discard(key)
-        del (self._probation if key in self._probation else self._protected)[key]
-
-    def clear(self) -> None:
-        self._probation.clear()
-        self._protected.clear()
-        self._unused.clear()
-
-    def first(self, keep: Container[Key]) -> Victim | None:
-        for key, used in self._probation.items():
-            if key not in keep:
-                return 1.0 / (1 + self._now - used), key
-        for key, used in self._protected.items():
-            if key not in keep:
-                return SEGMENT / (1 + self._now - used), key
-        return None
-
-    def keys(self) -> Iterable[Key]:
-        return self._probation.keys() | self._protected.keys()
-
-
-POLICIES: dict[str, Callable[[], Policy]] = {
-    "lru": LRU,
-    "slru": SLRU,
-    "lfru": LFRU,
-    "lfu": LFU,
-    "fifo": FIFO,
-}
-
-KERNEL_POLICIES = ("lru", "fifo", "lfru")
+POLICIES: dict[str, Callable[[], PortablePolicy]] = {"lfru": LFRU, "lru": LRU}

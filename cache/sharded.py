@@ -1,10 +1,8 @@
-"""One cache for each card, behind the interface of one.
+"""One cache for each card, behind the interface of one cache.
 
-Knows: which card serves which layers, how slots are numbered over all cards. Does not know:
-devices, bytes, how many slots a card has room for (`offload.placement`).
-
-A layer's experts live on the layer's card and compete with that card's other layers alone. Row r of
-card c, of n cards, is slot r * n + c: the numbers stay when a card has more rows or fewer.
+A layer's experts live on the layer's card and compete only with those of the card's other layers.
+Row r of card c, of n cards, is slot r * n + c, so a slot keeps its number when a card gets more or
+fewer rows.
 """
 
 from __future__ import annotations
@@ -13,22 +11,22 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from offload.cache.cache import ExpertCache
+from offload.cache.decision import Decision, Use, Wave
 from offload.cache.heat import Heat
 from offload.cache.interface import Cache
-from offload.cache.plan import Plan, Use, Wave
-from offload.cache.policy import Key
+from offload.cache.policies import Key
 from offload.cache.staging import Staging, Step
 from offload.cache.statistics import Statistics
 
 
 def card_and_row(slot: int, cards: int) -> tuple[int, int]:
-    """Where the slot of that number is."""
+    """The card and the row of `slot`."""
     row, card = divmod(slot, cards)
     return card, row
 
 
 def divided(slots: int, had: Sequence[int]) -> list[int]:
-    """`slots` over cards that once had `had`: one for each, the rest in these proportions."""
+    """Slots for each card: one each, and the rest in the proportions that the cards `had`."""
     assert len(had) <= slots <= sum(had), "a card without slots, or with more than before"
     more, rest = sum(had) - len(had), slots - len(had)
     ends = [rest * (sum(had[:at]) - at) // max(1, more) for at in range(len(had) + 1)]
@@ -36,34 +34,34 @@ def divided(slots: int, had: Sequence[int]) -> list[int]:
 
 
 class ShardedCache:
-    """`ExpertCache`'s interface over one for each card, which have the layers in turn."""
+    """The interface of `ExpertCache` over one for each card; the cards have the layers in turn."""
 
     def __init__(self, caches: Sequence[ExpertCache]) -> None:
         self.caches = tuple(caches)
         self.least_slots = len(self.caches)
         self.table = _Table(self.caches)
-        self._had = tuple(cache.table.slots for cache in caches)  # in whose proportions to resize
+        self._had = tuple(cache.table.slots for cache in caches)  # `resize` keeps these proportions
         self.statistics = Statistics.joined(cache.statistics for cache in self.caches)
         self.heat = Heat.joined(cache.heat for cache in self.caches)
         self._at = [
             (card, layer) for card, cache in enumerate(caches) for layer in range(len(cache.heat))
-        ]  # of each layer of the model
+        ]  # for each layer of the model
 
-    def plan(
+    def decide(
         self,
         layer: int,
         experts: Sequence[int],
         *,
         prompt: bool = False,
         admit: int | None = None,
-    ) -> Plan:
+    ) -> Decision:
         card, local = self._at[layer]
-        plan = self.caches[card].plan(local, experts, prompt=prompt, admit=admit)
+        decision = self.caches[card].decide(local, experts, prompt=prompt, admit=admit)
         waves = (
             Wave(self._numbered(card, wave.hits), self._numbered(card, wave.loads))
-            for wave in plan.waves
+            for wave in decision.waves
         )
-        return plan._replace(layer=layer, waves=tuple(waves))
+        return decision._replace(layer=layer, waves=tuple(waves))
 
     def look_ahead(self, layer: int, experts: Sequence[int], most: int) -> tuple[Use, ...]:
         card, local = self._at[layer]
@@ -96,7 +94,7 @@ class ShardedCache:
 
 
 class ShardedStaging:
-    """`Staging`'s interface over `rows` rows behind the slots of each card."""
+    """The interface of `Staging` over `rows` rows behind the slots of each card."""
 
     def __init__(self, cache: ShardedCache, rows: int) -> None:
         self.rows, cards = rows, len(cache.caches)
@@ -105,10 +103,10 @@ class ShardedStaging:
             for card, part in enumerate(cache.caches)
             for staging in [Staging(part.table.slots * cards + card, rows, cards)]
             for _ in range(len(part.heat))
-        ]  # of each layer of the model
+        ]  # for each layer of the model
 
-    def steps(self, plan: Plan) -> list[Step]:
-        return self._at[plan.layer].steps(plan)
+    def steps(self, decision: Decision) -> list[Step]:
+        return self._at[decision.layer].steps(decision)
 
     def early(self, layer: int, experts: Sequence[int], halves: int = 2) -> list[Use]:
         return self._at[layer].early(layer, experts, halves)
@@ -119,14 +117,14 @@ class ShardedStaging:
 
 
 def staging_of(cache: Cache, rows: int) -> Staging | ShardedStaging:
-    """What `rows` rows behind the slots of `cache`, on each card, are used for."""
+    """The staging of `rows` rows behind the slots of `cache`, on each of its cards."""
     if isinstance(cache, ShardedCache):
         return ShardedStaging(cache, rows)
     return Staging(cache.table.slots, rows)
 
 
 class _Table:
-    """The cards' tables as one; asked anew each time, since a cache may replace its own."""
+    """The tables of all cards as one. They are read anew each time: a cache may replace its own."""
 
     def __init__(self, caches: tuple[ExpertCache, ...]) -> None:
         self._caches = caches

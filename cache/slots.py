@@ -1,15 +1,11 @@
-"""Which key is in which slot.
-
-Knows: the one-to-one table of resident keys and slots, and the free slots. Does not know: why a key
-is there (`cache.policy`) nor what it weighs.
-"""
+"""Which key is in which slot, and which slots are free."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from offload.cache.plan import Use
-from offload.cache.policy import Key
+from offload.cache.decision import Use
+from offload.cache.policies import Key
 
 
 class SlotTable:
@@ -19,7 +15,7 @@ class SlotTable:
         if slots < 1:
             raise ValueError(f"a cache needs at least one slot, not {slots}")
         self.slots = slots
-        self._uses: dict[Key, Use] = {}  # made once a load, handed out at each hit
+        self._uses: dict[Key, Use] = {}  # made at a load, handed out at every hit
         self._key_in: list[Key | None] = [None] * slots
         self._free = list(range(slots - 1, -1, -1))
 
@@ -30,7 +26,7 @@ class SlotTable:
         return len(self._uses)
 
     def uses_of(self, keys: Iterable[Key]) -> list[Use | None]:
-        """The expert and the slot of each key, None where it has none."""
+        """The expert and the slot of each key, or None for a key without a slot."""
         get = self._uses.get
         return [get(key) for key in keys]
 
@@ -41,11 +37,11 @@ class SlotTable:
         return self._key_in[slot]
 
     def take_free(self) -> int | None:
-        """Remove and return a free slot, or None when all are taken."""
+        """Take a free slot, the lowest at first; None when all are taken."""
         return self._free.pop() if self._free else None
 
     def adopt(self, keys: Sequence[Key | None]) -> None:
-        """Hold `keys`, the key of each slot or None, and nothing else."""
+        """Hold exactly `keys`, which has the key of each slot, or None."""
         self._key_in = list(keys)
         self._uses = {key: Use(key[1], slot) for slot, key in enumerate(keys) if key is not None}
         self._free = [slot for slot in reversed(range(self.slots)) if keys[slot] is None]
@@ -62,13 +58,13 @@ class SlotTable:
         return use
 
     def remove(self, key: Key) -> int:
-        """Take `key` out and return its slot, which is not put among the free ones."""
+        """Take `key` out and return its slot, which does not become free."""
         slot = self._uses.pop(key).slot
         self._key_in[slot] = None
         return slot
 
     def give_back(self, slot: int) -> None:
-        """A slot that `take_free` or `remove` returned is free again."""
+        """Make a slot free again that `take_free` or `remove` returned."""
         self._free.append(slot)
 
     def keys(self) -> Iterable[Key]:

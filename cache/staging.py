@@ -1,20 +1,18 @@
-"""Rows beside the slots that streamed experts pass through, and the order of a plan's loads.
-
-Knows: that two halves of the rows take turns: one is filled while the other is computed from; what
-they were filled with before its layer was planned. Does not know: how many rows a device has room
-for, what fills them, which experts are worth beginning early (`cache.early`).
-"""
+"""Rows beside the slots for streamed experts, and the order in which a decision is carried out."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from offload.cache.plan import Plan, Use, Wave
+from offload.cache.decision import Decision, Use, Wave
 
 
 class Kept(NamedTuple):
-    """An expert that came to a row early, and for which the plan then has a slot."""
+    """An expert that came to a row early and for which the decision then has a slot.
+
+    The expert is computed from its row and copied to its slot afterwards.
+    """
 
     expert: int
     row: int
@@ -22,19 +20,21 @@ class Kept(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What to begin to load, and what to compute then; what is computed was begun in this step or
-    before. What is `kept` is copied on from its row when it was computed."""
+    """Copies to begin, then experts to compute, whose copies began in this step or before."""
 
     begin: tuple[Use, ...]
     hits: tuple[Use, ...]
     loads: tuple[Use, ...]
     kept: tuple[Kept, ...] = ()
-    beside: bool = False  # the loads are in rows beside the slots
+    beside: bool = False  # the loads are in staging rows, not in slots
 
 
 class Staging:
-    """`rows` rows, the first numbered `first`, each `apart` from the one before; none, or at least
-    two."""
+    """Staging rows in two halves that take turns: one is filled while the other is computed from.
+
+    The rows are numbered like slots: the first is `first`, and neighbours are `apart` apart. There
+    are none or at least two of them.
+    """
 
     def __init__(self, first: int, rows: int, apart: int = 1) -> None:
         if rows < 0 or rows == 1:
@@ -42,16 +42,16 @@ class Staging:
         self.rows = rows
         self._first, self._apart = first, apart
         self._half = rows // 2
-        self._second = False  # half, whose turn is next
-        self._early: list[tuple[Use, ...]] = []  # begun early, a half each
+        self._second = False  # whether the second half is the next to be filled
+        self._early: list[tuple[Use, ...]] = []  # what was begun early, one half in each entry
         self._early_layer: int | None = None
 
     def early(self, layer: int, experts: Sequence[int], halves: int = 2) -> list[Use]:
-        """Begin the first of `experts` before `layer` is planned, in so many halves, or as many as
-        are left of two.
+        """Choose rows for the first of `experts` before `layer` is decided, and return the copies.
 
-        For the time when the plan before has begun its last load. While its last step is computed
-        from one half, the other is free.
+        At most `halves` of the two halves are filled, fewer where some are filled already. Call
+        this once the step before has begun its last load: while that step computes from one half,
+        the other half is free.
         """
         if layer != self._early_layer:
             self._early, self._early_layer = [], layer
@@ -63,38 +63,43 @@ class Staging:
         return [use for batch in batches for use in batch]
 
     def start_over(self) -> None:
-        """Nothing is in the rows."""
+        """Forget what is in the rows."""
         self._early.clear()
 
-    def steps(self, plan: Plan) -> list[Step]:
-        """A plan in order. What came early is computed first, so that its rows are filled again.
-        What is streamed is begun as soon as its half is free, while a wave takes over the slots of
-        the one before."""
-        early = self._begun(plan)
-        if not plan.streamed and not early:
-            return [Step(wave.loads, wave.hits, wave.loads) for wave in plan.waves]
+    def steps(self, decision: Decision) -> list[Step]:
+        """The steps that carry out `decision`, in order.
+
+        Experts that came early are computed first, so that their rows can be filled again. A
+        streamed expert is begun as soon as its half is free, also while a wave takes over the slots
+        of the wave before.
+        """
+        early = self._begun(decision)
+        if not decision.streamed and not early:
+            return [Step(wave.loads, wave.hits, wave.loads) for wave in decision.waves]
         there = {use.expert for batch in early for use in batch}
-        slots = {use.expert: use.slot for wave in plan.waves for use in wave.loads}
-        waves = [step for wave in plan.waves if (step := _without(there, wave)) is not None]
-        late = self._batches([expert for expert in plan.streamed if expert not in there])
+        slots = {use.expert: use.slot for wave in decision.waves for use in wave.loads}
+        waves = [step for wave in decision.waves if (step := _without(there, wave)) is not None]
+        late = self._batches([expert for expert in decision.streamed if expert not in there])
         steps = [_beside(batch, slots) for batch in early]
         first, gap = len(steps), len(waves)
-        if waves and first:  # slots are free at once
+        if waves and first:  # their slots are free at once
             steps[0], waves[0] = _with(steps[0], waves[0].begin), waves[0]._replace(begin=())
         steps += [*waves, *(_beside(batch, {}) for batch in late)]
         for number, batch in enumerate(late, first):
-            before = number - 2  # the batch that was in this half
+            before = number - 2  # the batch that was in this half before
             at = 0 if before < 0 else before + 1 + gap * (before >= first)
             steps[at] = _with(steps[at], batch)
         return steps
 
-    def _begun(self, plan: Plan) -> list[tuple[Use, ...]]:
-        """What was begun early and `plan` loads, a half each; the turn is that of the other half
-        than the last one's."""
+    def _begun(self, decision: Decision) -> list[tuple[Use, ...]]:
+        """The early copies that `decision` needs, one half in each entry.
+
+        The next half to be filled is then the other one than that of the last entry.
+        """
         early, self._early = self._early, []
-        if plan.layer != self._early_layer or len(plan.waves) > 1:  # later waves take slots over
-            return []
-        asked = {*plan.streamed, *(use.expert for wave in plan.waves for use in wave.loads)}
+        if decision.layer != self._early_layer or len(decision.waves) > 1:
+            return []  # later waves would overwrite the slots that early experts are kept in
+        asked = {*decision.streamed, *(use.expert for wave in decision.waves for use in wave.loads)}
         needed = [tuple([use for use in batch if use.expert in asked]) for batch in early]
         needed = [batch for batch in needed if batch]
         if needed:
@@ -102,7 +107,7 @@ class Staging:
         return needed
 
     def _batches(self, experts: Sequence[int]) -> list[tuple[Use, ...]]:
-        """`experts` cut into what fits a half, the halves in turn."""
+        """`experts` in batches of at most one half of the rows, the halves in turn."""
         assert self._half or not experts, "streamed without staging"
         cut = []
         for at in range(0, len(experts), self._half or 1):
@@ -114,17 +119,17 @@ class Staging:
 
 
 def _beside(batch: tuple[Use, ...], slots: Mapping[int, int]) -> Step:
-    """A step that computes `batch` from rows; `slots` that some of it is kept in."""
+    """A step that computes `batch` from rows; `slots` has the slots that experts are kept in."""
     kept = (Kept(*use, slots[use.expert]) for use in batch if use.expert in slots)
     return Step((), (), batch, tuple(kept), beside=True)
 
 
 def _with(step: Step, begin: tuple[Use, ...]) -> Step:
-    """`step`, that begins more."""
+    """`step` with `begin` among the copies that it begins."""
     return step._replace(begin=step.begin + begin)
 
 
 def _without(experts: set[int], wave: Wave) -> Step | None:
-    """A wave less what `experts` are loaded elsewhere; None where nothing is left."""
+    """The step of `wave` without the loads of `experts`; None where nothing is left of it."""
     loads = tuple([use for use in wave.loads if use.expert not in experts])
     return Step(loads, wave.hits, loads) if wave.hits or loads else None

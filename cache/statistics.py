@@ -1,24 +1,52 @@
-"""Counters, per MoE layer and in all.
-
-Knows: how to count and to add up. Does not know: what a second or a byte is worth (`offload`).
-Invariants: `hits + misses == requests`; `loads` are misses, look-ahead loads, warm loads and wrong
-early loads, less those that were dropped.
-"""
+"""Counters, per MoE layer and in all, and figures that add and subtract."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import operator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, ClassVar, Self
+
+
+class Figures:
+    """For dataclasses of what happened in some time.
+
+    `a + b` is what happened in both times, and of two moments `later - earlier` is what happened
+    between them. Tuples count place by place. The fields named in `FIXED` say whose figures these
+    are, and stay.
+    """
+
+    FIXED: ClassVar[frozenset[str]] = frozenset()
+
+    def __add__(self, other: Self) -> Self:
+        return self._with(operator.add, other)
+
+    def __sub__(self, other: Self) -> Self:
+        return self._with(operator.sub, other)
+
+    def _with(self, operate: Callable[[Any, Any], Any], other: Self) -> Self:
+        mine, theirs = vars(self), vars(other)
+        new = {at: _each(operate, mine[at], theirs[at]) for at in mine.keys() - self.FIXED}
+        return type(self)(**{**mine, **new})
+
+
+def _each(operate: Callable[[Any, Any], Any], one: Any, other: Any) -> Any:
+    if isinstance(one, tuple):
+        return tuple(operate(a, b) for a, b in zip(one, other, strict=True))
+    return operate(one, other)
 
 
 @dataclass
-class LayerCounts:
-    """What happened at one MoE layer (or, summed, at all)."""
+class LayerCounts(Figures):
+    """What happened at one MoE layer (or, summed, at all of them).
+
+    `hits + misses == requests`. `loads` are misses, look-ahead loads, warm loads and wrong early
+    loads, without those that were dropped.
+    """
 
     requests: int = 0  # distinct experts asked for, summed over steps
     hits: int = 0  # were in a slot, or on their way to one
-    misses: int = 0  # had to be loaded on demand
+    misses: int = 0  # had to be loaded while the step waited
     streamed: int = 0  # of the misses, those that got no slot
     early_loads: int = 0  # begun for a prompt before its router was asked
     early_loads_right: int = 0  # of these, those that were misses then
@@ -29,7 +57,7 @@ class LayerCounts:
     lookahead_loads_right: int = 0  # of these, those the layer then asked for
     lookahead_asked: int = 0  # requests in steps that had guesses
     warm_loads: int = 0  # experts that were hot in an earlier run
-    dropped: int = 0  # of the loads, those given up before their copy began
+    dropped: int = 0  # loads given up before their copy began
     wait_seconds: float = 0.0  # compute stood still for a load
 
     @property
@@ -47,8 +75,8 @@ class LayerCounts:
         return self.streamed + self.early_loads_wrong
 
     @property
-    def needed_loads(self) -> int:
-        """Loads that were of use: on demand, or ahead of it."""
+    def useful_loads(self) -> int:
+        """Loads that were of use: misses, and right guesses."""
         return self.misses + self.lookahead_loads_right
 
     @property
@@ -66,16 +94,8 @@ class LayerCounts:
         return self.lookahead_right / self.lookahead_asked if self.lookahead_asked else 0.0
 
     def decisions(self) -> LayerCounts:
-        """What a cache decided: the same in a replay, where nothing waits, nor is begun early."""
+        """What a cache decided, which is the same in a replay: there nothing waits or is early."""
         return replace(self, early_loads=0, early_loads_right=0, dropped=0, wait_seconds=0.0)
-
-    def __add__(self, other: LayerCounts) -> LayerCounts:
-        mine, theirs = vars(self), vars(other)
-        return LayerCounts(**{name: mine[name] + theirs[name] for name in mine})
-
-    def __sub__(self, other: LayerCounts) -> LayerCounts:
-        mine, theirs = vars(self), vars(other)
-        return LayerCounts(**{name: mine[name] - theirs[name] for name in mine})
 
 
 class Statistics:
@@ -86,7 +106,7 @@ class Statistics:
 
     @classmethod
     def joined(cls, parts: Iterable[Self]) -> Self:
-        """One view of the layers of several: what a part counts shows here, and back."""
+        """One view of the layers of several parts: counting in a part shows here, and back."""
         whole = cls(0)
         whole.layers = [counts for part in parts for counts in part.layers]
         return whole

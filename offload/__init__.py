@@ -1,6 +1,6 @@
 """Run Mixture-of-Experts models whose experts do not fit: `load`, `generate`, `stream_generate`.
 
-Names are imported when they are first used, so that `offload --help` need not wait for torch.
+Each name is imported when it is first used, so that `offload --help` does not wait for torch.
 """
 
 import importlib
@@ -49,7 +49,7 @@ _LATER = {
 
 
 def __dir__() -> list[str]:
-    """The public names only: a user's completion need not offer modules."""
+    """The public names only, so that completion does not offer modules."""
     return sorted(__all__)
 
 

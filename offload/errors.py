@@ -1,7 +1,4 @@
-"""What can go wrong, by kind. Every message says what was wrong, where, and what to do.
-
-Knows: also how an error that is not ours is told in one line. Does not know: where it is printed.
-"""
+"""The errors that users meet, each with a remedy in its message, and the exit codes."""
 
 from __future__ import annotations
 
@@ -44,10 +41,16 @@ class ChatError(OffloadError):
     """A command of a chat that cannot be carried out."""
 
 
+DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130  # exit codes of every command
 NO_MEMORY = "lower --expert-slots, --ctx-size or --expert-bits"
 
 
 __all__ = [
+    "DONE",
+    "FAILED",
+    "INTERRUPTED",
+    "NO_MEMORY",
+    "USAGE",
     "BudgetError",
     "ChatError",
     "CheckpointError",

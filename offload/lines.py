@@ -38,7 +38,12 @@ def one_line(error: BaseException) -> str:
 
 def is_memory(error: BaseException) -> bool:
     """Whether the system refused memory, as Python, torch, threads and Rust's libraries say it."""
-    words = ("can't allocate memory", "can't start new thread")
+    # CPython's SystemError stands for a MemoryError for which there was no memory either.
+    words = (
+        "can't allocate memory",
+        "can't start new thread",
+        "error return without exception set",
+    )
     return (
         isinstance(error, MemoryError)
         or any(word in str(error) for word in words)

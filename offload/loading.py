@@ -21,15 +21,13 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 from offload.budget.blocks import Layers, device_of
 from offload.budget.budget import hold_vram
 from offload.budget.resolve import Resolver, find_place
-from offload.cache.cache import ExpertCache
-from offload.cache.guesses import NO_LOOKAHEAD, Lookahead, LookaheadBalance
-from offload.engine.compute import cache_of, compute_of
 from offload.engine.cpu_linear import OneTokenLinear, native_is_quicker
 from offload.engine.crossing import Crossing
-from offload.engine.engine import Engine
-from offload.engine.handle import Decoding, Offload
+from offload.engine.engine import make_engine
+from offload.engine.handle import Offload
 from offload.engine.warm import read_hot
 from offload.errors import CheckpointError
+from offload.fit import Card, Fit
 from offload.model import sources
 from offload.model.demo import NOTE
 from offload.model.quantized import QuantizedEmbedding, QuantizedLinear
@@ -47,11 +45,11 @@ from offload.model.seam import (
     without_packed_weights,
 )
 from offload.model.sources import check_generation_config
-from offload.options import Card, Fit, LoadKeywords, LoadOptions
+from offload.options import LoadKeywords, LoadOptions
 from offload.pack.find import check_recipe, find_or_make_pack
 from offload.pack.recipe import AskedBits
 from offload.progress import without_bars
-from offload.quant.errors import OffloadError, PackError
+from offload.quant.errors import PackError
 from offload.quant.pack import REMAKE, Pack, PackInfo
 from offload.quant.record import view_record
 from offload.transfer.base import Transfer
@@ -61,52 +59,20 @@ from offload.units import UBATCH
 logger = logging.getLogger("offload")
 
 
-def make_engine(
-    asked: str, info: PackInfo, fit: Fit, transfer: Transfer, ahead: Lookahead, k: int
-) -> tuple[Engine, Decoding | None]:
-    """The engine, and what gives tokens a step behind where that is possible.
-
-    With several cards it is the host's, which is said where the device's was asked for or to be
-    expected. Raises `OffloadError` where `asked` is the device's and there is no GPU.
-    """
-    cache, compute = cache_of(info, fit), compute_of(info, transfer)
-    cuda = fit.device.type == "cuda"
-    wants_device = asked == "device" or (asked == "auto" and cuda)
-    if not isinstance(cache, ExpertCache) or fit.cards:
-        if wants_device:
-            logger.warning("steps are planned on the host: the model is on several cards")
-    elif wants_device:
-        refused = ""
-        try:
-            from offload.engine.device import make as making
-            from offload.generation.tokens import Loops
-        except ImportError as error:
-            refused = f"it needs Triton ({error})"
-        else:
-            wanted = making.Wanted(fit.options.policy, ahead, fit.slots, k, fit.staging)
-            refused = making.why_not(wanted, transfer)
-            if not refused:
-                engine = making.make(info, cache, transfer, compute, wanted)
-                return engine, Loops(engine)
-        if not cuda:
-            raise OffloadError(f"there is no device-planned engine here: {refused}: choose host")
-        logger.warning("steps are planned on the host, with a wait at every layer: %s", refused)
-    balance = LookaheadBalance() if fit.options.lookahead is None else None
-    return Engine(info, cache, transfer, compute, balance, ahead, fit.staging), None
-
-
 def load(
     source: str | Path, **options: Unpack[LoadKeywords]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """Load a Mixture-of-Experts model whose experts need not fit.
+    """Load a Mixture-of-Experts model whose experts need not fit into memory.
 
-    `source` is a checkpoint folder, a .gguf file, a pack, a hub id, or "demo". A checkpoint is
-    quantised into a pack the first time; a pack opens in seconds. What the options mean is told by
-    `help(offload.options.LoadOptions)`.
+    `source` is a checkpoint folder, a .gguf file, a pack, a hub id, or "demo". The first time, a
+    checkpoint is quantised into a pack, which takes minutes; after that the pack opens in seconds.
+    `help(offload.options.LoadOptions)` explains the options.
 
-    Returns `(model, tokenizer)`; the tokenizer is None when the checkpoint has none. The model is a
-    transformers model with one more attribute, `model.offload` (`stats()`, `close()`).
-    Raises `OffloadError`, whose message says what to do.
+    Returns `(model, tokenizer)`; the tokenizer is None if the checkpoint has none. The model is a
+    transformers model with one more attribute: `model.offload`, whose `stats()` tell how the
+    experts were served and whose `close()` frees what they hold.
+
+    Raises `OffloadError`; its message says what is wrong and what to do.
     """
     return load_with(source, LoadOptions(**options))
 
@@ -122,7 +88,7 @@ load.__signature__ = inspect.signature(load).replace(  # type: ignore[attr-defin
 def load_with(
     source: str | Path, options: LoadOptions
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """`load`, given its options as one value."""
+    """`load`, with its options as one value."""
     asked, place = AskedBits.of(options), find_place(options)
     resolver = Resolver(options, place)
     for card in place.cards or (Card(0, place.device, place.memory.device),):
@@ -139,7 +105,7 @@ def load_with(
         resolver=resolver,
     )
     trusts = options.trust_remote_code
-    with contextlib.ExitStack() as undo:  # what was begun, should the rest fail
+    with contextlib.ExitStack() as undo:  # closes what was opened if anything below fails
         pack = Pack(path)
         undo.callback(pack.close)
         check_generation_config(path)
@@ -150,13 +116,13 @@ def load_with(
         fit = resolver.fit(pack.info, config, whole)
         _tell_shorter_chunks(fit)
         devices = _devices(fit, whole)
-        tokenizer = _tokenizer(path, trusts)
+        tokenizer = load_tokenizer(path, trusts)
         model = _load_dense(pack, own_config(config, cls), cls, fit, devices)
         transfer = transfer_of(pack, fit)
         undo.callback(transfer.close)
-        _connect(model, pack, fit, transfer, options.engine)
+        _connect(model, pack, fit, transfer)
         undo.callback(model.offload.close)
-        if options.trace is not None:  # with what routers say of the next layer, for replays
+        if options.trace is not None:  # a trace holds the routers' guesses too, for replays
             if not model.offload.engine.watches_routers:
                 model.offload.engine.watch_routers(model, routers(model, pack.info))
             model.offload.record(options.trace, noted_layers=1)
@@ -169,10 +135,10 @@ def load_with(
 def load_and_tell(
     source: str, options: LoadOptions, threads: int | None = None, *, note: bool = True
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, float]:
-    """`load_with` for commands: the model, its tokenizer and the seconds it took.
+    """`load_with` for commands. Returns the model, its tokenizer and the seconds this took.
 
-    Computes with `threads` CPU threads. What each card has goes to stderr, and with `note` also
-    what the demo is.
+    From now on, torch computes with `threads` CPU threads, unless that is None. What each of
+    several cards holds goes to stderr; with `note`, so does a line that explains the demo model.
     """
     begin = time.perf_counter()
     if threads is not None:
@@ -186,7 +152,7 @@ def load_and_tell(
 
 
 def _tell_shorter_chunks(fit: Fit) -> None:
-    """Warn who asked for longer ones."""
+    """Log that a prompt is read in shorter chunks than asked; a warning if the user chose them."""
     asked = fit.options.ubatch_size
     if fit.ubatch < min(asked, fit.options.context):
         logger.log(
@@ -199,7 +165,7 @@ def _tell_shorter_chunks(fit: Fit) -> None:
 
 
 def _devices(fit: Fit, whole: PreTrainedModel | None) -> dict[str, torch.device]:
-    """Every part of the model and its device."""
+    """The name of each part of the model -> its device."""
     if whole is None:
         return {"": fit.device}
     return Layers(whole).device_map(fit.shares, [card.device for card in fit.cards])
@@ -212,9 +178,12 @@ def _load_dense(
     fit: Fit,
     devices: dict[str, torch.device],
 ) -> PreTrainedModel:
-    """The model with everything in place, its parts on `devices`, but its experts."""
+    """The model without its experts: all other weights are loaded onto `devices`.
+
+    Raises `CheckpointError` or `PackError` if the weights are not those of the model.
+    """
     if any(len(dense.modules) > 1 for dense in pack.info.dense):
-        config = _untied(config)  # one record serves both: there are no parameters to tie
+        config = _untied(config)  # one record serves both modules, which have no parameters to tie
     quantised = [path for dense in pack.info.dense for path in dense.modules]
     with BUILDING, without_bars():
         loaded: tuple[PreTrainedModel, dict[str, Any]]
@@ -237,7 +206,7 @@ def _load_dense(
         raise CheckpointError(f"config.json and weights do not match: {sorted(wrong)[0]}")
     for dense, record in pack.dense_records():
         layout = pack.info.dense_layout(dense)
-        where = device_of(dense.modules[0], devices)  # of two, one is tied to it
+        where = device_of(dense.modules[0], devices)  # a second module is tied to the first
         view = view_record(_in_memory(record, where), layout)["weight"]
         for path in dense.modules:
             module = model.get_submodule(path)
@@ -250,13 +219,16 @@ def _load_dense(
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = _in_memory(tensor.data, tensor.device)
     if len(devices) > 1:
-        remove_hook_from_submodules(model)  # accelerate's, one for each linear layer
+        remove_hook_from_submodules(model)  # accelerate adds one for each linear layer
         Crossing(model, devices, home=fit.device)
-    return model.requires_grad_(False)  # slots are reused: there is nothing to train
+    return model.requires_grad_(False)  # no gradients: slots are reused between layers
 
 
 def _in_memory(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` on `device`, not in a mapped file: one cut short under it would end the process."""
+    """`tensor` on `device` and in memory of its own.
+
+    A view of a mapped file would end the process if the file were truncated.
+    """
     return tensor.clone() if device.type == "cpu" else tensor.to(device)
 
 
@@ -267,10 +239,11 @@ def _untied(config: PreTrainedConfig) -> PreTrainedConfig:
     return copy
 
 
-def _connect(
-    model: PreTrainedModel, pack: Pack, fit: Fit, transfer: Transfer, asked_engine: str
-) -> None:
-    """Put the engine behind the model's experts."""
+def _connect(model: PreTrainedModel, pack: Pack, fit: Fit, transfer: Transfer) -> None:
+    """Make an engine that serves the model's experts, and give the model its `offload`.
+
+    Raises `PackError` if the pack's experts are not those of the model.
+    """
     info = pack.info
     asked = [
         (module.path, module.num_experts, [matrix.shape for matrix in module.matrices])
@@ -280,16 +253,20 @@ def _connect(
         (layer.module, layer.num_experts, [m.spec.shape for m in info.layout_of(i).matrices])
         for i, layer in enumerate(info.layers)
     ]
-    if asked != given:  # kernels believe these sizes
+    if asked != given:  # kernels do not check these sizes
         raise PackError(
             f"{pack.path} was made for other experts modules than transformers "
             f"{transformers.__version__} has: {REMAKE}"
         )
-    everything_fits = fit.slots >= info.total_experts  # then no expert is ever loaded twice
+    everything_fits = fit.slots >= info.total_experts  # then guesses gain nothing
     looks = fit.options.lookahead is not False and not everything_fits
-    ahead = Lookahead("router", 1) if looks else NO_LOOKAHEAD
     k = chosen_experts(model.config)
-    engine, decoding = make_engine(asked_engine, info, fit, transfer, ahead, k)
+    engine = make_engine(fit.options.engine, info, fit, transfer, looks, k)
+    decoding = None
+    if engine.device is not None:
+        from offload.generation.tokens import Loops  # loads Triton
+
+        decoding = Loops(engine, engine.device)
     for module in experts_modules(model):
         install(module, engine.add_layer(module))
     engine.watch_calls(model)
@@ -298,15 +275,16 @@ def _connect(
     single = fit.device.type == "cpu" and fit.dtype == torch.bfloat16
     one_token = OneTokenLinear(model) if single and native_is_quicker() else None
     model.offload = Offload(pack, engine, fit, one_token, k, decoding)
-    weakref.finalize(model, model.offload.close)  # a model that is dropped frees what it held
+    weakref.finalize(model, model.offload.close)  # also if the user drops the model unclosed
 
 
 def routers(model: PreTrainedModel, info: PackInfo) -> list[torch.nn.Module | None]:
-    """The router of each MoE layer, None where it cannot be told."""
+    """The router of each MoE layer, or None where it cannot be found."""
     return [find_router(model, layer.module, layer.num_experts) for layer in info.layers]
 
 
-def _tokenizer(path: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+def load_tokenizer(path: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in the folder of a pack; None if it has none. Raises `CheckpointError`."""
     if not any(
         (path / name).is_file()
         for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
@@ -316,7 +294,7 @@ def _tokenizer(path: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase |
         return AutoTokenizer.from_pretrained(
             path, trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except Exception as error:  # whatever a tokenizer class raises on what is in its files
+    except Exception as error:  # a tokenizer class may raise anything when its files are wrong
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
             f"the tokenizer in {path} cannot be used ({reason}): fetch it again, or pass "

@@ -1,23 +1,18 @@
-"""How the next token is chosen: parameters, and transformers' logits processors for them.
-
-Knows: names, ranges and defaults. Does not know: models.
-"""
+"""The sampling parameters of a user: defaults, ranges, and where each value comes from."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
-
-import torch
-from transformers import (
-    GenerationConfig,
-)
+from typing import TYPE_CHECKING
 
 from offload.errors import GenerationError
 
-COLDEST = 1e-5  # the temperature below which choices are greedy: logits divided by it overflow
-PARAMETERS: dict[str, type[int] | type[float]] = {  # by which users know them
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+PARAMETERS: dict[str, type[int] | type[float]] = {  # the names that users know them by
     "temperature": float,
     "top_k": int,
     "top_p": float,
@@ -25,12 +20,15 @@ PARAMETERS: dict[str, type[int] | type[float]] = {  # by which users know them
     "repetition_penalty": float,
     "seed": int,
 }
-HOTTEST = torch.finfo(torch.float32).max  # above it a float32 temperature is infinite
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Complete sampling parameters. `temperature` 0 is greedy; 0 switches top_k and min_p off."""
+    """Complete sampling parameters.
+
+    `temperature` 0 is greedy, and 0 switches top_k and min_p off. Raises `GenerationError` for a
+    value that is out of range or not a number.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
@@ -63,7 +61,7 @@ class Sampling:
 
 
 def is_number(value: object, kind: type[Real] | type[Integral]) -> bool:
-    """Whether `value` is of `kind`, and no truth value (which Python counts as a whole number)."""
+    """Whether `value` is of `kind` and not a bool, which Python counts as a whole number."""
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
@@ -78,14 +76,14 @@ def resolve_sampling(
     seed: int | None = None,
     fallback: Sampling | None = None,
 ) -> Sampling:
-    """Fill what was not given from the checkpoint's `generation_config`, else from `fallback`.
+    """Take each missing parameter from the checkpoint's `config`, otherwise from `fallback`.
 
-    A checkpoint that does not ask for sampling decodes greedily, unless a temperature is given or
-    there is a `fallback`. Raises `GenerationError` for a value out of range.
+    Without a `fallback` and without a given temperature, a checkpoint that does not ask for
+    sampling decodes greedily. Raises `GenerationError` for a value out of range.
     """
     base = fallback or Sampling()
     if config is not None and config.do_sample:
-        # transformers' own defaults where the file is silent
+        # transformers' own defaults stand in for what the file does not mention
         base = Sampling(
             1.0 if config.temperature is None else config.temperature,
             50 if config.top_k is None else config.top_k,
@@ -94,14 +92,13 @@ def resolve_sampling(
             config.repetition_penalty or 1.0,
         )
     elif config is not None and config.repetition_penalty:
-        base = Sampling(
-            base.temperature, base.top_k, base.top_p, base.min_p, config.repetition_penalty
-        )
-    return Sampling(
-        base.temperature if temperature is None else temperature,
-        base.top_k if top_k is None else top_k,
-        base.top_p if top_p is None else top_p,
-        base.min_p if min_p is None else min_p,
-        base.repetition_penalty if repetition_penalty is None else repetition_penalty,
-        seed,
-    )
+        base = replace(base, repetition_penalty=config.repetition_penalty)
+    given = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+    }
+    changes = {name: value for name, value in given.items() if value is not None}
+    return replace(base, seed=seed, **changes)  # type: ignore[arg-type]

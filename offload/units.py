@@ -1,4 +1,4 @@
-"""Numbers as people write them: sizes, counts, shares and lists, read and told."""
+"""Numbers as people write them: sizes, counts, shares and lists."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Any
 
 from offload.errors import BudgetError
 
-SHARE = 0.9  # of the memory that is free at start, when the user names no budget
-UBATCH = 2048  # tokens of a prompt at once: an expert crosses the link once for all of them
-# Models that read a prompt whole: in transformers 5.23 their recurrent state is lost when several
-# tokens follow earlier ones.
+SHARE = 0.9  # of the memory that is free at the start, used if the user names no budget
+UBATCH = 2048  # tokens of a prompt that go through the model at once, and share each expert's load
+# Models that must read a prompt as a whole: transformers 5.24 loses their recurrent state when
+# several tokens follow earlier ones.
 READ_WHOLE = frozenset({"jamba"})
 UNITS = {"": 1, "B": 1} | {
     letter + suffix: base**power
     for power, letter in enumerate("KMGT", start=1)
     for suffix, base in (("", 2**10), ("IB", 2**10), ("B", 10**3))
 }
-MOST_SLOTS = 2**31  # asking for more is asking for all
-MOST_BYTES = 2**60  # of a size: more than any machine has
-MOST = 2**31 - 1  # tokens, repetitions
+MOST_SLOTS = 2**31  # more than any model has
+MOST_BYTES = 2**60  # more than any machine has
+MOST = 2**31 - 1  # tokens or repetitions
 
 
 def parse_bytes(text: str | int | None) -> int | None:
-    """Bytes from a number or from text like "20GiB"; None stays None. Raises `BudgetError`."""
+    """Bytes from a number or text like "20GiB"; None gives None. Raises `BudgetError`."""
     if text is None or isinstance(text, int):
         return text
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
@@ -39,7 +39,7 @@ def parse_bytes(text: str | int | None) -> int | None:
 
 
 def parse_slots(text: str | int | None, total: int) -> int | None:
-    """A number of slots from a number or a share of `total` like "25%"; None stays None.
+    """Expert slots from a number or a share of `total` like "25%"; None gives None.
 
     Raises `BudgetError`.
     """
@@ -55,7 +55,7 @@ def parse_slots(text: str | int | None, total: int) -> int | None:
 
 
 def gib(size: int) -> str:
-    """A size as people read it."""
+    """A size in GiB or MiB, as people read it."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
@@ -82,17 +82,3 @@ count, positive = between(0, MOST), between(1, MOST)
 def listed(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     """An argparse type: several values with commas between them, each read by `parse`."""
     return lambda text: [parse(part) for part in text.split(",")]
-
-
-def pair(text: str) -> tuple[int, int]:
-    """An argparse type: two positive numbers with a comma between them."""
-    first, _, second = text.partition(",")
-    return positive(first), positive(second)
-
-
-def switch(text: str) -> bool | None:
-    """An argparse type: on, off, or auto (None)."""
-    known = {"on": True, "off": False, "auto": None}
-    if text not in known:
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not on, off or auto")
-    return known[text]

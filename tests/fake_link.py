@@ -1,4 +1,4 @@
-"""A device that does what it was given late, in any order its queues allow.
+"""A fake device that does its work late, in any order its queues allow.
 
 Copies really happen, at the moment the device gets to them: whoever forgets to wait sees old bytes.
 """
@@ -33,7 +33,7 @@ class FakeEvent:
 
 
 class FakeLink:
-    """With `eager` compute happens when it is called, as on a CPU: it waits on the spot."""
+    """With `eager` compute happens when it is called, as on a CPU, and waits on the spot."""
 
     def __init__(self, seed: int = 0, *, eager: bool = True) -> None:
         self.device = torch.device("cpu")
@@ -42,8 +42,8 @@ class FakeLink:
         self._eager = eager
         self._chooser = random.Random(seed)
         self._clock = 0.0
-        self._queues: dict[str, deque[tuple[Sequence[FakeEvent], Callable[[], None]]]] = {
-            name: deque() for name in ("demands", "guesses", "compute")
+        self.queues: dict[str, deque[tuple[Sequence[FakeEvent], Callable[[], None]]]] = {
+            name: deque() for name in ("urgent", "guesses", "compute")
         }
 
     def allocate(self, slots: int, slot_bytes: int) -> Tensor:
@@ -55,7 +55,7 @@ class FakeLink:
         self, target: Tensor, source: Tensor, *, urgent: bool, after: Sequence[FakeEvent]
     ) -> tuple[FakeEvent, FakeEvent]:
         begin, end = FakeEvent(self), FakeEvent(self)
-        queue = self._queues["demands" if urgent else "guesses"]
+        queue = self.queues["urgent" if urgent else "guesses"]
         queue.append((after, lambda: self._pass(begin)))
         queue.append(((), lambda: (target.copy_(source), self._pass(end))[1]))
         return begin, end
@@ -72,23 +72,18 @@ class FakeLink:
         if self._eager:
             event.synchronize()
         else:
-            self._queues["compute"].append(((event,), lambda: None))
+            self.queues["compute"].append(((event,), lambda: None))
 
     def compute(self, call: Callable[[], None]) -> None:
-        """`call` happens on the device, in its time."""
+        """Queue `call` on the device."""
         if self._eager:
             call()
         else:
-            self._queues["compute"].append(((), call))
+            self.queues["compute"].append(((), call))
 
     def synchronize(self) -> None:
         while self.one():
             pass
-
-    def moment(self) -> tuple[FakeEvent, float]:
-        event = FakeEvent(self)
-        self._pass(event)
-        return event, 0.0
 
     def free_cached(self) -> None:
         pass
@@ -103,10 +98,10 @@ class FakeLink:
         """The device does one thing; whether there was one to do."""
         able = [
             queue
-            for queue in self._queues.values()
+            for queue in self.queues.values()
             if queue and all(event.at is not None for event in queue[0][0])
         ]
-        assert able or not any(self._queues.values()), "queues wait for each other"
+        assert able or not any(self.queues.values()), "queues wait for each other"
         if not able:
             return False
         self._clock += 1.0

@@ -1,7 +1,7 @@
-"""GGUF files of tiny models, written as llama.cpp's converter writes them.
+"""Writes GGUF files of tiny models as llama.cpp's convert_hf_to_gguf.py does.
 
-Follows convert_hf_to_gguf.py: its names, its order of dimensions, its permutation of the rows of
-queries and keys where the architecture is `llama`, gpt-oss's experts taken apart.
+They have its names, its order of dimensions, its permutation of the rows of queries and keys for
+the architectures in `PERMUTED`, and its separate gates and ups for gpt-oss.
 """
 
 from __future__ import annotations
@@ -41,7 +41,10 @@ def write_gguf(
     one_tensor_an_expert: bool = False,
     parts: int = 1,
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """Write `model` and return its tensors by llama.cpp's names. Vectors stay in float32."""
+    """Write `model` and return its tensors by llama.cpp's names.
+
+    `choose` gives the type of a matrix by its name; vectors stay in float32.
+    """
     tensors = llama_cpp_tensors(model, one_tensor_an_expert)
     size = -(-len(tensors) // parts)
     writer = gguf.GGUFWriter(
@@ -138,14 +141,14 @@ def llama_cpp_tensors(
         if name.endswith("shared_expert_gate.weight"):
             value = value.squeeze()
         out[target] = value.contiguous().numpy()
-    if config.model_type == "glm4_moe":  # of the layer that predicts a second token
+    if config.model_type == "glm4_moe":  # a tensor of the layer that predicts a second token
         out[f"blk.{config.num_hidden_layers}.nextn.eh_proj.weight"] = np.ones((4, 32), np.float32)
     return out
 
 
 def _projections(name: str, value: Tensor, interleaved: bool) -> list[tuple[str, Tensor]]:
-    """Down, or gate and up apart, as [E, out, in]."""
-    if interleaved and value.dim() == 3:  # gpt-oss, whose matrices are [in, out] as well
+    """The projections in an expert parameter, down or gate and up, each as [E, out, in]."""
+    if interleaved and value.dim() == 3:  # gpt-oss also has its matrices as [in, out]
         value = value.transpose(1, 2)
     if ".down_proj" in name:
         return [("down", value)]
@@ -155,7 +158,7 @@ def _projections(name: str, value: Tensor, interleaved: bool) -> list[tuple[str,
 
 
 def _permute(weight: Tensor, heads: int) -> Tensor:
-    """As `permute` of LlamaModel in convert_hf_to_gguf.py."""
+    """Permute rows as LlamaModel.permute in convert_hf_to_gguf.py does."""
     return (
         weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
         .transpose(1, 2)
@@ -167,7 +170,7 @@ BPE_VOCABULARY = 272  # of a model with `add_bpe`
 
 
 def add_bpe(writer: gguf.GGUFWriter) -> None:
-    """A tokenizer over bytes with a few merges, Qwen's marks of turns, and a chat template."""
+    """Add a byte-level tokenizer with a few merges, Qwen's marks of turns, and a chat template."""
     words, marks = ["he", "ll", "hell", "hello"], ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokens = [*bytes_to_unicode().values(), *words, *marks]
     unused = [f"<|unused{i}|>" for i in range(BPE_VOCABULARY - len(tokens))]
@@ -186,7 +189,7 @@ def add_bpe(writer: gguf.GGUFWriter) -> None:
 
 
 def add_sentencepiece(writer: gguf.GGUFWriter) -> None:
-    """A tokenizer of pieces with scores, bytes for whatever it does not know."""
+    """Add a tokenizer of pieces with scores, which falls back on single bytes."""
     letters, pieces = list("\u2581helowrd"), ["he", "ll", "hell", "hello", "\u2581hello"]
     writer.add_tokenizer_model("llama")
     writer.add_token_list(
@@ -201,7 +204,7 @@ def add_sentencepiece(writer: gguf.GGUFWriter) -> None:
 
 
 def write_qwen35moe(file: Path, kind: Kind) -> None:
-    """A tiny Qwen3.5 MoE with random tensors."""
+    """Write a tiny Qwen3.5 MoE with random tensors."""
     hidden, inner, experts, vocabulary = 64, 32, 8, BPE_VOCABULARY
     value_heads, key_heads, width = 4, 2, 16
     shapes: dict[str, tuple[int, ...]] = {
@@ -286,7 +289,7 @@ def write_qwen35moe(file: Path, kind: Kind) -> None:
 
 
 def upcycle_gguf(dense: Path, file: Path, experts: int) -> None:
-    """Write a dense Llama's GGUF as a Mixtral's: blocks as they are, every FFN `experts` times."""
+    """Write a dense Llama's GGUF as that of a Mixtral, with each FFN's blocks `experts` times."""
     reader = gguf.GGUFReader(dense)
     writer = gguf.GGUFWriter(file, "llama")
     for name, field in reader.fields.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -22,6 +23,7 @@ def interrupt_before(call: Callable[[], object], at: int) -> bool:
         return trace
 
     before = sys.gettrace()
+    gc.disable()  # an exception in what the collector calls would be swallowed
     sys.settrace(trace)
     try:
         call()
@@ -29,4 +31,5 @@ def interrupt_before(call: Callable[[], object], at: int) -> bool:
         return True
     finally:
         sys.settrace(before)
+        gc.enable()
     return False

@@ -1,49 +1,62 @@
-"""docs/options.md, made from the options themselves: `python -m tests.options_page`."""
+"""Writes docs/options.md from the options themselves: `python -m tests.options_page`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from offload import options
+from offload.bench.command import BenchOptions
+from offload.chat.command import ChatOptions
+from offload.flags import default_text, has_no, options_of
+from offload.generation.command import AnswerFileOptions
+from offload.options import (
+    AnswerOptions,
+    JsonOptions,
+    LoadOptions,
+    ThreadOptions,
+    TimelineOptions,
+)
+from offload.plan.command import PlanOptions
+from offload.quality.command import CheckOptions, PerplexityOptions, WindowOptions
+from offload.trace.command import PlotOptions, ReplayOptions
 
 PAGE = Path(__file__).parents[1] / "docs/options.md"
 HEAD = """# Options
 
-Every option of the command line and of `load`. This page is written by `python -m
-tests.options_page` from `offload/options.py`, which `--help` is made from too.
-`offload COMMAND --help` shows what one command takes.
+Every option of the command line and of `load`. `offload COMMAND --help` shows the options of one
+command. `python -m tests.options_page` writes this page from the same dataclasses that `--help` is
+made from.
 """
 SECTIONS = {
     "Loading a model": (
-        options.LoadOptions,
-        "Keywords of `load`, and options of `chat`, `generate`, `bench`, `ppl` and `check`; "
-        "`plan` and `quantize` take some of them. In `bench`, `--expert-bits`, `--expert-slots`, "
-        "`--policy` and `--lookahead` take lists, and `--warm-start` is off. In `ppl` and `check` "
-        "`--ctx-size` is 512.",
+        LoadOptions,
+        "These are the keywords of `load` and options of `chat`, `generate`, `bench`, `ppl` and "
+        "`check`; `plan` and `quantize` take some of them. In `bench`, `--expert-bits`, "
+        "`--expert-slots`, `--policy` and `--lookahead` take lists, and `--warm-start` is off by "
+        "default. In `ppl` and `check`, the default of `--ctx-size` is 512.",
     ),
-    "Processor": (options.ThreadOptions, "With the commands that load a model."),
-    "Prompts and sampling": (options.AnswerOptions, "`chat` and `generate`."),
-    "chat": (options.ChatOptions, ""),
-    "generate": (options.GenerateOptions, ""),
-    "Timelines": (options.TimelineOptions, "`generate` and `bench`."),
-    "bench": (options.BenchOptions, "Names and defaults are llama-bench's."),
-    "plan": (options.PlanOptions, "Beside `--device`, `--vram`, `--ram`, sizes, bits and source."),
-    "ppl": (options.PerplexityOptions, ""),
-    "check": (options.CheckOptions, ""),
-    "Windows": (options.WindowOptions, "`ppl` and `check`."),
-    "JSON": (options.JsonOptions, "`doctor`, `ppl` and `check`."),
-    "trace replay": (options.ReplayOptions, ""),
-    "trace plot": (options.PlotOptions, ""),
+    "Processor": (ThreadOptions, "For the commands that load a model."),
+    "Prompts and sampling": (AnswerOptions, "For `chat` and `generate`."),
+    "chat": (ChatOptions, ""),
+    "generate": (AnswerFileOptions, ""),
+    "Timelines": (TimelineOptions, "For `generate` and `bench`."),
+    "bench": (BenchOptions, "The names and defaults are those of llama-bench."),
+    "plan": (PlanOptions, "It also takes the options of memory, quantisation and source."),
+    "ppl": (PerplexityOptions, ""),
+    "check": (CheckOptions, ""),
+    "Windows": (WindowOptions, "For `ppl` and `check`."),
+    "JSON": (JsonOptions, "For `doctor`, `ppl` and `check`."),
+    "trace replay": (ReplayOptions, ""),
+    "trace plot": (PlotOptions, ""),
 }
 
 
 def table(kind: type) -> str:
     """The options of the dataclass `kind` as a table of Markdown."""
-    in_python = kind is options.LoadOptions
+    in_python = kind is LoadOptions
     names = ["Option", *["In Python"] * in_python, "Unit", "Default", "Meaning"]
     rows = [names, ["---"] * len(names)]
-    for each, spelling in options.options_of(kind):
-        off = [flag.replace("--", "--no-") for flag in spelling.flags if options.has_no(each)]
+    for each, spelling in options_of(kind):
+        off = [flag.replace("--", "--no-") for flag in spelling.flags if has_no(each)]
         flags = ", ".join(f"`{flag}`" for flag in (*spelling.flags, *off))
         value = f" {spelling.metavar}" if spelling.metavar else ""
         rows.append(
@@ -51,7 +64,7 @@ def table(kind: type) -> str:
                 flags + value,
                 *[f"`{each.name}`"] * in_python,
                 spelling.unit,
-                options.default_text(each.default, spelling),
+                default_text(each.default, spelling),
                 spelling.help,
             ]
         )

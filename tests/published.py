@@ -1,5 +1,4 @@
-"""Configs of published models, written from transformers' config classes with the values of their
-config.json, and the weights that they are known to have."""
+"""Published models: the values of their config.json, and how many weights they have."""
 
 from __future__ import annotations
 
@@ -13,21 +12,24 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 @dataclass(frozen=True)
 class Published:
-    """A model: its config's values, all its weights, and what is cut off for a pack of it to be
-    made in a test: layers, experts, vocabulary and the width of layers without experts."""
+    """A published model.
+
+    `weights` counts all of them. `cut` has the values (layers, experts, vocabulary) of a model that
+    is small enough for a test to make a pack of it.
+    """
 
     model_type: str
     values: dict[str, Any]
     weights: int
     cut: dict[str, Any]
-    beside: dict[str, Any] = field(default_factory=dict)  # in config.json, for the weights there
+    beside: dict[str, Any] = field(default_factory=dict)  # more of config.json
 
     def config(self, **changes: Any) -> PreTrainedConfig:
         cls = CONFIG_MAPPING[self.model_type]
         return cls(**{**self.values, "dtype": "bfloat16", **changes})
 
     def save_as_published(self, folder: Path) -> None:
-        """config.json as the hub has it, with how the weights are quantised."""
+        """Write config.json as the hub has it, including how the weights are quantised."""
         self.config().save_pretrained(folder)
         file = folder / "config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), **self.beside}))

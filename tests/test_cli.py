@@ -1,4 +1,4 @@
-"""The commands: what goes to stdout and what to stderr, flags, timings, tables."""
+"""The commands: what they write to stdout and to stderr, their flags and their help."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pytest
 from offload.quant.pack import Pack
 
 import cli
+from offload.commands import COMMANDS
 from tests.conftest import Script
 
 ROOT = Path(__file__).parents[1]
@@ -206,22 +207,20 @@ def test_stop_strings_end_the_answer(run: Run, script: Script, mixtral_pack: Pat
     assert run("generate", mixtral_pack, "-p", "a", *stops).out == "one \n"
 
 
-@pytest.mark.parametrize("flag", ["--threads", "--ctx-size", "--group-size"])
-def test_every_flag_has_its_word(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as left:
-        cli.main(["generate", "--help"])
-    assert left.value.code == 0
-    assert flag in capsys.readouterr().out
+ACTIONS = [("trace", action) for action in ("show", "replay", "plot")]
 
 
-@pytest.mark.parametrize("command", ["chat", "generate", "bench", "quantize"])
-def test_every_command_has_help_with_an_example(
-    command: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("words", [*((name,) for name in COMMANDS), *ACTIONS], ids=" ".join)
+def test_every_help_ends_with_an_example_and_fits_80_columns(
+    words: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as left:
-        cli.main([command, "--help"])
+        cli.main([*words, "--help"])
     assert left.value.code == 0
-    assert f"example: offload {command} " in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].startswith(f"example: offload {' '.join(words)}")
+    assert [line for line in lines if len(line) > 80] == []
 
 
 def test_ctrl_c_is_exit_code_130(run: Run, script: Script, mixtral_pack: Path) -> None:

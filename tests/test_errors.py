@@ -198,6 +198,25 @@ def test_remote_code_is_not_run_without_the_flag(
     assert not trace.exists()
 
 
+@pytest.mark.parametrize("takes", ["past_key_values", "cache"])
+def test_remote_code_that_takes_no_cache_is_refused(
+    takes: str, fails: Fails, checkpoint: Path
+) -> None:
+    code = (
+        "from transformers import MixtralForCausalLM\n"
+        "class C(MixtralForCausalLM):\n"
+        f"    def forward(self, input_ids=None, {takes}=None, **others):\n"
+        f"        return super().forward(input_ids, {takes}={takes}, **others)\n"
+    )
+    (checkpoint / "remote.py").write_text(code)
+    _change_json(checkpoint / "config.json", auto_map={"AutoModelForCausalLM": "remote.C"})
+    arguments = ["generate", str(checkpoint), *HI, "--trust-remote-code"]
+    if takes == "cache":
+        assert cli.main(arguments) == 0
+    else:
+        assert "written for an older transformers" in fails(*arguments)
+
+
 def test_remote_code_of_a_tokenizer_is_not_run_without_the_flag(
     fails: Fails, checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -647,7 +666,7 @@ def test_quantising_a_pack_does_not_pretend_to_have_made_another(
         ("--policy", "mru", "there is no policy 'mru': choose lfru or lru"),
         ("--device", "toaster", "toaster"),
         ("--device", "cuda:99", "cuda:99"),
-        ("--gpus", "0,x", "'0,x' are not cards: write their numbers like 0,1"),
+        ("--gpus", "0,x", "'0,x' is not a list of GPUs: write their numbers like 0,1"),
         ("--gpus", "98,99", "there is no device 'cuda:98' here"),
         ("--temp", "-1", "temperature is -1.0: it must be 0 or more"),
         ("--temp", "nan", "temperature is nan"),

@@ -21,7 +21,6 @@ from transformers import PreTrainedTokenizerFast
 
 import cli
 import offload
-import offload.generation.patience
 from offload.chat import terminal
 from offload.chat.chat import Chat
 from offload.chat.commands import obey
@@ -115,7 +114,6 @@ def _answer_with_little_memory(pack: Path, results: Connection) -> None:
     import ctypes
     import resource
 
-    offload.generation.patience.BEGIN_SECONDS = 2.0
     ctypes.CDLL(None).mallopt(*KEEP_NOTHING)
     model, tokenizer = offload.load(
         pack, device="cpu", dtype=torch.float32, expert_slots=4, context=8192, warm_start=False

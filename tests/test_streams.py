@@ -1,9 +1,10 @@
-"""Closed, full and abandoned standard streams, in real processes."""
+"""Standard streams that are closed, full or abandoned, and what is printed on stderr."""
 
 from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX s
 
 
 def _shell(line: str, *arguments: str | Path) -> tuple[int, str, str]:
-    """Run `line`, in which "$@" is the command; its exit code, output and errors."""
+    """Run the shell line `line`, where "$@" is the command; return exit code, stdout and stderr."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "LC_ALL": "C.UTF-8"}
     environment.pop("PYTHONUNBUFFERED", None)
     done = subprocess.run(
@@ -44,13 +45,13 @@ def _one_error(text: str) -> str:
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ("generate", "demo", "-p", "hi")])
-def test_a_closed_stdout_is_told(arguments: tuple[str, ...]) -> None:
+def test_a_closed_stdout_is_an_error(arguments: tuple[str, ...]) -> None:
     code, _, errors = _shell('"$@" >&-', *arguments)
     assert code == 1
     assert "stdout is closed" in _one_error(errors)
 
 
-def test_a_full_stdout_is_told() -> None:
+def test_a_full_stdout_is_an_error() -> None:
     code, _, errors = _shell('"$@" >/dev/full', "--help")
     assert code == 1
     assert "cannot write to stdout: No space left" in _one_error(errors)
@@ -61,6 +62,45 @@ def test_an_answer_into_a_full_disk_is_told(mixtral_pack: Path) -> None:
     code, _, errors = _shell('"$@" >/dev/full', *arguments)
     assert code == 1
     assert "cannot write to stdout: No space left" in _one_error(errors)
+
+
+PYTHON_ANSWERS = """
+import sys, torch, offload
+model, tokenizer = offload.load(sys.argv[1], device="cpu")
+offload.generate(model, tokenizer, "hi", max_new_tokens=3)
+offload.generate(model, tokenizer, ["hi", "you"], max_new_tokens=3)
+[*offload.stream_generate(model, tokenizer, "hi", max_new_tokens=3, temperature=1.0)]
+inputs = tokenizer("hi", return_tensors="pt")
+model.generate(**inputs, max_new_tokens=3, do_sample=False)
+model.offload.close()
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["-c", PYTHON_ANSWERS], ""),
+        (["-m", "cli", "generate", "--no-show-timings", "-n", "3"], ""),
+        (["-m", "cli", "chat", "--no-show-timings", "-n", "3"], r"24 slots .* /bye leaves\n"),
+        (["-m", "cli", "ppl"], r"\[ Experts: .* \]\n"),
+    ],
+    ids=["python", "generate", "chat", "ppl"],
+)
+def test_no_warning_of_a_library_reaches_the_user(
+    arguments: list[str], expected: str, mixtral_pack: Path
+) -> None:
+    """In these processes a FutureWarning is an error, and only our own lines are printed."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error::FutureWarning", *arguments, mixtral_pack],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        input="how are you?",
+        encoding="utf-8",
+        capture_output=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(expected, done.stderr)
 
 
 def test_a_closed_stdin_is_an_empty_one() -> None:
@@ -74,11 +114,11 @@ def test_errors_do_not_go_to_stdout_when_stderr_is_closed() -> None:
 
 
 @pytest.mark.parametrize("line", ['"$@" | true', '"$@" | head -1 >/dev/null'])
-def test_a_reader_that_leaves_is_no_error(line: str) -> None:
+def test_a_reader_that_closes_the_pipe_is_not_an_error(line: str) -> None:
     assert _shell(line, "generate", "--help") == (0, "", "")
 
 
-def test_a_sign_that_stdouts_encoding_lacks_ends_no_answer(
+def test_a_character_that_stdout_cannot_encode_does_not_end_the_answer(
     mixtral_pack: Path, script: Script, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw = io.BytesIO()
@@ -88,7 +128,7 @@ def test_a_sign_that_stdouts_encoding_lacks_ends_no_answer(
     assert raw.getvalue() == b"a ???? b\n"
 
 
-def test_a_piped_line_that_is_no_text_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_piped_line_that_is_not_utf_8_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
     piped = io.TextIOWrapper(io.BytesIO(b"a\xffb\nnext\n"), encoding="utf-8")
     monkeypatch.setattr("sys.stdin", piped)
     read = terminal.reader()
@@ -97,14 +137,14 @@ def test_a_piped_line_that_is_no_text_is_one_message(monkeypatch: pytest.MonkeyP
         read("")
 
 
-def test_a_pipe_without_end_is_not_read_for_ever() -> None:
+def test_an_endless_pipe_is_refused() -> None:
     told = pytest.raises(OffloadError, match=f"more than {MOST_CHARACTERS} characters")
     with Path("/dev/zero").open(encoding="utf-8") as endless, told:
         read_text(endless, "the pipe")
 
 
 @pytest.mark.parametrize("kind", ["folder", "missing parent"])
-def test_a_history_that_cannot_be_kept_is_told_once(
+def test_a_history_that_cannot_be_kept_is_reported_once(
     kind: str, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if kind == "folder":
@@ -116,7 +156,7 @@ def test_a_history_that_cannot_be_kept_is_told_once(
     assert capsys.readouterr().err.count("lines are not remembered") == 1
 
 
-def test_a_history_whose_disk_fills_up_goes_on(home: Path) -> None:
+def test_a_history_continues_in_memory_when_its_disk_is_full(home: Path) -> None:
     history = terminal._history()
     (home / "history").unlink()
     (home / "history").symlink_to("/dev/full")
@@ -124,10 +164,8 @@ def test_a_history_whose_disk_fills_up_goes_on(home: Path) -> None:
     assert history.get_strings() == ["one"]
 
 
-def test_work_that_a_reader_of_messages_cut_short_is_not_done(
-    mixtral: Path, tmp_path: Path
-) -> None:
-    """As `offload quantize ... 2>&1 | head -1`: the pack is what was asked for."""
+def test_a_command_whose_messages_nobody_reads_fails(mixtral: Path, tmp_path: Path) -> None:
+    """`offload quantize ... 2>&1 | head -1` fails if it cannot write a message, unlike `--help`."""
     command = [sys.executable, "-m", "cli", "quantize", str(mixtral), str(tmp_path / "pack")]
     read, write = os.pipe()
     os.close(read)
@@ -137,7 +175,7 @@ def test_work_that_a_reader_of_messages_cut_short_is_not_done(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
-def test_a_terminated_chat_ends_in_order(mixtral_pack: Path, home: Path) -> None:
+def test_a_terminated_chat_exits_cleanly(mixtral_pack: Path, home: Path) -> None:
     command = [sys.executable, "-m", "cli", "chat", str(mixtral_pack)]
     child = subprocess.Popen(
         command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE

@@ -1,7 +1,7 @@
-"""Tiny random checkpoints of real architectures.
+"""Makes tiny random checkpoints of real architectures.
 
-A config class's defaults are shrunk by the names that architectures share; what remains different
-is listed in `DIFFERENT`.
+A config class's defaults are replaced by the small values of `SHRUNK`, whose names architectures
+share, and by those of `DIFFERENT` for single architectures.
 """
 
 from __future__ import annotations
@@ -78,10 +78,9 @@ SHRUNK: dict[str, Any] = {
     "num_nextn_predict_layers": 0,
     "vocab_size_per_layer_input": 128,
     "hidden_size_per_layer_input": 0,
-    "global_head_dim": 16,
 }
 
-# What the names above do not say.
+# Values that an architecture needs besides those of `SHRUNK`.
 MIXED = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
 DIFFERENT: dict[str, dict[str, Any]] = {
     "qwen3_next": MIXED,
@@ -93,7 +92,8 @@ DIFFERENT: dict[str, dict[str, Any]] = {
         "layer_types": ["linear_attention", "indexed_attention", "linear_attention"]
     },
     "qwen2_moe": {"decoder_sparse_step": 1, "mlp_only_layers": [0]},
-    "gemma4_text": {"enable_moe_block": True, "num_kv_shared_layers": 0},
+    # Its layers with full attention have a head size of their own, which is no attribute.
+    "gemma4_text": {"enable_moe_block": True, "num_kv_shared_layers": 0, "global_head_dim": 16},
     "nemotron_h": {
         "layers_block_type": ["moe", "attention", "moe", "mamba", "moe"],
         "num_hidden_layers": None,
@@ -105,8 +105,7 @@ DIFFERENT: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
-    """A config of `model_type` with everything small; of a composite one, its text part is
-    shrunk."""
+    """A config of `model_type` with small values; in a composite config, the text part has them."""
     cls = CONFIG_MAPPING[model_type]
     text = cls.sub_configs.get("text_config")
     if text is not None:
@@ -116,7 +115,7 @@ def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
     default.allow_global_per_layer_attribute_access = True
     known = {name: value for name, value in SHRUNK.items() if hasattr(default, name)}
     if "qk_rope_head_dim" in known:
-        # latent attention: rotary embeddings turn these alone, and every head has its own keys
+        # Latent attention: rotary embeddings turn only these, and every head has its own keys.
         known["head_dim"] = known["qk_rope_head_dim"]
         known["num_key_value_heads"] = known["num_attention_heads"]
     known.update(DIFFERENT.get(model_type, {}))

@@ -12,7 +12,7 @@ import torch
 from offload.quant.pack import Pack
 from torch import Tensor
 
-from offload.transfer.base import NO_MARKS, Marks, Ticket
+from offload.transfer.base import Ticket
 
 HOST_BYTES = 2**30  # of host memory that records are copied from, in turn: beyond any CPU's cache
 
@@ -34,7 +34,6 @@ class NaiveTransfer:
 
     def __init__(self, pack: Pack, slots: int, device: torch.device, *, pinned: bool) -> None:
         self.device = device
-        self.marks: Marks = NO_MARKS
         self._pack = pack
         size = pack.info.slot_bytes
         self._slots = torch.zeros(slots, size, dtype=torch.uint8, device=device)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 from offload.cache.cache import ExpertCache
-from offload.cache.plan import CacheState
+from offload.cache.decision import CacheState
 from offload.cache.policies import POLICIES
 from offload.cache.trace.synthetic import Shape, synthesize
 
@@ -23,7 +23,7 @@ from benchmarks.cuda_check.store import Row
 from benchmarks.cuda_check.timing import captured, median_seconds
 
 RESIDENT = 0.5
-WAYS = (("lfru", "shared"), ("lru", "global"))
+POLICIES_TIMED = ("lfru", "lru")
 WARM_UP = 60  # tokens, after which no slot is free
 TRUSTED = 1.0  # guesses may evict
 PLAN, LOOK_AHEAD = "plan", "look-ahead"
@@ -39,17 +39,16 @@ def planning_rows(setting: Setting) -> Iterator[Row]:
     layers, experts = setting.pick(QWEN3.layers, 2), setting.pick(QWEN3.experts, 8)
     k = setting.pick(QWEN3.top_k, 2)
     shape = Shape(QWEN3.name, layers, experts, k, 1, 0, 4.0)
-    for policy, allocation in WAYS[:1] if setting.rehearse else WAYS:
-        full = _full(shape, policy, allocation, setting.pick(WARM_UP, 12))
+    for policy in POLICIES_TIMED[:1] if setting.rehearse else POLICIES_TIMED:
+        full = _full(shape, policy, setting.pick(WARM_UP, 12))
         for kernel, absent in ((PLAN, 0), (PLAN, k // 2), (PLAN, k), (LOOK_AHEAD, k)):
-            token = _token(shape, policy, allocation, full, kernel, absent)
-            seconds, right = _seconds(setting, shape, policy, allocation, full, kernel, token)
+            token = _token(shape, policy, full, kernel, absent)
+            seconds, right = _seconds(setting, shape, policy, full, kernel, token)
             yield {
                 "kind": "planning kernels",
                 "model": shape.name,
                 "kernel": kernel,
                 "policy": policy,
-                "allocation": allocation,
                 "slots": len(full.keys),
                 "absent": absent,
                 "of": k,
@@ -59,22 +58,22 @@ def planning_rows(setting: Setting) -> Iterator[Row]:
             }
 
 
-def _full(shape: Shape, policy: str, allocation: str, tokens: int) -> CacheState:
+def _full(shape: Shape, policy: str, tokens: int) -> CacheState:
     """The state of a cache none of whose slots is free."""
     slots = round(shape.layers * shape.experts * RESIDENT)
-    cache = ExpertCache(slots, shape.layers, POLICIES[policy], allocation)
+    cache = ExpertCache(slots, shape.layers, POLICIES[policy])
     for event in synthesize(shape, QWEN3.routing, tokens).events:
-        cache.plan(event.layer, event.experts[0])
+        cache.decide(event.layer, event.experts[0])
     state = cache.state()
     assert None not in state.keys, "not all slots are taken"
     return state._replace(trust=(TRUSTED,) * shape.layers)
 
 
 def _token(
-    shape: Shape, policy: str, allocation: str, full: CacheState, kernel: str, absent: int
+    shape: Shape, policy: str, full: CacheState, kernel: str, absent: int
 ) -> list[list[int]]:
     """Experts [L, k], `absent` of each layer's not resident when they are asked for."""
-    cache = ExpertCache(len(full.keys), shape.layers, POLICIES[policy], allocation)
+    cache = ExpertCache(len(full.keys), shape.layers, POLICIES[policy])
     cache.adopt(full)
     token = []
     for layer in range(shape.layers):
@@ -83,7 +82,7 @@ def _token(
             (resident if cache.is_resident(layer, expert) else others).append(expert)
         chosen = others[:absent] + resident[: shape.top_k - absent]
         if kernel == PLAN:
-            cache.plan(layer, chosen)
+            cache.decide(layer, chosen)
         else:
             cache.look_ahead(layer, chosen, most=len(chosen))
         token.append(chosen)
@@ -94,7 +93,6 @@ def _seconds(
     setting: Setting,
     shape: Shape,
     policy: str,
-    allocation: str,
     full: CacheState,
     kernel: str,
     token: list[list[int]],
@@ -103,9 +101,9 @@ def _seconds(
     from offload.engine.device.places import COUNTS, Places
     from offload.engine.device.table import Table
 
-    places = Places(shape.layers, shape.experts, shape.top_k, len(full.keys), policy, allocation)
+    places = Places(shape.layers, shape.experts, shape.top_k, len(full.keys), policy)
     table = Table(places, setting.device)
-    decide = {PLAN: table.plan, LOOK_AHEAD: table.look_ahead}[kernel]
+    decide = {PLAN: table.decide, LOOK_AHEAD: table.look_ahead}[kernel]
     experts = torch.tensor(token, device=setting.device)  # [L, k]
 
     def run() -> None:

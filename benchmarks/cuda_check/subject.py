@@ -29,8 +29,9 @@ from benchmarks.cuda_check.setting import Setting
 from offload.budget.budget import Memory
 from offload.budget.resolve import Place, Resolver
 from offload.engine.handle import Offload, offload_of
+from offload.fit import Fit
 from offload.loading import routers
-from offload.options import Fit, LoadOptions
+from offload.options import LoadOptions
 from offload.transfer.base import Transfer
 
 

@@ -1,7 +1,4 @@
-"""What a trace shows of a model's routing.
-
-Knows: how to count choices, repetitions and distances. Does not know: caches (`cache.replay`).
-"""
+"""What a trace shows of a model's routing: choices, repetitions and distances."""
 
 from __future__ import annotations
 
@@ -19,11 +16,12 @@ class LayerShape:
 
     tokens: int = 0
     chosen: Counter[int] = field(default_factory=Counter)
-    repeated: int = 0  # choices that the token before made too
-    distances: Counter[int] = field(default_factory=Counter)  # experts used since, 0: the latest
-    guessed: Counter[int] = field(default_factory=Counter)  # layers ahead -> experts guessed
-    right: Counter[int] = field(default_factory=Counter)  # layers ahead -> of these, asked for
-    asked: Counter[int] = field(default_factory=Counter)  # layers ahead -> choices that had a guess
+    repeated: int = 0  # choices that the token before had made too
+    distances: Counter[int] = field(default_factory=Counter)  # experts chosen since -> choices
+    # By the number of layers ahead: experts guessed, guesses that came true, choices with a guess.
+    guessed: Counter[int] = field(default_factory=Counter)
+    right: Counter[int] = field(default_factory=Counter)
+    asked: Counter[int] = field(default_factory=Counter)
 
     @property
     def choices(self) -> int:
@@ -31,7 +29,7 @@ class LayerShape:
 
     @property
     def effective_experts(self) -> float:
-        """Experts a uniform choice of the same entropy would have."""
+        """The number of experts among which a uniform choice has the same entropy."""
         total = self.choices
         return exp(-sum(n / total * log(n / total) for n in self.chosen.values())) if total else 0.0
 
@@ -41,15 +39,15 @@ class LayerShape:
         return self.repeated / self.choices if self.choices else 0.0
 
     def hits_within(self, experts: int) -> float:
-        """Share of choices an LRU of so many slots for this layer alone would have held."""
+        """Share of choices that an LRU of `experts` slots for this layer alone would have held."""
         held = sum(n for distance, n in self.distances.items() if distance < experts)
         return held / self.choices if self.choices else 0.0
 
 
 def shapes(trace: Trace) -> list[LayerShape]:
-    """One for each layer, of generated tokens only."""
+    """The routing of each layer over the generated tokens; prompts are left out."""
     layers = [LayerShape() for _ in range(trace.header.layers)]
-    recent: list[list[int]] = [[] for _ in layers]  # experts by last use, the latest last
+    recent: list[list[int]] = [[] for _ in layers]  # experts, the latest used last
     before: list[frozenset[int]] = [frozenset()] * len(layers)
     said: dict[tuple[int, int], frozenset[int]] = {}  # (layer, layers ahead) -> experts
     for event in trace.events:
@@ -76,7 +74,7 @@ def _measure(shape: LayerShape, recent: list[int], row: Iterable[int]) -> None:
 
 
 def _compare(shape: LayerShape, event: Event, said: dict[tuple[int, int], frozenset[int]]) -> None:
-    """Hold what was guessed for this layer against what it asks for; note what is guessed now."""
+    """Compare the guesses for this layer with what it asks for, and note the guesses made now."""
     asked = {expert for row in event.experts for expert in row}
     for (layer, ahead), experts in list(said.items()):
         if layer == event.layer:
@@ -89,7 +87,7 @@ def _compare(shape: LayerShape, event: Event, said: dict[tuple[int, int], frozen
 
 
 def total(layers: Iterable[LayerShape]) -> LayerShape:
-    """All layers together; `chosen` then has no meaning of its own."""
+    """All layers added up; `chosen` then mixes the experts of different layers."""
     sum_of = LayerShape()
     for shape in layers:
         sum_of.tokens += shape.tokens

@@ -1,12 +1,9 @@
-"""Traces in files.
+"""Routing traces in files.
 
-Knows: the format, and how a file that a killed run left is read. Does not know: what is in a trace
-(`cache.trace`) beyond its fields.
-
-A file is a line of JSON (the header), then blocks: u32 length, u32 CRC-32, then that many bytes of
-one deflate stream that runs through all blocks and is flushed at the end of each. A block holds
-whole records and is written with one call, so a run killed at any moment leaves every block but,
-at worst, the last one; a decoded token costs about 5 bytes a layer at top-2.
+A file is a line of JSON (the header), then blocks. A block is a u32 length, a u32 CRC-32, and that
+many bytes of one deflate stream, which runs through all blocks and is flushed at the end of each. A
+block holds whole records and is written with one call, so a run that is killed at any moment loses
+at most its last block. A decoded token takes about 5 bytes a layer at top-2.
 """
 
 from __future__ import annotations
@@ -25,7 +22,7 @@ from offload.cache.trace.trace import Event, Guess, Trace, TraceHeader
 FORMAT, VERSION = "offload-trace", 1
 MAX_HEADER = 1 << 20
 MAX_BLOCK = 1 << 28
-MOST = 1 << 16  # layers, experts of one: what a record's fields can say
+MOST = 1 << 16  # layers, and experts of a layer, that the fields of a record can hold
 PROMPT, FRESH, RAGGED, SCORED = 1, 2, 4, 8  # bits of a record's first byte
 HALF_MAX = 65504.0  # the largest float16
 _BLOCK = struct.Struct("<II")
@@ -34,7 +31,7 @@ _GUESS = struct.Struct("<HH?")  # layer, experts, live
 
 
 class _Written(NamedTuple):
-    """What a file holds so far; replaced at once, so that Ctrl-C cannot leave half of it."""
+    """What a file holds so far. It is replaced as a whole, so Ctrl-C cannot leave half a state."""
 
     size: int
     pack: zlib._Compress
@@ -44,7 +41,8 @@ class _Written(NamedTuple):
 class TraceWriter:
     """Appends events to a new file; every call of layer 0 closes the block before it.
 
-    May be interrupted anywhere: a block that was not noted as written is written again.
+    Ctrl-C may come anywhere: a block that was not noted as written is written again.
+    Raises `TraceError` where the file cannot be written.
     """
 
     def __init__(self, path: Path, header: TraceHeader) -> None:
@@ -66,7 +64,7 @@ class TraceWriter:
         self._written.pending.append(_encode(event, self._sign))
 
     def flush(self) -> None:
-        """Write what was appended so far. Raises `TraceError`; the file is closed then."""
+        """Write what was appended so far. Raises `TraceError` after closing the file."""
         size, before, pending = self._written
         if pending:
             pack = before.copy()
@@ -76,10 +74,10 @@ class TraceWriter:
             self._written = _Written(size + len(block), pack, [])
 
     def _write(self, data: bytes) -> None:
-        """Write `data` behind what is there."""
+        """Write `data` behind what the file holds."""
         rest = memoryview(data)
         try:
-            if self._file.tell() != self._written.size:  # the flush before was interrupted
+            if self._file.tell() != self._written.size:  # an earlier flush was interrupted
                 self._file.seek(self._written.size)
                 self._file.truncate()
             while rest:
@@ -103,7 +101,7 @@ def write(path: Path, trace: Trace) -> None:
 
 
 def read(path: Path) -> Trace:
-    """The trace in `path`; what a killed run did not finish is left out.
+    """The trace in `path`, without a last block that a killed run did not finish.
 
     Raises `TraceError` for a file that is not a trace, or is damaged before its end.
     """
@@ -199,7 +197,7 @@ def _encode(event: Event, sign: str) -> bytes:
 
 
 class _Reader:
-    """Takes values off the front of a block."""
+    """Reads a block's values one after the other."""
 
     def __init__(self, data: bytes) -> None:
         self.data, self.at = data, 0

@@ -1,10 +1,7 @@
-"""A picture of experts by layers, in characters: resident or not, used much or little.
+"""A picture of experts by layers, in characters.
 
-Knows: signs, colours, widths. Does not know: whether the reader is a terminal (`offload.report`),
-how a PNG is drawn (`offload.plot`).
-
-Blocks stand for experts that are resident, points for those that are not; the fuller the sign, the
-more the expert was asked for.
+Blocks stand for experts that are resident, points for experts that are not. The fuller the sign,
+the more the expert was asked for.
 """
 
 from __future__ import annotations
@@ -16,14 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
+from offload.cache.decision import Decision
 from offload.cache.interface import Cache
-from offload.cache.trace.replay import Setup, admitted, make_cache, prepare
-from offload.cache.trace.trace import Trace
+from offload.cache.trace.replay import Setup, make_cache, replay_with
+from offload.cache.trace.trace import Event, Trace
 
 BLOCKS, POINTS = "░▒▓█", " .:!"
-FULLNESS = " ░▒▓█"  # of a part of the model: no expert resident, up to all
+FULLNESS = " ░▒▓█"  # from a part of the model without residents to one that is all resident
 PLAIN_BLOCKS = "-+*#"  # where blocks cannot be written
-GREENS, REDS = (22, 28, 34, 46), (236, 88, 124, 196)  # of the 256 colours of a terminal
+GREENS, REDS = (22, 28, 34, 46), (236, 88, 124, 196)  # numbers of a terminal's 256 colours
 LABEL, RATE = 5, 13  # columns before and after a row
 
 Resident = tuple[tuple[bool, ...], ...]  # [layer][expert]
@@ -33,14 +31,17 @@ Resident = tuple[tuple[bool, ...], ...]  # [layer][expert]
 class HeatMap:
     """Counts [layer][expert]; layers need not have the same number of experts."""
 
-    uses: tuple[tuple[float, ...], ...]  # asked for, lately or in all
+    uses: tuple[tuple[float, ...], ...]  # how often an expert was asked for, lately or in all
     resident: Resident
     hit_rates: tuple[float, ...]  # of each layer
-    hits: tuple[tuple[int, ...], ...] = ()  # where they are known for each expert
+    hits: tuple[tuple[int, ...], ...] = ()  # empty where they are not counted for each expert
     misses: tuple[tuple[int, ...], ...] = ()
 
     def level(self, layer: int, expert: int) -> int:
-        """0 to 3: never used, then thirds of the most that an expert of this layer was used."""
+        """How much an expert was used, from 0 for never to 3 for most.
+
+        1 to 3 are thirds of the uses of the layer's most used expert.
+        """
         uses = self.uses[layer]
         most = max(uses)
         if not uses[expert]:
@@ -49,7 +50,7 @@ class HeatMap:
 
 
 def draw(heat: HeatMap, *, width: int = 80, color: bool = False, blocks: bool = True) -> str:
-    """A row or more a layer, at most `width` columns, with a legend below."""
+    """One row or more for each layer, at most `width` columns wide, with a legend below."""
     room = max(8, width - LABEL - RATE)
     rows = []
     for layer, experts in enumerate(heat.resident):
@@ -72,8 +73,10 @@ def draw(heat: HeatMap, *, width: int = 80, color: bool = False, blocks: bool = 
 
 
 def squeezed(resident: Resident, rows: int = 4, width: int = 64) -> str:
-    """How full each part of the model is, in at most `rows` rows of layers and `width` columns of
-    experts: blank where none is resident, a full block where all are."""
+    """How much of each part of the model is resident: a blank for none, a full block for all.
+
+    At most `rows` rows stand for the layers and `width` columns for their experts.
+    """
     lines = []
     for begin, end in _parts(len(resident), rows):
         most = max(len(experts) for experts in resident[begin:end])
@@ -113,20 +116,20 @@ def _painted(sign: str, code: int) -> str:
 
 def collect(trace: Trace, setup: Setup) -> HeatMap:
     """Replay `trace` as `setup` says, without look-ahead, and count for each expert."""
-    cache = make_cache(trace, setup)
     hits = [[0] * experts for experts in trace.header.experts]
     misses = [[0] * experts for experts in trace.header.experts]
-    for event in trace.events:
-        prepare(cache, event, setup)
-        admit = admitted(event, setup, trace.header)
-        plan = cache.plan(event.layer, event.distinct(), prompt=event.prompt, admit=admit)
-        for wave in plan.waves:
+
+    def count(_: Cache, event: Event, decision: Decision) -> None:
+        for wave in decision.waves:
             for use in wave.hits:
                 hits[event.layer][use.expert] += 1
             for use in wave.loads:
                 misses[event.layer][use.expert] += 1
-        for expert in plan.streamed:
+        for expert in decision.streamed:
             misses[event.layer][expert] += 1
+
+    cache = make_cache(trace, setup)
+    replay_with(trace, cache, setup, lambda _: (), count)
     both = zip(hits, misses, strict=True)
     return HeatMap(
         uses=tuple(tuple(map(sum, zip(*pair, strict=True))) for pair in both),
@@ -138,7 +141,10 @@ def collect(trace: Trace, setup: Setup) -> HeatMap:
 
 
 def of_cache(cache: Cache, experts: Sequence[int]) -> HeatMap:
-    """What `cache` holds now, and how hot the `experts` of each layer are lately."""
+    """What `cache` holds now, and how much its experts were used lately.
+
+    `experts` has the number of each layer's experts.
+    """
     return HeatMap(
         uses=tuple(tuple(cache.heat.of(i, e) for e in range(n)) for i, n in enumerate(experts)),
         resident=resident_in(cache, experts),
@@ -147,12 +153,13 @@ def of_cache(cache: Cache, experts: Sequence[int]) -> HeatMap:
 
 
 def resident_in(cache: Cache, experts: Sequence[int]) -> Resident:
-    """Whether each of the `experts` of each layer is in `cache` now."""
+    """Whether each expert is in `cache` now; `experts` has the number of each layer's experts."""
     return tuple(tuple(cache.is_resident(i, e) for e in range(n)) for i, n in enumerate(experts))
 
 
-def show(heat: HeatMap, stream: TextIO) -> str:
-    """`heat` as text for `stream`: in colours at a terminal that has them, unless NO_COLOR."""
+def draw_for(stream: TextIO, heat: HeatMap) -> str:
+    """`heat` as text for `stream`, in colours if it is a terminal that has them and NO_COLOR is not
+    set."""
     terminal = stream.isatty()
     color = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     width = shutil.get_terminal_size().columns if terminal else 10**6  # a file has no edge

@@ -1,7 +1,6 @@
 """What a cache would have done on a recorded run.
 
-Knows: the order of calls an engine makes on its cache. Does not know: seconds; when a copy lands
-does not change what a cache decides.
+Seconds play no part: when a copy lands does not change what a cache decides.
 """
 
 from __future__ import annotations
@@ -11,33 +10,63 @@ from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 from itertools import count
 
-from offload.cache.allocation import ALLOCATIONS
 from offload.cache.cache import ExpertCache
+from offload.cache.decision import Decision
 from offload.cache.errors import CacheError
-from offload.cache.guesses import (
-    MOST_AHEAD,
-    PREDICTORS,
-    WITH_ROUTER,
-    Predictor,
-    make_predictor,
-    merged,
-)
+from offload.cache.eviction import LayerPools
 from offload.cache.interface import Cache
-from offload.cache.policies import POLICIES
-from offload.cache.policy import Key, Policy, Victim
+from offload.cache.policies import POLICIES, Key, Policy, Ranking, Victim
 from offload.cache.sharded import ShardedCache
 from offload.cache.statistics import LayerCounts
 from offload.cache.trace.trace import CardSlots, Event, Guess, Trace, TraceHeader
 
-NEVER = 1 << 60
+NEVER = 1 << 60  # a time after every use in a trace
+
+
+class LFU:
+    """Least frequently used: a key is worth all its uses, also those before it left."""
+
+    def __init__(self) -> None:
+        self._uses: dict[Key, float] = {}  # of every key that was ever resident
+        self._ranking = Ranking()
+
+    def step(self) -> None:
+        pass
+
+    def insert(self, keys: Sequence[Key], slots: Sequence[int], weight: float = 1.0) -> None:
+        for key, slot in zip(keys, slots, strict=True):
+            self._rank(key, slot, weight)
+
+    def use(self, keys: Iterable[Key], weight: float = 1.0) -> None:
+        for key in keys:
+            self._rank(key, self._ranking.remove(key), weight)
+
+    def _rank(self, key: Key, slot: int, weight: float) -> None:
+        uses = self._uses[key] = self._uses.get(key, 0.0) + weight
+        self._ranking.add(key, slot, uses)
+
+    def remove(self, key: Key) -> None:
+        self._ranking.remove(key)
+
+    def clear(self) -> None:
+        self._ranking.clear()
+
+    def first(self, keep: Container[Key]) -> Victim | None:
+        return self._ranking.first(keep)
+
+    def keys(self) -> Iterable[Key]:
+        return self._ranking
 
 
 class Belady:
-    """Keys in the order of their next use, the farthest first."""
+    """The key whose next use is farthest leaves first (L. A. Belady, 1966): the optimum.
+
+    It needs hindsight, so it exists for replays only.
+    """
 
     def __init__(self, future: Iterable[tuple[int, Iterable[int]]]) -> None:
-        """`future`: layer and experts of every step to come, in order."""
-        self._uses: dict[Key, list[int]] = {}  # times, the next one last
+        """`future` has the layer and the experts of every step to come, in order."""
+        self._uses: dict[Key, list[int]] = {}  # times of a key's uses, the next one last
         times = count()
         for layer, experts in future:
             time = next(times)
@@ -45,90 +74,112 @@ class Belady:
                 self._uses.setdefault((layer, expert), []).append(time)
         for uses in self._uses.values():
             uses.reverse()
-        self._resident: set[Key] = set()
-        self._heap: list[tuple[int, Key]] = []  # (-next use, key); old entries stay until the top
+        self._slots: dict[Key, int] = {}  # of the resident keys
+        # (-time of the next use, slot, key); outdated entries stay until they reach the top
+        self._heap: list[Victim] = []
 
     def step(self) -> None:
         pass
 
-    def insert(self, keys: Iterable[Key], weight: float = 1.0) -> None:
-        for key in keys:
-            self._resident.add(key)
-            self._use(key, weight)
+    def insert(self, keys: Sequence[Key], slots: Sequence[int], weight: float = 1.0) -> None:
+        self._slots.update(zip(keys, slots, strict=True))
+        self.use(keys, weight)
 
     def use(self, keys: Iterable[Key], weight: float = 1.0) -> None:
         for key in keys:
-            self._use(key, weight)
+            if weight:
+                self._uses[key].pop()
+            heappush(self._heap, self._entry(key))
 
-    def _use(self, key: Key, weight: float) -> None:
-        if weight:
-            self._uses[key].pop()
-        heappush(self._heap, (-self._next(key), key))
-
-    def _next(self, key: Key) -> int:
+    def _entry(self, key: Key) -> Victim:
         uses = self._uses.get(key)
-        return uses[-1] if uses else NEVER
+        return -uses[-1] if uses else -NEVER, self._slots[key], key
 
     def remove(self, key: Key) -> None:
-        self._resident.discard(key)
+        del self._slots[key]
 
     def clear(self) -> None:
-        self._resident.clear()
+        self._slots.clear()
         self._heap.clear()
 
     def first(self, keep: Container[Key]) -> Victim | None:
-        kept: list[tuple[int, Key]] = []
+        kept: list[Victim] = []
         found: Victim | None = None
         while self._heap and found is None:
-            negative, key = self._heap[0]
-            if key not in self._resident or -negative != self._next(key):
+            top = self._heap[0]
+            key = top[2]
+            if key not in self._slots or top != self._entry(key):
                 heappop(self._heap)
             elif key in keep:
                 kept.append(heappop(self._heap))
             else:
-                found = negative, key
+                found = top
         for entry in kept:
             heappush(self._heap, entry)
         return found
 
     def keys(self) -> Iterable[Key]:
-        return self._resident
+        return self._slots
+
+
+class OnePool(LayerPools):
+    """One pool for the keys of all layers, whose clock advances at every step of a layer."""
+
+    def __init__(self, layers: int, policy: Callable[[], Policy]) -> None:
+        super().__init__(layers, policy)
+        self.pools = self.pools[:1] * layers
+
+    def use(self, layer: int, keys: Iterable[Key], weight: float) -> None:
+        self.pools[0].step()
+        self.pools[0].use(keys, weight)
+
+    def evict(self, layer: int, count: int, keep: Container[Key]) -> list[Key]:
+        found: list[Key] = []
+        while len(found) < count and (victim := self.pools[0].first(keep)) is not None:
+            key = victim[2]
+            self.remove(key)
+            found.append(key)
+        return found
+
+    def keys(self) -> Iterator[Key]:
+        return iter(self.pools[0].keys())
 
 
 BELADY = "belady"
-LIVE, NONE = "live", "none"  # look-ahead as it was recorded; no look-ahead
+REPLAYED: dict[str, Callable[[], Policy]] = {**POLICIES, "lfu": LFU}  # and `BELADY`
+NONE, LIVE, ROUTER = "none", "live", "router"  # no look-ahead, the recorded one, the routers'
 
 
 @dataclass(frozen=True)
 class Setup:
-    """One way to run a trace. Raises `CacheError` for names and numbers that are none."""
+    """One way to replay a trace. Raises `CacheError` for unknown names and impossible numbers.
+
+    `lookahead` says which guesses load ahead: NONE of them, those that the run itself acted on
+    (LIVE), or those that each next layer's router made, whether or not the run acted on them
+    (ROUTER).
+    """
 
     slots: int
-    policy: str = "lru"
-    allocation: str = "shared"
-    lookahead: str = NONE  # LIVE, NONE, or the name of a predictor
-    ahead: int = 1  # layers
-    cards: tuple[CardSlots, ...] = ()  # that the slots are on; empty: one
+    policy: str
+    lookahead: str = NONE
+    cards: tuple[CardSlots, ...] = ()  # what each of several cards has; empty for one card
 
     def __post_init__(self) -> None:
         for what, name, known in (
-            ("policy", self.policy, (*POLICIES, BELADY)),
-            ("allocation", self.allocation, ALLOCATIONS),
-            ("look-ahead", self.lookahead, (NONE, LIVE, *PREDICTORS)),
+            ("policy", self.policy, (*REPLAYED, BELADY)),
+            ("look-ahead", self.lookahead, (NONE, LIVE, ROUTER)),
         ):
             if name not in known:
                 raise CacheError(f"there is no {what} {name!r}: choose among {', '.join(known)}")
-        if not 1 <= self.ahead <= MOST_AHEAD:
-            raise CacheError(f"cannot look {self.ahead} layers ahead: choose 1 to {MOST_AHEAD}")
         if self.slots < 1:
             raise CacheError(f"a cache needs at least one slot, not {self.slots}")
         if self.cards and sum(card.slots for card in self.cards) != self.slots:
-            raise CacheError(f"the cards' slots are not the {self.slots} of all")
+            raise CacheError(f"the slots of the cards do not add up to {self.slots}")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of it."""
+    """What a replay counted."""
 
     setup: Setup
     layers: tuple[LayerCounts, ...]
@@ -149,12 +200,22 @@ class Outcome:
 
 
 def recorded_setup(trace: Trace) -> Setup:
-    """How the trace was recorded: replayed so, it does what the live run did."""
+    """The setup of the recorded run: a replay with it decides what the run decided.
+
+    Raises `CacheError` where the trace does not say enough, or names a policy or an allocation that
+    this version no longer has.
+    """
     settings = trace.header.settings
-    slots, policy, allocation = (settings.get(n) for n in ("slots", "policy", "allocation"))
+    slots, policy = settings.get("slots"), settings.get("policy")
     if not isinstance(slots, int):
         raise CacheError("the trace does not say how many slots its run had: give --expert-slots")
-    return Setup(slots, str(policy), str(allocation), LIVE, cards=_cards(trace.header))
+    if policy not in POLICIES or settings.get("allocation", "shared") != "shared":
+        raise CacheError(
+            f"the trace was recorded with policy {policy} and allocation "
+            f"{settings.get('allocation')}, which this version cannot repeat: give --policy and "
+            "--expert-slots"
+        )
+    return Setup(slots, str(policy), LIVE, _cards(trace.header))
 
 
 def _cards(header: TraceHeader) -> tuple[CardSlots, ...]:
@@ -167,25 +228,17 @@ def _cards(header: TraceHeader) -> tuple[CardSlots, ...]:
     except ValueError:
         cards = ()
     if sum(card.layers for card in cards) != header.layers or min(map(min, cards)) < 1:
-        raise CacheError(f"the trace's cards ({text}) are not those of {header.layers} layers")
+        raise CacheError(f"the trace's cards ({text}) do not hold its {header.layers} layers")
     return cards
 
 
-def make_policy(name: str, trace: Trace) -> Callable[[], Policy]:
-    """A maker of the policy called `name`; Belady's learns the future from `trace`."""
-    if name == BELADY:
-        future = Belady((event.layer, event.distinct()) for event in trace.events)
-        return lambda: future  # one for all layers, that goes on where the slots were emptied
-    return POLICIES[name]
-
-
 def make_cache(trace: Trace, setup: Setup) -> Cache:
-    """An empty cache as `setup` says; more slots than experts are of no use, and left out."""
+    """An empty cache as `setup` says, with at most as many slots as there are experts."""
     if not setup.cards:
         return make_one(trace, setup)
     caches, first = [], 0
     for layers, slots in setup.cards:
-        part = layers_of(trace, first, first + layers)
+        part = card_trace(trace, first, first + layers)
         caches.append(make_one(part, replace(setup, slots=slots, cards=())))
         first += layers
     return ShardedCache(caches)
@@ -193,13 +246,15 @@ def make_cache(trace: Trace, setup: Setup) -> Cache:
 
 def make_one(trace: Trace, setup: Setup) -> ExpertCache:
     """`make_cache` for a single card."""
-    slots = min(setup.slots, trace.header.total_experts)
-    allocation = "global" if setup.policy == BELADY else setup.allocation  # it knows all layers
-    policy = make_policy(setup.policy, trace)
-    return ExpertCache(slots, trace.header.layers, policy, allocation)
+    slots, layers = min(setup.slots, trace.header.total_experts), trace.header.layers
+    if setup.policy != BELADY:
+        return ExpertCache(slots, layers, REPLAYED[setup.policy])
+    future = Belady((event.layer, event.distinct()) for event in trace.events)
+    # The optimum is one policy for all layers, which goes on where a run emptied its slots.
+    return ExpertCache(slots, layers, lambda: future, OnePool)
 
 
-def layers_of(trace: Trace, first: int, end: int) -> Trace:
+def card_trace(trace: Trace, first: int, end: int) -> Trace:
     """The part of a trace that one card serves, its layers counted from 0."""
     header = trace.header
     part = replace(
@@ -212,73 +267,58 @@ def layers_of(trace: Trace, first: int, end: int) -> Trace:
 def replay(
     trace: Trace,
     setup: Setup,
-    after: Callable[[Cache, Event], None] | None = None,
+    after: Callable[[Cache, Event, Decision], None] | None = None,
 ) -> Outcome:
-    """Run `setup` over `trace`; `after` is called after each event."""
+    """Run `setup` over `trace`; `after` is called at the end of each event."""
     cache = make_cache(trace, setup)
-    predictor = make_predictor(setup.lookahead, trace.header.layers)
+    replay_with(trace, cache, setup, lambda event: guesses(event, setup), after)
+    layers = tuple(replace(counts) for counts in cache.statistics.layers)
+    sizes = trace.header.record_bytes
+    loaded = sum(counts.loads * size for counts, size in zip(layers, sizes, strict=True))
+    return Outcome(setup, layers, trace.tokens, loaded)
+
+
+def replay_with(
+    trace: Trace,
+    cache: Cache,
+    setup: Setup,
+    guess: Callable[[Event], Iterable[Guess]],
+    after: Callable[[Cache, Event, Decision], None] | None = None,
+) -> None:
+    """Make the calls on `cache` that an engine makes; `guess` says what to load ahead."""
     for event in trace.events:
-        prepare(cache, event, setup)
+        if event.fresh:
+            cache.forget()
+        for key in warmed(event, setup):
+            cache.warm(*key)
         admit = admitted(event, setup, trace.header)
-        cache.plan(event.layer, event.distinct(), prompt=event.prompt, admit=admit)
-        for guess in guesses(event, setup, predictor, trace.header.layers):
-            cache.look_ahead(guess.layer, guess.experts, most=len(guess.experts))
+        decision = cache.decide(event.layer, event.distinct(), prompt=event.prompt, admit=admit)
+        for ahead in guess(event):
+            cache.look_ahead(ahead.layer, ahead.experts, most=len(ahead.experts))
         if after is not None:
-            after(cache, event)
-    return _outcome(trace, setup, cache)
-
-
-def prepare(cache: Cache, event: Event, setup: Setup) -> None:
-    """What changed who is resident since the event before."""
-    if event.fresh:
-        cache.forget()
-    for key in warmed(event, setup):
-        cache.warm(*key)
+            after(cache, event, decision)
 
 
 def admitted(event: Event, setup: Setup, header: TraceHeader) -> int | None:
-    """How many of an event's experts may evict: all of them where everything fits, and with
-    Belady's, who is to be told of every use."""
+    """How many of an event's experts may evict others (`ExpertCache.decide`): None for all.
+
+    All of them may where every expert has a slot, and with Belady's policy, which has to be told of
+    every use.
+    """
     everything_fits = setup.slots >= header.total_experts
     return None if everything_fits or setup.policy == BELADY else event.admit
 
 
 def warmed(event: Event, setup: Setup) -> Sequence[Key]:
-    """What a warm start loaded before `event`; Belady's would take that for the uses to come."""
+    """The keys that a warm start loaded before `event`; none with Belady's policy, which would
+    count the loads as uses."""
     return () if setup.policy == BELADY else event.warmed
 
 
-def guesses(
-    event: Event, setup: Setup, predictor: Predictor | None, layers: int
-) -> Iterable[Guess]:
-    """What is guessed during `event`, the nearest layer first."""
+def guesses(event: Event, setup: Setup) -> Iterable[Guess]:
+    """What is guessed during `event` under `setup`."""
+    if setup.lookahead == NONE:
+        return ()
     if setup.lookahead == LIVE:
-        return (guess for guess in event.guesses if guess.live)
-    routed = [g for g in event.guesses if g.layer - event.layer <= setup.ahead]
-    if predictor is None or event.prompt or event.tokens != 1:
-        return routed if setup.lookahead in WITH_ROUTER else ()
-    predictor.observe(event.layer, event.experts[0])
-    named = said(predictor, event.layer, setup.ahead, layers)
-    return united(routed, named) if setup.lookahead in WITH_ROUTER else named
-
-
-def said(predictor: Predictor, layer: int, ahead: int, layers: int) -> Iterator[Guess]:
-    """Its guesses for the `ahead` layers that follow `layer`."""
-    for distance in range(1, min(ahead, layers - 1 - layer) + 1):
-        if experts := predictor.guess(layer, distance):
-            yield Guess(layer + distance, tuple(experts))
-
-
-def united(some: Iterable[Guess], others: Iterable[Guess]) -> Iterator[Guess]:
-    """One guess a layer, of what both say for it."""
-    by_layer: dict[int, tuple[int, ...]] = {}
-    for layer, experts, _ in (*some, *others):
-        by_layer[layer] = tuple(merged(by_layer.get(layer, ()), experts))
-    return (Guess(layer, by_layer[layer]) for layer in sorted(by_layer))
-
-
-def _outcome(trace: Trace, setup: Setup, cache: Cache) -> Outcome:
-    layers = tuple(replace(counts) for counts in cache.statistics.layers)
-    sizes = trace.header.record_bytes
-    loaded = sum(counts.loads * size for counts, size in zip(layers, sizes, strict=True))
-    return Outcome(setup, layers, trace.tokens, loaded)
+        return [guess for guess in event.guesses if guess.live]
+    return [guess for guess in event.guesses if guess.layer == event.layer + 1]

@@ -1,10 +1,8 @@
-"""Traces without a model: routing with a locality one can set, the same for the same seed.
+"""Traces without a model: routing whose locality can be set, the same for the same seed.
 
-Knows: shapes of known models, and how to draw experts. Does not know: caches, clocks.
-
-A token keeps each expert the token before chose at this layer with probability `stickiness`; the
-others are drawn by the layer's own popularity, expert ranks weighted 1 / rank^skew. Stickiness 0
-and skew 0 is uniform routing, the worst case for any cache.
+A token keeps each expert that the token before chose at a layer with probability `stickiness`. The
+other experts are drawn by the layer's own popularity, in which ranks weigh 1 / rank^skew. With
+stickiness 0 and skew 0 routing is uniform, the worst case for any cache.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ GROUP_4BIT = 4.5  # bits a weight: 4, and a 16-bit scale and offset for 64
 
 @dataclass(frozen=True)
 class Shape:
-    """A model as far as moving bytes is concerned."""
+    """The sizes of a model that decide how many bytes move."""
 
     name: str
     layers: int
@@ -29,11 +27,11 @@ class Shape:
     top_k: int
     record_bytes: int
     dense_bytes: int  # weights that every token reads: attention, shared experts, head
-    expert_bits: float  # really stored, scales included
+    expert_bits: float  # as stored, scales included
 
     @property
     def layer_bytes(self) -> int:
-        """Of a layer's experts."""
+        """Bytes of all experts of a layer."""
         return self.experts * self.record_bytes
 
 
@@ -43,12 +41,12 @@ def _shape(
     return Shape(name, layers, experts, top_k, int(weights * bits / 8), dense, bits)
 
 
-# Weights of one expert: 3 matrices, hidden x inner, of the checkpoint's config.json. Dense bytes:
-# the checkpoint's parameters less its experts (and less the embedding, of which a token reads a
-# row), at 16 bits.
+# The weights of one expert are 3 matrices, hidden x inner, with sizes of the checkpoint's
+# config.json. Dense bytes are the checkpoint's parameters at 16 bits, without its experts and
+# without the embedding, of which a token reads one row.
 MIXTRAL = _shape("Mixtral-8x7B", 32, 8, 2, 3 * 4096 * 14336, 2 * 1_474_000_000, GROUP_4BIT)
 QWEN3_30B = _shape("Qwen3-30B-A3B", 48, 128, 8, 3 * 2048 * 768, 2 * 1_230_000_000, GROUP_4BIT)
-# MXFP4: 4 bits, and 8 for 32.
+# MXFP4 has 4 bits a weight and an 8-bit scale for 32 weights.
 GPT_OSS_120B = _shape("gpt-oss-120b", 36, 128, 4, 3 * 2880 * 2880, 2 * 1_540_000_000, 4.25)
 SHAPES = {"mixtral": MIXTRAL, "qwen3-30b": QWEN3_30B, "gpt-oss-120b": GPT_OSS_120B}
 
@@ -59,7 +57,7 @@ class Routing:
 
     stickiness: float = 0.3
     skew: float = 0.5
-    recall: float | None = None  # of guesses one layer ahead; None: none are made
+    recall: float | None = None  # share of choices guessed one layer ahead; None: no guesses
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -69,7 +67,7 @@ class Routing:
 
 
 def synthesize(shape: Shape, routing: Routing, tokens: int, prompt_tokens: int = 0) -> Trace:
-    """`tokens` decoded one by one, after a prompt of `prompt_tokens` in one call a layer."""
+    """A prompt of `prompt_tokens` in one call a layer, then `tokens` decoded one by one."""
     source = random.Random(routing.seed)
     draws = [_Layer(shape, routing, source) for _ in range(shape.layers)]
     events = []
@@ -120,7 +118,7 @@ class _Layer:
 def _guess(
     source: random.Random, right: tuple[int, ...], experts: int, recall: float
 ) -> tuple[int, ...]:
-    """As many guesses as experts; each of `right` is among them with probability `recall`."""
+    """As many experts as `right` has; each of `right` is among them with probability `recall`."""
     guessed = [expert for expert in right if source.random() < recall]
     wrong = [expert for expert in range(experts) if expert not in right]
     source.shuffle(wrong)

@@ -1,9 +1,5 @@
 """What the routers of a model chose, call by call, as values.
 
-Knows: which experts were chosen with which weights, what was guessed, and what else changed who is
-resident. Does not know: the file (`cache.trace_file`), nor what a cache makes of it
-(`cache.replay`).
-
 Letters: T tokens of a call, k experts of a token.
 """
 
@@ -17,22 +13,22 @@ Setting = str | int | float | bool | None
 
 
 class Guess(NamedTuple):
-    """Experts a predictor named for the next step of a layer, likeliest first."""
+    """Experts that a router named ahead for the next step of its layer, likeliest first."""
 
     layer: int
     experts: tuple[int, ...]
-    live: bool = True  # handed to the cache, which may have loaded them; else only noted
+    live: bool = True  # the cache was told and may have loaded them; False: only noted
 
 
 class Event(NamedTuple):
-    """One call of one MoE layer, and what preceded it."""
+    """One call of one MoE layer, and what changed the residents before it."""
 
     layer: int
     prompt: bool  # prefill, not decode
-    experts: tuple[tuple[int, ...], ...]  # [T][k] in the router's order, sentinels left out
-    scores: tuple[tuple[float, ...], ...] = ()  # [T][k] as given to the seam; empty: not recorded
+    experts: tuple[tuple[int, ...], ...]  # [T][k] in the router's order, without sentinels
+    scores: tuple[tuple[float, ...], ...] = ()  # [T][k] weights of the experts; empty: not recorded
     guesses: tuple[Guess, ...] = ()  # made during this call
-    fresh: bool = False  # the slots were emptied before it: the step before broke off
+    fresh: bool = False  # the slots were emptied before it, as the step before broke off
     warmed: tuple[tuple[int, int], ...] = ()  # (layer, expert) loaded by a warm start before it
 
     @property
@@ -41,17 +37,20 @@ class Event(NamedTuple):
 
     @property
     def admit(self) -> int | None:
-        """How many of `distinct`, from the end, may take others' slots (`ExpertCache.plan`): of a
-        prompt what its last token chose, since the next token often chooses it again."""
+        """How many experts at the end of `distinct` may evict others (`ExpertCache.decide`).
+
+        Of a prompt these are the choices of its last token, which the next token often repeats.
+        None means all.
+        """
         return len(set(self.experts[-1])) if self.prompt and self.experts else None
 
     def distinct(self) -> list[int]:
-        """The experts asked for, in the order in which the engine asks: by last appearance."""
+        """The experts asked for, in the order in which an engine asks: by last appearance."""
         return by_last_appearance(self.experts)
 
 
 def by_last_appearance(rows: Sequence[Sequence[int]]) -> list[int]:
-    """Each expert once; what the last tokens chose comes last, so that it is there for the next."""
+    """Each expert once, in the order of last appearance, so the last token's choices come last."""
     backwards = (expert for row in reversed(rows) for expert in reversed(row))
     return list(dict.fromkeys(backwards))[::-1]
 
@@ -64,7 +63,7 @@ class TraceHeader:
     experts: tuple[int, ...]  # of each MoE layer, in order
     top_k: int
     record_bytes: tuple[int, ...]  # of each layer
-    settings: dict[str, Setting] = field(default_factory=dict)  # of the live run: slots, policy, ..
+    settings: dict[str, Setting] = field(default_factory=dict)  # of the run: slots, policy, ...
 
     @property
     def layers(self) -> int:
@@ -89,7 +88,7 @@ class Trace:
 
     @property
     def generated(self) -> int:
-        """Those of them that were not of a prompt."""
+        """Tokens that went through the first layer and were not part of a prompt."""
         return sum(e.tokens for e in self.events if e.layer == 0 and not e.prompt)
 
     def decode(self) -> Iterator[Event]:
@@ -97,12 +96,12 @@ class Trace:
 
 
 class CardSlots(NamedTuple):
-    """One card's part."""
+    """What one of several cards has."""
 
-    layers: int  # that follow those of the card before
+    layers: int  # MoE layers, which follow those of the card before
     slots: int
 
 
 def cards_text(cards: Iterable[CardSlots]) -> str:
-    """Cards as a trace's header has them: layers:slots of each."""
+    """The cards as a trace's header has them, like 12:300,12:280 for layers:slots of each."""
     return ",".join(f"{card.layers}:{card.slots}" for card in cards)

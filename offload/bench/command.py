@@ -1,69 +1,171 @@
-"""`offload bench`: llama-bench's tests over one or several settings."""
+"""`offload bench`: llama-bench's tests with one or several settings."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from offload.options import (
-    DONE,
-    BenchOptions,
-    LoadOptions,
-    ThreadOptions,
-    TimelineOptions,
-    add_model,
-    add_options,
-    combinations,
-    names_of,
-    options_from,
-)
+from offload.errors import DONE
+from offload.flags import add_model, add_options, explained, option, options_from, options_of
+from offload.options import LoadOptions, ThreadOptions, TimelineOptions
 from offload.quant.errors import OffloadError
+from offload.units import count, listed, positive
 
 if TYPE_CHECKING:
-    from offload.bench.output import Earlier, Printer
-    from offload.bench.run import Loaded, Row
-    from offload.bench.sample import Test
+    from offload.bench.row import BenchRow
+    from offload.bench.run import Loaded
 
-EXAMPLE = "offload bench demo -p 512 -n 128 --expert-slots 25%,50%,100% --plot speed.png"
-SWEPT = ("expert_bits", "expert_slots", "policy", "lookahead")
+EXAMPLE = "offload bench demo --expert-slots 25%,50%,100% --plot speed.png"
+SWEPT = ("expert_bits", "expert_slots", "policy", "lookahead")  # the last changes fastest
+SWITCH = {"on": True, "off": False, "auto": None}
+
+
+def pair(text: str) -> tuple[int, int]:
+    """An argparse type: two positive numbers with a comma between them."""
+    first, _, second = text.partition(",")
+    return positive(first), positive(second)
+
+
+def switch(text: str) -> bool | None:
+    """An argparse type: on, off, or auto (None)."""
+    if text not in SWITCH:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not on, off or auto")
+    return SWITCH[text]
+
+
+_lengths = partial(option, group="tests", unit="tokens", parse=listed(count), action="extend")
+_test, _output = partial(option, group="tests"), partial(option, group="output")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """Options of `offload bench` alone; names and defaults are llama-bench's."""
+
+    n_prompt: tuple[int, ...] = _lengths(
+        "-p --n-prompt N,..", (512,), "prompt tokens to read; 0 leaves this test out"
+    )
+    n_gen: tuple[int, ...] = _lengths(
+        "-n --n-gen N,..", (128,), "tokens to generate; 0 leaves this test out"
+    )
+    n_depth: tuple[int, ...] = _lengths(
+        "-d --n-depth N,..", (0,), "tokens that are in the context before each test"
+    )
+    pg: tuple[tuple[int, int], ...] = _test(
+        "-pg P,N",
+        (),
+        "also read P tokens and generate N in one test; may be given several times",
+        unit="tokens",
+        parse=pair,
+        action="append",
+    )
+    repetitions: int = _test("-r --repetitions N", 5, "timed runs of each test", parse=positive)
+    no_warmup: bool = _test("--no-warmup", False, "leave out the untimed run before each test")
+    random: bool = _test(
+        "--random", False, "read random tokens, as llama-bench does, and not English text"
+    )
+    output: str = _output(
+        "-o --output", "md", "format of the output", choices=("md", "csv", "json", "jsonl")
+    )
+    plot: Path | None = _output(
+        "--plot PNG",
+        None,
+        "draw tokens/s and hit rate over the share of resident experts",
+        parse=Path,
+    )
+    compare: str | None = _output(
+        "--compare FILE",
+        None,
+        "also show the ratio to an earlier run, whose -o json output is in FILE",
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    once = [name for name in names_of(LoadOptions) if name not in (*SWEPT, "warm_start")]
+    once = {each.name for each in fields(LoadOptions)} - {*SWEPT, "warm_start"}
     add_options(parser, LoadOptions, once)
     add_options(parser, ThreadOptions)
-    parser.add_argument_group(
-        "sweeps", "lists have commas between; the model is loaded for every combination"
+    sweeps = parser.add_argument_group(
+        "sweeps", "Lists are separated by commas. The model is loaded for every combination."
     )
-    add_options(parser, LoadOptions, SWEPT, group="sweeps", several=True)
+    _add_swept(sweeps)
     add_options(parser, LoadOptions, ["warm_start"], group="sweeps", warm_start=False)
-    parser.add_argument_group("tests", "lists have commas between")
+    parser.add_argument_group("tests", "Lists are separated by commas.")
     add_options(parser, BenchOptions)
     add_options(parser, TimelineOptions)
 
 
+def _add_swept(place: argparse._ArgumentGroup) -> None:
+    """The options in `SWEPT`, each of which takes a list here."""
+    for each, spelling in options_of(LoadOptions):
+        if each.name not in SWEPT:
+            continue
+        (flag,) = spelling.flags
+        settings: dict[str, Any] = {
+            "dest": each.name,
+            "default": argparse.SUPPRESS,
+            "help": explained(each, each.default).replace("%", "%%"),
+            "type": listed(spelling.parse),
+            "metavar": f"{spelling.metavar},..",
+        }
+        if each.name == "lookahead":  # a switch: the flag alone is on, --no-lookahead is off
+            settings |= {"type": listed(switch), "metavar": ",".join(SWITCH)}
+            settings |= {"nargs": "?", "const": [True]}
+        place.add_argument(flag, **settings)
+    place.add_argument(
+        "--no-lookahead",
+        dest="lookahead",
+        default=argparse.SUPPRESS,
+        action="store_const",
+        const=[False],
+        help="the same as --lookahead off",
+    )
+
+
+def combinations(arguments: argparse.Namespace) -> list[LoadOptions]:
+    """Options for every combination of the lists that were given for `SWEPT`.
+
+    Raises `OffloadError` if one of them could not be loaded.
+    """
+    given = vars(arguments)
+    single = {name: value for name, value in given.items() if name not in SWEPT}
+    base = options_from(argparse.Namespace(**single), LoadOptions)
+    lists = [given.get(name, [getattr(base, name)]) for name in SWEPT]
+    return [
+        replace(base, **dict(zip(SWEPT, one, strict=True))) for one in itertools.product(*lists)
+    ]
+
+
 def run(arguments: argparse.Namespace) -> int:
-    """Measure and write rows. When the command is interrupted, the rows that are complete stay."""
-    from offload.bench.output import ended, read_earlier
+    """Measure and write rows. If the command is interrupted, the finished rows remain."""
+    from offload.bench.compare import read_earlier
+    from offload.bench.output import WRITERS, write_tables
     from offload.bench.picture import check_picture, save_picture
     from offload.bench.run import check_context, sweep
     from offload.bench.sample import make_tests
+    from offload.pack.recipe import AskedBits
 
     asked = options_from(arguments, BenchOptions)
     tests = make_tests(asked.n_prompt, asked.n_gen, asked.pg, asked.n_depth)
     if not tests:
-        raise OffloadError("there is nothing to measure: -p, -n and -pg are all 0")
-    settings = combinations(arguments, SWEPT)
+        raise OffloadError("there is nothing to measure: give -p, -n or -pg a number above 0")
+    settings = combinations(arguments)
+    for setting in settings:
+        AskedBits.of(setting)  # raises for wrong bits before anything is measured
     check_context(tests, settings[0].context)
     timeline = options_from(arguments, TimelineOptions).timeline
     for flag, file in (("trace", settings[0].trace), ("timeline", timeline)):
         if len(settings) > 1 and file:
-            raise OffloadError(f"--{flag} records one run and a sweep has many: name one setting")
+            raise OffloadError(
+                f"--{flag} records one run, and a sweep has several: give each option one value"
+            )
     earlier = read_earlier(asked.compare) if asked.compare else None
     if asked.plot:
         check_picture(asked.plot)
@@ -80,35 +182,27 @@ def run(arguments: argparse.Namespace) -> int:
         with contextlib.closing(offload_of(model)), recording(model, timeline):
             yield model, tokenizer
 
-    rows: list[Row] = []
+    rows: list[BenchRow] = []
+
+    def measured() -> Iterator[BenchRow]:
+        for row in sweep(
+            load,
+            settings,
+            tests,
+            repetitions=asked.repetitions,
+            warmup=not asked.no_warmup,
+            random=asked.random,
+        ):
+            rows.append(row)
+            yield row
+            if earlier is not None and (reason := earlier.why_none(row)):
+                print(f"--compare: {reason}", file=sys.stderr)
+
+    columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    tables = partial(write_tables, tests=tests, settings=settings, columns=columns)
     try:
-        with ended(_printer(asked.output, tests, settings, earlier)) as printer:
-            for row in sweep(
-                load,
-                settings,
-                tests,
-                repetitions=asked.repetitions,
-                warmup=not asked.no_warmup,
-                random=asked.random,
-            ):
-                rows.append(row)
-                printer.row(row)
-                if earlier is not None and (reason := earlier.why_none(row)):
-                    print(f"--compare: {reason}", file=sys.stderr)
+        WRITERS.get(asked.output, tables)(measured(), sys.stdout, earlier)
     finally:
         if asked.plot and rows:
             save_picture(rows, asked.plot)
     return DONE
-
-
-def _printer(
-    output: str, tests: Sequence[Test], settings: Sequence[LoadOptions], earlier: Earlier | None
-) -> Printer:
-    from offload.bench.output import CsvPrinter, JsonlPrinter, JsonPrinter, TablePrinter
-
-    if output == "md":
-        columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-        return TablePrinter(sys.stdout, tests, settings, columns=columns, earlier=earlier)
-    if output == "csv":
-        return CsvPrinter(sys.stdout, earlier)
-    return (JsonPrinter if output == "json" else JsonlPrinter)(sys.stdout, earlier)

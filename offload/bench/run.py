@@ -1,4 +1,4 @@
-"""One table over several settings: the model is freed and loaded anew for each."""
+"""Runs the tests of `offload bench`: for each setting the model is loaded, timed and freed."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from offload.bench.result import Rates, Result, Subject, bound_of
+from offload.bench.row import Bandwidths, BenchRow, bytes_read, row_of, subject_of_rows
 from offload.bench.sample import (
     Test,
     forget_peak,
@@ -30,12 +29,14 @@ from offload.engine.handle import offload_of
 from offload.errors import GenerationError
 from offload.options import LoadOptions
 
-BLOCK_BYTES = 256 * 2**20  # beyond most caches
+BLOCK_BYTES = 256 * 2**20  # more than the caches of most processors
 ROUNDS = 8
+
+Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase | None]
 
 
 def measure_link(engine: Engine, copies: int = 64) -> float:
-    """GB/s of whole records copied back to back: the ceiling that loads stand beside."""
+    """GB/s of whole expert records copied back to back: the most that loads can reach."""
     transfer, layer = engine.transfer, engine.layers[0]
     held = engine.cache.table.key_in(0)
     experts = [i % layer.num_experts for i in range(layer.num_experts + copies)]
@@ -48,7 +49,7 @@ def measure_link(engine: Engine, copies: int = 64) -> float:
         return transfer.busy_seconds
 
     try:
-        before = copy(experts[: layer.num_experts])  # the first touch reads the disk, checks sums
+        before = copy(experts[: layer.num_experts])  # the first copy of each reads the disk
         seconds = copy(experts[layer.num_experts :]) - before
     finally:
         if held is not None:
@@ -58,7 +59,7 @@ def measure_link(engine: Engine, copies: int = 64) -> float:
 
 @functools.cache
 def measure_memory(device: torch.device) -> float:
-    """GB/s at which all of `device`'s compute reads its memory: the best of a few sums."""
+    """GB/s at which `device` reads its own memory while it computes: the best of a few sums."""
     block = torch.ones(BLOCK_BYTES // 4, device=device)
     seconds = []
     for _ in range(ROUNDS):
@@ -78,13 +79,12 @@ def run(
     repetitions: int = 5,
     warmup: bool = True,
     random: bool = False,
-) -> Iterator[Result]:
-    """Time each test `repetitions` times; yields a result as soon as a test is done.
+) -> Iterator[BenchRow]:
+    """Time each test `repetitions` times; yields its row as soon as it is done.
 
-    Each repetition reads a stretch of text of its own, and with other settings the same ones
-    again. Raises `GenerationError` before the first.
+    Each repetition reads its own stretch of text; another call with the same arguments reads the
+    same stretches. Raises `GenerationError` if there is no tokenizer for real text.
     """
-    check_context(tests, offload_of(model).fit.options.context)
     if tokenizer is None and not random:
         raise GenerationError("the model has no tokenizer for real text: pass --random")
     count = max(test.context for test in tests) * (repetitions + warmup)
@@ -92,24 +92,9 @@ def run(
         ids = random_tokens(model.config.get_text_config().vocab_size, count)
     else:
         ids = real_text(tokenizer, count)
-    return _run(model, tests, ids, repetitions, warmup)
-
-
-def check_context(tests: Sequence[Test], context: int) -> None:
-    """Raise `GenerationError` for tests that do not fit into `context` tokens."""
-    longest = max(test.context for test in tests)
-    if longest > context:
-        raise GenerationError(
-            f"a test needs {longest} tokens of context, it holds {context}: raise --ctx-size"
-        )
-
-
-def _run(
-    model: PreTrainedModel, tests: Sequence[Test], ids: list[int], repetitions: int, warmup: bool
-) -> Iterator[Result]:
-    offload = offload_of(model)
-    link, devices = measure_link(offload.engine), offload.fit.devices
-    rates = Rates(link, measure_memory(model.device))
+    offload, subject = offload_of(model), subject_of_rows(model, random=random)
+    bandwidths = Bandwidths(measure_link(offload.engine), measure_memory(model.device))
+    devices = offload.fit.devices
     for test in tests:
         texts = stretches(ids, test.context)
         if warmup:
@@ -117,50 +102,39 @@ def _run(
         for device in devices:
             forget_peak(device)
         when = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        samples = tuple(take_sample(model, test, next(texts)) for _ in range(repetitions))
-        yield Result(
-            test=test,
+        samples = [take_sample(model, test, next(texts)) for _ in range(repetitions)]
+        yield row_of(
+            subject,
+            test,
+            samples,
+            bandwidths,
             test_time=when,
-            samples=samples,
-            bound=bound_of(model, test, samples, rates),
+            read_bytes=bytes_read(model, test, samples),
             peak_memory=sum(map(peak_since, devices)),
         )
 
 
-@dataclass(frozen=True)
-class Row:
-    """A test's figures with what they belong to."""
-
-    subject: Subject
-    result: Result
-
-    def to_json(self) -> dict[str, Any]:
-        return {**self.subject.to_json(), **self.result.to_json()}
-
-
-Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase | None]
-Load = Callable[[LoadOptions], AbstractContextManager[Loaded]]
+def check_context(tests: Sequence[Test], context: int) -> None:
+    """Raise `GenerationError` for tests that do not fit into `context` tokens."""
+    longest = max(test.context for test in tests)
+    if longest > context:
+        raise GenerationError(
+            f"a test needs {longest} tokens and the context holds {context}: raise --ctx-size"
+        )
 
 
 def sweep(
-    load: Load,
+    load: Callable[[LoadOptions], AbstractContextManager[Loaded]],
     settings: Sequence[LoadOptions],
     tests: Sequence[Test],
-    *,
-    repetitions: int = 5,
-    warmup: bool = True,
-    random: bool = False,
-) -> Iterator[Row]:
-    """The rows of every setting, each as soon as it is measured."""
+    **options: Any,
+) -> Iterator[BenchRow]:
+    """The rows of every setting, each as soon as it is measured; `options` are those of `run`."""
 
-    def rows(setting: LoadOptions) -> Iterator[Row]:
+    def rows(setting: LoadOptions) -> Iterator[BenchRow]:
         with load(setting) as (model, tokenizer):
-            subject = Subject.of(model, random=random)
-            for result in run(
-                model, tokenizer, tests, repetitions=repetitions, warmup=warmup, random=random
-            ):
-                yield Row(subject, result)
+            yield from run(model, tokenizer, tests, **options)
 
     for setting in settings:
         yield from rows(setting)
-        gc.collect()  # modules and hooks hold each other: two models need not fit
+        gc.collect()  # a model's modules and hooks form cycles, and two models may not fit at once

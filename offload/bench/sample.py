@@ -1,8 +1,4 @@
-"""One timed run of a test.
-
-Knows: the clock, and that a GPU is waited for before it is read. Does not know: how often a test is
-run, what its figures mean.
-"""
+"""One timed run of a test, and the tokens that it reads."""
 
 from __future__ import annotations
 
@@ -18,17 +14,17 @@ from typing import ClassVar
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from offload.engine.handle import Answer, offload_of
+from offload.engine.handle import TokenSource, offload_of
 from offload.engine.stats import Stats
 from offload.generation.stream import forward, peak_memory
 from offload.sampling import Sampling
 
-FORGET = Path("/proc/self/clear_refs")  # "5" sets VmHWM to what is resident now (proc(5))
+FORGET = Path("/proc/self/clear_refs")  # writing "5" sets VmHWM to what is resident now (proc(5))
 STATUS = Path("/proc/self/status")
 
 
 def forget_peak(device: torch.device) -> None:
-    """Count from here, where the system can do that (Linux, CUDA); else from the start on."""
+    """Make `peak_since` count from now on. Only Linux and CUDA can; elsewhere this does nothing."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -37,7 +33,10 @@ def forget_peak(device: torch.device) -> None:
 
 
 def peak_since(device: torch.device) -> int:
-    """Bytes: allocated on a GPU, else resident in this process, mapped files included."""
+    """Most bytes since `forget_peak`: allocated on a GPU, or resident in this process.
+
+    Resident memory includes mapped files.
+    """
     if device.type != "cuda":
         with contextlib.suppress(OSError, ValueError, StopIteration):
             lines = STATUS.read_text().splitlines()
@@ -50,7 +49,7 @@ def peak_since(device: torch.device) -> int:
 class Test:
     """Prefill `n_prompt` tokens, then decode `n_gen`, after `n_depth` tokens that are not timed."""
 
-    __test__: ClassVar[bool] = False  # pytest, which looks for this name
+    __test__: ClassVar[bool] = False  # this is not a class of pytest's, whatever its name says
 
     n_prompt: int
     n_gen: int
@@ -58,17 +57,19 @@ class Test:
 
     @property
     def name(self) -> str:
+        """The name that llama-bench gives it, like `pp512` or `tg128 @ d16`."""
         parts = [f"pp{self.n_prompt}"] if self.n_prompt else []
         parts += [f"tg{self.n_gen}"] if self.n_gen else []
         return "+".join(parts) + (f" @ d{self.n_depth}" if self.n_depth else "")
 
     @property
     def tokens(self) -> int:
+        """Tokens that are timed."""
         return self.n_prompt + self.n_gen
 
     @property
     def context(self) -> int:
-        """Tokens that the KV cache holds at the end."""
+        """Tokens that the KV cache holds after a run."""
         return self.n_depth + self.tokens
 
 
@@ -78,7 +79,10 @@ def make_tests(
     pairs: Sequence[tuple[int, int]],
     depths: Sequence[int],
 ) -> list[Test]:
-    """At each depth all prefills, all decodes, then both together; lengths of 0 are left out."""
+    """At each depth all prefills, then all decodes, then the pairs.
+
+    A test of no tokens is left out.
+    """
     return [
         Test(prompt, gen, depth)
         for depth in depths
@@ -92,23 +96,24 @@ GREEDY = Sampling()
 
 @dataclass(frozen=True)
 class Sample:
-    """When each part of a run was over, and what the experts did in it."""
+    """How long each part of a run took, and what the experts did in it."""
 
-    prompt_ns: int  # until the logits of the first new token; 0 where nothing was prefilled
-    token_ns: tuple[int, ...]  # of each decoded token
+    prompt_ns: int  # until the logits of the first new token; 0 if there is no prompt
+    token_ns: tuple[int, ...]  # one for each decoded token
     experts: Stats
 
     @property
     def ns(self) -> int:
+        """Time of the whole run."""
         return self.prompt_ns + sum(self.token_ns)
 
 
 def take_sample(model: PreTrainedModel, test: Test, ids: list[int]) -> Sample:
     """Run `test` once over the tokens `ids`.
 
-    Decoding is fed the text token by token, so that routing follows text and does not depend on
-    what the model would say. Only where steps are queued before their tokens are read (`--engine
-    device`) it goes on with its own greedy choices, after one token of text at least.
+    A decode reads the given tokens one by one, so that routing follows real text and does not
+    depend on what the model would say. With `--engine device` steps are queued before their tokens
+    are known: there the model reads its own greedy choices, after at least one given token.
     """
     handle = offload_of(model)
     tokens = torch.tensor([ids], device=model.device)  # [1, T]
@@ -123,7 +128,7 @@ def take_sample(model: PreTrainedModel, test: Test, ids: list[int]) -> Sample:
         logits, cache = forward(model, tokens[:, at : at + test.n_prompt], cache, ubatch)
         at += test.n_prompt
         sync(model.device)
-    answer: Answer | None = None
+    answer: TokenSource | None = None
     if test.n_gen and handle.decoding is not None:
         assert logits is not None
         limit = test.n_gen + 1
@@ -131,15 +136,15 @@ def take_sample(model: PreTrainedModel, test: Test, ids: list[int]) -> Sample:
             model, tokens[:, :at], logits, cache, GREEDY, limit, at + limit, frozenset()
         )
     if answer is not None:
-        answer()  # what the prompt's own logits say; the next step is queued
+        answer()  # the token that the prompt's logits give; this also queues the next step
     ends.append(time.perf_counter_ns())
     for _ in range(test.n_gen):
         if answer is not None:
-            answer()  # returns when the token is here
+            answer()  # returns when the next token has arrived
         else:
             _, cache = forward(model, tokens[:, at : at + 1], cache)
             at += 1
-            sync(model.device)  # as in use, where the next token depends on this one
+            sync(model.device)  # as in real use, where the next token depends on this one
         ends.append(time.perf_counter_ns())
     prompt_ns, *token_ns = (end - begin for begin, end in itertools.pairwise(ends))
     experts = handle.stats() - before
@@ -147,13 +152,13 @@ def take_sample(model: PreTrainedModel, test: Test, ids: list[int]) -> Sample:
 
 
 def sync(device: torch.device) -> None:
-    """Return when `device` has done what it was given."""
+    """Wait until `device` has finished all work that was queued."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def real_text(tokenizer: PreTrainedTokenizerBase, count: int) -> list[int]:
-    """`count` tokens of English: Python's own documentation, which every Python carries."""
+    """`count` tokens of English, from the documentation that comes with every Python."""
     ids: list[int] = []
     for name in sorted(topics.topics):
         ids += tokenizer(topics.topics[name], add_special_tokens=False)["input_ids"]
@@ -163,16 +168,19 @@ def real_text(tokenizer: PreTrainedTokenizerBase, count: int) -> list[int]:
 
 
 def random_tokens(vocabulary: int, count: int, seed: int = 0) -> list[int]:
-    """`count` tokens as llama-bench feeds them; they flatter or ruin a cache."""
+    """`count` tokens drawn uniformly, as llama-bench does.
+
+    An expert cache does better or worse with them than with text.
+    """
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(vocabulary, (count,), generator=generator).tolist()
 
 
 def stretches(ids: list[int], length: int) -> Iterator[list[int]]:
-    """`ids` cut into runs of `length`, over and over.
+    """Stretches of `length` tokens from `ids`, one after another and then again from the start.
 
-    Each run of a test reads another one: a cache that has just seen the very text would hit more
-    than it does in use.
+    Each run of a test reads the next stretch: an expert cache that has just seen the same text
+    would have more hits than in real use.
     """
     count = max(1, len(ids) // length)
     return itertools.cycle([ids[at * length : (at + 1) * length] for at in range(count)])

@@ -11,9 +11,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from offload.budget.budget import kv_cache_by_layer
 from offload.budget.placement import Block, Demand
-from offload.model.parts import layer_of
-from offload.model.seam import find_experts
-from offload.options import Share
+from offload.fit import Share
+from offload.model.seam import find_experts, layer_of
 from offload.quant.pack import PackInfo
 
 

@@ -100,7 +100,5 @@ def _unchanged(hidden: Tensor, *_: Tensor) -> Tensor:
 @torch.inference_mode()
 def _layers(model: nn.Module, tokens: int) -> list[Any]:
     ids = torch.ones(1, tokens, dtype=torch.long, device="meta")
-    layers: list[Any] = model(
-        input_ids=ids, use_cache=True, logits_to_keep=1
-    ).past_key_values.layers
+    layers: list[Any] = model(input_ids=ids, use_cache=True, logits_to_keep=1).cache.layers
     return layers

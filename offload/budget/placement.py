@@ -15,7 +15,7 @@ from functools import cache
 from math import inf
 
 from offload.errors import BudgetError
-from offload.options import Share
+from offload.fit import Share
 from offload.units import gib
 
 

@@ -1,4 +1,4 @@
-"""What was asked, resolved to numbers for one machine before anything is made or allocated."""
+"""Turns options into numbers for one machine, before anything is made or allocated."""
 
 from __future__ import annotations
 
@@ -21,23 +21,24 @@ from offload.budget.budget import (
 )
 from offload.budget.placement import place
 from offload.errors import BudgetError
-from offload.options import Card, Fit, LoadOptions, Share
+from offload.fit import Card, Fit, Share
+from offload.options import LoadOptions
 from offload.quant.pack import PackInfo
 from offload.units import parse_bytes, parse_slots
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a model runs."""
+    """Where a model runs, and the memory that it may use there."""
 
-    device: torch.device  # of inputs and logits: the only one, or the first card
+    device: torch.device  # of inputs and logits; with several cards, the first card
     memory: Memory
     cards: tuple[Card, ...] = ()  # in the order of the layers; empty where there is one device
 
 
 @dataclass(frozen=True)
 class Resolver:
-    """Tells how a pack would be run: `load` and `offload plan` both ask it."""
+    """Decides how a pack is run, for `load` and `offload plan` alike."""
 
     options: LoadOptions
     place: Place
@@ -45,15 +46,15 @@ class Resolver:
     def fit(
         self, info: PackInfo, config: PreTrainedConfig, model: PreTrainedModel | None = None
     ) -> Fit:
-        """How a pack like `info` would be run. For several cards the whole `model` is needed, on
-        the meta device.
+        """How a pack like `info` is run.
 
+        With several cards, the whole `model` is needed, on the meta device, to weigh its layers.
         Raises `BudgetError`.
         """
         asked = parse_slots(self.options.expert_slots, info.total_experts)
         shares: tuple[Share, ...] = ()
         if self.place.cards:
-            assert model is not None, "what each layer weighs is counted on a model"
+            assert model is not None, "several cards need a model to weigh its layers"
             shares = self._shares(info, config, model, asked)
             slots = sum(share.slots for share in shares)
         else:
@@ -74,8 +75,10 @@ class Resolver:
     def _shares(
         self, info: PackInfo, config: PreTrainedConfig, model: PreTrainedModel, asked: int | None
     ) -> tuple[Share, ...]:
-        """Every card's share, with rows through which prompts are streamed unless all experts have
-        a slot."""
+        """The share of each card.
+
+        Unless every expert has a slot, memory is kept for the staging rows of prompts.
+        """
         budget, context = self.budget(info, config), self.options.context
         needs = demand(
             model, info, config, context, self.dtype(config), self.chunk(config), budget.workspace
@@ -89,7 +92,7 @@ class Resolver:
         return shares
 
     def budget(self, info: PackInfo, config: PreTrainedConfig) -> Budget:
-        """What goes into the compute device's memory beside the experts, and into how much."""
+        """The compute device's memory, and what it must hold beside the experts."""
         device, dtype, context = self.place.device, self.dtype(config), self.options.context
         ubatch = self.chunk(config)
         kv_cache = kv_cache_bytes(config, context, dtype, ubatch)
@@ -106,22 +109,27 @@ class Resolver:
         )
 
     def chunk(self, config: PreTrainedConfig) -> int:
-        """Tokens of a prompt at once, on the card with the least memory. Raises `BudgetError`."""
+        """Tokens of a prompt that go through the model at once.
+
+        The card with the least memory decides. Raises `BudgetError`.
+        """
         cards, asked = self.place.cards, self.options
         memory = min((card.memory for card in cards), default=self.place.memory.device)
         return chunk_tokens(config, asked.ubatch_size, asked.context, memory, self.dtype(config))
 
     def keeps_fixed_cache(self, info: PackInfo) -> bool:
-        """Whether there is a second KV cache, of fixed size, for steps captured as CUDA graphs: on
-        one card, where RAM may hold all experts. What else `offload.device.making` asks, such as
-        whether memory can be pinned, is seen on the machine.
+        """Whether memory is kept for a second KV cache, of fixed size, for CUDA graphs.
+
+        CUDA graphs are used on a single card when RAM may hold all experts. Other conditions, such
+        as whether memory can be pinned, are only known once the engine is made
+        (`offload.engine.device.make`).
         """
         on_card = self.place.device.type == "cuda" and not self.place.cards
         may_plan = self.options.engine != "host"
         return on_card and may_plan and info.expert_bytes <= self.place.memory.ram
 
     def dtype(self, config: PreTrainedConfig) -> torch.dtype:
-        """The type of the computation: what was asked for, else what the config says."""
+        """The type of the computation: the one asked for, else the one of the config."""
         return self.options.dtype or _config_dtype(config)
 
 
@@ -131,9 +139,9 @@ def _config_dtype(config: PreTrainedConfig) -> torch.dtype:
 
 
 def find_device(name: str | torch.device | None) -> torch.device:
-    """The compute device called `name`, a GPU with its number; None: a GPU if there is one.
+    """The compute device called `name`; without a name, a GPU if there is one, else the CPU.
 
-    Raises `BudgetError`.
+    A GPU always comes with its number. Raises `BudgetError`.
     """
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -148,25 +156,20 @@ def find_device(name: str | torch.device | None) -> torch.device:
         raise BudgetError(
             f"there is no device {str(name)!r} here: torch sees the CPU and {gpus} CUDA GPUs"
         )
-    if device.type == "cuda" and device.index is None:  # some of torch's functions want a number
+    if device.type == "cuda" and device.index is None:  # some functions of torch need it
         return torch.device("cuda", torch.cuda.current_device())
     return device
-
-
-def set_threads(count: int) -> None:
-    """Compute with `count` CPU threads."""
-    torch.set_num_threads(count)
 
 
 logger = logging.getLogger("offload")
 
 
 def find_place(options: LoadOptions) -> Place:
-    """One device, or the cards of `options.gpus`: numbers like "0,1". `options.vram` is a size for
-    each card, or several with commas between.
+    """The device of `options.device`, or the cards of `options.gpus`, and their memory.
 
-    For tests, `gpus` may be a sequence of names of devices: ("cpu", "cpu") are two, in halves of
-    RAM. Raises `BudgetError`.
+    `gpus` is text like "0,1", and `vram` one size for all cards or a size for each, separated by
+    commas. Tests pass names of devices as `gpus`: ("cpu", "cpu") stands for two cards that share
+    the RAM. Raises `BudgetError`.
     """
     device, gpus, vram, ram = options.device, options.gpus, options.vram, options.ram
     if gpus is None:
@@ -174,14 +177,14 @@ def find_place(options: LoadOptions) -> Place:
         if device in (None, "cuda") and place.type == "cuda" and torch.cuda.device_count() > 1:
             everything = ",".join(map(str, range(torch.cuda.device_count())))
             logger.warning(
-                "using card %d of %d, the others are idle: use them with --gpus %s",
+                "using GPU %d of %d; the others stay idle: use them with --gpus %s",
                 torch.cuda.current_device(),
                 torch.cuda.device_count(),
                 everything,
             )
         return Place(place, Memory.of(place, vram, ram))
     if device is not None:
-        raise BudgetError("both --device and --gpus say where to run: give one of them")
+        raise BudgetError("both --device and --gpus say where to run: give only one of them")
     devices = [find_device(name) for name in _names(gpus)]
     if len(devices) == 1:
         return Place(devices[0], Memory.of(devices[0], vram, ram))
@@ -199,27 +202,31 @@ def find_place(options: LoadOptions) -> Place:
 
 
 def _names(gpus: str | Sequence[int | str]) -> list[str]:
-    """Names of devices. Text has numbers only, each once."""
+    """The names of the devices in `gpus`. Raises `BudgetError`."""
     if not isinstance(gpus, str):
         names = [f"cuda:{gpu}" if isinstance(gpu, int) else gpu for gpu in gpus]
     else:
         parts = [part.strip() for part in gpus.split(",")]
         if not all(part.isascii() and part.isdigit() for part in parts):
-            raise BudgetError(f"--gpus {gpus!r} are not cards: write their numbers like 0,1")
+            raise BudgetError(
+                f"--gpus {gpus!r} is not a list of GPUs: write their numbers like 0,1"
+            )
         names = [f"cuda:{int(part)}" for part in parts]
     cuda = [name for name in names if name != "cpu"]
     if not names or len(set(cuda)) < len(cuda):
-        raise BudgetError(f"--gpus {gpus!r}: name each card once, like 0,1")
+        raise BudgetError(
+            f"--gpus {gpus!r} does not name each GPU once: write their numbers like 0,1"
+        )
     return names
 
 
 def _sizes(vram: str | int | None, cards: int) -> list[int | None]:
-    """Bytes on each card."""
+    """Bytes to use on each card, None where the user gave none. Raises `BudgetError`."""
     if not isinstance(vram, str) or "," not in vram:
         return [parse_bytes(vram)] * cards
     sizes = [parse_bytes(part) for part in vram.split(",")]
     if len(sizes) != cards:
         raise BudgetError(
-            f"--vram has {len(sizes)} sizes for {cards} cards: give one for each, or one for all"
+            f"--vram has {len(sizes)} sizes for {cards} GPUs: give one for each, or one for all"
         )
     return sizes

@@ -14,8 +14,8 @@ from offload.chat.saved import Settings
 from offload.chat.thinking import Voices, marks_are_special
 from offload.engine.handle import offload_of
 from offload.errors import ChatError
-from offload.generation.prompt_cache import PromptCache
-from offload.generation.stream import GenerationResponse, Message, encode_prompt, stream_generate
+from offload.generation.prompt import Message, PromptCache, encode_prompt
+from offload.generation.stream import GenerationResponse, stream_generate
 from offload.sampling import Sampling
 
 NEARLY_FULL = 0.85  # share of the context in use at which the user is told that turns will leave

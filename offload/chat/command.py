@@ -5,22 +5,25 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+from dataclasses import dataclass
 
+from offload.errors import DONE, INTERRUPTED
+from offload.flags import add_model, add_options, option, options_from
 from offload.generation.command import asked_prompt, asked_sampling
-from offload.options import (
-    DONE,
-    INTERRUPTED,
-    AnswerOptions,
-    ChatOptions,
-    LoadOptions,
-    ThreadOptions,
-    add_model,
-    add_options,
-    options_from,
-)
+from offload.options import AnswerOptions, LoadOptions, ThreadOptions
 from offload.quant.errors import OffloadError
 
 EXAMPLE = "offload chat demo --expert-slots 25%"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions:
+    """Options of `offload chat` alone."""
+
+    single_turn: bool = option("-st --single-turn", False, "answer one prompt (-p or -f) and exit")
+    hide_thoughts: bool = option(
+        "--hide-thoughts", False, "show only the answer that follows a model's thoughts"
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,12 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Talk until the user leaves; with --single-turn answer one prompt."""
+    """Talk until the user leaves, or answer one prompt with --single-turn."""
     asked, mode = options_from(arguments, AnswerOptions), options_from(arguments, ChatOptions)
     prompt = asked_prompt(asked)
     if mode.single_turn and prompt is None:
         raise OffloadError("--single-turn needs a prompt: give one with -p or -f")
-    asked_sampling(asked, None)  # a wrong value is told before the model is loaded
+    asked_sampling(asked, None)  # raises for a wrong value before the model is loaded
     from offload.chat.chat import Chat
     from offload.chat.loop import converse
     from offload.chat.terminal import display, reader
@@ -64,8 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     stats = offload_of(model).stats()
     print(
-        f"{stats.slots} slots for {stats.total_experts} experts; /? lists the commands, /bye "
-        f"leaves",
+        f"{stats.slots} slots for {stats.total_experts} experts; /? lists the commands, /bye exits",
         file=sys.stderr,
     )
     chat.display.thoughts = not mode.hide_thoughts

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.text import Text
 
 from offload.cache.interface import Cache
-from offload.cache.trace.heatmap import of_cache, resident_in, show, squeezed
+from offload.cache.trace.heatmap import draw_for, of_cache, resident_in, squeezed
 from offload.engine.handle import Offload
 from offload.engine.stats import Stats
 from offload.generation.stream import GenerationResponse
@@ -87,4 +87,4 @@ def live_panel(response: GenerationResponse | None, offload: Offload) -> Text:
 def experts_map(cache: Cache, info: PackInfo) -> str:
     """The map of experts for `/show experts`: a row for each layer and a sign for each expert, in
     characters that stdout can show."""
-    return show(of_cache(cache, [layer.num_experts for layer in info.layers]), sys.stdout)
+    return draw_for(sys.stdout, of_cache(cache, [layer.num_experts for layer in info.layers]))

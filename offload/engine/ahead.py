@@ -1,129 +1,127 @@
-"""Looking ahead: what later layers will want is guessed, and its copies are begun.
-
-Knows: who is asked for a guess, when guessing stands back, what a trace is told of it. Does not
-know: which guess may load or evict (`cache`), how a copy is carried out (`offload.engine`).
-
-One more sync a layer, where routers are asked.
-"""
+"""Look-ahead: guesses what the next layer will want, one more wait for the device per layer."""
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from offload.cache.guesses import WITH_ROUTER, Lookahead, LookaheadBalance, make_predictor, merged
+from offload.cache.decision import Use
+from offload.cache.guesses import LookaheadBalance
 from offload.cache.interface import Cache
-from offload.cache.plan import Use
+from offload.cache.policies import Key
+from offload.cache.statistics import Statistics
 from offload.cache.trace.trace import Guess
-from offload.engine.layer import Layer
-from offload.transfer.base import Ticket
+from offload.engine.layer import Call, Layer
+from offload.transfer.base import Ticket, Transfer
 
 
 class Ahead:
-    """Guesses for the layers that follow the one at work."""
+    """Guesses for the layer that follows the one at work."""
 
     def __init__(
         self,
         layers: Sequence[Layer],
         cache: Cache,
-        lookahead: Lookahead,
+        lookahead: bool,
         balance: LookaheadBalance | None,
-        start: Callable[[int, Use], Ticket],
     ) -> None:
-        """`start` begins the copy of a guessed expert of a layer. With `balance` looking ahead
-        stops while it does not pay; with None it never does."""
+        """Without `lookahead` nothing is guessed. With `balance` look-ahead stops while it does not
+        pay; with None it never stops."""
         self._layers = layers
         self._cache = cache
         self._lookahead = lookahead
         self._balance = balance
-        self._start = start
         # Copies of guesses that may not have landed, for each device: each has a link of its own.
         self._guessed: dict[torch.device | None, deque[Ticket]] = defaultdict(deque)
-        self.noted_layers = 0  # routers of so many later layers are asked for a trace
-        self.forget()
+        self._since: float | None = None  # when guessing began for the layer at work
+        self.noted_layers = 0  # routers of so many later layers are asked for a routing trace
 
     def start_over(self) -> None:
         """No copy is under way."""
         self._guessed.clear()
 
-    def forget(self) -> None:
-        """Nothing is known of what was asked for, as at the beginning."""
-        layers = len(self._cache.statistics.layers)
-        self._predictor = make_predictor(self._lookahead.predictor, layers)
-
     def dropped(self, copy: Ticket) -> None:
-        """`copy`, a guess's or another, will never land."""
+        """`copy`, which may be that of a guess, will never land."""
         for copies in self._guessed.values():
             if copy in copies:
                 copies.remove(copy)
 
-    @property
-    def weighs(self) -> bool:
-        """Whether there is anything to weigh."""
-        return self._balance is not None and self._lookahead.layers > 0
+    def look(self, call: Call) -> tuple[list[Guess], list[tuple[Layer, Use]]]:
+        """What was guessed for the next layer, and the copies to begin for it.
 
-    def weigh(self, needed: int, copies: int, copy_seconds: float) -> None:
-        """A step is over, for which `needed` experts were loaded; totals of all copies so far."""
-        assert self._balance is not None
-        self._balance.step(needed, copies, copy_seconds)
-
-    def look(self, layer: Layer, chosen: Iterable[int] | None) -> list[Guess]:
-        """Guess what the next layers will want and load it; `chosen`: what the one token wants."""
+        Report the copies by `begun`, then call `end`. Of a call of many tokens nothing is guessed,
+        since nearly all experts of the next layer will be wanted.
+        """
+        layer = call.layer
         hidden, layer.asked = layer.asked, None
-        if chosen is None:  # of many tokens' experts nearly all are wanted: no need to guess
-            return []
-        wanted = list(chosen)
-        if self._predictor is not None:
-            self._predictor.observe(layer.index, wanted)
-        near = self._layers[layer.index + 1 : layer.index + 1 + self._lookahead.layers]
-        if self._balance is not None and not self._balance.worthwhile:
-            near = ()
-        near = [at for at in near if not self._link_is_behind(at, near, len(wanted))]
-        if not near:
-            return self._note_guesses(layer, hidden, ())
-        begin = time.perf_counter()
-        guesses = []
-        for later in near:
-            experts = self._guess(layer, later, hidden)
-            if not experts:
-                continue
-            guesses.append(Guess(later.index, tuple(experts)))
-            for use in self._cache.look_ahead(later.index, experts, most=len(experts)):
-                self._guessed[later.device].append(self._start(later.index, use))
-        if self._balance is not None:
-            self._balance.guessed(time.perf_counter() - begin)
-        return guesses + self._note_guesses(layer, hidden, near)
+        if len(call.hidden) > 1 or hidden is None:
+            return [], []
+        later = self._next(layer, len(call.cells_of))
+        noted = self._note_guesses(layer, hidden, later)
+        if later is None:
+            return noted, []
+        self._since = time.perf_counter()
+        experts = later.guess(layer.as_seen_by(later, hidden))
+        if not experts:
+            return noted, []
+        loads = self._cache.look_ahead(later.index, experts, most=len(experts))
+        guess = Guess(later.index, tuple(experts))
+        return [guess, *noted], [(later, use) for use in loads]
 
-    def _guess(self, layer: Layer, later: Layer, hidden: Tensor | None) -> list[int]:
-        """Experts of `later`, likeliest first, now that `layer` was asked about `hidden`."""
-        experts: list[int] = []
-        if hidden is not None and self._lookahead.predictor in WITH_ROUTER:
-            experts = later.guess(layer.as_seen_by(later, hidden))
-        if self._predictor is not None:
-            said = self._predictor.guess(layer.index, later.index - layer.index)
-            experts = merged(experts, said)
-        return experts
+    def _next(self, layer: Layer, wanted: int) -> Layer | None:
+        """The layer to guess for, which will choose `wanted` experts; None for no guess now."""
+        worthwhile = self._balance is None or self._balance.worthwhile
+        if not self._lookahead or not worthwhile or layer.index + 1 == len(self._layers):
+            return None
+        later = self._layers[layer.index + 1]
+        return None if self._link_is_behind(later, wanted) else later
 
-    def _link_is_behind(self, later: Layer, near: Sequence[Layer], each: int) -> bool:
-        """Whether as many guessed experts as would be guessed for those of the layers `near` that
-        are on the device of `later`, `each` for one, still wait to be copied there."""
+    def _link_is_behind(self, later: Layer, most: int) -> bool:
+        """Whether the link to the device of `later` still has `most` guesses to copy, or more."""
         copies = self._guessed[later.device]
         while copies and copies[0].done:
             copies.popleft()
-        return len(copies) >= each * sum(at.device == later.device for at in near)
+        return len(copies) >= most
 
-    def _note_guesses(
-        self, layer: Layer, hidden: Tensor | None, guessed: Sequence[Layer]
-    ) -> list[Guess]:
-        """For a trace: what routers of layers not `guessed` for would say."""
-        if hidden is None or not self.noted_layers:
-            return []
+    def begun(self, later: Layer, copy: Ticket) -> None:
+        """`copy` of an expert of the layer `later` was begun."""
+        self._guessed[later.device].append(copy)
+
+    def end(self) -> None:
+        """All copies were begun that the last `look` wanted: so long did guessing take."""
+        if self._since is not None and self._balance is not None:
+            self._balance.guessed(time.perf_counter() - self._since)
+        self._since = None
+
+    def _note_guesses(self, layer: Layer, hidden: Tensor, guessed: Layer | None) -> list[Guess]:
+        """For a routing trace: what the routers of later layers but `guessed` would say."""
         later = self._layers[layer.index + 1 : layer.index + 1 + self.noted_layers]
-        said = (
-            (at.index, at.guess(layer.as_seen_by(at, hidden))) for at in later if at not in guessed
-        )
+        said = ((at.index, at.guess(layer.as_seen_by(at, hidden))) for at in later if at != guessed)
         return [Guess(index, tuple(experts), live=False) for index, experts in said]
+
+
+class Weigher:
+    """Tells the balance after each call what waiting costs, so that it can weigh guessing."""
+
+    def __init__(
+        self, balance: LookaheadBalance, statistics: Statistics, transfer: Transfer
+    ) -> None:
+        self._balance, self._statistics, self._transfer = balance, statistics, transfer
+        self._needed = [0] * len(statistics.layers)  # loads of use to each layer before its call
+
+    def served(self, call: Call, guesses: Sequence[Guess], copies: int) -> None:
+        """As `engine.host.Watcher` says."""
+        at = call.layer.index
+        before, self._needed[at] = self._needed[at], self._statistics.layers[at].useful_loads
+        self._balance.step(self._needed[at] - before, copies, self._transfer.busy_seconds)
+
+    def warmed(self, key: Key) -> None:
+        """Nobody waited for a warm load."""
+
+    def started_over(self) -> None:
+        """What a call that broke off needed is not weighed."""
+        self._needed = [counts.useful_loads for counts in self._statistics.layers]

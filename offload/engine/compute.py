@@ -1,26 +1,22 @@
-"""How the experts of a step are computed, once their slots are ready.
+"""How the experts of a step are computed, once their slots are ready."""
 
-Knows: which way computes what: an expert after the other by `quant.matmul`, or all of them in a few
-launches by `quant.experts`. Does not know: how slots became ready (`offload.engine`).
-
-Letters: T tokens, k experts a token, S = T * k cells, H hidden.
-"""
+# T tokens, k experts a token, S = T * k cells, H hidden
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from offload.cache.cache import ExpertCache
+from offload.cache.decision import Use
 from offload.cache.interface import Cache
-from offload.cache.plan import Use
 from offload.cache.policies import POLICIES
 from offload.cache.sharded import ShardedCache, card_and_row
-from offload.engine.layer import Layer
-from offload.options import Fit
+from offload.engine.layer import Call, Layer
+from offload.fit import Fit
 from offload.quant.experts import block_cells, decode, kernels_work, make_batch, prefill
 from offload.quant.pack import PackInfo
 from offload.quant.program import Program, recognise
@@ -34,19 +30,13 @@ FEW_TOKENS = 4  # up to which each cell reads its expert's weights for itself
 class Compute(Protocol):
     """Computes experts whose records are in slots."""
 
-    together: bool  # experts that are ready at the same time are computed best in one call
+    together: bool  # whether experts that are ready at the same time are best computed in one call
 
-    def run(
-        self,
-        layer: Layer,
-        uses: Sequence[Use],
-        hidden: Tensor,
-        cells_of: Mapping[int, Sequence[int]],
-        k: int,
-        cells: Tensor,
-    ) -> None:
-        """Fill the `cells` [S, H] of these experts for `hidden` [T, H]; `cells_of`: all of them by
-        expert. What a cell becomes does not depend on who is computed in the same call."""
+    def run(self, call: Call, uses: Sequence[Use], cells: Tensor) -> None:
+        """Fill the cells of these experts among all `cells` [S, H] of `call`.
+
+        The value of a cell does not depend on which experts are computed together.
+        """
 
     def close(self) -> None:
         """Let go of the slots."""
@@ -61,22 +51,15 @@ class OneByOne:
         self._info, self._transfer = info, transfer
         self._views: dict[tuple[int, int], dict[str, MatrixView]] = {}  # (layout, slot)
 
-    def run(
-        self,
-        layer: Layer,
-        uses: Sequence[Use],
-        hidden: Tensor,
-        cells_of: Mapping[int, Sequence[int]],
-        k: int,
-        cells: Tensor,
-    ) -> None:
+    def run(self, call: Call, uses: Sequence[Use], cells: Tensor) -> None:
+        layer, k = call.layer, call.index.shape[1]
         for use in uses:
-            where = cells_of[use.expert]
-            out = layer.expert(_rows(hidden, where, k), self._matrices(layer.index, use.slot))
-            _put(cells, where, out)
+            where = call.cells_of[use.expert]
+            rows = _rows(call.hidden, where, k)
+            _put(cells, where, layer.expert(rows, self._matrices(layer.index, use.slot)))
 
     def _matrices(self, layer: int, slot: int) -> dict[str, MatrixView]:
-        if slot >= len(self._transfer.slots):  # streamed: in another place each time
+        if slot >= len(self._transfer.slots):  # a streamed record is in another place each time
             return view_record(self._transfer.slot(slot), self._info.layout_of(layer))
         key = (self._info.layers[layer].layout, slot)
         if key not in self._views:
@@ -90,7 +73,7 @@ class OneByOne:
 class Grouped:
     """All experts in two launches, by kernels that read records through a table of slots.
 
-    A layer whose kernels cannot be trusted here is computed one by one; `quant.experts` says so.
+    A layer for which `quant.experts` finds no kernels that work here is computed one by one.
     """
 
     together = True
@@ -100,19 +83,12 @@ class Grouped:
         self._one_by_one = OneByOne(info, transfer)
         self._programs: dict[int, Program] = {}
 
-    def run(
-        self,
-        layer: Layer,
-        uses: Sequence[Use],
-        hidden: Tensor,
-        cells_of: Mapping[int, Sequence[int]],
-        k: int,
-        cells: Tensor,
-    ) -> None:
+    def run(self, call: Call, uses: Sequence[Use], cells: Tensor) -> None:
+        layer, hidden, cells_of = call.layer, call.hidden, call.cells_of
         program = self._program(layer)
         slots = self._transfer.slots
         if not kernels_work(program, hidden.dtype, slots.device):
-            self._one_by_one.run(layer, uses, hidden, cells_of, k, cells)
+            self._one_by_one.run(call, uses, cells)
             return
         if len(hidden) <= FEW_TOKENS:
             table = [-1] * len(cells)
@@ -120,8 +96,8 @@ class Grouped:
                 for cell in cells_of[use.expert]:
                     table[cell] = use.slot
             slot_of_cell = torch.tensor(table, dtype=torch.int32)
-            # What is so small is taken over at once. Waiting would be for all that was queued
-            # before, copies included.
+            # So small a tensor is copied at once. A blocking copy would wait for everything that
+            # was queued before it, record copies included.
             there = slot_of_cell.to(slots.device, non_blocking=True)
             decode(hidden, slots, there, program, cells)
         else:
@@ -145,7 +121,7 @@ class Grouped:
 
 
 def program_of(module: Any, layout: RecordLayout) -> Program:
-    """What an experts module of transformers does with its two matrices."""
+    """What an experts module of transformers computes with its two matrices."""
     function = module._apply_gate if module.has_gate else module.act_fn
     interleaved = not module.is_concatenated
     numbers = [value for value in vars(module).values() if isinstance(value, int | float)]
@@ -168,25 +144,17 @@ def _put(cells: Tensor, where: Sequence[int], out: Tensor) -> None:
 
 
 class CardsCompute:
-    """`Compute`'s interface over one for each card, over the slots that are there."""
+    """`Compute`'s interface over one `Compute` for each card and its slots."""
 
     def __init__(self, computes: Sequence[Compute]) -> None:
         self._computes = tuple(computes)
         self.together = all(compute.together for compute in self._computes)
 
-    def run(
-        self,
-        layer: Layer,
-        uses: Sequence[Use],
-        hidden: Tensor,
-        cells_of: Mapping[int, Sequence[int]],
-        k: int,
-        cells: Tensor,
-    ) -> None:
+    def run(self, call: Call, uses: Sequence[Use], cells: Tensor) -> None:
         places = [card_and_row(use.slot, len(self._computes)) for use in uses]
-        card = places[0][0]  # a layer's experts are on one
+        card = places[0][0]  # the experts of a layer are on one card
         here = [Use(use.expert, row) for use, (_, row) in zip(uses, places, strict=True)]
-        self._computes[card].run(layer, here, hidden, cells_of, k, cells)
+        self._computes[card].run(call, here, cells)
 
     def close(self) -> None:
         for compute in self._computes:
@@ -204,7 +172,7 @@ def cache_of(info: PackInfo, fit: Fit) -> Cache:
 
 
 def compute_of(info: PackInfo, transfer: Transfer) -> Compute:
-    """What multiplies, from the slots of `transfer`."""
+    """What computes experts from the slots of `transfer`."""
     if isinstance(transfer, CardsTransfer):
         return CardsCompute([compute_of(info, card) for card in transfer.transfers])
     return (OneByOne if transfer.device.type == "cpu" else Grouped)(info, transfer)

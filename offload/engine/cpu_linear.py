@@ -1,13 +1,4 @@
-"""Which of torch's two CPU libraries multiplies one token's bfloat16 vectors.
-
-Knows: that oneDNN's overhead a call can exceed the product of a small layer. Does not know: models'
-architectures.
-
-A decode step calls a linear layer hundreds of times with one row. With AVX-512 torch's own kernel
-is then quicker than oneDNN (measured in docs/log.md); with less it can be many times slower. The
-choice follows the processor, never a stopwatch: the two round differently, and logits must not
-depend on what else the machine was doing.
-"""
+"""Chooses which of torch's two CPU libraries multiplies one token's bfloat16 vectors."""
 
 from __future__ import annotations
 
@@ -19,7 +10,13 @@ from transformers import PreTrainedModel
 
 
 def native_is_quicker() -> bool:
-    """Whether torch's own kernel multiplies one row quicker than oneDNN on this CPU."""
+    """Whether torch's own kernel multiplies one row quicker than oneDNN on this CPU.
+
+    A decode step calls a linear layer hundreds of times with one row, and oneDNN's overhead a call
+    can exceed the product of a small layer. With AVX-512 torch's own kernel is then quicker
+    (docs/log.md); with less it can be many times slower. The answer follows the processor, never a
+    stopwatch: the two libraries round differently, and logits must not depend on the load.
+    """
     return torch.backends.mkldnn.is_available() and (
         torch.backends.cpu.get_cpu_capability() == "AVX512"
     )
@@ -29,14 +26,14 @@ class OneTokenLinear:
     """Switches oneDNN off while a model works on a single token."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self._before: bool | None = None  # what oneDNN's switch is put back to
+        self._before: bool | None = None  # the state to put oneDNN's switch back to
         self._hooks = [
             model.register_forward_pre_hook(self._enter, with_kwargs=True),
             model.register_forward_hook(self._leave, always_call=True),
         ]
 
     def _enter(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._leave()  # torch skips the hook that leaves when Ctrl-C ends a forward
+        self._leave()  # torch skips the leaving hook when Ctrl-C ends a forward
         ids = args[0] if args else kwargs.get("input_ids")
         if isinstance(ids, Tensor) and ids.numel() == 1:
             self._before = torch.backends.mkldnn.set_flags()[0]

@@ -1,11 +1,4 @@
-"""From card to card: what a part of the model is given moves to where that part is.
-
-Knows: hooks, devices. Does not know: who is where (`offload.blocks`).
-
-In place of accelerate's hooks, which look at the arguments of every linear layer: here each decoder
-layer is looked at once. What all layers of a card are given alike (masks, rotary embeddings)
-crosses once a call, not once a layer.
-"""
+"""Moves what each part of a model is given to the card where that part is."""
 
 from __future__ import annotations
 
@@ -16,23 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# id of what crossed, where to -> itself, so that nothing else gets that id; its copy there
+# (id of a tensor that crossed, device) -> (the tensor, which keeps its id taken; its copy there)
 Moved = dict[tuple[int, torch.device], tuple[Tensor, Tensor]]
 
 
 class Crossing:
-    """Hooks on a model's parts; they live as long as the model does."""
+    """Hooks on a model's parts, which live as long as the model does.
+
+    They replace accelerate's hooks, which look at the arguments of every linear layer: here each
+    decoder layer is looked at once. What all layers of a card are given alike (masks, rotary
+    embeddings) crosses once a call, not once a layer.
+    """
 
     def __init__(
         self, model: nn.Module, devices: Mapping[str, torch.device], home: torch.device
     ) -> None:
-        """`devices`: path of each part and where it is; `home`: where logits are wanted."""
+        """`devices` has the path and device of each part; logits are brought to `home`."""
         self._home = home
         self._moved: Moved = {}  # in this call
         model.register_forward_pre_hook(self._begin)
         parts = dict(model.named_modules())
         for path, device in devices.items():
-            if path in parts:  # else a lone tensor
+            if path in parts:  # else the path is that of a lone tensor
                 hook = functools.partial(self._enter, device)
                 parts[path].register_forward_pre_hook(hook, with_kwargs=True)
         model.register_forward_hook(self._end)
@@ -54,9 +52,9 @@ class Crossing:
         return out
 
     def _to(self, value: Any, device: torch.device) -> Any:
-        """`value` with its tensors on `device`; a cache and what else it holds stay as they are.
+        """`value` with its tensors on `device`. A KV cache and other objects stay as they are.
 
-        Dictionaries are changed in place: layers pass things on in them.
+        Dictionaries are changed in place, because layers pass tensors on in them.
         """
         if isinstance(value, Tensor):
             return value if value.device == device else self._copy(value, device)
@@ -77,6 +75,6 @@ class Crossing:
 
 
 def _make_current(device: torch.device) -> None:
-    """Kernels that are not torch's are launched on the current card."""
+    """Make `device` the current card, on which kernels that are not torch's are launched."""
     if device.type == "cuda" and torch.cuda.current_device() != device.index:
         torch.cuda.set_device(device)

@@ -1,107 +1,77 @@
-"""The host-planned engine: the plan of every MoE layer is made in Python.
+"""A model's experts, served a call at a time; here and nowhere else it is decided who plans one."""
 
-One sync a layer, two where it looks ahead.
-
-Knows: the order of things in a step: plan, start copies, compute what is here, wait, compute the
-rest, reduce once. Does not know: who is evicted (`cache`), how bytes move (`offload.transfer`),
-what they mean (`quant`).
-
-Letters: T tokens, k experts a token, S = T * k cells, H hidden, I inner, E experts.
-"""
+# T tokens, k experts a token, H hidden
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import logging
 import threading
-import time
-from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from offload.cache.early import absent, nearly_all
-from offload.cache.guesses import NO_LOOKAHEAD, Lookahead, LookaheadBalance
+from offload.cache.cache import ExpertCache
+from offload.cache.guesses import LookaheadBalance
 from offload.cache.interface import Cache
-from offload.cache.plan import Use
-from offload.cache.policy import Key
-from offload.cache.sharded import staging_of
-from offload.cache.staging import Kept, Step
-from offload.cache.trace.trace import Guess
-from offload.engine.ahead import Ahead
-from offload.engine.compute import Compute
-from offload.engine.layer import Layer
-from offload.engine.recording import Recorder
+from offload.engine.compute import cache_of, compute_of
+from offload.engine.host import HostPlanned
+from offload.engine.layer import Call, Layer
+from offload.engine.recording import RoutingTrace
 from offload.engine.stats import Stats
 from offload.errors import NO_MEMORY, GenerationError
+from offload.fit import Fit
+from offload.quant.errors import OffloadError
 from offload.quant.pack import PackInfo
-from offload.transfer.base import NO_MARKS, Marks, Ticket, Transfer
+from offload.transfer.base import Transfer
 from offload.units import gib
+
+if TYPE_CHECKING:  # it loads Triton
+    from offload.engine.device.engine import DevicePlanned
 
 logger = logging.getLogger("offload")
 
 SLACK = 64 << 20  # bytes given back beyond those that were missing, or a quarter of them
-WARM_AT_ONCE = 4  # copies a step, where an urgent one cannot overtake them
 
 
 class Engine:
-    """Serves the experts of a whole model from a cache of slots."""
+    """The calls of all MoE layers: the device plans one token's where it can, the host the others.
 
-    def __init__(
-        self,
-        info: PackInfo,
-        cache: Cache,
-        transfer: Transfer,
-        compute: Compute,
-        balance: LookaheadBalance | None,
-        lookahead: Lookahead = NO_LOOKAHEAD,
-        staging: int = 0,
-    ) -> None:
-        """With `balance` looking ahead stops while it does not pay; with None it never does.
+    The state of the cache is in one place at a time and moves as a whole, so the decisions are
+    those that the host would make alone.
+    """
 
-        `staging`: rows that `transfer` has past the slots, for prompts; with none a prompt is
-        served in waves.
-        """
-        self._info = info
-        self._cache = cache
-        self.transfer = transfer
-        self._staging = staging_of(cache, staging)
-        self.layers: list[Layer] = []
-        start = functools.partial(self._start, urgent=False)
-        self._ahead = Ahead(self.layers, cache, lookahead, balance, start)
-        # slot -> unawaited copy, its layer; None: of what was counted when it came to a row
-        self._tickets: dict[int, tuple[Ticket, int | None]] = {}
-        self._cold: deque[Key] = deque()  # hot experts of the run before, not begun to load
-        self._recorder: Recorder | None = None
-        self.prompt: bool | None = None  # whether prefill is running; None: not known
-        self._compute = compute
+    def __init__(self, host: HostPlanned, device: DevicePlanned | None = None) -> None:
+        """Without `device` the host plans everything."""
+        self.host, self.device = host, device
+        self._on_device = False  # whether the device's table is what holds, and not the cache
+        self.transfer = host.transfer
+        self.layers = host.layers
+        self._reads_prompt: bool | None = None  # the model's present call; None: not known
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
-        self._started = 0  # copies
-        self._kept = [0] * len(info.layers)  # of them those of each layer that were not given up
-        # A step at a time, whoever calls the model. Ctrl-C cannot leave it taken: Python looks for
-        # signals after the call that releases it, not before.
+        # One call at a time, whichever thread uses the model. Ctrl-C cannot leave the lock taken:
+        # Python looks for signals after the call that releases it, not before.
         self._lock = threading.RLock()
-        self._broken_off = False  # the step before did not come to its end
-        self.tokens = 0  # that went through the first layer
+        self._broken_off = False  # the call before did not come to its end
         self.closed = False
-        self._marks: Marks = NO_MARKS
 
     @property
     def cache(self) -> Cache:
-        """Who is resident."""
-        return self._cache
+        """Who is resident. Waits for the device, if that decides."""
+        self.plan_on_host()
+        return self.host.cache
 
-    def tell(self, marks: Marks) -> None:
-        """Tell `marks` when steps and copies happen."""
-        self._marks = self.transfer.marks = marks
+    @property
+    def tokens(self) -> int:
+        """How many tokens went through the first layer."""
+        return self.host.tokens
 
     def add_layer(self, module: nn.Module) -> Layer:
         """The next MoE layer of the model."""
         index = len(self.layers)
-        layer = Layer(self.step, index, module, self._info.layers[index].num_experts)
+        layer = Layer(self.step, index, module, self.host.info.layers[index].num_experts)
         self.layers.append(layer)
         return layer
 
@@ -112,11 +82,12 @@ class Engine:
     def _note_call(self, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         for given in (*args[:1], named.get("input_ids"), named.get("inputs_embeds")):
             if isinstance(given, Tensor):
-                self.prompt = given.shape[1] > 1
+                self._reads_prompt = given.shape[1] > 1
                 return
 
     @property
     def watches_routers(self) -> bool:
+        """Whether some layer's router can be asked what it would choose."""
         return any(layer.router is not None for layer in self.layers)
 
     def watch_routers(self, model: nn.Module, routers: Sequence[nn.Module | None]) -> None:
@@ -131,259 +102,189 @@ class Engine:
     ) -> Tensor:
         """The experts' part of one layer: hidden [T, H], index and weights [T, k] -> [T, H]."""
         with self._lock:
-            if self.closed:
-                raise GenerationError("the model was closed: load it again")
+            self._check_open()
             if hidden.requires_grad:
                 raise GenerationError("slots are reused, so gradients cannot be had: use no_grad()")
             if self._broken_off:
                 self._start_over()
-                self._cold.extend(self.cache.heat.hottest(self.cache.table.slots))
-            self._broken_off = True  # unless it is reached that it is not: Ctrl-C comes anywhere
-            out = self._serve(layer, hidden, top_k_index, top_k_weights)
+                self.host.warm_again()
+            # Cleared only on success, so an exception or Ctrl-C at any point leaves it set.
+            self._broken_off = True
+            call = Call(layer, hidden, top_k_index, top_k_weights, self._reads_prompt)
+            out = self._planner(call).serve(call)
             self._broken_off = False
             return out
 
-    def _serve(
-        self, layer: Layer, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-    ) -> Tensor:
-        self._marks.mark("dense", layer.index)
-        if layer.index == 0:
-            self.tokens += hidden.shape[0]
-        if self._cold:
-            self._warm_some()
-        chosen = top_k_index.tolist()  # sync: the plan is made on the host
-        cells_of = _cells_by_expert(chosen, layer.num_experts)
-        prompt = len(chosen) > 1 if self.prompt is None else self.prompt
-        counts = self.cache.statistics.layers[layer.index]
-        needed_before = counts.needed_loads
-        admit = _admit(chosen[-1], cells_of) if prompt and self._staging.rows else None
-        plan = self.cache.plan(layer.index, list(cells_of), prompt=prompt, admit=admit)
-        guesses: list[Guess] = []
-        cells = hidden.new_zeros(top_k_index.numel(), hidden.shape[-1])  # [S, H]
-        steps = self._staging.steps(plan)
-        # Each load is in one step, and those that were not begun before in the `begin` of one.
-        counts.early_loads_right += sum(len(step.loads) - len(step.begin) for step in steps)
-        early = [] if admit is None else self._surely_next(layer, len(cells_of))
-        for step in steps:
-            for use in step.begin:
-                self._start(layer.index, use, urgent=True)
-            if step is steps[-1]:
-                guesses = self._ahead.look(layer, cells_of if len(chosen) == 1 else None)
-                self._begin_early(layer.index + 1, early, halves=1 if step.beside else 2)
-            self._marks.mark("plan", layer.index)
-            for uses in self._turns(step):
-                for use in uses:
-                    self._wait(layer.index, use)
-                self._marks.mark("wait", layer.index)
-                self._compute.run(layer, uses, hidden, cells_of, len(chosen[0]), cells)
-                self._marks.mark("expert", layer.index, uses[0].expert)
-                self.transfer.release([use.slot for use in uses])
-            for kept in step.kept:
-                self._keep(layer.index, kept)
-        self._begin_early(layer.index + 1, early, halves=2)  # one has just become free
-        if self._ahead.weighs:
-            needed = counts.needed_loads - needed_before
-            self._ahead.weigh(needed, self._started, self.transfer.busy_seconds)
-        if self._recorder is not None:
-            scores = top_k_weights.tolist()  # sync: only while a trace is recorded
-            self._recorder.note(layer.index, prompt, chosen, scores, layer.num_experts, guesses)
-        weighted = cells.view(*top_k_index.shape, -1) * top_k_weights.unsqueeze(-1)  # [T, k, H]
-        return weighted.sum(dim=1).to(hidden.dtype)
+    def _planner(self, call: Call) -> HostPlanned | DevicePlanned:
+        """Who plans `call`. The device takes over only between two tokens, and plans one token."""
+        if self.device is not None:
+            self.device.see(call.hidden.dtype)
+            one_token = len(call.hidden) == 1 and not call.reads_prompt
+            begins = call.layer.index == 0
+            if one_token and (self._on_device or (begins and self.plan_on_device())):
+                return self.device
+            self.plan_on_host()
+        return self.host
 
-    def _start_over(self) -> None:
-        """After a step that broke off nothing that the table says can be believed."""
-        self.transfer.drain()
-        for ticket, layer in self._tickets.values():
-            if layer is not None:
-                self._kept[layer] -= not ticket.done
-        self._tickets.clear()
-        self._cold.clear()
-        self._ahead.start_over()
-        self._staging.start_over()
-        self.cache.forget()
-        for counts, kept in zip(self.cache.statistics.layers, self._kept, strict=True):
-            counts.dropped += counts.loads - kept  # planned, and not begun or not finished
-        if self._recorder is not None:
-            self._recorder.started_over()
+    def plan_on_device(self) -> bool:
+        """Give the device what the cache knows, between two tokens; False: the host has to plan."""
+        if self._on_device or self.device is None:
+            return self._on_device
+        if not self.device.computes or self.host.must_plan:
+            return False
+        self.host.settle()
+        self.device.take_over(self._only_cache().state())
+        self._on_device = True
+        return True
 
-    def _surely_next(self, layer: Layer, chosen: int) -> list[int]:
-        """Experts of the layer after `layer`, whose prompt chose so many, to be begun by now."""
-        at = layer.index + 1
-        if self._cold or at == len(self.layers) or not nearly_all(chosen, layer.num_experts):
-            return []
-        return absent(self.cache, at, self.layers[at].num_experts)
-
-    def _begin_early(self, layer: int, experts: Sequence[int], halves: int) -> None:
-        """Fill the halves of the rows that are free with the first of `experts`."""
-        if not experts:
+    def plan_on_host(self) -> None:
+        """Give the cache what the device decided. Waits for the device."""
+        if not self._on_device:
             return
-        for use in self._staging.early(layer, experts, halves):
-            self._start(layer, use, urgent=True)
-            self.cache.statistics.layers[layer].early_loads += 1
+        assert self.device is not None
+        self.device.come_together()
+        self.count(self.device.counts())
+        self._only_cache().adopt(self.device.hand_over())
+        self._on_device = False
 
-    def _keep(self, layer: int, kept: Kept) -> None:
-        """Copy what came early on into the slot it has by now."""
-        self._give_up(kept.slot)
-        ticket = self.transfer.keep(layer, kept.expert, kept.row, kept.slot)
-        if ticket is not None:
-            self._tickets[kept.slot] = ticket, None
+    def _only_cache(self) -> ExpertCache:
+        cache = self.host.cache
+        assert isinstance(cache, ExpertCache), "a device that plans is the only one"
+        return cache
 
-    def _give_up(self, slot: int) -> None:
-        """Whatever is on its way into `slot`, nobody waits for it any more."""
-        ticket, layer = self._tickets.pop(slot, (None, None))
-        if ticket is None or ticket.done or not self.transfer.drop(ticket):
-            return
-        if layer is not None:
-            self.cache.statistics.layers[layer].dropped += 1  # nobody had asked for it
-            self._kept[layer] -= 1
-            self._ahead.dropped(ticket)
+    @contextlib.contextmanager
+    def loop(self) -> Iterator[bool]:
+        """A decode loop runs a step inside; whether the device plans that step."""
+        assert self.device is not None
+        with self._lock:
+            self._check_open()
+            self.device.looping = True
+            try:
+                yield self.plan_on_device()
+            finally:
+                self.device.looping = False
 
-    def _start(self, layer: int, use: Use, *, urgent: bool) -> Ticket:
-        self._give_up(use.slot)
-        self._started += 1
-        self._kept[layer] += 1
-        ticket = self.transfer.start(layer, use.expert, use.slot, urgent=urgent)
-        self._tickets[use.slot] = ticket, layer
-        return ticket
+    def _check_open(self) -> None:
+        if self.closed:
+            raise GenerationError("the model was closed: load it again")
 
-    def _turns(self, step: Step) -> list[tuple[Use, ...]]:
-        """The experts of a step in the order in which they are computed, some of them together."""
-        uses = (*step.hits, *step.loads)
-        if not self._compute.together:
-            return [(use,) for use in uses]
-        if step.beside:  # together
-            return [uses]
-        late = [use for use in uses if not self._is_here(use)]
-        here = tuple(use for use in uses if use not in late)
-        return [*([here] if here else []), *((use,) for use in late)]
+    def never_happened(self) -> None:
+        """What the device was given last did not run: a capture failed."""
+        assert self.device is not None
+        self.device.forget_queued()
+        self._broken_off = False
 
-    def _is_here(self, use: Use) -> bool:
-        copy = self._tickets.get(use.slot)
-        return copy is None or copy[0].done
-
-    def _wait(self, layer: int, use: Use) -> None:
-        """Return when what is in an expert's slot can be computed with."""
-        copy = self._tickets.get(use.slot)
-        if copy is not None:
-            begin = time.perf_counter()
-            self.transfer.wait(copy[0])
-            self.cache.statistics.layers[layer].wait_seconds += time.perf_counter() - begin
-            del self._tickets[use.slot]
+    def count(self, counts: list[int]) -> None:
+        """Add what the device counted since it was asked last: `Table.counts` of some moment, maybe
+        of one before the host was told."""
+        assert self.device is not None
+        layers = self.host.cache.statistics.layers
+        before = [layer.loads for layer in layers]
+        tokens = self.device.add_new(counts, layers)
+        loads = [layer.loads - had for layer, had in zip(layers, before, strict=True)]
+        self.host.count_elsewhere(tokens, loads)
 
     def warm(self, hot: Iterable[tuple[int, int, float]]) -> None:
-        """Load what was hot in an earlier run, hottest first, whenever nobody waits for another.
-
-        `hot`: layer, expert, decayed uses, which count on: a short run does not forget a long one.
-        """
+        """Load what was `hot` in an earlier run: layer, expert, decayed uses; hottest first."""
         with self._lock:
-            for layer, expert, uses in hot:
-                self.cache.heat.restore(layer, expert, uses)
-                self._cold.append((layer, expert))
-            self._warm_some()
+            self.plan_on_host()
+            self.host.warm(hot)
 
-    def _warm_some(self) -> None:
-        """Begin as many of them as cannot delay an urgent copy."""
-        most = len(self._cold) if self.transfer.overtakes else WARM_AT_ONCE
-        while self._cold and most and self.cache.table.has_free():
-            key = self._cold.popleft()
-            use = self.cache.warm(*key)
-            if use is None:
-                continue
-            most -= 1
-            self._start(key[0], use, urgent=False)
-            if self._recorder is not None:
-                self._recorder.warmed(key)
-        if not self.cache.table.has_free():
-            self._cold.clear()
+    def settle(self) -> None:
+        """Return when no copy is under way. Raises what a copy raised."""
+        with self._lock:
+            if self._broken_off:  # nobody knows which copies were begun
+                self._start_over()
+            else:
+                self.host.settle()
 
-    @torch.inference_mode(False)  # what takes the old ones' place is written outside of it, too
+    def spares(self, shortage: int) -> bool:
+        """Whether steps can still be planned on the device when `shortage` bytes are given back."""
+        assert self.device is not None
+        left = fewer_slots(self.host.cache.table.slots, shortage, self.host.info.slot_bytes)
+        return left >= self.device.fewest_slots
+
+    @torch.inference_mode(False)  # what takes the old slots' place is written outside of it, too
     def give_back(self, shortage: int) -> None:
         """An allocation of `shortage` bytes failed on the device: have fewer slots from now on.
 
-        What they held is forgotten. Raises `GenerationError` when there is but one slot
+        What the slots held is forgotten. Raises `GenerationError` when there is but one slot
         (on each card).
         """
         with self._lock:
-            before = slots = self.cache.table.slots
-            least = self.cache.least_slots
+            self.plan_on_host()
+            host, table = self.host, self.host.cache.table
+            before = slots = table.slots
+            least = host.cache.least_slots
             self._start_over()
             self._broken_off = False
-            self._compute.close()  # its views of the slots
+            host.let_go()
             while True:
                 if slots == least:
                     left = "one expert slot left" + " on each card" * (least > 1)
                     raise GenerationError(
                         f"out of GPU memory with {left}: {NO_MEMORY}, or raise --vram"
                     )
-                slots = max(least, fewer_slots(slots, shortage, self._info.slot_bytes))
+                slots = max(least, fewer_slots(slots, shortage, host.info.slot_bytes))
                 try:
-                    self.transfer.resize(slots, self._staging.rows)
+                    host.resize(slots)
                     break
-                except torch.OutOfMemoryError:  # somebody else took it meanwhile
+                except torch.OutOfMemoryError:  # somebody else took the memory meanwhile
                     shortage = 0
-            self.cache.resize(slots)
-            self._staging = staging_of(self.cache, self._staging.rows)
         logger.warning(
             "out of GPU memory: %d of %d expert slots (%s) are given back, and it goes on",
             before - slots,
             before,
-            gib((before - slots) * self._info.slot_bytes),
+            gib((before - slots) * host.info.slot_bytes),
         )
+        if self.device is not None:
+            self.device.resize(slots)
 
-    def record(self, recorder: Recorder, noted_layers: int = 0) -> None:
+    def _start_over(self) -> None:
+        """Believe nothing about the slots any more, and empty them."""
+        before, self._broken_off = self._broken_off, True  # Ctrl-C may come in here, too
+        if self.device is not None:
+            if self._on_device:
+                self.count(self.device.counts())
+            self._on_device = False
+            self.device.forget_queued()
+        self.host.start_over()
+        self._broken_off = before
+
+    def record(self, trace: RoutingTrace, noted_layers: int = 0) -> None:
         """Write down every call from now on, beginning with empty slots, so that a replay is exact.
 
-        `noted_layers`: routers of so many later layers are asked too, whether or not that is acted
-        on.
+        With `noted_layers` the routers of so many later layers are asked too, whether or not that
+        is acted on.
         """
         with self._lock:
             self.stop_recording()
             self._start_over()
-            self._ahead.forget()
-            self._recorder = recorder
-            self._ahead.noted_layers = noted_layers
+            self.host.record(trace, noted_layers)
 
     def stop_recording(self) -> None:
-        """The trace is complete."""
-        recorder, self._recorder = self._recorder, None
-        self._ahead.noted_layers = 0
-        if recorder is not None:
-            recorder.close()
+        """The routing trace is complete."""
+        self.host.stop_recording()
 
     def record_bytes(self, layer: int) -> int:
-        return self._info.layout_of(layer).record_bytes
+        """Size of one expert's record."""
+        return self.host.record_bytes(layer)
 
     def stats(self) -> Stats:
         """The figures of everything so far; subtract two to get what happened between them."""
-        counts = self._cache.statistics
-        sizes = [self.record_bytes(layer) for layer in range(len(counts.layers))]
-        loaded = (n.loads * size for n, size in zip(counts.layers, sizes, strict=True))
-        in_place = 0
-        if self.transfer.streams_in_place:
-            beside = (layer.loads_beside for layer in counts.layers)
-            in_place = sum(n * size for n, size in zip(beside, sizes, strict=True))
-        return Stats(
-            counts=counts.total(),
-            layers=tuple(replace(layer) for layer in counts.layers),
-            slots=self._cache.table.slots,
-            total_experts=self._info.total_experts,
-            bytes_loaded=sum(loaded),
-            link_busy_seconds=self.transfer.busy_seconds,
-            tokens=self.tokens,
-            bytes_in_place=in_place,
-        )
+        if self._on_device and self.device is not None and not self.device.counts_come:
+            self.count(self.device.counts())
+        return self.host.stats()
 
     def close(self) -> None:
         """Free the slots and end the copies; the model cannot be used afterwards."""
         if self.closed:
             return
+        self.plan_on_host()
         self.closed = True
-        self.stop_recording()
         for hook in self._hooks:
             hook.remove()
-        self._compute.close()
-        self._tickets.clear()
-        self.transfer.close()
+        self.host.close()
 
 
 def fewer_slots(slots: int, shortage: int, slot_bytes: int) -> int:
@@ -392,23 +293,51 @@ def fewer_slots(slots: int, shortage: int, slot_bytes: int) -> int:
     return max(1, slots - max(wanted, -(-slots // 10)))
 
 
-def _cells_by_expert(chosen: list[list[int]], num_experts: int) -> dict[int, list[int]]:
-    """Expert -> its cells (token * k + place); an index past the experts is a sentinel.
+def make_engine(
+    asked: str, info: PackInfo, fit: Fit, transfer: Transfer, ahead: bool, k: int
+) -> Engine:
+    """The engine of a model each of whose tokens has `k` experts (0: not known).
 
-    Experts are in the order of their last cell: what the last tokens chose is loaded last.
+    `asked` is "host", "device", or "auto": the device wherever it can plan. A warning says why it
+    cannot, where that was asked for or to be expected. Raises `OffloadError` where `asked` is
+    "device" and there is no GPU.
     """
-    cells: dict[int, list[int]] = {}
-    cell = 0
-    for places in chosen:
-        for expert in places:
-            if 0 <= expert < num_experts:
-                cells.setdefault(expert, []).append(cell)
-            cell += 1
-    if len(chosen) > 1:  # as `cache.trace.by_last_appearance`
-        return dict(sorted(cells.items(), key=lambda item: item[1][-1]))
-    return cells
+    cache, compute = cache_of(info, fit), compute_of(info, transfer)
+    layers: list[Layer] = []
+    device = None
+    if asked == "device" or (asked == "auto" and fit.device.type == "cuda"):
+        if not isinstance(cache, ExpertCache) or fit.cards:
+            logger.warning("steps are planned on the host: the model is on several cards")
+        else:
+            device, refused = _device_planned(info, fit, transfer, ahead, k, layers)
+            if device is None and fit.device.type != "cuda":
+                raise OffloadError(
+                    f"there is no device-planned engine here: {refused}: choose host"
+                )
+            if device is None:
+                logger.warning(
+                    "steps are planned on the host, with a wait at every layer: %s", refused
+                )
+    # On the device a guess costs the host nothing, so it is not weighed.
+    weighs = device is None and fit.options.lookahead is None
+    balance = LookaheadBalance() if weighs else None
+    host = HostPlanned(info, layers, cache, transfer, compute, balance, ahead, fit.staging)
+    return Engine(host, device)
 
 
-def _admit(last: list[int], cells_of: dict[int, list[int]]) -> int:
-    """How many experts the last token of a prompt chose (as `cache.trace.Event.admit`)."""
-    return len({expert for expert in last if expert in cells_of})
+def _device_planned(
+    info: PackInfo,
+    fit: Fit,
+    transfer: Transfer,
+    ahead: bool,
+    k: int,
+    layers: list[Layer],
+) -> tuple[DevicePlanned | None, str]:
+    """What plans on the device, or why there is nothing that can."""
+    try:
+        from offload.engine.device import make
+    except ImportError as error:
+        return None, f"it needs Triton ({error})"
+    wanted = make.Wanted(fit.options.policy, ahead, fit.slots, k)
+    refused = make.why_not(wanted, transfer)
+    return (None, refused) if refused else (make.make(info, layers, transfer, wanted), "")

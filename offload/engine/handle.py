@@ -14,25 +14,25 @@ from offload.cache.statistics import LayerCounts
 from offload.cache.trace.trace import CardSlots, TraceHeader, cards_text
 from offload.engine.cpu_linear import OneTokenLinear
 from offload.engine.engine import Engine
-from offload.engine.recording import Recorder
+from offload.engine.recording import RoutingTrace
 from offload.engine.stats import CardStats, Stats
 from offload.engine.warm import write_hot
-from offload.options import Fit
+from offload.fit import Fit
 from offload.quant.pack import Pack
 from offload.sampling import Sampling
 from offload.transfer.cards import CardsTransfer
 from offload.version import __version__
 
 
-class Answer(Protocol):
-    """One sequence of tokens."""
+class TokenSource(Protocol):
+    """Gives the tokens of one sequence."""
 
     def __call__(self) -> int:
         """The next one. Raises `GenerationError` when the model's logits cannot be believed, or
         memory ran out and there is nothing to give back."""
 
     def cache(self) -> Any:
-        """The KV cache of the prompt and every token given but the last; None: not to be had."""
+        """The KV cache of the prompt and of every given token but the last; None: it is lost."""
 
 
 class Decoding(Protocol):
@@ -48,9 +48,11 @@ class Decoding(Protocol):
         limit: int,
         longest: int,
         ends: frozenset[int],
-    ) -> Answer | None:
-        """What gives at most `limit` tokens after `prompt` [1, T], whose last token has `logits`
-        [1, V] and which left the KV cache `grown`; None: it cannot."""
+    ) -> TokenSource | None:
+        """What gives at most `limit` tokens after `prompt` [1, T]; None: it cannot.
+
+        The last token of the prompt has `logits` [1, V], and the prompt left the KV cache `grown`.
+        """
 
 
 class Offload:
@@ -65,7 +67,7 @@ class Offload:
         top_k: int,
         decoding: Decoding | None = None,
     ) -> None:
-        """`decoding`: how tokens are had without waiting for each; None: one by one."""
+        """`decoding` gives tokens without waiting for each; None: they are had one by one."""
         self.decoding = decoding
         self.pack = pack
         self.engine = engine
@@ -100,7 +102,7 @@ class Offload:
 
         The slots are emptied first, so that a replay can do exactly what this run does.
         """
-        self.engine.record(Recorder(path, self.trace_header()), noted_layers)
+        self.engine.record(RoutingTrace(path, self.trace_header()), noted_layers)
 
     def trace_header(self) -> TraceHeader:
         """What a trace says of this model and this run."""

@@ -1,15 +1,12 @@
-"""One MoE layer: its experts, and its router where somebody else asks it.
+"""One MoE layer: its experts, its calls, and its router where somebody else asks it."""
 
-Knows: what the experts seam of transformers promises, what a router takes and answers. Does not
-know: where an expert's bytes are (`offload.engine`), why a router is asked (`offload.ahead`).
-
-Letters: M rows of one expert, H hidden, I inner.
-"""
+# T tokens, k experts a token, S = T * k cells, M rows of one expert, H hidden, I inner
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Set
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,7 +35,7 @@ class NormFinder:
             self._last[module] = out
 
     def asked(self, hidden: Tensor) -> None:
-        """The router is asked about `hidden`: whose output is it?"""
+        """The router is asked about `hidden`: find the norm whose output that is."""
         for module, out in reversed(self._last.items()):
             if out.data_ptr() == hidden.data_ptr():
                 self.norm = module
@@ -54,7 +51,7 @@ class NormFinder:
 
 @torch.no_grad()
 def scale_between(norm: nn.Module | None, later: nn.Module | None, like: Tensor) -> Tensor | None:
-    """[H] that turns `norm`'s output into `later`'s; None when no product does."""
+    """The factors [H] that turn `norm`'s output into `later`'s; None when no factors do."""
     if norm is None or later is None:
         return None
     generator = torch.Generator().manual_seed(0)
@@ -79,15 +76,15 @@ def _device(norm: nn.Module, like: Tensor) -> torch.device:
 
 
 # layer, hidden [T, H], top-k index and weights [T, k] -> what the experts add [T, H]
-Step = Callable[["Layer", Tensor, Tensor, Tensor], Tensor]
+Serve = Callable[["Layer", Tensor, Tensor, Tensor], Tensor]
 
 
 class Layer:
     """One MoE layer's experts, called by transformers in place of its own."""
 
-    def __init__(self, step: Step, index: int, module: nn.Module, num_experts: int) -> None:
-        """`step`: what serves a call of this layer."""
-        self._step = step
+    def __init__(self, serve: Serve, index: int, module: nn.Module, num_experts: int) -> None:
+        """`serve` answers the calls of this layer."""
+        self._serve = serve
         self.index = index
         self.module = module
         self.num_experts = num_experts
@@ -99,7 +96,7 @@ class Layer:
         self.scales: dict[int, Tensor | None] = {}  # later layer -> what its norm makes of ours
 
     def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        return self._step(self, hidden, top_k_index, top_k_weights)
+        return self._serve(self, hidden, top_k_index, top_k_weights)
 
     def watch(
         self, model: nn.Module, router: nn.Module, owned: Set[int]
@@ -116,15 +113,15 @@ class Layer:
         index = self.ask(hidden)
         if index is None:
             return []
-        chosen = index.flatten().tolist()  # sync: the plan is made on the host
+        chosen = index.flatten().tolist()  # sync: the decision is made on the host
         return [expert for expert in chosen if 0 <= expert < self.num_experts]
 
     def ask(self, hidden: Tensor) -> Tensor | None:
-        """As `guess`, for whoever does not ask the host: the router's index [.., k], or None."""
+        """The router's index [.., k] for `hidden`, still on the device; None: it has no answer."""
         if self.router is None or self.constants is None:
             return None
-        there = hidden.to(self.device)  # it may be on another card
-        answer = self.router.forward(there, *self.constants)  # without hooks: nobody else asked
+        there = hidden.to(self.device)  # the router may be on another card
+        answer = self.router.forward(there, *self.constants)  # hooks are for the model's own calls
         index = answer[2] if isinstance(answer, tuple) and len(answer) > 2 else None
         if not isinstance(index, Tensor) or index.is_floating_point():
             self.router = None  # not a router as transformers writes them
@@ -132,20 +129,20 @@ class Layer:
         return index
 
     def _asked(self, owned: Set[int], _: nn.Module, args: tuple[Any, ...]) -> None:
-        """The router is asked: keep what of one token, and nothing of many.
+        """The router is asked: keep the hidden state of one token, and nothing of many.
 
-        With many tokens nearly every expert is chosen: guessing is no help.
+        With many tokens nearly every expert is chosen, so that guessing is no help.
         """
         self.constants = args[1:]
         if any(rest is not None and id(rest) not in owned for rest in self.constants):
-            self.router = None  # it looks at more than the hidden state
+            self.router = None  # the router looks at more than the hidden state
         if self.finder is not None and self.finder.norm is None and args:
             self.finder.asked(args[0])
         one_token = bool(args) and args[0].numel() == args[0].shape[-1]
         self.asked = args[0] if one_token else None
 
     def as_seen_by(self, later: Layer, hidden: Tensor) -> Tensor:
-        """What `later`'s norm would make of the state that ours made `hidden` of."""
+        """`hidden` as it would be if `later`'s norm had made it in place of this layer's."""
         if later.index not in self.scales:
             mine, theirs = (at.finder.norm if at.finder else None for at in (self, later))
             self.scales[later.index] = scale_between(mine, theirs, hidden)
@@ -164,6 +161,56 @@ class Layer:
             return out
         normed: Tensor = module.post_expert_norm(out)
         return normed
+
+
+@dataclass
+class Call:
+    """One call of a layer: T tokens, each with the k experts that the router chose for it."""
+
+    layer: Layer
+    hidden: Tensor  # [T, H]
+    index: Tensor  # [T, k] int64; a number past the layer's experts is a sentinel
+    weights: Tensor  # [T, k]
+    reads_prompt: bool | None  # whether the model reads a prompt; None: it is not known
+
+    @functools.cached_property
+    def chosen(self) -> list[list[int]]:
+        """`index` on the host."""
+        chosen: list[list[int]] = self.index.tolist()  # sync: the decision is made on the host
+        return chosen
+
+    @functools.cached_property
+    def cells_of(self) -> dict[int, list[int]]:
+        """The cells (token * k + place) of each expert.
+
+        The experts are in the order of their last cells, so what the last tokens chose is loaded
+        last and stays longest.
+        """
+        cells: dict[int, list[int]] = {}
+        cell = 0
+        for places in self.chosen:
+            for expert in places:
+                if 0 <= expert < self.layer.num_experts:
+                    cells.setdefault(expert, []).append(cell)
+                cell += 1
+        if len(self.chosen) > 1:  # the same order as `cache.trace.by_last_appearance`
+            return dict(sorted(cells.items(), key=lambda item: item[1][-1]))
+        return cells
+
+    @property
+    def prompt(self) -> bool:
+        """Whether the tokens are of a prompt."""
+        return len(self.chosen) > 1 if self.reads_prompt is None else self.reads_prompt
+
+    @property
+    def of_last_token(self) -> int:
+        """How many experts the last token chose (as `cache.trace.Event.admit`)."""
+        return len(self.cells_of.keys() & set(self.chosen[-1]))
+
+    def reduced(self, cells: Tensor) -> Tensor:
+        """The weighted sum [T, H] over each token's `cells` [S, H], in one fixed order."""
+        weighted = cells.view(*self.index.shape, -1) * self.weights.unsqueeze(-1)  # [T, k, H]
+        return weighted.sum(dim=1).to(self.hidden.dtype)
 
 
 def _around(model: nn.Module, experts: nn.Module) -> nn.Module:

@@ -1,8 +1,4 @@
-"""Writing down what the routers chose.
-
-Knows: when a trace begins and ends, and that an answer goes on when the disk is full. Does not
-know: the file's format (`cache.trace_file`).
-"""
+"""Writes down what the routers chose. An answer goes on when the disk is full."""
 
 from __future__ import annotations
 
@@ -11,17 +7,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from offload.cache.errors import TraceError
-from offload.cache.policy import Key
+from offload.cache.policies import Key
 from offload.cache.trace.file import TraceWriter
 from offload.cache.trace.trace import Event, Guess, TraceHeader
+from offload.engine.layer import Call
 from offload.errors import SourceError
 from offload.files import user_path
 
 logger = logging.getLogger("offload")
 
 
-class Recorder:
-    """A trace being written; each event is whole before the next begins."""
+class RoutingTrace:
+    """A routing trace being written; each event is whole before the next begins.
+
+    Told by the engine: see `engine.host.Watcher`.
+    """
 
     def __init__(self, path: str | Path, header: TraceHeader) -> None:
         try:
@@ -41,21 +41,19 @@ class Recorder:
         """A warm start loaded `key`."""
         self._warmed.append(key)
 
-    def note(
-        self,
-        layer: int,
-        prompt: bool,
-        chosen: Sequence[Sequence[int]],
-        scores: Sequence[Sequence[float]],
-        experts: int,
-        guesses: Sequence[Guess],
-    ) -> None:
-        """One call of a layer of `experts` experts; a choice past them is a sentinel."""
+    def served(self, call: Call, guesses: Sequence[Guess], copies: int) -> None:
+        """Write one call; a choice past the layer's experts is a sentinel, and left out."""
         rows, marks = [], []
-        for row, mark in zip(chosen, scores, strict=True):
-            kept = [(e, score) for e, score in zip(row, mark, strict=True) if 0 <= e < experts]
+        scores = call.weights.tolist()  # sync: only while a routing trace is recorded
+        for row, mark in zip(call.chosen, scores, strict=True):
+            kept = [
+                (e, score)
+                for e, score in zip(row, mark, strict=True)
+                if 0 <= e < call.layer.num_experts
+            ]
             rows.append(tuple(e for e, _ in kept))
             marks.append(tuple(score for _, score in kept))
+        layer, prompt = call.layer.index, call.prompt
         event = Event(layer, prompt, tuple(rows), tuple(marks), tuple(guesses), self._fresh)
         if not self._full:
             try:

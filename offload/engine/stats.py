@@ -1,43 +1,27 @@
-"""What a user reads about the experts: counts, bytes, waiting, link use.
-
-Knows: how to turn counters into figures. Does not know: how they were counted (`cache.statistics`).
-"""
+"""What a user reads about the experts: counts, bytes, waiting, use of the PCIe port."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import ClassVar
 
-from offload.cache.statistics import LayerCounts
-from offload.options import Share
+from offload.cache.statistics import Figures, LayerCounts
+from offload.fit import Share
 
 
 @dataclass(frozen=True)
-class CardStats:
+class CardStats(Figures):
     """What one of several cards did."""
+
+    FIXED: ClassVar[frozenset[str]] = frozenset({"share"})
 
     share: Share
     counts: LayerCounts
     bytes_copied: int
     link_busy_seconds: float
 
-    def __add__(self, other: CardStats) -> CardStats:
-        return CardStats(
-            self.share,
-            self.counts + other.counts,
-            self.bytes_copied + other.bytes_copied,
-            self.link_busy_seconds + other.link_busy_seconds,
-        )
-
-    def __sub__(self, other: CardStats) -> CardStats:
-        return CardStats(
-            self.share,
-            self.counts - other.counts,
-            self.bytes_copied - other.bytes_copied,
-            self.link_busy_seconds - other.link_busy_seconds,
-        )
-
     def line(self) -> str:
-        """A line for each card, under the one of all."""
+        """The card's line, printed under the line of all experts."""
         rate = self.bytes_copied / 1e9 / self.link_busy_seconds if self.link_busy_seconds else 0.0
         return (
             f"[ Card {self.share.number}: {len(self.share.blocks)} layers | "
@@ -47,9 +31,10 @@ class CardStats:
 
 
 @dataclass(frozen=True)
-class Stats:
-    """A moment's figures; `a - b` are those of the time between two moments, `a + b` of two
-    times."""
+class Stats(Figures):
+    """What happened up to a moment; subtract an earlier one for what happened in between."""
+
+    FIXED: ClassVar[frozenset[str]] = frozenset({"slots", "total_experts"})
 
     counts: LayerCounts
     layers: tuple[LayerCounts, ...]
@@ -59,35 +44,11 @@ class Stats:
     link_busy_seconds: float
     tokens: int  # tokens that went through the model
     cards: tuple[CardStats, ...] = ()  # where there are several
-    bytes_in_place: int = 0  # of those loaded, what no link was needed for: read where it is mapped
-
-    def __add__(self, other: Stats) -> Stats:
-        return replace(
-            self,
-            counts=self.counts + other.counts,
-            layers=tuple(a + b for a, b in zip(self.layers, other.layers, strict=True)),
-            cards=tuple(a + b for a, b in zip(self.cards, other.cards, strict=True)),
-            bytes_loaded=self.bytes_loaded + other.bytes_loaded,
-            link_busy_seconds=self.link_busy_seconds + other.link_busy_seconds,
-            tokens=self.tokens + other.tokens,
-            bytes_in_place=self.bytes_in_place + other.bytes_in_place,
-        )
-
-    def __sub__(self, other: Stats) -> Stats:
-        return replace(
-            self,
-            counts=self.counts - other.counts,
-            layers=tuple(a - b for a, b in zip(self.layers, other.layers, strict=True)),
-            cards=tuple(a - b for a, b in zip(self.cards, other.cards, strict=True)),
-            bytes_loaded=self.bytes_loaded - other.bytes_loaded,
-            link_busy_seconds=self.link_busy_seconds - other.link_busy_seconds,
-            tokens=self.tokens - other.tokens,
-            bytes_in_place=self.bytes_in_place - other.bytes_in_place,
-        )
+    bytes_in_place: int = 0  # loaded bytes that were not copied, but read where they are mapped
 
     @property
     def bytes_copied(self) -> int:
-        """What went over the link."""
+        """Bytes that went over the link."""
         return self.bytes_loaded - self.bytes_in_place
 
     @property
@@ -100,7 +61,7 @@ class Stats:
         return self.bytes_copied / 1e9 / self.link_busy_seconds if self.link_busy_seconds else 0.0
 
     def line(self) -> str:
-        """The experts' line printed after an answer; one more for each of several cards."""
+        """The line about experts after an answer, and one more for each of several cards."""
         counts = self.counts
         text = (
             f"[ Experts: {self.slots} slots for {self.total_experts} | "

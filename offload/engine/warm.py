@@ -1,9 +1,4 @@
-"""The hot experts of the run before: a small file beside the pack's manifest.
-
-Knows: where the file is, how it is written whole or not at all, and that it may be missing, foreign
-or damaged (then nothing is warm). Does not know: what heat is (`cache.heat`), when experts are
-loaded (`offload.engine`).
-"""
+"""The hot experts of the run before, in a small file beside the pack's manifest."""
 
 from __future__ import annotations
 
@@ -22,7 +17,10 @@ MOST_USES = 400.0  # uses that halve every 256 tokens add up to 370 at most
 
 
 def read_hot(pack: Path, info: PackInfo) -> list[tuple[int, int, float]]:
-    """(layer, expert, decayed uses) of the run before, the hottest first; empty if not known."""
+    """(layer, expert, decayed uses) of the run before, the hottest first.
+
+    Empty if the file is missing, foreign or damaged.
+    """
     file = pack / HOT
     try:
         if not file.is_file() or file.stat().st_size > MOST_BYTES:
@@ -32,7 +30,7 @@ def read_hot(pack: Path, info: PackInfo) -> list[tuple[int, int, float]]:
             return []
         hot = [(int(layer), int(expert), float(uses)) for layer, expert, uses in found["hot"]]
     except (OSError, ValueError, TypeError, KeyError, RecursionError, OverflowError):
-        return []  # a matter of speed only
+        return []  # without the file the first tokens are slower, and that is all
     sizes = [layer.num_experts for layer in info.layers]
     known = {
         (layer, expert): min(uses, MOST_USES)
@@ -46,8 +44,8 @@ def read_hot(pack: Path, info: PackInfo) -> list[tuple[int, int, float]]:
 
 
 def write_hot(pack: Path, heat: Heat) -> None:
-    """Save the present heat; of two processes the last one's stays. Not being able to is fine."""
+    """Save the present heat. Of two processes the last one's stays; a failure is ignored."""
     hot = [(*key, round(heat.of(*key), 4)) for key in heat.hottest()]
     if hot:
-        with contextlib.suppress(OSError):  # a pack may lie where nobody may write
+        with contextlib.suppress(OSError):  # a pack may be in a folder that is read-only
             write_whole(pack / HOT, json.dumps({"version": VERSION, "hot": hot}).encode())

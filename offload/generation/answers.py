@@ -1,10 +1,8 @@
-"""Prompts from a file of lines, answers to another that is whole after a kill at any moment.
+"""Prompts come from a file of JSON lines, and answers go to another that a kill leaves resumable.
 
-Knows: JSON lines, what of a file is complete. Does not know: models.
-
-A line of the answers is the prompt's own object with the answer added, so a reader needs one file,
-and going on with other prompts than before is noticed. Other options than before (a seed, a
-temperature, a model) are not: the file does not hold them.
+A line of the answers is the prompt's own object with the answer added. So a reader needs only one
+file, and an attempt to continue it with different prompts is noticed. A different seed, temperature
+or model is not noticed, because the file does not hold them.
 """
 
 from __future__ import annotations
@@ -20,16 +18,16 @@ from filelock import FileLock, Timeout
 
 from offload.errors import SourceError
 from offload.files import MOST_CHARACTERS, user_path
-from offload.generation.stream import Message
+from offload.generation.prompt import Message
 from offload.quant.errors import OffloadError
 
 ADDED = ("answer", "finish_reason", "prompt_tokens", "generated_tokens")
 
 
-def read_prompts(file: Path) -> list[dict[str, Any]]:
-    """The objects in `file`, each with a "prompt" or "messages"; a line may be a plain string.
+def read_prompt_lines(file: Path) -> list[dict[str, Any]]:
+    """Read the JSON lines of `file`: objects with a "prompt" or with "messages", or plain strings.
 
-    Raises `SourceError` that names the line.
+    A plain string becomes an object with that "prompt". Raises `SourceError`, which names the line.
     """
     prompts, number = [], 0
     try:
@@ -77,18 +75,18 @@ def _checked(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_answer(given: dict[str, Any], where: str) -> dict[str, Any]:
-    """`given`, in which nothing has a name that an answer is given by. Raises `SourceError`."""
+    """Return `given`. Raises `SourceError` if it has a key that an answer adds."""
     for name in ADDED:
         if name in given:
             raise SourceError(
-                f"{where} has a value {name!r} already, which the answer's would replace: give it "
-                "another name, or take it out"
+                f"{where} has a value {name!r} already, which the answer's would replace: rename "
+                "or remove it"
             )
     return given
 
 
 def messages_of(given: dict[str, Any], system: str) -> list[Message]:
-    """The conversation that a line asks to be continued; `system` where it has no own."""
+    """The messages of a prompt line, after the `system` prompt unless they bring their own."""
     said: list[Message] = given.get("messages") or [{"role": "user", "content": given["prompt"]}]
     if system and said[0]["role"] != "system":
         return [{"role": "system", "content": system}, *said]
@@ -96,17 +94,17 @@ def messages_of(given: dict[str, Any], system: str) -> list[Message]:
 
 
 class AnswersFile:
-    """Answers appended one line at a time, by one process."""
+    """A file to which one process at a time appends answers, line by line."""
 
     def __init__(self, file: Path) -> None:
-        """Open `file`, or make it; nothing in it is changed. Raises `OffloadError`."""
+        """Open or create `file`, without changing what it holds. Raises `OffloadError`."""
         self._path = user_path(file)
         if self._path.exists() and not self._path.is_file():
-            raise OffloadError(f"{file} is no file: name one that the answers can be kept in")
+            raise OffloadError(f"{file} is no file: name one for the answers")
         lock_file = Path(f"{self._path}.lock")
         try:
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
-            lock_file.touch()  # filelock takes a folder that is read-only for another's lock
+            lock_file.touch()  # filelock would report a read-only folder as a lock that is held
         except OSError as error:
             raise OffloadError(f"cannot write {file}: {error.strerror}") from None
         self._lock = FileLock(lock_file)
@@ -115,13 +113,13 @@ class AnswersFile:
         except Timeout:
             os.close(self._file)
             raise OffloadError(f"{file} is being written by another process") from None
-        self._end = 0  # of the last whole line
+        self._end = 0  # offset behind the last whole line
 
     def done(self, prompts: list[dict[str, Any]]) -> int:
-        """How many prompts are answered already; half a line at the end is cut off.
+        """Return how many of `prompts` are answered already, and cut off half a line at the end.
 
-        Raises `OffloadError` where the file holds anything but answers to these prompts: then
-        nothing is cut, since it is not ours.
+        Raises `OffloadError` if the file holds anything but answers to these prompts. Then nothing
+        is cut off, because the file may be somebody else's.
         """
         data = self._path.read_bytes()
         *lines, half = data.split(b"\n")
@@ -137,25 +135,31 @@ class AnswersFile:
         return len(lines)
 
     def append(self, given: dict[str, Any], added: dict[str, Any]) -> None:
-        """One more answer, on the disk when this returns; a full disk leaves whole lines."""
+        """Write the object `given` with `added` as a line, and return when it is on the disk.
+
+        A write that fails leaves only whole lines. Raises `OffloadError`, for example if the disk
+        is full.
+        """
         line = _encoded(_asked(given) | added)
         try:
             _write(self._file, line + b"\n", self._end)
             os.fsync(self._file)
-        except BaseException as error:  # Ctrl-C comes anywhere
+        except BaseException as error:  # Ctrl-C may arrive at any point
             os.ftruncate(self._file, self._end)
             if not isinstance(error, OSError):
                 raise
             raise OffloadError(
-                f"cannot write {self._path}: {error.strerror}; the answers so far are whole, the "
-                "same command goes on from there"
+                f"cannot write {self._path}: {error.strerror}; the answers so far are whole, and "
+                "the same command continues from there"
             ) from None
         self._end += len(line) + 1
 
     def close(self) -> None:
-        """Let others write. The answers are on the disk since `append` returned."""
+        """Let other processes write the file."""
         os.close(self._file)
-        with contextlib.suppress(OSError):  # while it is ours: who opened it meanwhile notices
+        # The lock file is removed while it is still locked. A process that opened it meanwhile
+        # notices that it holds a lock on a removed file.
+        with contextlib.suppress(OSError):
             Path(self._lock.lock_file).unlink()
         self._lock.release()
 
@@ -165,7 +169,7 @@ def _asked(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _encoded(line: dict[str, Any]) -> bytes:
-    """`line` as JSON, readable; escaped where it holds what is no text (half a surrogate pair)."""
+    """`line` as readable JSON, or as escaped JSON if it holds half a surrogate pair."""
     try:
         return json.dumps(line, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -182,7 +186,7 @@ def _answers(line: bytes, given: dict[str, Any]) -> bool:
 
 
 def _begins(half: bytes, prompts: list[dict[str, Any]]) -> bool:
-    """Whether `half` a line is how an answer to the one in `prompts` begins."""
+    """Whether `half` a line is the beginning of an answer to a prompt of `prompts`."""
     heads = [_encoded(_asked(given) | {"answer": ""}).removesuffix(b'"}') for given in prompts]
     return any(half.startswith(head) or head.startswith(half) for head in heads)
 

@@ -1,8 +1,4 @@
-"""Several answers at once: many prompts, or one prompt several times.
-
-Knows: padding, transformers' `generate`, votes. Does not know: experts: a layer's step sees the
-tokens of all rows, so each expert is loaded once for all of them.
-"""
+"""Several answers are made together, so that a step loads each expert once for all of them."""
 
 from __future__ import annotations
 
@@ -23,17 +19,19 @@ from transformers import (
 )
 
 from offload.errors import GenerationError
-from offload.generation.stream import Message, Prompt, Request, end_tokens, prepare, stream_generate
+from offload.generation.prompt import Message, Prompt, Request, check_request, end_tokens
+from offload.generation.sampler import COLDEST, HOTTEST
+from offload.generation.stream import stream_generate
 from offload.generation.text import TextStream
-from offload.sampling import COLDEST, HOTTEST, PARAMETERS, Sampling, resolve_sampling
+from offload.sampling import PARAMETERS, Sampling, resolve_sampling
 
-MOST_SEQUENCES = 1024  # answers a prompt
+MOST_SEQUENCES = 1024  # answers to each prompt
 FINAL = re.compile(r"(?:answer is|answer:|####)\s*(.+)", re.IGNORECASE)
 BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}")  # braces three deep
 
 
-class GenerateOptions(TypedDict, total=False):
-    """What `generate` takes by name, as `stream_generate` documents it."""
+class GenerationKeywords(TypedDict, total=False):
+    """The keyword arguments of `generate`, which `stream_generate` documents."""
 
     max_new_tokens: int | None
     stop_strings: str | Sequence[str] | None
@@ -45,7 +43,7 @@ class GenerateOptions(TypedDict, total=False):
     seed: int | None
 
 
-Prompts = list[str] | list[list[Message]] | list[list[int]]
+PromptBatch = list[str] | list[list[Message]] | list[list[int]]
 
 
 @overload
@@ -55,7 +53,7 @@ def generate(
     prompt: Prompt,
     *,
     num_return_sequences: Literal[1] = 1,
-    **options: Unpack[GenerateOptions],
+    **options: Unpack[GenerationKeywords],
 ) -> str: ...
 
 
@@ -66,7 +64,7 @@ def generate(
     prompt: Prompt,
     *,
     num_return_sequences: int,
-    **options: Unpack[GenerateOptions],
+    **options: Unpack[GenerationKeywords],
 ) -> list[str]: ...
 
 
@@ -74,10 +72,10 @@ def generate(
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    prompt: Prompts,
+    prompt: PromptBatch,
     *,
     num_return_sequences: Literal[1] = 1,
-    **options: Unpack[GenerateOptions],
+    **options: Unpack[GenerationKeywords],
 ) -> list[str]: ...
 
 
@@ -85,26 +83,26 @@ def generate(
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    prompt: Prompts,
+    prompt: PromptBatch,
     *,
     num_return_sequences: int,
-    **options: Unpack[GenerateOptions],
+    **options: Unpack[GenerationKeywords],
 ) -> list[list[str]]: ...
 
 
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    prompt: Prompt | Prompts,
+    prompt: Prompt | PromptBatch,
     *,
     num_return_sequences: int = 1,
-    **options: Unpack[GenerateOptions],
+    **options: Unpack[GenerationKeywords],
 ) -> str | list[str] | list[list[str]]:
-    """The whole text that `stream_generate` makes of a prompt, which documents the options.
+    """Return the whole answer to `prompt` as a text; `stream_generate` documents the options.
 
-    A list of texts, of conversations or of lists of ids is answered as one batch, with a list.
-    With `num_return_sequences` above 1 each prompt has a list of so many answers. Raises
-    `GenerationError`.
+    A list of texts, of conversations or of id lists is answered as one batch: the result is a list
+    of answers. With `num_return_sequences` above 1, the result holds a list of that many answers
+    for each prompt. Raises `GenerationError`.
     """
     if tokenizer is None:
         raise GenerationError("the model has no tokenizer: use stream_generate for token ids")
@@ -112,11 +110,11 @@ def generate(
     if not many and num_return_sequences == 1:
         steps = stream_generate(model, tokenizer, prompt, **options)  # type: ignore[arg-type]
         return "".join(step.text for step in steps)
-    if unknown := sorted(options.keys() - GenerateOptions.__annotations__.keys()):
+    if unknown := sorted(options.keys() - GenerationKeywords.__annotations__.keys()):
         raise TypeError(f"generate has no {unknown[0]!r} for several answers")
     named = {name: value for name, value in options.items() if name in PARAMETERS}
     sampling = resolve_sampling(model.generation_config, **named)  # type: ignore[arg-type]
-    made = answers(
+    made = complete(
         model,
         tokenizer,
         prompt if many else [prompt],  # type: ignore[arg-type, list-item]
@@ -125,23 +123,23 @@ def generate(
         stop_strings=options.get("stop_strings"),
         num_return_sequences=num_return_sequences,
     )
-    texts = [[answer.text for answer in row] for row in made]
+    texts = [[completion.text for completion in row] for row in made]
     if not many:
         return texts[0]
     return texts if num_return_sequences > 1 else [row[0] for row in texts]
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What was said to one prompt."""
+class Completion:
+    """A finished answer to one prompt."""
 
     text: str
     prompt_tokens: int
-    tokens: tuple[int, ...]  # generated, an end of sequence included
+    tokens: tuple[int, ...]  # the generated ones, including an end of sequence
     finish_reason: str  # "stop" or "length"
 
 
-def answers(
+def complete(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
@@ -150,13 +148,12 @@ def answers(
     max_new_tokens: int | None = None,
     stop_strings: str | Sequence[str] | None = None,
     num_return_sequences: int = 1,
-) -> list[list[Answer]]:
-    """`num_return_sequences` answers to each prompt, made together.
+) -> list[list[Completion]]:
+    """Make `num_return_sequences` answers to each prompt together, as one batch.
 
-    A row's rounding depends on how many rows there are, so an answer may differ from the one that
-    the prompt gets alone. Where the longest prompt leaves little of the context, the others are
-    answered that far together with it and then go on without it. Raises `GenerationError` before
-    the first step.
+    The rounding of a row depends on the number of rows, so an answer may differ from the one that
+    the prompt gets alone. When the row with the longest prompt reaches the end of the context, the
+    others go on in a batch without it. Raises `GenerationError` before the first step.
     """
     if not 1 <= num_return_sequences <= MOST_SEQUENCES:
         raise GenerationError(
@@ -166,8 +163,11 @@ def answers(
         raise GenerationError("without sampling all answers are the same: give a temperature")
     ends = end_tokens(model, tokenizer)
     rows = [
-        Row(request, TextStream(tokenizer, request.stops), ends)
-        for request in [prepare(model, tokenizer, p, max_new_tokens, stop_strings) for p in prompts]
+        BatchRow(request, TextStream(tokenizer, request.stops), ends)
+        for request in [
+            check_request(model, tokenizer, prompt, max_new_tokens, stop_strings)
+            for prompt in prompts
+        ]
         for _ in range(num_return_sequences)
     ]
     devices = [] if model.device.type == "cpu" else [model.device]
@@ -176,17 +176,17 @@ def answers(
             torch.seed()
         else:
             torch.manual_seed(sampling.seed)
-        while going_on := [row for row in rows if row.finish_reason is None]:
-            _go_on(model, going_on, sampling, ends)
-    made = [row.answer() for row in rows]
+        while unfinished := [row for row in rows if row.finish_reason is None]:
+            _extend(model, unfinished, sampling, ends)
+    made = [row.completion() for row in rows]
     return [
         made[begin : begin + num_return_sequences]
         for begin in range(0, len(made), num_return_sequences)
     ]
 
 
-class Row:
-    """An answer that is being made."""
+class BatchRow:
+    """An answer that is being made, as one row of a batch."""
 
     def __init__(self, request: Request, stream: TextStream, ends: frozenset[int]) -> None:
         self.finish_reason: str | None = None
@@ -196,16 +196,16 @@ class Row:
 
     @property
     def ids(self) -> list[int]:
-        """The prompt, and what was said so far."""
+        """The ids of the prompt and of the answer so far."""
         return self._request.ids + self._tokens
 
     @property
     def left(self) -> int:
-        """How many tokens may still come."""
+        """How many tokens may still be added."""
         return self._request.limit - len(self._tokens)
 
     def push(self, token: int) -> bool:
-        """One more token; whether it was the last. None is taken after that."""
+        """Add a token, unless the row is finished, and return whether the row is finished now."""
         if self.finish_reason is None:
             self._tokens.append(token)
             self._text += "" if token in self._ends else self._stream.push(token)
@@ -215,29 +215,31 @@ class Row:
                 self.finish_reason = "length"
         return self.finish_reason is not None
 
-    def answer(self) -> Answer:
-        """What was said in the end."""
+    def completion(self) -> Completion:
+        """The answer, once the row is finished."""
         assert self.finish_reason is not None
         text = self._text + self._stream.finish()
-        return Answer(text, len(self._request.ids), tuple(self._tokens), self.finish_reason)
+        return Completion(text, len(self._request.ids), tuple(self._tokens), self.finish_reason)
 
 
-class _Watch:  # a StoppingCriteria by what it does: to mypy that class is Any
-    """Gives each row its tokens, and says which rows are over."""
+class _Watch:  # acts as a StoppingCriteria, but does not inherit it because mypy sees that as Any
+    """Passes each new token to its row, and reports which rows are finished."""
 
-    def __init__(self, rows: Sequence[Row]) -> None:
+    def __init__(self, rows: Sequence[BatchRow]) -> None:
         self._rows = rows
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Any:
-        tokens = input_ids[:, -1].tolist()  # sync: stop strings are looked for on the host
-        over = [row.push(token) for row, token in zip(self._rows, tokens, strict=True)]
-        return torch.tensor(over, device=input_ids.device)
+        tokens = input_ids[:, -1].tolist()  # sync: the host searches the text for stop strings
+        finished = [row.push(token) for row, token in zip(self._rows, tokens, strict=True)]
+        return torch.tensor(finished, device=input_ids.device)
 
 
 @contextmanager
-def _only(model: PreTrainedModel) -> Iterator[None]:
-    """`model` without a generation config: transformers adds to what it is given whatever that says
-    beside it (beams, bad words), which no answer that is made alone knows of."""
+def _without_generation_config(model: PreTrainedModel) -> Iterator[None]:
+    """Hide the generation config of `model` from transformers' `generate`.
+
+    It would add settings from there (beams, bad words) that `stream_generate` does not follow.
+    """
     kept, model.generation_config = model.generation_config, GenerationConfig()
     try:
         yield
@@ -246,26 +248,33 @@ def _only(model: PreTrainedModel) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def _go_on(
-    model: PreTrainedModel, rows: Sequence[Row], sampling: Sampling, ends: frozenset[int]
+def _extend(
+    model: PreTrainedModel, rows: Sequence[BatchRow], sampling: Sampling, ends: frozenset[int]
 ) -> None:
-    """Say more in each row, as far as the context holds the longest one."""
+    """Extend every row until all are finished, or until the first reaches its limit of tokens."""
     vocabulary = model.config.get_text_config().vocab_size
-    pad = min((token for token in ends if token < vocabulary), default=0)  # never attended to
+    pad = min((token for token in ends if token < vocabulary), default=0)  # masked: any id will do
     longest = max(len(row.ids) for row in rows)
     begins = [longest - len(row.ids) for row in rows]
     ids = [[pad] * begin + row.ids for begin, row in zip(begins, rows, strict=True)]
     mask = [[0] * begin + [1] * (longest - begin) for begin in begins]
-    greedy = sampling.temperature < COLDEST
+    choice: dict[str, Any] = {"do_sample": False}
+    if sampling.temperature >= COLDEST:
+        choice = {
+            "do_sample": True,
+            "temperature": float(min(sampling.temperature, HOTTEST)),
+            "top_k": sampling.top_k,
+            "top_p": float(sampling.top_p),
+            "min_p": float(sampling.min_p),
+        }
     config = GenerationConfig(
         max_new_tokens=min(row.left for row in rows),
-        do_sample=not greedy,
         repetition_penalty=float(sampling.repetition_penalty),
         eos_token_id=sorted(ends) or None,
         pad_token_id=pad,
-        **({} if greedy else _warpers(sampling)),
+        **choice,
     )
-    with _only(model):
+    with _without_generation_config(model):
         model.generate(
             torch.tensor(ids, device=model.device),
             attention_mask=torch.tensor(mask, device=model.device),
@@ -274,18 +283,12 @@ def _go_on(
         )
 
 
-def _warpers(sampling: Sampling) -> dict[str, Any]:
-    return {
-        "temperature": float(min(sampling.temperature, HOTTEST)),
-        "top_k": sampling.top_k,
-        "top_p": float(sampling.top_p),
-        "min_p": float(sampling.min_p),
-    }
-
-
 def final_answer(text: str) -> str:
-    """What an answer comes down to: what is in its last box, else what follows its last "answer
-    is", else its last line; without case, spaces and marks around it."""
+    r"""Extract what votes compare: the content of the last `\boxed{}` in `text`, otherwise what
+    follows its last "answer is", otherwise its last line.
+
+    The result is in lower case, without the spaces and punctuation around it.
+    """
     if boxes := BOXED.findall(text):
         last = boxes[-1]
     elif finals := FINAL.findall(text):
@@ -296,10 +299,11 @@ def final_answer(text: str) -> str:
 
 
 def vote(texts: Sequence[str]) -> tuple[int, list[tuple[str, int]]]:
-    """The place of the first text whose final answer most texts give, and the tally, most first.
+    """Return the index of the first text with the most frequent final answer, and the tally.
 
-    Self-consistency (Wang et al. 2022, arXiv 2203.11171).
+    The tally lists final answers with their counts, the most frequent first. This is
+    self-consistency (Wang et al. 2022, arXiv 2203.11171).
     """
     keys = [final_answer(text) for text in texts]
-    tally = Counter(keys).most_common()  # equals in the order in which they came
+    tally = Counter(keys).most_common()  # answers with equal counts stay in their first order
     return keys.index(tally[0][0]), tally

@@ -5,41 +5,68 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from offload.errors import DONE
 from offload.files import read_text, user_path
+from offload.flags import add_model, add_options, option, options_from
 from offload.options import (
-    DONE,
     FALLBACK,
     AnswerOptions,
-    GenerateOptions,
     LoadOptions,
     ThreadOptions,
     TimelineOptions,
-    add_model,
-    add_options,
-    options_from,
 )
 from offload.quant.errors import OffloadError
+from offload.units import between, positive
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from offload.generation.answers import AnswersFile
-    from offload.generation.stream import Prompt
+    from offload.generation.prompt import Prompt
     from offload.sampling import Sampling
 
 EXAMPLE = 'offload generate demo -p "Hi" > a.txt'
+_several = partial(option, group="several answers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerFileOptions:
+    """Options of `offload generate` alone."""
+
+    raw: bool = option("--raw", False, "give the prompt as it is, without the chat template")
+    output: Path | None = _several(
+        "-o --output FILE",
+        None,
+        "answer every line of -f FILE and write the answers to this file. Each line is JSON: a "
+        "text, or an object with a prompt or messages. If the command is stopped, running it again "
+        "continues; it compares the prompts with those already answered, but not the other options",
+        parse=Path,
+    )
+    parallel: int = _several(
+        "-np --parallel N", 8, "how many prompts of -o are answered at once", parse=positive
+    )
+    vote: int | None = _several(
+        "--vote N",
+        None,
+        "sample N answers and print one whose result is the most frequent; the result of an answer "
+        "is what it puts in \\boxed{}, what follows 'answer is', or its last line",
+        parse=between(2, 1024),
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    for kind in (LoadOptions, ThreadOptions, AnswerOptions, GenerateOptions, TimelineOptions):
+    for kind in (LoadOptions, ThreadOptions, AnswerOptions, AnswerFileOptions, TimelineOptions):
         add_options(parser, kind)
 
 
 def asked_prompt(asked: AnswerOptions) -> str | None:
-    """The prompt of -p or -f; None when there is neither. Raises `OffloadError`."""
+    """The prompt of -p or -f, or None if neither is given. Raises `OffloadError`."""
     if asked.prompt is not None or asked.file is None:
         return asked.prompt
     try:
@@ -50,8 +77,10 @@ def asked_prompt(asked: AnswerOptions) -> str | None:
 
 
 def asked_sampling(asked: AnswerOptions, model: PreTrainedModel | None) -> Sampling:
-    """How tokens are sampled: what was asked, else what `model`'s files say (if it is not None),
-    else the defaults. Raises `OffloadError` for a value that cannot be used."""
+    """Sampling parameters from the flags, otherwise from the files of `model`, otherwise defaults.
+
+    `model` is None before it is loaded. Raises `OffloadError` for a value that cannot be used.
+    """
     from offload.sampling import PARAMETERS, Sampling, resolve_sampling
 
     if asked.n_predict == 0:
@@ -63,31 +92,33 @@ def asked_sampling(asked: AnswerOptions, model: PreTrainedModel | None) -> Sampl
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Answer, and exit with 0 when the answer is whole."""
+    """Answer one prompt or a file of prompts, and return the exit code."""
     job = _Job(arguments)
     return job.answer_file() if job.own.output is not None else job.answer()
 
 
 class _Job:
-    """What was asked of the command."""
+    """One run of the command, with its options."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.model_name: str = arguments.model
         self.load = options_from(arguments, LoadOptions)
         self.threads = options_from(arguments, ThreadOptions).threads
         self.asked = options_from(arguments, AnswerOptions)
-        self.own = options_from(arguments, GenerateOptions)
+        self.own = options_from(arguments, AnswerFileOptions)
         self.timeline = options_from(arguments, TimelineOptions).timeline
 
     def answer(self) -> int:
-        """Write the answer to one prompt, or what most of several samples come to."""
+        """Print the answer to one prompt, or with --vote the most frequent of several answers."""
         prompt = asked_prompt(self.asked)
         if prompt is None and not sys.stdin.isatty():
             prompt = read_text(sys.stdin, "the piped prompt")
         if not prompt:
             raise OffloadError("there is no prompt: give one with -p, -f or a pipe")
         if self.own.vote is not None and self.asked.temperature == 0:
-            raise OffloadError("--vote needs samples that differ: give a --temp above 0, or none")
+            raise OffloadError(
+                "--vote needs answers that differ: give a --temp above 0, or leave --temp out"
+            )
         model, tokenizer, load_seconds = self.load_model()
         from offload.chat.report import timings, verbose_rows
         from offload.engine.handle import offload_of
@@ -98,7 +129,7 @@ class _Job:
         full = self.full_prompt(tokenizer, {"prompt": prompt})
         if self.own.vote is not None:
             return self.vote(model, tokenizer, full, self.own.vote)
-        shown = printable if sys.stdout.isatty() else str  # a file gets the text as it is
+        shown = printable if sys.stdout.isatty() else str  # text for a file is not changed
         sampling = asked_sampling(self.asked, model)
         step = None
         with contextlib.closing(offload_of(model)), recording(model, self.timeline):
@@ -120,7 +151,7 @@ class _Job:
         return DONE
 
     def load_model(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, float]:
-        asked_sampling(self.asked, None)  # a wrong value is told before the model is loaded
+        asked_sampling(self.asked, None)  # fails on a wrong value before the model is loaded
         from offload.loading import load_and_tell
 
         return load_and_tell(self.model_name, self.load, self.threads)
@@ -132,19 +163,19 @@ class _Job:
     def full_prompt(
         self, tokenizer: PreTrainedTokenizerBase | None, given: dict[str, Any]
     ) -> Prompt:
-        """The text itself, or messages for the model's template."""
+        """Messages for the chat template, or the text if there is no template or with --raw."""
         from offload.generation.answers import messages_of
 
         if tokenizer is not None and tokenizer.chat_template and not self.own.raw:
             return messages_of(given, self.asked.system_prompt)
         if "messages" in given:
             raise OffloadError(
-                f"{self.model_name} has no chat template: give prompts, not messages"
+                f"{self.model_name} has no chat template: give a prompt in place of messages"
             )
         return str(given["prompt"])
 
     def options(self, model: PreTrainedModel) -> dict[str, Any]:
-        """What `offload.batch.answers` is told."""
+        """The options of `complete` that hold for every batch."""
         return {
             "sampling": asked_sampling(self.asked, model),
             "max_new_tokens": self.most_tokens,
@@ -159,14 +190,14 @@ class _Job:
         samples: int,
     ) -> int:
         from offload.engine.handle import offload_of
-        from offload.generation.batch import answers, vote
+        from offload.generation.batch import complete, vote
         from offload.lines import printable
         from offload.trace.timeline import recording
 
         with contextlib.closing(offload_of(model)), recording(model, self.timeline):
             if tokenizer is None:
                 raise OffloadError("the model has no tokenizer: there are no texts to vote on")
-            made = answers(
+            made = complete(
                 model, tokenizer, [prompt], num_return_sequences=samples, **self.options(model)
             )
         texts = [answer.text for answer in made[0]]
@@ -177,18 +208,18 @@ class _Job:
         return DONE
 
     def answer_file(self) -> int:
-        """Answer every prompt of -f that has no answer in -o yet."""
-        from offload.generation.answers import AnswersFile, read_prompts
+        """Answer every prompt of the file -f that has no answer in the file -o yet."""
+        from offload.generation.answers import AnswersFile, read_prompt_lines
 
         asked, output = self.asked, self.own.output
         assert output is not None
         if asked.file is None or asked.prompt is not None or self.own.vote is not None:
-            raise OffloadError("-o answers the prompts of -f FILE: give that, no -p and no --vote")
-        prompts = read_prompts(asked.file)
+            raise OffloadError("-o answers the prompts of -f FILE: give -f, without -p and --vote")
+        prompts = read_prompt_lines(asked.file)
         with contextlib.closing(AnswersFile(output)) as file:
             done = file.done(prompts)
             if done:
-                print(f"{done} of {len(prompts)} prompts are answered already", file=sys.stderr)
+                print(f"{done} of {len(prompts)} prompts are already answered", file=sys.stderr)
             if done < len(prompts):
                 self.answer_rest(prompts, done, file)
         print(f"{len(prompts)} answers in {output}", file=sys.stderr)
@@ -197,13 +228,13 @@ class _Job:
     def answer_rest(self, prompts: list[dict[str, Any]], done: int, file: AnswersFile) -> None:
         model, tokenizer, _ = self.load_model()
         from offload.engine.handle import offload_of
-        from offload.generation.batch import answers
-        from offload.generation.stream import check_length, encode_prompt
+        from offload.generation.batch import complete
+        from offload.generation.prompt import check_length, encode_prompt
         from offload.trace.timeline import recording
 
         with contextlib.closing(offload_of(model)), recording(model, self.timeline):
             if tokenizer is None:
-                raise OffloadError("the model has no tokenizer: there are no texts to answer")
+                raise OffloadError("the model has no tokenizer, so that it cannot read prompts")
             options = self.options(model)
             for begin in range(done, len(prompts), self.own.parallel):
                 batch = prompts[begin : begin + self.own.parallel]
@@ -215,7 +246,7 @@ class _Job:
                     except OffloadError as error:
                         where = f"{self.asked.file}, prompt {number}"
                         raise OffloadError(f"{where}: {error}") from None
-                made = answers(model, tokenizer, ids, **options)
+                made = complete(model, tokenizer, ids, **options)
                 for given, (answer,) in zip(batch, made, strict=True):
                     file.append(
                         given,

@@ -1,18 +1,13 @@
-"""A KV cache whose tensors stay where they are, so that a captured step finds them.
-
-Knows: transformers' cache layers, the growing ones that a prompt fills and the fixed ones. Does not
-know: attention. Sliding windows are kept whole: a fixed layer that slides would count in Python,
-which a captured step does not repeat; the mask hides what is outside the window.
-"""
+"""A KV cache whose tensors stay where they are, so that a captured step finds them."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from transformers import cache_utils
 from transformers.cache_utils import (
     Cache,
+    DummyLayer,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -22,31 +17,28 @@ from transformers.cache_utils import (
 
 from offload.quant.errors import OffloadError
 
-# Layers that keep nothing. transformers 5.17 has no such class: there they are of linear attention,
-# with states that stay empty.
-NOTHING: Any = getattr(cache_utils, "DummyLayer", None)
-
 
 class CannotBeFixed(OffloadError):
-    """The model's cache has layers that are not known here."""
+    """The model's cache has a kind of layer that cannot be fixed."""
 
 
 class FixedKV(Cache):  # type: ignore[misc]  # transformers has no types here
-    """Filled anew for each sequence, and grown by the step in place."""
+    """A cache that is filled anew for each sequence, and written in place by the step.
+
+    Sliding windows are kept whole, and the mask hides what is outside the window: a fixed layer
+    that slides would count in Python, which a captured step does not repeat.
+    """
 
     def __init__(self, grown: Cache, length: int) -> None:
-        """For models whose cache looks like `grown`, and at most `length` tokens.
-
-        Raises `CannotBeFixed`.
-        """
+        """Room for `length` tokens in layers like those of `grown`. Raises `CannotBeFixed`."""
         super().__init__(layers=[_fixed_layer(layer, length) for layer in grown.layers])
         self.length = length
         self._windows = [getattr(layer, "sliding_window", None) for layer in grown.layers]
 
     def fill(self, grown: Cache) -> None:
-        """Hold what `grown` holds. Nothing moves."""
+        """Copy the states of `grown` into this cache's tensors."""
         for mine, theirs in zip(self.layers, grown.layers, strict=True):
-            if _keeps_nothing(mine):
+            if type(mine) is DummyLayer:
                 continue
             if isinstance(mine, LinearAttentionLayer):
                 for state in range(mine.number_of_states):
@@ -59,24 +51,28 @@ class FixedKV(Cache):  # type: ignore[misc]  # transformers has no types here
             mine.cumulative_length.fill_(seen)
 
     def cut(self, length: int) -> bool:
-        """Hold only the first `length` tokens, wherever a step broke off; whether that is possible:
-        a layer that keeps a sum may have had more added. Nothing moves."""
+        """Hold only the first `length` tokens, wherever a step broke off.
+
+        False: that is impossible, since a layer keeps a sum to which more may have been added.
+        """
         if any(isinstance(layer, LinearAttentionLayer) for layer in self.layers):
             return False
         for layer in self.layers:
-            if not _keeps_nothing(layer):
-                layer.cumulative_length.fill_(length)  # what is past it is masked, then written
+            if type(layer) is not DummyLayer:
+                layer.cumulative_length.fill_(length)  # later places are masked, and written again
         return True
 
     def grown(self, length: int) -> Cache | None:
-        """A growing cache of the first `length` tokens; None where a layer keeps only a sum of
-        them, which a later step has added to."""
+        """A growing cache of the first `length` tokens.
+
+        None where a layer keeps only a sum, to which a later step has added.
+        """
         cache = DynamicCache()
         for mine, window in zip(self.layers, self._windows, strict=True):
             if isinstance(mine, LinearAttentionLayer):
                 return None
-            if _keeps_nothing(mine):
-                cache.layers.append(NOTHING())
+            if type(mine) is DummyLayer:
+                cache.layers.append(DummyLayer())
                 continue
             layer = DynamicLayer() if window is None else DynamicSlidingWindowLayer(window)
             layer.lazy_initialization(mine.keys, mine.values)
@@ -94,16 +90,12 @@ def _copy(to: torch.Tensor | None, what: torch.Tensor | None) -> None:
         to.copy_(what)
 
 
-def _keeps_nothing(layer: object) -> bool:
-    return NOTHING is not None and type(layer) is NOTHING
-
-
 def _fixed_layer(grown: object, length: int) -> Any:
     kind = type(grown)
     if isinstance(grown, LinearAttentionLayer) and kind is LinearAttentionLayer:
         return _fixed_states(grown)
-    if _keeps_nothing(grown):
-        return NOTHING()
+    if type(grown) is DummyLayer:
+        return DummyLayer()
     if isinstance(grown, DynamicLayer) and kind in (DynamicLayer, DynamicSlidingWindowLayer):
         if grown.keys is None:
             raise CannotBeFixed("it keeps states of its own beside the cache")
@@ -121,7 +113,7 @@ def _fixed_layer(grown: object, length: int) -> Any:
 
 
 def _fixed_states(grown: LinearAttentionLayer) -> LinearAttentionLayer:
-    """A layer like `grown`, whose states are already written in place."""
+    """A layer like `grown`, a kind whose states are always written in place."""
     layer = LinearAttentionLayer(grown.number_of_states)
     layer.dtype, layer.device = grown.dtype, grown.device
     layer.has_previous_state = dict(grown.has_previous_state)

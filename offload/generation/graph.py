@@ -1,8 +1,4 @@
-"""A step captured as one CUDA graph, once it has run a few times.
-
-Knows: warming up, capturing, replaying, and that a step which cannot be captured still runs. Does
-not know: what a step is, where memory for a graph comes from.
-"""
+"""A step captured as one CUDA graph, once it has run a few times."""
 
 from __future__ import annotations
 
@@ -21,7 +17,7 @@ WARM_UPS = 3  # kernels are compiled, workspaces taken, in the first runs
 
 
 class Replay:
-    """Runs a step: as it is at first, from a graph later. On a CPU always as it is."""
+    """Runs a step: by Python at first, from a CUDA graph later. On a CPU always by Python."""
 
     def __init__(
         self,
@@ -31,16 +27,18 @@ class Replay:
         broke_off: Callable[[], None],
         spares: Callable[[int], bool],
     ) -> None:
-        """`generator`: of the step's random numbers. `broke_off` is told when a capture failed:
-        what was queued by it never happened, and the generator cannot be used any more. `spares`:
-        whether so many bytes can be had for a graph; then calling raises `torch.OutOfMemoryError`
-        when a capture lacks them."""
-        self._step, self._generator = step, generator
-        self._broke_off, self._spares = broke_off, spares
+        """`generator` gives the step's random numbers.
+
+        `broke_off` is called when a capture failed: the work queued in it never ran, and the
+        generator cannot be used any more. `spares` says whether so many bytes can be had for a
+        graph; if so, a call whose capture lacks memory raises `torch.OutOfMemoryError`.
+        """
+        self._step, self.generator = step, generator
+        self.broke_off, self.spares = broke_off, spares
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._runs = 0
-        self.refused = ""  # why it could not be captured
+        self.refused = ""  # why the step could not be captured
 
     @property
     def captured(self) -> bool:
@@ -65,33 +63,34 @@ class Replay:
                     current.wait_stream(self._stream)
 
     def _capture(self, stream: torch.cuda.Stream) -> None:
-        around = sys.exception()  # what the caller is handling has nothing to do with this
+        around = sys.exception()  # an exception that the caller is handling is not ours
         graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(self._generator())
+        graph.register_generator_state(self.generator())
         try:
-            # Other threads, which read disks and pin memory, may go on calling CUDA. Where ending a
-            # capture fails, the stream before is not put back: the outer one does that.
+            # "thread_local": other threads, which read disks and pin memory, may go on calling
+            # CUDA. The outer `stream` puts the stream back where ending a capture fails.
             with (
                 torch.cuda.stream(stream),
                 torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
             ):
                 self._step()
         except BaseException as error:  # whatever a model, a library or the driver raises
-            self._broke_off()
+            self.broke_off()
             torch.cuda.synchronize(stream.device)
             self._refuse([*_with_causes(error, around)])
             return
         self._graph = graph
 
     def _refuse(self, causes: Sequence[BaseException]) -> None:
-        """Capture no more, unless one of `causes`, the latest first, is for somebody else: Ctrl-C,
-        and a lack of memory that can be had."""
+        """Give up on CUDA graphs, but raise Ctrl-C and a shortage of memory that can be had again:
+        the caller can handle those. `causes` has the latest exception first."""
         for cause in causes:
             if not isinstance(cause, Exception):
                 raise cause
-            if _is_shortage(cause) and self._spares(asked_bytes(cause)):
+            if _is_shortage(cause) and self.spares(asked_bytes(cause)):
                 raise torch.OutOfMemoryError(str(cause))
-        self.refused = reason(causes[min(1, len(causes) - 1)])  # ending one that failed fails, too
+        # The latest of several says only that ending the failed capture failed, too.
+        self.refused = reason(causes[min(1, len(causes) - 1)])
         logger.warning(
             "the decode step cannot be captured as a CUDA graph, so each of its kernels is "
             "launched by Python, slower (%s)",
@@ -108,5 +107,5 @@ def _with_causes(
 
 
 def _is_shortage(error: Exception) -> bool:
-    """Torch's allocator and the driver say it each in their own way."""
+    """Whether memory ran out: torch's allocator and the driver raise different errors."""
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)

@@ -1,9 +1,4 @@
-"""Going on after the device's memory ran out in the middle of a step.
-
-Knows: what to take back, whom to ask for memory, how to try again. Does not know: how many slots
-that costs (`offload.engine`), what a step does; of a step planned on the device
-(`offload.device.tokens`) also not what it leaves behind.
-"""
+"""A step that ran out of memory is undone, and repeated after expert slots were given back."""
 
 from __future__ import annotations
 
@@ -23,19 +18,19 @@ from offload.units import UNITS
 
 
 def can_be_restored(cache: Any) -> bool:
-    """Whether `restore` knows every layer of `cache`."""
+    """Whether `restore` can handle every layer of `cache`."""
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
 
 
 def keep_past(cache: Any) -> None:
-    """Let layers with a window keep what a step pushes out of it until `settle`."""
+    """Make sliding-window layers keep the tokens that leave the window, until `settle`."""
     for layer in cache.layers:
         if type(layer) is DynamicSlidingWindowLayer:
             layer.record_past = True
 
 
 def settle(cache: Any) -> None:
-    """The step is over: what was pushed out of a window goes, and cannot be had back."""
+    """End a step: drop the tokens that left a sliding window, so `restore` cannot undo it."""
     for layer in cache.layers:
         if type(layer) is DynamicSlidingWindowLayer:
             layer.crop(0)
@@ -43,9 +38,10 @@ def settle(cache: Any) -> None:
 
 
 def restore(cache: Any, tokens: int) -> None:
-    """Take back what a step that broke off anywhere added to the first `tokens`.
+    """Cut `cache` back to its first `tokens`, after a step that failed at any point.
 
-    Not transformers' `crop`, which expects all layers, and keys and values, to be equally long.
+    transformers' `crop` expects all layers, and the keys and values of a layer, to be equally
+    long. That does not hold after such a step.
     """
     for layer in cache.layers:
         if not layer.is_initialized:
@@ -65,7 +61,7 @@ Made = TypeVar("Made")
 
 
 class NotSparedError(Exception):
-    """There is memory, but what it is wanted for is not worth it."""
+    """Expert slots could be given back, but the purpose is not worth them."""
 
 
 def until_it_fits(
@@ -74,19 +70,19 @@ def until_it_fits(
     take_back: Callable[[], None] | None = None,
     spares: Callable[[int], bool] | None = None,
 ) -> Made:
-    """What `do` gives; as long as memory runs out, slots are given back, and after `take_back` it
-    is done again.
+    """Return what `do` returns; whenever it runs out of memory, give slots back and repeat it.
 
-    `take_back`: of what `do` left when it broke off anywhere. `spares`: whether so many bytes may
-    be given back; else `NotSparedError` is raised. Raises `GenerationError` when there is nothing
-    to give back.
+    `take_back` undoes whatever a failed `do` left behind; it must be safe at any point of failure.
+    `spares` decides whether that many bytes may be given back; if not, `NotSparedError` is raised.
+    Raises `GenerationError` when no slot is left to give back.
     """
     while True:
         try:
             return do()
         except torch.OutOfMemoryError as error:
             shortage, gpu = asked_bytes(error), asked_gpu(error)
-        # Not in the handler: the error holds the frames, and those the tensors of the step.
+        # Slots are given back outside the handler, where the error no longer keeps the frames of
+        # the failed step, and with them its tensors, alive.
         if isinstance(engine.transfer, CardsTransfer):
             shortage = engine.transfer.shortage_of_all(shortage, gpu)
         if spares is not None and not spares(shortage):
@@ -99,11 +95,11 @@ def until_it_fits(
 def run(
     step: Step, engine: Engine, ids: Tensor, cache: Any, before: Tensor | None
 ) -> tuple[Tensor, Any]:
-    """`step(ids, cache)`; as long as memory runs out, slots are given back and it is done again.
+    """Return `step(ids, cache)`; whenever it runs out of memory, give slots back and repeat it.
 
-    `before` [1, L]: what `cache` holds, for a cache of which nothing can be taken back: then all is
-    read again (in one go, so the last bits may differ). Raises `GenerationError` when there is
-    nothing to give back.
+    `before` [1, L] are the ids that `cache` holds. A cache that cannot be restored is rebuilt by
+    reading them again together with `ids`, so the last bits of the result may differ. Raises
+    `GenerationError` when no slot is left to give back.
     """
     restorable = cache is not None and can_be_restored(cache)
     tokens = cache.get_seq_length() if restorable else 0
@@ -127,13 +123,13 @@ def run(
 
 
 def asked_bytes(error: BaseException) -> int:
-    """What could not be had, as torch says it; 0 when it does not."""
+    """Bytes of the failed allocation, read from torch's message; 0 if it does not name them."""
     match = re.search(r"allocate (\d+(?:\.\d+)?) (\w+)", str(error))
     unit = UNITS.get(match.group(2).upper()) if match else None
     return int(float(match.group(1)) * unit) if match and unit else 0
 
 
 def asked_gpu(error: torch.OutOfMemoryError) -> int | None:
-    """Whose memory ran out, as torch says it; None when it does not."""
+    """The GPU that ran out of memory, read from torch's message; None if it does not name one."""
     match = re.search(r"GPU (\d+) has a total capacity", str(error))
     return int(match.group(1)) if match else None

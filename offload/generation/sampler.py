@@ -1,4 +1,4 @@
-"""Tokens drawn from logits, as sampling options ask."""
+"""Draws tokens from logits according to the sampling parameters, with transformers' processors."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from transformers import (
 )
 
 from offload.errors import GenerationError
-from offload.sampling import COLDEST, HOTTEST, Sampling
+from offload.sampling import Sampling
+
+COLDEST = 1e-5  # choices at a lower temperature are greedy: logits divided by it would overflow
+HOTTEST = torch.finfo(torch.float32).max  # a higher temperature would be infinite in float32
 
 
 class Sampler:
-    """Chooses tokens; holds the random state."""
+    """Chooses tokens, and holds the random state that the choices depend on."""
 
     def __init__(self, sampling: Sampling, device: torch.device) -> None:
         processors = LogitsProcessorList()
@@ -38,49 +41,55 @@ class Sampler:
         self.reseed(sampling.seed)
 
     def state(self) -> Tensor:
-        """What later draws depend on."""
+        """The state of the random numbers, which later draws depend on."""
         return self.generator.get_state()
 
     def go_back(self, state: Tensor) -> None:
-        """Draw as when `state` was asked for, with another generator: a capture that broke off does
-        not give the old one back."""
+        """Return to `state`, with a new generator: a graph capture that failed leaves the old
+        generator unusable."""
         self.generator = torch.Generator(self.generator.device)
         self.generator.set_state(state)
 
     def reseed(self, seed: int | None) -> None:
-        """Begin a sequence with `seed`; None: with any."""
+        """Begin a sequence with `seed`. None means a random seed."""
         if seed is None:
             self.generator.seed()
         else:
             self.generator.manual_seed(seed)
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
-        """The next token [1, 1] after `ids` [1, T], from the last token's `logits` [1, V].
+        """Choose the next token [1, 1] after `ids` [1, T] from the last token's `logits` [1, V].
 
-        A logit may be -inf (a token that never comes). Raises `GenerationError` where all are, or
-        one is NaN or +inf: what is chosen from such is garbage.
+        A logit may be -inf, which means that its token is never chosen. Raises `GenerationError`
+        if all are -inf, or if any logit is NaN or +inf.
         """
         token, trouble = self.draw(ids, logits)
-        check_trouble(int(trouble))  # sync: garbage is told, not said
+        check_trouble(int(trouble))  # sync: a token drawn from damaged logits must not be used
         return token
 
     def draw(self, ids: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """As calling it, without asking the device: the token, and what `check_trouble` is to be
-        told of it before it is believed."""
+        """Choose a token like `__call__`, without waiting for the device.
+
+        Also returns a number that must pass `check_trouble` before the token is used.
+        """
         scores: Tensor = self._processors(ids, logits.float())
-        # NaN anywhere is the largest.
+        # If any element is NaN, then so is the maximum.
         trouble = (~scores.max().isfinite()).long() + (~logits.max().isfinite()).long()
         if self._greedy:
             return scores.argmax(dim=-1, keepdim=True), trouble
         probabilities = torch.softmax(scores, dim=-1)
-        # What torch.multinomial does for one sample, without its assertion, which on a GPU ends the
-        # process: the largest of p / Exp(1) is p's (Gumbel's trick).
+        # The argmax of p / Exp(1) is distributed as p (exponential race, the Gumbel-max trick).
+        # torch.multinomial draws one sample in the same way, but its assertion ends the process
+        # on a GPU.
         race = torch.empty_like(probabilities).exponential_(generator=self.generator)
         return (probabilities / race).argmax(dim=-1, keepdim=True), trouble
 
 
 def check_trouble(trouble: int) -> None:
-    """Raise `GenerationError` when a token was drawn from what is not finite."""
+    """Raise `GenerationError` if `trouble`, which `Sampler.draw` returned, is not 0.
+
+    It is 1 if only the processed scores lack a finite maximum, and 2 if the logits lack it too.
+    """
     if trouble == 1:
         raise GenerationError(
             "the sampling parameters leave no finite logits: choose a higher temperature, "

@@ -1,8 +1,4 @@
-"""From token ids to text, piece by piece.
-
-Knows: that a character may need several tokens, and that a stop string may be cut anywhere. Does
-not know: models.
-"""
+"""Token ids become text piece by piece, in whole characters and up to the first stop string."""
 
 from __future__ import annotations
 
@@ -10,11 +6,11 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-INCOMPLETE = "\ufffd"  # what decoding puts where bytes do not make a character (yet)
+INCOMPLETE = "\ufffd"  # decoding shows this for bytes that do not (yet) form a character
 
 
 class TextStream:
-    """Turns tokens into text that never holds part of a character nor anything of a stop string."""
+    """Turns tokens into text, without any part of a stop string or of an unfinished character."""
 
     def __init__(
         self,
@@ -26,19 +22,23 @@ class TextStream:
         self._skip_special = skip_special_tokens
         self._stops = tuple(stop for stop in stop_strings if stop)
         self._ids: list[int] = []
-        self._context = 0  # decoding starts here, so that spaces between tokens come out right
-        self._shown = 0  # tokens whose text was taken
-        self._held = ""  # text that may turn out to begin a stop string
-        self.stopped = False  # a stop string was met
+        # Decoding starts at the token `_context`, because the spaces between tokens depend on
+        # the tokens before.
+        self._context = 0
+        self._shown = 0  # number of tokens whose text was returned
+        self._held = ""  # text that may be the beginning of a stop string
+        self.stopped = False  # a stop string was found
 
     def push(self, token: int) -> str:
-        """The text that is certain after one more token; may be empty."""
+        """Add a token and return the text that has become certain, which may be empty."""
         self._ids.append(token)
         return self._emit(self._new_text())
 
     def finish(self) -> str:
-        """What was held back when generation ends; bytes that never became a character are
-        dropped."""
+        """Return the text that was held back, at the end of an answer.
+
+        Bytes that never became a character are dropped.
+        """
         if self.stopped:
             return ""
         text = self._decode(self._context, len(self._ids))
@@ -75,7 +75,7 @@ class TextStream:
 
 
 def held_back(text: str, marks: Sequence[str]) -> int:
-    """Length of the longest end of `text` that may turn out to begin one of `marks`."""
+    """Length of the longest suffix of `text` that is the beginning of one of `marks`."""
     longest = max((len(mark) for mark in marks), default=0)
     for size in range(min(len(text), longest - 1), 0, -1):
         if any(mark.startswith(text[-size:]) and len(mark) > size for mark in marks):

@@ -1,8 +1,4 @@
-"""Tokens one behind: the next step is queued before this one's token is read.
-
-Knows: when a step is queued, when a token is here, and what holds when a step broke off for lack of
-memory. Does not know: what is in a step, text.
-"""
+"""Tokens one behind: the next step is queued before the present step's token is read."""
 
 from __future__ import annotations
 
@@ -17,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from offload.engine.device.engine import DeviceEngine
+from offload.engine.device.engine import DevicePlanned
+from offload.engine.engine import Engine
 from offload.generation.fixed_kv import CannotBeFixed
 from offload.generation.recovery import NotSparedError, until_it_fits
 from offload.generation.sampler import check_trouble
@@ -26,12 +23,12 @@ from offload.sampling import Sampling
 
 logger = logging.getLogger("offload")
 
-SHORTEST = 512  # tokens of the shortest KV cache; longer ones are twice as long each
+SHORTEST = 512  # tokens of the shortest KV cache; each longer size is twice the one before
 Made = TypeVar("Made")
 
 
-class Answer:
-    """One sequence: each call gives its next token."""
+class LoopTokens:
+    """One sequence of tokens: each call gives the next one."""
 
     def __init__(self, loop: DecodeLoop, prompt_length: int, limit: int) -> None:
         """The first token is queued."""
@@ -56,8 +53,8 @@ class Answer:
         self._queued += 1
 
     def _go_back(self) -> None:
-        """All that was queued before the step that broke off holds: each token but the last was
-        read."""
+        """Undo the step that broke off; everything queued before it is valid, and each token but
+        the last was read."""
         self._loop.go_back(self._prompt_length + self._queued - 1)
 
     @torch.inference_mode()
@@ -69,12 +66,13 @@ class Answer:
 
 
 class Loops:
-    """The decode loop of a model: one answer at a time."""
+    """The decode loop of a model, for one answer at a time."""
 
-    def __init__(self, engine: DeviceEngine) -> None:
-        self._engine = engine
-        self._loop: DecodeLoop | None = None
-        self._answer: weakref.ref[Answer] | None = None
+    def __init__(self, engine: Engine, device: DevicePlanned) -> None:
+        """`device` is what plans steps for `engine` without asking the host."""
+        self._engine, self._device = engine, device
+        self.loop: DecodeLoop | None = None
+        self._answer: weakref.ref[LoopTokens] | None = None
         self.refused = ""  # why there is none for this model
 
     @torch.inference_mode()
@@ -88,18 +86,19 @@ class Loops:
         limit: int,
         longest: int,
         ends: frozenset[int],
-    ) -> Answer | None:
+    ) -> LoopTokens | None:
         """The tokens after `prompt` [1, T], at most `limit`, ended by one of `ends`.
 
-        `logits` [1, V] are of the prompt's last token, `grown` is the KV cache it left; no sequence
-        is longer than `longest`. None: tokens have to be had one by one.
+        `logits` [1, V] are those of the prompt's last token, and `grown` is the KV cache that the
+        prompt left. No sequence is longer than `longest`. None: the caller has to get tokens one by
+        one.
         """
         busy = self._answer is not None and self._answer() is not None
         if self.refused or busy or not isinstance(grown, Cache):
             return None
         length = prompt.shape[1]
 
-        def begun() -> Answer | None:
+        def begun() -> LoopTokens | None:
             with self._engine.loop() as on_device:
                 if not on_device:
                     return None
@@ -109,7 +108,7 @@ class Loops:
                 except torch.OutOfMemoryError:
                     self._let_go()
                     raise
-                return Answer(loop, length, limit)
+                return LoopTokens(loop, length, limit)
 
         try:
             answer = if_spared(
@@ -121,7 +120,7 @@ class Loops:
             return None
         if answer is not None:
             self._answer = weakref.ref(answer)
-            self._engine.counts_come = True
+            self._device.counts_come = True
         return answer
 
     def _loop_for(
@@ -137,24 +136,27 @@ class Loops:
         while length < needed:
             length *= 2
         asked = (min(length, longest), replace(sampling, seed=None), tuple(sorted(ends)))
-        loop = self._loop
-        if loop is not None and loop.made_for == asked and loop.step.table is self._engine.table:
+        loop = self.loop
+        if loop is not None and loop.made_for == asked and loop.step.table is self._device.table:
             return loop
         loop = None
         self._let_go()
-        self._loop = DecodeLoop(model, self._engine, grown, *asked)
-        return self._loop
+        self.loop = DecodeLoop(model, self._engine, self._device, grown, *asked)
+        return self.loop
 
     def _let_go(self) -> None:
-        """The loop's memory is needed."""
-        if self._loop is not None:
-            self._loop.close()
-            self._loop = None
+        """Free the loop's memory."""
+        if self.loop is not None:
+            self.loop.close()
+            self.loop = None
 
 
-def if_spared(make: Callable[[], Made | None], engine: DeviceEngine, lost: str) -> Made | None:
-    """What `make` gives; as long as memory runs out slots are given back, but never so many that
-    the host would have to plan: then None, and it is said that there is no memory `lost`."""
+def if_spared(make: Callable[[], Made | None], engine: Engine, lost: str) -> Made | None:
+    """The result of `make`, for which slots are given back while memory runs out.
+
+    Never so many that the host would have to plan: then the result is None, and a warning says that
+    there is no memory `lost`.
+    """
     try:
         return until_it_fits(make, engine, spares=engine.spares)
     except NotSparedError:

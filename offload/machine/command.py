@@ -1,4 +1,4 @@
-"""`offload doctor`: what this machine has, what is slow, what to do about it."""
+"""`offload doctor`: what this machine has, what is slow, and what to do about it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from offload.options import DONE, JsonOptions, add_options, options_from
+from offload.errors import DONE
+from offload.flags import add_options, options_from
+from offload.options import JsonOptions
 
 if TYPE_CHECKING:
     from offload.machine.finding import Finding
 
 EXAMPLE = "offload doctor"
 COLOURS = {"ok": "32", "slow": "33", "missing": "31"}  # green, yellow, red
-NAME = 17  # columns
+NAME = 17  # columns for a finding's name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,13 +41,13 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps([f.to_json() for f in findings], indent=2, ensure_ascii=False))
         return DONE
     amiss = sum(finding.verdict != "ok" for finding in findings)
-    told = {0: "nothing is amiss", 1: "1 thing to look at"}
+    told = {0: "everything is in order", 1: "1 thing to look at"}
     print(f"\n{told.get(amiss, f'{amiss} things to look at')}")
     return DONE
 
 
 def lines(finding: Finding) -> Iterator[str]:
-    """A finding, and its remedy below it."""
+    """The lines of a finding, with its remedy below."""
     width = max(40, min(shutil.get_terminal_size().columns, 120))
     verdict = f"{finding.verdict:<8}"
     if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):

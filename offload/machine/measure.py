@@ -22,7 +22,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from offload.cache.simulate.machines import Hardware
+from offload.machine.hardware import Hardware
 
 FILE_BYTES = 256 * 2**20
 DISK_BLOCK_BYTES = 4 * 2**20  # about an expert

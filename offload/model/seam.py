@@ -1,12 +1,13 @@
-"""A transformers model without its experts.
+"""Builds transformers models without their experts' weights, at transformers' experts seam.
 
-Knows: transformers' experts seam (`use_experts_implementation`, `ExpertsInterface`): how to find
-the modules behind it, take their weights out of the module tree, and answer in their place. Does
-not know: where weights come from, nor how experts are computed.
+The seam is `use_experts_implementation` with `ExpertsInterface`: a registered function answers in
+the place of an experts module.
 """
 
 from __future__ import annotations
 
+import inspect
+import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,13 +32,14 @@ from offload.quant.pack import REMAKE
 from offload.quant.record import MatrixSpec
 
 IMPLEMENTATION = "offload"  # the name our function is registered under
-DESCRIBED = "_offload_experts"  # attribute of a model: its experts before they were stripped
+DESCRIBED = "_offload_experts"  # attribute of a model: what its experts were before stripping
 BUILDING = threading.Lock()  # transformers changes torch's default dtype while it builds a model
 BLOCK = "_offload_block"  # attribute of an experts module: what computes its experts
 MATRICES = ("gate_up_proj", "up_proj", "down_proj")
-MOST_LAYERS = 4096  # a config that asks for more is damaged, and would take for ever to build
-# Configs' names for k.
+MOST_LAYERS = 4096  # a config that asks for more is damaged, and building would take very long
+# The names that configs have for the number of experts that a token is sent to.
 CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "num_experts_per_token")
+LAYER = re.compile(r"(.*?)\.(\d+)\.")  # of a module's path: "model.layers" and the index
 
 
 class ExpertBlock(Protocol):
@@ -59,7 +61,7 @@ ExpertsInterface.register(IMPLEMENTATION, _forward)
 
 @dataclass(frozen=True)
 class ExpertsModule:
-    """One experts module: where it is in the model and what each of its experts consists of."""
+    """One experts module: its path in the model and the matrices of each of its experts."""
 
     path: str
     num_experts: int
@@ -80,11 +82,21 @@ class ExpertsModule:
 def model_class(
     config: PreTrainedConfig, source: str, trust_remote_code: bool
 ) -> type[PreTrainedModel]:
-    """The class that generates text from a checkpoint with this config."""
+    """The class that generates text from a checkpoint with this config.
+
+    Raises `UnsupportedModelError` when transformers has none, or when the checkpoint's own code
+    cannot be given a KV cache.
+    """
     given = getattr(config, "auto_map", None)
     reference = given.get("AutoModelForCausalLM") if isinstance(given, dict) else None
     if reference and trust_remote_code:
         remote: type[PreTrainedModel] = get_class_from_dynamic_module(reference, source)
+        if "cache" not in inspect.signature(remote.forward).parameters:
+            raise UnsupportedModelError(
+                f"{source}: the model's own code was written for an older transformers (forward "
+                "takes no `cache`), and would forget the prompt: leave out --trust-remote-code if "
+                "transformers knows the model, or ask its authors for newer code"
+            )
         return remote
     for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
         if type(config) in mapping:
@@ -97,8 +109,8 @@ def model_class(
 
 
 def own_config(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTrainedConfig:
-    """The part of `config` that `cls` is built from: a text model may live inside a composite
-    config."""
+    """The part of `config` that `cls` is built from, which is its text part if `cls` is the text
+    model of a composite one."""
     if cls.config_class is config.sub_configs.get("text_config"):
         return config.get_text_config()
     return config
@@ -135,8 +147,8 @@ def is_experts_module(module: nn.Module) -> bool:
 def find_experts(model: PreTrainedModel) -> list[ExpertsModule]:
     """Every experts module of `model` in the order of its layers.
 
-    Raises `UnsupportedModelError` when there is none, or when one holds parameters that this
-    program would not know how to use; `CheckpointError` when the config's numbers make no sense.
+    Raises `UnsupportedModelError` when there is none, or when one has parameters other than those
+    of `MATRICES` and their biases; `CheckpointError` when the config's numbers are impossible.
     """
     found = [
         _describe(path, module)
@@ -159,7 +171,7 @@ def find_experts(model: PreTrainedModel) -> list[ExpertsModule]:
 
 
 def chosen_experts(config: PreTrainedConfig) -> int:
-    """Experts a token, as the config says under one of its names; 0 when it does not."""
+    """The number of experts that a token is sent to; 0 when the config does not say it."""
     text = config.get_text_config()
     return next((k for name in CHOSEN if isinstance(k := getattr(text, name, None), int)), 0)
 
@@ -210,7 +222,7 @@ def _describe(path: str, module: nn.Module) -> ExpertsModule:
 def without_packed_weights(
     cls: type[PreTrainedModel], quantised: Sequence[str]
 ) -> type[PreTrainedModel]:
-    """A class like `cls` whose instances lack what comes from records: the experts' weights, and
+    """A class like `cls` whose instances lack the weights that records hold: those of experts, and
     those of the modules with the paths `quantised`."""
 
     def __init__(
@@ -250,31 +262,31 @@ def _from_record(path: str, module: nn.Module | None) -> QuantizedLinear | Quant
 def _strip(module: nn.Module) -> None:
     for name, _ in list(module.named_parameters(recurse=False)):
         delattr(module, name)
-    module._is_hf_initialized = True  # type: ignore[assignment]  # its class would fill the weights
+    module._is_hf_initialized = True  # type: ignore[assignment]  # else its class would fill in weights
 
 
 def described_experts(model: PreTrainedModel) -> list[ExpertsModule]:
-    """What `find_experts` found in a model `without_packed_weights`, when it still had them."""
+    """What `find_experts` said of a model of `without_packed_weights` before its experts' weights
+    were removed."""
     described: list[ExpertsModule] = getattr(model, DESCRIBED)
     return described
 
 
 def experts_modules(model: PreTrainedModel) -> list[nn.Module]:
-    """The modules `find_experts` describes, in the same order."""
+    """The modules that `find_experts` describes, in the same order."""
     return [module for module in model.modules() if is_experts_module(module)]
 
 
 def install(module: nn.Module, block: ExpertBlock) -> None:
     """Let `block` compute the experts of `module`."""
-    if not hasattr(module, "has_post_expert_norm"):  # transformers 5.17 knows of none
-        object.__setattr__(module, "has_post_expert_norm", False)
     object.__setattr__(module, BLOCK, block)
 
 
 def find_router(model: nn.Module, experts_path: str, num_experts: int) -> nn.Module | None:
-    """The module beside the experts that chooses among them, or None when it cannot be told.
+    """The module beside the experts that chooses among them; None when none can be recognised.
 
-    transformers' routers have a weight [num_experts, H] and return `(logits, weights, index, ...)`.
+    A router of transformers has a weight [num_experts, H] and returns `(logits, weights, index,
+    ...)`.
     """
     parent = model.get_submodule(experts_path.rpartition(".")[0])
     for child in parent.children():
@@ -282,3 +294,9 @@ def find_router(model: nn.Module, experts_path: str, num_experts: int) -> nn.Mod
         if weights and not is_experts_module(child):
             return child
     return None
+
+
+def layer_of(path: str) -> int | None:
+    """The decoder layer of the module at `path`; None for a module outside of all layers."""
+    match = LAYER.match(path)
+    return int(match[2]) if match else None

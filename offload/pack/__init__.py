@@ -1,6 +1,5 @@
-"""Packs: which weights get how many bits, and how a checkpoint becomes a pack that opens in
-seconds.
+"""Packs: how many bits each weight gets, and how a checkpoint becomes a pack that opens in seconds.
 
-This room knows recipes and where packs lie. It does not know how a weight is encoded
-(`offload.quant`) or how a model runs.
+This room knows recipes, what a pack will hold, where packs are kept and how they are made. It does
+not know how a weight is encoded (`offload.quant`) or how a model runs.
 """

@@ -1,4 +1,4 @@
-"""`offload quantize`: a pack in a folder of the user's own."""
+"""`offload quantize`: makes a pack in a folder that the user names."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from offload.errors import DONE
 from offload.files import user_path
-from offload.options import BITS, BUDGET, DONE, HUB, LoadOptions, add_options, options_from
+from offload.flags import add_options, options_from
+from offload.options import BITS, BUDGET, HUB, LoadOptions
 from offload.quant.errors import OffloadError
 
 EXAMPLE = "offload quantize demo ./demo-q4 --bits q4"
@@ -19,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("destination", metavar="DST", type=Path, help="new folder for the pack")
     add_options(parser, LoadOptions, BITS)
-    add_options(parser, LoadOptions, BUDGET, group="what --bits fit must fit in")
+    add_options(parser, LoadOptions, BUDGET, group="memory that --bits fit chooses for")
     add_options(parser, LoadOptions, HUB)
 
 

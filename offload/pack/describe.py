@@ -1,21 +1,18 @@
-"""What a pack will be, before a weight is read.
-
-Knows: which of a checkpoint's weights a recipe puts where. Does not know: how they get there
-(`offload.make_pack`), whether the weights are here.
-"""
+"""Describes the pack that a recipe makes of a checkpoint, before any weight is read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from offload.errors import UnsupportedModelError
 from offload.model.checkpoint import Checkpoint
-from offload.model.parts import DenseMatrix, dense_matrices, layer_of
-from offload.model.seam import ExpertsModule
+from offload.model.seam import LAYER, ExpertsModule, find_router, layer_of
 from offload.pack.recipe import Recipe
 from offload.quant.pack import PackDense, PackInfo, PackLayer
 from offload.quant.record import STORED_DTYPES, MatrixSpec, RecordLayout, fitting_group, plan_layout
@@ -23,15 +20,15 @@ from offload.quant.record import STORED_DTYPES, MatrixSpec, RecordLayout, fittin
 
 @dataclass(frozen=True)
 class PackSource:
-    """What a pack is made from."""
+    """The checkpoint that a pack is made from."""
 
-    name: str  # for people
-    fingerprint: str  # changes when the weights do
-    folder: Path  # of the checkpoint, or its GGUF file
+    name: str  # as people know it
+    fingerprint: str  # changes when the weights change
+    folder: Path  # the checkpoint's, or its GGUF file
 
 
 class Describer:
-    """Describes packs of one checkpoint."""
+    """Describes the packs of one checkpoint."""
 
     def __init__(
         self,
@@ -40,7 +37,7 @@ class Describer:
         model: PreTrainedModel,
         experts: list[ExpertsModule],
     ) -> None:
-        """`model` is on meta with its experts."""
+        """`model` is on meta and has its experts."""
         self._source = source
         self._checkpoint = checkpoint
         self._experts = experts
@@ -71,8 +68,8 @@ class Describer:
         )
 
     def _describe_dense(self, recipe: Recipe, layouts: list[RecordLayout]) -> Iterator[PackDense]:
-        """What of the rest is quantised; `layouts` are added to."""
-        files: dict[int | str, int] = {}  # one for each decoder layer, and for what is outside
+        """The matrices outside the experts that are quantised; adds their layouts to `layouts`."""
+        files: dict[int | str, int] = {}  # decoder layer, or matrix outside them -> number of file
         for matrix in self._dense:
             schemes = (recipe.scheme(part, matrix.layer) for part in matrix.parts)
             scheme = next((scheme for scheme in schemes if scheme.quantised), None)
@@ -92,7 +89,7 @@ def _index(layouts: list[RecordLayout], layout: RecordLayout) -> int:
 
 
 def _can_be_quantised(checkpoint: Checkpoint, matrix: DenseMatrix) -> bool:
-    """Not where the checkpoint has it in another form, nor where groups would be tiny."""
+    """Whether the checkpoint has the matrix unchanged, and its columns make groups of 16."""
     return (
         matrix.parameter in checkpoint.plain
         and checkpoint.plain_dtype(matrix.parameter) in STORED_DTYPES.values()
@@ -111,3 +108,75 @@ def _as_stored(checkpoint: Checkpoint, module: ExpertsModule, spec: MatrixSpec) 
                 "read yet: use a checkpoint in bfloat16, float16 or float32"
             )
     return replace(spec, dtype=dtype, bias_dtype=bias_dtype)
+
+
+# Routers, norms, convolutions and matrices smaller than a tile are always kept as stored: they take
+# little memory, and an error in a router would change which experts are chosen.
+SMALLEST = 32  # rows and columns that a matrix needs at least to be worth quantising
+_MIXES_TOKENS = re.compile(r"attn|attention|mamba|mixer|conv|recurrent|temporal")
+_ROUTES = re.compile(r"(^|\.)(gate|router)(\.|$)")
+
+
+@dataclass(frozen=True)
+class DenseMatrix:
+    """A weight [rows, columns] that is not an expert's.
+
+    There is one module and one part, or two of each for a token table that is also the head.
+    """
+
+    modules: tuple[str, ...]  # paths of the modules that use it
+    parts: tuple[str, ...]  # names in `offload.pack.recipe.PARTS`
+    layer: int | None  # of the decoder; None for a weight outside of it
+    rows: int
+    columns: int
+
+    @property
+    def parameter(self) -> str:
+        return f"{self.modules[0]}.weight"
+
+
+def dense_matrices(model: PreTrainedModel, experts: Sequence[ExpertsModule]) -> list[DenseMatrix]:
+    """The matrices outside the experts that may be quantised, in the model's order."""
+    decoders = {match[1] for module in experts if (match := LAYER.match(module.path))}
+    routers = {
+        id(part)
+        for module in experts
+        if (router := find_router(model, module.path, module.num_experts)) is not None
+        for part in router.modules()
+    }
+    found = []
+    for path, module in model.named_modules():
+        match = LAYER.match(path)
+        if type(module) is not nn.Linear or id(module) in routers or not match:
+            continue
+        inside = path[match.end() :]
+        if match[1] in decoders and not _ROUTES.search(inside):
+            rows, columns = module.weight.shape
+            found.append(DenseMatrix((path,), (_part(inside),), int(match[2]), rows, columns))
+    found += _outside_layers(model)
+    return [matrix for matrix in found if min(matrix.rows, matrix.columns) >= SMALLEST]
+
+
+def _part(path: str) -> str:
+    """The part of a linear layer, told by its path inside the decoder layer."""
+    if "shared" in path:
+        return "shared"
+    return "attention" if _MIXES_TOKENS.search(path) else "mlp"
+
+
+def _outside_layers(model: PreTrainedModel) -> list[DenseMatrix]:
+    """The token table and the head; one matrix when the head is tied to the table."""
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {id(module): path for path, module in model.named_modules()}
+    tied = {name.rpartition(".")[0] for name in model.all_tied_weights_keys}
+    head_is_tied = head is not None and names[id(head)] in tied
+    found = []
+    if type(table) is nn.Embedding:  # not a subclass, which may scale the rows it returns
+        modules: tuple[str, ...] = (names[id(table)],)
+        parts: tuple[str, ...] = ("embeddings",)
+        if head_is_tied:
+            modules, parts = (*modules, names[id(head)]), (*parts, "head")
+        found.append(DenseMatrix(modules, parts, None, *table.weight.shape))
+    if type(head) is nn.Linear and not head_is_tied:
+        found.append(DenseMatrix((names[id(head)],), ("head",), None, *head.weight.shape))
+    return found

@@ -1,8 +1,4 @@
-"""The pack of a model: found, or made from its checkpoint.
-
-Knows: what is looked at in which order, where packs are kept, which bits fit. Does not know: how
-one is made (`offload.make_pack`).
-"""
+"""Finds the pack of a model, or has it made from the model's checkpoint."""
 
 from __future__ import annotations
 
@@ -33,10 +29,10 @@ logger = logging.getLogger("offload")
 
 def find_source(
     name: str, *, revision: str | None, local_files_only: bool, trust_remote_code: bool
-) -> sources.Source:
-    """What `name` stands for; "demo" is built if need be. Raises `SourceError`."""
+) -> sources.FoundModel:
+    """The model that `name` stands for. Builds the demo if need be. Raises `SourceError`."""
     if name == sources.DEMO:
-        return sources.Source(name, demo.checkpoint(), is_pack=False)
+        return sources.FoundModel(name, demo.checkpoint(), is_pack=False)
     return sources.find(
         name,
         revision=revision,
@@ -59,8 +55,8 @@ def find_or_make_pack(
 ) -> Path:
     """The folder of the pack for `source`, made if need be, at `destination` or under `pack_dir`.
 
-    Weights are quantised on `device`. What does not fit, as `resolver` tells, is not made. A
-    `recipe` of None is the one that fits what `resolver` (then not None) has.
+    Weights are quantised on `device`. A pack that does not fit, as `resolver` tells, is not made.
+    Without a `recipe`, the one that fits (then `resolver` is needed) is taken.
     """
     found = find_source(
         source,
@@ -102,10 +98,10 @@ def _fitting_recipe(
     model: PreTrainedModel,
     place: Callable[[Recipe], Path],
 ) -> Recipe:
-    """The recipe that fits: the most bits at which all experts are resident, else all in RAM.
+    """The recipe with the most bits at which all experts are resident, else at which they fit RAM.
 
-    A pack that was made before is taken while all of it is resident: what is free changes from one
-    start to the next, and quantising takes long.
+    A pack that was made before is preferred while all of its experts are resident: free memory
+    differs from one start to the next, and quantising takes long.
     """
     everything = replace(resolver, options=replace(resolver.options, expert_slots=None))
     device, memory = resolver.place.device, resolver.place.memory
@@ -117,7 +113,7 @@ def _fitting_recipe(
         except BudgetError:
             return False
 
-    def in_ram(recipe: Recipe) -> bool:  # without a GPU that is what resident means
+    def in_ram(recipe: Recipe) -> bool:  # without a GPU, this is what `resident` says
         host = memory.ram if device.type != "cpu" else 0
         return maker.describe(recipe).expert_bytes < host
 
@@ -136,7 +132,7 @@ def _fitting_recipe(
 
 
 def pack_path(name: str, mark: str, recipe: Recipe, pack_dir: str | Path | None) -> Path:
-    """Where the pack of a model goes: its name says what it was made from and how."""
+    """The folder of a model's pack, whose name says what the pack was made from and how."""
     whole = re.sub(r"[^\w.-]+", "--", name).encode()
     slug = whole[:100].decode(errors="ignore")  # a file's name has 255 bytes at most
     folder = user_path(pack_dir) if pack_dir else offload_home() / "packs"
@@ -147,7 +143,7 @@ def pack_path(name: str, mark: str, recipe: Recipe, pack_dir: str | Path | None)
 
 
 def check_recipe(pack: Pack, asked: AskedBits) -> None:
-    """A pack is as it was made: asking for something else is an error, not ignored."""
+    """Raise `SourceError` when `asked` is not how `pack` was made."""
     made = Recipe.parse(pack.info.bits)
     if (wanted := asked.on(made)) != made:
         raise SourceError(

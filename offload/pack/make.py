@@ -1,8 +1,4 @@
-"""From a checkpoint to a pack, a layer at a time.
-
-Knows: the order of the work and how much is left. Does not know: how weights become bytes
-(`quant.record`) nor how they reach the disk safely (`quant.pack_writer`).
-"""
+"""Makes a pack from a checkpoint, a layer at a time."""
 
 from __future__ import annotations
 
@@ -14,6 +10,7 @@ import json
 import math
 import os
 import shutil
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,11 +21,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from offload.errors import CheckpointError
+from offload.files import read_object, unreadable
 from offload.model.checkpoint import Checkpoint
-from offload.model.formats.opening import files_of, open_weights
+from offload.model.formats.gguf import is_gguf
+from offload.model.formats.gguf_config import save_config_files
 from offload.model.formats.safetensors import DTYPES, INDEX, SafetensorsSource
 from offload.model.seam import ExpertsModule
-from offload.model.sources import companions
+from offload.model.sources import files_of, open_weights
 from offload.pack.describe import Describer, PackSource
 from offload.pack.recipe import Recipe
 from offload.progress import Progress
@@ -45,16 +45,16 @@ from offload.quant.pack_writer import ELSEWHERE, PackWriter
 from offload.quant.record import RecordLayout
 from offload.units import gib
 
-Matrices = Mapping[str, tuple[Tensor, Tensor | None]]  # what `quant.record.PendingRecord` takes
+Matrices = Mapping[str, tuple[Tensor, Tensor | None]]  # what `PendingRecord` takes
 Read = Callable[[], Matrices]
-WORTH_PROCESSES = 2**26  # weights: below it a process is done before it has started
-PROCESS_BYTES = 2**30  # of RAM for each process; it takes a third of that, mostly torch itself
-CHUNKS_AHEAD = 2  # for each process: one being encoded, one waiting for it
+WORTH_PROCESSES = 2**26  # with fewer weights, encoding here ends before processes have started
+PROCESS_BYTES = 2**30  # of free RAM for each process, which uses a third of it, mostly for torch
+CHUNKS_AHEAD = 2  # for each process: one is being encoded, one waits for the process
 
 
 @dataclass(frozen=True)
 class Work:
-    """What an interrupted or new run still has to encode."""
+    """What a new or interrupted run still has to encode."""
 
     layers: tuple[int, ...]
     dense_files: tuple[tuple[PackDense, ...], ...]
@@ -64,7 +64,7 @@ class Work:
 
     @classmethod
     def left(cls, info: PackInfo, has: Callable[[str], bool]) -> Work:
-        """All of `info` but the files that `has` says are there."""
+        """Everything in `info` except the files that exist, as `has` says of a file's name."""
         layers = [i for i in range(len(info.layers)) if not has(PackLayer.file_name(i))]
         grouped = itertools.groupby(info.dense, key=lambda dense: dense.file_name)
         dense = [tuple(members) for name, members in grouped if not has(name)]
@@ -81,7 +81,8 @@ class Work:
 
 @contextlib.contextmanager
 def make_encoder(weights: int, device: torch.device) -> Iterator[Encoder]:
-    """An encoder for so many weights: the GPU, or a process for each core if that is worth it."""
+    """The encoder for this many weights: the GPU, or on the CPU a process for each core where there
+    are enough weights to be worth the start of processes."""
     if device.type != "cpu":
         with contextlib.closing(DeviceEncoder(device)) as gpu:
             yield gpu
@@ -100,9 +101,10 @@ def encode_in_turn(
     encoder: Encoder,
     progress: Progress,
 ) -> Iterator[Tensor]:
-    """The record [record_bytes] uint8 of each part, in order; valid until the next one.
+    """The record [record_bytes] uint8 of each part, in order.
 
-    Parts are read ahead, two at least, while there is too little to do for the encoder's width.
+    A record is valid until the next one is asked for. Parts are read ahead of it, at least two and
+    as many as keep every process of the encoder busy.
     """
     pending: deque[tuple[RecordLayout, PendingRecord]] = deque()
     buffer = torch.empty(0, dtype=torch.uint8)
@@ -127,8 +129,9 @@ def encode_in_turn(
 
 
 SAFETENSORS_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-GGUF_HEADER = 2**16  # bytes of a GGUF file in its fingerprint, beside the samples
+GGUF_HEADER = 2**16  # bytes at the start of a GGUF file that count for its fingerprint
 DENSE_FILE_BYTES = 256 * 2**20  # the non-expert weights are written in files of about this size
+COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
 
 
 class PackMaker:
@@ -144,14 +147,14 @@ class PackMaker:
         self._describer = Describer(source, self._checkpoint, model, experts)
 
     def describe(self, recipe: Recipe) -> PackInfo:
-        """What `make` makes. Raises `RecipeError`."""
+        """The pack that `make` would write. Raises `RecipeError`."""
         return self._describer.describe(recipe)
 
     def make(self, path: Path, recipe: Recipe, device: torch.device) -> None:
         """Write the pack `path`; weights are quantised on `device`.
 
-        Goes on where an interrupted run stopped, and returns at once when the pack is there. Holds
-        the weights of two experts, one record, and two chunks for each process at most. Raises
+        Continues where an interrupted run stopped, and returns at once when the pack exists. Holds
+        at most the weights of two experts, one record, and two chunks for each process. Raises
         `PackError` when the disk is too small.
         """
         info = self.describe(recipe)
@@ -161,7 +164,7 @@ class PackMaker:
                 writer.finish()
 
     def _write(self, writer: PackWriter, info: PackInfo, device: torch.device) -> None:
-        beside = list(companions(self._source.folder))  # first: a tokenizer may be unusable
+        beside = list(companions(self._source.folder))  # before any work: they may be unusable
         work = Work.left(info, writer.has)
         files = self._dense_files(info)
         missing = [tensors for file, tensors in files.items() if not writer.has(file)]
@@ -193,7 +196,7 @@ class PackMaker:
         encoder: Encoder,
         progress: Progress,
     ) -> None:
-        """A file of quantised matrices that are not experts'."""
+        """Write the file that holds `members`, quantised matrices outside the experts."""
 
         def read(dense: PackDense) -> Matrices:
             return {"weight": (self._checkpoint.read_plain(f"{dense.modules[0]}.weight"), None)}
@@ -207,7 +210,7 @@ class PackMaker:
         writer.write_tensors(members[0].file_name, tensors)
 
     def _dense_files(self, info: PackInfo) -> dict[str, list[tuple[str, int]]]:
-        """The tensors kept as stored, by file: names and bytes."""
+        """For each file of tensors that are kept as stored, their names and sizes in bytes."""
         quantised = {f"{module}.weight" for dense in info.dense for module in dense.modules}
         files: list[list[tuple[str, int]]] = [[]]
         for name, nbytes in self._checkpoint.dense(quantised):
@@ -217,7 +220,7 @@ class PackMaker:
         return {f"model-{n:05d}.safetensors": tensors for n, tensors in enumerate(files, start=1)}
 
     def _write_dense(self, writer: PackWriter, files: dict[str, list[tuple[str, int]]]) -> None:
-        """Files that a loader of sharded checkpoints reads."""
+        """Write `files` and their index, as any loader of sharded checkpoints reads them."""
         weight_map: dict[str, str] = {}
         for file, tensors in files.items():
             weight_map.update((name, file) for name, _ in tensors)
@@ -226,6 +229,39 @@ class PackMaker:
                 writer.write_tensors(file, loaded)
         index = {"metadata": {}, "weight_map": weight_map}
         writer.write_file(INDEX, json.dumps(index, indent=1).encode())
+
+
+def companions(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Name and content of each file that belongs beside the weights of the model at `path`.
+
+    Raises `OffloadError`.
+    """
+    if is_gguf(path):
+        with tempfile.TemporaryDirectory() as scratch:
+            save_config_files(path, Path(scratch))
+            yield from ((file.name, file.read_bytes()) for file in sorted(Path(scratch).iterdir()))
+        return
+    for file in (file for pattern in COPIED for file in sorted(path.glob(pattern))):
+        if file.name == INDEX or not (file.is_file() or file.name == "config.json"):
+            continue
+        try:
+            content = file.read_bytes()
+        except PermissionError:
+            raise unreadable(file) from None
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read ({error}): fetch it again") from None
+        yield file.name, _plain_config(file, content) if file.name == "config.json" else content
+
+
+def _plain_config(file: Path, content: bytes) -> bytes:
+    """A config without word of quantisation, since a pack's dense weights are not quantised so."""
+    config = read_object(file)
+    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
+    if not any("quantization_config" in part for part in parts):
+        return content
+    for part in parts:
+        part.pop("quantization_config", None)
+    return json.dumps(config, indent=2).encode()
 
 
 def _as_bytes(name: str, tensor: Tensor) -> tuple[str, str, tuple[int, ...], Tensor]:
@@ -243,16 +279,15 @@ def _check_space(path: Path, needed: int) -> None:
 
 
 def fingerprint(path: Path) -> str:
-    """A digest of a checkpoint folder or GGUF file that changes when its weights do, without
-    reading all of them.
+    """A digest of a checkpoint folder or GGUF file that changes when the weights change.
 
-    Covers config.json, each weight file's size, time of change and header, and 64 samples of 4 KiB
-    spread over it.
+    It covers config.json and, of each weight file, the size, the time of its last change, the
+    header, and 64 samples of 4 KiB; the rest is not read.
     """
     digest = hashlib.sha256()
     if path.is_dir():
         digest.update((path / "config.json").read_bytes())
-        SafetensorsSource(path)  # the headers are sound: their lengths can be believed
+        SafetensorsSource(path)  # raises unless the lengths of the headers can be believed
     for file in files_of(path):
         size, changed = file.stat().st_size, file.stat().st_mtime_ns
         digest.update(f"{file.name} {size} {changed}".encode())

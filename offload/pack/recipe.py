@@ -1,11 +1,8 @@
-"""Which weights are stored how: rules, presets, and the shorthand of the flags.
-
-Knows: the parts of a model and the text of rules. Does not know: which matrix belongs to which part
-(`offload.parts`), nor what a scheme means (`quant.scheme`).
+"""Reads rules and presets that say with how many bits each part of a model is stored.
 
     experts=3,attention=4,layers.0-1.experts=8
 
-Rules are read from left to right, and a later one wins. A preset stands for its rules.
+Rules are read from left to right, and a later one wins. A preset stands for a list of rules.
 """
 
 from __future__ import annotations
@@ -22,27 +19,28 @@ from offload.quant.pack import PackInfo
 from offload.quant.scheme import Scheme
 
 PARTS = ("experts", "attention", "shared", "mlp", "head", "embeddings")
-DENSE = ("attention", "shared", "mlp", "head")  # what `dense=` stands for; a table costs no speed
+# The parts that `dense=` stands for. Embeddings are not among them: few rows are read for a token.
+DENSE = ("attention", "shared", "mlp", "head")
 AS_STORED = Scheme(16)
 PRESETS = MappingProxyType(
     {
         "q8": "experts=8,dense=8",
         "q6": "experts=6,dense=6",
-        "q5": "experts=5,dense=6",  # fewer bits in the rest save little and cost much
+        "q5": "experts=5,dense=6",  # fewer dense bits would save little and cost much quality
         "q4": "experts=4,dense=6",
         "q3": "experts=3g32,dense=6",
         "q2": "experts=2g16s8,dense=6",
         "mixtral-offloading": "experts=2g16s8,attention=4g64s8",  # arXiv 2312.17238, its default
     }
 )
-FIT = "fit"  # chosen by the budget: the first of `FITTING` whose experts are all resident
+FIT = "fit"  # the budget chooses the first of `FITTING` at which all experts are resident
 FITTING = ("q8", "q6", "q5", "q4", "q3", "q2")
 _RULE = re.compile(r"(?:layers\.(\d{1,4})(?:-(\d{1,4}))?\.)?(\w+)=(\w+)")
 
 
 @dataclass(frozen=True)
 class LayerRule:
-    """A part's scheme in the decoder layers `first` to `last`, both included."""
+    """The scheme of a part in the decoder layers `first` to `last`, both included."""
 
     first: int
     last: int
@@ -56,9 +54,9 @@ class LayerRule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How every weight of a model is stored; usually experts at 4 bits and the rest as stored.
+    """How every weight of a model is stored: by default, experts in 4 bits and the rest as it was.
 
-    `str` gives text that `parse` reads back.
+    `str` gives a text that `parse` reads back.
     """
 
     parts: Mapping[str, Scheme] = field(
@@ -68,9 +66,9 @@ class Recipe:
 
     @classmethod
     def parse(cls, text: str, group_size: int = 64) -> Recipe:
-        """A recipe from rules or a preset's name, on top of the usual one.
+        """The default recipe, changed by rules or presets.
 
-        `group_size` is for schemes that name none. Raises `RecipeError`.
+        `group_size` is for rules that name none. Raises `RecipeError`.
         """
         recipe = cls()
         for rule in text.split(","):
@@ -78,14 +76,14 @@ class Recipe:
         return recipe
 
     def scheme(self, part: str, layer: int | None) -> Scheme:
-        """How the weights of `part` in decoder layer `layer` (None: outside them) are stored."""
+        """How `part` is stored in decoder layer `layer`, which is None outside of the layers."""
         for rule in reversed(self.layer_rules):
             if rule.part == part and layer is not None and rule.first <= layer <= rule.last:
                 return rule.scheme
         return self.parts[part]
 
     def check_layers(self, last: int) -> None:
-        """Raise `RecipeError` when a rule is about layers after `last`, the model's last one."""
+        """Raise `RecipeError` when a rule names layers after `last`, the model's last one."""
         for rule in self.layer_rules:
             if rule.last > last:
                 raise RecipeError(f"{rule}: the model has layers 0 to {last}, name some of them")
@@ -100,7 +98,7 @@ class Recipe:
 
     @property
     def name(self) -> str:
-        """The preset that this is, else its rules."""
+        """The name of the preset that equals this recipe, else its rules."""
         presets = (name for name in PRESETS if Recipe.parse(name) == self)
         return next(presets, str(self))
 
@@ -141,7 +139,7 @@ class Recipe:
         return Recipe({**self.parts, part: scheme}, kept)
 
     def regrouped(self, group_size: int) -> Recipe:
-        """The same bits with another group size wherever there are groups."""
+        """This recipe with another group size for everything that is quantised."""
 
         def regroup(scheme: Scheme) -> Scheme:
             try:
@@ -154,15 +152,15 @@ class Recipe:
 
 
 def _like(word: str, known: Iterable[str]) -> str:
-    """A hint at the known word that was probably meant."""
+    """A hint at the known word that was probably meant, or an empty text."""
     close = difflib.get_close_matches(word.lower(), list(known), n=1)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
 def _no_rule(rule: str) -> str:
-    """What to say to text that is neither a preset nor a rule."""
+    """The message for a text that is neither a preset nor a rule."""
     if " " in rule:
-        hint = " (a comma goes between rules)"
+        hint = " (rules are separated by commas)"
     else:  # llama.cpp's Q4_K_M is our q4
         hint = _like(re.sub(r"^(q\d)_.*", r"\1", rule.lower()), PRESETS)
     return (
@@ -173,7 +171,7 @@ def _no_rule(rule: str) -> str:
 
 @dataclass(frozen=True)
 class AskedBits:
-    """What a caller said about bits; None where nothing was said."""
+    """The options about bits; None for those that were not given."""
 
     bits: str | None = None
     expert_bits: int | None = None
@@ -186,7 +184,7 @@ class AskedBits:
         others = (self.expert_bits, self.dense_bits, self.group_size)
         if self.fit and any(other is not None for other in others):
             raise RecipeError(f"{FIT!r} chooses everything: leave the other options on bits out")
-        self.on(Recipe())  # raises what is wrong before any work
+        self.on(Recipe())  # raises `RecipeError` now rather than after other work
 
     @classmethod
     def of(cls, options: LoadOptions) -> AskedBits:
@@ -198,7 +196,7 @@ class AskedBits:
         return self.bits == FIT
 
     def on(self, base: Recipe) -> Recipe:
-        """`base`, changed by what was asked. Raises `RecipeError`."""
+        """`base`, changed by the options that were given. Raises `RecipeError`."""
         if self.fit:
             return base
         recipe = base
@@ -212,12 +210,15 @@ class AskedBits:
         return recipe
 
     def recipe(self) -> Recipe | None:
-        """The recipe for a new pack; None: the one that fits."""
+        """The recipe for a new pack; None when the one that fits shall be chosen."""
         return None if self.fit else self.on(Recipe())
 
 
 def most_bits(*conditions: Callable[[Recipe], bool]) -> Recipe:
-    """The most bits that meet the first condition that any can meet; else the fewest bits."""
+    """Of `FITTING`, the recipe with the most bits that meets the first condition that any meets.
+
+    The one with the fewest bits if none meets any condition.
+    """
     recipes = [Recipe.parse(text) for text in FITTING]
     return next(
         (recipe for condition in conditions for recipe in recipes if condition(recipe)),
@@ -226,5 +227,5 @@ def most_bits(*conditions: Callable[[Recipe], bool]) -> Recipe:
 
 
 def bits_name(info: PackInfo) -> str:
-    """The preset a pack was made with, else its rules."""
+    """The preset that a pack was made with, else its rules."""
     return Recipe.parse(info.bits).name

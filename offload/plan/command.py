@@ -1,39 +1,53 @@
-"""`offload plan`: what a model would take and how fast it would be, before it is fetched."""
+"""`offload plan`: the memory and speed of a model, told before it is downloaded."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import shlex
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
-from offload.errors import BudgetError
-from offload.options import (
-    BITS,
-    DONE,
-    HUB,
-    LoadOptions,
-    PlanOptions,
-    add_model,
-    add_options,
-    options_from,
-    words_of,
-)
+from offload.errors import DONE, BudgetError
+from offload.flags import add_model, add_options, option, options_from, words_of
+from offload.options import BITS, HUB, LoadOptions
+from offload.units import positive
 
 if TYPE_CHECKING:
     from offload.plan.plan import Plan
     from offload.plan.target import Target
 
-EXAMPLE = 'offload plan mistralai/Mixtral-8x7B-v0.1 --gpu "RTX 4090" --ram 64GiB'
+EXAMPLE = "offload plan mistralai/Mixtral-8x7B-v0.1 --gpu 4090 --ram 64GiB"
 SIZES = ("device", "vram", "ram", "context", "ubatch_size", "expert_slots")
-ONE_SIZE = {"vram": "memory to use on each GPU, like 20GiB"}
+_machine = partial(option, group="machine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """Options of `offload plan` alone."""
+
+    gpu: str | None = _machine(
+        "--gpu NAME",
+        None,
+        "plan for another machine that has this GPU, like 3060 or 4090; --vram and --ram are then "
+        "the sizes of its memory, of which 90% is used",
+        unset="this machine",
+    )
+    cards: int | None = _machine("--gpus N", None, "number of GPUs", unset="1", parse=positive)
+    routing: str | None = _machine(
+        "--trace FILE",
+        None,
+        "forecast the speed for the routing that --trace recorded in FILE",
+        unset="made-up routing",
+    )
+    output: str = option("-o --output", "text", "format of the output", choices=("text", "json"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_options(parser, PlanOptions)
-    add_options(parser, LoadOptions, SIZES, group="machine", helps=ONE_SIZE)
+    add_options(parser, LoadOptions, SIZES, group="machine")
     add_options(parser, LoadOptions, (*BITS, *HUB))
 
 
@@ -47,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     asked = options_from(arguments, PlanOptions)
     options = options_from(arguments, LoadOptions)
-    AskedBits.of(options)  # what is wrong with bits is told before anything is read
+    AskedBits.of(options)  # raises for wrong bits before anything is read
     trace = open_trace(asked.routing) if asked.routing else None
     model = outline(
         arguments.model,
@@ -63,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
         print("\n".join(lines(plan, command, trace is not None)))
     if plan.chosen is None:
         if plan.remedy:
-            raise BudgetError(f"nothing fits: plan with {plan.remedy}, that does")
+            raise BudgetError(f"nothing fits: plan with {plan.remedy}, which does fit")
         raise BudgetError(f"nothing fits: {plan.rows[-1].refusal}")
     return DONE
 
@@ -74,12 +88,12 @@ def _target(asked: PlanOptions, options: LoadOptions) -> Target:
     if asked.gpu is None:
         return this_machine(options, asked.cards)
     if options.device is not None:
-        raise BudgetError("--device is of this machine: leave it out, or --gpu")
+        raise BudgetError("--device names a device of this machine: leave out --device or --gpu")
     return named_machine(asked.gpu, options, asked.cards)
 
 
 def _command(model: str, plan: Plan) -> str:
-    """What carries `plan` out, on the machine it is for."""
+    """The command that carries `plan` out on the machine for which it was made."""
     options = plan.options
     if not plan.target.here:
         options = replace(options, device=None, vram=None, ram=None)

@@ -1,8 +1,4 @@
-"""A model as its config and index tell it, without a weight.
-
-Knows: where shapes come from: a pack's manifest, files' headers, else the model that transformers
-builds from the config. Does not know: machines, what fits.
-"""
+"""A model's shapes without its weights, from a manifest, from headers of files or from a config."""
 
 from __future__ import annotations
 
@@ -16,10 +12,10 @@ from offload.files import read_object
 from offload.model import demo, sources
 from offload.model.checkpoint import Checkpoint
 from offload.model.formats.gguf import is_gguf
-from offload.model.formats.opening import open_weights
 from offload.model.formats.safetensors import INDEX, SINGLE, weight_files
 from offload.model.formats.source import ExpectedSource
 from offload.model.seam import build_on_meta, chosen_experts, find_experts, model_class, own_config
+from offload.model.sources import open_weights
 from offload.pack.describe import Describer, PackSource
 from offload.pack.recipe import Recipe
 from offload.quant.pack import PackInfo, read_info
@@ -27,27 +23,31 @@ from offload.quant.pack import PackInfo, read_info
 
 @dataclass(frozen=True)
 class Outline:
-    """A model whose packs can be described."""
+    """A model whose packs can be described without its weights."""
 
     name: str
     config: PreTrainedConfig
-    model: PreTrainedModel  # on meta, whole
-    made: PackInfo | None  # it is a pack already
+    model: PreTrainedModel  # the whole model, on the meta device
+    made: PackInfo | None  # the manifest, if it is a pack already
     top_k: int
-    table: str | None  # the module of a token table that is not the head too: a token reads a row
+    # The module of the token table unless it is the head too: of it a token reads a single row.
+    table: str | None
     table_weights: int
-    download_bytes: int | None  # of weights that are not here; None: they are, or nobody says
-    from_config: bool  # no file's header was read: dtypes are as the config says
+    download_bytes: int | None  # of weights that are not here; None if they are, or if unknown
+    from_config: bool  # dtypes are those of the config, because no weight file's header was read
     describer: Describer
 
     def describe(self, recipe: Recipe) -> PackInfo:
-        """The pack by `recipe`. Raises `RecipeError`."""
+        """The manifest of the pack that `recipe` would make. Raises `RecipeError`."""
         if self.made is not None and Recipe.parse(self.made.bits) == recipe:
             return self.made
         return self.describer.describe(recipe)
 
     def read_bytes(self, info: PackInfo, itemsize: int) -> int:
-        """Bytes of the weights beside the experts that each token reads."""
+        """Bytes of the weights that each token reads beside the experts.
+
+        `itemsize`: bytes of a weight that is kept as stored, when it is computed with.
+        """
         of_table = 0
         if self.table is not None:
             records = (info.dense_layout(d) for d in info.dense if self.table in d.modules)
@@ -56,7 +56,7 @@ class Outline:
         return info.dense_bytes(itemsize) - of_table
 
     def active_parameters(self, info: PackInfo) -> int:
-        """Weights a token is multiplied with."""
+        """Weights that a token is multiplied with."""
         chosen = sum(self.top_k * info.layout_of(i).weights for i in range(len(info.layers)))
         return chosen + info.dense_parameters - self.table_weights
 
@@ -64,14 +64,14 @@ class Outline:
 def outline(
     name: str, *, revision: str | None, local_files_only: bool, trust_remote_code: bool
 ) -> Outline:
-    """The model `name`: a pack, folder, GGUF file, hub id or the demo.
+    """The model `name`: a pack, a folder, a GGUF file, a hub id or the demo.
 
-    Of a hub model nothing but config.json and its index is fetched. Raises `OffloadError`.
+    Of a hub model only config.json and the weights' index are fetched. Raises `OffloadError`.
     """
-    if name == sources.DEMO and not demo.place().is_dir():
+    if name == sources.DEMO and not demo.demo_folder().is_dir():
         return _outline(name, demo.planned_config(), None, None, trust_remote_code)
     found = (
-        sources.Source(name, demo.place(), is_pack=False)
+        sources.FoundModel(name, demo.demo_folder(), is_pack=False)
         if name == sources.DEMO
         else sources.find(
             name,
@@ -118,7 +118,7 @@ def _outline(
 
 
 def _has_weights(folder: Path) -> bool:
-    """Whether a checkpoint's files are all here, readable or not."""
+    """Whether all weight files of a checkpoint are here, readable or not."""
     if is_gguf(folder):
         return True
     if (folder / INDEX).is_file():
@@ -131,7 +131,7 @@ def _has_weights(folder: Path) -> bool:
 
 
 def _index_bytes(folder: Path) -> int | None:
-    """Bytes of the weights, as the index of a checkpoint says."""
+    """Bytes of a checkpoint's weights, if its index tells them."""
     if not (folder / INDEX).is_file():
         return None
     said = read_object(folder / INDEX).get("metadata")
@@ -140,7 +140,8 @@ def _index_bytes(folder: Path) -> int | None:
 
 
 def _table(model: PreTrainedModel) -> tuple[str | None, int]:
-    """The token table, when it is not the head too, and its weights."""
+    """The module of the token table and the number of its weights; None and 0 if it is the head
+    too."""
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     paths = {id(module): path for path, module in model.named_modules()}
     tied = {name.rpartition(".")[0] for name in model.all_tied_weights_keys}

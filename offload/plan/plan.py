@@ -1,4 +1,4 @@
-"""One row of a plan: a model with its experts at some bits, on a machine."""
+"""What a model takes at each number of bits on a machine, and which of them to run."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import torch
 
 from offload.budget.budget import Budget
 from offload.budget.resolve import Place, Resolver
-from offload.cache.errors import CacheError
-from offload.cache.simulate.forecast import Forecast, Load, forecast, forecast_of
-from offload.cache.trace.synthetic import Shape
 from offload.cache.trace.trace import Trace
 from offload.errors import BudgetError, SourceError
-from offload.options import Card, LoadOptions, Share
+from offload.fit import Card, Share
+from offload.options import LoadOptions
 from offload.pack.recipe import FITTING, AskedBits, Recipe, most_bits
+from offload.plan.forecast import Forecast, Workload, forecast
 from offload.plan.outline import Outline
 from offload.plan.target import Target
 from offload.quant.pack import PackInfo
@@ -24,22 +23,22 @@ from offload.units import parse_slots
 
 
 @dataclass(frozen=True)
-class Row:
+class PlanRow:
     """The model with its experts at some bits, on the machine."""
 
     recipe: Recipe
     bits: Scheme  # of most experts
     info: PackInfo
-    budget: Budget  # of one card; of several the most that one has
-    chunk: int  # tokens of a prompt at once
+    budget: Budget  # of one card; of several cards the most that any of them has
+    chunk: int  # tokens of a prompt that go through the model at once
     shares: tuple[Share, ...]  # of several cards
-    slots: int  # over all cards; 0 when not even one fits
-    rest: str  # where the others are: VRAM (there are none), RAM, disk; "" when it does not fit
-    disk_share: float  # of what is loaded into slots: what comes from the disk
-    refusal: str  # why it does not fit
-    fixed_cache: bool  # the KV cache is there twice (`Resolver.keeps_fixed_cache`)
+    slots: int  # over all cards; 0 if not even one fits
+    fixed_cache: bool  # there is a second KV cache (`Resolver.keeps_fixed_cache`)
     on_device: bool  # steps are planned on the card, as `--engine auto` does where it can
-    forecast: Forecast | None
+    refusal: str = ""  # why it does not fit
+    rest: str = ""  # where experts without a slot are: RAM, disk, or VRAM if all have one
+    disk_share: float = 0.0  # share of expert loads that come from disk instead of RAM
+    forecast: Forecast | None = None  # None if it does not fit
 
     @property
     def resident(self) -> bool:
@@ -47,12 +46,12 @@ class Row:
 
     @property
     def staging_bytes(self) -> int:
-        """On a card, for prompts to be streamed through."""
+        """On a card: of the rows through which a prompt's experts are streamed."""
         return 0 if self.resident else self.budget.staging * self.budget.slot
 
     @property
     def pack_bytes(self) -> int:
-        """On the disk, where weights that are kept as stored have 16 bits."""
+        """On disk, where weights that keep their stored width have 16 bits."""
         return self.info.dense_bytes(2) + self.info.expert_bytes
 
 
@@ -67,8 +66,11 @@ def make_row(
     options: LoadOptions,
     recipe: Recipe,
     trace: Trace | None = None,
-) -> Row:
-    """`recipe` on `target`; a model that does not fit is a row too. Raises `OffloadError`."""
+) -> PlanRow:
+    """`recipe` on `target`, with the reason in `refusal` if it does not fit.
+
+    Raises `OffloadError`.
+    """
     info = outline.describe(recipe)
     resolver = _resolver(target, options)
     slots, shares, refusal = 0, tuple[Share, ...](), ""
@@ -77,28 +79,28 @@ def make_row(
         slots, shares = fit.slots, fit.shares
     except BudgetError as error:
         refusal = str(error)
-    budget = _of_a_card(resolver.budget(info, outline.config), target.cards, shares)
     fixed_cache = resolver.keeps_fixed_cache(info)
-    row = Row(
+    row = PlanRow(
         recipe,
         experts_scheme(recipe),
         info,
-        budget,
+        _of_a_card(resolver.budget(info, outline.config), target.cards, shares),
         resolver.chunk(outline.config),
         shares,
         slots,
-        "",
-        0.0,
-        refusal,
         fixed_cache,
         fixed_cache and slots >= 2 * outline.top_k,
-        None,
+        refusal,
     )
     if refusal:
         return row
     held = _held_in_ram(target, row)
-    row = replace(row, rest=_rest(target, row, held), disk_share=_disk_share(row, held))
-    return replace(row, forecast=_forecast(outline, target, row, held, resolver, trace))
+    # RAM holds as large a part of the misses as of all experts, because experts that have a slot
+    # take up their part of it too (docs/log/host-tier.md).
+    disk_share = 0.0 if row.resident else max(0.0, 1 - held / info.expert_bytes)
+    row = replace(row, rest=_rest(target, row, held), disk_share=disk_share)
+    itemsize = resolver.dtype(outline.config).itemsize
+    return replace(row, forecast=_forecast(outline, target, row, itemsize, trace))
 
 
 def _resolver(target: Target, options: LoadOptions) -> Resolver:
@@ -110,7 +112,7 @@ def _resolver(target: Target, options: LoadOptions) -> Resolver:
 
 
 def _of_a_card(whole: Budget, cards: int, shares: tuple[Share, ...]) -> Budget:
-    """The most that a card has of each; where they cannot be shared out, equal parts."""
+    """The most of each part that a card has; equal parts if the layers do not fit on the cards."""
     return replace(
         whole,
         dense=max((share.dense for share in shares), default=-(-whole.dense // cards)),
@@ -121,8 +123,8 @@ def _of_a_card(whole: Budget, cards: int, shares: tuple[Share, ...]) -> Budget:
     )
 
 
-def _held_in_ram(target: Target, row: Row) -> int:
-    """Bytes of experts that RAM holds beside the slots."""
+def _held_in_ram(target: Target, row: PlanRow) -> int:
+    """Bytes of experts that RAM holds beside those in slots."""
     if target.device.type != "cpu":
         return target.spare_bytes
     budget = row.budget
@@ -130,49 +132,35 @@ def _held_in_ram(target: Target, row: Row) -> int:
     return max(0, target.spare_bytes - used)
 
 
-def _rest(target: Target, row: Row, held: int) -> str:
+def _rest(target: Target, row: PlanRow, held: int) -> str:
     if row.resident:
         return "RAM" if target.device.type == "cpu" else "VRAM"
     return "RAM" if row.info.expert_bytes <= held else "disk"
 
 
-def _disk_share(row: Row, held: int) -> float:
-    """Of the experts without a slot RAM holds as large a part as of all: what has a slot too takes
-    its part of it (docs/log.md)."""
-    return 0.0 if row.resident else max(0.0, 1 - held / row.info.expert_bytes)
-
-
 def _forecast(
-    outline: Outline,
-    target: Target,
-    row: Row,
-    held: int,
-    resolver: Resolver,
-    trace: Trace | None,
+    outline: Outline, target: Target, row: PlanRow, itemsize: int, trace: Trace | None
 ) -> Forecast:
+    """`itemsize`: bytes of a weight that is kept as stored, when it is computed with."""
     info = row.info
-    layers = len(info.layers)
-    weights = sum(n.num_experts * info.layout_of(i).weights for i, n in enumerate(info.layers))
-    shape = Shape(
-        outline.name,
-        layers,
-        max(layer.num_experts for layer in info.layers),
-        outline.top_k,
-        info.expert_bytes // info.total_experts,
-        outline.read_bytes(info, resolver.dtype(outline.config).itemsize),
-        info.expert_bytes * 8 / weights,
+    work = Workload(
+        layers=len(info.layers),
+        experts=info.total_experts,
+        top_k=outline.top_k,
+        expert_bytes=info.expert_bytes // info.total_experts,
+        dense_bytes=outline.read_bytes(info, itemsize),
+        slots=row.slots,
+        hardware=target.hardware,
+        disk_share=row.disk_share,
+        on_device=row.on_device,
     )
-    load = Load(shape, target.hardware, row.slots, held, on_device=row.on_device)
-    try:
-        if trace is None:
-            return forecast(load)
-        return forecast_of(load, _on_this_model(trace, outline, info))
-    except CacheError as error:
-        raise BudgetError(str(error)) from None
+    if trace is not None:
+        _check_trace(trace, outline, info)
+    return forecast(work, trace)
 
 
-def _on_this_model(trace: Trace, outline: Outline, info: PackInfo) -> Trace:
-    """The trace, with records of the sizes that are planned. Raises `BudgetError`."""
+def _check_trace(trace: Trace, outline: Outline, info: PackInfo) -> None:
+    """Raise `BudgetError` for a trace of another model."""
     counts = tuple(layer.num_experts for layer in info.layers)
     header = trace.header
     if header.experts != counts or header.top_k != outline.top_k:
@@ -181,13 +169,11 @@ def _on_this_model(trace: Trace, outline: Outline, info: PackInfo) -> Trace:
             f"experts, top-{header.top_k}; {outline.name} has {len(counts)} of {max(counts)}, "
             f"top-{outline.top_k}: record one of it"
         )
-    sizes = tuple(info.layout_of(layer).record_bytes for layer in range(len(counts)))
-    return Trace(replace(header, record_bytes=sizes), trace.events)
 
 
 BITS = (8, 6, 5, 4, 3, 2)
 DENSE_BITS = (8, 6, 5, 4)
-GOOD_BITS = 4  # fewer cost much quality (README): less is advised only where 4 wait for a disk
+GOOD_BITS = 4  # fewer cost much quality; they are advised only where 4 bits would wait for a disk
 
 
 @dataclass(frozen=True)
@@ -197,19 +183,20 @@ class Plan:
     outline: Outline
     target: Target
     options: LoadOptions
-    rows: tuple[Row, ...]
-    chosen: Row | None  # the one to run; None: none fits
-    remedy: str = ""  # what makes a model fit of which nothing does
+    rows: tuple[PlanRow, ...]
+    chosen: PlanRow | None  # the one to run; None if none fits
+    remedy: str = ""  # if none fits: the option that makes one fit
 
 
 def make_plan(
     outline: Outline, target: Target, options: LoadOptions, trace: Trace | None = None
 ) -> Plan:
-    """Every row, and the one to run. Without a `trace` the routing is made up.
+    """Every row, and the one to run. Without a `trace` the hit rates are assumed.
 
     Raises `OffloadError`.
     """
-    _check_slots(options.expert_slots)
+    if parse_slots(options.expert_slots, 1) == 0:  # on any machine, so it is no row's refusal
+        raise BudgetError("0 expert slots: at least one is needed, raise --expert-slots")
     bits = AskedBits.of(options)
     asked = _asked(outline, bits)
     recipes = _recipes(outline, bits, asked)
@@ -224,14 +211,8 @@ def make_plan(
     return Plan(outline, target, options, rows, chosen, remedy)
 
 
-def _check_slots(slots: int | str | None) -> None:
-    """What no machine could do is no row's refusal. Raises `BudgetError`."""
-    if parse_slots(slots, 1) == 0:
-        raise BudgetError("0 expert slots: at least one is needed, raise --expert-slots")
-
-
 def _remedy(outline: Outline, target: Target, options: LoadOptions) -> str:
-    """The most bits of the dense weights with which experts of `GOOD_BITS` fit, as a flag."""
+    """The option with the most bits of dense weights at which experts of `GOOD_BITS` bits fit."""
     if outline.made is not None or options.expert_slots is not None:
         return ""
     for bits in DENSE_BITS:
@@ -242,8 +223,10 @@ def _remedy(outline: Outline, target: Target, options: LoadOptions) -> str:
 
 
 def _asked(outline: Outline, bits: AskedBits) -> Recipe | None:
-    """The recipe that the user or the pack has settled; None: its bits are what is asked. Raises
-    `SourceError`."""
+    """The recipe that the user asks for or the pack has; None if the bits are left to the plan.
+
+    Raises `SourceError`.
+    """
     if outline.made is not None:
         made = Recipe.parse(outline.made.bits)
         if (wanted := bits.on(made)) != made or bits.fit:
@@ -257,7 +240,7 @@ def _asked(outline: Outline, bits: AskedBits) -> Recipe | None:
 
 
 def _recipes(outline: Outline, bits: AskedBits, asked: Recipe | None) -> list[Recipe]:
-    """One for each number of bits, the most first."""
+    """A recipe for each number of bits, the most bits first."""
     if bits.fit:
         return [Recipe.parse(text) for text in FITTING]
     base = asked or bits.on(Recipe())
@@ -271,22 +254,23 @@ def _recipes(outline: Outline, bits: AskedBits, asked: Recipe | None) -> list[Re
     return sorted(recipes, key=lambda recipe: -experts_scheme(recipe).bits)
 
 
-def _fitting(rows: Sequence[Row]) -> Row | None:
-    """What `--bits fit` takes: see `offload.recipe.most_bits`."""
-    by_recipe = {row.recipe.name: row for row in rows}
-
-    def row_of(recipe: Recipe) -> Row:
-        return by_recipe[recipe.name]
-
-    chosen = row_of(
-        most_bits(lambda r: row_of(r).resident, lambda r: row_of(r).rest in ("RAM", "VRAM"))
+def _fitting(rows: Sequence[PlanRow]) -> PlanRow | None:
+    """The row that `--bits fit` takes (`offload.pack.recipe.most_bits`)."""
+    by_name = {row.recipe.name: row for row in rows}
+    chosen = most_bits(
+        lambda recipe: by_name[recipe.name].resident,
+        lambda recipe: by_name[recipe.name].rest in ("RAM", "VRAM"),
     )
-    return None if chosen.refusal else chosen
+    row = by_name[chosen.name]
+    return None if row.refusal else row
 
 
-def _best(rows: Sequence[Row]) -> Row | None:
-    """The most bits that are all resident; else 4 where the disk does not slow them; else the most
-    that it does not slow; else 4; else whatever fits."""
+def _best(rows: Sequence[PlanRow]) -> PlanRow | None:
+    """The row with the most bits at which every expert is resident.
+
+    If there is none: 4 bits unless they wait for the disk; else the most bits that do not wait for
+    it; else 4 bits; else the most bits that fit.
+    """
     fitting = [row for row in rows if not row.refusal]
     good = [row for row in fitting if row.bits.bits >= GOOD_BITS]
     choices = [
@@ -299,5 +283,5 @@ def _best(rows: Sequence[Row]) -> Row | None:
     return next((rows[0] for rows in choices if rows), None)
 
 
-def _waits_for_disk(row: Row) -> bool:
+def _waits_for_disk(row: PlanRow) -> bool:
     return row.forecast is not None and row.forecast.limited_by == "disk"

@@ -1,28 +1,35 @@
-"""A plan for a reader.
-
-Knows: columns, units, the command that carries it out. Does not know: how it was made
-(`offload.plan`).
-"""
+"""A plan as lines for a terminal, or as JSON."""
 
 from __future__ import annotations
 
 import shutil
 import textwrap
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
-from offload.cache.simulate.forecast import HOST, LOCAL, RATES, USUAL, Forecast
 from offload.files import offload_home
-from offload.options import Share
-from offload.plan.plan import GOOD_BITS, Plan, Row
+from offload.fit import Share
+from offload.machine.measure import existing
+from offload.plan.forecast import (
+    LOCAL,
+    RATES,
+    SLOW_PYTHON,
+    UNIFORM,
+    USUAL,
+    hit_rate,
+)
+from offload.plan.plan import GOOD_BITS, Plan, PlanRow
 from offload.units import gib
 
 COLUMNS = ("bits", "experts", "pack", "resident", "rest in", "tok/s", "range", "limit")
 
 
 def lines(plan: Plan, command: str, traced: bool) -> Iterator[str]:
-    """For a terminal of 80 columns."""
+    """The plan for a terminal of 80 columns.
+
+    `command` carries it out; `traced`: the forecast is for a recorded trace.
+    """
     yield from _heading(plan)
     yield ""
     yield from _table(plan)
@@ -77,7 +84,7 @@ def _table(plan: Plan) -> Iterator[str]:
         yield " ".join(" " + text for text in texts).rstrip()
 
 
-def _cells(row: Row, chosen: bool) -> list[str]:
+def _cells(row: PlanRow, chosen: bool) -> list[str]:
     bits = f"{'>' if chosen else ''}{_bits(row)}"
     cells = [bits, _gib(row.info.expert_bytes), _gib(row.pack_bytes)]
     if row.forecast is None:
@@ -92,16 +99,15 @@ def _cells(row: Row, chosen: bool) -> list[str]:
     ]
 
 
-def _rest(row: Row) -> str:
+def _rest(row: PlanRow) -> str:
     if row.resident:
         return "-"
     return row.rest if row.rest == "RAM" else f"{row.disk_share:.0%} disk"
 
 
-def _bits(row: Row) -> str:
-    """Bits alone where everything else about them is as usual."""
-    text = str(row.bits)
-    return text.removesuffix("g64")
+def _bits(row: PlanRow) -> str:
+    """The bits of most experts, with the group size unless it is the usual one."""
+    return str(row.bits).removesuffix("g64")
 
 
 def _gib(size: int) -> str:
@@ -112,7 +118,7 @@ def _speed(tokens_per_s: float) -> str:
     return f"{tokens_per_s:.0f}" if tokens_per_s >= 99.5 else f"{tokens_per_s:.2g}"
 
 
-def _sizes(plan: Plan, row: Row) -> Iterator[str]:
+def _sizes(plan: Plan, row: PlanRow) -> Iterator[str]:
     info, budget, cards = row.info, row.budget, plan.target.cards
     device = "RAM" if plan.target.device.type == "cpu" else "VRAM"
     each = " at most a card" if cards > 1 else ""
@@ -135,7 +141,7 @@ def _sizes(plan: Plan, row: Row) -> Iterator[str]:
         yield f"  card {share.number:<5} {len(share.blocks):>4} layers, {held}, {beside}"
 
 
-def _source(row: Row) -> str:
+def _source(row: PlanRow) -> str:
     if row.rest == "RAM":
         return "RAM"
     return "RAM or on disk" if row.disk_share < 1 else "files on disk"
@@ -147,38 +153,23 @@ def _download(plan: Plan) -> str:
 
 
 def notes(plan: Plan, traced: bool) -> Iterator[str]:
-    """What a reader must know to believe it."""
-    if not any(row.forecast for row in plan.rows):
-        pass  # no speed is told
-    elif traced:
-        yield (
-            "tok/s is simulated on the trace, not measured; its range: no look-ahead, "
-            f"{_low_end(plan)}, to look-ahead{_high_end(plan)}"
-        )
-    else:
-        yield (
-            f"tok/s is simulated, not measured: a token repeats {USUAL.stickiness:.0%} of the "
-            f"choices before; its range: none repeated, all experts alike, {_low_end(plan)}, to "
-            f"{LOCAL.stickiness:.0%} repeated, few experts favoured{_high_end(plan)}"
-        )
+    """What a reader must know to judge the figures, a sentence each."""
+    yield from _assumptions(plan, traced)
     yield from _engine(plan)
     if any(row.rest == "disk" for row in plan.rows):
-        yield (
-            "rest in: of what is loaded because it has no slot, so much comes from the disk, the "
-            "others from RAM"
-        )
+        yield "rest in: share of expert loads that come from disk instead of RAM"
     if plan.chosen is not None and plan.chosen.bits.bits < GOOD_BITS:
         yield (
             f"fewer than {GOOD_BITS} bits cost much quality: measure it with offload check, or "
-            f"give --expert-bits {GOOD_BITS} for the slower row"
+            f"choose the slower row with --expert-bits {GOOD_BITS}"
         )
     yield from plan.target.notes
     if plan.outline.from_config and plan.outline.made is None:
-        yield "sizes are those of config.json: the weights are not here"
+        yield "sizes follow from config.json: the weights are not here"
     if plan.outline.made is not None:
-        yield "this pack has its bits: other rows need its checkpoint"
+        yield "a pack has its bits for good: the other rows need its checkpoint"
     if plan.target.here and plan.chosen is not None and plan.outline.made is None:
-        free = _free_bytes(offload_home())
+        free = shutil.disk_usage(existing(offload_home())).free
         if plan.chosen.pack_bytes > free:
             yield f"{offload_home()} has {gib(free)} free: the pack needs more (--pack-dir)"
     refused = [row for row in plan.rows if row.refusal]
@@ -188,8 +179,35 @@ def notes(plan: Plan, traced: bool) -> Iterator[str]:
         yield f"with {plan.remedy} it fits"
 
 
+def _assumptions(plan: Plan, traced: bool) -> Iterator[str]:
+    """What the speeds and the ends of their range stand for."""
+    rows = [row for row in plan.rows if row.forecast]
+    if not rows:
+        return
+    if traced:
+        yield "tok/s is a forecast, not a measurement: hits are those of a replay on the trace"
+    else:
+        info = plan.rows[0].info
+        low, usual, high = (
+            hit_rate(0.25, info.total_experts / len(info.layers), plan.outline.top_k, locality)
+            for locality in (UNIFORM, USUAL, LOCAL)
+        )
+        yield (
+            "tok/s is a forecast, not a measurement: it assumes that, with a quarter of all "
+            f"experts resident, {usual:.0%} of those that a token uses are among them ({low:.0%} "
+            f"to {high:.0%} over the range)"
+        )
+    low_end = f"the low end of the range assumes {RATES:.0%} of these rates"
+    if any(row.on_device for row in rows):
+        low_end += ", steps planned by the host"
+    low_end += f" and {SLOW_PYTHON:g} times the usual Python"
+    if plan.target.device.type == "cpu":  # it may have been busy when it was measured
+        low_end += f"; the high end assumes {1 / RATES:.0%} of these rates"
+    yield low_end
+
+
 def _engine(plan: Plan) -> Iterator[str]:
-    """Who plans the steps that were simulated."""
+    """Who plans the steps of the forecast, the card or the host, and why."""
     rows = [row for row in plan.rows if row.forecast]
     if plan.target.device.type == "cpu" or not rows:
         return
@@ -204,7 +222,7 @@ def _engine(plan: Plan) -> Iterator[str]:
         yield f"{on_card}; at {', '.join(by_host)} bits by the host: {why}"
 
 
-def _why_host(plan: Plan, row: Row) -> str:
+def _why_host(plan: Plan, row: PlanRow) -> str:
     if plan.target.cards > 1:
         return "there are several cards"
     if row.info.expert_bytes > plan.target.memory.ram:
@@ -212,24 +230,8 @@ def _why_host(plan: Plan, row: Row) -> str:
     return "there are too few slots"
 
 
-def _low_end(plan: Plan) -> str:
-    by_host = "planned by the host at " if any(row.on_device for row in plan.rows) else ""
-    return f"{RATES:.0%} of these rates, {by_host}{HOST:g} times the Python"
-
-
-def _high_end(plan: Plan) -> str:
-    """On a CPU the rates that were measured may be a busy machine's."""
-    return f", {1 / RATES:.0%} of these rates" if plan.target.device.type == "cpu" else ""
-
-
-def _free_bytes(folder: Path) -> int:
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
 def to_json(plan: Plan, command: str, traced: bool) -> dict[str, Any]:
-    """Everything, in bytes and tokens a second."""
+    """The whole plan in bytes and tokens a second, for `-o json`."""
     outline, target = plan.outline, plan.target
     info = plan.rows[0].info
     return {
@@ -260,7 +262,7 @@ def to_json(plan: Plan, command: str, traced: bool) -> dict[str, Any]:
     }
 
 
-def _row_json(row: Row) -> dict[str, Any]:
+def _row_json(row: PlanRow) -> dict[str, Any]:
     return {
         "bits": str(row.bits),
         "recipe": str(row.recipe),
@@ -278,7 +280,7 @@ def _row_json(row: Row) -> dict[str, Any]:
         "rest_in": row.rest,
         "disk_share": row.disk_share,
         "refusal": row.refusal or None,
-        "tokens_per_s": None if row.forecast is None else _forecast_json(row.forecast),
+        "tokens_per_s": None if row.forecast is None else asdict(row.forecast),
     }
 
 
@@ -289,14 +291,4 @@ def _share_json(share: Share) -> dict[str, Any]:
         "slots": share.slots,
         "dense_bytes": share.dense,
         "kv_cache_bytes": share.kv_cache,
-    }
-
-
-def _forecast_json(forecast: Forecast) -> dict[str, Any]:
-    return {
-        "low": forecast.low,
-        "usual": forecast.usual,
-        "high": forecast.high,
-        "loaded_bytes": forecast.loaded_bytes,
-        "limited_by": forecast.limited_by,
     }

@@ -1,4 +1,4 @@
-"""The machine to plan for: this one, or one that is named."""
+"""The machine to plan for, this one or one that is named, resolved to numbers."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ import torch
 
 from offload.budget.budget import Memory
 from offload.budget.resolve import find_device
-from offload.cache.simulate.machines import PROFILES, Hardware, find_hardware
 from offload.errors import BudgetError
 from offload.files import offload_home
+from offload.machine.hardware import PROFILES, Hardware, find_hardware
 from offload.machine.measure import measure, read_rate
 from offload.options import LoadOptions
 from offload.units import SHARE, parse_bytes
 
 MOST_CARDS = 64
-LEAST_BYTES = 2**20  # of a size without a unit: fewer were meant as GiB
+LEAST_BYTES = 2**20  # of a size without a unit: a smaller number was meant as GiB
 ASSUMED = (
-    "link, RAM and disk are not measured but assumed: a slot with all lanes of the card's PCIe, "
-    "RAM as is usual beside it, an NVMe disk on PCIe 4"
+    "rates of link, RAM and disk are assumed, not measured: the card uses all of its PCIe lanes, "
+    "RAM is what is usual beside such a card, and the disk is an NVMe disk on PCIe 4"
 )
-DISK_BYTES = 2**26  # read to measure the disk
+DISK_BYTES = 2**26  # that are read to measure the disk
 
 
 @dataclass(frozen=True)
 class Target:
-    """A machine, resolved to numbers."""
+    """A machine and what of it may be used."""
 
-    hardware: Hardware  # its cards counted in
+    hardware: Hardware  # with its number of cards
     device: torch.device
-    memory: Memory  # that may be used: of one card (or of RAM without one), and of RAM
-    spare_bytes: int  # of RAM for experts that are not in slots; without a GPU slots take of it too
-    here: bool
+    memory: Memory  # that may be used: of one card (on a CPU: of RAM), and of RAM
+    spare_bytes: int  # of RAM, for experts that are not in slots; on a CPU slots take from it too
+    here: bool  # whether it is this machine
     notes: tuple[str, ...] = ()
 
     @property
@@ -46,8 +46,10 @@ class Target:
 
 
 def this_machine(options: LoadOptions, cards: int | None) -> Target:
-    """Where we are, measured, with what is free, or with what the user gives. Raises
-    `BudgetError`."""
+    """This machine, measured, with the memory that is free or that the user gives.
+
+    Raises `BudgetError`.
+    """
     place = find_device(options.device)
     count = _checked(cards or 1)
     if place.type != "cuda" and count > 1:
@@ -58,13 +60,13 @@ def this_machine(options: LoadOptions, cards: int | None) -> Target:
         )
     memory = Memory.of(place, options.vram, options.ram)
     hardware = _with_disk(replace(measure(place), cards=count))
-    free = int(psutil.virtual_memory().available * SHARE)  # the page cache takes what we leave
+    free = int(psutil.virtual_memory().available * SHARE)  # what is left serves as page cache
     spare = memory.ram if place.type == "cuda" else max(free, memory.ram)
     return Target(hardware, place, memory, spare, here=True)
 
 
 def _with_disk(hardware: Hardware) -> Hardware:
-    """With the rate of the disk where packs are kept, as far as it can be measured."""
+    """`hardware` with the rate of the disk where packs are kept, if it can be measured."""
     try:
         rate = read_rate(offload_home(), DISK_BYTES)
     except OSError:
@@ -73,8 +75,11 @@ def _with_disk(hardware: Hardware) -> Hardware:
 
 
 def named_machine(gpu: str, options: LoadOptions, cards: int | None) -> Target:
-    """One with cards called `gpu`; a share of their memory and of its RAM is used, as `load` uses a
-    share of what is free. Raises `BudgetError`."""
+    """A machine with cards called `gpu`. As `load` takes a share of the memory that is free, so
+    this takes a share of all of it.
+
+    Raises `BudgetError`.
+    """
     found = find_hardware(gpu)
     if found is None:
         known = ", ".join(PROFILES)
@@ -109,11 +114,11 @@ def named_machine(gpu: str, options: LoadOptions, cards: int | None) -> Target:
 
 
 def _one_of(several: Hardware) -> Hardware:
-    """The card that a profile of several has, under its own name."""
+    """The card of a profile that stands for several, under the card's own name."""
     return next(p for p in PROFILES.values() if replace(several, name=p.name, cards=1) == p)
 
 
 def _checked(cards: int) -> int:
     if cards > MOST_CARDS:
-        raise BudgetError(f"{cards} cards: at most {MOST_CARDS} are planned for")
+        raise BudgetError(f"{cards} cards: offload plan takes at most {MOST_CARDS}")
     return cards

@@ -1,10 +1,7 @@
-"""A file of figures that a later check is held against.
-
-Knows: the file's format, what makes two checks comparable, tolerances. Does not know: how figures
-are measured (`offload.quality.check`), what is printed.
+"""A file of figures and tolerances that a later check is held against.
 
 The file is JSON for people to read and edit: `figures` are what was measured, `tolerances` how much
-worse each may become. A figure is too bad when it is worse than
+worse each may become. A figure is too bad if it is worse than
 
     before + absolute + relative * before      (or before minus both, where more is better).
 """
@@ -37,35 +34,35 @@ class Tolerance:
     absolute: float = 0.0
 
     def limit(self, figure: str, before: float) -> float:
-        """The worst that `figure` may be when it was `before`."""
+        """The worst value that `figure` may have if it was `before`."""
         if figure == "perplexity_ratio":
-            before = max(before, 1.0)  # below the reference's is luck, not something to keep
+            before = max(before, 1.0)  # to be better than the reference is luck, not a standard
         allowed = self.absolute + self.relative * abs(before)
         return before - allowed if figure in MORE_IS_BETTER else before + allowed
 
 
 # On one machine a check repeats to the last bit, so tolerances are for other processors and
-# versions. What rounding alone does is bounded by the demo in bfloat16 against itself in float32:
+# versions. The demo in bfloat16 against itself in float32 shows how far rounding alone can go:
 # KL mean 0.0010, median 0.0007, 99% 0.006, max 0.02, 2.5% other top tokens, perplexity 0.04%
-# (docs/log.md). The absolute parts are above that, and matter where a figure is near 0 as at 8
-# and 16 bits; the relative parts are well below what a bit less costs.
+# (docs/log/quality.md). The absolute parts are above that; they matter for figures near 0, as at 8
+# and 16 bits. The relative parts are well below the cost of one bit less.
 TOLERANCES = {
     "kl_mean": Tolerance(relative=0.10, absolute=0.002),
     "kl_median": Tolerance(relative=0.15, absolute=0.002),
-    # Set by a few positions: steadier than the maximum, less than the mean.
+    # A few positions decide this figure: it is steadier than the maximum, but less than the mean.
     "kl_p99": Tolerance(relative=0.30, absolute=0.02),
-    # Set by one position; twice as far is a new kind of mistake.
+    # One position decides this figure; only more than twice the distance is a new kind of error.
     "kl_max": Tolerance(relative=1.00, absolute=0.05),
     "top1_agreement": Tolerance(absolute=0.03),
-    # The perplexity itself is this times the reference's, which has to be the same.
-    # llama.cpp's q4_K_M costs 2.8% on Llama 3 8B, its q8_0 0.04% (its perplexity README).
+    # The model's perplexity is this ratio times the reference's, which must be the same.
+    # llama.cpp's q4_K_M costs 2.8% on Llama 3 8B, and its q8_0 0.04% (its perplexity README).
     "perplexity_ratio": Tolerance(relative=0.01),
 }
 
 
 @dataclass(frozen=True)
 class Change:
-    """A figure that may not be as it is: `now` is beyond `limit`, `before` is the baseline's."""
+    """A figure beside the baseline's: it was `before`, is `now`, and may be `limit` at worst."""
 
     figure: str
     before: float
@@ -75,7 +72,7 @@ class Change:
     @property
     def is_worse(self) -> bool:
         within = self.now >= self.limit if self.figure in MORE_IS_BETTER else self.now <= self.limit
-        return not within  # so written, a NaN is worse
+        return not within  # a NaN is worse too, because no comparison with it holds
 
     def __str__(self) -> str:
         bound = "at least" if self.figure in MORE_IS_BETTER else "at most"
@@ -86,28 +83,28 @@ class Change:
 FORMAT = "moe-offload quality baseline"
 VERSION = 1
 AGAIN = "make it again with --save-baseline"
-SAME_REFERENCE = 0.01  # relative: other processors round a perplexity differently, by far less
+SAME_REFERENCE = 0.01  # relative difference; rounding on other processors makes far less
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """Figures with their tolerances, and what they were measured on."""
+    """Figures with their tolerances, and the models and prompts they were measured on."""
 
-    model: dict[str, Any]  # what `Subject.identity` says
+    model: dict[str, Any]  # `MeasuredModel.identity`
     reference: dict[str, Any]
     prompts_sha256: str
     window: int
     stride: int
     tokens: int
     reference_perplexity: float
-    settings: dict[str, Any]  # the model's, for people: they may differ from one run to the next
+    settings: dict[str, Any]  # the model's, for people; a check may be run with other settings
     figures: dict[str, float]
     tolerances: dict[str, Tolerance]
 
     def worse(self, result: CheckResult) -> tuple[Change, ...]:
-        """Which figures of `result` are worse than they may be.
+        """Return the figures of `result` that are worse than allowed.
 
-        Raises `QualityError` when the two are not about the same.
+        Raises `QualityError` if `result` is of other models, prompts, windows or tokens.
         """
         self._check_comparable(result)
         now = result.overall.figures()
@@ -149,8 +146,9 @@ class Baseline:
 def baseline_of(
     result: CheckResult, tolerances: dict[str, Tolerance] = TOLERANCES
 ) -> dict[str, Any]:
-    """What is written to the file."""
-    figures = result.overall.to_json()
+    """The object that is written to the file."""
+    made_from = result.to_json()
+    del made_from["by_prompt"]
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -161,12 +159,7 @@ def baseline_of(
             "python": platform.python_version(),
             "machine": platform.machine(),
         },
-        "model": result.model.to_json(),
-        "reference": result.reference.to_json(),
-        "prompts": {"names": list(result.prompts.names), "sha256": result.prompts.sha256},
-        "window": result.sliding.window,
-        "stride": result.sliding.stride,
-        "figures": figures,
+        **made_from,
         "tolerances": {name: asdict(tolerance) for name, tolerance in tolerances.items()},
     }
 
@@ -174,7 +167,10 @@ def baseline_of(
 def save_baseline(
     file: Path, result: CheckResult, tolerances: dict[str, Tolerance] = TOLERANCES
 ) -> None:
-    """Write `result` as a baseline; the file that was there stays until the new one is whole."""
+    """Write `result` as a baseline. A file that already exists stays until the new one is whole.
+
+    Raises `QualityError`.
+    """
     text = json.dumps(baseline_of(result, tolerances), indent=2, ensure_ascii=False) + "\n"
     try:
         write_whole(file, text.encode())
@@ -183,7 +179,7 @@ def save_baseline(
 
 
 def read_baseline(file: Path) -> Baseline:
-    """The baseline in `file`; nothing that it must hold is guessed. Raises `QualityError`."""
+    """Read the baseline in `file`. Raises `QualityError` if anything in it is missing or wrong."""
     try:
         with file.open(encoding="utf-8") as handle:
             data = json.loads(read_text(handle, "it"))

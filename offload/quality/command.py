@@ -1,4 +1,4 @@
-"""`offload ppl` and `offload check`: how well a model predicts text, also beside a reference."""
+"""`offload ppl` and `offload check`: how well a model predicts text, also against a reference."""
 
 from __future__ import annotations
 
@@ -6,29 +6,76 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from offload.errors import DONE
 from offload.files import read_text, user_path
-from offload.options import (
-    DONE,
-    CheckOptions,
-    JsonOptions,
-    LoadOptions,
-    PerplexityOptions,
-    ThreadOptions,
-    WindowOptions,
-    add_model,
-    add_options,
-    options_from,
-)
+from offload.flags import add_model, add_options, option, options_from
+from offload.options import JsonOptions, LoadOptions, ThreadOptions
 from offload.quant.errors import OffloadError
+from offload.units import positive
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase | None]
+
+_comparison = partial(option, group="comparison")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowOptions:
+    """The option of both commands, which read a text in windows of --ctx-size tokens."""
+
+    stride: int | None = option(
+        "--stride N",
+        None,
+        "how many tokens of each window are scored; those before them are only read as context",
+        unit="tokens",
+        unset="half of --ctx-size",
+        parse=positive,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerplexityOptions:
+    """Options of `offload ppl` alone."""
+
+    file: Path | None = option(
+        "-f --file FILE", None, "the text, in UTF-8", unset="what is piped in", parse=Path
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions:
+    """Options of `offload check` alone."""
+
+    against: str = _comparison(
+        "--against REFERENCE",
+        None,
+        "the reference: a checkpoint, a pack, a hub id, or demo. A checkpoint is run at 16 bits, "
+        "for which a pack as large as the checkpoint is written",
+        unset="required",
+    )
+    plain: bool = _comparison(
+        "--plain", False, "run the reference with transformers alone, all of it in memory"
+    )
+    prompts: Path | None = _comparison(
+        "--prompts FILE",
+        None,
+        "texts to compare on, each below a line `--- NAME`",
+        unset="prose, code, maths, dialogue and Hebrew",
+        parse=Path,
+    )
+    baseline: Path | None = _comparison(
+        "--baseline FILE", None, "fail if a figure is worse than FILE allows", parse=Path
+    )
+    save_baseline: Path | None = _comparison(
+        "--save-baseline FILE", None, "write the figures to FILE, for --baseline", parse=Path
+    )
 
 
 def _add_arguments(parser: argparse.ArgumentParser, own: type) -> None:
@@ -38,7 +85,7 @@ def _add_arguments(parser: argparse.ArgumentParser, own: type) -> None:
         add_options(parser, kind)
 
 
-class Perplexity:
+class PerplexityCommand:
     """`offload ppl`: the perplexity of a text."""
 
     EXAMPLE = "offload ppl demo -f book.txt"
@@ -49,14 +96,14 @@ class Perplexity:
 
     @staticmethod
     def run(arguments: argparse.Namespace) -> int:
-        """Write the perplexity as a line or as JSON."""
+        """Print the perplexity as a line or as JSON, and return the exit code."""
         file = options_from(arguments, PerplexityOptions).file
         options = options_from(arguments, LoadOptions)
         text = _asked_text(file)
         from offload.engine.handle import offload_of
         from offload.loading import load_and_tell
         from offload.progress import Ticker
-        from offload.quality.check import subject_of
+        from offload.quality.check import measured_model
         from offload.quality.scoring import Sliding, encode_text, measure_perplexity
 
         threads = options_from(arguments, ThreadOptions).threads
@@ -76,7 +123,7 @@ class Perplexity:
                 "window": sliding.window,
                 "stride": sliding.stride,
                 "seconds": seconds,
-                "model": subject_of(model, arguments.model).to_json(),
+                "model": asdict(measured_model(model, arguments.model)),
             }
             print(json.dumps(report, indent=2, ensure_ascii=False))
         else:
@@ -87,9 +134,9 @@ class Perplexity:
 
 
 def _asked_text(file: Path | None) -> str:
-    """The text of -f or a piped stdin."""
+    """The text of -f or of a piped stdin. Raises `OffloadError`."""
     if file is None and sys.stdin.isatty():
-        raise OffloadError("there is no text: give one with -f or a pipe, there is no default")
+        raise OffloadError("there is no text: give one with -f or a pipe")
     try:
         if file is None:
             text = read_text(sys.stdin, "the piped text")
@@ -98,15 +145,15 @@ def _asked_text(file: Path | None) -> str:
                 text = read_text(handle, "the text")
     except (OSError, OffloadError) as error:
         raise OffloadError(f"cannot read the text from {file or 'stdin'}: {error}") from None
-    if not text:  # told before the model is loaded
+    if not text:  # checked before the model is loaded
         raise OffloadError(f"the text from {file or 'stdin'} is empty: give one of a page or more")
     return text
 
 
-class Check:
-    """`offload check`: a model beside its reference, and beside its own earlier figures."""
+class CheckCommand:
+    """`offload check`: a model against its reference, and against its own earlier figures."""
 
-    EXAMPLE = "offload check demo --bits q4 --against demo --save-baseline demo-q4.json"
+    EXAMPLE = "offload check demo --bits q4 --against demo --save-baseline q4.json"
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -114,12 +161,15 @@ class Check:
 
     @staticmethod
     def run(arguments: argparse.Namespace) -> int:
-        """Write how far the models differ. Raises `OffloadError` when a figure is worse than the
-        baseline allows."""
+        """Print how far the models differ, and return the exit code.
+
+        Raises `OffloadError` if a figure is worse than the baseline allows.
+        """
         from offload.loading import load_and_tell
         from offload.progress import Ticker
         from offload.quality.baseline import TOLERANCES, read_baseline, save_baseline
-        from offload.quality.check import Source, check, reference_bits, table
+        from offload.quality.check import ModelLoader, compare_models, load_plain, reference_bits
+        from offload.quality.comparison import table
         from offload.quality.prompts import read_prompts
         from offload.quality.scoring import Sliding
 
@@ -127,10 +177,10 @@ class Check:
         options = options_from(arguments, LoadOptions)
         threads = options_from(arguments, ThreadOptions).threads
         prompts = read_prompts(asked.prompts)
-        # A file that cannot be used is told before two models are run.
+        # A file that cannot be used is an error before two models are run.
         baseline = read_baseline(asked.baseline) if asked.baseline else None
         if asked.save_baseline and not asked.save_baseline.resolve().parent.is_dir():
-            raise OffloadError(f"there is no folder for {asked.save_baseline}: make it first")
+            raise OffloadError(f"the folder of {asked.save_baseline} does not exist: make it first")
         reference = replace(
             options,
             revision=options.revision if asked.against == arguments.model else None,
@@ -146,10 +196,8 @@ class Check:
         def load_reference() -> Loaded:
             return load_and_tell(asked.against, reference, threads)[:2]
 
-        def load_plain() -> Loaded:
-            from offload.quality import plain
-
-            return plain.load_plain(
+        def load_reference_plain() -> Loaded:
+            return load_plain(
                 asked.against,
                 device=reference.device,
                 revision=reference.revision,
@@ -158,9 +206,9 @@ class Check:
             )
 
         with Ticker("check") as ticker:
-            result = check(
-                Source(arguments.model, load_model),
-                Source(asked.against, load_plain if asked.plain else load_reference),
+            result = compare_models(
+                ModelLoader(arguments.model, load_model),
+                ModelLoader(asked.against, load_reference_plain if asked.plain else load_reference),
                 prompts,
                 Sliding.asked(options.context, options_from(arguments, WindowOptions).stride),
                 ticker,
@@ -178,9 +226,9 @@ class Check:
             what = "; ".join(map(str, changes))
             raise OffloadError(f"worse than {asked.baseline} allows: {what}")
         if baseline:
-            print(f"no worse than {asked.baseline} allows", file=sys.stderr)
+            print(f"no figure is worse than {asked.baseline} allows", file=sys.stderr)
         if asked.save_baseline:
             tolerances = baseline.tolerances if baseline else TOLERANCES
             save_baseline(asked.save_baseline, result, tolerances)
-            print(f"figures saved in {asked.save_baseline}", file=sys.stderr)
+            print(f"the figures are saved in {asked.save_baseline}", file=sys.stderr)
         return DONE

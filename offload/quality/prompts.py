@@ -1,9 +1,7 @@
-"""The fixed texts two models are compared on.
+"""The fixed texts on which two models are compared.
 
-Knows: the format of a file of prompts, and the built-in one. Does not know: tokens, models.
-
-A line `--- NAME` begins the prompt NAME; what stands before the first such line is prompt "1". The
-built-in set (prose, code, maths, dialogue, Hebrew) was written for this project.
+In a file of prompts, a line `--- NAME` begins the prompt NAME; text before the first such line is
+the prompt "1". The built-in set (prose, code, maths, dialogue, Hebrew) is this project's own.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ HEADING = re.compile(r"^--- +(\S.*?) *$", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Prompts:
-    """Named texts. `sha256` is of the names and texts, whatever file they came from."""
+    """Named texts; `sha256` depends on the names and the texts, but not on the file's layout."""
 
     names: tuple[str, ...]
     texts: tuple[str, ...]
@@ -36,7 +34,7 @@ class Prompts:
 
 
 def read_prompts(file: Path | None = None) -> Prompts:
-    """The prompts of `file`; None: the built-in ones. Raises `QualityError`."""
+    """Read the prompts of `file`, or the built-in ones for None. Raises `QualityError`."""
     try:
         with (file or BUILT_IN).open(encoding="utf-8") as handle:
             text = read_text(handle, "it")
@@ -48,5 +46,5 @@ def read_prompts(file: Path | None = None) -> Prompts:
     if not named:
         raise QualityError(f"{file} holds no prompts: write texts, each under a line `--- NAME`")
     if len(named) < sum(bool(body.strip()) for _, body in pairs):
-        raise QualityError(f"{file} has two prompts of one name: names must differ")
+        raise QualityError(f"{file} has two prompts with the same name: names must differ")
     return Prompts(tuple(named), tuple(named.values()))

@@ -1,9 +1,6 @@
-"""Scoring a text: every token's distribution given the tokens before it, in a sliding window.
+"""A text is scored in a sliding window: every token's distribution given the tokens before it.
 
-Knows: tokens, windows, how much is computed at a time. Does not know: what the scores are for, nor
-experts; any causal model of transformers will do.
-
-Letters: N tokens of the text, T of one window, n of one slice, V vocabulary.
+Letters: T tokens of one window, n tokens of one slice, V tokens of the vocabulary.
 """
 
 from __future__ import annotations
@@ -34,10 +31,10 @@ class Estimate:
 
 
 def mean_of(samples: Tensor) -> Estimate:
-    """The mean of `samples` [n], n > 1: its error is sqrt((E[x^2] - E[x]^2) / (n - 1)).
+    """The mean of `samples` [n], n > 1, with the error sqrt((E[x^2] - E[x]^2) / (n - 1)).
 
-    As llama.cpp's perplexity tool has it (`mean_and_uncertainty`): the samples count as
-    independent, which neighbouring tokens are not quite.
+    This is `mean_and_uncertainty` of llama.cpp's perplexity tool. It treats the samples as
+    independent, although neighbouring tokens are not quite.
     """
     values = samples.double()
     variance = float(values.var(correction=0))
@@ -45,52 +42,52 @@ def mean_of(samples: Tensor) -> Estimate:
 
 
 def share_of(hits: Tensor) -> Estimate:
-    """The share p of true `hits` [n], n > 1: its error is sqrt(p (1 - p) / (n - 1))."""
+    """The share p of true `hits` [n], n > 1, with the error sqrt(p (1 - p) / (n - 1))."""
     share = float(hits.double().mean())
     return Estimate(share, math.sqrt(share * (1 - share) / (len(hits) - 1)))
 
 
 def exp_of(estimate: Estimate) -> Estimate:
-    """The exponential: |d exp(x) / dx| = exp(x) carries the error over (first order)."""
+    """The exponential of `estimate`; to first order, its error is multiplied by exp(x)."""
     value = math.exp(estimate.value) if estimate.value < 700 else math.inf  # 1.8e308 is exp(709.8)
     return Estimate(value, value * estimate.error)
 
 
-WINDOW = 512  # tokens, as llama.cpp's perplexity tool; half of them are context by default
-DECODED = 16  # tokens at a window's end given singly: other kernels compute those
-PIECE = 512  # tokens given to the model at once: bounds the logits [PIECE, V] of long windows
-SLICE = 64  # rows whose logits are widened to float32 at once
+WINDOW = 512  # tokens, as in llama.cpp's perplexity tool; half of them are context by default
+DECODED = 16  # tokens at a window's end that are given one by one, so that decode kernels run too
+PIECE = 512  # tokens given to the model at once, which bounds the logits [PIECE, V]
+SLICE = 64  # rows of logits that are converted to float32 at once
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text as tokens. `prefix` is what its tokenizer puts before every text, such as BOS."""
+    """A text as token ids; its tokenizer puts `prefix`, such as BOS, before every text."""
 
     prefix: tuple[int, ...]
     ids: tuple[int, ...]
 
     @property
     def scored(self) -> int:
-        """Tokens that have something before them."""
+        """Number of scored tokens: those with at least one token before them."""
         return len(self.ids) if self.prefix else max(0, len(self.ids) - 1)
 
 
 @dataclass(frozen=True)
 class Sliding:
-    """How a text is cut: windows of `window` tokens that begin `stride` tokens apart."""
+    """How a text is cut into windows of `window` tokens that begin `stride` tokens apart."""
 
     window: int
     stride: int
 
     @classmethod
     def asked(cls, window: int = WINDOW, stride: int | None = None) -> Sliding:
-        """With the default stride, half a window, when None is given."""
+        """The given window and stride; None stands for a stride of half a window."""
         return cls(window, max(1, window // 2) if stride is None else stride)
 
 
 @dataclass(frozen=True)
 class Window:
-    """Tokens `begin` to `end` of the text, of which those from `scored` on are new."""
+    """Tokens `begin` to `end` of the text, of which the ones from `scored` on are scored."""
 
     begin: int
     end: int
@@ -99,7 +96,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Scores:
-    """Some tokens that follow each other, and what was expected in their places."""
+    """Consecutive tokens of a text, and the distributions that the model predicted for them."""
 
     targets: Tensor  # [n]
     log_probs: Tensor  # [n, V] float32
@@ -108,11 +105,14 @@ class Scores:
     def nll(self) -> Tensor:
         """Negative log-likelihood of the targets in nats: [n] float64 on the CPU."""
         picked = self.log_probs.gather(1, self.targets[:, None]).squeeze(1)
-        return -picked.double().cpu()  # sync: the scores of a slice are done
+        return -picked.double().cpu()  # sync: scores are collected on the host
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase | None, text: str, name: str) -> Text:
-    """`text`, called `name` in errors, as tokens, with what its tokenizer puts before it."""
+    """Encode `text`, together with the prefix of its tokenizer.
+
+    Raises `QualityError`, which calls the text `name`, if it has too few tokens to be measured.
+    """
     if tokenizer is None:
         raise QualityError(
             "the model has no tokenizer: put tokenizer.json and tokenizer_config.json into its "
@@ -129,7 +129,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase | None, text: str, name: str)
 
 
 def prefix_of(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """What `tokenizer` puts before a text."""
+    """The ids that `tokenizer` puts before every text."""
     probe = "a"
     bare = tokenizer(probe, add_special_tokens=False)["input_ids"]
     full = tokenizer(probe)["input_ids"]
@@ -140,10 +140,10 @@ def prefix_of(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 
 def cut(text: Text, sliding: Sliding) -> Iterator[Window]:
-    """The windows over `text`: each token is scored once, after the first window with at least
-    window - stride tokens before it, the prefix among them.
+    """Cut `text` into windows that score each token once.
 
-    Raises `QualityError` when window and stride do not allow that.
+    In every window after the first, a scored token has at least window - stride tokens before it,
+    the prefix included. Raises `QualityError` if window and stride do not allow that.
     """
     room = sliding.window - len(text.prefix)
     if room < 2:
@@ -165,10 +165,13 @@ def cut(text: Text, sliding: Sliding) -> Iterator[Window]:
         scored = end
 
 
-def score(model: PreTrainedModel, text: Text, sliding: Sliding) -> Iterator[Scores]:
-    """The scores of `text`, in the order of its tokens, at most `SLICE` at a time.
+def score(
+    model: PreTrainedModel, text: Text, sliding: Sliding, piece: int = PIECE, rows: int = SLICE
+) -> Iterator[Scores]:
+    """Yield the scores of `text` in the order of its tokens, at most `rows` at a time.
 
-    Raises `QualityError` when the text has tokens that the model does not know.
+    The model is given at most `piece` tokens at once. Raises `QualityError` if the text has a
+    token outside the model's vocabulary.
     """
     vocabulary = model.config.get_text_config().vocab_size
     if min(text.ids) < 0 or max(text.ids) >= vocabulary:
@@ -176,33 +179,35 @@ def score(model: PreTrainedModel, text: Text, sliding: Sliding) -> Iterator[Scor
             f"the text has a token outside the model's {vocabulary}: tokenizer and model do not "
             "belong together"
         )
-    at_once = _at_once(model)
+    at_once = tokens_at_once(model, piece)
     for window in cut(text, sliding):
         row = text.prefix + text.ids[window.begin : window.end]
         ids = torch.tensor([row], device=model.device)  # [1, T]
-        first = len(text.prefix) + window.scored - window.begin  # of `row`, to be scored
+        first = len(text.prefix) + window.scored - window.begin  # index in `row`: first scored
         cache = None
-        asked = len(row) - 1  # nothing is asked about what follows the last
-        for begin, end in _pieces(asked, at_once):
-            keep = end - max(begin, first - 1)  # logits at i are about token i + 1
+        # The last token is not read, because the token after it is not scored.
+        for begin, end in pieces(len(row) - 1, at_once):
+            keep = end - max(begin, first - 1)  # the logits at i predict token i + 1
             logits, cache = _forward(model, ids[:, begin:end], cache, max(1, keep))
-            for at in range(end - keep, end, SLICE):  # none when keep < 1
-                stop = min(at + SLICE, end)
+            for at in range(end - keep, end, rows):  # empty if keep < 1
+                stop = min(at + rows, end)
                 some = logits[at - end : stop - end or None].float()
                 yield Scores(ids[0, at + 1 : stop + 1], some.log_softmax(-1))
 
 
-def _at_once(model: PreTrainedModel) -> int:
-    """Tokens given to `model` at once: no more than its memory is counted for. All, to those whose
-    states forget what was before when several tokens follow others."""
+def tokens_at_once(model: PreTrainedModel, piece: int = PIECE) -> int:
+    """How many tokens `model` is given at once: at most `piece` and its micro-batch.
+
+    A model whose states are lost when several tokens follow others is given the whole window.
+    """
     if model.config.get_text_config().model_type in READ_WHOLE:
         return sys.maxsize
-    handle = getattr(model, "offload", None)  # transformers' own has none
-    return PIECE if handle is None else min(PIECE, handle.fit.ubatch)
+    handle = getattr(model, "offload", None)  # a model run by transformers alone has none
+    return piece if handle is None else min(piece, handle.fit.ubatch)
 
 
-def _pieces(count: int, at_once: int) -> Iterator[tuple[int, int]]:
-    """Begin and end of what is given to the model at once: prefill, then the last ones singly."""
+def pieces(count: int, at_once: int) -> Iterator[tuple[int, int]]:
+    """Begin and end of each call of the model: a prefill in pieces, then the last tokens singly."""
     bulk = max(0, count - DECODED)
     for begin in range(0, bulk, at_once):
         yield begin, min(begin + at_once, bulk)
@@ -212,19 +217,19 @@ def _pieces(count: int, at_once: int) -> Iterator[tuple[int, int]]:
 
 @torch.inference_mode()
 def _forward(model: PreTrainedModel, ids: Tensor, cache: Any, keep: int) -> tuple[Tensor, Any]:
-    """The last `keep` tokens' logits [keep, V], and the KV cache."""
-    out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=keep)
-    return out.logits[0], out.past_key_values
+    """The logits [keep, V] of the last `keep` tokens, and the KV cache."""
+    out = model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=keep)
+    return out.logits[0], out.cache
 
 
 Report = Callable[[int, int], None]  # tokens scored, tokens to score
 
 
 @dataclass(frozen=True)
-class Perplexity:
-    """exp of the mean negative log-likelihood of `tokens` scored tokens."""
+class PerplexityResult:
+    """The exponential of the mean negative log-likelihood of `tokens` scored tokens."""
 
-    nll: Estimate  # nats a token
+    nll: Estimate  # nats per token
     tokens: int
 
     @property
@@ -237,11 +242,11 @@ class Perplexity:
 
 def measure_perplexity(
     model: PreTrainedModel, text: Text, sliding: Sliding, report: Report | None = None
-) -> Perplexity:
-    """Perplexity of `model` on `text`; `report` is told how far it is.
+) -> PerplexityResult:
+    """Measure the perplexity of `model` on `text`; `report` is called with the progress.
 
-    Error of the mean of the n log-likelihoods sqrt((E[x^2] - E[x]^2) / (n - 1)), times the
-    perplexity: as llama.cpp's perplexity tool prints it. Raises `QualityError`.
+    Its error is the error of the mean log-likelihood times the perplexity, as llama.cpp's
+    perplexity tool prints it. Raises `QualityError`.
     """
     samples: list[Tensor] = []
     done = 0
@@ -250,11 +255,12 @@ def measure_perplexity(
         done += len(samples[-1])
         if report is not None:
             report(done, text.scored)
-    return Perplexity(mean_of(torch.cat(samples)), done)
+    return PerplexityResult(mean_of(torch.cat(samples)), done)
 
 
 def finite(values: Tensor, at: int, what: str) -> Tensor:
-    """`values` [n] if all are finite; else `QualityError`. `at`: tokens scored before."""
+    """Return `values` [n], which follow `at` scored tokens. Raises `QualityError`, which names
+    `what` and the position, if one is not finite."""
     bad = (~values.isfinite()).nonzero()
     if len(bad):
         index = int(bad[0])

@@ -1,51 +1,113 @@
-"""`offload trace`: a recorded run as text, as a picture, and under other caches."""
+"""`offload trace`: shows a recorded run, replays it with other caches, or draws it."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
-from offload.options import DONE, USAGE, PlotOptions, ReplayOptions, add_options, options_from
+from offload.errors import DONE, USAGE
+from offload.flags import add_options, option, options_from
+from offload.options import POLICIES, POLICY_HELP
+from offload.units import listed
 
 EXAMPLE = "offload trace show run.trace"
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReplayOptions:
+    """Options of `offload trace replay`."""
+
+    policy: tuple[str, ...] = option(
+        "--policy NAMES",
+        (),
+        "which expert to evict: lru, lfru, lfu, or belady (the optimum, which knows the future)",
+        unset="as recorded",
+        parse=listed(str),
+    )
+    expert_slots: tuple[str, ...] = option(
+        "--expert-slots N,..",
+        (),
+        "how many experts are resident: numbers, or shares like 25%",
+        unset="as recorded",
+        parse=listed(str),
+    )
+    lookahead: tuple[str, ...] = option(
+        "--lookahead NAMES",
+        ("live",),
+        "which experts are loaded early: none, those of the recorded run (live), or those that the "
+        "next layer's router would choose (router)",
+        parse=listed(str),
+    )
+    per_layer: bool = option("--per-layer", False, "show the hits and guesses of each layer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlotOptions:
+    """Options of `offload trace plot`."""
+
+    expert_slots: str = option(
+        "--expert-slots N",
+        "25%",
+        "how many experts are resident: a number or a share",
+        unit="experts",
+    )
+    policy: str = option("--policy NAME", POLICIES[0], POLICY_HELP)
+    output: Path | None = option(
+        "-o --output PNG", None, "draw to a file", unset="the terminal", parse=Path
+    )
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(command=None)
-    actions = parser.add_subparsers(dest="command", metavar="COMMAND")
+    parser.set_defaults(print_help=parser.print_help)
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", title="actions")
 
     def add(
         name: str, run: Callable[[argparse.Namespace], int], line: str, example: str
     ) -> argparse.ArgumentParser:
-        action = actions.add_parser(name, help=line, description=line, epilog=f"example: {example}")
+        action = actions.add_parser(
+            name,
+            help=line,
+            description=f"{line[0].upper()}{line[1:]}.",
+            epilog=f"example: {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         action.set_defaults(run=run)
         action.add_argument(
-            "trace", metavar="FILE", help="what --trace recorded, or synthetic:MODEL"
+            "trace", metavar="FILE", help="a file that --trace recorded, or synthetic:MODEL"
         )
         action.add_argument(
             "--debug", action="store_true", help="show a traceback when something fails"
         )
         return action
 
-    add("show", _show, "its text, its routing, layer by layer", "offload trace show run.trace")
+    add(
+        "show",
+        _show,
+        "show the text and the use of experts in each layer",
+        "offload trace show run.trace",
+    )
     replay = add(
         "replay",
         _replay,
-        "what other caches would have done",
-        "offload trace replay run.trace --policy lru,lfru --expert-slots 10%,25%",
+        "replay a run with other policies, expert slots or look-ahead",
+        "offload trace replay run.trace --policy lru,lfru --expert-slots 25%",
     )
     add_options(replay, ReplayOptions)
     plot = add(
         "plot",
         _plot,
-        "experts by layers: resident, hits, misses",
+        "draw the experts of each layer: resident, hits, misses",
         "offload trace plot chat.trace --expert-slots 25% -o experts.png",
     )
     add_options(plot, PlotOptions)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """No action was named."""
+    """Show the help, because no action was named."""
+    arguments.print_help(sys.stderr)
     return USAGE
 
 

@@ -1,8 +1,4 @@
-"""The heat map as a picture file.
-
-Knows: matplotlib, which is an extra and drawn without a display. Does not know: where the counts
-come from.
-"""
+"""The heat map of a trace, as text or drawn to a file by matplotlib."""
 
 from __future__ import annotations
 
@@ -12,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from offload.cache.errors import CacheError
-from offload.cache.trace.heatmap import HeatMap, collect, show
+from offload.cache.trace.heatmap import HeatMap, collect, draw_for
 from offload.cache.trace.replay import Setup
 from offload.quant.errors import OffloadError
 from offload.trace.show import open_trace
@@ -22,7 +18,10 @@ MOST_INCHES = 20.0
 
 
 def save_png(heat: HeatMap, file: Path, title: str) -> None:
-    """Three panels of experts by layers: resident, hits, misses. Raises `OffloadError`."""
+    """Draw three panels of experts by layers: resident, hits, misses.
+
+    Raises `OffloadError` if matplotlib is missing or `file` cannot be written.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -39,7 +38,7 @@ def save_png(heat: HeatMap, file: Path, title: str) -> None:
         ("misses", heat.misses or [[0] * len(row) for row in heat.resident], "inferno"),
     ]
     layers, experts = len(heat.resident), max(map(len, heat.resident))
-    wide = experts > 2 * layers  # then panels lie one below the other
+    wide = experts > 2 * layers  # then the panels lie one below the other
     grid = (3, 1) if wide else (1, 3)
     side = (min(MOST_INCHES, 3 + experts * 0.09), 1 + layers * 0.09)
     size = (
@@ -79,7 +78,10 @@ def _panel(
 
 
 def plot(trace_name: str, expert_slots: str, policy: str, file: Path | None) -> str:
-    """The heat map of a replayed trace: drawn to `file`, else returned as text."""
+    """Draw the heat map of a replayed trace to `file`, or return it as text where that is None.
+
+    Raises `OffloadError`.
+    """
     from offload.units import parse_slots
 
     try:
@@ -90,7 +92,7 @@ def plot(trace_name: str, expert_slots: str, policy: str, file: Path | None) -> 
     except CacheError as error:
         raise OffloadError(str(error)) from None
     if file is None:
-        return show(heat, sys.stdout)
+        return draw_for(sys.stdout, heat)
 
     hits, misses = sum(map(sum, heat.hits)), sum(map(sum, heat.misses))
     save_png(

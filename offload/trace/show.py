@@ -1,8 +1,4 @@
-"""`offload trace`: a trace as text.
-
-Knows: the tables, and what names a trace. Does not know: how a trace is read, measured or replayed
-(`cache`); flags (`cli`). Needs no torch.
-"""
+"""A routing trace and its replays as tables in text."""
 
 from __future__ import annotations
 
@@ -19,7 +15,7 @@ from offload.errors import SourceError
 from offload.files import user_path
 
 SYNTHETIC = "synthetic:"
-TOKENS = 300  # of a synthetic trace
+TOKENS = 300  # length of a synthetic trace
 
 
 def open_trace(name: str) -> Trace:
@@ -36,7 +32,7 @@ def open_trace(name: str) -> Trace:
 
 
 def show(name: str) -> Iterator[str]:
-    """Lines about a trace: its run, its text, each layer's routing."""
+    """Lines about a trace: the run, its tokens, the routing of each layer."""
     trace = open_trace(name)
     header = trace.header
     kinds = sorted(set(header.experts))
@@ -85,9 +81,9 @@ def replays(
     *,
     per_layer: bool = False,
 ) -> Iterator[str]:
-    """Lines of a table: every combination, with Belady's ceiling for each number of slots.
+    """Lines of a table: every combination, and Belady's optimum for each number of slots.
 
-    With no `policies` and `slots`, the run as it was recorded.
+    What is left out of `policies` and `slots` is as it was recorded. Raises `SourceError`.
     """
     trace = open_trace(name)
     try:

@@ -1,93 +1,104 @@
-"""Recording who was busy when, while a model runs.
-
-Knows: the clock, and that a step's work comes in a row, so that one mark ends a span and begins
-the next. Does not know: the file's format (`cache.timeline`), what is worth a mark (`engine`).
-
-On a GPU the marks are the host's: they show when work was queued, not when it ran. Copies are timed
-on the device.
-"""
+"""`--timeline FILE`: torch's profiler records who was busy when, for ui.perfetto.dev."""
 
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from torch._C._profiler import _ExperimentalConfig
+from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import PreTrainedModel
 
-from offload import files
-from offload.cache.trace.timeline import Span, Timeline
+from offload import files, ranges
+from offload.engine.engine import Engine
 from offload.engine.handle import offload_of
 from offload.quant.errors import OffloadError
-from offload.transfer.base import NO_MARKS
-
-SHORTEST = 2e-6  # seconds
-
-
-class Recorder:
-    """Marks of one engine's compute and copies, on the clock of `time.perf_counter`."""
-
-    def __init__(self, process: str, links: Sequence[int] = ()) -> None:
-        """`links`: the card of each layer, where there are several."""
-        self._links = links
-        self.timeline = Timeline(process)
-        self._last = time.perf_counter()
-
-    def mark(self, name: str, layer: int, expert: int | None = None) -> None:
-        """What was going on since the last mark was `name`."""
-        now = time.perf_counter()
-        if now - self._last < SHORTEST:
-            return  # the next span takes it in
-        label = f"{name} ({layer})" if expert is None else f"{name} {expert} ({layer})"
-        self.timeline.add(Span("compute", label, self._last, now - self._last, layer, expert))
-        self._last = now
-
-    def copied(self, layer: int, expert: int, urgent: bool, begin: float, seconds: float) -> None:
-        """A copy of a record ran from `begin` on. Called by the copy thread."""
-        label = f"{'load' if urgent else 'guess'} {layer}/{expert}"
-        track = f"link {self._links[layer]}" if self._links else "link"
-        self.timeline.add(Span(track, label, begin, seconds, layer, expert))
 
 
 @contextlib.contextmanager
 def recording(model: PreTrainedModel, file: Path | None) -> Iterator[None]:
     """Record what `model` does meanwhile and write it to `file`, also when it breaks off.
 
-    None: record nothing. Raises `OffloadError` before anything runs where `file` cannot be written.
+    None: record nothing. The profiler keeps every operation of torch, which are thousands a token
+    and about a quarter of a megabyte per thousand in the file, so a short run is recorded best.
+    Raises `OffloadError` before anything runs where `file` cannot be written.
     """
     if file is None:
         yield
         return
-    check_writable(file)
-    offload = offload_of(model)
-    links = [card.number for card, share in offload.fit.caching for _ in range(share.moe_layers)]
-    recorder = Recorder(f"offload {offload.pack.info.source}", links)
-    offload.engine.tell(recorder)
-    try:
-        yield
-    finally:
-        offload.engine.tell(NO_MARKS)
-        write(recorder.timeline, file)
-
-
-def check_writable(file: Path) -> None:
-    """Raise `OffloadError` now where `write` would raise it later."""
     try:
         files.check_writable(file)
     except OSError as error:
-        raise _unwritable(file, error) from None
-
-
-def write(timeline: Timeline, file: Path) -> None:
-    """Write `timeline` to `file`. Raises `OffloadError`."""
-    try:
-        timeline.write(file)
-    except OSError as error:
-        raise _unwritable(file, error) from None
-
-
-def _unwritable(file: Path, error: OSError) -> OffloadError:
-    return OffloadError(
-        f"cannot write the timeline to {file} ({error.strerror}): name another --timeline"
+        raise _unwritable(file, error.strerror) from None
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to stderr
+    engine = offload_of(model).engine
+    activities = [ProfilerActivity.CPU]
+    if engine.transfer.device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    # Without this option the profiler leaves out every thread that was there before it, like the
+    # one that copies records.
+    profiler = profile(
+        activities=activities, experimental_config=_ExperimentalConfig(profile_all_threads=True)
     )
+    engine.plan_on_host()  # the steps that the device plans have no ranges
+    profiler.start()
+    try:
+        with ranges.switched_on(), _dense_ranges(engine):
+            yield
+    finally:
+        with contextlib.suppress(OffloadError):  # of a copy that failed and nobody waited for
+            engine.settle()  # the range of a copy has to end before the profiler does
+        profiler.stop()
+        _write(profiler, file)
+
+
+@contextlib.contextmanager
+def _dense_ranges(engine: Engine) -> Iterator[None]:
+    """A range for the work between two layers' experts."""
+    under_way: list[record_function] = []
+
+    def end(*_: Any) -> None:
+        while under_way:
+            under_way.pop().__exit__(None, None, None)
+
+    def begin(layer: int) -> None:
+        under_way.append(record_function(ranges.label("dense", layer)))
+        under_way[-1].__enter__()
+
+    hooks = []
+    for layer in engine.layers:
+        following = (layer.index + 1) % len(engine.layers)
+        hooks.append(layer.module.register_forward_pre_hook(end))
+        hooks.append(
+            layer.module.register_forward_hook(lambda *_, following=following: begin(following))
+        )
+    begin(0)
+    try:
+        yield
+    finally:
+        end()
+        for hook in hooks:
+            hook.remove()
+
+
+def _write(profiler: profile, file: Path) -> None:
+    """Write the trace; an earlier file gives way only to a whole one. Raises `OffloadError`."""
+    part = file.with_name(file.name + ".part.json")  # a name in .gz would be compressed
+    profiler.export_chrome_trace(str(part))
+    try:
+        with part.open("rb") as written:
+            written.seek(-16, os.SEEK_END)
+            if not written.read().rstrip().endswith(b"}"):
+                raise _unwritable(file, "the disk is full")
+        part.replace(file)
+    except OSError as error:
+        raise _unwritable(file, error.strerror) from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _unwritable(file: Path, reason: str | None) -> OffloadError:
+    return OffloadError(f"cannot write the timeline to {file} ({reason}): name another --timeline")

@@ -1,8 +1,4 @@
-"""What there is one of for each card, behind the interface of one: transfers, and compute.
-
-Knows: which card a slot is on (`cache.sharded` numbers them). Does not know: how bytes move or are
-multiplied. A copy to one card never waits for one to another: each has a link of its own.
-"""
+"""One transfer for each card, behind the interface of one; no copy waits for another card's."""
 
 from __future__ import annotations
 
@@ -14,9 +10,9 @@ import torch
 from torch import Tensor
 
 from offload.cache.sharded import card_and_row, divided
-from offload.options import Fit
+from offload.fit import Fit
 from offload.quant.pack import Pack
-from offload.transfer.base import Marks, Ticket, Transfer
+from offload.transfer.base import Ticket, Transfer
 from offload.transfer.cuda import CudaTransfer
 from offload.transfer.host import HostTransfer
 from offload.transfer.host_tier import HostTier
@@ -39,7 +35,7 @@ class CardsTransfer:
     """`Transfer`'s interface over one for each card."""
 
     def __init__(self, transfers: Sequence[Transfer], slots: Sequence[int]) -> None:
-        """`slots`: the cache's on each card, in whose proportions fewer are shared out."""
+        """`slots` has the cache's slots on each card; fewer are later divided in their ratio."""
         self.transfers = tuple(transfers)
         self._had = tuple(slots)
         self.device = self.transfers[0].device
@@ -47,17 +43,8 @@ class CardsTransfer:
         self.streams_in_place = all(transfer.streams_in_place for transfer in self.transfers)
 
     @property
-    def marks(self) -> Marks:
-        return self.transfers[0].marks
-
-    @marks.setter
-    def marks(self, marks: Marks) -> None:
-        for transfer in self.transfers:
-            transfer.marks = marks
-
-    @property
     def busy_seconds(self) -> float:
-        """Of all links together: two that copy at once count twice."""
+        """Time of all links together: two that copy at once count twice."""
         return sum(transfer.busy_seconds for transfer in self.transfers)
 
     @property
@@ -69,7 +56,7 @@ class CardsTransfer:
         return self.transfers[card].slot(row)
 
     def addresses(self) -> None:
-        """Whoever plans on a device has one card."""
+        """None: an engine that plans on the device has one card."""
 
     def start(self, layer: int, expert: int, slot: int, *, urgent: bool) -> CardTicket:
         card, row = self._place(slot)
@@ -90,7 +77,7 @@ class CardsTransfer:
         return self.transfers[ticket.card].drop(ticket.ticket)
 
     def drain(self) -> None:
-        """All together: they may share a host tier, in which nothing is kept then."""
+        """Drain all cards: they may share a host tier, which then holds nothing."""
         for transfer in self.transfers:
             transfer.drain()
 
@@ -107,8 +94,8 @@ class CardsTransfer:
             transfer.resize(count, staging)
 
     def shortage_of_all(self, shortage: int, gpu: int | None) -> int:
-        """How many bytes all cards have to give back in their proportions for `shortage` bytes on
-        one; None: on whichever."""
+        """How many bytes all cards have to give back, in the ratio of their slots, so that `gpu`
+        gets `shortage` bytes; None: it may be any of the cards."""
         cards = [transfer.device.index for transfer in self.transfers]
         had = self._had[cards.index(gpu)] if gpu is not None and gpu in cards else min(self._had)
         return shortage * sum(self._had) // had

@@ -1,16 +1,7 @@
-"""Moving records into GPU slots.
-
-Knows: which copy is under way into which slot, what comes before it. Does not know: which expert
-belongs where (`cache`), what a record means (`quant`), where it is in host memory
-(`offload.host_tier`), in which order copies begin (`offload.copy_order`), streams
-(`offload.cuda_link`).
-
-Nothing runs in the background: at every call what became ready is given to the link.
-"""
+"""Records into slots in GPU memory; every call gives the link the copies that became ready."""
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Sequence
 from typing import Protocol, Self
@@ -20,7 +11,8 @@ import torch
 from torch import Tensor
 
 from offload.quant.pack import Pack
-from offload.transfer.base import NO_MARKS, Marks, Ticket
+from offload.ranges import work
+from offload.transfer.base import Ticket
 from offload.transfer.disk_tier import Read
 from offload.transfer.host_tier import HostTier
 from offload.transfer.order import CopyOrder
@@ -28,7 +20,7 @@ from offload.transfer.pinning import CudaPinner
 from offload.units import SHARE
 
 
-class Event(Protocol):
+class DeviceEvent(Protocol):
     """A moment in the order of what the device does."""
 
     def query(self) -> bool:
@@ -50,27 +42,24 @@ class Link(Protocol):
         """Memory [slots, slot_bytes] uint8 of the device. Raises `torch.OutOfMemoryError`."""
 
     def copy(
-        self, target: Tensor, source: Tensor, *, urgent: bool, after: Sequence[Event]
-    ) -> tuple[Event, Event]:
-        """Give a copy to one of the queues; it waits for `after`. When it begins and ends."""
+        self, target: Tensor, source: Tensor, *, urgent: bool, after: Sequence[DeviceEvent]
+    ) -> tuple[DeviceEvent, DeviceEvent]:
+        """Give a copy to one of the queues, where it waits for `after`; when it begins and ends."""
 
     def move(self, target: Tensor, source: Tensor) -> None:
-        """Copy inside the device's memory, in the order of what compute is given."""
+        """Copy inside the device's memory, in order with the compute queued before and after."""
 
-    def computed(self) -> Event:
-        """When what compute was given so far is done."""
+    def computed(self) -> DeviceEvent:
+        """When the compute queued so far is done."""
 
-    def compute_waits(self, event: Event) -> None:
-        """What compute is given from now on comes after `event`."""
+    def compute_waits(self, event: DeviceEvent) -> None:
+        """Compute queued from now on comes after `event`."""
 
     def synchronize(self) -> None:
         """Return when the device has done everything."""
 
-    def moment(self) -> tuple[Event, float]:
-        """An event that has just passed, and its `time.perf_counter`."""
-
     def free_cached(self) -> None:
-        """Give memory that nothing uses back, so that a large piece can be had."""
+        """Give unused memory back to the driver, so that a large piece can be allocated."""
 
 
 class CudaLink:
@@ -78,16 +67,16 @@ class CudaLink:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._demands = torch.cuda.Stream(device)
+        self._urgent = torch.cuda.Stream(device)
         self._guesses = torch.cuda.Stream(device)
 
     def allocate(self, slots: int, slot_bytes: int) -> Tensor:
         return torch.empty(slots, slot_bytes, dtype=torch.uint8, device=self.device)
 
     def copy(
-        self, target: Tensor, source: Tensor, *, urgent: bool, after: Sequence[Event]
-    ) -> tuple[Event, Event]:
-        stream = self._demands if urgent else self._guesses
+        self, target: Tensor, source: Tensor, *, urgent: bool, after: Sequence[DeviceEvent]
+    ) -> tuple[DeviceEvent, DeviceEvent]:
+        stream = self._urgent if urgent else self._guesses
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with torch.cuda.stream(stream):
             for event in after:
@@ -101,23 +90,17 @@ class CudaLink:
     def move(self, target: Tensor, source: Tensor) -> None:
         target.copy_(source, non_blocking=True)
 
-    def computed(self) -> Event:
+    def computed(self) -> DeviceEvent:
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self.device))
         return event
 
-    def compute_waits(self, event: Event) -> None:
+    def compute_waits(self, event: DeviceEvent) -> None:
         assert isinstance(event, torch.cuda.Event)
         torch.cuda.current_stream(self.device).wait_event(event)
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self.device)
-
-    def moment(self) -> tuple[Event, float]:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(self._demands)
-        event.synchronize()
-        return event, time.perf_counter()
 
     def free_cached(self) -> None:
         torch.cuda.empty_cache()
@@ -131,7 +114,8 @@ class CudaLink:
         return sample.nbytes * repeats / (spans[0][0].elapsed_time(spans[-1][1]) / 1e3)
 
 
-GUESSED_BYTES = 16 << 20  # of guesses given at a time; at least one record. 16 MiB take 0.6 ms
+# Bytes of guesses under way at a time, or one record if that is larger. 16 MiB take 0.6 ms.
+GUESSED_BYTES = 16 << 20
 
 
 class CudaTicket:
@@ -144,8 +128,8 @@ class CudaTicket:
     ) -> None:
         self.job, self.layer, self.expert, self.slot, self.urgent = job, layer, expert, slot, urgent
         self.read = read  # of a record that may have to come from the disk first
-        self.begin: Event | None = None
-        self.end: Event | None = None
+        self.begin: DeviceEvent | None = None
+        self.end: DeviceEvent | None = None
         self.over = False  # complete or dropped, and known to be
 
     @property
@@ -156,11 +140,11 @@ class CudaTicket:
 class CudaTransfer:
     """Slots in GPU memory, filled from pinned host memory.
 
-    Demands and guesses have a stream each: a demand does not wait for guesses that were begun
-    before it, it shares the link with at most `GUESSED_BYTES` of them.
+    Urgent copies and guesses have a stream each, so that an urgent copy does not wait for guesses
+    that were begun before it: it shares the link with at most `GUESSED_BYTES` of them.
     """
 
-    overtakes = False  # it goes before all that is not given to the link yet
+    overtakes = False  # an urgent copy only goes before the guesses not yet given to the link
     streams_in_place = False
 
     def __init__(
@@ -173,8 +157,8 @@ class CudaTransfer:
         tier: HostTier | None = None,
         link: Link | None = None,
     ) -> None:
-        """`tier`: shared with other transfers; None: one of `ram` bytes (None: a share of what is
-        free). What raises leaves nothing behind."""
+        """`tier` is shared with other transfers; None: one of `ram` bytes (None: a share of the
+        free RAM). Where this raises, nothing stays allocated or pinned."""
         if link is None:
             link = cuda = CudaLink(device)
         self.device = device
@@ -182,7 +166,7 @@ class CudaTransfer:
         self._slot_bytes = pack.info.slot_bytes
         self._layers = pack.info.layers
         self._slots = link.allocate(slots, self._slot_bytes)
-        link.synchronize()  # compute may still use what this memory was before
+        link.synchronize()  # compute may still use the tensors that had this memory before
         if tier is None:
             budget = int(psutil.virtual_memory().available * SHARE) if ram is None else ram
             tier = HostTier(pack, budget, CudaPinner(device), cuda.rate)
@@ -191,10 +175,7 @@ class CudaTransfer:
             pack.info.layout_of(i).record_bytes for i in range(len(pack.info.layers))
         ]
         self._busy_seconds = 0.0
-        self._marks: Marks = NO_MARKS
-        self._zero: Event | None = None  # when `_zero_moment` was, on the device
-        self._zero_moment = 0.0
-        self._last_end: Event | None = None  # of the copy counted last
+        self._last_end: DeviceEvent | None = None  # of the copy counted last
         self._jobs = 0
         self._clear()
         tier.join(self._go_on)
@@ -204,22 +185,8 @@ class CudaTransfer:
         self._order = CopyOrder(max(GUESSED_BYTES, self._slot_bytes))
         self._waiting: dict[int, CudaTicket] = {}  # by job
         self._under_way: tuple[deque[CudaTicket], deque[CudaTicket]] = (deque(), deque())
-        self._released: dict[int, Event] = {}  # slot -> when compute was done with it
+        self._released: dict[int, DeviceEvent] = {}  # slot -> when compute was done with it
         self._written: dict[int, CudaTicket] = {}  # slot -> the copy into it given last
-
-    @property
-    def marks(self) -> Marks:
-        return self._marks
-
-    @marks.setter
-    def marks(self, marks: Marks) -> None:
-        """Tell `marks` of copies; events know only distances, so one is tied to the clock."""
-        self._link.synchronize()
-        self._collect()  # tells whoever listened until now
-        self._marks = marks
-        self._zero = None
-        if marks is not NO_MARKS:
-            self._zero, self._zero_moment = self._link.moment()
 
     @property
     def busy_seconds(self) -> float:
@@ -254,7 +221,7 @@ class CudaTransfer:
     def wait(self, ticket: Ticket) -> None:
         assert isinstance(ticket, CudaTicket)
         if ticket.job in self._waiting:
-            self._order.demand(ticket.job)
+            self._order.urge(ticket.job)
             ticket.urgent = True
             if ticket.read is not None and self.tier.disk is not None:
                 self.tier.disk.urge(ticket.read)
@@ -268,8 +235,10 @@ class CudaTransfer:
             self._link.compute_waits(ticket.end)
 
     def _wait_for_bytes(self, ticket: CudaTicket) -> None:
-        """Return when the disk may have brought the record; a copy that ends meanwhile may free
-        the buffer it needs."""
+        """Return when the disk may have brought the record.
+
+        A copy that ends meanwhile may free the buffer that the record needs.
+        """
         assert ticket.read is not None, "it can begin"
         assert self.tier.disk is not None
         under_way = next((queue[0] for queue in self._under_way if queue), None)
@@ -290,7 +259,7 @@ class CudaTransfer:
     def drop(self, ticket: Ticket) -> bool:
         assert isinstance(ticket, CudaTicket)
         if not self._order.drop(ticket.job):
-            return False  # the link has it, and does it before the copy that follows
+            return False  # the link has the copy, and does it before the one that follows
         del self._waiting[ticket.job]
         self._let_go(ticket)
         return True
@@ -308,7 +277,7 @@ class CudaTransfer:
 
     def resize(self, slots: int, staging: int) -> None:
         self.drain()
-        self._slots = self._slots[:0].clone()  # its memory, before other is taken
+        self._slots = self._slots[:0].clone()  # free the memory before taking other
         self._link.free_cached()
         self._slots = self._link.allocate(slots + staging, self._slot_bytes)
 
@@ -319,7 +288,7 @@ class CudaTransfer:
         self._slots = self._slots[:0].clone()
 
     def _go_on(self) -> None:
-        """Give to the link what may begin by now."""
+        """Give the link the copies that may begin by now."""
         self._collect()
         if self.tier.disk is not None:
             for ticket in list(self._waiting.values()):
@@ -334,15 +303,16 @@ class CudaTransfer:
     def _give(self, ticket: CudaTicket, urgent: bool, after: int | None) -> None:
         record = self.tier.record(ticket.layer, ticket.expert, ticket.read)
         before = [event] if (event := self._released.pop(ticket.slot, None)) is not None else []
-        for earlier in (self._written.get(ticket.slot), self._demand(after)):
+        for earlier in (self._written.get(ticket.slot), self._urgent_copy(after)):
             if earlier is not None and not earlier.over and earlier.end is not None:
                 before.append(earlier.end)
         target = self._slots[ticket.slot, : record.numel()]
-        ticket.begin, ticket.end = self._link.copy(target, record, urgent=urgent, after=before)
+        with work("copy" if urgent else "guess", ticket.layer, ticket.expert):
+            ticket.begin, ticket.end = self._link.copy(target, record, urgent=urgent, after=before)
         self._written[ticket.slot] = ticket
         self._under_way[0 if urgent else 1].append(ticket)
 
-    def _demand(self, job: int | None) -> CudaTicket | None:
+    def _urgent_copy(self, job: int | None) -> CudaTicket | None:
         return next((ticket for ticket in self._under_way[0] if ticket.job == job), None)
 
     def _collect(self) -> None:
@@ -364,9 +334,6 @@ class CudaTransfer:
         if overlap < seconds:
             self._busy_seconds += seconds - overlap
             self._last_end = ticket.end
-        if self._zero is not None:
-            begin = self._zero_moment + self._zero.elapsed_time(ticket.begin) / 1e3
-            self._marks.copied(ticket.layer, ticket.expert, ticket.urgent, begin, seconds)
 
     def _let_go(self, ticket: CudaTicket) -> None:
         ticket.over = True

@@ -1,8 +1,4 @@
-"""The tier before the disk, for models larger than RAM: the most valuable records in host buffers.
-
-Knows: threads that read whole records ahead, who waits for one. Does not know: pinning
-(`offload.host_tier`), GPUs, which record is worth keeping (`cache.pool`).
-"""
+"""The tier before the disk, for models larger than RAM: host buffers that threads fill."""
 
 from __future__ import annotations
 
@@ -11,16 +7,15 @@ import functools
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 
 from torch import Tensor
 
-from offload.cache.policies import LFRU
-from offload.cache.policy import Key, Policy
+from offload.cache.policies import LFRU, Key, Policy
 from offload.cache.pool import RecordPool
 from offload.quant.pack import Pack, as_buffer
+from offload.transfer.order import UrgentFirst
 
 
 class RecordFiles:
@@ -34,10 +29,11 @@ class RecordFiles:
         return self._pack.info.layout_of(layer).record_bytes
 
     def read(self, layer: int, expert: int, into: Tensor, *, cached: bool = True) -> None:
-        """Read a record into `into` [>= record_bytes] uint8. Raises `PackError`, also when its file
-        was written to since the pack was opened: a checksum is compared once only.
+        """Read a record into `into` [>= record_bytes] uint8.
 
-        With `cached` False the system need not keep the bytes as well: the caller does.
+        With `cached` False the system is told that it need not keep the bytes. Raises `PackError`,
+        also when the file was written to since the pack was opened: its checksum is compared only
+        the first time.
         """
         _, begin = self._pack.place(layer, expert)
         target = into[: self.size(layer)]
@@ -46,7 +42,7 @@ class RecordFiles:
             file, size = self._pack.descriptor(layer), target.numel()
             with contextlib.suppress(OSError):  # advice
                 os.posix_fadvise(file, begin, size, os.POSIX_FADV_DONTNEED)
-        self._pack.check_unchanged(layer)  # afterwards: a write may come between
+        self._pack.check_unchanged(layer)  # after reading: a write may come in between
         self.check(layer, expert, target)
 
     def check(self, layer: int, expert: int, record: Tensor) -> None:
@@ -56,7 +52,7 @@ class RecordFiles:
             self._checked[layer][expert] = 1
 
 
-READERS = 4  # reads a disk has to do at once: docs/log.md
+READERS = 4  # reads a disk has to do at once: docs/log/host-tier.md
 
 
 class Read:
@@ -75,28 +71,31 @@ class Read:
 
 
 class _Shelf:
-    """What the readers and the one who asks share, under one lock. `start_over` throws it away as
-    a whole: Ctrl-C may leave it in any state, the lock taken."""
+    """What the readers and the asking thread share, under one lock.
+
+    `start_over` throws a shelf away as a whole, because Ctrl-C may leave it in any state, even with
+    its lock taken.
+    """
 
     def __init__(self, buffers: int, policy: Callable[[], Policy]) -> None:
         self.lock = threading.Lock()
         self.pool = RecordPool(buffers, policy)
         self.reading: dict[Key, Read] = {}  # asked for, not there yet
-        self.queues: tuple[deque[Read], deque[Read]] = (deque(), deque())  # urgent first
+        self.waiting: UrgentFirst[Read] = UrgentFirst()
         self.abandoned = False
 
     def next(self) -> Read | None:
         """The read to begin, with its buffer; None: nothing to read, or every buffer is held."""
-        queue = self.queues[0] or self.queues[1]
-        if not queue:
+        read = self.waiting.first()
+        if read is None:
             return None
-        read = queue[0]
-        read.buffer = self.pool.place(read.key, 1.0 if read.urgent else 0.0)  # the reader's hold
+        # The buffer that `place` gives is held for the reader; each that wants it holds it, too.
+        read.buffer = self.pool.place(read.key, 1.0 if read.urgent else 0.0)
         if read.buffer is None:
             return None
         for _ in range(read.wanted):
             self.pool.hold(read.key)
-        return queue.popleft()
+        return self.waiting.pop()
 
     def over(self, read: Read) -> None:
         """The reader is done with `read`."""
@@ -107,10 +106,9 @@ class _Shelf:
             self.pool.forget(read.key)
 
     def urge(self, read: Read) -> None:
-        """A guess that nobody began to read is asked for now."""
+        """Somebody waits for a guess now; it matters if no reader has begun it."""
         if not read.urgent and read.buffer is None:
-            self.queues[1].remove(read)
-            self.queues[0].append(read)
+            self.waiting.urge(read)
             read.urgent = True
 
 
@@ -162,12 +160,12 @@ class DiskTier:
                 read.ready = True
                 return read
             shelf.reading[key] = read
-            shelf.queues[0 if urgent else 1].append(read)
+            shelf.waiting.add(read, urgent=urgent)
         self._wake.put(True)
         return read
 
     def urge(self, read: Read) -> None:
-        """Somebody waits for what was only guessed."""
+        """Somebody waits for a read that was a guess."""
         with self._shelf.lock:
             self._shelf.urge(read)
 
@@ -180,7 +178,7 @@ class DiskTier:
         return self._buffers[read.buffer][: self._files.size(read.key[0])]
 
     def release(self, read: Read) -> None:
-        """One who wanted it is done with it, or wants it no more."""
+        """One of those who wanted the record is done with it, or wants it no more."""
         shelf = self._shelf
         with shelf.lock:
             read.wanted -= 1
@@ -189,12 +187,12 @@ class DiskTier:
             if read.buffer is not None:
                 shelf.pool.release(read.key)
             elif not read.wanted:
-                shelf.queues[0 if read.urgent else 1].remove(read)
+                shelf.waiting.remove(read)
                 del shelf.reading[read.key]
         self._wake.put(True)  # a read may have found every buffer held
 
     def wait(self, read: Read, seconds: float) -> bool:
-        """Return when the read is over, or after so many seconds; whether it is."""
+        """Return when the read is over, or after so many seconds; whether it is over."""
         if not read.ready:
             read.bell.acquire(timeout=seconds)
             if not read.ready and not any(thread.is_alive() for thread in self._threads):
@@ -205,7 +203,7 @@ class DiskTier:
         """Forget everything, once no thread writes into a buffer any more."""
         before = self._shelf
         before.abandoned = True
-        while any(self._busy):  # not a lock: the one before may be taken for ever
+        while any(self._busy):  # polled: the old shelf's lock may be taken for ever
             time.sleep(0.0005)
         self._shelf = _Shelf(len(self._buffers), self._policy)
 
@@ -219,7 +217,9 @@ class DiskTier:
 
     def _run(self, number: int) -> None:
         while self._wake.get():
-            self._busy[number] = True  # before it looks: see `start_over`
+            # Set before reading self._shelf: start_over() swaps the shelf, then waits until no
+            # reader is busy.
+            self._busy[number] = True
             shelf = self._shelf
             read = self._locked(shelf, shelf.next)
             while read is not None:
@@ -239,7 +239,7 @@ class DiskTier:
 
     @staticmethod
     def _locked(shelf: _Shelf, call: Callable[[], Read | None]) -> Read | None:
-        """`call` under the lock; None when the shelf was thrown away meanwhile."""
+        """The result of `call` under the lock; None if the shelf was thrown away meanwhile."""
         while not shelf.abandoned:
             if shelf.lock.acquire(timeout=0.05):
                 try:

@@ -1,8 +1,4 @@
-"""Moving records into slots: the protocol, and its implementation in host memory.
-
-Knows: threads, copies, when one is complete. Does not know: which expert belongs where (`cache`),
-nor what a record means (`quant`).
-"""
+"""Records into slots in host memory, copied from the mapped pack by one thread."""
 
 from __future__ import annotations
 
@@ -11,7 +7,6 @@ import ctypes
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
@@ -22,19 +17,21 @@ from torch import Tensor
 
 from offload.errors import TransferError
 from offload.quant.pack import Pack
-from offload.transfer.base import NO_MARKS, Marks, Ticket
+from offload.ranges import work
+from offload.transfer.base import Ticket
 from offload.transfer.memory import PAGE, in_pages
+from offload.transfer.order import UrgentFirst
 
 READERS = 8
 PIECE = 256 << 10  # bytes of a read
-AT_ONCE = 32  # reads before looking at whatever is more urgent
+AT_ONCE = 32  # reads between two looks for urgent copies
 
 
 class PageIn:
-    """Reads the missing parts of records with several threads. Nothing is kept: the system does.
+    """Reads the missing parts of records with several threads, into the system's page cache.
 
-    Where the system cannot be asked what it has, or has no such reads, nothing is done: the
-    mapping works all the same.
+    Where the system cannot say what it has in memory, or lacks `preadv`, nothing is done: the
+    mapping works all the same, slower.
     """
 
     def __init__(self, pack: Pack) -> None:
@@ -44,8 +41,10 @@ class PageIn:
         self._local = threading.local()
 
     def bring_in(self, layer: int, expert: int, between: Callable[[], None] | None = None) -> None:
-        """Return when the record's pages are in memory. `between` is called now and then; it may
-        bring in another. Raises `PackError`."""
+        """Return when the record's pages are in memory. Raises `PackError`.
+
+        `between` is called now and then, and may bring in another record.
+        """
         missing = self._missing(layer, expert)
         if not missing:
             return
@@ -57,7 +56,7 @@ class PageIn:
                 between()
 
     def _missing(self, layer: int, expert: int) -> list[int]:
-        """Where in its file the pieces of a record begin that are not in memory as a whole."""
+        """Where in its file each piece of a record begins that is not in memory as a whole."""
         if self._mincore is None:
             return []
         record = self._pack.record(layer, expert)
@@ -88,7 +87,7 @@ def _mincore() -> Any:
     return getattr(ctypes.CDLL(None), "mincore", None)
 
 
-CHUNK = 1 << 18  # bytes of a copy that is not urgent, between looks at those that are
+CHUNK = 1 << 18  # bytes of a guess that are copied between two looks for urgent copies
 PAGE_BYTES = 4096
 NOWHERE = -1  # the slot of a ticket that only marks its place in the queue
 
@@ -96,8 +95,8 @@ NOWHERE = -1  # the slot of a ticket that only marks its place in the queue
 class HostTicket:
     """A copy from the mapped pack into host memory.
 
-    `under_way` is a lock that the copy thread releases once, after it has set `done`: a bell, which
-    a waiter may leave taken, since nobody waits for what is done.
+    `under_way` is a bell: a lock that the copy thread releases once, after it has set `done`. A
+    waiter may leave it taken, since nobody waits for a copy that is done.
     """
 
     __slots__ = ("done", "dropped", "error", "expert", "layer", "slot", "under_way", "urgent")
@@ -114,12 +113,13 @@ class HostTicket:
 class HostTransfer:
     """Slots in host memory, filled from the mapped pack by one thread.
 
-    What goes into a row past the slots is not copied: it is read into memory, should it not be
-    there, and computed from where it is mapped.
-    A record that has left memory is read as a whole before it is copied, and its checksum is
-    compared the first time. The two sides share nothing but
-    deques, a `SimpleQueue` and each ticket's bell, whose operations Ctrl-C cannot cut in two; the
-    lock inside a `Condition` or `Event` could stay taken. After an interrupted `wait`: `drain`.
+    A record for a row past the slots is not copied: it is read into memory, should it not be there,
+    and computed from where it is mapped. A record that has left memory is read as a whole before it
+    is copied, and its checksum is compared the first time.
+
+    The two threads share nothing but deques, a `SimpleQueue` and each ticket's bell, whose
+    operations Ctrl-C cannot cut in two; the lock inside a `Condition` or `Event` could stay taken.
+    Call `drain` after an interrupted `wait`.
     """
 
     overtakes = True
@@ -127,16 +127,12 @@ class HostTransfer:
 
     def __init__(self, pack: Pack, slots: int) -> None:
         self.device = torch.device("cpu")
-        self.marks: Marks = NO_MARKS
         self._pack = pack
         self._page_in = PageIn(pack)
         self._slots = torch.empty(slots, pack.info.slot_bytes, dtype=torch.uint8)
         self._mapped: dict[int, Tensor] = {}  # row past the slots -> record
         self._checked = [[False] * layer.num_experts for layer in pack.info.layers]
-        self._queues: tuple[deque[HostTicket], deque[HostTicket]] = (
-            deque(),
-            deque(),
-        )  # urgent first
+        self.waiting: UrgentFirst[HostTicket] = UrgentFirst()
         self._wake: SimpleQueue[bool] = SimpleQueue()  # True: look at the queues, False: end
         self._busy_seconds = 0.0
         self._closed = False
@@ -170,17 +166,15 @@ class HostTransfer:
         if slot >= len(self._slots):
             self._mapped[slot] = self._pack.record(layer, expert)
         ticket = HostTicket(layer, expert, slot, urgent)
-        self._queues[0 if urgent else 1].append(ticket)
+        self.waiting.add(ticket, urgent=urgent)
         self._wake.put(True)
         return ticket
 
     def wait(self, ticket: Ticket) -> None:
         assert isinstance(ticket, HostTicket)
         if not ticket.done:
-            with contextlib.suppress(ValueError):  # the thread has taken it already
-                self._queues[1].remove(ticket)
-                self._queues[0].append(ticket)
-                self._wake.put(True)  # the thread may have looked while it was in neither
+            if self.waiting.urge(ticket):
+                self._wake.put(True)  # the thread may have looked while the ticket was in neither
             while not ticket.done:
                 rang = ticket.under_way.acquire(timeout=1.0)
                 if not rang and not ticket.done and not self._thread.is_alive():
@@ -189,37 +183,31 @@ class HostTransfer:
             raise ticket.error
 
     def keep(self, layer: int, expert: int, row: int, slot: int) -> HostTicket:
-        return self.start(layer, expert, slot, urgent=True)  # the row is where it is mapped
+        return self.start(layer, expert, slot, urgent=True)  # the row is the mapped record
 
     def drop(self, ticket: Ticket) -> bool:
         assert isinstance(ticket, HostTicket)
-        ticket.dropped = True  # should it be under way, and give way to the one that follows
-        try:
-            self._queues[1].remove(ticket)
-        except ValueError:  # the thread has taken it
-            return False
-        return True
+        ticket.dropped = True  # a copy under way stops, and the one that follows begins
+        return self.waiting.remove(ticket)
 
     def drain(self) -> None:
-        for queue in self._queues:
-            queue.clear()
-        if not self._closed and not self._thread.is_alive():  # whatever ended it is over
+        self.waiting.clear()
+        if not self._closed and not self._thread.is_alive():  # an exception ended it
             self._thread = self._new_thread()
-        self.wait(self.start(0, 0, NOWHERE, urgent=True))  # what is under way comes before it
+        self.wait(self.start(0, 0, NOWHERE, urgent=True))  # the copy under way comes before it
 
     def release(self, slots: Sequence[int]) -> None:
-        """Nothing to do: on a CPU what was called has finished."""
+        """Nothing to do: on a CPU a call returns when its work is done."""
 
     def resize(self, slots: int, staging: int) -> None:
         self.drain()
         self._mapped.clear()
         size = self._slots.shape[1]
-        self._slots = torch.empty(0, size, dtype=torch.uint8)  # first, before more is taken
+        self._slots = torch.empty(0, size, dtype=torch.uint8)  # free the memory before taking more
         self._slots = torch.empty(slots, size, dtype=torch.uint8)
 
     def close(self) -> None:
-        for queue in self._queues:
-            queue.clear()
+        self.waiting.clear()
         self._closed = True
         self._wake.put(False)
         self._thread.join()
@@ -229,10 +217,9 @@ class HostTransfer:
 
     def _run(self) -> None:
         while self._wake.get():
-            ticket = self._next()
-            if ticket is None:  # it was dropped
-                continue
-            self._serve(ticket)
+            ticket = self.waiting.pop()
+            if ticket is not None:  # else it was dropped
+                self._serve(ticket)
 
     def _serve(self, ticket: HostTicket) -> None:
         begin = time.perf_counter()
@@ -240,31 +227,26 @@ class HostTransfer:
             self._copy(ticket)
         except Exception as error:  # handed to whoever waits for this copy
             ticket.error = error
-        seconds = time.perf_counter() - begin
-        self._busy_seconds += seconds
-        if ticket.slot != NOWHERE:
-            self.marks.copied(ticket.layer, ticket.expert, ticket.urgent, begin, seconds)
+        self._busy_seconds += time.perf_counter() - begin
         ticket.done = True
         ticket.under_way.release()
 
     def _give_way(self) -> None:
-        """Do urgent copies in the middle of one that is not."""
+        """Do urgent copies in the middle of a guess."""
         with contextlib.suppress(IndexError):  # there is none (any more)
-            while (ticket := self._queues[0].popleft()).slot != NOWHERE:
+            while (ticket := self.waiting.urgent.popleft()).slot != NOWHERE:
                 begin = time.perf_counter()
                 self._serve(ticket)
-                self._busy_seconds -= time.perf_counter() - begin  # counted by the one around it
-            self._queues[0].appendleft(ticket)  # a drain waits for this copy, too
-
-    def _next(self) -> HostTicket | None:
-        for queue in self._queues:
-            with contextlib.suppress(IndexError):
-                return queue.popleft()
-        return None
+                self._busy_seconds -= time.perf_counter() - begin  # counted by the guess around it
+            self.waiting.urgent.appendleft(ticket)  # a drain waits for this copy, too
 
     def _copy(self, ticket: HostTicket) -> None:
         if ticket.slot == NOWHERE:
             return
+        with work("copy" if ticket.urgent else "guess", ticket.layer, ticket.expert):
+            self._copy_record(ticket)
+
+    def _copy_record(self, ticket: HostTicket) -> None:
         between = None if ticket.urgent else self._give_way
         self._page_in.bring_in(ticket.layer, ticket.expert, between)
         checked = self._checked[ticket.layer]
@@ -273,7 +255,7 @@ class HostTransfer:
             checked[ticket.expert] = True
         record = self._pack.record(ticket.layer, ticket.expert)
         if ticket.slot >= len(self._slots):
-            record[::PAGE_BYTES].sum()  # reads from disk what has left memory
+            record[::PAGE_BYTES].sum()  # reads the pages that have left memory from disk
             return
         slot = self._slots[ticket.slot]
         # Not Tensor.copy_: it would take the compute's threads. memmove runs without the GIL.

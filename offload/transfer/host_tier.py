@@ -1,14 +1,4 @@
-"""Where each expert's record is in host memory, for a GPU to fetch.
-
-Knows: the ways to have records in memory that can be pinned, what to do when that is refused, what
-to do when RAM has no room for all. Does not know: who pins (`offload.pinning`), streams
-(`offload.cuda_transfer`), which record is worth keeping (`offload.disk_tier`).
-
-Everything fits: either the files' own pages are pinned where the system has them (no copy, no
-second memory; many systems refuse to pin what may not be written to), or a copy of them in pages of
-our own. A private mapping is no third way: pinning one copies it page by page. Not everything fits:
-buffers of our own hold the most valuable records, the disk the rest.
-"""
+"""Where each expert's record is in host memory, for a GPU to fetch."""
 
 from __future__ import annotations
 
@@ -31,7 +21,7 @@ from offload.units import gib
 logger = logging.getLogger("offload")
 
 SAMPLE = 64 << 20  # bytes that the ways are tried with
-ENOUGH = 0.95  # of a copy's rate: then the files' own pages are better, they cost no memory
+ENOUGH = 0.95  # of a copy's rate: from then on the files' own pages are better, being free
 LEAST_BUFFERS = 4  # of the disk tier, however little RAM was given
 ALIGNMENT = 256  # of a buffer: what a GPU loads in one go begins there
 PIECE = 1 << 30  # bytes pinned at a time, of the disk tier's buffers
@@ -39,6 +29,11 @@ PIECE = 1 << 30  # bytes pinned at a time, of the disk tier's buffers
 
 class HostTier:
     """The records of a pack in host memory, pinned if that is allowed.
+
+    If all records fit, either the pages in which the system has the files are pinned (no copy, no
+    second memory, but many systems refuse to pin pages that may not be written) or a copy in memory
+    of our own. A private mapping is no third way, since pinning one copies it page by page. If not
+    all fit, buffers of our own hold the most valuable records, and the disk the others.
 
     Users `join` and `leave`; the last to leave frees everything.
     """
@@ -50,8 +45,9 @@ class HostTier:
         pinner: Pinner,
         rate: Callable[[Tensor], float] | None = None,
     ) -> None:
-        """`rate`: bytes/s of copying such memory to where it is needed, to choose the better of two
-        ways by; None: the first that is allowed. Raises `PackError`; then nothing stays pinned.
+        """`rate` measures how many bytes/s are copied to the GPU from given memory, to choose the
+        quicker of the two ways by; None: the first that is allowed is chosen. Raises `PackError`,
+        and then nothing stays pinned.
         """
         self._pack, self._pinner, self._rate = pack, pinner, rate
         self._files = RecordFiles(pack)
@@ -94,9 +90,9 @@ class HostTier:
         return None if self.disk is None else self.disk.want(layer, expert, urgent=urgent)
 
     def record(self, layer: int, expert: int, read: Read | None = None) -> Tensor:
-        """The checked record [record_bytes] uint8; of a tier before a disk, what `read` brought.
+        """The checked record [record_bytes] uint8. Raises `PackError`.
 
-        Raises `PackError`.
+        Where RAM does not hold every record it is the one that `read` brought.
         """
         if self.disk is not None:
             assert read is not None, "records come from the disk: want() them first"
@@ -108,18 +104,18 @@ class HostTier:
         return record
 
     def join(self, go_on: Callable[[], None] | None = None) -> None:
-        """One more uses this tier; `go_on` lets the buffers go of what it is done with (None: it
-        never holds any)."""
+        """Count one more user. Its `go_on` releases the buffers whose copies are complete (None:
+        this user never holds a buffer)."""
         self._users.append(go_on)
 
     def leave(self, go_on: Callable[[], None] | None = None) -> None:
-        """One fewer. When nobody is left: unpin and free."""
+        """Count one user fewer. When nobody is left, unpin and free."""
         self._users.remove(go_on)
         if not self._users:
             self.close()
 
     def go_on(self) -> None:
-        """One waits for a buffer: let everybody go on."""
+        """Somebody waits for a buffer: let every user release the buffers it is done with."""
         for user in self._users:
             if user is not None:
                 user()
@@ -177,7 +173,7 @@ class HostTier:
         return own_memory(experts * size).view(experts, size)
 
     def _fill(self, way: Callable[[int, int], Tensor]) -> str | None:
-        """Hold, check and pin layer by layer; why one could not be pinned, if that ends it."""
+        """Hold, check and pin layer by layer; the reason if a layer could not be pinned."""
         read = self._files.check if way == self._mapped else self._files.read
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             for index, layer in enumerate(self._pack.info.layers):

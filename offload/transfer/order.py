@@ -1,62 +1,122 @@
-"""In which order copies are given to a link that works off two queues.
-
-Knows: jobs as integers, their bytes, who was asked for and who guessed. Does not know: streams,
-events, tensors (`offload.cuda_transfer`).
-
-A GPU's stream works in order, so one stream for both would let a demand wait behind every guess
-before it. Two streams alone would let guesses take half the link from demands. Here a guess has
-a stream of its own, begins on the device when the demands given before it are complete, without a
-word from the host, and no more than `most` bytes of guesses are given at a time: that is what a
-demand that comes later may have to share the link with.
-"""
+"""In which order copies begin: urgent ones before guesses, and guesses a few at a time."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections import deque
+from typing import Generic, NamedTuple, TypeVar
+
+T = TypeVar("T")
+
+
+class UrgentFirst(Generic[T]):
+    """Items that wait, urgent ones before guesses, each kind in the order asked for.
+
+    Every method changes a deque by one call that neither another thread nor Ctrl-C can cut in two.
+    Only `urge` makes two such calls: an item is in neither deque for a moment.
+    """
+
+    def __init__(self) -> None:
+        self.urgent: deque[T] = deque()
+        self.guesses: deque[T] = deque()
+
+    def __len__(self) -> int:
+        return len(self.urgent) + len(self.guesses)
+
+    def __contains__(self, item: T) -> bool:
+        return item in self.urgent or item in self.guesses
+
+    def add(self, item: T, *, urgent: bool) -> None:
+        """Append `item` to its kind."""
+        (self.urgent if urgent else self.guesses).append(item)
+
+    def urge(self, item: T) -> bool:
+        """Somebody waits for a guess now: make it the last of the urgent ones. False: it is no
+        guess that still waits."""
+        if not _removed(self.guesses, item):
+            return False
+        self.urgent.append(item)
+        return True
+
+    def remove(self, item: T) -> bool:
+        """Take `item` out wherever it waits; False: it does not wait any more."""
+        return _removed(self.guesses, item) or _removed(self.urgent, item)
+
+    def first(self) -> T | None:
+        """The item whose turn is next."""
+        queue = self.urgent or self.guesses
+        return queue[0] if queue else None
+
+    def pop(self) -> T | None:
+        """Take the item out whose turn is next; another thread may add or remove meanwhile."""
+        for queue in (self.urgent, self.guesses):
+            try:
+                return queue.popleft()
+            except IndexError:
+                continue
+        return None
+
+    def clear(self) -> None:
+        """Nothing waits."""
+        self.urgent.clear()
+        self.guesses.clear()
+
+
+def _removed(queue: deque[T], item: T) -> bool:
+    try:
+        queue.remove(item)
+    except ValueError:
+        return False
+    return True
 
 
 class Begin(NamedTuple):
-    """Give `job` to the link now: to the queue of demands or that of guesses."""
+    """Give `job` to the link now: to the stream of urgent copies or to that of guesses."""
 
     job: int
     urgent: bool
-    after: int | None  # a demand on the other queue that comes first
+    after: int | None  # an urgent copy on the other stream that comes first
 
 
 class CopyOrder:
-    """Copies asked for and not yet complete."""
+    """Copies asked for and not yet complete, for a link that works off two streams.
+
+    A stream works in order, so with one stream an urgent copy would wait for every guess before it,
+    and with two alone guesses could take half the link. Here a guess begins on its own stream when
+    the urgent copies given before it are complete, which the device sees to without the host. No
+    more than `most` bytes of guesses are under way at a time: so much a later urgent copy may have
+    to share the link with.
+    """
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._demands: dict[int, bool] = {}  # not begun, in order -> whether its bytes are there
-        self._guesses: dict[int, bool] = {}
-        self._sizes: dict[int, int] = {}  # of all
+        self._waiting: UrgentFirst[int] = UrgentFirst()
+        self._ready: set[int] = set()  # jobs whose bytes are in host memory
+        self._sizes: dict[int, int] = {}  # of all jobs
         self._given: dict[int, int] = {}  # guesses under way -> bytes
-        self._last: int | None = None  # demand under way
+        self._last: int | None = None  # urgent copy under way
 
     def add(self, job: int, size: int, *, urgent: bool, ready: bool) -> None:
-        """A copy is asked for; `ready`: its bytes are in host memory."""
+        """A copy is asked for; with `ready` its bytes are in host memory."""
         self._sizes[job] = size
-        (self._demands if urgent else self._guesses)[job] = ready
+        self._waiting.add(job, urgent=urgent)
+        if ready:
+            self._ready.add(job)
 
     def ready(self, job: int) -> None:
         """The bytes of `job` have come from the disk."""
-        for waiting in (self._demands, self._guesses):
-            if job in waiting:
-                waiting[job] = True
+        if job in self._waiting:
+            self._ready.add(job)
 
-    def demand(self, job: int) -> None:
+    def urge(self, job: int) -> None:
         """Somebody waits for a guess now."""
-        if job in self._guesses:
-            self._demands[job] = self._guesses.pop(job)
+        self._waiting.urge(job)
 
     def drop(self, job: int) -> bool:
         """Forget `job`, if it has not begun; whether that is so."""
-        found = job in self._demands or job in self._guesses
+        found = self._waiting.remove(job)
         if found:
-            self._demands.pop(job, None)
-            self._guesses.pop(job, None)
             del self._sizes[job]
+            self._ready.discard(job)
         return found
 
     def finished(self, job: int) -> None:
@@ -69,25 +129,26 @@ class CopyOrder:
     def begin(self) -> list[Begin]:
         """The copies to give to the link now; they count as begun."""
         begins = []
-        for job in [job for job, ready in self._demands.items() if ready]:
-            del self._demands[job]
-            self._last = job
-            begins.append(Begin(job, True, None))
-        for job, there in self._guesses.items():
+        for job in self._waiting.urgent:
+            if job in self._ready:
+                self._last = job
+                begins.append(Begin(job, True, None))
+        for job in self._waiting.guesses:
             size = self._sizes[job]
             if self._given and sum(self._given.values()) + size > self._most:
                 break
-            if there:
+            if job in self._ready:
                 self._given[job] = size
                 begins.append(Begin(job, False, self._last))
         for begun in begins:
-            self._guesses.pop(begun.job, None)
+            self._waiting.remove(begun.job)
+            self._ready.discard(begun.job)
         return begins
 
     @property
     def waiting(self) -> list[int]:
         """Jobs that have not begun."""
-        return [*self._demands, *self._guesses]
+        return [*self._waiting.urgent, *self._waiting.guesses]
 
     def check_integrity(self) -> None:
         """Raise `AssertionError` when a job is in two places."""
@@ -95,3 +156,4 @@ class CopyOrder:
         assert len(set(waiting)) == len(waiting), "a job waits twice"
         assert not set(waiting) & set(self._given), "a job waits and is under way"
         assert {*waiting, *self._given} <= set(self._sizes), "a job without a size"
+        assert self._ready <= set(waiting), "a job is ready and does not wait"

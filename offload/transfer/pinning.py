@@ -1,8 +1,4 @@
-"""Keeping host memory where it is, so that a GPU can fetch from it.
-
-Knows: who can pin memory, and why it may be refused. Does not know: what the memory holds
-(`offload.host_tier`).
-"""
+"""Keeps host memory where it is, so that a GPU can fetch from it."""
 
 from __future__ import annotations
 
@@ -13,9 +9,9 @@ from typing import Protocol
 
 import torch
 
-CAN_USE_HOST_POINTER = 91  # CUdevice_attribute: for registered memory
-# Pinned for every card, and mapped for their kernels: cudaHostRegisterPortable, ...Mapped. With a
-# single address space that is what 0 means too (CUDA Runtime API, cudaHostRegister).
+CAN_USE_HOST_POINTER = 91  # the CUdevice_attribute for registered memory
+# Pinned for every card and mapped for their kernels: cudaHostRegisterPortable | ...Mapped. With a
+# single address space 0 means the same (CUDA Runtime API, cudaHostRegister).
 SHARED = 1 | 2
 READ_ONLY = 8  # cudaHostRegisterReadOnly: memory that this process may not write either
 
@@ -56,20 +52,22 @@ class CudaPinner:
         return why
 
     def unpin(self, address: int, size: int) -> None:
-        with torch.cuda.device(self._device):  # else another card gets a context, and memory taken
+        with torch.cuda.device(self._device):  # else another card gets a context, in its memory
             if int(self._runtime.cudaHostUnregister(address)):
                 self._clear()
 
     def _clear(self) -> None:
-        """Take the error away that CUDA keeps until the next launch is checked, which would then
-        fail for no reason of its own."""
+        """Clear the error that CUDA keeps: the next launch would report it as its own."""
         with contextlib.suppress(RuntimeError):
             torch.zeros(1, device=self._device)
 
 
 def kernels_read_registered(device: torch.device) -> bool:
-    """Whether kernels find memory that was registered where this process has it (CUDA Runtime API,
-    cudaHostRegister): else reading it there would end every CUDA call of the process."""
+    """Whether kernels find registered memory at the address that this process has for it.
+
+    Where they do not, reading there would make every later CUDA call of the process fail (CUDA
+    Runtime API, cudaHostRegister).
+    """
     answer = ctypes.c_int(0)
     try:
         driver = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")

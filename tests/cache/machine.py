@@ -1,8 +1,7 @@
 """A machine that carries out what the cache decides, over slots that hold only names.
 
-It does what an engine does: starts the loads of a wave, waits for what it uses, computes, goes on
-to the next wave. It asserts that what is computed is in its slot, and checks the cache's promises
-after every step.
+As an engine does, the machine starts the loads of a wave, computes and goes on to the next wave. It
+asserts that each computed expert is in its slot and checks the cache's promises after every step.
 """
 
 from __future__ import annotations
@@ -10,12 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hypothesis import strategies as st
-from offload.cache.allocation import ALLOCATIONS
 from offload.cache.cache import ExpertCache
-from offload.cache.plan import Plan, Use
-from offload.cache.policies import POLICIES
-from offload.cache.policy import Key
+from offload.cache.decision import Decision, Use
+from offload.cache.policies import Key
 from offload.cache.staging import Staging
+from offload.cache.trace.replay import REPLAYED
 
 
 @dataclass(frozen=True)
@@ -24,12 +22,11 @@ class Size:
     layers: int
     experts: int
     policy: str = "lru"
-    allocation: str = "shared"
     staging: int = 2
 
 
 @dataclass(frozen=True)
-class PlanStep:
+class DecideStep:
     layer: int
     experts: tuple[int, ...]
     fails_after: int | None = None  # uses, when the step is to fail
@@ -55,7 +52,7 @@ class StartOver:
     """What an engine does after a step that broke off."""
 
 
-Step = PlanStep | LookAhead | Warm | StartOver
+Step = DecideStep | LookAhead | Warm | StartOver
 
 
 def sizes(most_slots: int = 8) -> st.SearchStrategy[Size]:
@@ -64,8 +61,7 @@ def sizes(most_slots: int = 8) -> st.SearchStrategy[Size]:
         slots=st.integers(1, most_slots),
         layers=st.integers(1, 3),
         experts=st.integers(1, 6),
-        policy=st.sampled_from(sorted(POLICIES)),
-        allocation=st.sampled_from(sorted(ALLOCATIONS)),
+        policy=st.sampled_from(sorted(REPLAYED)),
         staging=st.integers(2, 5),
     )
 
@@ -74,13 +70,13 @@ def steps_of(size: Size, *, breaks: bool = True) -> st.SearchStrategy[list[Step]
     layer = st.integers(0, size.layers - 1)
     experts = st.lists(st.integers(0, size.experts - 1), unique=True).map(tuple)
     admit = st.none() | st.integers(0, 3)
-    plans = st.builds(PlanStep, layer, experts, prompt=st.booleans(), admit=admit)
+    decided = st.builds(DecideStep, layer, experts, prompt=st.booleans(), admit=admit)
     guesses = st.builds(LookAhead, layer, experts, st.integers(0, size.experts))
-    kinds: list[st.SearchStrategy[Step]] = [plans, plans, guesses]
+    kinds: list[st.SearchStrategy[Step]] = [decided, decided, guesses]
     warm = st.builds(Warm, layer, st.integers(0, size.experts - 1))
     kinds.append(warm)
     if breaks:
-        failing = st.builds(PlanStep, layer, experts, st.integers(0, 4), admit=admit)
+        failing = st.builds(DecideStep, layer, experts, st.integers(0, 4), admit=admit)
         kinds += [failing, st.builds(StartOver)]
     return st.lists(st.one_of(kinds), min_size=8, max_size=25)
 
@@ -94,12 +90,12 @@ class Machine:
 
     def __init__(self, size: Size) -> None:
         self.size = size
-        self.cache = ExpertCache(size.slots, size.layers, POLICIES[size.policy], size.allocation)
+        self.cache = ExpertCache(size.slots, size.layers, REPLAYED[size.policy])
         self.staging = Staging(size.slots, size.staging)
         self.content: dict[int, Key] = {}  # what was last loaded into a slot or a staging row
         self.guessed: dict[int, set[Key]] = {}  # layer -> loads nobody asked for yet
-        self.in_use: dict[Key, int] = {}  # of the latest plan, what is resident after it
-        self.decisions: list[Plan | tuple[Use, ...]] = []
+        self.in_use: dict[Key, int] = {}  # of the latest decision, what is resident after it
+        self.decisions: list[Decision | tuple[Use, ...]] = []
         self.loaded: list[Key] = []
         self.hits = self.misses = self.evictions = self.streamed = 0
         self.lookahead_loads = self.warm_loads = 0
@@ -108,10 +104,10 @@ class Machine:
         before = self.resident()
         loads = len(self.loaded) - self.streamed
         match step:
-            case PlanStep(layer, experts, None, prompt, admit):
-                self.plan(layer, experts, prompt, admit)
-            case PlanStep(layer, experts, int(uses), prompt, admit):
-                self.failing_plan(layer, experts, uses, prompt, admit)
+            case DecideStep(layer, experts, None, prompt, admit):
+                self.decide(layer, experts, prompt, admit)
+            case DecideStep(layer, experts, int(uses), prompt, admit):
+                self.failing_step(layer, experts, uses, prompt, admit)
             case LookAhead(layer, experts, most):
                 self.look_ahead(layer, experts, most)
             case Warm(layer, expert):
@@ -125,29 +121,29 @@ class Machine:
         keys = [table.key_in(slot) for slot in range(table.slots)]
         return {key: slot for slot, key in enumerate(keys) if key is not None}
 
-    def plan(
+    def decide(
         self,
         layer: int,
         experts: tuple[int, ...],
         prompt: bool = False,
         admit: int | None = None,
-    ) -> Plan:
-        plan = self._decide(layer, experts, prompt, admit)
-        for step in self.staging.steps(plan):
+    ) -> Decision:
+        decision = self._decide(layer, experts, prompt, admit)
+        for step in self.staging.steps(decision):
             for use in step.begin:
                 self._load((layer, use.expert), use.slot)
             for use in (*step.hits, *step.loads):
                 self._compute(layer, use)
         resident = self.resident()
         self.in_use = {(layer, e): resident[layer, e] for e in experts if (layer, e) in resident}
-        return plan
+        return decision
 
-    def failing_plan(
+    def failing_step(
         self, layer: int, experts: tuple[int, ...], uses: int, prompt: bool, admit: int | None
     ) -> None:
         """A step that fails at its use number `uses`, and what an engine does then."""
-        plan = self._decide(layer, experts, prompt, admit)
-        for step in self.staging.steps(plan):
+        decision = self._decide(layer, experts, prompt, admit)
+        for step in self.staging.steps(decision):
             for use in step.begin:
                 self._load((layer, use.expert), use.slot)
             for use in (*step.hits, *step.loads):
@@ -171,7 +167,7 @@ class Machine:
         resident = self.resident()
         assert self.in_use.items() <= resident.items(), "look-ahead evicted what is in use"
         kept = {key for keys in self.guessed.values() for key in keys}
-        assert len(kept) < self.size.slots, "no slot is left to plan with"
+        assert len(kept) < self.size.slots, "no slot is left to decide with"
         return loads
 
     def warm(self, layer: int, expert: int) -> None:
@@ -190,44 +186,44 @@ class Machine:
 
     def _decide(
         self, layer: int, experts: tuple[int, ...], prompt: bool, admit: int | None
-    ) -> Plan:
+    ) -> Decision:
         before = self.resident()
         known = {expert for expert in experts if (layer, expert) in before}
-        plan = self.cache.plan(layer, experts, prompt=prompt, admit=admit)
+        decision = self.cache.decide(layer, experts, prompt=prompt, admit=admit)
         self.guessed.pop(layer, None)
-        self.decisions.append(plan)
-        assert plan.layer == layer
-        uses = [use for wave in plan.waves for use in (*wave.hits, *wave.loads)]
-        served = [*(use.expert for use in uses), *plan.streamed]
+        self.decisions.append(decision)
+        assert decision.layer == layer
+        uses = [use for wave in decision.waves for use in (*wave.hits, *wave.loads)]
+        served = [*(use.expert for use in uses), *decision.streamed]
         assert sorted(served) == sorted(experts), "each expert exactly once"
-        self._check_streamed(plan, admit)
-        hits = [use for wave in plan.waves for use in wave.hits]
+        self._check_streamed(decision, admit)
+        hits = [use for wave in decision.waves for use in wave.hits]
         assert {use.expert for use in hits} == known, "hits are what was resident"
         assert all(before[layer, use.expert] == use.slot for use in hits)
-        assert not any(wave.hits for wave in plan.waves[1:]), "residents come first"
-        for wave in plan.waves:
+        assert not any(wave.hits for wave in decision.waves[1:]), "residents come first"
+        for wave in decision.waves:
             slots = [use.slot for use in (*wave.hits, *wave.loads)]
             assert slots, "an empty wave"
             assert len(set(slots)) == len(slots), "two experts of a wave in one slot"
             assert set(slots) <= set(range(self.size.slots))
-        for earlier, later in zip(plan.waves, plan.waves[1:], strict=False):
+        for earlier, later in zip(decision.waves, decision.waves[1:], strict=False):
             over = {use.slot for use in (*earlier.hits, *earlier.loads)}
             assert {use.slot for use in later.loads} <= over, "a wave takes over the one before"
-        if plan.waves:
-            last = plan.waves[-1]
+        if decision.waves:
+            last = decision.waves[-1]
             after = self.resident()
             assert all(after[layer, use.expert] == use.slot for use in (*last.hits, *last.loads))
         self.hits += len(hits)
         self.misses += len(served) - len(hits)
-        self.streamed += len(plan.streamed)
-        return plan
+        self.streamed += len(decision.streamed)
+        return decision
 
-    def _check_streamed(self, plan: Plan, admit: int | None) -> None:
+    def _check_streamed(self, decision: Decision, admit: int | None) -> None:
         """What is streamed gets no slot, and spares the waves."""
         resident = self.resident()
-        assert not plan.streamed or admit is not None, "streamed though all may evict"
-        assert not any((plan.layer, expert) in resident for expert in plan.streamed)
-        assert admit is None or len(plan.waves) <= 1, "waves though there is staging"
+        assert not decision.streamed or admit is not None, "streamed though all may evict"
+        assert not any((decision.layer, expert) in resident for expert in decision.streamed)
+        assert admit is None or len(decision.waves) <= 1, "waves though there is staging"
 
     def _load(self, key: Key, slot: int) -> None:
         self.content[slot] = key

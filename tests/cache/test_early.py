@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from offload.cache.cache import ExpertCache
+from offload.cache.decision import Decision, Use, Wave
 from offload.cache.early import absent, nearly_all
-from offload.cache.plan import Plan, Use, Wave
 from offload.cache.policies import LRU
 from offload.cache.sharded import ShardedCache, ShardedStaging, card_and_row
-from offload.cache.simulate.machines import PROFILES
-from offload.cache.simulate.simulator import Scenario, simulate
 from offload.cache.staging import Kept, Staging
 from offload.cache.statistics import LayerCounts
-from offload.cache.trace.replay import Setup
-from offload.cache.trace.synthetic import MIXTRAL, QWEN3_30B, Routing, Shape, synthesize
-from offload.cache.trace.trace import Trace
 
 SLOTS = 4
 
@@ -35,7 +27,7 @@ def test_seven_of_eight_chosen_make_the_next_layers_experts_sure() -> None:
 def test_what_has_no_slot_is_begun_the_hottest_first() -> None:
     cache = ExpertCache(2, 2, LRU)
     for experts in ((5, 3), (3,), (0, 1)):
-        cache.plan(1, experts)
+        cache.decide(1, experts)
     assert absent(cache, 1, 6) == [3, 5, 2, 4]
     assert absent(cache, 0, 3) == [0, 1, 2]
 
@@ -52,8 +44,8 @@ def test_what_came_early_is_computed_first_and_its_rows_are_filled_again() -> No
     assert staging.early(1, [7, 8, 9], halves=1) == [Use(7, 4)]
     assert staging.early(1, [7, 8, 9]) == [Use(8, 5)]
     assert staging.early(1, [7, 8, 9]) == []
-    plan = Plan(1, (Wave((Use(0, 0),), (Use(1, 1),)),), (7, 8, 9, 10))
-    first, second, wave, third, fourth = staging.steps(plan)
+    decision = Decision(1, (Wave((Use(0, 0),), (Use(1, 1),)),), (7, 8, 9, 10))
+    first, second, wave, third, fourth = staging.steps(decision)
     assert first == ((Use(1, 1),), (), (Use(7, 4),), (), True)
     assert second == ((Use(9, 4),), (), (Use(8, 5),), (), True)
     assert wave == ((Use(10, 5),), (Use(0, 0),), (Use(1, 1),), (), False)
@@ -64,8 +56,8 @@ def test_what_came_early_is_computed_first_and_its_rows_are_filled_again() -> No
 def test_what_came_early_and_gets_a_slot_is_copied_on_from_its_row() -> None:
     staging = Staging(SLOTS, 2)
     staging.early(0, [7, 8])
-    plan = Plan(0, (Wave((), (Use(7, 2), Use(1, 1))),), (8,))
-    first, second, wave = staging.steps(plan)
+    decision = Decision(0, (Wave((), (Use(7, 2), Use(1, 1))),), (8,))
+    first, second, wave = staging.steps(decision)
     assert first.begin == (Use(1, 1),)
     assert first.loads == (Use(7, 4),)
     assert first.kept == (Kept(7, 4, 2),)
@@ -74,12 +66,18 @@ def test_what_came_early_and_gets_a_slot_is_copied_on_from_its_row() -> None:
 
 
 def test_what_came_early_for_another_layer_or_is_not_asked_for_is_forgotten() -> None:
-    for plan in (Plan(1, (), (7,)), Plan(0, (Wave((Use(3, 3),), ()),)), Plan(0, (), (9, 11))):
+    for decision in (
+        Decision(1, (), (7,)),
+        Decision(0, (Wave((Use(3, 3),), ()),)),
+        Decision(0, (), (9, 11)),
+    ):
         staging = Staging(SLOTS, 2)
         staging.early(0, [7, 8])
-        begun = [use.expert for step in staging.steps(plan) for use in step.begin]
-        assert begun == list(plan.streamed)
-        again = [use.expert for step in staging.steps(Plan(0, (), (7, 8))) for use in step.begin]
+        begun = [use.expert for step in staging.steps(decision) for use in step.begin]
+        assert begun == list(decision.streamed)
+        again = [
+            use.expert for step in staging.steps(Decision(0, (), (7, 8))) for use in step.begin
+        ]
         assert again == [7, 8]
 
 
@@ -90,7 +88,7 @@ def test_after_a_step_that_broke_off_nothing_is_in_the_rows() -> None:
     ):
         staging.early(1, [7])
         staging.start_over()
-        (step,) = staging.steps(Plan(1, (), (7,)))
+        (step,) = staging.steps(Decision(1, (), (7,)))
         assert [use.expert for use in step.begin] == [7]
 
 
@@ -99,7 +97,7 @@ def test_a_card_begins_early_in_rows_of_its_own() -> None:
     staging = ShardedStaging(cache, 2)
     uses = staging.early(2, [1, 6])
     assert [card_and_row(use.slot, 2) for use in uses] == [(1, 5), (1, 6)]
-    (first, second) = staging.steps(Plan(2, (), (1, 6)))
+    (first, second) = staging.steps(Decision(2, (), (1, 6)))
     assert first.begin == second.begin == ()
 
 
@@ -123,9 +121,9 @@ def test_whatever_was_begun_early_each_expert_is_loaded_once_and_computed_from_i
     content: dict[int, tuple[int, int]] = {}  # slot or row -> what is, or will be, in it
     early: dict[int, set[int]] = {}
     for layer, experts, admit, guesses, later in run:
-        plan = cache.plan(layer, experts, prompt=True, admit=admit)
-        hits = {use.expert for wave in plan.waves for use in wave.hits}
-        steps = staging.steps(plan)
+        decision = cache.decide(layer, experts, prompt=True, admit=admit)
+        hits = {use.expert for wave in decision.waves for use in wave.hits}
+        steps = staging.steps(decision)
         begun: list[int] = []
         computed: list[int] = []
         ahead: set[int] = set()
@@ -152,36 +150,3 @@ def test_whatever_was_begun_early_each_expert_is_loaded_once_and_computed_from_i
         early = {later: ahead | {use.expert for use in uses}}
         for slot in range(SLOTS):
             assert cache.table.key_in(slot) in (None, content.get(slot))
-
-
-@pytest.mark.parametrize(
-    ("shape", "record_mib", "rows"), [(MIXTRAL, 94.5, 2), (QWEN3_30B, 2.53, 32)]
-)
-def test_a_long_prompt_comes_within_a_tenth_of_what_the_link_allows(
-    shape: Shape, record_mib: float, rows: int
-) -> None:
-    """A quarter resident, 2.5 ms between two layers' experts; a few layers stand for all."""
-    layers, tokens = 6, 512  # four times the operations a token stand for 2048
-    shape = replace(shape, layers=layers, record_bytes=int(record_mib * 2**20))
-    hardware = replace(PROFILES["RTX 4090"], link_gb_per_s=26.8, tflops=120 / 4)
-    slots = layers * shape.experts // 4
-    # Of the border 0.47 ms are the host's; the rest is operations.
-    dense = 2.0e-3 * hardware.tflops * 1e12 / tokens * layers
-    both = synthesize(shape, Routing(), 0, 2 * tokens)
-    first, second = (
-        [event._replace(experts=event.experts[at : at + tokens]) for event in both.events]
-        for at in (0, tokens)
-    )
-
-    def link_share(early: bool) -> float:
-        scenario = Scenario(
-            hardware, Setup(slots, "lfru", "quota"), dense, staging_rows=rows, early=early
-        )
-        fill = simulate(Trace(both.header, first), scenario).prefill
-        whole = simulate(Trace(both.header, [*first, *second]), scenario)
-        assert whole.counts.early_loads_wrong <= 0.02 * whole.counts.loads
-        needed = whole.prefill.copy_seconds - fill.copy_seconds
-        return needed / (whole.prefill.seconds - fill.seconds)
-
-    assert link_share(early=False) < 0.87
-    assert link_share(early=True) > 0.9

@@ -6,11 +6,9 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from offload.cache.cache import ExpertCache
-from offload.cache.policies import LFRU, LRU
-from offload.cache.policy import Key
+from offload.cache.policies import LFRU, LRU, Key
 from offload.cache.pool import RecordPool
-from offload.cache.simulate.forecast import USUAL
-from offload.cache.trace.synthetic import Shape, synthesize
+from offload.cache.trace.synthetic import Routing, Shape, synthesize
 
 BUFFERS = 3
 
@@ -39,15 +37,15 @@ def test_what_was_asked_for_least_recently_makes_way() -> None:
 def test_behind_slots_it_holds_of_what_is_loaded_as_much_as_of_all(
     experts: int, slots: float, held: float
 ) -> None:
-    """What `offload plan` counts on: experts that have a slot too take their part of it."""
+    """`offload plan` relies on this: experts that have a slot too take up their part of RAM."""
     shape = Shape("x", 8, experts, 2 if experts == 8 else 8, 1, 0, 4.5)
     every = shape.layers * experts
-    cache = ExpertCache(round(every * slots), shape.layers, LFRU, "shared")
+    cache = ExpertCache(round(every * slots), shape.layers, LFRU)
     pool = RecordPool(round(every * held), LFRU)
-    for at, event in enumerate(synthesize(shape, USUAL, 160).events):
+    for at, event in enumerate(synthesize(shape, Routing(), 160).events):
         if at == 80 * shape.layers:
             pool.hits = pool.misses = 0
-        for wave in cache.plan(event.layer, event.distinct()).waves:
+        for wave in cache.decide(event.layer, event.distinct()).waves:
             for use in wave.loads:
                 asked(pool, (event.layer, use.expert))
     from_disk = pool.misses / (pool.hits + pool.misses)

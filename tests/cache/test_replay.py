@@ -1,20 +1,21 @@
-"""Replays, predictors and Belady's ceiling over made-up traces."""
+"""Replays and Belady's ceiling over made-up traces."""
 
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from offload.cache.errors import CacheError
-from offload.cache.guesses import PREDICTORS, Previous, Transitions, Union, merged
-from offload.cache.policies import POLICIES
 from offload.cache.trace.analysis import shapes, total
+from offload.cache.trace.file import read, write
 from offload.cache.trace.heatmap import collect
-from offload.cache.trace.replay import BELADY, LIVE, Setup, recorded_setup, replay
-from offload.cache.trace.trace import Event, Guess, Trace, TraceHeader
+from offload.cache.trace.replay import BELADY, LIVE, REPLAYED, ROUTER, Setup, recorded_setup, replay
+from offload.cache.trace.trace import CardSlots, Event, Guess, Trace, TraceHeader
 
 LAYERS, EXPERTS = 4, 6
 
@@ -44,15 +45,10 @@ def made_up(tokens: int, seed: int, guess: str = "none") -> Trace:
 def test_no_policy_passes_belady(seed: int, slots: int) -> None:
     trace = made_up(30, seed)
     best = replay(trace, Setup(slots, BELADY)).counts.hits
-    for policy in POLICIES:
-        for allocation in ("shared", "global", "quota"):
-            if allocation == "quota" and slots < 2 * LAYERS:
-                continue  # steps in waves: another game, in which slots outlive their use
-            outcome = replay(
-                trace, Setup(slots, policy, allocation), lambda cache, _: cache.check_integrity()
-            )
-            assert outcome.counts.hits <= best
-            assert outcome.bytes_loaded == outcome.counts.loads * 10
+    for policy in REPLAYED:
+        outcome = replay(trace, Setup(slots, policy), lambda cache, *_: cache.check_integrity())
+        assert outcome.counts.hits <= best
+        assert outcome.bytes_loaded == outcome.counts.loads * 10
 
 
 def test_belady_keeps_what_is_asked_for_soonest() -> None:
@@ -66,56 +62,30 @@ def test_belady_keeps_what_is_asked_for_soonest() -> None:
 @settings(max_examples=30)
 @given(seed=st.integers(0, 10**6), slots=st.integers(2, LAYERS * EXPERTS))
 def test_wrong_guesses_cost_hardly_a_hit(seed: int, slots: int) -> None:
-    without = replay(made_up(60, seed, "wrong"), Setup(slots)).counts
-    wrong = replay(made_up(60, seed, "wrong"), Setup(slots, lookahead=LIVE)).counts
+    without = replay(made_up(60, seed, "wrong"), Setup(slots, "lru")).counts
+    wrong = replay(made_up(60, seed, "wrong"), Setup(slots, "lru", LIVE)).counts
     assert wrong.lookahead_right == 0
     assert wrong.lookahead_loads <= 2 * LAYERS
     assert wrong.misses <= without.misses + wrong.lookahead_loads
 
 
 def test_right_guesses_turn_misses_into_hits() -> None:
-    without = replay(made_up(60, 1, "right"), Setup(10)).counts
-    right = replay(made_up(60, 1, "right"), Setup(10, lookahead=LIVE)).counts
+    without = replay(made_up(60, 1, "right"), Setup(10, "lru")).counts
+    right = replay(made_up(60, 1, "right"), Setup(10, "lru", LIVE)).counts
     assert right.lookahead_precision == right.lookahead_recall == 1
     assert right.misses < 0.6 * without.misses
 
 
-@pytest.mark.parametrize("predictor", PREDICTORS)
-@pytest.mark.parametrize("ahead", [1, 2, 3])
-def test_every_predictor_replays_and_is_counted_layer_by_layer(predictor: str, ahead: int) -> None:
+def test_routers_guesses_replay_whether_or_not_the_run_acted_on_them() -> None:
     trace = made_up(60, 2, "right")
-    outcome = replay(trace, Setup(12, "lfru", "shared", predictor, ahead))
+    noted = [
+        event._replace(guesses=tuple(guess._replace(live=False) for guess in event.guesses))
+        for event in trace.events
+    ]
+    outcome = replay(Trace(trace.header, noted), Setup(12, "lfru", ROUTER))
+    assert outcome.counts == replay(trace, Setup(12, "lfru", LIVE)).counts
     assert outcome.layers[0].lookahead_guesses == 0
-    assert all(counts.lookahead_guesses for counts in outcome.layers[1:])
-    assert 0 < outcome.counts.lookahead_recall <= 1
-
-
-def test_previous_says_what_the_token_before_chose() -> None:
-    predictor = Previous(3)
-    predictor.observe(1, (4, 2))
-    predictor.observe(0, (7, 7))
-    assert predictor.guess(0, 1) == [4, 2]
-    assert predictor.guess(0, 2) == []
-
-
-def test_transitions_say_what_followed_most_often() -> None:
-    predictor = Transitions(3)
-    for first, second in ((1, 5), (1, 5), (1, 3), (2, 4)):
-        predictor.observe(0, (first,))
-        predictor.observe(1, (second,))
-    predictor.observe(0, (1,))
-    assert predictor.guess(0, 1) == [5]
-    predictor.observe(0, (2,))
-    assert predictor.guess(0, 1) == [4]
-
-
-def test_union_takes_turns_and_says_nothing_twice() -> None:
-    assert merged([1, 2], [2, 3, 4]) == [1, 2, 3, 4]
-    union = Union(Previous(2), Transitions(2))
-    union.observe(0, (1,))
-    union.observe(1, (2,))
-    union.observe(0, (1,))
-    assert union.guess(0, 1) == [2]
+    assert all(counts.lookahead_recall == 1 for counts in outcome.layers[1:])
 
 
 def test_shapes_count_repetitions_and_reuse() -> None:
@@ -135,25 +105,43 @@ def test_shapes_count_repetitions_and_reuse() -> None:
     [
         {"slots": 0},
         {"policy": "best"},
-        {"allocation": "fair"},
         {"lookahead": "oracle"},
-        {"lookahead": "previous", "ahead": 4},
+        {"cards": (CardSlots(2, 3),)},
     ],
 )
-def test_setups_that_are_none_are_told(setup: dict[str, Any]) -> None:
+def test_setups_that_cannot_be_are_refused(setup: dict[str, Any]) -> None:
     with pytest.raises(CacheError):
-        Setup(**{"slots": 1, **setup})
+        Setup(**{"slots": 1, "policy": "lru", **setup})
 
 
 def test_more_slots_than_experts_are_all_experts() -> None:
     trace = made_up(20, 3)
-    everything = replay(trace, Setup(trace.header.total_experts))
-    assert replay(trace, Setup(10**15)).counts == everything.counts
+    everything = replay(trace, Setup(trace.header.total_experts, "lru"))
+    assert replay(trace, Setup(10**15, "lru")).counts == everything.counts
 
 
-def test_a_trace_that_does_not_say_how_it_was_recorded_is_told() -> None:
+def test_a_trace_that_does_not_say_how_it_was_recorded_is_refused() -> None:
     with pytest.raises(CacheError, match="slots"):
         recorded_setup(made_up(1, 0))
+
+
+@pytest.mark.parametrize(
+    "left",
+    [{"policy": "slru"}, {"policy": "fifo"}, {"allocation": "quota"}, {"allocation": "global"}],
+)
+def test_a_trace_of_an_old_version_opens_and_replays_under_a_setup_that_is_named(
+    left: dict[str, str], tmp_path: Path
+) -> None:
+    settings = {"slots": 8, "policy": "lfru", "allocation": "shared", "predictor": "union"}
+    old = replace(made_up(20, 5).header, settings={**settings, "layers_ahead": 3, **left})
+    write(tmp_path / "old", Trace(old, made_up(20, 5).events))
+    trace = read(tmp_path / "old")
+    assert trace.header == old
+    with pytest.raises(CacheError, match="give --policy and --expert-slots"):
+        recorded_setup(trace)
+    assert replay(trace, Setup(8, "lfru")).counts.hits
+    kept = replace(old, settings={**settings, "layers_ahead": 3})
+    assert recorded_setup(Trace(kept, trace.events)) == Setup(8, "lfru", LIVE)
 
 
 @pytest.mark.parametrize("slots", [4, 9, 16])
@@ -167,8 +155,8 @@ def test_the_optimum_stays_the_optimum_after_warm_starts_and_emptied_slots(slots
     best = replay(changed, Setup(slots, BELADY)).counts
     assert best.warm_loads == 0
     cold = Trace(trace.header, [event._replace(warmed=()) for event in events])
-    for policy in POLICIES:
+    for policy in REPLAYED:
         assert replay(cold, Setup(slots, policy)).counts.hits <= best.hits
         assert replay(changed, Setup(slots, policy)).counts.hits <= best.hits + 2 * slots
-    drawn = collect(changed, Setup(slots))
-    assert sum(map(sum, drawn.hits)) == replay(changed, Setup(slots)).counts.hits
+    drawn = collect(changed, Setup(slots, "lru"))
+    assert sum(map(sum, drawn.hits)) == replay(changed, Setup(slots, "lru")).counts.hits

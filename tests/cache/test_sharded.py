@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from offload.cache.cache import ExpertCache
+from offload.cache.decision import Decision
 from offload.cache.errors import CacheError
-from offload.cache.plan import Plan
 from offload.cache.policies import POLICIES
 from offload.cache.sharded import ShardedCache, ShardedStaging, card_and_row, divided
-from offload.cache.trace.replay import BELADY, Setup, layers_of, recorded_setup, replay
+from offload.cache.trace.replay import BELADY, Setup, card_trace, recorded_setup, replay
 from offload.cache.trace.synthetic import Routing, Shape, synthesize
 from offload.cache.trace.trace import CardSlots, Trace, cards_text
 
@@ -20,7 +20,7 @@ EXPERTS = 6
 SHAPE = Shape("tiny", 5, 8, 2, record_bytes=1000, dense_bytes=0, expert_bits=4.5)
 steps = st.lists(
     st.tuples(
-        st.sampled_from(("plan", "guess", "warm")),
+        st.sampled_from(("decide", "guess", "warm")),
         st.integers(0, 4),
         st.lists(st.integers(0, EXPERTS - 1), min_size=1, max_size=4, unique=True),
     ),
@@ -32,8 +32,8 @@ def _caches() -> list[ExpertCache]:
     return [ExpertCache(3, 2, POLICIES["lru"]), ExpertCache(7, 3, POLICIES["lru"])]
 
 
-def _slots(plan: Plan) -> list[tuple[int, int]]:
-    return [tuple(use) for wave in plan.waves for use in (*wave.hits, *wave.loads)]
+def _slots(decision: Decision) -> list[tuple[int, int]]:
+    return [tuple(use) for wave in decision.waves for use in (*wave.hits, *wave.loads)]
 
 
 @given(steps)
@@ -43,10 +43,10 @@ def test_a_card_decides_as_its_cache_alone_would(
     whole, alone = ShardedCache(_caches()), _caches()
     for kind, layer, experts in calls:
         card, local = (0, layer) if layer < 2 else (1, layer - 2)
-        if kind == "plan":
-            plan, expected = whole.plan(layer, experts), alone[card].plan(local, experts)
-            assert plan.layer == layer
-            assert [(e, card_and_row(s, 2)) for e, s in _slots(plan)] == [
+        if kind == "decide":
+            decision, expected = whole.decide(layer, experts), alone[card].decide(local, experts)
+            assert decision.layer == layer
+            assert [(e, card_and_row(s, 2)) for e, s in _slots(decision)] == [
                 (e, (card, row)) for e, row in _slots(expected)
             ]
         elif kind == "guess":
@@ -74,7 +74,7 @@ def test_slots_keep_their_numbers_and_tell_who_is_in_them() -> None:
     used = {
         use.slot: (layer, use.expert)
         for layer in range(5)
-        for use in whole.plan(layer, [1]).waves[0].loads
+        for use in whole.decide(layer, [1]).waves[0].loads
     }
     assert len(used) == 5, "a slot of two cards has two numbers"
     for slot, key in used.items():
@@ -88,7 +88,7 @@ def test_slots_keep_their_numbers_and_tell_who_is_in_them() -> None:
 def test_one_card_numbers_its_slots_as_they_are() -> None:
     one, alone = (make() for make in (_one_card, lambda: ExpertCache(4, 2, POLICIES["lru"])))
     for layer, experts in ((0, [1, 2]), (1, [0, 5]), (0, [3]), (1, [1])):
-        assert one.plan(layer, experts) == alone.plan(layer, experts)
+        assert one.decide(layer, experts) == alone.decide(layer, experts)
 
 
 def _one_card() -> ShardedCache:
@@ -106,7 +106,7 @@ def test_a_replay_of_two_cards_is_that_of_their_layers_apart(policy: str) -> Non
     trace, cards = _trace(), (CardSlots(2, 8), CardSlots(3, 6))
     both = replay(trace, Setup(14, policy, cards=cards))
     apart = [
-        replay(layers_of(trace, first, end), Setup(slots, policy))
+        replay(card_trace(trace, first, end), Setup(slots, policy))
         for first, end, slots in ((0, 2, 8), (2, 5, 6))
     ]
     assert both.layers == tuple(counts for part in apart for counts in part.layers)
@@ -127,8 +127,8 @@ def test_cards_that_cannot_be_are_refused(text: str) -> None:
 def test_each_card_streams_through_rows_of_its_own() -> None:
     staging = ShardedStaging(ShardedCache(_caches()), 2)
     for layer, (card, first) in enumerate([(0, 3), (0, 3), (1, 7), (1, 7), (1, 7)]):
-        plan = Plan(layer, (), (1, 2, 3))
-        rows = [card_and_row(use.slot, 2) for step in staging.steps(plan) for use in step.begin]
+        decision = Decision(layer, (), (1, 2, 3))
+        rows = [card_and_row(use.slot, 2) for step in staging.steps(decision) for use in step.begin]
         assert len(rows) == 3
         assert {at for at, _ in rows} == {card}
         assert {row for _, row in rows} == {first, first + 1}
@@ -146,21 +146,21 @@ def test_fewer_slots_are_shared_out_in_proportion(had: list[int], data: st.DataO
 
 def test_a_resized_cache_has_fewer_rows_on_each_card() -> None:
     cache = ShardedCache(_caches())
-    cache.plan(3, [1, 2])
+    cache.decide(3, [1, 2])
     cache.resize(5)
     assert [part.table.slots for part in cache.caches] == [1, 4]
     assert len(cache.table) == 0
-    cache.plan(0, [1])
+    cache.decide(0, [1])
     cache.check_integrity()
 
 
 @given(st.lists(st.integers(0, EXPERTS - 1), min_size=1, max_size=6, unique=True))
 def test_what_is_streamed_is_said_in_the_layer_of_the_model(experts: list[int]) -> None:
     whole, (_, alone) = ShardedCache(_caches()), _caches()
-    plan = whole.plan(3, experts, prompt=True, admit=1)
-    expected = alone.plan(1, experts, prompt=True, admit=1)
-    assert plan.layer == 3
-    assert plan.streamed == expected.streamed
-    assert [(e, card_and_row(s, 2)) for e, s in _slots(plan)] == [
+    decision = whole.decide(3, experts, prompt=True, admit=1)
+    expected = alone.decide(1, experts, prompt=True, admit=1)
+    assert decision.layer == 3
+    assert decision.streamed == expected.streamed
+    assert [(e, card_and_row(s, 2)) for e, s in _slots(decision)] == [
         (e, (1, row)) for e, row in _slots(expected)
     ]

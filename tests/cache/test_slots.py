@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from offload.cache.policy import Key
+from offload.cache.policies import Key
 from offload.cache.slots import SlotTable
 
 keys = st.tuples(st.integers(0, 2), st.integers(0, 4))

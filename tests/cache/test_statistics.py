@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, fields
+from dataclasses import astuple, dataclass, fields
+from typing import ClassVar
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from offload.cache.statistics import LayerCounts, Statistics
+from offload.cache.statistics import Figures, LayerCounts, Statistics
 
 whole = st.integers(0, 10**9)
 # Multiples of 1/8 so that sums of seconds are exact.
@@ -78,4 +79,22 @@ def test_rates_are_shares() -> None:
     assert some.lookahead_precision == pytest.approx(0.25)
     assert some.lookahead_recall == pytest.approx(0.4)
     assert some.loads == 9
-    assert some.needed_loads == 7
+    assert some.useful_loads == 7
+
+
+@dataclass(frozen=True)
+class Runs(Figures):
+    """Figures of one machine."""
+
+    FIXED: ClassVar[frozenset[str]] = frozenset({"machine"})
+    machine: str
+    seconds: float
+    layers: tuple[LayerCounts, ...]
+
+
+def test_figures_add_and_subtract_field_by_field_and_the_fixed_ones_stay() -> None:
+    earlier = Runs("a", 1.0, (LayerCounts(hits=1), LayerCounts(misses=2)))
+    later = Runs("a", 4.5, (LayerCounts(hits=5), LayerCounts(misses=7)))
+    between = later - earlier
+    assert between == Runs("a", 3.5, (LayerCounts(hits=4), LayerCounts(misses=5)))
+    assert earlier + between == later

@@ -12,7 +12,7 @@ from offload.cache.trace.trace import Trace
 
 
 def hit_rate(trace: Trace, slots: int) -> float:
-    return replay(trace, Setup(slots)).counts.hit_rate
+    return replay(trace, Setup(slots, "lru")).counts.hit_rate
 
 
 def test_a_seed_decides_everything() -> None:

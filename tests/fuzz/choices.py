@@ -1,6 +1,6 @@
-"""Decisions taken from bytes, and what is done with them to good input.
+"""Takes decisions from bytes, and damages good input accordingly.
 
-The same bytes make the same bad input, whoever chose them: a counter, hypothesis or atheris.
+The same bytes make the same bad input, whether a counter, hypothesis or atheris chose them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SIZES = (0, 1, 2, 7, 255, 65535, 2**31 - 1, 2**32 - 1, 2**63 - 1, 2**64 - 1)
 
 
 class Choices:
-    """Reads decisions off bytes; where they end, every decision is the first one."""
+    """Takes decisions from bytes; after the last byte, every decision is the first choice."""
 
     def __init__(self, data: bytes) -> None:
         self._data, self._at = data, 0
@@ -90,11 +90,11 @@ def _with_one_change(value: Any, choices: Choices) -> Any:
 
 
 def harmed_json(good: Any, choices: Choices) -> bytes:
-    """JSON of a harmed value; now and then harmed as text, too."""
+    """JSON of a harmed value, which is sometimes harmed as text as well."""
     text = json.dumps(harmed_value(good, choices)).encode()
     return harmed_bytes(text, choices) if not choices.number(8) else text
 
 
 def harmed_text(parts: Sequence[str], choices: Choices, most: int = 12) -> str:
-    """Some of `parts` one after the other."""
+    """A text of up to `most` - 1 of the `parts`."""
     return "".join(choices.pick(parts) for _ in range(choices.number(most)))

@@ -1,4 +1,4 @@
-"""Many cases of a target, each repeatable by its number.
+"""Runs many cases of a target, each of which can be repeated by its number.
 
 python -m tests.fuzz.run [--cases N] [--target NAME] [--only CASE]
 """
@@ -34,11 +34,14 @@ MOST_KEPT = 2**26  # bytes that all cases of a target together may leave behind
 
 
 class Endless(BaseException):
-    """A case does not end. Nothing that catches errors catches it."""
+    """A case does not end. It is no `Exception`, so that no handler of errors catches it."""
 
 
 def case(target: Target, data: bytes, inside: Path) -> str:
-    """Run a case: "fine", or the name of the error that refused it. Raises whatever is a bug."""
+    """Run a case and return "fine" or the name of the error that refused it.
+
+    Raises any error that is a bug.
+    """
     begin = time.process_time()
     try:
         with _watched(inside), _ended(), _limited():
@@ -54,7 +57,7 @@ def case(target: Target, data: bytes, inside: Path) -> str:
 
 
 def _refusal(error: BaseException) -> str:
-    """The name of an error that may be."""
+    """The name of an error that is allowed. Raises `AssertionError` for one that is too long."""
     text = str(error)
     assert "\n" not in text, f"an error of several lines: {text!r}"
     assert len(text) < LONGEST, f"an error of {len(text)} characters"
@@ -63,7 +66,7 @@ def _refusal(error: BaseException) -> str:
 
 
 def _of_memory(error: BaseException | None) -> bool:
-    """Whether memory that ran out is what an error was made of."""
+    """Whether an error was raised because memory ran out."""
     while error is not None and not isinstance(error, MemoryError):
         error = error.__cause__ or error.__context__
     return error is not None
@@ -71,7 +74,7 @@ def _of_memory(error: BaseException | None) -> bool:
 
 @contextmanager
 def _limited() -> Iterator[None]:
-    """Let the system refuse more than `MOST_MEMORY` beyond what this process has."""
+    """Let the system refuse this process more than `MOST_MEMORY` beyond what it has now."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     room = psutil.Process().memory_info().vms + MOST_MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (room, before[1]))
@@ -83,7 +86,7 @@ def _limited() -> Iterator[None]:
 
 @contextmanager
 def _ended() -> Iterator[None]:
-    """End what does not end: Python code by an exception, anything else with the process."""
+    """End a case that takes too long: Python code by an exception, other code with the process."""
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError("cases are run by the main thread: signals end them")
     before = signal.signal(signal.SIGALRM, _end)
@@ -102,12 +105,12 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 
 def bytes_of(name: str, number: int) -> bytes:
-    """What decides case `number` of target `name`: the same on every machine."""
+    """The bytes of case `number` of target `name`, which are the same on every machine."""
     return hashlib.shake_128(f"{name} {number}".encode()).digest(96)
 
 
 OWN = (sys.prefix, sys.base_prefix, Path(__file__).parents[2], "/proc")
-_allowed: list[Path] = []  # where files may be opened; empty: nobody looks
+_allowed: list[Path] = []  # folders where files may be opened; empty while no case runs
 _outside: list[str] = []
 
 
@@ -127,7 +130,7 @@ sys.addaudithook(_hook)
 
 @contextmanager
 def _watched(inside: Path) -> Iterator[None]:
-    """Fail when a file outside of `inside` (and Python's own) is opened."""
+    """Fail when a file is opened that is neither in `inside` nor one of Python's own."""
     _outside.clear()
     _allowed[:] = [Path(os.path.realpath(folder)) for folder in (inside, *OWN)]
     try:
@@ -138,7 +141,7 @@ def _watched(inside: Path) -> Iterator[None]:
 
 
 def run(targets: Targets, name: str, cases: range) -> dict[str, int]:
-    """How often each outcome came. Raises `AssertionError` naming the case that found a bug."""
+    """Count the outcomes of `cases`. Raises `AssertionError` with the case that found a bug."""
     target, counts = targets.all()[name], dict[str, int]()
     for number in cases:
         try:
@@ -153,7 +156,7 @@ def run(targets: Targets, name: str, cases: range) -> dict[str, int]:
 
 
 def make_targets(folder: Path) -> Targets:
-    """Targets over a tiny Mixtral, made in `folder`."""
+    """The targets, with the input of a tiny Mixtral made in `folder`."""
     from offload.pack.find import find_or_make_pack
     from offload.pack.recipe import Recipe
     from tests.conftest import make_tokenizer, save_with_tokenizer
@@ -164,7 +167,7 @@ def make_targets(folder: Path) -> Targets:
 
 
 def memory() -> int:
-    """Bytes that this process has resident now."""
+    """Bytes of RAM that this process has now."""
     return int(psutil.Process().memory_info().rss)
 
 

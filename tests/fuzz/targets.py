@@ -1,6 +1,6 @@
-"""What reads files and texts that others made: each as a function of `Choices`.
+"""Everything that reads files and texts made by others, each as a function of `Choices`.
 
-A target may end well or with our own error, one line that says what to do. Anything else is a bug.
+A target may end well or with an error of `ALLOWED` in one line. Anything else is a bug.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ from offload.chat.chat import Chat
 from offload.chat.commands import obey
 from offload.chat.display import Plain
 from offload.chat.terminal import _History
+from offload.commands import build_parser
 from offload.engine.warm import read_hot
-from offload.generation.answers import AnswersFile, read_prompts
-from offload.generation.stream import encode_prompt
-from offload.loading import _tokenizer as load_tokenizer
-from offload.main import build_parser
+from offload.generation.answers import AnswersFile, read_prompt_lines
+from offload.generation.prompt import encode_prompt
+from offload.loading import load_tokenizer
 from offload.model import sources
-from offload.model.formats.gguf import read_header
+from offload.model.formats.gguf import GgufFile
+from offload.model.formats.gguf_config import gguf_config
 from offload.model.formats.safetensors import INDEX, SafetensorsSource, weight_files
 from offload.model.sources import check_generation_config
 from offload.pack.recipe import Recipe
@@ -62,7 +63,7 @@ SIZE_PARTS = ("1", "20", "9" * 40, ".", "GiB", "MB", "%", "-", " ", "e9", "٤", 
 
 
 class Targets:
-    """Good input of every kind, made once in a folder, and what is done with it."""
+    """Good input of every kind, made once in a folder, and the functions that damage and read it."""
 
     def __init__(
         self, folder: Path, pack: Path, checkpoint: Path, tokenizer: PreTrainedTokenizerFast
@@ -99,7 +100,7 @@ class Targets:
         (folder / "home" / "conversations").mkdir(parents=True)
 
     def all(self) -> dict[str, Target]:
-        """By name."""
+        """The targets by name."""
         return {
             name.removeprefix("fuzz_"): getattr(self, name)
             for name in dir(self)
@@ -112,7 +113,9 @@ class Targets:
 
     def fuzz_manifest(self, choices: Choices) -> None:
         manifest = harmed_value(self._manifest, choices)
-        if isinstance(manifest, dict) and choices.number(4):  # else its checksum is found wrong
+        if isinstance(manifest, dict) and choices.number(
+            4
+        ):  # else only its checksum would be tested
             manifest.pop("check", None)
             manifest["check"] = manifest_check(manifest)
         (self._pack / MANIFEST).write_bytes(json.dumps(manifest).encode())
@@ -152,7 +155,11 @@ class Targets:
             assert (self._sharded / name).resolve().parent == self._sharded.resolve()
 
     def fuzz_gguf(self, choices: Choices) -> None:
-        read_header(self._write(harmed_bytes(self._gguf, choices, within=2000)))
+        path = self._write(harmed_bytes(self._gguf, choices, within=2000))
+        file = GgufFile(path)
+        for name in file.tensors:
+            assert file.read(name).shape == file.shape(name)
+        gguf_config(path)
 
     def fuzz_config(self, choices: Choices) -> None:
         (self._checkpoint / "config.json").write_bytes(harmed_json(self._config, choices))
@@ -229,7 +236,7 @@ class Targets:
     def fuzz_prompts(self, choices: Choices) -> None:
         good: Any = {"prompt": "hi", "id": 3, "messages": [{"role": "user", "content": "a"}]}
         first = harmed_json(good, choices) if choices.number(2) else json.dumps(good).encode()
-        prompts = read_prompts(self._write(first + b"\n" + json.dumps("two").encode()))
+        prompts = read_prompt_lines(self._write(first + b"\n" + json.dumps("two").encode()))
         answer = prompts[0] | {"answer": "b"}
         line = harmed_json(answer, choices) if choices.number(2) else json.dumps(answer).encode()
         answers = AnswersFile(self._write(line + b"\n"[: choices.number(2)]))
@@ -264,7 +271,7 @@ class Targets:
         assert (parse_slots(text, 100) or 0) >= 0
 
     def fuzz_saved_messages(self, choices: Choices) -> None:
-        """What a template is given may be of any kind: a file of messages was written by others."""
+        """Messages from a file written by others may be of any kind when a template gets them."""
         messages = harmed_value(
             [{"role": "user", "content": "hi"}, {"role": "a", "content": "b"}], choices
         )
@@ -273,7 +280,7 @@ class Targets:
 
 
 def _words(parser: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
-    """Every command's name, and every flag of all of them."""
+    """The names of all commands and all their flags."""
     names, flags = [], list(parser._option_string_actions)
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -285,20 +292,17 @@ def _words(parser: argparse.ArgumentParser) -> tuple[list[str], list[str]]:
 
 
 def _tiny_gguf(file: Path) -> bytes:
-    import gguf
-    import numpy as np
+    from gguf import GGMLQuantizationType, GGUFWriter
 
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_block_count(2)
-    writer.add_expert_count(4)
-    writer.add_token_list(["a", "b"])
-    writer.add_array("llama.numbers", [1, 2, 3])
-    writer.add_tensor("token_embd.weight", np.zeros((2, 32), dtype=np.float32))
-    writer.add_tensor("blk.0.ffn_gate_exps.weight", np.zeros((4, 8, 32), dtype=np.float16))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    from tests.gguf_files import write_gguf
+    from tests.tiny import save_tiny
+
+    def fields(writer: GGUFWriter) -> None:
+        writer.add_token_list(["a", "b"])
+        writer.add_array("llama.numbers", [1, 2, 3])
+
+    model = save_tiny("mixtral", file.with_suffix(""), num_hidden_layers=1)
+    write_gguf(file, model, lambda name: GGMLQuantizationType.Q8_0, fields=fields)
     return file.read_bytes()
 
 

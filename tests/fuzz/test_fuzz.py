@@ -1,4 +1,4 @@
-"""Hostile input: our own errors, in one line, in time, and no file opened elsewhere."""
+"""Hostile input gives only this project's errors, in one line and in time, and opens no other file."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_much_hostile_input_is_refused_in_one_line(name: str, targets: Targets) 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """Where a case may open files; beside it lie some that it may not."""
+    """The folder where a case may open files; beside it lie files that it may not open."""
     for folder in ("model", "model-evil"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "file").write_text("")

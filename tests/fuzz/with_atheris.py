@@ -1,10 +1,10 @@
-"""One target with bytes that coverage chooses, until a bug, Ctrl-C or the time is over.
+"""Runs one target with bytes chosen by coverage, until it finds a bug, Ctrl-C or the time is over.
 
     pip install atheris
     python -m tests.fuzz.with_atheris TARGET [--seconds N] [--seeds N]
 
-Only this project's code is instrumented, so it is imported here and nowhere before. libFuzzer
-prints what was covered (cov), how many inputs found something new (corp) and executions a second.
+Only this project's code is instrumented, so it must not be imported before. libFuzzer prints how
+much was covered (cov), how many inputs found something new (corp) and the executions a second.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main() -> None:
         def run(data: bytes) -> None:
             case(target, data, targets.folder)
 
-        # Cases have an alarm and a limit of memory of their own.
+        # Each case has its own alarm and its own limit of memory.
         ours = ["-handle_alrm=0", "-rss_limit_mb=0", "-max_len=96"]
         atheris.Setup([sys.argv[0], *ours, f"-max_total_time={asked.seconds}", str(seeds)], run)
         atheris.Fuzz()

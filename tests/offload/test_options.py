@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import pkgutil
 import pydoc
 import subprocess
 import sys
@@ -16,24 +17,21 @@ import torch
 
 import offload
 from offload import options
+from offload.bench.command import SWEPT, BenchOptions, combinations
+from offload.commands import COMMANDS, build_parser
+from offload.flags import add_options, default_text, options_from, options_of, words_of
 from offload.loading import load_and_tell, load_with
-from offload.main import build_parser
-from offload.options import (
-    BenchOptions,
-    LoadKeywords,
-    LoadOptions,
-    add_options,
-    combinations,
-    options_from,
-    words_of,
-)
+from offload.options import LoadKeywords, LoadOptions
+from offload.quality.command import CheckOptions
 from tests import options_page
 
-KINDS = [
+MODULES = [pkgutil.resolve_name(place.partition(":")[0]) for place, _ in COMMANDS.values()]
+KINDS = {
     kind
-    for kind in vars(options).values()
+    for module in (options, *MODULES)
+    for kind in vars(module).values()
     if is_dataclass(kind) and isinstance(kind, type) and kind.__name__.endswith("Options")
-]
+}
 
 
 def given(kind: type, *words: str, **settings: Any) -> argparse.Namespace:
@@ -62,7 +60,7 @@ def test_the_signature_of_load_shows_every_option_with_its_default() -> None:
 
 def test_the_help_of_the_options_explains_each() -> None:
     text = " ".join(pydoc.render_doc(LoadOptions, renderer=pydoc.plaintext).split())
-    for _, spelling in options.options_of(LoadOptions):
+    for _, spelling in options_of(LoadOptions):
         assert " ".join(spelling.help.split()) in text.replace(" | ", " ")
 
 
@@ -85,11 +83,11 @@ def test_a_type_checker_knows_the_keywords(tmp_path: Path) -> None:
     assert ':3: error: Unexpected keyword argument "vrm" for "load"' in errors[0]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", sorted(KINDS, key=str))
 def test_every_option_is_explained_and_what_is_not_given_keeps_its_default(kind: type) -> None:
-    for each, spelling in options.options_of(kind):
+    for each, spelling in options_of(kind):
         assert spelling.help, each.name
-    words = ["--against", "x"] if kind is options.CheckOptions else []
+    words = ["--against", "x"] if kind is CheckOptions else []
     expected = kind(**{"against": "x"} if words else {})
     assert options_from(given(kind, *words), kind) == expected
 
@@ -103,36 +101,71 @@ def test_flags_are_read_as_values() -> None:
     assert (bench.n_prompt, bench.n_gen, bench.pg) == ((8, 4, 2), (128,), ((6, 2),))
 
 
-def test_a_commands_own_default_is_its_helps_too() -> None:
+def test_the_help_shows_the_default_that_a_command_has_of_its_own() -> None:
     parser = argparse.ArgumentParser()
     add_options(parser, LoadOptions, ["context"], context=512)
     assert options_from(parser.parse_args([]), LoadOptions).context == 512
-    assert "(512)" in parser.format_help()
+    assert "(default: 512)" in " ".join(parser.format_help().split())
 
 
-def test_listed_options_are_combined_the_last_changing_first() -> None:
-    words = ("--policy", "lru,lfru", "--lookahead", "on,auto")
-    names = ("policy", "lookahead")
-    found = combinations(given(LoadOptions, *words, names=names, several=True), names)
-    assert found == [
-        LoadOptions(policy=policy, lookahead=lookahead)
+def swept(*words: str) -> list[LoadOptions]:
+    return combinations(build_parser(("bench",)).parse_args(["bench", "demo", *words]))
+
+
+def test_a_sweep_is_every_combination_the_last_changing_first() -> None:
+    words = ("--expert-bits", "8,4", "--expert-slots", "25%", "--policy", "lru,lfru", "-c", "77")
+    common = {"expert_slots": "25%", "context": 77, "warm_start": False}
+    assert swept(*words) == [
+        LoadOptions(expert_bits=bits, policy=policy, **common)  # type: ignore[arg-type]
+        for bits in (8, 4)
         for policy in ("lru", "lfru")
-        for lookahead in (True, None)
     ]
-    assert combinations(given(LoadOptions, names=names, several=True), names) == [LoadOptions()]
+    assert swept() == [LoadOptions(warm_start=False)]
+
+
+@pytest.mark.parametrize(
+    ("words", "values"),
+    [
+        (["--lookahead"], [True]),
+        (["--no-lookahead"], [False]),
+        (["--lookahead", "on,off,auto"], [True, False, None]),
+    ],
+)
+def test_lookahead_is_a_switch_and_a_list_in_a_sweep(
+    words: list[str], values: list[bool | None]
+) -> None:
+    assert [setting.lookahead for setting in swept(*words)] == values
+
+
+@pytest.mark.parametrize("words", [("--expert-slots", "25%,many"), ("--policy", "lru,best")])
+def test_a_sweep_refuses_at_once_what_could_not_be_loaded(words: tuple[str, str]) -> None:
+    with pytest.raises(offload.OffloadError):
+        swept(*words)
+
+
+def test_every_swept_option_is_explained_with_its_default(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        build_parser(("bench",)).parse_args(["bench", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for each, spelling in options_of(LoadOptions):
+        if each.name in SWEPT:
+            told = default_text(each.default, spelling)
+            assert f"{spelling.help} (default: {told})" in shown
 
 
 def test_words_that_are_written_are_read_as_the_same_options() -> None:
     asked = LoadOptions(
         vram="8GiB", context=64, bits="q4", local_files_only=True, warm_start=False, lookahead=True
     )
-    names = [name for name in options.names_of(LoadOptions) if name != "dtype"]
+    names = [each.name for each, spelling in options_of(LoadOptions) if spelling.flags]
     assert options_from(given(LoadOptions, *words_of(asked, names)), LoadOptions) == asked
     assert words_of(LoadOptions(), names) == []
 
 
 @pytest.mark.parametrize("wrong", [{"policy": "slru"}, {"engine": "gpu"}])
-def test_a_name_that_is_none_is_refused_with_those_that_are(wrong: dict[str, str]) -> None:
+def test_an_unknown_policy_or_engine_is_refused_with_the_known_ones(wrong: dict[str, str]) -> None:
     with pytest.raises(offload.UnsupportedModelError, match=r"choose \w+ or"):
         replace(LoadOptions(), **wrong)
 
@@ -145,7 +178,7 @@ def test_options_that_left_are_usage_errors(flag: str, capsys: pytest.CaptureFix
     assert flag in capsys.readouterr().err
 
 
-def test_what_was_asked_stays_whole_beside_what_it_came_to(mixtral_pack: Path) -> None:
+def test_a_fit_keeps_the_options_that_it_was_made_from(mixtral_pack: Path) -> None:
     asked = LoadOptions(device="cpu", ram="1GiB", context=77, dtype=torch.float32)
     model, _ = load_with(mixtral_pack, asked)
     assert model.offload.fit.options is asked
@@ -153,7 +186,7 @@ def test_what_was_asked_stays_whole_beside_what_it_came_to(mixtral_pack: Path) -
     model.offload.close()
 
 
-def test_a_command_that_loads_a_model_tells_what_each_card_has(
+def test_a_command_that_loads_a_model_says_what_each_card_holds(
     mixtral_pack: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = LoadOptions(gpus=("cpu", "cpu"), ram="2GiB")
@@ -166,4 +199,4 @@ def test_a_command_that_loads_a_model_tells_what_each_card_has(
 
 def test_the_page_of_options_is_up_to_date() -> None:
     assert options_page.PAGE.read_text(encoding="utf-8") == options_page.page()
-    assert {kind for kind, _ in options_page.SECTIONS.values()} == set(KINDS)
+    assert {kind for kind, _ in options_page.SECTIONS.values()} == KINDS

@@ -1,9 +1,8 @@
-"""Fetching records from pinned host memory by a kernel.
+"""A kernel that fetches records from pinned host memory.
 
-Knows: addresses, slots, how many blocks of threads the link needs. Does not know: who decided.
-
-A copy of the copy engine has its addresses frozen when a graph is captured; a kernel reads them
-from a table. It is a few blocks, so that the multiprocessors stay with the compute beside it.
+The copy engine's addresses are frozen when a CUDA graph is captured, while a kernel reads its
+addresses from a table. The kernel has few blocks of threads, so that most multiprocessors are left
+to the computation beside it.
 """
 
 from __future__ import annotations
@@ -13,11 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# 8 blocks of 256 threads are said to saturate PCIe 4; twice that for PCIe 5. Not measured here: a
-# full grid takes the compute's multiprocessors, too few leave the link idle.
+# 8 blocks of 256 threads are said to saturate PCIe 4, so PCIe 5 gets twice as many; this is not
+# measured. A full grid would take the computation's multiprocessors, too few blocks leave the port
+# idle.
 BLOCKS = 16
 WARPS = 8
-WORDS = 2048  # of 8 bytes, a block at a time: four loads of 16 bytes a thread are under way
+WORDS = 2048  # of 8 bytes, copied by a block at a time: four loads of 16 bytes a thread
 
 
 @triton.jit(do_not_specialize_on_alignment=["experts", "loads", "addresses"])
@@ -25,7 +25,7 @@ def gather_kernel(
     experts, loads, addresses, slots, slot_words, words, k,
     WORDS: tl.constexpr,
 ):  # fmt: skip
-    """Copy the record of each of `experts` [k] into the slot that `loads` [k] says, -1: not."""
+    """Copy the record of each of `experts` [k] into its slot of `loads` [k], if that is not -1."""
     block, blocks = tl.program_id(0), tl.num_programs(0)
     for cell in range(k):
         slot = tl.load(loads + cell)
@@ -43,8 +43,11 @@ def gather_kernel(
 def gather(
     experts: Tensor, loads: Tensor, addresses: Tensor, slots: Tensor, record_bytes: int
 ) -> None:
-    """Copy records into `slots` [n, slot_bytes] uint8; `addresses` [E] int64 of one layer, in
-    memory the device can read. Waits for nothing."""
+    """Copy the records of `experts` [k] into the slots of `loads` [k]; -1 is no slot.
+
+    `slots` is [n, slot_bytes] uint8. `addresses` [E] int64 are those of one layer's records, in
+    memory that the device can read. The call waits for nothing.
+    """
     assert record_bytes % 16 == 0
     assert slots.shape[1] % 16 == 0
     gather_kernel[(BLOCKS,)](

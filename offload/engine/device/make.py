@@ -1,21 +1,21 @@
-"""Whether a model's decode steps can be planned on its device, and the engine that does."""
+"""Whether decode steps can be planned on this device, and what plans them there."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from offload.cache.cache import ExpertCache
-from offload.cache.guesses import Lookahead
 from offload.cache.policies import LFRU
 from offload.cache.trace.synthetic import Routing, Shape, synthesize
-from offload.engine.compute import Compute
-from offload.engine.device.engine import DeviceEngine, SlotDecode
+from offload.engine.device.engine import DevicePlanned, SlotDecode
 from offload.engine.device.gather import gather
 from offload.engine.device.places import Places
 from offload.engine.device.table import Table
+from offload.engine.layer import Layer
 from offload.lines import reason
 from offload.quant.gpu import launching_on
 from offload.quant.pack import PackInfo
@@ -28,25 +28,25 @@ SLOTS, TOKENS = 5, 8
 
 @functools.cache
 def kernels_decide_rightly(device: torch.device) -> str:
-    """Why the kernels cannot be used, or ""."""
+    """Why the kernels cannot be used on `device`, or ""."""
     try:
         with launching_on(device):
-            if not _plans(device):
+            if not _decides(device):
                 return "its kernels decide otherwise than the host on this machine"
-            if not _copies(device):
+            if not _fetches(device):
                 return "its kernels copy wrongly on this machine"
     except Exception as error:  # whatever a compiler or a driver raises
         return f"its kernels do not run here: {reason(error)}"
     return ""
 
 
-def _plans(device: torch.device) -> bool:
+def _decides(device: torch.device) -> bool:
     cache = ExpertCache(SLOTS, SHAPE.layers, LFRU)
-    table = Table(Places(SHAPE.layers, SHAPE.experts, SHAPE.top_k, SLOTS, "lfru", "shared"), device)
+    table = Table(Places(SHAPE.layers, SHAPE.experts, SHAPE.top_k, SLOTS, "lfru"), device)
     table.upload(cache.state())
     for event in synthesize(SHAPE, Routing(recall=0.7), TOKENS).events:
-        cache.plan(event.layer, event.experts[0])
-        table.plan(event.layer, SHAPE.experts, torch.tensor(event.experts[0], device=device))
+        cache.decide(event.layer, event.experts[0])
+        table.decide(event.layer, SHAPE.experts, torch.tensor(event.experts[0], device=device))
         for guess in event.guesses:
             cache.look_ahead(guess.layer, guess.experts, most=len(guess.experts))
             index = torch.tensor(guess.experts, device=device)
@@ -54,7 +54,7 @@ def _plans(device: torch.device) -> bool:
     return table.download().keys == cache.state().keys
 
 
-def _copies(device: torch.device) -> bool:
+def _fetches(device: torch.device) -> bool:
     pinned = device.type == "cuda"
     records = torch.arange(3 * 4096, dtype=torch.int32).view(3, -1).to(torch.uint8)
     records = records.pin_memory() if pinned else records
@@ -73,13 +73,12 @@ DEVICES = ("cuda",)  # on a CPU the kernels are interpreted: for tests
 
 @dataclass(frozen=True)
 class Wanted:
-    """What an engine is to do."""
+    """What is asked of the device."""
 
     policy: str
-    lookahead: Lookahead
+    lookahead: bool
     slots: int
     k: int  # experts a token; 0: not known
-    staging: int  # rows past the slots, for prompts
 
 
 def why_not(wanted: Wanted, transfer: Transfer) -> str:
@@ -100,20 +99,18 @@ def why_not(wanted: Wanted, transfer: Transfer) -> str:
 
 
 def make(
-    info: PackInfo, cache: ExpertCache, transfer: Transfer, compute: Compute, wanted: Wanted
-) -> DeviceEngine:
-    """The engine, where `why_not` says nothing. `compute` is what prompts go through."""
+    info: PackInfo, layers: Sequence[Layer], transfer: Transfer, wanted: Wanted
+) -> DevicePlanned:
+    """What plans on the device, where `why_not` says nothing."""
     addresses = transfer.addresses()
     assert addresses is not None
     experts = max(layer.num_experts for layer in info.layers)
-    places = Places(len(info.layers), experts, wanted.k, wanted.slots, wanted.policy, "shared")
-    return DeviceEngine(
+    places = Places(len(info.layers), experts, wanted.k, wanted.slots, wanted.policy)
+    return DevicePlanned(
         info,
-        cache,
+        layers,
         transfer,
-        compute,
-        wanted.lookahead,
-        wanted.staging,
+        looks_ahead=wanted.lookahead,
         places=places,
         addresses=addresses,
         decode=SlotDecode(info),

@@ -1,17 +1,15 @@
-"""Where each part of the cache's state lies in two flat tensors, and by which rules it is used.
+"""Where each part of the cache's state lies in two flat tensors.
 
-Knows: names and offsets. Does not know: tensors, kernels. A frozen value: kernels take it as a
-constant.
-
-Letters: L layers, E experts of the layer that has most, K experts a token, S slots.
+Letters: L layers, E experts of the layer that has most, K experts a token, S slots. A key is the
+number layer * E + expert.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
-ALLOCATIONS = ("shared", "global")
-COUNTS = (  # of `cache.statistics.LayerCounts`, in this order
+COUNTS = (  # fields of `cache.statistics.LayerCounts`, in the order in which they are counted
     "requests",
     "hits",
     "misses",
@@ -22,139 +20,80 @@ COUNTS = (  # of `cache.statistics.LayerCounts`, in this order
     "lookahead_loads_right",
     "lookahead_asked",
 )
-HEADS = 8  # numbers about the whole cache
 
 
 @dataclass(frozen=True)
 class Places:
-    """Offsets into `ints` (int64) and `reals` (float64)."""
+    """Sizes of a cache, and with them the offset of every part of `ints` (int64) and `reals`
+    (float64): `places.key_in` is where the part "key_in" begins.
 
-    layers: int
-    experts: int  # the most a layer has: keys are layer * experts + expert
-    k: int
-    slots: int
-    policy: str
-    allocation: str
+    The value is frozen, so kernels take it as a constant.
+    """
+
+    layers: int  # L
+    experts: int  # E
+    k: int  # K
+    slots: int  # S
+    policy: str  # lfru or lru
 
     @property
     def lfru(self) -> bool:
         return self.policy == "lfru"
 
     @property
-    def fifo(self) -> bool:
-        return self.policy == "fifo"
-
-    @property
-    def shared(self) -> bool:
-        return self.allocation == "shared"
-
-    @property
     def keys(self) -> int:
         return self.layers * self.experts
-
-    # ints: about the whole cache
-    plans = 0  # steps of layers so far: what is in use bears the last one's number
-    taken = 1  # slots that are not free any more: the first ones
-    ordered = 2  # the highest number of a useless key
-    useless_keys = 3
-    halted = 4  # nothing is to be decided any more: the sequence is over
-
-    # ints, by key
-    slot_of = HEADS  # -1: not resident
-
-    @property
-    def number(self) -> int:
-        return self.slot_of + self.keys  # place among equals: of the last use (LRU) or insertion
-
-    @property
-    def used(self) -> int:
-        return self.number + self.keys  # the pool's step at the last use; LFRU: or -1
-
-    # ints, by slot
-    @property
-    def key_in(self) -> int:
-        return self.used + self.keys  # -1: none
-
-    @property
-    def in_use(self) -> int:
-        return self.key_in + self.slots  # number of the plan that names it
-
-    @property
-    def guessed(self) -> int:
-        return self.in_use + self.slots  # 1: stays until its layer's step
-
-    @property
-    def useless(self) -> int:
-        return self.guessed + self.slots  # loaded by a wrong guess: its place in the order; or 0
-
-    # ints, by layer
-    @property
-    def now(self) -> int:
-        return self.useless + self.slots  # steps of the pool
-
-    @property
-    def inserted(self) -> int:
-        return self.now + self.layers  # the highest number given in the pool
-
-    @property
-    def guessing(self) -> int:
-        return self.inserted + self.layers  # 1: a guess was made for the next step
-
-    @property
-    def guess(self) -> int:
-        return self.guessing + self.layers  # [L, 3, K]: expert or -1, was absent, was loaded
-
-    @property
-    def tokens(self) -> int:
-        return self.guess + self.layers * 3 * self.k
-
-    @property
-    def counters(self) -> int:
-        return self.tokens + 1  # [L, COUNTS]
 
     @property
     def counts(self) -> int:
         return len(COUNTS)
 
-    @property
-    def ints(self) -> int:
-        return self.counters + self.layers * self.counts
+    @cached_property
+    def parts(self) -> dict[str, slice]:
+        """Where each part of `ints` and of `reals` lies in its tensor."""
+        ints = (
+            ("steps", 1),  # of layers so far; a key in use bears the number of the last one
+            ("taken", 1),  # slots that are not free any more, which are the first ones
+            ("ordered", 1),  # the highest number given to a useless key
+            ("halted", 1),  # not 0: the sequence is over and nothing is to be decided any more
+            ("slot_of", self.keys),  # -1: not resident
+            ("used", self.keys),  # its layer's step at the last use, or -1
+            ("key_in", self.slots),  # -1: no key
+            ("in_use", self.slots),  # the number of the step that used it last
+            ("guessed", self.slots),  # 1: it stays until its layer's next step
+            ("useless", self.slots),  # its place among keys loaded by a wrong guess, or 0
+            ("now", self.layers),  # steps of the layer
+            ("guessing", self.layers),  # 1: a guess was made for the layer's next step
+            ("guess", self.layers * 3 * self.k),  # [L, 3, K]: expert or -1, was absent, was loaded
+            ("tokens", 1),
+            ("counters", self.layers * self.counts),  # [L, COUNTS]
+        )
+        reals = (
+            ("growth", 1),  # of what a use counts, a step
+            ("bonus", 1),  # what a use at the last step is worth, in uses
+            ("most", 1),  # what a use may count before scores are scaled down
+            ("heat_growth", 1),
+            ("pace", self.layers + 1),  # [L + 1], by layers until the owner of a slot is asked
+            ("trust", self.layers),
+            ("unit", self.layers),  # what a use counts now
+            ("inverse", self.layers),  # 1 / unit
+            ("heat_unit", self.layers),
+            ("score", self.keys),
+            ("heat", self.keys),
+            ("worth", self.slots),  # while victims are chosen
+        )
+        found = {}
+        for whole, parts in (("ints", ints), ("reals", reals)):
+            begin = 0
+            for name, length in parts:
+                found[name] = slice(begin, begin + length)
+                begin += length
+            found[whole] = slice(begin, begin)  # so that `places.ints` is how many there are
+        return found
 
-    # reals
-    growth = 0  # of what a use counts, a step
-    bonus = 1  # of what was used at the last step, in uses
-    most = 2  # what a use may count
-    heat_growth = 3
-    pace = 4  # [L + 1], by layers until the giver is asked again
-
-    @property
-    def trust(self) -> int:
-        return self.pace + self.layers + 1
-
-    @property
-    def unit(self) -> int:
-        return self.trust + self.layers
-
-    @property
-    def inverse(self) -> int:
-        return self.unit + self.layers  # 1 / unit
-
-    @property
-    def heat_unit(self) -> int:
-        return self.inverse + self.layers
-
-    @property
-    def score(self) -> int:
-        return self.heat_unit + self.layers
-
-    @property
-    def heat(self) -> int:
-        return self.score + self.keys
-
-    @property
-    def worth(self) -> int:
-        return self.heat + self.keys  # [S], while victims are chosen
-
-    @property
-    def reals(self) -> int:
-        return self.worth + self.slots
+    def __getattr__(self, name: str) -> int:
+        """The offset of the part called `name`."""
+        if name.startswith("_") or name not in self.parts:
+            raise AttributeError(f"there is no part {name!r}")
+        begin: int = self.parts[name].start
+        return begin

@@ -1,7 +1,6 @@
-"""Weights in float8 with a scale for each block, row or tensor, given as bfloat16.
+"""Reads float8 weights with a scale for each block, row or tensor, and gives them as bfloat16.
 
-Knows: DeepSeek-V3's and Qwen's block-scaled float8 (a weight `X` and its factors `X_scale_inv` or
-`X_scale`). Does not know: files, which layers are quantised.
+A weight `X` has its scales in `X_scale_inv` (DeepSeek-V3, Qwen) or `X_scale`.
 """
 
 from __future__ import annotations
@@ -16,14 +15,14 @@ from offload.model.formats.safetensors import SafetensorsSource
 from offload.model.formats.source import CHUNK_WEIGHTS
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-SUFFIXES = ("_scale_inv", "_scale")  # both are factors: "inv" is the quantiser's point of view
+SUFFIXES = ("_scale_inv", "_scale")  # both are multiplied with; "inv" is the quantiser's view
 
 
 class Fp8Source:
     """A safetensors source whose float8 tensors are dequantised when they are read."""
 
     def __init__(self, inner: SafetensorsSource, block: tuple[int, int] | None) -> None:
-        """`block` [rows, columns] is what the config calls weight_block_size.
+        """`block` is the config's weight_block_size, the rows and columns that share a scale.
 
         Raises `CheckpointError` for a float8 tensor whose scale is missing or of another shape.
         """
@@ -64,12 +63,15 @@ class Fp8Source:
         if name not in self._scale_of:
             return weight
         scale = self._scale_of[name]
-        one = math.prod(self._inner.shape(scale)) == 1  # for all experts
+        one = math.prod(self._inner.shape(scale)) == 1  # one factor for all experts
         factors = self._inner.read(scale) if one else self._inner.read_slice(scale, index)
         return self._dequantise(name, weight, factors)
 
     def _grid(self, name: str) -> tuple[int, int, int, int]:
-        """Rows and columns of the scale's grid, and of a block. Raises `CheckpointError`."""
+        """Rows and columns of the grid of scales, then those of a block.
+
+        Raises `CheckpointError` when the scales do not fit the weight.
+        """
         weight, scale = self.shape(name), self._inner.shape(self._scale_of[name])
         rows, columns = (1, *weight)[-2:]
         if math.prod(scale) == 1 or (
@@ -89,7 +91,7 @@ class Fp8Source:
         return *wanted, *block
 
     def _dequantise(self, name: str, weight: Tensor, scale: Tensor) -> Tensor:
-        """weight [..., N, K] float8, scale [..., n, k] or one for each matrix -> bfloat16."""
+        """weight [..., N, K] float8 and scale [..., n, k] or one for each matrix -> bfloat16."""
         n, k, block_rows, block_columns = self._grid(name)
         rows, columns = (1, *weight.shape)[-2:]
         weights = weight.reshape(-1, rows, columns)
@@ -106,7 +108,7 @@ class Fp8Source:
 
 
 def _as_float(scale: Tensor) -> Tensor:
-    """Factors as float32; a byte is an exponent (E8M0)."""
+    """Scales as float32; those stored in bytes are exponents (E8M0)."""
     if scale.dtype == torch.uint8:
         scale = scale.view(torch.float8_e8m0fnu)
     return scale.float()

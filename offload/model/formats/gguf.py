@@ -1,16 +1,16 @@
-"""The header of a GGUF file: its metadata, and where each tensor lies.
+"""The header and the tensors of a GGUF file, versions 2 and 3 (ggml's docs/gguf.md).
 
-Knows: the GGUF format, versions 2 and 3 (ggml's docs/gguf.md). Does not know: what the tensors are
-for, nor how their blocks become weights. The gguf library's own reader believes the counts it
-finds, so that a damaged file can keep it busy for ever; this one holds each against the file.
+transformers' `dequantize` turns blocks into weights, except for the types below that it lacks. The
+header is not read by transformers: its reader refuses the later files of a model in several files
+and all tensors of those types, and builds a list of any length that a damaged file asks for.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import re
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers.integrations.gguf.dequant import GGML_BLOCK, dequantize
 
-from offload.errors import CheckpointError, SourceError
+from offload.errors import CheckpointError
 from offload.files import unreadable
+from offload.model.formats.mxfp4 import VALUES
 from offload.model.formats.source import CHUNK_WEIGHTS
 
 _FORMATS = {
@@ -35,36 +37,35 @@ _FORMATS = {
     10: "<Q",
     11: "<q",
     12: "<d",
-}  # of the metadata types that have one size
+}  # metadata type -> how `struct` calls it; strings and arrays have no fixed size
 _STRING, _ARRAY = 8, 9
 _MOST_DIMENSIONS = 4  # GGML_MAX_DIMS
-_LONGEST_LIST = 4096  # numbers; configs have one for each layer, vocabularies many more
-ALIGNMENT = 32  # where the metadata does not say
+_LONGEST_LIST = 4096  # numbers; a config has one for each layer, a vocabulary has many more
+_ALIGNMENT = 32  # of the tensors, where the metadata does not say
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as it lies in a file."""
+    """Where and how a file stores a tensor."""
 
     file: Path
     shape: tuple[int, ...]  # of its weights, the fastest dimension last
     kind: int  # ggml's type
-    begin: int  # byte in the file
+    begin: int  # the first byte's position in the file
 
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What a file says of itself."""
+    """A file's metadata and its table of tensors."""
 
-    fields: dict[str, Any]  # metadata; of a vocabulary its length
+    fields: dict[str, Any]  # a list of strings or a very long list is given as its length
     tensors: dict[str, StoredTensor]
 
 
 def read_header(file: Path) -> GgufHeader:
     """Raises `CheckpointError` when `file` is not a GGUF file, or not a whole one."""
     try:
-        data = np.memmap(file, mode="r", dtype=np.uint8)
-        return _Reader(file, data.data).header()
+        return _HeaderReader(file).header()
     except PermissionError:
         raise unreadable(file) from None
     except (OSError, ValueError, struct.error, OverflowError) as error:
@@ -73,12 +74,12 @@ def read_header(file: Path) -> GgufHeader:
         ) from None
 
 
-class _Reader:
-    """Walks over a file's bytes; anything that points outside them is a `ValueError`."""
+class _HeaderReader:
+    """Reads a file's bytes in order, and raises `ValueError` for whatever lies outside the file."""
 
-    def __init__(self, file: Path, data: memoryview) -> None:
+    def __init__(self, file: Path) -> None:
         self._file = file
-        self._data = data
+        self._data = np.memmap(file, mode="r", dtype=np.uint8).data
         self._at = 0
 
     def header(self) -> GgufHeader:
@@ -95,7 +96,7 @@ class _Reader:
                 raise ValueError(f"{name} is there twice")
             fields[name] = self._value(self._number("<I"))
         found = [self._tensor() for _ in range(tensor_count)]
-        alignment = fields.get("general.alignment", ALIGNMENT)
+        alignment = fields.get("general.alignment", _ALIGNMENT)
         if type(alignment) is not int or alignment < 1:
             raise ValueError(f"its alignment is {alignment!r}")
         start = -(-self._at // alignment) * alignment
@@ -149,17 +150,16 @@ class _Reader:
         return self._data[begin : self._at]
 
 
-SUFFIX = ".gguf"
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 
 
 def is_gguf(path: Path) -> bool:
     """Whether `path` names a GGUF file rather than a checkpoint folder."""
-    return path.suffix.lower() == SUFFIX and not path.is_dir()
+    return path.suffix.lower() == ".gguf" and not path.is_dir()
 
 
 def gguf_files(path: Path) -> list[Path]:
-    """All parts of the model that `path` is one of, in order. Raises `CheckpointError`."""
+    """All files of the model that `path` is one of, in order. Raises `CheckpointError`."""
     part = _PART.fullmatch(path.name)
     if part is None:
         return [path]
@@ -174,7 +174,7 @@ def gguf_files(path: Path) -> list[Path]:
 
 
 def model_name(path: Path) -> str:
-    """What the model in `path` is called."""
+    """The name of the model in `path`: the file's name without suffix and number."""
     part = _PART.fullmatch(path.name)
     return part["stem"] if part else path.stem
 
@@ -188,17 +188,91 @@ def models_in(folder: Path) -> list[Path]:
     return list(found.values())
 
 
-_F32, _F16, _BF16 = 0, 1, 30  # ggml's types of plain values
-PLAIN = {_F32: torch.float32, _F16: torch.float16, _BF16: torch.bfloat16}
+def _half(blocks: Tensor, at: int) -> Tensor:
+    """The float16 number at byte `at` of each block [n, bytes], as float32 [n, 1]."""
+    return blocks[:, at : at + 2].contiguous().view(torch.float16).float()
+
+
+def _nibbles(packed: Tensor) -> Tensor:
+    """[..., n] uint8 -> [..., 2n]: the low halves of all bytes, then their high halves."""
+    return torch.cat([packed & 15, packed >> 4], dim=-1)
+
+
+def _five_bits(low: Tensor, high: Tensor) -> Tensor:
+    """The numbers [n, 32] whose low four bits are in `low` [n, 16] and whose fifth is in `high`
+    [n, 4]."""
+    fifth = (high[:, :, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+    return _nibbles(low) | (fifth.flatten(1) << 4)
+
+
+def _trits(packed: Tensor, count: int) -> Tensor:
+    """[n, bytes] uint8 -> the `count` digits to base 3 in each byte, as [n, count * bytes].
+
+    A byte holds its digits as a fraction of 256, so that times 3 the next digit carries out of it.
+    """
+    powers = torch.tensor([1, 3, 9, 27, 81][:count], dtype=torch.uint8)
+    return ((packed[:, None] * powers[:, None]).int() * 3 >> 8).flatten(1)
+
+
+def _q5_0(blocks: Tensor) -> Tensor:
+    return _half(blocks, 0) * (_five_bits(blocks[:, 6:], blocks[:, 2:6]).float() - 16)
+
+
+def _q5_1(blocks: Tensor) -> Tensor:
+    return _half(blocks, 0) * _five_bits(blocks[:, 8:], blocks[:, 4:8]) + _half(blocks, 2)
+
+
+def _tq1_0(blocks: Tensor) -> Tensor:
+    trits = [_trits(blocks[:, :32], 5), _trits(blocks[:, 32:48], 5), _trits(blocks[:, 48:52], 4)]
+    return _half(blocks, 52) * (torch.cat(trits, dim=1) - 1)
+
+
+def _tq2_0(blocks: Tensor) -> Tensor:
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)[:, None]
+    codes = blocks[:, :64].reshape(-1, 2, 1, 32) >> shifts & 3
+    return _half(blocks, 64) * (codes.flatten(1).float() - 1)
+
+
+def _mxfp4(blocks: Tensor) -> Tensor:
+    scale = blocks[:, :1].contiguous().view(torch.float8_e8m0fnu).float()
+    return scale * (VALUES[_nibbles(blocks[:, 1:]).int()] + 0.0)  # + 0.0: ggml has no minus zero
+
+
+def _nvfp4(blocks: Tensor) -> Tensor:
+    scale = (blocks[:, :4, None] & 127).view(torch.float8_e4m3fn).float().nan_to_num(nan=0.0)
+    values = VALUES[_nibbles(blocks[:, 4:].reshape(-1, 4, 8)).int()] + 0.0
+    return (scale * values).flatten(1)
+
+
+Unpack = Callable[[Tensor], Tensor]  # blocks [n, bytes] uint8 -> their weights in float32
+_OTHER_BLOCKS: dict[int, tuple[int, int, Unpack]] = {  # as GGML_BLOCK: weights, bytes
+    6: (32, 22, _q5_0),
+    7: (32, 24, _q5_1),
+    34: (256, 54, _tq1_0),
+    35: (256, 66, _tq2_0),
+    39: (32, 17, _mxfp4),
+    40: (64, 36, _nvfp4),
+}
+PLAIN = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}  # ggml's types without blocks
+
+
+def block_size(kind: int) -> tuple[int, int] | None:
+    """How many weights and bytes a block of ggml's type `kind` has; None where it is not read."""
+    if kind in PLAIN:
+        return 1, PLAIN[kind].itemsize
+    return _OTHER_BLOCKS[kind][:2] if kind in _OTHER_BLOCKS else GGML_BLOCK.get(kind)
 
 
 class GgufFile:
-    """A GGUF model's tensors and metadata. Nothing of a tensor is read before it is asked for."""
+    """A GGUF model's tensors and metadata. A tensor is read from the mapped file when asked for."""
 
-    def __init__(self, path: Path) -> None:
-        """Read the headers of `path` and its other parts. Raises `CheckpointError`."""
-        library()
+    def __init__(self, path: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+        """Read the headers of `path` and its other parts; quantised tensors are given in `dtype`.
+
+        Raises `CheckpointError`.
+        """
         self.path = path
+        self._dtype = dtype
         self._data: dict[Path, np.ndarray[Any, np.dtype[np.uint8]]] = {}
         self.tensors: dict[str, StoredTensor] = {}
         self.fields: dict[str, Any] = {}
@@ -216,67 +290,51 @@ class GgufFile:
         return self.tensors[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """bfloat16 for whatever is quantised."""
-        return PLAIN.get(self.tensors[name].kind, torch.bfloat16)
+        return PLAIN.get(self.tensors[name].kind, self._dtype)
 
     def read(self, name: str) -> Tensor:
         tensor = self.tensors[name]
-        return self._dequantise(tensor, 0, tensor.shape)
+        return self._read(tensor, 0, tensor.shape)
 
     def read_slice(self, name: str, index: int) -> Tensor:
-        """`read(name)[index]`; only that part is dequantised."""
+        """`read(name)[index : index + 1]`; only that part is read and dequantised."""
         tensor = self.tensors[name]
-        return self._dequantise(tensor, index, tensor.shape[1:])
+        return self._read(tensor, index, (1, *tensor.shape[1:]))
 
     def _check(self, name: str, tensor: StoredTensor) -> None:
         """Raise `CheckpointError` unless all of `tensor` is in its file and can be dequantised."""
-        gguf = library()
-        try:
-            kind = gguf.GGMLQuantizationType(tensor.kind)
-            values, size = gguf.GGML_QUANT_SIZES[kind]
-            if tensor.kind not in PLAIN:
-                gguf.dequantize(np.zeros((1, size), dtype=np.uint8), kind)
-        except (ValueError, KeyError, NotImplementedError):
+        block = block_size(tensor.kind)
+        if block is None:
             raise CheckpointError(
-                f"{name} in {tensor.file} is stored as ggml type {tensor.kind}, which this version "
-                "of the gguf library does not read: use a file in Q4_0 to Q8_0, a K-quant or F16"
-            ) from None
-        if tensor.shape[-1] % values:
+                f"{name} in {tensor.file} is stored as ggml type {tensor.kind}, which is not read: "
+                "use a file in Q4_0 to Q8_0, a K-quant or F16"
+            )
+        if tensor.shape[-1] % block[0]:
             raise CheckpointError(
                 f"{name} in {tensor.file} has rows of {tensor.shape[-1]} values, not of whole "
-                f"blocks of {values}: fetch it again"
+                f"blocks of {block[0]}: fetch it again"
             )
-        if tensor.begin + self._bytes(tensor, tensor.shape) > len(self._data[tensor.file]):
+        end = tensor.begin + math.prod(tensor.shape) // block[0] * block[1]
+        if end > len(self._data[tensor.file]):
             raise CheckpointError(f"{tensor.file} ends before {name} does: fetch it again")
 
-    def _bytes(self, tensor: StoredTensor, shape: tuple[int, ...]) -> int:
-        gguf = library()
-        values, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(tensor.kind)]
-        return math.prod(shape) // int(values) * int(size)
-
-    def _dequantise(self, tensor: StoredTensor, index: int, shape: tuple[int, ...]) -> Tensor:
-        """The `index`th part of `shape`, in pieces, so that little more than it is held."""
-        size = self._bytes(tensor, shape)
+    def _read(self, tensor: StoredTensor, index: int, shape: tuple[int, ...]) -> Tensor:
+        """The `index`th part of `shape`, dequantised in pieces that bound the memory it takes."""
+        block = block_size(tensor.kind)
+        assert block is not None, "checked when the file was opened"
+        size = math.prod(shape) // block[0] * block[1]
         begin = tensor.begin + index * size
         data = self._data[tensor.file][begin : begin + size]
         if tensor.kind in PLAIN:
             plain = torch.from_numpy(np.array(data))  # a copy: the mapping is read-only
             return plain.view(PLAIN[tensor.kind]).reshape(shape)
-        gguf = library()
-        kind = gguf.GGMLQuantizationType(tensor.kind)
-        rows = data.reshape(-1, self._bytes(tensor, shape[-1:]))
-        out = torch.empty(len(rows), shape[-1], dtype=torch.bfloat16)
-        step = max(1, CHUNK_WEIGHTS // shape[-1])
-        for first in range(0, len(rows), step):
-            part = gguf.dequantize(rows[first : first + step], kind)
-            out[first : first + step] = torch.from_numpy(part)
+        blocks = data.reshape(-1, block[1])
+        out = torch.empty(len(blocks), block[0], dtype=self._dtype)
+        step = max(1, CHUNK_WEIGHTS // block[0])
+        for first in range(0, len(blocks), step):
+            part = torch.from_numpy(np.array(blocks[first : first + step]))
+            if tensor.kind in _OTHER_BLOCKS:
+                out[first : first + step] = _OTHER_BLOCKS[tensor.kind][2](part)
+            else:
+                out[first : first + step] = dequantize(part, tensor.kind).view(-1, block[0])
         return out.reshape(shape)
-
-
-def library() -> Any:
-    """The gguf library. Raises `SourceError` where it is not installed."""
-    if importlib.util.find_spec("gguf") is None:
-        raise SourceError("GGUF files need the gguf library: pip install gguf")
-    import gguf
-
-    return gguf

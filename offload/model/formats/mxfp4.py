@@ -1,7 +1,7 @@
-"""Experts in MXFP4, as gpt-oss stores them, given as bfloat16.
+"""Reads experts in MXFP4, as gpt-oss stores them, and gives them as bfloat16.
 
-Knows: OCP Microscaling Formats v1.0: 32 values E2M1, two in a byte, share a power of two (E8M0);
-gpt-oss's names `X_blocks` [E, N, K/32, 16] and `X_scales` [E, N, K/32]. Does not know: files.
+In MXFP4 (OCP Microscaling Formats v1.0), 32 E2M1 values, two in a byte, share a power of two
+(E8M0). gpt-oss names them `X_blocks` [E, N, K/32, 16] and `X_scales` [E, N, K/32].
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ from offload.model.formats.safetensors import SafetensorsSource
 BLOCKS, SCALES = "_blocks", "_scales"
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 VALUES = torch.tensor([*_E2M1, *(-value for value in _E2M1)], dtype=torch.float32)  # by code
-PAIRS = torch.stack([VALUES.repeat(16), VALUES.repeat_interleave(16)], dim=1)  # [256, 2] by byte
+PAIRS = torch.stack(
+    [VALUES.repeat(16), VALUES.repeat_interleave(16)], dim=1
+)  # [256, 2]: byte -> values
 
 
 class Mxfp4Source:
     """A safetensors source whose MXFP4 tensors are dequantised when they are read.
 
-    `X_blocks` and `X_scales` appear as one tensor `X` [E, K, N], transposed as the model has it.
+    `X_blocks` and `X_scales` appear as one tensor `X` [E, K, N], which is the model's order.
     """
 
     def __init__(self, inner: SafetensorsSource) -> None:

@@ -1,7 +1,4 @@
-"""The safetensors files of a checkpoint folder, single or sharded, as they are.
-
-Knows: the index, file headers, safetensors' dtypes. Does not know: what a scale belongs to.
-"""
+"""Reads the safetensors files of a checkpoint folder, single or sharded."""
 
 from __future__ import annotations
 
@@ -32,7 +29,7 @@ DTYPES = {
 
 
 class SafetensorsSource:
-    """The safetensors files of a checkpoint folder, single or sharded."""
+    """The tensors of a checkpoint folder's safetensors files, in the dtypes they are stored in."""
 
     def __init__(self, folder: Path) -> None:
         """Open every file's header. Raises `CheckpointError`."""
@@ -40,7 +37,7 @@ class SafetensorsSource:
         self._file_of: dict[str, str] = {}
         for file in weight_files(folder):
             try:
-                with (folder / file).open("rb"):  # safe_open calls any refusal an I/O error
+                with (folder / file).open("rb"):  # safe_open would say no more than "I/O error"
                     handle: Any = safe_open(folder / file, framework="pt")
             except PermissionError:
                 raise unreadable(folder / file) from None
@@ -68,7 +65,7 @@ class SafetensorsSource:
         return dtype
 
     def stored_dtype(self, name: str) -> torch.dtype | None:
-        """None for a dtype that is not read."""
+        """The dtype in the file; None for one that is not read."""
         return DTYPES.get(str(self._slice(name).get_dtype()))
 
     def read(self, name: str) -> Tensor:
@@ -82,7 +79,7 @@ class SafetensorsSource:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Names of the weight files in `folder`, which all are there. Raises `CheckpointError`."""
+    """Names of the weight files in `folder`. Raises `CheckpointError` when one is missing."""
     index = folder / INDEX
     if not index.is_file():
         if (folder / SINGLE).is_file():

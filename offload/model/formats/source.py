@@ -1,7 +1,4 @@
-"""What a checkpoint will hold, told by the model that is built from its config.
-
-Knows: a model's own parameters. Does not know: files; there are none, and nothing can be read.
-"""
+"""The protocol by which tensors are read, and a source that only knows a model's shapes."""
 
 from __future__ import annotations
 
@@ -15,7 +12,10 @@ from offload.errors import CheckpointError
 
 
 class ExpectedSource:
-    """A source of `model`'s parameters (on meta) that knows names, shapes and dtypes alone."""
+    """A source of `model`'s parameters that knows names, shapes and dtypes, and reads nothing.
+
+    `model` is on meta. It stands for a checkpoint of which only the config has been fetched.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         tied = model.all_tied_weights_keys
@@ -32,27 +32,30 @@ class ExpectedSource:
         return self._state[name].dtype
 
     def read(self, name: str) -> NoReturn:
-        raise CheckpointError(f"{name} is not here: only the model's config is")
+        raise CheckpointError(f"{name} cannot be read: only the model's config is here")
 
     def read_slice(self, name: str, index: int) -> NoReturn:
         self.read(name)
 
 
-CHUNK_WEIGHTS = 2**22  # dequantised at a time on the way to a large tensor, to bound memory
+CHUNK_WEIGHTS = 2**22  # weights of a large tensor that are dequantised at a time
 
 
 class TensorSource(Protocol):
-    """Tensors by name. Nothing is read or dequantised before it is asked for."""
+    """Tensors by name, each of them read and dequantised when it is asked for."""
 
     def names(self) -> list[str]: ...
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of what `read` gives."""
+        """The shape of the tensor that `read` returns."""
 
     def dtype(self, name: str) -> torch.dtype:
-        """Of what `read` gives. Raises `CheckpointError` for one that is not read."""
+        """The dtype of the tensor that `read` returns.
+
+        Raises `CheckpointError` for a stored dtype that is not read.
+        """
 
     def read(self, name: str) -> Tensor: ...
 
     def read_slice(self, name: str, index: int) -> Tensor:
-        """`read(name)[index : index + 1]`; only that part is read and dequantised."""
+        """`read(name)[index : index + 1]`, of which only that part is read and dequantised."""

@@ -1,11 +1,10 @@
-"""Rows with figures that tests choose."""
+"""Rows with figures that a test chooses."""
 
 from __future__ import annotations
 
 from offload.cache.statistics import LayerCounts
 
-from offload.bench.result import Bound, Rates, Result, Subject
-from offload.bench.run import Row
+from offload.bench.row import Bandwidths, BenchRow, row_of
 from offload.bench.sample import Sample, Test
 from offload.engine.stats import Stats
 
@@ -30,27 +29,31 @@ def row(
     lookahead: bool | None = None,
     bits: str = "q4",
     hits: int = 3,
-) -> Row:
-    """A row of `repetitions` equal samples, its prompt in 5 ms."""
-    subject = Subject(
-        build="0",
-        cpu_info="a CPU",
-        gpu_info="",
-        backends="CPU",
-        n_threads=2,
-        model="tiny",
-        model_type="mixtral",
-        model_size=2**30,
-        model_n_params=10**9,
-        bits=bits,
-        policy=policy,
-        lookahead=lookahead,
-        text="real",
-    )
+) -> BenchRow:
+    """A row of `repetitions` equal samples; a prompt takes 5 ms."""
+    subject = {
+        "build": "0",
+        "cpu_info": "a CPU",
+        "gpu_info": "",
+        "backends": "CPU",
+        "n_threads": 2,
+        "model": "tiny",
+        "model_type": "mixtral",
+        "model_size": 2**30,
+        "model_n_params": 10**9,
+        "bits": bits,
+        "policy": policy,
+        "lookahead": lookahead,
+        "text": "real",
+    }
     times = tuple(round(ms * MS) for ms in token_ms) if test.n_gen else ()
     sample = Sample(5 * MS if test.n_prompt else 0, times, stats(slots, hits))
-    bound = Bound(test.tokens * repetitions, 10**6, 10**7, Rates(10.0, 20.0))
-    return Row(
+    return row_of(
         subject,
-        Result(test, "2026-01-01T00:00:00Z", (sample,) * repetitions, bound, 2**20),
+        test,
+        (sample,) * repetitions,
+        Bandwidths(link_gb_per_s=10.0, memory_gb_per_s=20.0),
+        test_time="2026-01-01T00:00:00Z",
+        read_bytes=10**7,
+        peak_memory=2**20,
     )

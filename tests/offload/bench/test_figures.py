@@ -1,20 +1,16 @@
-"""Tests' names and order, what follows from samples, bounds, the texts that are read."""
+"""The tests' names and order, the figures of a row, and the tokens that are read."""
 
 from __future__ import annotations
 
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from offload.quant.errors import OffloadError
 from transformers import PreTrainedTokenizerBase
 
 from offload import load
-from offload.bench.command import SWEPT
-from offload.bench.result import Bound, Rates, bound_of, dense_bytes, percentile
+from offload.bench.row import bytes_read, dense_bytes, percentiles
 from offload.bench.sample import Test, make_tests, random_tokens, real_text, stretches, take_sample
 from offload.engine.handle import offload_of
-from offload.options import LoadOptions, combinations
 from tests.offload.bench.rows import row
 
 
@@ -26,64 +22,56 @@ def test_tests_come_in_llama_benchs_order() -> None:
     ]  # fmt: skip
 
 
-def test_lengths_of_nothing_are_no_tests() -> None:
+def test_a_test_of_no_tokens_is_left_out() -> None:
     assert make_tests([0], [0], [], [0]) == []
     assert make_tests([0], [4], [], [0]) == [Test(0, 4)]
 
 
-def test_a_sweep_is_every_combination_the_last_changes_first() -> None:
-    given = Namespace(expert_bits=[8, 4], expert_slots=["25%"], policy=["lru", "lfru"], context=77)
-    assert combinations(given, SWEPT) == [
-        LoadOptions(expert_bits=bits, expert_slots="25%", policy=policy, context=77)
-        for bits in (8, 4)
-        for policy in ("lru", "lfru")
-    ]
-
-
-@pytest.mark.parametrize(("slots", "policy"), [("many", "lru"), ("25%", "best")])
-def test_a_sweep_refuses_at_once_what_could_not_be_loaded(slots: str, policy: str) -> None:
-    with pytest.raises(OffloadError):
-        combinations(Namespace(expert_slots=["25%", slots], policy=["lru", policy]), SWEPT)
-
-
 def test_percentiles_lie_between_values() -> None:
-    assert percentile([1.0], 99) == 1.0
-    assert percentile([1.0, 2.0, 3.0], 50) == 2.0
-    assert percentile([0.0, 10.0], 95) == pytest.approx(9.5)
+    assert percentiles([1.0]) == (1.0, 1.0, 1.0)
+    assert percentiles([3.0, 1.0, 2.0])[0] == 2.0
+    assert percentiles([0.0, 10.0]) == pytest.approx((5, 9.5, 9.9))
+    assert percentiles([]) == (None, None, None)
 
 
-def test_the_first_token_is_the_prompts_time_and_percentiles_are_the_decodes() -> None:
-    both = row(Test(8, 4), token_ms=(10, 10, 10, 50)).result
+def test_the_first_token_takes_the_prompts_time_and_percentiles_are_of_the_decode() -> None:
+    both = row(Test(8, 4), token_ms=(10, 10, 10, 50))
     assert both.first_token_ns == 5e6
-    assert both.token_ns[50] == 10e6
-    assert both.token_ns[99] == pytest.approx(50e6, rel=0.1)
+    assert both.token_p50_ns == 10e6
+    assert both.token_p99_ns == pytest.approx(50e6, rel=0.1)
     assert both.samples_ns == (85 * 10**6,) * 2
-    assert row(Test(0, 4)).result.first_token_ns is None
-    assert row(Test(8, 0)).result.token_ns == {50: None, 95: None, 99: None}
+    assert row(Test(0, 4)).first_token_ns is None
+    prefill = row(Test(8, 0))
+    assert (prefill.token_p50_ns, prefill.token_p95_ns, prefill.token_p99_ns) == (None,) * 3
 
 
-def test_the_bound_adds_what_the_link_and_the_memory_need() -> None:
-    bound = Bound(tokens=4, link_bytes=10**9, read_bytes=10**10, rates=Rates(10.0, 50.0))
-    assert (bound.link_seconds, bound.memory_seconds) == (0.1, 0.2)
-    assert bound.tokens_per_s == pytest.approx(4 / 0.3)
-    assert bound.limited_by == "memory"
-    result = row(Test(0, 4)).result  # 2 samples of 40 ms; 0.1 ms of copies and 0.5 ms of reading
-    assert result.bound_share == pytest.approx(0.6 / 80)
+def test_the_bound_adds_the_times_of_the_link_and_the_memory() -> None:
+    decode = row(Test(0, 4))  # 2 samples of 40 ms that copy 1,000 bytes and read 5 MB each
+    seconds = 2000 / 10e9 + 10**7 / 20e9
+    assert (decode.link_bytes, decode.read_bytes) == (2000, 10**7)
+    assert decode.bound_ts == pytest.approx(8 / seconds)
+    assert decode.bound_share == pytest.approx(seconds / 80e-3)
+    assert decode.bound_limit == "memory"
+    assert decode.link_share == pytest.approx(2000 / 80e-3 / 10e9)
 
 
-def test_bytes_of_the_bound_are_those_of_weights_experts_and_the_cache(mixtral_pack: Path) -> None:
+def test_bytes_that_are_read_are_those_of_weights_experts_and_the_kv_cache(
+    mixtral_pack: Path,
+) -> None:
     model, _ = load(mixtral_pack, device="cpu", expert_slots=6)
     offload = offload_of(model)
     test = Test(4, 2, n_depth=3)
     sample = take_sample(model, test, list(range(9)))
-    bound = bound_of(model, test, (sample,), Rates(1.0, 1.0))
     record = offload.engine.record_bytes(0)
     config = model.config
     kv = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers * 4
     calls_read = sum(layer.requests for layer in sample.experts.layers) * record
-    counts = sample.experts.counts  # a prompt's streamed experts are read where they are mapped
-    assert bound.link_bytes == (counts.loads - counts.loads_beside) * record > 0
-    assert bound.read_bytes == 3 * dense_bytes(model) + calls_read + (7 + 8 + 9) * kv
+    counts = sample.experts.counts  # streamed experts of a prompt are read where they are mapped
+    assert sample.experts.bytes_copied == (counts.loads - counts.loads_beside) * record > 0
+    assert sample.experts.tokens == 6
+    assert (
+        bytes_read(model, test, [sample]) == 3 * dense_bytes(model) + calls_read + (7 + 8 + 9) * kv
+    )
     table = model.get_input_embeddings().weight.nbytes
     parameters = sum(p.nbytes for p in model.parameters())
     tied = config.tie_word_embeddings

@@ -1,26 +1,22 @@
-"""What rows look like: tables for terminals and files, csv, json, jsonl, pictures."""
+"""How rows are written: as tables, CSV, JSON, JSON lines and pictures, and compared."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 from offload.quant.errors import OffloadError
 
-from offload.bench.output import (
-    CsvPrinter,
-    Earlier,
-    JsonlPrinter,
-    JsonPrinter,
-    TablePrinter,
-    ended,
-    read_earlier,
-)
+from offload.bench.compare import EarlierRun, read_earlier
+from offload.bench.output import WRITERS, write_csv, write_json, write_jsonl, write_tables
 from offload.bench.picture import check_picture, save_picture
-from offload.bench.run import Row
+from offload.bench.row import BenchRow
 from offload.bench.sample import Test
 from offload.options import LoadOptions
 from tests.offload.bench.rows import row
@@ -28,11 +24,11 @@ from tests.offload.bench.rows import row
 TESTS = [Test(8, 0), Test(0, 4)]
 
 
-def tables(rows: list[Row], settings: list[LoadOptions], columns: int | None = None) -> list[str]:
+def tables(
+    rows: list[BenchRow], settings: list[LoadOptions], columns: int | None = None
+) -> list[str]:
     out = io.StringIO()
-    with ended(TablePrinter(out, TESTS, settings, columns=columns)) as printer:
-        for one in rows:
-            printer.row(one)
+    write_tables(rows, out, tests=TESTS, settings=settings, columns=columns)
     return out.getvalue().splitlines()
 
 
@@ -40,7 +36,7 @@ def cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_lines_of_a_table_are_equally_long() -> None:
+def test_the_lines_of_a_table_are_equally_long() -> None:
     lines = tables([row(Test(8, 0)), row()], [LoadOptions()])
     first, second = lines[:4], lines[5:]
     assert lines[4] == ""
@@ -56,7 +52,7 @@ def test_the_second_table_holds_times_memory_and_bounds() -> None:
     assert cells(lines[8])[1:4] == ["tg4", "-", "10.0"]
 
 
-def test_what_is_swept_has_a_column() -> None:
+def test_a_swept_option_has_a_column() -> None:
     settings = [LoadOptions(policy="lru"), LoadOptions(policy="lfru")]
     lines = tables([row(policy="lru"), row(policy="lfru")], settings)
     assert cells(lines[0])[4:6] == ["policy", "test"]
@@ -77,69 +73,78 @@ def test_a_narrow_terminal_has_the_model_above_its_rows() -> None:
     assert cells(lines[2])[0] == "test"
 
 
+def as_json(one: BenchRow) -> dict[str, Any]:
+    """The row as JSON gives it back, which has lists and no tuples."""
+    values: dict[str, Any] = json.loads(json.dumps(asdict(one)))
+    return values
+
+
 def test_csv_has_llama_benchs_quotes_and_no_samples() -> None:
     out = io.StringIO()
-    with ended(CsvPrinter(out)) as printer:
-        printer.row(row())
-        first = out.getvalue()
-        printer.row(row(Test(8, 0), lookahead=False))
-    assert len(first.splitlines()) == 2  # a row is there as soon as it is measured
-    assert first.startswith('"build","cpu_info"')
+
+    def rows() -> Iterator[BenchRow]:
+        yield row()
+        assert len(out.getvalue().splitlines()) == 2  # a row is written as soon as it is measured
+        yield row(Test(8, 0), lookahead=False)
+
+    write_csv(rows(), out)
+    assert out.getvalue().startswith('"build","cpu_info"')
     decode, prefill = csv.DictReader(io.StringIO(out.getvalue()))
     assert decode["n_gen"] == "4"
     assert "samples_ns" not in decode
     assert (decode["lookahead"], prefill["lookahead"]) == ("", "0")
 
 
-def test_jsonl_is_a_row_a_line() -> None:
+def test_jsonl_has_one_row_per_line() -> None:
     out = io.StringIO()
-    with ended(JsonlPrinter(out)) as printer:
-        printer.row(row())
-        assert json.loads(out.getvalue()) == row().to_json()
-        printer.row(row(Test(8, 0)))
+
+    def rows() -> Iterator[BenchRow]:
+        yield row()
+        assert json.loads(out.getvalue()) == as_json(row())
+        yield row(Test(8, 0))
+
+    write_jsonl(rows(), out)
     assert len(out.getvalue().splitlines()) == 2
 
 
-def test_json_is_whole_also_when_it_is_broken_off() -> None:
+def test_json_is_whole_even_if_a_run_breaks_off() -> None:
     out = io.StringIO()
 
-    def broken_off() -> None:
-        with ended(JsonPrinter(out)) as printer:
-            printer.row(row())
-            printer.row(row(Test(8, 0)))
-            raise KeyboardInterrupt
+    def rows() -> Iterator[BenchRow]:
+        yield row()
+        yield row(Test(8, 0))
+        raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        broken_off()
-    assert json.loads(out.getvalue()) == [row().to_json(), row(Test(8, 0)).to_json()]
+        write_json(rows(), out)
+    assert json.loads(out.getvalue()) == [as_json(row()), as_json(row(Test(8, 0)))]
     empty = io.StringIO()
-    with ended(JsonPrinter(empty)):
-        pass
+    write_json([], empty)
     assert json.loads(empty.getvalue()) == []
 
 
 # --- --compare -----------------------------------------------------------------------------------
 
 
-def test_a_ratio_has_both_runs_errors() -> None:
-    then = {**row(token_ms=(20, 20, 20, 20)).to_json(), "stddev_ts": 5.0}  # of 50 t/s: 10%
-    ratio = Earlier((then,)).ratio(row())
+def test_the_error_of_a_ratio_comes_from_both_runs() -> None:
+    then = {**as_json(row(token_ms=(20, 20, 20, 20))), "stddev_ts": 5.0}  # of 50 t/s: 10%
+    ratio = EarlierRun((then,)).ratio(row())
     assert ratio is not None
     assert ratio.value == pytest.approx(2)
     assert ratio.error == pytest.approx(0.2)
     assert str(ratio) == "2.00 ± 0.20"
 
 
-def test_a_row_is_compared_with_the_one_of_its_settings() -> None:
-    earlier = Earlier(
+def test_a_row_is_compared_with_the_earlier_row_of_the_nearest_settings() -> None:
+    earlier = EarlierRun(
         (
-            row(policy="lru", token_ms=(20, 20, 20, 20)).to_json(),
-            row(policy="lfru", token_ms=(40, 40, 40, 40)).to_json(),
-            row(Test(8, 0)).to_json(),
+            as_json(row(policy="lru", token_ms=(20, 20, 20, 20))),
+            as_json(row(policy="lfru", token_ms=(40, 40, 40, 40))),
+            as_json(row(Test(8, 0))),
         )
     )
 
-    def value(now: Row) -> float | None:
+    def value(now: BenchRow) -> float | None:
         ratio = earlier.ratio(now)
         return None if ratio is None else ratio.value
 
@@ -150,35 +155,33 @@ def test_a_row_is_compared_with_the_one_of_its_settings() -> None:
     assert value(row(Test(16, 0))) is None
 
 
-def test_why_there_is_no_ratio_names_the_rows_there_are() -> None:
-    earlier = Earlier(
+def test_the_reason_for_no_ratio_names_the_rows_of_the_file() -> None:
+    earlier = EarlierRun(
         (
-            row(policy="lru").to_json(),
-            row(policy="lfru").to_json(),
-            row(Test(8, 0)).to_json(),
+            as_json(row(policy="lru")),
+            as_json(row(policy="lfru")),
+            as_json(row(Test(8, 0))),
         )
     )
     assert earlier.why_none(row(policy="lru")) == ""
     absent = earlier.why_none(row(Test(16, 0)))
-    assert "nothing to compare with model=tiny text=real n_prompt=16 " in absent
+    assert "no row to compare with model=tiny text=real n_prompt=16 " in absent
     assert "n_prompt=8 n_gen=0" in absent
     assert "n_prompt=0 n_gen=4" in absent
     assert "-p, -n" in absent
     unclear = earlier.why_none(row(policy="fifo"))
-    assert "policy=lru; policy=lfru; measure with one's settings" in unclear
-    twice = Earlier((row().to_json(), row().to_json()))
-    assert "all alike" in twice.why_none(row())
+    assert "policy=lru; policy=lfru; measure with the settings of one of them" in unclear
+    twice = EarlierRun((as_json(row()), as_json(row())))
+    assert "all are alike" in twice.why_none(row())
     assert "\n" not in absent + unclear
-    many = Earlier(tuple(row(Test(8 + at, 0)).to_json() for at in range(9)))
+    many = EarlierRun(tuple(as_json(row(Test(8 + at, 0))) for at in range(9)))
     assert "and 5 more" in many.why_none(row())
 
 
 @pytest.mark.parametrize("kind", ["json", "jsonl"])
-def test_what_was_written_can_be_compared_with(kind: str, tmp_path: Path) -> None:
+def test_json_that_was_written_can_be_compared_with(kind: str, tmp_path: Path) -> None:
     out = io.StringIO()
-    printer = JsonPrinter(out) if kind == "json" else JsonlPrinter(out)
-    with ended(printer):
-        printer.row(row())
+    WRITERS[kind]([row()], out)
     file = tmp_path / "rows"
     file.write_text(out.getvalue())
     ratio = read_earlier(file).ratio(row())
@@ -189,12 +192,12 @@ def test_what_was_written_can_be_compared_with(kind: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "text",
     ["", "[]", "{", "[1]", "[{}]", "\0", '[{"model": 1}]', "[" * 100_000]
-    + [json.dumps([{**row().to_json(), "avg_ts": bad}]) for bad in (0, "fast", None, float("nan"))],
+    + [json.dumps([{**as_json(row()), "avg_ts": bad}]) for bad in (0, "fast", None, float("nan"))],
 )
-def test_what_is_no_bench_is_refused_in_one_line(text: str, tmp_path: Path) -> None:
+def test_a_file_of_something_else_is_refused_in_one_line(text: str, tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
     file.write_text(text)
-    with pytest.raises(OffloadError, match="name what offload bench -o json wrote"):
+    with pytest.raises(OffloadError, match="name a file that offload bench -o json wrote"):
         read_earlier(file)
     with pytest.raises(OffloadError, match="cannot compare"):
         read_earlier(tmp_path / "missing.json")
@@ -203,7 +206,7 @@ def test_what_is_no_bench_is_refused_in_one_line(text: str, tmp_path: Path) -> N
 # --- --plot --------------------------------------------------------------------------------------
 
 
-def test_a_picture_has_a_line_for_each_setting_but_residency(tmp_path: Path) -> None:
+def test_a_picture_is_drawn_of_a_sweep(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     rows = [
         row(test, slots=slots, policy=policy)
@@ -221,7 +224,7 @@ def test_a_picture_that_cannot_be_written_is_refused_before_anything_is_measured
     tmp_path: Path,
 ) -> None:
     pytest.importorskip("matplotlib")
-    with pytest.raises(OffloadError, match="name another --plot"):
+    with pytest.raises(OffloadError, match="name another file for --plot"):
         check_picture(tmp_path / "no" / "speed.png")
-    with pytest.raises(OffloadError, match="name another --plot"):
+    with pytest.raises(OffloadError, match="name another file for --plot"):
         check_picture(tmp_path)

@@ -221,7 +221,7 @@ def test_kv_cache_is_never_counted_too_small(model_type: str) -> None:
     length = 96
     with torch.inference_mode():
         ids = torch.randint(3, 120, (1, length))
-        cache = model(input_ids=ids, use_cache=True).past_key_values
+        cache = model(input_ids=ids, use_cache=True).cache
     states = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
     held = sum(s.nbytes for s in states if isinstance(s, torch.Tensor))
     assert 0 < held <= kv_cache_bytes(config, length, torch.float32)
@@ -285,7 +285,7 @@ def test_the_kv_cache_of_unusual_layers_is_counted_as_it_is(model_type: str, len
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.inference_mode():
         ids = torch.randint(3, 120, (1, length))
-        layers = model(input_ids=ids, use_cache=True).past_key_values.layers
+        layers = model(input_ids=ids, use_cache=True).cache.layers
     held = sum(_held(layer, set()) for layer in layers)
     counted = kv_cache_bytes(config, length, torch.float32)
     assert held <= counted * 1.02 + 4096, "counted too small"
@@ -307,7 +307,7 @@ def test_the_cache_of_fixed_size_is_counted_as_it_is(model_type: str) -> None:
     config = tiny_config(model_type)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.inference_mode():
-        grown = model(input_ids=torch.randint(3, 120, (1, 300)), use_cache=True).past_key_values
+        grown = model(input_ids=torch.randint(3, 120, (1, 300)), use_cache=True).cache
     held = sum(_held(layer, set()) for layer in FixedKV(grown, 400).layers)
     counted = kv_cache_bytes(config, 400, torch.float32, ubatch=64, fixed=True)
     assert counted <= held <= counted + 64 * len(grown.layers), "but for a few counters"

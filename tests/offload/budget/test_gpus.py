@@ -17,9 +17,10 @@ from offload.budget.budget import Memory, kv_cache_bytes, staging_rows
 from offload.budget.placement import place
 from offload.budget.resolve import Place, Resolver, find_place
 from offload.errors import BudgetError
+from offload.fit import Card, Fit
 from offload.model import sources
 from offload.model.seam import build_on_meta, model_class, own_config
-from offload.options import Card, Fit, LoadOptions
+from offload.options import LoadOptions
 from tests.tiny import save_tiny
 
 GIB = 2**30
@@ -52,7 +53,7 @@ def test_vram_is_for_each_card_or_one_size_for_each() -> None:
 
     assert [c.memory for c in cards("8GiB")] == [8 * GIB] * 2
     assert [c.memory for c in cards("20GiB,10GiB")] == [20 * GIB, 10 * GIB]
-    with pytest.raises(BudgetError, match="3 sizes for 2 cards: give one for each"):
+    with pytest.raises(BudgetError, match="3 sizes for 2 GPUs: give one for each"):
         cards("8GiB,8GiB,8GiB")
 
 
@@ -66,20 +67,20 @@ def test_one_card_of_several_is_used_with_a_word_about_the_others(
         assert (alone.device, alone.cards) == (torch.device("cuda:1"), ())
         assert not caplog.records, "who names one card means it"
         assert find_place(LoadOptions()).device == torch.device("cuda:0")
-    assert caplog.messages == ["using card 0 of 2, the others are idle: use them with --gpus 0,1"]
+    assert caplog.messages == ["using GPU 0 of 2; the others stay idle: use them with --gpus 0,1"]
 
 
 @pytest.mark.usefixtures("two_gpus")
 @pytest.mark.parametrize(
     ("gpus", "message"),
     [
-        ("0,0", "name each card once"),
-        ("", "are not cards: write their numbers like 0,1"),
-        ("0,", "are not cards"),
-        ("cpu,cpu", "are not cards"),
-        ("٣", "are not cards"),
+        ("0,0", "does not name each GPU once"),
+        ("", "is not a list of GPUs: write their numbers like 0,1"),
+        ("0,", "is not a list of GPUs"),
+        ("cpu,cpu", "is not a list of GPUs"),
+        ("٣", "is not a list of GPUs"),
         ("0,7", "there is no device 'cuda:7' here"),
-        ((), "name each card once"),
+        ((), "does not name each GPU once"),
     ],
 )
 def test_what_is_no_list_of_cards_is_refused(gpus: str | Sequence[int], message: str) -> None:

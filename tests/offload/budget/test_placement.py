@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from offload.budget.budget import Budget
 from offload.budget.placement import Block, Demand, place
 from offload.errors import BudgetError
-from offload.options import Share
+from offload.fit import Share
 
 GIB = 2**30
 blocks = st.builds(

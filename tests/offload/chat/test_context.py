@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offload.chat.chat import LEFT_FREE, fit, reserve
-from offload.generation.stream import Message
+from offload.generation.prompt import Message
 
 
 def _turns(*sizes: int) -> list[Message]:

@@ -1,4 +1,4 @@
-"""When guessing stands back: a link that is behind, and that of another card."""
+"""Guessing stands back while the link is behind, and each card has a link of its own."""
 
 from __future__ import annotations
 
@@ -7,61 +7,59 @@ from typing import Any
 
 import torch
 from offload.cache.cache import ExpertCache
-from offload.cache.guesses import Lookahead
-from offload.cache.plan import Use
 from offload.cache.policies import POLICIES
 
 from offload.engine.ahead import Ahead
+from offload.engine.layer import Call
 
 ONE, OTHER = torch.device("cuda:0"), torch.device("cuda:1")
-K = 2
+EXPERTS, K = 8, 2
 
 
 class Guesses:
-    """Layers asked in turn, each expecting the experts of the token before."""
+    """Layers asked in turn, whose routers all name the first experts."""
 
-    def __init__(self, devices: tuple[torch.device, ...], ahead: int) -> None:
+    def __init__(self, *devices: torch.device, landed: bool = False) -> None:
         self.layers: list[Any] = [
-            SimpleNamespace(index=at, device=device, asked=None)
+            SimpleNamespace(
+                index=at,
+                device=device,
+                asked=None,
+                num_experts=EXPERTS,
+                as_seen_by=lambda _, hidden: hidden,
+                guess=lambda _: list(range(K)),
+            )
             for at, device in enumerate(devices)
         ]
+        self._landed = landed
         cache = ExpertCache(20, len(devices), POLICIES["lru"])
-        self.started: list[int] = []  # layers that copies were begun for
-        self.landed = False
-        look = Lookahead("previous", ahead)
-        self._ahead = Ahead(self.layers, cache, look, None, self._start)
-        for layer in self.layers:  # the token before
-            self.of(layer.index)
-
-    def _start(self, layer: int, use: Use) -> Any:
-        self.started.append(layer)
-        return SimpleNamespace(done=self.landed)
+        self._ahead = Ahead(self.layers, cache, True, None)
 
     def of(self, layer: int) -> list[int]:
         """Layers that copies are begun for at the step of `layer`."""
-        self.started.clear()
-        self._ahead.look(self.layers[layer], range(K))
-        return self.started[:]
+        self.layers[layer].asked = hidden = torch.zeros(1, 4)
+        index = torch.arange(K)[None]
+        call = Call(self.layers[layer], hidden, index, torch.ones(1, K), False)
+        _, wanted = self._ahead.look(call)
+        for later, _ in wanted:
+            self._ahead.begun(later, SimpleNamespace(done=self._landed))
+        return [later.index for later, _ in wanted]
 
 
-def test_no_guess_is_made_while_those_before_wait_for_the_link() -> None:
-    guesses = Guesses((ONE, ONE, ONE), ahead=1)
+def test_no_guess_is_made_while_earlier_ones_wait_for_the_link() -> None:
+    guesses = Guesses(ONE, ONE, ONE)
     assert guesses.of(0) == [1, 1]
     assert guesses.of(1) == []
-    guesses = Guesses((ONE, ONE, ONE), ahead=1)
-    guesses.landed = True
+
+
+def test_guesses_go_on_once_earlier_ones_have_landed() -> None:
+    guesses = Guesses(ONE, ONE, ONE, landed=True)
     assert guesses.of(0) == [1, 1]
     assert guesses.of(1) == [2, 2]
 
 
-def test_another_card_s_link_is_not_behind() -> None:
-    guesses = Guesses((ONE, ONE, OTHER), ahead=1)
+def test_each_link_is_judged_by_its_own_copies() -> None:
+    guesses = Guesses(ONE, ONE, OTHER, OTHER)
     assert guesses.of(0) == [1, 1]
-    assert guesses.of(1) == [2, 2]
-
-
-def test_each_link_is_behind_for_itself() -> None:
-    guesses = Guesses((ONE, ONE, OTHER, OTHER), ahead=2)
-    assert guesses.of(0) == [1, 1, 2, 2]
-    assert guesses.of(1) == [3, 3], "two more on the other link, where two may wait for each layer"
+    assert guesses.of(1) == [2, 2], "the other card's link is not behind"
     assert guesses.of(2) == []

@@ -13,7 +13,7 @@ from torch import Tensor
 import offload
 import offload.budget.resolve
 import offload.engine.compute as module
-import offload.loading
+import offload.engine.engine
 from offload.engine.compute import Grouped, OneByOne
 from offload.engine.handle import offload_of
 from offload.transfer import cards as per_card
@@ -31,15 +31,15 @@ def _with_staging(pack: Pack, slots: int, rows: int) -> HostTransfer:
 
 @torch.inference_mode()
 def _logits(folder: Path, monkeypatch: pytest.MonkeyPatch, way: type, **options: object) -> Tensor:
-    """Of a prompt and a step."""
-    monkeypatch.setattr(offload.loading, "compute_of", way)
+    """The logits of a prompt and of one step."""
+    monkeypatch.setattr(offload.engine.engine, "compute_of", way)
     if way is Grouped:  # as on a GPU, streamed experts have rows of their own
         copied = functools.partial(_with_staging, rows=4)
         monkeypatch.setattr(per_card, "HostTransfer", copied)
         monkeypatch.setattr(offload.budget.resolve, "staging_rows", lambda *_: 4)
     model, _ = offload.load(folder / "checkpoint", device="cpu", pack_dir=folder, **options)
     out = model(input_ids=PROMPT, use_cache=True)
-    last = model(input_ids=PROMPT[:, :1], past_key_values=out.past_key_values, use_cache=True)
+    last = model(input_ids=PROMPT[:, :1], cache=out.cache, use_cache=True)
     offload_of(model).close()
     return torch.cat([out.logits, last.logits], dim=1)
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from offload.budget.blocks import Layers, device_of
 from offload.engine.crossing import Crossing
+from offload.fit import Share
 from offload.model.seam import (
     IMPLEMENTATION,
     build_on_meta,
@@ -25,7 +26,6 @@ from offload.model.seam import (
     model_class,
     own_config,
 )
-from offload.options import Share
 from tests.tiny import tiny_config
 
 FIRST, SECOND = torch.device("cpu"), torch.device("meta")
@@ -69,7 +69,7 @@ def _model(model_type: str) -> tuple[PreTrainedModel, dict[str, torch.device]]:
 
 @pytest.fixture
 def crossed(monkeypatch: pytest.MonkeyPatch) -> Crossed:
-    """What was copied from one device to the other."""
+    """The tensors that were copied from one device to the other."""
     copies: Crossed = []
     copy = Crossing._copy
 
@@ -95,26 +95,26 @@ def crossed(monkeypatch: pytest.MonkeyPatch) -> Crossed:
         "lfm2_moe",  # another name of the norm
     ],
 )
-def test_every_part_is_given_what_is_on_its_device(model_type: str) -> None:
+def test_every_part_is_given_tensors_on_its_device(model_type: str) -> None:
     model, devices = _model(model_type)
     Crossing(model, devices, home=FIRST)
     with FAKE, torch.no_grad():
         out = model(input_ids=torch.zeros(1, 5, dtype=torch.long), use_cache=True)
         assert out.logits.device == FIRST
         ids = torch.zeros(1, 1, dtype=torch.long)
-        out = model(input_ids=ids, past_key_values=out.past_key_values, use_cache=True)
+        out = model(input_ids=ids, cache=out.cache, use_cache=True)
         assert out.logits.device == FIRST
 
 
-def test_the_kv_cache_is_where_its_layer_is() -> None:
+def test_the_kv_cache_is_on_the_device_of_its_layer() -> None:
     model, devices = _model("mixtral")
     Crossing(model, devices, home=FIRST)
     with FAKE, torch.no_grad():
-        cache = model(input_ids=torch.zeros(1, 5, dtype=torch.long), use_cache=True).past_key_values
+        cache = model(input_ids=torch.zeros(1, 5, dtype=torch.long), use_cache=True).cache
     assert [layer.keys.device for layer in cache.layers] == [FIRST, SECOND, SECOND]
 
 
-def test_hidden_states_cross_once_and_what_layers_share_once_a_call(crossed: Crossed) -> None:
+def test_hidden_states_cross_once_and_shared_tensors_once_a_call(crossed: Crossed) -> None:
     model, devices = _model("mixtral")
     Crossing(model, devices, home=FIRST)
     hidden, vocabulary = model.config.hidden_size, model.config.vocab_size
@@ -122,13 +122,13 @@ def test_hidden_states_cross_once_and_what_layers_share_once_a_call(crossed: Cro
         out = model(input_ids=torch.zeros(1, 5, dtype=torch.long), use_cache=True)
         crossed.clear()
         ids = torch.zeros(1, 1, dtype=torch.long)
-        model(input_ids=ids, past_key_values=out.past_key_values, use_cache=True)
+        model(input_ids=ids, cache=out.cache, use_cache=True)
     assert crossed.count((torch.Size((1, 1, hidden)), SECOND)) == 1
     assert crossed.count((torch.Size((1, 1, vocabulary)), FIRST)) == 1
     assert len(crossed) <= 6, "cos, sin, mask and positions once, not for both layers there"
 
 
-def test_what_layers_hand_on_in_a_dictionary_is_seen_by_the_next() -> None:
+def test_tensors_that_a_layer_puts_into_a_dictionary_are_seen_by_the_next() -> None:
     class Part(nn.Module):
         def forward(self, x: Tensor, shared: dict[str, Tensor]) -> Tensor:
             shared["seen"] = shared.get("seen", x) + x

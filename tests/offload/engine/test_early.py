@@ -1,4 +1,4 @@
-"""Between two layers of a prompt the link has something to do, on a played device."""
+"""Between two layers of a prompt the link copies experts early; on a fake device."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from offload.cache.plan import Use
-from offload.cache.staging import Kept
+from offload.cache.decision import Use
+from offload.cache.staging import Step
 from offload.quant.pack import Pack
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import offload
-import offload.engine.engine
+import offload.engine.host
 import offload.loading
 import offload.transfer.cards
+from offload.engine.compute import OneByOne
 from offload.engine.handle import offload_of
+from offload.engine.layer import Call
+from offload.fit import Fit
 from offload.generation.stream import forward
-from offload.options import Fit
 from offload.transfer.cuda import CudaTransfer
 from offload.transfer.host_tier import HostTier
 from tests.fake_link import FakeLink
@@ -34,7 +36,7 @@ Load = Callable[..., PreTrainedModel]
 
 
 class Watched(CudaTransfer):
-    """Tells of every copy given to the link."""
+    """Keeps a list of the copies given to the link."""
 
     def watch(self) -> list[tuple[int, int]]:
         self.copies: list[tuple[int, int]] = []
@@ -66,14 +68,12 @@ def load(mixtral_pack: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
 
 
 def _begin_early(monkeypatch: pytest.MonkeyPatch, *, always: bool) -> None:
-    monkeypatch.setattr(offload.engine.engine, "nearly_all", lambda *_: always)
+    monkeypatch.setattr(offload.engine.host, "nearly_all", lambda *_: always)
 
 
 def _arrive(model: PreTrainedModel) -> None:
-    """Also of copies that nobody asked for."""
-    engine = offload_of(model).engine
-    for ticket, _ in engine._tickets.values():
-        engine.transfer.wait(ticket)
+    """Wait for all copies, also for those that no step asked for."""
+    offload_of(model).engine.settle()
 
 
 def _transfer(model: PreTrainedModel) -> Watched:
@@ -88,14 +88,11 @@ def test_the_link_does_not_rest_between_two_layers(
 ) -> None:
     def borders(model: PreTrainedModel) -> list[int]:
         """How many copies were given for a layer before its router answered."""
-        engine, copies = offload_of(model).engine, _transfer(model).watch()
-        serve, given = engine._serve, []
-
-        def noted(layer: Any, *rest: Tensor) -> Tensor:
-            given.append(sum(at == layer.index for at, _ in copies))
-            return serve(layer, *rest)
-
-        monkeypatch.setattr(engine, "_serve", noted)
+        given, copies = [], _transfer(model).watch()
+        for layer in offload_of(model).engine.layers:
+            layer.module.register_forward_pre_hook(
+                lambda *_, at=layer.index: given.append(sum(of == at for of, _ in copies))
+            )
         forward(model, PROMPT, None)
         return given
 
@@ -150,7 +147,7 @@ def test_logits_are_those_without_early_copies_and_every_expert_crosses_once(
         assert [table.key_in(slot) for slot in range(slots)] == expected, "decode's cache differs"
 
 
-def test_copies_that_turn_out_to_be_of_no_use_are_counted(
+def test_early_copies_that_were_wrong_are_counted(
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _begin_early(monkeypatch, always=True)
@@ -167,18 +164,20 @@ def test_copies_that_turn_out_to_be_of_no_use_are_counted(
 def test_a_guess_on_its_way_does_not_overwrite_what_is_kept(
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(offload.transfer.cuda, "GUESSED_BYTES", 1)  # all guesses but one wait
     model = load(9, rows=8)
     engine = offload_of(model).engine
-    _transfer(model)._order._most = 1  # byte: all but one wait
-    keep, slots = engine._keep, []
+    keep, slots = engine.host._keep, []
 
-    def behind_guesses(layer: int, kept: Kept) -> None:
-        for expert in (kept.expert - 1, kept.expert - 2):  # that nobody wants any more
-            engine._start(layer, Use(expert % EXPERTS, kept.slot), urgent=False)
-        slots.append(kept.slot)
-        keep(layer, kept)
+    def behind_guesses(call: Call, step: Step) -> None:
+        for kept in step.kept:
+            for expert in (kept.expert - 1, kept.expert - 2):  # that nobody wants any more
+                use = Use(expert % EXPERTS, kept.slot)
+                engine.host._start(call.layer.index, use, urgent=False)
+            slots.append(kept.slot)
+        keep(call, step)
 
-    monkeypatch.setattr(engine, "_keep", behind_guesses)
+    monkeypatch.setattr(engine.host, "_keep", behind_guesses)
     forward(model, PROMPT, None)
     _arrive(model)
     _transfer(model).drain()
@@ -194,12 +193,12 @@ def test_a_guess_on_its_way_does_not_overwrite_what_is_kept(
 def test_after_ctrl_c_nothing_wrong_is_believed(
     load: Load, monkeypatch: pytest.MonkeyPatch, part: str, call: int
 ) -> None:
-    """Among experts, and between two layers' experts, where no step is under way."""
+    """Ctrl-C comes while experts are computed, or in attention, where no step is under way."""
     expected = [_last(load(5), tokens) for tokens in (1, 60)]
     model = load(5)
     engine, copies = offload_of(model).engine, _transfer(model).watch()
     attention = model.get_submodule(f"model.layers.{call % LAYERS}.self_attn")
-    where, name = (engine._compute, "run") if part == "experts" else (attention, "forward")
+    where, name = (OneByOne, "run") if part == "experts" else (attention, "forward")
     run, calls = getattr(where, name), 0
 
     def interrupted(*args: Any, **named: Any) -> Any:

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 import offload
 import offload.engine.ahead as ahead_module
 import offload.engine.engine as engine_module
+import offload.engine.host as host_module
 import offload.engine.layer as layer_module
 from offload.engine.cpu_linear import OneTokenLinear
 from offload.engine.handle import offload_of
@@ -56,7 +57,7 @@ def test_interruption_at_any_line_does_not_change_later_answers(
 ) -> None:
     """Ctrl-C can come between any two lines of the engine and the cache."""
     expected = _tokens(model)
-    modules = (engine_module, ahead_module, layer_module, cache_module, slots_module)
+    modules = (engine_module, host_module, ahead_module, layer_module, cache_module, slots_module)
     files = {module.__file__ for module in modules}
     total = _lines_run(model, files, stop_at=None)
     for line in range(1, total, max(1, total // moments)):

@@ -27,7 +27,7 @@ def _logits(folder: Path, steps: int = 12, **options: object) -> Tensor:
     logits = [out.logits]
     for step in range(steps):
         token = (prompt[:, :1] * 7 + step * 13) % 120 + 3
-        out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+        out = model(input_ids=token, cache=out.cache, use_cache=True)
         logits.append(out.logits)
     offload_of(model).engine.cache.check_integrity()
     offload_of(model).close()

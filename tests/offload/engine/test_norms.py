@@ -1,4 +1,4 @@
-"""The norm that feeds a router is found, and no other taken for it."""
+"""The norm that feeds a router is found, and no other norm is taken for it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_the_norm_whose_output_the_router_is_asked_about_is_found() -> None:
 
 
 def test_no_other_tensor_takes_the_place_of_a_norms_output() -> None:
-    """An allocator gives freed memory to the next tensor of that size, as often as not."""
+    """An allocator often gives freed memory to the next tensor of the same size."""
     for _ in range(20):
         block = _block()
         finder = NormFinder(block)

@@ -76,7 +76,7 @@ class Reference:
             token = given[step] if given else out.logits[:, -1:].argmax(-1)
             if not given:
                 self.tokens.append(token)
-            out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+            out = model(input_ids=token, cache=out.cache, use_cache=True)
             logits.append(out.logits)
         return logits
 

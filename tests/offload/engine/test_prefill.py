@@ -19,6 +19,7 @@ import offload
 from offload.engine.handle import offload_of
 from offload.errors import BudgetError
 from offload.generation.stream import forward, stream_generate
+from offload.transfer.host import NOWHERE, HostTicket, HostTransfer
 from tests.tiny import EXPERTS, LAYERS, K, save_tiny
 
 TOTAL = EXPERTS * LAYERS
@@ -34,7 +35,7 @@ def _load(folder: Path, **options: Any) -> PreTrainedModel:
 
 
 def _logits(model: PreTrainedModel) -> Tensor:
-    """Of the prompt's last token and of some after it."""
+    """The logits of the prompt's last token and of some tokens after it."""
     ubatch = offload_of(model).fit.ubatch
     out, cache = forward(model, PROMPT, None, ubatch)
     logits = [out]
@@ -45,7 +46,7 @@ def _logits(model: PreTrainedModel) -> Tensor:
 
 
 def _streams(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, int]]:
-    """Every load that is begun from now on: layer, expert, slot where it is at last."""
+    """A list that grows by (layer, expert, final slot) with every load that is begun."""
     begun, transfer = [], offload_of(model).engine.transfer
     start, keep = transfer.start, transfer.keep
 
@@ -89,7 +90,7 @@ def test_a_prompt_in_chunks_says_what_a_whole_one_says(model_type: str, tmp_path
         assert torch.allclose(forward(model, PROMPT, None, ubatch)[0], whole, atol=1e-4)
 
 
-def test_states_that_cannot_go_on_in_chunks_read_a_prompt_whole(tmp_path: Path) -> None:
+def test_a_model_whose_states_cannot_go_on_in_chunks_reads_a_prompt_whole(tmp_path: Path) -> None:
     save_tiny("jamba", tmp_path / "checkpoint")
     model = _load(tmp_path, expert_bits=16, ubatch_size=16, context=128)
     assert offload_of(model).fit.ubatch == 128
@@ -165,7 +166,7 @@ def test_a_smaller_ubatch_leaves_room_for_more_experts(tmp_path: Path) -> None:
         _load(tmp_path, ubatch_size=0)
 
 
-def test_bytes_are_those_that_were_copied_even_after_ctrl_c(
+def test_bytes_loaded_are_the_bytes_copied_even_after_ctrl_c(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_tiny("mixtral", tmp_path / "checkpoint")
@@ -182,12 +183,14 @@ def test_bytes_are_those_that_were_copied_even_after_ctrl_c(
 
     monkeypatch.setattr(engine.transfer, "keep", noted)
 
-    class Noted:
-        def mark(self, *_: object) -> None: ...
-        def copied(self, layer: int, expert: int, *_: object) -> None:
-            copied.append((layer, expert))
+    serve = HostTransfer._serve
 
-    engine.tell(Noted())
+    def copying(transfer: HostTransfer, ticket: HostTicket) -> None:
+        serve(transfer, ticket)
+        if ticket.slot != NOWHERE:
+            copied.append((ticket.layer, ticket.expert))
+
+    monkeypatch.setattr(HostTransfer, "_serve", copying)
     _logits(model)
     for uses in range(1, 16, 3):
         calls = iter(range(uses))
@@ -202,11 +205,9 @@ def test_bytes_are_those_that_were_copied_even_after_ctrl_c(
             with pytest.raises(KeyboardInterrupt):
                 _logits(model)
         _logits(model)
-        engine.transfer.drain()
+        engine.settle()
         stats = offload_of(model).stats()
-        given_up = sum(not ticket.done for ticket, _ in engine._tickets.values())
-        loads = len(copied) + given_up - kept
-        assert stats.bytes_loaded == loads * engine.record_bytes(0)
+        assert stats.bytes_loaded == (len(copied) - kept) * engine.record_bytes(0)
 
 
 def test_what_was_hot_is_loaded_again_after_ctrl_c(
@@ -235,22 +236,25 @@ def test_what_was_hot_is_loaded_again_after_ctrl_c(
 def test_a_thread_waits_for_the_step_that_starts_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ctrl-C, then two threads: one step at a time all the same."""
+    """After Ctrl-C three threads use the model, and still one step runs at a time."""
     save_tiny("mixtral", tmp_path / "checkpoint")
     model = _load(tmp_path, expert_slots=5)
     expected = _logits(model)
-    engine = offload_of(model).engine
-    serve, inside, most = engine._serve, [0], [0]
+    layer = offload_of(model).engine.layers[1]
+    expert, inside, most, interrupted = layer.expert, [0], [0], [False]
 
     def counted(*given: Any) -> Tensor:
+        if interrupted[0]:
+            interrupted[0] = False
+            raise KeyboardInterrupt
         inside[0] += 1
         most[0] = max(most[0], inside[0])
         try:
-            return serve(*given)
+            return expert(*given)
         finally:
             inside[0] -= 1
 
-    monkeypatch.setattr(engine, "_serve", counted)
+    monkeypatch.setattr(layer, "expert", counted)
     got: list[Tensor] = []
 
     def run() -> None:
@@ -258,7 +262,9 @@ def test_a_thread_waits_for_the_step_that_starts_over(
             got.append(_logits(model))
 
     for _ in range(3):
-        engine._broken_off = True
+        interrupted[0] = True
+        with pytest.raises(KeyboardInterrupt):
+            _logits(model)
         threads = [threading.Thread(target=run) for _ in range(3)]
         for thread in threads:
             thread.start()

@@ -10,17 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from offload.cache.guesses import NO_LOOKAHEAD
 from offload.cache.sharded import ShardedCache
 from offload.cache.trace.file import read
 from offload.cache.trace.replay import recorded_setup, replay
 from transformers import PreTrainedModel
 
 import offload
-from offload.engine.engine import Engine
+from offload.engine.engine import make_engine
 from offload.engine.handle import offload_of
 from offload.errors import GenerationError
-from offload.loading import make_engine
 from offload.options import POLICIES
 from offload.transfer.cards import CardsTransfer
 from tests.tiny import save_tiny
@@ -40,12 +38,12 @@ def _load(folder: Path, **options: Any) -> PreTrainedModel:
 
 
 def _logits(model: PreTrainedModel) -> list[torch.Tensor]:
-    """Of a prompt and of some tokens after it."""
+    """The logits of a prompt and of some tokens after it."""
     found, cache, ids = [], None, PROMPT
     with torch.inference_mode():
         for _ in range(8):
-            out = model(input_ids=ids, past_key_values=cache, use_cache=True)
-            cache, logits = out.past_key_values, out.logits[:, -1]
+            out = model(input_ids=ids, cache=cache, use_cache=True)
+            cache, logits = out.cache, out.logits[:, -1]
             ids = logits.argmax(-1, keepdim=True)
             found.append(logits)
     return found
@@ -68,7 +66,7 @@ def test_two_devices_give_the_logits_of_one(model_type: str, tmp_path: Path) -> 
     offload_of(one).close()
 
 
-def test_quantised_dense_layers_and_a_tied_head_are_put_on_their_cards(tmp_path: Path) -> None:
+def test_quantised_dense_layers_and_a_tied_head_are_on_their_cards(tmp_path: Path) -> None:
     save_tiny("mixtral", tmp_path / "checkpoint", tie_word_embeddings=True)
     one, two = (
         _load(tmp_path, expert_slots=6, dense_bits=8, **where)
@@ -204,26 +202,25 @@ def test_memory_runs_out_with_one_slot_left_on_each_card(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("engine", ["auto", "host", "device"])
-def test_the_host_plans_for_several_cards_which_is_said_to_who_asked_otherwise(
+def test_a_warning_says_that_the_host_plans_for_several_cards_if_the_device_was_asked_for(
     engine: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save_tiny("mixtral", tmp_path / "checkpoint")
     model = _load(tmp_path, gpus=CPUS, engine=engine)
-    assert type(offload_of(model).engine) is Engine
+    assert offload_of(model).engine.device is None
     assert caplog.messages == ON_SEVERAL * (engine == "device")
     offload_of(model).close()
 
 
 @pytest.mark.parametrize("engine", ["auto", "host", "device"])
-def test_on_gpus_it_is_also_said_to_who_left_the_choice_open(
+def test_on_gpus_the_warning_also_comes_if_the_choice_was_left_open(
     engine: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save_tiny("mixtral", tmp_path / "checkpoint")
     handle = offload_of(_load(tmp_path, gpus=CPUS))
     fit = replace(handle.fit, device=torch.device("cuda", 0))
     info, transfer = handle.pack.info, handle.engine.transfer
-    made, decoding = make_engine(engine, info, fit, transfer, NO_LOOKAHEAD, handle.top_k)
-    assert type(made) is Engine
-    assert decoding is None
+    made = make_engine(engine, info, fit, transfer, False, handle.top_k)
+    assert made.device is None
     assert caplog.messages == ON_SEVERAL * (engine != "host")
     handle.close()

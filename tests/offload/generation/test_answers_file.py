@@ -1,4 +1,4 @@
-"""Prompts from a file, answers to a file: resumed, never half a line."""
+"""Prompts come from a file, and answers go to a file that can be continued after a kill."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from offload.quant.errors import OffloadError
 
-import offload.generation.answers
 from cli import main
-from offload.generation.answers import AnswersFile, messages_of, read_prompts
+from offload.files import MOST_CHARACTERS
+from offload.generation.answers import AnswersFile, messages_of, read_prompt_lines
 
 GIVEN = [{"prompt": f"number {i}", "id": i} for i in range(6)]
 
@@ -31,40 +31,38 @@ def _prompts(folder: Path) -> Path:
 @pytest.mark.parametrize(
     "line", ["{", "[]", "3", '{"text": "a"}', '{"prompt": 3}', '{"messages": [{}]}', "[" * 10000]
 )
-def test_a_line_that_is_no_prompt_is_named(line: str, tmp_path: Path) -> None:
+def test_the_error_names_a_line_that_is_not_a_prompt(line: str, tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text(f'"fine"\n\n{line}\n')
     with pytest.raises(OffloadError, match="line 3"):
-        read_prompts(file)
+        read_prompt_lines(file)
 
 
 @pytest.mark.parametrize("name", ["answer", "finish_reason", "prompt_tokens", "generated_tokens"])
-def test_a_prompt_that_has_what_an_answer_adds_is_refused(name: str, tmp_path: Path) -> None:
+def test_a_prompt_with_a_key_that_answers_add_is_refused(name: str, tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text(f'"fine"\n{{"prompt": "a", "{name}": "the right one"}}\n')
     with pytest.raises(OffloadError, match=f"line 2 has a value '{name}' already"):
-        read_prompts(file)
+        read_prompt_lines(file)
 
 
 def test_prompts_from_other_systems_are_read(tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_bytes(b'\xef\xbb\xbf"one"\r\n{"prompt": "two"}\r\n"three"')
-    assert [given["prompt"] for given in read_prompts(file)] == ["one", "two", "three"]
+    assert [given["prompt"] for given in read_prompt_lines(file)] == ["one", "two", "three"]
 
 
-def test_a_line_that_has_no_end_is_given_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(offload.generation.answers, "MOST_CHARACTERS", 20)
+def test_a_line_that_is_too_long_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
-    file.write_text('"short"\n' * 10)
-    assert len(read_prompts(file)) == 10, "a file may be longer than a line"
-    file.write_text('"short"\n"' + "x" * 20)
+    third = MOST_CHARACTERS // 3
+    file.write_text(f'"{"x" * third}"\n' * 4)
+    assert len(read_prompt_lines(file)) == 4, "a file may be longer than a line"
+    file.write_text('"short"\n"' + "x" * MOST_CHARACTERS)
     with pytest.raises(OffloadError, match="line 2 has more"):
-        read_prompts(file)
+        read_prompt_lines(file)
 
 
-def test_a_line_s_own_system_prompt_goes_before_the_command_s() -> None:
+def test_the_system_prompt_of_a_line_replaces_that_of_the_command() -> None:
     user = {"role": "user", "content": "hi"}
     own = {"role": "system", "content": "own"}
     assert messages_of({"messages": [own, user]}, "given") == [own, user]
@@ -77,7 +75,7 @@ def test_a_line_s_own_system_prompt_goes_before_the_command_s() -> None:
     [{"prompt": "a", "score": float("nan")}, {"prompt": "a", "id": "half \ud83d"}],
     ids=["nan", "surrogate"],
 )
-def test_odd_values_beside_a_prompt_do_not_hinder_going_on(
+def test_a_file_with_odd_values_beside_the_prompt_can_be_continued(
     given: dict[str, Any], tmp_path: Path
 ) -> None:
     for count in (0, 1):
@@ -121,7 +119,7 @@ def test_more_answers_than_prompts_are_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", range(1, 30))
-def test_half_a_line_may_end_anywhere(size: int, tmp_path: Path) -> None:
+def test_half_a_line_is_recognised_wherever_it_ends(size: int, tmp_path: Path) -> None:
     whole = b'{"prompt": "number 0", "id": 0, "answer": "yes"}'
     file = tmp_path / "answers.jsonl"
     for half in (whole[:size], whole[:-size]):
@@ -143,7 +141,7 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [".", "pipe", "no/folder/x", "locked/x"])
-def test_where_answers_cannot_be_kept_is_told(name: str, tmp_path: Path) -> None:
+def test_a_place_where_answers_cannot_be_kept_is_refused(name: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "locked").mkdir(mode=0o500)
     if name.startswith("locked") and os.access(tmp_path / "locked", os.W_OK):
@@ -195,11 +193,13 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.Monk
     answers.append(GIVEN[0], {"answer": "a"})
     whole = file.read_bytes()
 
-    def half(handle: int, data: bytes, at: int) -> None:
-        os.pwrite(handle, data[:5], at)
+    pwrite = os.pwrite
+
+    def half(handle: int, data: bytes, at: int) -> int:
+        pwrite(handle, data[:5], at)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(offload.generation.answers, "_write", half)
+    monkeypatch.setattr(os, "pwrite", half)
     with pytest.raises(OffloadError, match="No space left"):
         answers.append(GIVEN[1], {"answer": "b"})
     answers.close()
@@ -215,7 +215,7 @@ def _answers(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
 
 
-def test_the_command_answers_every_line_and_goes_on_where_it_stopped(
+def test_the_command_answers_every_line_and_continues_where_it_stopped(
     mixtral: Path, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(_arguments(mixtral, tmp_path)) == 0
@@ -230,7 +230,7 @@ def test_the_command_answers_every_line_and_goes_on_where_it_stopped(
     assert [answer["id"] for answer in _answers(tmp_path)] == list(range(6))
 
 
-def test_a_prompt_that_cannot_be_answered_is_named(
+def test_the_error_names_a_prompt_that_cannot_be_answered(
     mixtral: Path, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = _arguments(mixtral, tmp_path)

@@ -1,4 +1,4 @@
-"""Several answers at once: the same ones as alone, each expert loaded once, votes."""
+"""A batch gives the same answers as each prompt alone, and loads each expert once; votes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 import offload
-from offload.generation.batch import answers, final_answer, vote
+from offload.generation.batch import complete, final_answer, vote
 from offload.sampling import Sampling
 from tests.conftest import save_with_tokenizer
 
@@ -42,9 +42,7 @@ def test_a_batch_answers_as_each_prompt_alone(loaded: tuple[Any, Any]) -> None:
 
 
 @pytest.mark.parametrize("model_type", ["gpt_oss", "qwen3_next", "qwen3_moe"])
-def test_windows_and_linear_attention_do_not_see_what_fills_rows_up(
-    model_type: str, tmp_path: Path
-) -> None:
+def test_windows_and_linear_attention_do_not_see_padding(model_type: str, tmp_path: Path) -> None:
     model, tokenizer = offload.load(
         save_with_tokenizer(model_type, tmp_path / "checkpoint"),
         device="cpu",
@@ -63,14 +61,14 @@ def test_a_prompt_that_fills_the_context_does_not_shorten_the_others(
 ) -> None:
     prompts = [[5, 6, 7], [9] * (CONTEXT - 3), [8] * 20]
     model, tokenizer = loaded
-    rows = answers(model, tokenizer, prompts, Sampling(), max_new_tokens=30)
+    rows = complete(model, tokenizer, prompts, Sampling(), max_new_tokens=30)
     assert [len(row.tokens) for (row,) in rows] == [30, 3, 30]
     for prompt, (row,) in zip(prompts, rows, strict=True):
         assert row.text == offload.generate(model, tokenizer, prompt, max_new_tokens=30)
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.5])
-def test_a_batch_follows_what_was_asked_and_nothing_else(
+def test_a_batch_follows_the_given_options_and_no_others(
     penalty: float, loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -82,12 +80,12 @@ def test_a_batch_follows_what_was_asked_and_nothing_else(
     assert loaded[0].generation_config.no_repeat_ngram_size == 1
 
 
-def test_an_option_that_several_answers_do_not_have_is_an_error(loaded: tuple[Any, Any]) -> None:
+def test_an_unknown_option_of_a_batch_is_an_error(loaded: tuple[Any, Any]) -> None:
     with pytest.raises(TypeError, match="num_beams"):
         offload.generate(*loaded, PROMPTS, num_beams=2)
 
 
-def test_conversations_and_ids_make_batches_too(loaded: tuple[Any, Any]) -> None:
+def test_conversations_and_ids_can_be_batches(loaded: tuple[Any, Any]) -> None:
     chats = [[{"role": "user", "content": text}] for text in PROMPTS[:2]]
     alone = [offload.generate(*loaded, chat, max_new_tokens=5) for chat in chats]
     assert offload.generate(*loaded, chats, max_new_tokens=5) == alone
@@ -117,7 +115,7 @@ def test_several_answers_to_one_prompt_follow_the_seed(loaded: tuple[Any, Any]) 
     assert [len(row) for row in both] == [2, 2]
 
 
-def test_the_seed_leaves_torch_s_own_numbers_alone(loaded: tuple[Any, Any]) -> None:
+def test_a_seed_does_not_change_torchs_own_random_state(loaded: tuple[Any, Any]) -> None:
     state = torch.random.get_rng_state()
     offload.generate(*loaded, PROMPTS, max_new_tokens=2, temperature=1.0, seed=3)
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -125,9 +123,9 @@ def test_the_seed_leaves_torch_s_own_numbers_alone(loaded: tuple[Any, Any]) -> N
 
 def test_a_stop_string_ends_a_row(loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded
-    ((whole,),) = answers(model, tokenizer, ["a"], Sampling(), max_new_tokens=20)
+    ((whole,),) = complete(model, tokenizer, ["a"], Sampling(), max_new_tokens=20)
     stop = whole.text[3:5]
-    ((cut,),) = answers(model, tokenizer, ["a"], Sampling(), max_new_tokens=20, stop_strings=stop)
+    ((cut,),) = complete(model, tokenizer, ["a"], Sampling(), max_new_tokens=20, stop_strings=stop)
     assert cut.text == whole.text[: whole.text.index(stop)]
     assert (whole.finish_reason, cut.finish_reason) == ("length", "stop")
     assert len(cut.tokens) < len(whole.tokens) == 20
@@ -142,7 +140,7 @@ def test_a_stop_string_ends_a_row(loaded: tuple[Any, Any]) -> None:
         ({"temperature": -1.0}, "temperature"),
     ],
 )
-def test_what_cannot_be_answered_is_told(
+def test_options_that_cannot_be_answered_are_refused(
     options: dict[str, Any], words: str, loaded: tuple[Any, Any]
 ) -> None:
     with pytest.raises(offload.GenerationError, match=words):
@@ -161,11 +159,11 @@ def test_what_cannot_be_answered_is_told(
         ("", ""),
     ],
 )
-def test_what_an_answer_comes_down_to(text: str, final: str) -> None:
+def test_the_final_answer_is_extracted_from_a_text(text: str, final: str) -> None:
     assert final_answer(text) == final
 
 
-def test_the_first_of_the_most_given_answers_wins() -> None:
+def test_the_first_text_with_the_most_frequent_answer_wins() -> None:
     winner, tally = vote(["Answer: 1", "it is\n2", "the answer is 2.", "3"])
     assert winner == 1
     assert tally == [("2", 2), ("1", 1), ("3", 1)]

@@ -1,4 +1,4 @@
-"""Prompts, when generation ends, its figures, and that transformers' own generate agrees."""
+"""Which prompts are accepted, when an answer ends, its figures, and agreement with transformers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 import offload
 from offload import GenerationError, GenerationResponse, generate, stream_generate
 from offload.engine.handle import offload_of
-from offload.generation.stream import encode_prompt
+from offload.generation.prompt import encode_prompt
 from tests.conftest import BEGIN, END, PAD, Script, make_tokenizer
 from tests.tiny import EXPERTS, LAYERS, K
 
@@ -136,7 +136,7 @@ def test_ids_the_model_does_not_have_are_refused(model: PreTrainedModel, ids: li
 
 
 @pytest.mark.parametrize("text", ["\udcff", "before \udc80 after"])
-def test_what_is_no_utf_8_is_refused(
+def test_text_that_is_not_utf_8_is_refused(
     text: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     for prompt in (text, [{"role": "user", "content": text}]):
@@ -152,7 +152,7 @@ def test_without_a_chat_template_messages_are_refused(
         stream_generate(model, tokenizer, HELLO)
 
 
-def test_what_a_template_refuses_is_told(
+def test_the_error_quotes_what_a_template_refuses(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     template = "{{ raise_exception('roles must alternate') }}"
@@ -161,7 +161,7 @@ def test_what_a_template_refuses_is_told(
         stream_generate(model, tokenizer, HELLO)
 
 
-def test_a_tokenizer_with_a_damaged_setting_is_told_in_one_line() -> None:
+def test_a_tokenizer_with_a_damaged_setting_is_one_line_of_error() -> None:
     tokenizer = make_tokenizer()
     tokenizer.model_max_length = "many"
     for prompt in ("hello", HELLO):
@@ -232,7 +232,7 @@ def test_token_0_can_be_the_end_token(model: PreTrainedModel, script: Script) ->
     assert _tokens(model, [1]) == [65, 0]
 
 
-def test_without_a_word_in_generation_config_the_tokenizers_end_token_holds(
+def test_without_one_in_generation_config_the_tokenizers_end_token_counts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, script: Script
 ) -> None:
     model.generation_config = GenerationConfig()
@@ -252,7 +252,7 @@ def test_ends_after_max_new_tokens(
     assert steps[-1].generation_tokens == limit == len(steps)
 
 
-def test_the_end_token_at_the_limit_is_a_stop(
+def test_an_end_token_at_the_limit_counts_as_a_stop(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, script: Script
 ) -> None:
     script.say("ab")
@@ -322,7 +322,7 @@ def test_stop_strings_end_the_text_and_are_not_part_of_it(
     assert all(step.finish_reason is None for step in steps[:-1])
 
 
-def test_a_stop_string_ends_the_work_too(
+def test_nothing_is_computed_after_a_stop_string(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, script: Script
 ) -> None:
     script.say("abSTOPcd")
@@ -330,7 +330,7 @@ def test_a_stop_string_ends_the_work_too(
     assert len(steps) == len("abSTOP")
 
 
-def test_the_limit_gives_what_was_held_back(
+def test_text_that_was_held_back_appears_at_the_limit(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, script: Script
 ) -> None:
     script.say("abSTOP")
@@ -362,7 +362,7 @@ def test_parameters_out_of_range_are_refused_before_the_first_step(
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_model_whose_logits_are_not_finite_says_so_and_nothing_else(
+def test_logits_that_are_not_finite_are_an_error_and_give_no_token(
     temperature: float, model: PreTrainedModel
 ) -> None:
     weight = model.lm_head.weight.data
@@ -376,7 +376,7 @@ def test_a_model_whose_logits_are_not_finite_says_so_and_nothing_else(
     assert len(list(stream_generate(model, None, [1, 2], max_new_tokens=2))) > 0
 
 
-def test_whole_numbers_are_numbers_too(model: PreTrainedModel) -> None:
+def test_sampling_parameters_may_be_whole_numbers(model: PreTrainedModel) -> None:
     options: dict[str, Any] = {"temperature": 1, "repetition_penalty": 2, "top_p": 1, "min_p": 0}
     assert len(_tokens(model, [1, 2], max_new_tokens=2, **options)) == 2
 
@@ -402,7 +402,7 @@ def test_figures_are_consistent(model: PreTrainedModel, tokenizer: PreTrainedTok
     assert all(after - before == LAYERS * K for before, after in pairs)
 
 
-def test_experts_figures_are_of_this_generation_alone(model: PreTrainedModel) -> None:
+def test_the_experts_figures_count_this_generation_alone(model: PreTrainedModel) -> None:
     first, second = (
         list(stream_generate(model, None, [1, 2, 3], max_new_tokens=4))[-1].experts
         for _ in range(2)
@@ -415,7 +415,7 @@ def test_experts_figures_are_of_this_generation_alone(model: PreTrainedModel) ->
 
 
 @pytest.mark.parametrize("after", [1, 2, 7])
-def test_a_stream_broken_off_leaves_the_next_one_undisturbed(
+def test_a_stream_that_breaks_off_does_not_disturb_the_next_one(
     model: PreTrainedModel, after: int
 ) -> None:
     expected = _tokens(model, list(b"a second prompt"), max_new_tokens=10)
@@ -436,7 +436,7 @@ def test_two_streams_side_by_side_do_not_disturb_each_other(model: PreTrainedMod
 
 
 @pytest.mark.parametrize("wait", [0, 5, 11])
-def test_ctrl_c_while_an_expert_is_awaited_leaves_the_next_stream_undisturbed(
+def test_ctrl_c_while_waiting_for_an_expert_does_not_disturb_the_next_stream(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, wait: int
 ) -> None:
     expected = _tokens(model, list(b"a prompt"), max_new_tokens=10)
@@ -456,7 +456,7 @@ def test_ctrl_c_while_an_expert_is_awaited_leaves_the_next_stream_undisturbed(
     assert _tokens(model, list(b"a prompt"), max_new_tokens=10) == expected
 
 
-def test_a_closed_model_says_so(mixtral: Path, packs: Path) -> None:
+def test_a_closed_model_is_an_error(mixtral: Path, packs: Path) -> None:
     model, tokenizer = _load(mixtral, packs)
     under_way = stream_generate(model, tokenizer, PROMPT, max_new_tokens=5)
     next(under_way)

@@ -1,4 +1,4 @@
-"""lm-eval's harness runs our models as they are: a task made here, of a local file."""
+"""The lm-eval harness runs our models unchanged, on a task made from a local file."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ metric_list: [{{metric: bypass, aggregation: bypass, higher_is_better: true}}]
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Two tasks over a file of questions, and lm-eval told where they are."""
+    """A task manager that knows two tasks over a file of questions."""
     from lm_eval.tasks import TaskManager
 
     folder = tmp_path_factory.mktemp("tasks")

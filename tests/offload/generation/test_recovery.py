@@ -1,4 +1,4 @@
-"""Memory that runs out in the middle of a run: slots are given back and the answer is the same."""
+"""When memory runs out during a step, slots are given back and the answer stays the same."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TOTAL = EXPERTS * LAYERS
 
 
 class Shortage:
-    """Memory runs out when one of these modules has been called so many times."""
+    """Simulates that memory runs out at the given calls of a module."""
 
     def __init__(self, model: Any, name: str, calls: tuple[int, ...]) -> None:
         self.left = set(calls)
@@ -49,7 +49,7 @@ def answer(
     slots: int = 13,
     **options: Any,
 ) -> tuple[list[int], int]:
-    """The tokens of a run, and how many slots are left."""
+    """Return the tokens of a run, and how many slots are left."""
     model, _ = offload.load(
         folder, device="cpu", expert_slots=slots, warm_start=False, pack_dir=folder.parent / "packs"
     )
@@ -78,7 +78,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return model_of
 
 
-# Of mixtral all layers have grown by the end of a step, of gpt_oss every other one has a window.
+# All layers of mixtral grow with every step; every other layer of gpt_oss has a sliding window.
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
 @pytest.mark.parametrize("module", ["self_attn", "mlp", "experts", "q_proj", "lm_head"])
 @pytest.mark.parametrize("calls", [(1,), (2,), (17,), (30,), (31,), (5, 6, 7, 20)])
@@ -99,10 +99,10 @@ def test_the_answer_is_that_of_an_undisturbed_run(
     assert "expert slots" in lines[0]
 
 
-def test_keys_that_came_without_their_values_are_taken_back(
+def test_keys_that_were_stored_without_their_values_are_removed(
     models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Memory runs out between the two halves of a cache's update."""
+    """Memory runs out after the keys of a cache update and before its values."""
     folder = models("gpt_oss")
     expected, _ = answer(folder)
     cat, left = torch.cat, [9, 55, 140, 233]
@@ -131,7 +131,7 @@ def test_keys_that_came_without_their_values_are_taken_back(
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_next", "nemotron_h"])
-def test_a_state_that_cannot_be_taken_back_is_made_anew(
+def test_a_state_that_cannot_be_restored_is_rebuilt(
     models: Callable[[str], Path], caplog: pytest.LogCaptureFixture, model_type: str
 ) -> None:
     folder = models(model_type)
@@ -142,12 +142,12 @@ def test_a_state_that_cannot_be_taken_back_is_made_anew(
     assert f"{len(PROMPT) + 3} tokens are read again" in caplog.text
 
 
-def test_with_one_slot_left_it_ends_with_what_to_do(models: Callable[[str], Path]) -> None:
+def test_with_one_slot_left_the_error_says_what_to_do(models: Callable[[str], Path]) -> None:
     with pytest.raises(GenerationError, match=r"one expert slot left: lower --expert-slots, --ctx"):
         answer(models("mixtral"), lambda model: Shortage(model, "lm_head", tuple(range(1, 99))))
 
 
-def test_a_smaller_piece_is_tried_when_the_first_cannot_be_had_either(
+def test_fewer_slots_are_tried_when_the_smaller_pool_does_not_fit_either(
     models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = models("mixtral")
@@ -177,17 +177,17 @@ def test_a_smaller_piece_is_tried_when_the_first_cannot_be_had_either(
         ("out of memory", 0),
     ],
 )
-def test_what_was_asked_for_is_read_from_the_message(text: str, size: int) -> None:
+def test_the_size_of_the_failed_allocation_is_read_from_the_message(text: str, size: int) -> None:
     assert asked_bytes(torch.OutOfMemoryError(text)) == size
 
 
-def test_whose_memory_ran_out_is_read_from_the_message() -> None:
+def test_the_gpu_that_ran_out_of_memory_is_read_from_the_message() -> None:
     there = MESSAGE.format("1.00 MiB").replace("GPU 0", "GPU 3")
     assert asked_gpu(torch.OutOfMemoryError(there)) == 3
     assert asked_gpu(torch.OutOfMemoryError("out of memory")) is None
 
 
-def test_so_many_slots_go_that_the_shortage_and_some_more_fit() -> None:
+def test_the_slots_given_back_cover_the_shortage_and_some_slack() -> None:
     assert fewer_slots(100, 0, 1 << 20) == 90
     assert fewer_slots(100, 1 << 20, 1 << 20) == 100 - 65
     assert fewer_slots(1000, 400 << 20, 1 << 20) == 500
@@ -196,10 +196,10 @@ def test_so_many_slots_go_that_the_shortage_and_some_more_fit() -> None:
     assert SLACK == 64 << 20
 
 
-def test_a_window_that_was_passed_cannot_be_cut_back_afterwards(
+def test_a_window_that_has_moved_on_cannot_be_cut_back(
     models: Callable[[str], Path],
 ) -> None:
-    """A prompt that parts from the one before early is read anew, with the same answer."""
+    """A prompt that differs early from the previous one is read anew, with the same answer."""
     folder = models("gpt_oss")
     other = [*PROMPT[:20], 77, 78, 79]
 

@@ -1,4 +1,4 @@
-"""Sampling parameters: where they come from, their ranges, and what they do to a choice."""
+"""Where sampling parameters come from, their ranges, and how they affect the choice of a token."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def test_a_checkpoint_that_says_nothing_is_greedy() -> None:
     assert Sampling().temperature == 0
 
 
-def test_without_the_checkpoints_word_the_fallback_holds() -> None:
+def test_the_fallback_counts_if_the_checkpoint_says_nothing() -> None:
     assert resolve_sampling(None, fallback=FALLBACK) == FALLBACK
     assert resolve_sampling(GenerationConfig(), fallback=FALLBACK) == FALLBACK
 
 
-def test_the_checkpoint_goes_before_the_fallback() -> None:
+def test_the_checkpoint_has_priority_over_the_fallback() -> None:
     config = GenerationConfig(do_sample=True, temperature=0.6, top_k=20, top_p=0.9, min_p=0.1)
     expected = Sampling(0.6, 20, 0.9, 0.1)
     assert resolve_sampling(config, fallback=FALLBACK) == expected == resolve_sampling(config)
@@ -53,7 +53,7 @@ def test_a_sampling_checkpoint_leaves_the_rest_to_transformers_defaults() -> Non
     assert resolve_sampling(config, fallback=FALLBACK) == Sampling(1.0, 50, 1.0)
 
 
-def test_what_is_given_goes_before_the_checkpoint() -> None:
+def test_a_given_value_has_priority_over_the_checkpoint() -> None:
     config = GenerationConfig(do_sample=True, temperature=0.6, top_k=20, top_p=0.9, min_p=0.1)
     given_ = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.5}
     resolved = resolve_sampling(config, seed=0, fallback=FALLBACK, **given_)
@@ -84,7 +84,7 @@ def test_a_greedy_checkpoint_keeps_its_repetition_penalty() -> None:
         ("seed", 2**63),
     ],
 )
-def test_a_value_out_of_range_is_named_with_its_range(name: str, value: float) -> None:
+def test_the_error_names_a_value_out_of_range_with_its_range(name: str, value: float) -> None:
     given_: dict[str, Any] = {name: value}
     with pytest.raises(GenerationError, match=rf"{name} is .*: it must be"):
         resolve_sampling(None, **given_)
@@ -103,7 +103,7 @@ def test_a_value_out_of_range_is_named_with_its_range(name: str, value: float) -
         ("seed", 1.0),
     ],
 )
-def test_what_is_no_number_is_named(name: str, value: Any) -> None:
+def test_the_error_names_a_value_that_is_not_a_number(name: str, value: Any) -> None:
     given_: dict[str, Any] = {name: value}
     with pytest.raises(GenerationError, match=rf"{name} is .*: it must be a (whole )?number"):
         resolve_sampling(None, **given_)
@@ -132,7 +132,9 @@ def test_extreme_parameters_choose_a_possible_token(
 
 @pytest.mark.parametrize("penalty", [5e-324, 1e-300])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_penalty_that_makes_logits_infinite_is_told(penalty: float, temperature: float) -> None:
+def test_a_penalty_that_makes_logits_infinite_is_an_error(
+    penalty: float, temperature: float
+) -> None:
     sampler = Sampler(Sampling(temperature, repetition_penalty=penalty), CPU)
     with pytest.raises(GenerationError, match="repetition_penalty nearer to 1"):
         sampler(torch.tensor([[0, 1]]), torch.tensor([[1.0, -2.0, 3.0]]))
@@ -148,9 +150,7 @@ def test_a_penalty_that_makes_logits_infinite_is_told(penalty: float, temperatur
         [-math.inf] * 3,
     ],
 )
-def test_logits_that_are_not_finite_are_told_instead_of_sampled(
-    logits: list[float], sampling: Sampling
-) -> None:
+def test_logits_that_are_not_finite_are_an_error(logits: list[float], sampling: Sampling) -> None:
     with pytest.raises(GenerationError, match="the model's logits are not finite"):
         Sampler(sampling, CPU)(IDS, torch.tensor([logits]))
 
@@ -213,11 +213,11 @@ def test_choices_follow_the_probabilities() -> None:
         (Sampling(temperature=0.01, seed=0), {0}),
     ],
 )
-def test_filters_leave_what_they_should(sampling: Sampling, possible: set[int]) -> None:
+def test_filters_leave_the_right_tokens(sampling: Sampling, possible: set[int]) -> None:
     assert set(_choices(sampling, _logits(0.4, 0.3, 0.2, 0.1))) == possible
 
 
-def test_repetition_penalty_turns_greedy_away_from_what_was_said() -> None:
+def test_a_repetition_penalty_keeps_greedy_from_repeating_a_token() -> None:
     logits = torch.tensor([[2.0, 1.0, 1.9]])
     assert int(Sampler(Sampling(repetition_penalty=1.5), CPU)(IDS, logits)) == 2
     assert int(Sampler(Sampling(), CPU)(IDS, logits)) == 0

@@ -1,4 +1,4 @@
-"""Incremental text is the whole text, cut only between characters, without any stop string."""
+"""The pieces of a text join to the whole; none splits a character or shows a stop string."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TOKENIZER = make_tokenizer()
 
 @dataclass
 class Pieces:
-    """A tokenizer whose tokens are any pieces of bytes; a token is its place in `pieces`."""
+    """A tokenizer whose tokens are arbitrary byte strings; a token id is an index in `pieces`."""
 
     pieces: list[bytes]
 
@@ -33,7 +33,7 @@ class Pieces:
 
 
 def _in_pieces(pieces: list[bytes], stops: tuple[str, ...] = ()) -> list[str]:
-    """What the stream gives after each token and at the end, until it stopped."""
+    """The text that the stream returns after each token and at the end, until it stops."""
     stream = TextStream(Pieces(pieces), stops)  # type: ignore[arg-type]
     shown = []
     for token in range(len(pieces)):
@@ -54,7 +54,7 @@ def _in_bytes(data: bytes, stops: tuple[str, ...] = ()) -> list[str]:
 
 
 @given(TEXT)
-def test_text_in_bytes_is_the_whole_text_and_never_part_of_a_character(text: str) -> None:
+def test_bytes_become_the_whole_text_and_never_part_of_a_character(text: str) -> None:
     shown = _in_bytes(text.encode())
     assert "".join(shown) == text == TOKENIZER.decode(list(text.encode()))
     assert all(text.startswith(part) for part in accumulate(shown))
@@ -69,8 +69,10 @@ def test_text_is_whole_wherever_tokens_cut_its_bytes(text: str, chooser: random.
 
 
 @given(st.binary(max_size=40))
-def test_bytes_that_are_no_text_give_the_full_decode_without_an_open_end(data: bytes) -> None:
-    """A model may say anything: nothing is shown twice, lost or changed later."""
+def test_bytes_that_are_not_text_give_the_full_decode_without_its_unfinished_end(
+    data: bytes,
+) -> None:
+    """Whatever bytes a model produces, no text appears twice, is lost, or changes later."""
     shown = _in_bytes(data)
     full = TOKENIZER.decode(list(data))
     assert "".join(shown) == full.rstrip(BROKEN)
@@ -136,7 +138,7 @@ def test_no_stop_string_is_ever_shown(text: str, stops: list[str], chooser: rand
         assert shown == text
 
 
-def test_what_may_begin_a_stop_string_is_held_back_and_then_given() -> None:
+def test_a_possible_beginning_of_a_stop_string_is_held_back_for_a_while() -> None:
     stream = TextStream(TOKENIZER, ["STOP"])
     assert [stream.push(byte) for byte in b"aSTO"] == ["a", "", "", ""]
     assert stream.push(ord("x")) == "STOx"
@@ -145,7 +147,7 @@ def test_what_may_begin_a_stop_string_is_held_back_and_then_given() -> None:
     assert not stream.stopped
 
 
-def test_a_stop_string_that_begins_anew_inside_itself_is_found() -> None:
+def test_a_stop_string_that_overlaps_its_own_beginning_is_found() -> None:
     assert "".join(_in_bytes(b"aabaabaaab..", ("aabaaab",))) == "aab"
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from offload.cache.simulate.machines import Hardware
 
 import cli
 from offload.machine import doctor as examination
@@ -23,6 +22,7 @@ from offload.machine import measure as about
 from offload.machine import measure as disk
 from offload.machine.finding import MISSING, OK, SLOW, Finding
 from offload.machine.graphics import Slot, parse_slots, sysfs_slots
+from offload.machine.hardware import Hardware
 from offload.machine.measure import read_rate
 
 MIB, GIB = 2**20, 2**30

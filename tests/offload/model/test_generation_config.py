@@ -1,4 +1,4 @@
-"""A generation_config.json that cannot be used is told in one line, before any work."""
+"""A generation_config.json that cannot be used is refused in one line, before any work."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ def _write(folder: Path, values: Any) -> Path:
         ({"eos_token_id": True}, "eos_token_id is True"),
         ({"__class__": "x"}, "__class__ is not a parameter"),
         ({"validate": 5}, "validate is not a parameter"),
-        ({"watermarking_config": 5}, "not usable"),
-        ({"cache_implementation": "nonsense"}, "not usable"),
+        ({"watermarking_config": 5}, "cannot be used"),
+        ({"cache_implementation": "nonsense"}, "cannot be used"),
         ("", "cannot be read"),
         ("{", "cannot be read"),
-        ("[]", "no table"),
-        ("null", "no table"),
+        ("[]", "an object belongs"),
+        ("null", "an object belongs"),
         ('{"temperature": NaN, "do_sample": true}', "temperature is nan"),
         ('{"top_k": ' + "9" * 5000 + "}", "cannot be read"),
         ('{"a": ' + NESTED + "}", "nested"),
         ("[" * 100_000, "cannot be read"),
     ],
 )
-def test_what_cannot_be_used_is_named_with_its_file(
+def test_a_value_that_cannot_be_used_is_named_with_its_file(
     values: Any, named: str, tmp_path: Path
 ) -> None:
     with pytest.raises(CheckpointError, match=named) as told:
@@ -65,7 +65,7 @@ def test_what_cannot_be_used_is_named_with_its_file(
     assert "fetch it again" in str(told.value)
 
 
-def test_bytes_that_are_no_text_are_told(tmp_path: Path) -> None:
+def test_bytes_that_are_no_text_are_refused(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(CheckpointError, match="cannot be read"):
         check_generation_config(tmp_path)
@@ -81,15 +81,15 @@ def test_bytes_that_are_no_text_are_told(tmp_path: Path) -> None:
         {"unknown": {"a": [1, [2]]}, "transformers_version": "9.9"},
     ],
 )
-def test_what_can_be_used_passes(values: dict[str, Any], tmp_path: Path) -> None:
+def test_values_that_can_be_used_pass(values: dict[str, Any], tmp_path: Path) -> None:
     check_generation_config(_write(tmp_path, values))
 
 
-def test_no_file_is_no_fault(tmp_path: Path) -> None:
+def test_the_file_may_be_missing(tmp_path: Path) -> None:
     check_generation_config(tmp_path)
 
 
-def test_it_is_told_before_anything_is_quantised(mixtral: Path, tmp_path: Path) -> None:
+def test_it_is_refused_before_anything_is_quantised(mixtral: Path, tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
     for file in mixtral.iterdir():
@@ -109,7 +109,7 @@ NAMES = st.sampled_from([*NUMBERS, *WHOLE_NUMBERS, "eos_token_id", "do_sample", 
 
 
 @given(values=st.dictionaries(NAMES | st.text(max_size=8), JSON, max_size=5))
-def test_any_table_passes_or_is_told(
+def test_any_object_passes_or_is_refused(
     values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = _write(tmp_path_factory.getbasetemp() / "any", values)
@@ -118,11 +118,11 @@ def test_any_table_passes_or_is_told(
 
 
 @pytest.mark.parametrize(("value", "ids"), [(None, set()), (3, {3}), ([3, 4], {3, 4}), ([], set())])
-def test_end_ids(value: Any, ids: set[int]) -> None:
+def test_end_ids_are_none_one_or_several(value: Any, ids: set[int]) -> None:
     assert end_ids(value) == ids
 
 
 @pytest.mark.parametrize("value", ["x", 1.5, [None], True, {"a": 1}])
-def test_end_ids_that_are_none(value: Any) -> None:
+def test_end_ids_that_are_no_whole_numbers_are_refused(value: Any) -> None:
     with pytest.raises(GenerationError, match="eos_token_id is"):
         end_ids(value)

@@ -1,4 +1,4 @@
-"""Checkpoints whose values make no sense are refused in a line before any work."""
+"""Checkpoints with impossible values are refused in one line, before any work."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _fails(folder: Path, match: str, kind: type[OffloadError] = CheckpointError)
         "head_dim",
     ],
 )
-def test_an_odd_number_in_a_config_is_one_line(
+def test_an_impossible_number_in_a_config_is_refused_in_one_line(
     name: str, value: Any, checkpoint: Path, capsys: pytest.CaptureFixture[str], home: Path
 ) -> None:
     config = json.loads((checkpoint / "config.json").read_text())
@@ -72,7 +72,9 @@ def test_an_odd_number_in_a_config_is_one_line(
 
 
 @pytest.mark.parametrize("chosen", [0, -1, 9, "2"])
-def test_more_experts_a_token_than_there_are(chosen: object, checkpoint: Path) -> None:
+def test_a_token_cannot_be_sent_to_more_experts_than_there_are(
+    chosen: object, checkpoint: Path
+) -> None:
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": chosen}))
     _fails(checkpoint, "num_experts_per_tok")
@@ -80,7 +82,9 @@ def test_more_experts_a_token_than_there_are(chosen: object, checkpoint: Path) -
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
 @pytest.mark.parametrize("text", [DEEP, '{"a":' * 100_000, "[]", "7", '"text"', "null", "\xff"])
-def test_json_that_is_no_object_is_one_line(name: str, text: str, checkpoint: Path) -> None:
+def test_json_that_is_no_object_is_refused_in_one_line(
+    name: str, text: str, checkpoint: Path
+) -> None:
     (checkpoint / name).write_bytes(text.encode("latin-1"))
     assert name in _fails(checkpoint, "fetch it again")
 
@@ -124,7 +128,7 @@ def test_a_tokenizer_that_may_not_be_read_is_not_called_damaged(
         ("model.norm.weight", "model.norm.weight"),
     ],
 )
-def test_weights_that_are_no_numbers_are_named(
+def test_weights_that_are_nan_or_infinite_are_named(
     name: str, called: str, bits: int, value: float, checkpoint: Path, home: Path
 ) -> None:
     tensors = load_file(checkpoint / WEIGHTS)
@@ -135,7 +139,7 @@ def test_weights_that_are_no_numbers_are_named(
     assert list(home.rglob("manifest.json")) == []
 
 
-def test_the_largest_numbers_are_numbers(checkpoint: Path) -> None:
+def test_the_largest_finite_numbers_are_accepted(checkpoint: Path) -> None:
     tensors = load_file(checkpoint / WEIGHTS)
     tensors["model.norm.weight"][0] = torch.finfo(torch.float32).max
     save_file(tensors, checkpoint / WEIGHTS, metadata={"format": "pt"})
@@ -146,7 +150,7 @@ def test_the_largest_numbers_are_numbers(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{}", '{"name": "App", "icons": []}', "", "[", "\xff", DEEP])
-def test_a_manifest_of_something_else_does_not_make_a_checkpoint_a_pack(
+def test_another_programs_manifest_does_not_make_a_checkpoint_a_pack(
     text: str, checkpoint: Path
 ) -> None:
     (checkpoint / "manifest.json").write_bytes(text.encode("latin-1"))
@@ -154,12 +158,14 @@ def test_a_manifest_of_something_else_does_not_make_a_checkpoint_a_pack(
     offload.load(checkpoint, device="cpu")[0].offload.close()
 
 
-def test_a_folder_with_nothing_but_a_manifest_of_something_else(tmp_path: Path) -> None:
+def test_a_folder_with_only_another_programs_manifest_is_not_a_model(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("{}")
     assert "delete" not in _fails(tmp_path, "it is not a model", OffloadError)
 
 
-def test_a_damaged_manifest_is_still_a_packs(mixtral_pack: Path, tmp_path: Path) -> None:
+def test_a_pack_with_a_damaged_manifest_is_still_recognised(
+    mixtral_pack: Path, tmp_path: Path
+) -> None:
     shutil.copytree(mixtral_pack, tmp_path / "pack")
     (tmp_path / "pack" / "manifest.json").write_text(DEEP)
     assert is_pack(tmp_path / "pack")

@@ -1,4 +1,4 @@
-"""What a name stands for: a folder, a pack, a hub id in the local cache; and what `load` makes."""
+"""A name leads to a folder, a pack or a hub model in the local cache, and `load` makes its pack."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_folder_may_be_named_from_the_home_directory(
     assert found.folder == mixtral
 
 
-def test_a_folder_here_goes_before_the_hub(
+def test_a_local_folder_is_preferred_to_the_hub(
     mixtral: Path, hub_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "somebody").mkdir()
@@ -92,7 +92,7 @@ def test_a_file_is_not_a_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "a/b/c", "two words", "", "../x"])
-def test_a_path_that_is_not_there_is_not_asked_of_the_hub(name: str) -> None:
+def test_a_path_that_does_not_exist_is_not_looked_for_on_the_hub(name: str) -> None:
     with pytest.raises(SourceError):
         _find(name)
 
@@ -118,7 +118,7 @@ def test_a_hub_id_that_is_not_cached_is_refused_offline(hub_cache: Path) -> None
         _find("nobody/nothing")
 
 
-def test_a_hub_model_is_loaded_and_its_pack_needs_the_weights_no_more(cached: Path) -> None:
+def test_the_pack_of_a_hub_model_no_longer_needs_the_models_weights(cached: Path) -> None:
     model, tokenizer = offload.load(HUB_ID, device="cpu")
     text = generate(model, tokenizer, "a", max_new_tokens=8)
     assert model.offload.pack.info.source == HUB_ID
@@ -130,7 +130,7 @@ def test_a_hub_model_is_loaded_and_its_pack_needs_the_weights_no_more(cached: Pa
     model.offload.close()
 
 
-def test_a_hub_model_whose_weights_are_not_here_says_so(cached: Path) -> None:
+def test_a_hub_model_without_its_weights_is_refused_offline(cached: Path) -> None:
     (cached / "model.safetensors").unlink()
     with pytest.raises(OffloadError):
         offload.load(HUB_ID, device="cpu")
@@ -147,7 +147,7 @@ def test_a_config_is_read_from_checkpoint_and_pack(mixtral: Path, mixtral_pack: 
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "7", "null", "{}", '{"model_type": null}', '{"model_type": []}', "\xff"]
 )
-def test_a_config_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
+def test_a_file_that_is_no_config_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(OffloadError):
         read_config("it", tmp_path, trust_remote_code=False)
@@ -233,7 +233,7 @@ def test_a_pack_says_what_it_was_made_from(mixtral_pack: Path) -> None:
 
 
 @pytest.mark.parametrize("asked", [None, torch.float32, torch.bfloat16])
-def test_computes_in_the_checkpoints_dtype_or_the_one_asked_for(
+def test_a_model_computes_in_the_checkpoints_dtype_or_the_one_asked_for(
     mixtral_pack: Path, asked: torch.dtype | None
 ) -> None:
     model, _ = offload.load(mixtral_pack, device="cpu", dtype=asked)
@@ -265,7 +265,7 @@ def test_experts_are_not_in_the_module_tree(mixtral_pack: Path) -> None:
 # --- where files go ------------------------------------------------------------------------------
 
 
-def test_home_is_offload_home_else_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_go_to_offload_home_else_to_the_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
     monkeypatch.setenv("OFFLOAD_HOME", "~/mine")

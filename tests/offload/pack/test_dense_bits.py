@@ -1,4 +1,4 @@
-"""The dense part in few bits: right for every architecture, and smaller."""
+"""Weights outside the experts in few bits give the right logits for every architecture."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from offload.budget.resolve import Place, Resolver
 from offload.engine.handle import offload_of
 from offload.errors import BudgetError
 from offload.generation.batch import generate
-from offload.model.parts import dense_matrices
 from offload.model.quantized import QuantizedEmbedding, QuantizedLinear
 from offload.model.seam import find_experts
 from offload.options import LoadOptions
+from offload.pack.describe import dense_matrices
 from offload.pack.find import find_or_make_pack
 from offload.pack.recipe import PRESETS, Recipe
 from tests.offload.engine.test_parity import NAMED, OTHERS
@@ -37,7 +37,7 @@ def load(folder: Path, bits: str) -> PreTrainedModel:
 
 
 def made(folder: Path, bits: str) -> PackInfo:
-    """What the pack of the checkpoint in `folder` is."""
+    """Describes the pack made of the checkpoint in `folder`."""
     path = find_or_make_pack(str(folder / "checkpoint"), Recipe.parse(bits), pack_dir=folder)
     return Pack(path).info
 
@@ -47,7 +47,7 @@ def run(model: PreTrainedModel) -> Tensor:
     """Logits of a prefill and a decode step."""
     prompt = torch.randint(3, 120, (1, 13), generator=torch.Generator().manual_seed(1))
     out = model(input_ids=prompt, use_cache=True)
-    step = model(input_ids=prompt[:, :1], past_key_values=out.past_key_values, use_cache=True)
+    step = model(input_ids=prompt[:, :1], cache=out.cache, use_cache=True)
     return torch.cat((out.logits, step.logits), dim=1)
 
 
@@ -183,7 +183,7 @@ def test_fit_streams_the_fewest_bits_where_none_are_all_resident(
     handle.close()
 
 
-def test_fit_is_no_way_around_the_budget(tmp_path: Path) -> None:
+def test_fit_does_not_get_around_the_budget(tmp_path: Path) -> None:
     save_tiny("mixtral", tmp_path / "checkpoint")
     folder = str(tmp_path / "checkpoint")
     resolver = Resolver(LoadOptions(), Place(torch.device("cpu"), Memory(1, 1)))
@@ -210,7 +210,7 @@ def test_code_that_asks_a_layer_for_its_weight_gets_it(tmp_path: Path) -> None:
     offload_of(model).close()
 
 
-def test_a_model_all_in_few_bits_answers(mixtral: Path, tmp_path: Path) -> None:
+def test_a_model_with_all_parts_in_few_bits_answers(mixtral: Path, tmp_path: Path) -> None:
     model, tokenizer = offload.load(mixtral, device="cpu", bits="q4", pack_dir=tmp_path)
     assert generate(model, tokenizer, "abc", max_new_tokens=5)
     offload_of(model).close()

@@ -1,4 +1,4 @@
-"""Making packs of real checkpoints: killed, interrupted, by two at once, in processes."""
+"""Packs are whole though their making is killed, or done by several processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 from offload.quant.pack import Pack, is_pack
 
-from offload.pack import make as encoding
+from offload.pack import make as making
 from offload.pack.find import find_or_make_pack
 from offload.pack.recipe import Recipe
 from tests.children import children
@@ -37,7 +37,7 @@ def make(checkpoint: Path, destination: Path, recipe: str) -> None:
 
 
 def partial_files(destination: Path) -> dict[str, int]:
-    """What an interrupted making has finished: file -> time of change."""
+    """The files that an interrupted making has finished, with the times of their last change."""
     folder = destination.with_name(destination.name + ".partial")
     if not folder.is_dir():
         return {}
@@ -51,7 +51,7 @@ def partial_files(destination: Path) -> dict[str, int]:
 def killed_makings(
     checkpoint: Path, recipe: str, folder: Path, chance: random.Random
 ) -> Iterator[Path]:
-    """Makes packs for ever, each started again after every kill until it is whole.
+    """Make packs without end, each started again after every kill until it is whole.
 
     Yields after each kill, and checks that nothing that was finished is made again.
     """
@@ -117,7 +117,7 @@ def test_processes_make_the_same_pack_and_leave_none_behind(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make(checkpoint, tmp_path / "here", "q4")
-    monkeypatch.setattr(encoding, "WORTH_PROCESSES", 0)
+    monkeypatch.setattr(making, "WORTH_PROCESSES", 0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     make(checkpoint, tmp_path / "there", "q4")
     assert contents(tmp_path / "there") == contents(tmp_path / "here")
@@ -128,7 +128,7 @@ def test_processes_make_the_same_pack_and_leave_none_behind(
 def test_quantising_processes_end_with_the_one_that_is_killed(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encoding, "WORTH_PROCESSES", 0)
+    monkeypatch.setattr(making, "WORTH_PROCESSES", 0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     child = FORK.Process(target=make, args=(checkpoint, tmp_path / "pack", "q4"))
     child.start()

@@ -1,4 +1,4 @@
-"""Rules for bits: what they mean, that they come back from text, and what is refused."""
+"""Rules for bits have the meaning they should, survive being written as text, or are refused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ rules = st.tuples(
 ).map(lambda rule: f"{rule[0]}{rule[1]}={rule[2]}")
 
 
-def test_without_a_word_experts_have_four_bits_and_the_rest_is_as_stored() -> None:
+def test_by_default_experts_have_four_bits_and_the_rest_is_as_stored() -> None:
     recipe = AskedBits().recipe()
     assert recipe is not None
     assert recipe.scheme("experts", 3) == Scheme(4, 64)
@@ -114,7 +114,7 @@ asked_bits = st.sampled_from((None, *BITS))
 def test_whatever_is_asked_for_comes_back_from_a_packs_text(
     experts: int | None, dense: int | None, group_size: int | None
 ) -> None:
-    """Or the pack could be made, and never loaded with the same options again."""
+    """Otherwise the pack could be made, but not loaded with the same options again."""
     asked = AskedBits(None, experts, dense, group_size)
     made = asked.recipe()
     assert made is not None
@@ -122,7 +122,7 @@ def test_whatever_is_asked_for_comes_back_from_a_packs_text(
     assert asked.on(Recipe.parse(str(made))) == made
 
 
-def test_nothing_asked_leaves_what_is_there() -> None:
+def test_without_options_a_recipe_stays_as_it_is() -> None:
     made = Recipe.parse("q5,layers.1.experts=2g16s8")
     assert AskedBits().on(made) == made
     assert AskedBits(expert_bits=5).on(made) != made  # its second layer has 2
@@ -143,12 +143,12 @@ NO_RULES = (
 
 
 @pytest.mark.parametrize("text", NO_RULES)
-def test_what_is_no_rule_is_refused(text: str) -> None:
+def test_a_text_that_is_no_rule_is_refused(text: str) -> None:
     with pytest.raises(RecipeError):
         Recipe.parse(text)
 
 
-def test_fit_leaves_no_room_for_other_wishes() -> None:
+def test_fit_cannot_be_combined_with_other_options() -> None:
     assert AskedBits(FIT).recipe() is None
     with pytest.raises(RecipeError, match="leave the other options"):
         AskedBits(FIT, expert_bits=4)
@@ -172,11 +172,11 @@ def test_fitting_goes_from_many_bits_to_few() -> None:
     [
         ("expert=4", "did you mean experts?"),
         ("Q4_K_M", "did you mean q4?"),
-        ("experts=4 attention=8", "a comma goes between rules"),
+        ("experts=4 attention=8", "rules are separated by commas"),
         ("norm=4", "the parts are experts, attention, shared, mlp, head, embeddings"),
     ],
 )
-def test_what_was_probably_meant_is_said(text: str, hint: str) -> None:
+def test_a_message_names_what_was_probably_meant(text: str, hint: str) -> None:
     with pytest.raises(RecipeError, match=re.escape(hint)):
         Recipe.parse(text)
 

@@ -19,9 +19,10 @@ import offload
 from offload.budget.budget import Memory
 from offload.budget.resolve import Place, Resolver
 from offload.engine.handle import offload_of
+from offload.fit import Card
 from offload.machine.measure import DiskRate
 from offload.model import demo
-from offload.options import Card, LoadOptions
+from offload.options import LoadOptions
 from offload.pack.recipe import Recipe
 from offload.plan import outline, target
 from offload.units import SHARE
@@ -35,15 +36,15 @@ GIB = 2**30
 
 @pytest.fixture
 def mixtral_config(tmp_path: Path) -> Path:
-    """Mixtral-8x7B's config, and nothing else."""
+    """A folder with the config of Mixtral-8x7B and nothing else."""
     MIXTRAL.config().save_pretrained(tmp_path / "Mixtral-8x7B")
     return tmp_path / "Mixtral-8x7B"
 
 
 @pytest.fixture(autouse=True)
 def quick_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU's rates without the second that measuring takes."""
-    from offload.cache.simulate.machines import Hardware
+    """The rates of a CPU, without the second that measuring takes."""
+    from offload.machine.hardware import Hardware
 
     rates = Hardware("this machine", 20.0, 10.0, 10.0, runs_ahead=False)
     monkeypatch.setattr(target, "measure", lambda device: rates)
@@ -77,7 +78,7 @@ def test_there_is_a_row_for_each_number_of_bits(
     assert plan["command"] == f"offload chat {mixtral_config} --expert-bits 4 -c 4096"
 
 
-def test_a_plan_is_what_load_does(
+def test_a_plan_has_the_slots_and_sizes_of_a_loaded_model(
     mixtral: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ram, context = 2**28, 300
@@ -107,7 +108,7 @@ def test_slots_are_counted_as_load_counts_them(
     offload_of(model).close()
 
 
-def test_on_a_cpu_the_rest_of_which_ram_holds_nothing_is_all_from_the_disk(
+def test_a_cpu_reads_every_miss_from_the_disk_if_ram_holds_slots_alone(
     mixtral_config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [mixtral_config, "--device", "cpu", "--expert-bits", 4, "-c", 64]
@@ -118,11 +119,11 @@ def test_on_a_cpu_the_rest_of_which_ram_holds_nothing_is_all_from_the_disk(
     plan = planned(capsys, *arguments, "--ram", ram)
     row = plan["rows"][plan["chosen"]]
     assert row["slots"] == 230
-    assert (row["rest_in"], row["disk_share"]) == ("disk", 1.0), "of the 10% without a slot"
-    assert any("because it has no slot" in note for note in plan["notes"])
+    assert (row["rest_in"], row["disk_share"]) == ("disk", 1.0), "the whole 10% without a slot"
+    assert any(note.startswith("rest in: share of expert loads") for note in plan["notes"])
 
 
-def test_on_a_card_loads_come_from_the_disk_as_far_as_ram_lacks_experts(
+def test_a_card_loads_from_the_disk_the_share_that_ram_lacks(
     mixtral_config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [mixtral_config, "--gpu", "4090", "--expert-bits", 4]
@@ -135,7 +136,7 @@ def test_on_a_card_loads_come_from_the_disk_as_far_as_ram_lacks_experts(
     assert row["engine"] == "host"
 
 
-def test_the_headline_is_of_the_engine_that_would_run(
+def test_the_forecast_is_for_the_engine_that_would_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     PUBLISHED["Qwen3-30B-A3B"].config().save_pretrained(tmp_path)
@@ -149,7 +150,7 @@ def test_the_headline_is_of_the_engine_that_would_run(
     assert {row["engine"] for row in two["rows"]} == {"host"}
     assert any("by the host, with a wait" in n and "several cards" in n for n in two["notes"])
     assert any("at 8g64" in n or "at 8, " in n for n in little["notes"])
-    assert any("not measured but assumed" in note for note in much["notes"])
+    assert any("are assumed, not measured" in note for note in much["notes"])
 
 
 def test_several_cards_are_planned_as_load_shares_a_model_out(
@@ -189,7 +190,7 @@ def test_two_cards_hold_more_than_one(
     assert two["command"].endswith("--gpus 0,1")
 
 
-def test_the_second_kv_cache_is_told_where_it_is_counted(
+def test_the_second_kv_cache_is_mentioned_where_it_is_counted(
     mixtral_config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["plan", str(mixtral_config), "--gpu", "4090", "--ram"]
@@ -203,7 +204,7 @@ def test_the_second_kv_cache_is_told_where_it_is_counted(
         assert ("fixed size for CUDA graphs" in capsys.readouterr().out) == told
 
 
-def test_what_ram_does_not_hold_comes_from_the_disk(
+def test_experts_that_ram_does_not_hold_come_from_the_disk(
     mixtral_config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     much = planned(capsys, mixtral_config, "--gpu", "3060", "--ram", "128GiB")
@@ -229,7 +230,7 @@ def test_a_longer_context_leaves_room_for_fewer(
     assert long["slots"] < short["slots"]
 
 
-def test_bits_that_are_asked_for_are_the_ones_to_run(
+def test_the_bits_that_are_asked_for_are_chosen(
     mixtral_config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan = planned(capsys, mixtral_config, "--gpu", "4090", "--bits", "experts=2g16s8,dense=4")
@@ -240,7 +241,7 @@ def test_bits_that_are_asked_for_are_the_ones_to_run(
     assert plan["rows"][0]["dense_bytes"] < plain["rows"][0]["dense_bytes"] / 2
 
 
-def test_bits_that_fit_are_those_of_quantize(
+def test_bits_fit_chooses_the_most_bits_that_are_all_resident(
     mixtral_config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan = planned(capsys, mixtral_config, "--gpu", "4090", "--ram", "64G", "--bits", "fit")
@@ -249,7 +250,9 @@ def test_bits_that_fit_are_those_of_quantize(
     assert plan["rows"][plan["chosen"] - 1]["slots"] < 256
 
 
-def test_a_pack_has_the_bits_it_has(mixtral_pack: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pack_can_only_be_run_with_its_own_bits(
+    mixtral_pack: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     plan = planned(capsys, mixtral_pack)
     assert plan["rows"][plan["chosen"]]["bits"] == "4g64"
     assert plan["command"] == f"offload chat {mixtral_pack} -c 4096"
@@ -264,7 +267,7 @@ def test_a_pack_without_weights_is_planned_all_the_same(
     assert planned(capsys, tmp_path)["experts"] == EXPERTS * LAYERS
 
 
-def test_a_trace_tells_the_routing(
+def test_a_given_trace_decides_the_hits_and_must_be_of_the_model(
     mixtral: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, experts in (("right", EXPERTS), ("wrong", EXPERTS + 1)):
@@ -320,12 +323,12 @@ def test_the_table_fits_into_80_columns(
         assert sum(line.lstrip().startswith(">") for line in lines) == 1
 
 
-def test_what_does_not_fit_is_said_with_what_helps(
+def test_a_model_that_does_not_fit_is_reported_with_a_remedy(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     PUBLISHED["DeepSeek-V3"].config().save_pretrained(tmp_path)
     error = told(capsys, tmp_path, "--gpu", "4090", "--ram", "512GiB")
-    remedy = re.search(r"nothing fits: plan with --dense-bits (\d), that does", error)
+    remedy = re.search(r"nothing fits: plan with --dense-bits (\d), which does fit", error)
     assert remedy
     bits = remedy[1]
     plan = planned(capsys, tmp_path, "--gpu", "4090", "--ram", "512GiB", "--dense-bits", bits)
@@ -339,7 +342,7 @@ def test_what_does_not_fit_is_said_with_what_helps(
         (["--gpu", "Voodoo 2"], "there is no profile of a card 'Voodoo 2': choose RTX 3060"),
         (["--gpus", "2"], "there are no 2 GPUs here: name one with --gpu"),
         (["--gpu", "4090", "--gpus", "65"], "at most 64"),
-        (["--gpu", "4090", "--device", "cpu"], "--device is of this machine"),
+        (["--gpu", "4090", "--device", "cpu"], "--device names a device of this machine"),
         (["--gpu", "4090", "--ram", "x"], "is not a size"),
         (["--expert-slots", "x"], "error: 'x' is not a number of expert slots"),
         (["--expert-slots", "0"], "error: 0 expert slots: at least one is needed"),
@@ -349,7 +352,7 @@ def test_what_does_not_fit_is_said_with_what_helps(
         (["--bits", "q9"], "is not a rule for bits"),
     ],
 )
-def test_what_is_wrong_is_one_line(
+def test_a_mistake_is_reported_in_one_line(
     arguments: list[str],
     words: str,
     mixtral_config: Path,
@@ -372,11 +375,11 @@ def test_no_speed_is_explained_where_nothing_fits(
     mixtral_config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["plan", str(mixtral_config), "--gpu", "4090", "-c", "10000000"]) == 1
-    assert "tok/s is simulated" not in capsys.readouterr().out
+    assert "tok/s is a forecast" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("model_type", ["llama", "dbrx", "nothing"])
-def test_a_model_that_is_not_for_us_is_one_line(
+def test_a_model_that_is_not_supported_is_reported_in_one_line(
     model_type: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
@@ -391,7 +394,7 @@ def test_a_gguf_file_is_planned_from_its_header(
     assert plan["experts"] == EXPERTS * LAYERS
 
 
-def test_of_a_hub_model_config_and_index_alone_are_fetched(
+def test_only_config_and_index_of_a_hub_model_are_fetched(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "snapshots" / "0123"
@@ -411,7 +414,7 @@ def test_of_a_hub_model_config_and_index_alone_are_fetched(
     assert plan["command"].startswith("offload chat mistralai/Mixtral-8x7B-v0.1 ")
 
 
-def test_a_hub_model_that_is_not_here_is_one_line_when_offline(
+def test_a_hub_model_that_is_not_here_is_reported_in_one_line_when_offline(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert "the hub cannot be asked" in told(capsys, "nobody/nothing")

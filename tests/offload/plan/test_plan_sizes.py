@@ -106,7 +106,9 @@ def test_a_pack_has_the_size_that_was_planned(
         *((model_type, "q4") for model_type in OTHERS),
     ],
 )
-def test_a_config_tells_what_the_weights_do(model_type: str, rules: str, tmp_path: Path) -> None:
+def test_sizes_from_a_config_are_those_from_the_weights(
+    model_type: str, rules: str, tmp_path: Path
+) -> None:
     save_tiny(model_type, tmp_path / "checkpoint", dtype=torch.bfloat16)
     recipe = Recipe.parse(rules)
     planned = config_alone(tmp_path / "checkpoint", tmp_path / "config").describe(recipe)

@@ -1,4 +1,4 @@
-"""Baselines: what passes, what fails and by name, files that may not be believed."""
+"""Which figures pass or fail a baseline, and which baseline files are refused."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ from offload.quality.baseline import (
     read_baseline,
     save_baseline,
 )
-from offload.quality.check import CheckResult, Comparison, Subject
+from offload.quality.check import CheckResult, MeasuredModel
+from offload.quality.comparison import Comparison
 from offload.quality.prompts import Prompts
 from offload.quality.scoring import Estimate, Sliding
 
-SUBJECT = Subject("tiny", "mixtral", 3, 64, 320, {"expert_bits": 4})
+MODEL = MeasuredModel("tiny", "mixtral", 3, 64, 320, {"expert_bits": 4})
 FIGURES = Comparison(
     tokens=700,
     kl_mean=Estimate(0.05, 0.004),
     kl_median=0.02,
     kl_p99=0.4,
     kl_max=1.2,
-    agreement=Estimate(0.9, 0.01),
+    top1_agreement=Estimate(0.9, 0.01),
     perplexity=Estimate(10.2, 0.9),
     reference_perplexity=Estimate(10.0, 0.9),
-    ratio=Estimate(1.02, 0.004),
+    perplexity_ratio=Estimate(1.02, 0.004),
 )
 RESULT = CheckResult(
-    SUBJECT, SUBJECT, Prompts(("a",), ("text",)), Sliding(512, 256), FIGURES, (FIGURES,)
+    MODEL, MODEL, Prompts(("a",), ("text",)), Sliding(512, 256), FIGURES, (FIGURES,)
 )
 
 
@@ -46,14 +47,14 @@ def with_figures(**figures: Any) -> CheckResult:
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """A baseline of `RESULT`."""
+    """A baseline file made from `RESULT`."""
     save_baseline(tmp_path / "baseline.json", RESULT)
     return tmp_path / "baseline.json"
 
 
 @pytest.fixture
 def edit(file: Path) -> Callable[[Callable[[dict[str, Any]], object]], Path]:
-    """Change the file as a person would."""
+    """A function that edits the JSON object in the file."""
 
     def edit_(change: Callable[[dict[str, Any]], object]) -> Path:
         data = json.loads(file.read_text())
@@ -76,7 +77,10 @@ def test_the_same_figures_pass(file: Path) -> None:
 
 def test_better_figures_pass(file: Path) -> None:
     better = with_figures(
-        kl_mean=Estimate(0.01, 0), kl_max=0.2, agreement=Estimate(0.99, 0), ratio=Estimate(1, 0)
+        kl_mean=Estimate(0.01, 0),
+        kl_max=0.2,
+        top1_agreement=Estimate(0.99, 0),
+        perplexity_ratio=Estimate(1, 0),
     )
     assert read_baseline(file).worse(better) == ()
 
@@ -88,11 +92,11 @@ def test_better_figures_pass(file: Path) -> None:
         ("kl_median", 0.0249, 0.0251),
         ("kl_p99", 0.539, 0.541),
         ("kl_max", 2.449, 2.451),
-        ("agreement", 0.8701, 0.8699),
-        ("ratio", 1.0301, 1.0303),
+        ("top1_agreement", 0.8701, 0.8699),
+        ("perplexity_ratio", 1.0301, 1.0303),
     ],
 )
-def test_each_figure_is_held_by_its_own_tolerance(
+def test_each_figure_has_its_own_tolerance(
     field: str, within: float, beyond: float, file: Path
 ) -> None:
     def worse(value: float) -> list[str]:
@@ -101,12 +105,11 @@ def test_each_figure_is_held_by_its_own_tolerance(
         return [change.figure for change in read_baseline(file).worse(result)]
 
     assert worse(within) == []
-    names = {"agreement": "top1_agreement", "ratio": "perplexity_ratio"}
-    assert worse(beyond) == [names.get(field, field)]
+    assert worse(beyond) == [field]
 
 
-def test_a_change_says_what_was_and_what_may_be(file: Path) -> None:
-    result = with_figures(kl_mean=Estimate(0.5, 0), agreement=Estimate(0.5, 0))
+def test_a_change_names_the_old_value_and_the_limit(file: Path) -> None:
+    result = with_figures(kl_mean=Estimate(0.5, 0), top1_agreement=Estimate(0.5, 0))
     changes = [str(change) for change in read_baseline(file).worse(result)]
     assert changes == [
         "kl_mean 0.5 (at most 0.057 allowed, was 0.05)",
@@ -118,10 +121,10 @@ def test_nan_is_worse_than_anything(file: Path) -> None:
     for value in (math.nan, math.inf):
         changes = read_baseline(file).worse(with_figures(kl_max=value))
         assert [change.figure for change in changes] == ["kl_max"]
-    assert len(read_baseline(file).worse(with_figures(agreement=Estimate(math.nan, 0)))) == 1
+    assert len(read_baseline(file).worse(with_figures(top1_agreement=Estimate(math.nan, 0)))) == 1
 
 
-def test_tolerances_are_the_files(edit: Edit) -> None:
+def test_tolerances_come_from_the_file(edit: Edit) -> None:
     def strict(data: dict[str, Any]) -> None:
         data["tolerances"]["kl_mean"] = {"relative": 0, "absolute": 0.001}
 
@@ -131,24 +134,24 @@ def test_tolerances_are_the_files(edit: Edit) -> None:
     assert [change.limit for change in changes] == [pytest.approx(0.051)]
 
 
-def test_other_bits_are_compared_all_the_same(file: Path) -> None:
-    other = replace(SUBJECT, settings={"expert_bits": 2})
+def test_a_model_with_other_bits_can_be_compared(file: Path) -> None:
+    other = replace(MODEL, settings={"expert_bits": 2})
     assert read_baseline(file).worse(replace(RESULT, model=other)) == ()
 
 
-def test_a_perplexity_below_the_references_is_nothing_to_keep(file: Path) -> None:
-    save_baseline(file, with_figures(ratio=Estimate(0.94, 0)))
-    assert read_baseline(file).worse(with_figures(ratio=Estimate(1.0099, 0))) == ()
-    changes = read_baseline(file).worse(with_figures(ratio=Estimate(1.0101, 0)))
+def test_a_perplexity_below_the_references_need_not_be_reached_again(file: Path) -> None:
+    save_baseline(file, with_figures(perplexity_ratio=Estimate(0.94, 0)))
+    assert read_baseline(file).worse(with_figures(perplexity_ratio=Estimate(1.0099, 0))) == ()
+    changes = read_baseline(file).worse(with_figures(perplexity_ratio=Estimate(1.0101, 0)))
     assert [change.limit for change in changes] == [pytest.approx(1.01)]
 
 
 # --- what is not about the same ------------------------------------------------------------------
 
 OTHERS = {
-    "another model: name": replace(RESULT, model=replace(SUBJECT, name="other")),
-    "another model: layers": replace(RESULT, model=replace(SUBJECT, layers=4)),
-    "another reference: name": replace(RESULT, reference=replace(SUBJECT, name="other")),
+    "another model: name": replace(RESULT, model=replace(MODEL, name="other")),
+    "another model: layers": replace(RESULT, model=replace(MODEL, layers=4)),
+    "another reference: name": replace(RESULT, reference=replace(MODEL, name="other")),
     "another reference: weights": with_figures(reference_perplexity=Estimate(10.2, 0.9)),
     "another set of prompts": replace(RESULT, prompts=Prompts(("a",), ("Text",))),
     "another window and stride": replace(RESULT, sliding=Sliding(512, 128)),
@@ -157,12 +160,12 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("what", OTHERS)
-def test_another_run_is_no_pass(what: str, file: Path) -> None:
+def test_a_baseline_of_something_else_is_refused(what: str, file: Path) -> None:
     with pytest.raises(QualityError, match=f"is of {what.partition(':')[0]} "):
         read_baseline(file).worse(OTHERS[what])
 
 
-def test_other_processors_round_the_reference_a_little_differently(file: Path) -> None:
+def test_the_reference_may_round_differently_on_another_processor(file: Path) -> None:
     assert read_baseline(file).worse(with_figures(reference_perplexity=Estimate(10.01, 0))) == ()
 
 
@@ -170,7 +173,7 @@ def test_other_processors_round_the_reference_a_little_differently(file: Path) -
 
 
 def put(*path: str, value: object) -> Callable[[dict[str, Any]], object]:
-    """Set what is at `path`; None: take it out."""
+    """An edit that sets the value at `path`, or removes it for None."""
 
     def change(data: dict[str, Any]) -> None:
         *folders, last = path
@@ -186,7 +189,9 @@ def put(*path: str, value: object) -> Callable[[dict[str, Any]], object]:
 
 @pytest.mark.parametrize("name", [*TOLERANCES, "tokens", "reference_perplexity"])
 @pytest.mark.parametrize("value", [None, math.nan, math.inf, "0.1", [], {}])
-def test_a_figure_that_is_missing_or_none_is_refused(name: str, value: object, edit: Edit) -> None:
+def test_a_figure_that_is_missing_or_not_a_number_is_refused(
+    name: str, value: object, edit: Edit
+) -> None:
     with pytest.raises(QualityError, match=r"not a usable baseline.*--save-baseline"):
         read_baseline(edit(put("figures", name, value=value)))
 
@@ -194,7 +199,7 @@ def test_a_figure_that_is_missing_or_none_is_refused(name: str, value: object, e
 @pytest.mark.parametrize("name", TOLERANCES)
 @pytest.mark.parametrize("value", [None, math.nan, math.inf, -0.1, "1", True])
 @pytest.mark.parametrize("part", ["relative", "absolute"])
-def test_a_tolerance_that_is_missing_or_none_is_refused(
+def test_a_tolerance_that_is_missing_or_not_a_number_is_refused(
     name: str, value: object, part: str, edit: Edit
 ) -> None:
     with pytest.raises(QualityError, match="not a usable baseline"):
@@ -207,7 +212,7 @@ def test_a_tolerance_that_is_missing_or_none_is_refused(
      "tolerances"],
 )  # fmt: skip
 @pytest.mark.parametrize("value", [None, [], {}, "x"])
-def test_a_part_that_is_missing_or_another_thing_is_refused(
+def test_a_part_that_is_missing_or_of_the_wrong_type_is_refused(
     key: str, value: object, edit: Edit
 ) -> None:
     with pytest.raises(QualityError, match="not a usable baseline"):
@@ -223,7 +228,7 @@ def test_garbage_is_refused(data: bytes, file: Path) -> None:
         read_baseline(file)
 
 
-def test_no_file_is_refused(tmp_path: Path) -> None:
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     for path in (tmp_path / "none.json", tmp_path):
         with pytest.raises(QualityError, match="cannot read the baseline"):
             read_baseline(path)

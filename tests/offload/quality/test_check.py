@@ -1,10 +1,11 @@
-"""Comparing a model with its reference: the figures, damage, vocabularies, memory."""
+"""A model compared with its reference: figures, damage, vocabularies, and memory."""
 
 from __future__ import annotations
 
 import gc
 import math
 import shutil
+import tempfile
 import weakref
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,12 @@ from transformers import AutoModelForCausalLM
 from offload import PackError, QualityError, SourceError, load
 from offload.quality.check import (
     CheckResult,
-    Comparison,
-    Positions,
-    Source,
-    check,
-    kl_divergence,
+    ModelLoader,
+    compare_models,
+    load_plain,
     reference_bits,
-    table,
 )
-from offload.quality.plain import load_plain
+from offload.quality.comparison import Comparison, Positions, kl_divergence, table
 from offload.quality.prompts import BUILT_IN, Prompts, read_prompts
 from offload.quality.scoring import Sliding
 from tests.conftest import make_tokenizer
@@ -34,17 +32,17 @@ PROMPTS = Prompts(("one", "two"), ("The quick brown fox.", "def f(x):\n    retur
 SLIDING = Sliding(16, 8)
 
 
-def source(path: Path, **options: Any) -> Source:
-    """`path` behind our runtime."""
-    return Source(path.name, lambda: load(path, device="cpu", **options))
+def source(path: Path, **options: Any) -> ModelLoader:
+    """A loader of the model in `path`, with our experts."""
+    return ModelLoader(path.name, lambda: load(path, device="cpu", **options))
 
 
-def run(model: Source, reference: Source) -> CheckResult:
-    return check(model, reference, PROMPTS, SLIDING)
+def run(model: ModelLoader, reference: ModelLoader) -> CheckResult:
+    return compare_models(model, reference, PROMPTS, SLIDING)
 
 
 def perturbed(checkpoint: Path, folder: Path, amount: float) -> Path:
-    """A copy of `checkpoint` whose experts are off by `amount` of their spread."""
+    """A copy of `checkpoint` with noise of `amount` standard deviations in its experts."""
     shutil.copytree(checkpoint, folder)
     generator = torch.Generator().manual_seed(7)
     for file in folder.glob("*.safetensors"):
@@ -61,33 +59,33 @@ def perturbed(checkpoint: Path, folder: Path, amount: float) -> Path:
 
 
 @pytest.mark.parametrize("bits", [16, 4])
-def test_a_model_is_itself(bits: int, mixtral: Path, tmp_path: Path) -> None:
+def test_a_model_does_not_differ_from_itself(bits: int, mixtral: Path, tmp_path: Path) -> None:
     same = source(mixtral, expert_bits=bits, pack_dir=tmp_path)
     result = run(same, source(mixtral, expert_bits=bits, pack_dir=tmp_path, expert_slots=2))
     for comparison in (result.overall, *result.by_prompt):
         assert comparison.kl_mean.value == comparison.kl_max == comparison.kl_p99 == 0
-        assert (comparison.agreement.value, comparison.agreement.error) == (1, 0)
-        assert (comparison.ratio.value, comparison.ratio.error) == (1, 0)
+        assert (comparison.top1_agreement.value, comparison.top1_agreement.error) == (1, 0)
+        assert (comparison.perplexity_ratio.value, comparison.perplexity_ratio.error) == (1, 0)
         assert comparison.perplexity == comparison.reference_perplexity
     assert result.overall.tokens == sum(len(text) - 1 for text in PROMPTS.texts)
     assert sum(part.tokens for part in result.by_prompt) == result.overall.tokens
 
 
-def test_unquantised_experts_are_transformers_own(mixtral: Path, tmp_path: Path) -> None:
+def test_unquantised_experts_agree_with_transformers(mixtral: Path, tmp_path: Path) -> None:
     result = run(
         source(mixtral, expert_bits=16, pack_dir=tmp_path),
-        Source("plain", lambda: load_plain(str(mixtral), device="cpu")),
+        ModelLoader("plain", lambda: load_plain(str(mixtral), device="cpu")),
     )
     assert result.overall.kl_max < 1e-9
-    assert result.overall.agreement.value == 1
+    assert result.overall.top1_agreement.value == 1
     assert result.model.identity | {"name": "plain"} == result.reference.identity
 
 
-def test_figures_are_those_of_the_distributions(mixtral: Path, mixtral_pack: Path) -> None:
-    """Everything again from whole logits: both models at once, no windows, no slices."""
-    result = check(
+def test_figures_agree_with_whole_logits_of_both_models(mixtral: Path, mixtral_pack: Path) -> None:
+    """The figures are computed again from whole logits, without windows and slices."""
+    result = compare_models(
         source(mixtral_pack),
-        Source("plain", lambda: load_plain(str(mixtral), device="cpu")),
+        ModelLoader("plain", lambda: load_plain(str(mixtral), device="cpu")),
         PROMPTS,
         Sliding.asked(),
     )
@@ -111,19 +109,19 @@ def test_figures_are_those_of_the_distributions(mixtral: Path, mixtral_pack: Pat
     assert found.kl_max == pytest.approx(max(kl), rel=1e-4)
     assert found.kl_median == pytest.approx(float(torch.tensor(kl).median()), rel=0.1)
     share = sum(same) / n
-    assert found.agreement.value == pytest.approx(share)
-    assert found.agreement.error == pytest.approx(math.sqrt(share * (1 - share) / (n - 1)))
+    assert found.top1_agreement.value == pytest.approx(share)
+    assert found.top1_agreement.error == pytest.approx(math.sqrt(share * (1 - share) / (n - 1)))
     assert found.perplexity.value == pytest.approx(math.exp(sum(nll) / n), rel=1e-5)
     ratio = math.exp((sum(nll) - sum(base_nll)) / n)
-    assert found.ratio.value == pytest.approx(ratio, rel=1e-5)
-    # The ratio's error by llama.cpp's formula: both variances less twice the covariance.
+    assert found.perplexity_ratio.value == pytest.approx(ratio, rel=1e-5)
+    # llama.cpp computes the ratio's error from both variances minus twice the covariance.
     pair = torch.tensor([nll, base_nll], dtype=torch.float64)
     covariance = torch.cov(pair, correction=0) / (n - 1)
     spread = float(covariance[0, 0] + covariance[1, 1] - 2 * covariance[0, 1])
-    assert found.ratio.error == pytest.approx(ratio * math.sqrt(spread), rel=1e-3)
+    assert found.perplexity_ratio.error == pytest.approx(ratio * math.sqrt(spread), rel=1e-3)
 
 
-def test_more_damage_is_a_larger_divergence(
+def test_more_damage_gives_a_larger_divergence(
     mixtral: Path, mixtral_pack: Path, tmp_path: Path
 ) -> None:
     reference = source(mixtral, expert_bits=16, pack_dir=tmp_path / "packs")
@@ -132,14 +130,14 @@ def test_more_damage_is_a_larger_divergence(
     results = [run(source(path, pack_dir=tmp_path / "packs"), reference) for path in models]
     means = [result.overall.kl_mean.value for result in results]
     assert 0 < means[0] < means[1] < means[2]
-    agreements = [result.overall.agreement.value for result in results]
+    agreements = [result.overall.top1_agreement.value for result in results]
     assert agreements[0] > agreements[2]
 
 
 def test_kl_divergence_by_hand() -> None:
     p, q = torch.tensor([[0.5, 0.5, 0.0]]), torch.tensor([[0.25, 0.5, 0.25]])
     assert kl_divergence(p.log(), q.log()).tolist() == pytest.approx([0.5 * math.log(2)])
-    assert kl_divergence(q.log(), p.log()).tolist() == [math.inf]  # it has a direction
+    assert kl_divergence(q.log(), p.log()).tolist() == [math.inf]  # the divergence is not symmetric
     assert kl_divergence(p.log(), p.log()).tolist() == [0]
 
 
@@ -151,7 +149,7 @@ def test_percentiles_and_maximum() -> None:
     assert found.kl_mean.value == 50
 
 
-def test_the_table_has_a_row_a_prompt_and_the_errors(mixtral_pack: Path) -> None:
+def test_the_table_has_a_row_for_each_prompt_and_the_errors(mixtral_pack: Path) -> None:
     result = run(source(mixtral_pack), source(mixtral_pack))
     lines = table([*result.named(), ("all", result.overall)]).splitlines()
     assert [line.split()[0] for line in lines[:4]] == ["prompt", "one", "two", "all"]
@@ -172,7 +170,9 @@ def test_the_two_models_are_never_in_memory_together(mixtral_pack: Path) -> None
         alive.append(weakref.ref(model))
         return model, tokenizer
 
-    check(Source("model", open_one), Source("reference", open_one), PROMPTS, SLIDING)
+    compare_models(
+        ModelLoader("model", open_one), ModelLoader("reference", open_one), PROMPTS, SLIDING
+    )
     assert len(alive) == 2
 
 
@@ -184,11 +184,11 @@ def test_models_are_closed_when_something_fails(mixtral_pack: Path) -> None:
         return opened[-1], None
 
     with pytest.raises(QualityError, match="no tokenizer"):
-        check(Source("a", open_one), Source("b", open_one), PROMPTS, SLIDING)
+        compare_models(ModelLoader("a", open_one), ModelLoader("b", open_one), PROMPTS, SLIDING)
     assert [model.offload.engine.closed for model in opened] == [True]
 
 
-def test_a_full_disk_is_told_in_one_line(
+def test_a_full_disk_is_one_line_of_error(
     mixtral_pack: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Full:
@@ -201,7 +201,7 @@ def test_a_full_disk_is_told_in_one_line(
         def write(self, _: object) -> int:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("offload.quality.check.tempfile.TemporaryFile", lambda **_: Full())
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: Full())
     with pytest.raises(QualityError, match=r"No space left on device.*TMPDIR"):
         run(source(mixtral_pack), source(mixtral_pack))
 
@@ -225,10 +225,10 @@ def test_another_tokenizer_of_the_same_size_is_refused(mixtral_pack: Path) -> No
         return model, lambda text, **_: {"input_ids": [byte ^ 1 for byte in text.encode()]}
 
     with pytest.raises(QualityError, match="different vocabularies"):
-        run(Source("shifted", shifted), source(mixtral_pack))
+        run(ModelLoader("shifted", shifted), source(mixtral_pack))
 
 
-def test_a_model_of_nan_is_refused_on_either_side(mixtral: Path, tmp_path: Path) -> None:
+def test_nan_in_the_model_or_the_reference_is_an_error(mixtral: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(mixtral, broken)
     for file in broken.glob("*.safetensors"):
@@ -236,8 +236,8 @@ def test_a_model_of_nan_is_refused_on_either_side(mixtral: Path, tmp_path: Path)
         tensors["lm_head.weight"][5] = float("nan")
         save_file(tensors, file, {"format": "pt"})
 
-    def plain(path: Path) -> Source:
-        return Source(path.name, lambda: load_plain(str(path), device="cpu"))
+    def plain(path: Path) -> ModelLoader:
+        return ModelLoader(path.name, lambda: load_plain(str(path), device="cpu"))
 
     with pytest.raises(QualityError, match=r"the model's .* is nan"):
         run(plain(broken), plain(mixtral))
@@ -250,7 +250,9 @@ def test_a_pack_cannot_be_run_by_transformers_alone(mixtral_pack: Path) -> None:
         load_plain(str(mixtral_pack))
 
 
-def test_a_damaged_record_is_told_and_no_figure_given(mixtral_pack: Path, tmp_path: Path) -> None:
+def test_a_damaged_expert_is_an_error_and_gives_no_figures(
+    mixtral_pack: Path, tmp_path: Path
+) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(mixtral_pack, copy)
     file = copy / "experts-00001.safetensors"
@@ -262,7 +264,7 @@ def test_a_damaged_record_is_told_and_no_figure_given(mixtral_pack: Path, tmp_pa
         run(source(copy), source(mixtral_pack))
 
 
-def test_a_checkpoint_is_a_reference_at_16_bits_and_a_pack_at_its_own(
+def test_a_reference_runs_at_16_bits_and_a_pack_at_its_own(
     mixtral: Path, mixtral_pack: Path
 ) -> None:
     assert reference_bits(str(mixtral)) == "experts=16,dense=16"
@@ -279,7 +281,7 @@ def test_the_built_in_prompts_are_of_several_kinds() -> None:
     assert prompts == read_prompts(BUILT_IN)
 
 
-def test_prompts_are_read_by_their_headings(tmp_path: Path) -> None:
+def test_headings_separate_prompts(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("first\n--- two words \n\nsecond\n\n--- three\nthird\n---\nstill third\n")
     assert read_prompts(file) == Prompts(
@@ -291,15 +293,15 @@ WRONG = {"empty": "\n \n", "headings": "--- a\n--- b\n", "twice": "--- a\nx\n---
 
 
 @pytest.mark.parametrize("text", WRONG.values(), ids=WRONG.keys())
-def test_prompts_that_are_none_are_refused(text: str, tmp_path: Path) -> None:
+def test_a_file_without_usable_prompts_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text(text)
-    with pytest.raises(QualityError, match=r"holds no prompts|two prompts of one name"):
+    with pytest.raises(QualityError, match=r"holds no prompts|two prompts with the same name"):
         read_prompts(tmp_path / "prompts.txt")
     with pytest.raises(QualityError, match="cannot read"):
         read_prompts(tmp_path / "none.txt")
 
 
-def test_the_digest_is_of_names_and_texts() -> None:
+def test_the_digest_depends_on_names_and_texts() -> None:
     digests = {
         Prompts(names, texts).sha256
         for names, texts in [(("a",), ("bc",)), (("ab",), ("c",)), (("a",), ("bd",))]

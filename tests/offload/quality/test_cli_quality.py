@@ -1,4 +1,4 @@
-"""`ppl` and `check`: what goes to stdout and what to stderr, exit codes, baselines."""
+"""The output, exit codes and baselines of `offload ppl` and `offload check`."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_ppl_as_json(run: Run, mixtral_pack: Path, text: Path) -> None:
 
 
 def one_line(done: Done) -> str:
-    """The error's line."""
+    """The only line of error, which is also the last line of stderr."""
     assert done.code == 1
     assert done.out == ""
     lines = [line for line in done.err.splitlines() if line.startswith("offload: error: ")]
@@ -151,10 +151,10 @@ def test_check_passes_a_good_pack_and_fails_a_damaged_one(
     baseline = tmp_path / "baseline.json"
     common = ("--against", mixtral, "--prompts", prompts)
     saved = run("check", mixtral_pack, *common, "--save-baseline", baseline)
-    assert (saved.code, saved.err.splitlines()[-1]) == (0, f"figures saved in {baseline}")
+    assert (saved.code, saved.err.splitlines()[-1]) == (0, f"the figures are saved in {baseline}")
 
     good = run("check", mixtral_pack, *common, "--baseline", baseline)
-    assert (good.code, good.err) == (0, f"no worse than {baseline} allows\n")
+    assert (good.code, good.err) == (0, f"no figure is worse than {baseline} allows\n")
 
     better = run("check", mixtral, "--bits", "q8", *common, "--baseline", baseline)
     assert better.code == 0
@@ -166,11 +166,11 @@ def test_check_passes_a_good_pack_and_fails_a_damaged_one(
         "check", damaged, *common, "--baseline", baseline, "--save-baseline", tmp_path / "new.json"
     )
     assert bad.code == 1
-    assert bad.out.startswith("prompt")  # the figures are shown all the same
+    assert bad.out.startswith("prompt")  # the figures are printed even if the check fails
     error = bad.err.splitlines()[-1]
     assert error.startswith(f"offload: error: worse than {baseline} allows: kl_mean 0.")
     assert "kl_median" in error
-    assert not (tmp_path / "new.json").exists()  # what is worse does not become the measure
+    assert not (tmp_path / "new.json").exists()  # a check that fails saves no baseline
 
     as_json = run("check", damaged, *common, "--baseline", baseline, "--json")
     assert as_json.code == 1
@@ -190,7 +190,7 @@ def test_check_refuses_a_baseline_of_something_else(
     assert "not a usable baseline" in one_line(run(*common, "--baseline", baseline))
     assert "cannot read" in one_line(run(*common, "--baseline", tmp_path / "none.json"))
     missing = tmp_path / "no" / "folder.json"
-    assert "there is no folder" in one_line(run(*common, "--save-baseline", missing))
+    assert "does not exist: make it first" in one_line(run(*common, "--save-baseline", missing))
 
 
 def test_a_saved_baseline_keeps_the_tolerances_it_passed(

@@ -1,4 +1,4 @@
-"""Perplexity: against transformers directly, windows at their edges, the error's formula."""
+"""Perplexity against transformers alone, windows at their limits, and standard errors."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from offload import QualityError, load
 from offload.engine.handle import offload_of
 from offload.progress import Ticker
-from offload.quality import scoring as scoring_module
 from offload.quality.scoring import (
+    DECODED,
     Estimate,
-    Perplexity,
+    PerplexityResult,
     Sliding,
     Text,
     cut,
@@ -31,7 +31,10 @@ from offload.quality.scoring import (
     exp_of,
     mean_of,
     measure_perplexity,
+    pieces,
+    score,
     share_of,
+    tokens_at_once,
 )
 from tests.conftest import BEGIN, make_tokenizer
 from tests.tiny import tiny_config
@@ -41,7 +44,7 @@ TEXT = "Every token is scored once, and none of them twice; the window slides ov
 
 @pytest.fixture(scope="module")
 def model(mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PreTrainedModel]:
-    """The tiny Mixtral behind our runtime, as it is stored."""
+    """The tiny Mixtral with our experts, unquantised."""
     packs = tmp_path_factory.mktemp("packs")
     loaded, _ = load(mixtral, device="cpu", expert_bits=16, pack_dir=packs)
     yield loaded
@@ -50,12 +53,12 @@ def model(mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
 
 @pytest.fixture(scope="module")
 def plain(mixtral: Path) -> PreTrainedModel:
-    """The same checkpoint as transformers runs it."""
+    """The same checkpoint, run by transformers alone."""
     return AutoModelForCausalLM.from_pretrained(mixtral).eval()
 
 
 def direct(model: PreTrainedModel, text: Text, window: int, stride: int) -> Estimate:
-    """The loop of transformers' own guide to perplexity, one likelihood at a time."""
+    """Perplexity by the loop of transformers' guide, one likelihood at a time."""
     room, nll, scored = window - len(text.prefix), [], 0 if text.prefix else 1
     for begin in range(0, len(text.ids), stride):
         end = min(begin + room, len(text.ids))
@@ -82,7 +85,7 @@ def direct(model: PreTrainedModel, text: Text, window: int, stride: int) -> Esti
     ("window", "stride"), [(512, 256), (32, 16), (32, 1), (32, 31), (2, 1), (3, 2), (84, 42)]
 )
 @pytest.mark.parametrize("prefix", [(), (BEGIN,)])
-def test_perplexity_is_transformers_own(
+def test_perplexity_agrees_with_transformers(
     window: int, stride: int, prefix: tuple[int, ...], model: PreTrainedModel, plain: Any
 ) -> None:
     text = Text(prefix, tuple(TEXT.encode()))
@@ -104,19 +107,16 @@ def test_a_token_more_or_less_than_the_window(count: int, model: Any, plain: Any
 
 
 @pytest.mark.parametrize("piece", [1, 5, 16, 31])
-def test_long_windows_go_in_pieces_with_the_same_result(
-    piece: int, model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_long_windows_go_in_pieces_with_the_same_result(piece: int, model: Any) -> None:
     text = Text((BEGIN,), tuple(TEXT.encode()))
-    whole = measure_perplexity(model, text, Sliding(40, 13))
-    monkeypatch.setattr(scoring_module, "PIECE", piece)
-    monkeypatch.setattr(scoring_module, "SLICE", 7)
-    pieces = measure_perplexity(model, text, Sliding(40, 13))
-    assert pieces.tokens == whole.tokens
-    assert pieces.nll.value == pytest.approx(whole.nll.value, rel=1e-5)
+    sliding = Sliding(40, 13)
+    whole = torch.cat([scores.nll for scores in score(model, text, sliding)])
+    parts = [scores.nll for scores in score(model, text, sliding, piece=piece, rows=7)]
+    assert max(map(len, parts)) <= 7
+    torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-5, atol=1e-5)
 
 
-def test_how_far_it_is_is_told_to_the_end(model: Any) -> None:
+def test_progress_is_reported_up_to_the_end(model: Any) -> None:
     told: list[tuple[int, int]] = []
     text = Text((), tuple(TEXT.encode()))
     measure_perplexity(model, text, Sliding(32, 16), lambda *done: told.append(done))
@@ -156,7 +156,7 @@ def test_impossible_windows_name_the_flag(window: int, stride: int) -> None:
 # --- texts ---------------------------------------------------------------------------------------
 
 
-def test_what_a_tokenizer_puts_before_a_text_begins_every_window() -> None:
+def test_the_tokenizers_prefix_begins_every_window() -> None:
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = make_tokenizer()
@@ -183,7 +183,7 @@ def test_tokens_the_model_does_not_have_are_refused(model: Any) -> None:
         measure_perplexity(model, Text((), (1, 2, 9999)), Sliding(8, 4))
 
 
-def test_numbers_that_are_none_are_refused(mixtral: Path) -> None:
+def test_scores_that_are_not_finite_are_refused(mixtral: Path) -> None:
     broken = AutoModelForCausalLM.from_pretrained(mixtral)
     broken.lm_head.weight.data[7] = float("nan")
     with pytest.raises(QualityError, match="at scored token 1 is nan"):
@@ -204,19 +204,21 @@ def test_the_error_of_a_share_by_hand() -> None:
     )
 
 
-def test_the_error_goes_through_the_exponential() -> None:
+def test_the_exponential_scales_the_error() -> None:
     assert exp_of(Estimate(math.log(8), 0.25)).value == pytest.approx(8)
     assert exp_of(Estimate(math.log(8), 0.25)).error == pytest.approx(2)
     assert exp_of(Estimate(1e6, 0.1)).value == math.inf  # not an exception
 
 
-def test_the_line_is_llama_cpps() -> None:
-    assert str(Perplexity(Estimate(math.log(12), 0.01), 99)) == "Perplexity: 12.000 ± 0.120"
+def test_the_printed_line_is_that_of_llama_cpp() -> None:
+    assert str(PerplexityResult(Estimate(math.log(12), 0.01), 99)) == "Perplexity: 12.000 ± 0.120"
 
 
-def test_progress_is_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_printed_as_lines_without_a_terminal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with Ticker("it", every=0.0) as ticker:
-        for done in (10, 30, 5):  # the first call begins; one that goes back begins again
+        for done in (10, 30, 5):  # a count that falls begins a new measurement
             time.sleep(0.01)
             ticker(done, 100)
     captured = capsys.readouterr()
@@ -225,23 +227,23 @@ def test_progress_is_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize(
-    ("count", "at_once", "pieces"),
+    ("count", "at_once", "expected"),
     [
         (20, 512, [(0, 4)]),
         (50, 16, [(0, 16), (16, 32), (32, 34)]),
         (1040, sys.maxsize, [(0, 1024)]),
     ],
 )
-def test_what_is_given_at_once_is_no_more_than_asked(
-    count: int, at_once: int, pieces: list[tuple[int, int]]
+def test_the_model_is_called_in_pieces_of_at_most_the_given_size(
+    count: int, at_once: int, expected: list[tuple[int, int]]
 ) -> None:
-    singly = [(at, at + 1) for at in range(count - scoring_module.DECODED, count)]
-    assert [*scoring_module._pieces(count, at_once)] == [*pieces, *singly]
+    singly = [(at, at + 1) for at in range(count - DECODED, count)]
+    assert [*pieces(count, at_once)] == [*expected, *singly]
 
 
-def test_a_model_is_given_what_its_memory_is_counted_for(mixtral_pack: Path) -> None:
+def test_a_model_is_given_at_most_the_tokens_that_its_budget_counts(mixtral_pack: Path) -> None:
     model, _ = load(mixtral_pack, device="cpu", ubatch_size=64)
-    assert scoring_module._at_once(model) == 64
+    assert tokens_at_once(model) == 64
     offload_of(model).close()
     jamba = types.SimpleNamespace(config=tiny_config("jamba"))
-    assert scoring_module._at_once(jamba) == sys.maxsize  # type: ignore[arg-type]
+    assert tokens_at_once(jamba) == sys.maxsize  # type: ignore[arg-type]

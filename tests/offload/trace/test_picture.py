@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from offload.cache.trace.file import write
-from offload.cache.trace.heatmap import BLOCKS, PLAIN_BLOCKS, HeatMap, draw, show
+from offload.cache.trace.heatmap import BLOCKS, PLAIN_BLOCKS, HeatMap, draw, draw_for
 from offload.cache.trace.synthetic import MIXTRAL, Routing, synthesize
 
 import cli
@@ -63,17 +63,17 @@ def test_colours_at_a_terminal_only_and_not_against_the_users_will(
 ) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
-    assert "\x1b[38;5;" in show(HEAT, Terminal())
-    assert "\x1b" not in show(HEAT, io.StringIO())
+    assert "\x1b[38;5;" in draw_for(Terminal(), HEAT)
+    assert "\x1b" not in draw_for(io.StringIO(), HEAT)
     monkeypatch.setenv("NO_COLOR", "1")
-    assert "\x1b" not in show(HEAT, Terminal())
+    assert "\x1b" not in draw_for(Terminal(), HEAT)
     monkeypatch.delenv("NO_COLOR")
     monkeypatch.setenv("TERM", "dumb")
-    assert "\x1b" not in show(HEAT, Terminal())
+    assert "\x1b" not in draw_for(Terminal(), HEAT)
 
 
 def test_plain_signs_where_blocks_cannot_be_written() -> None:
-    text = show(HEAT, Terminal("ascii"))
+    text = draw_for(Terminal("ascii"), HEAT)
     assert not set(text) & set(BLOCKS)
     assert set(text) & set(PLAIN_BLOCKS)
     text.encode("ascii")

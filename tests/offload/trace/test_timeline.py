@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,39 +16,91 @@ from transformers import PreTrainedModel
 
 import offload
 from offload.engine.handle import offload_of
+from offload.ranges import recorded, work
 from offload.trace.timeline import recording
-from offload.transfer.base import NO_MARKS
-from tests.cache.chrome import check_chrome_trace
 from tests.tiny import LAYERS, save_tiny
 
 PROMPT = torch.arange(5, 25)[None]
+OURS = re.compile(r"(decision|wait|experts|dense|copy|guess) layer (\d+)(?: expert (.+))?")
+
+
+class Range(NamedTuple):
+    """One of our ranges in a trace; times in microseconds."""
+
+    name: str
+    layer: int
+    experts: tuple[int, ...]
+    begin: float
+    end: float
+    thread: int
+
+
+def ranges_in(file: Path) -> list[Range]:
+    """Our ranges in the order in which they began."""
+    found = []
+    for event in json.loads(file.read_text())["traceEvents"]:
+        said = OURS.fullmatch(event["name"])
+        if event["ph"] != "X" or said is None:
+            continue
+        name, layer, experts = said.groups()
+        numbers = tuple(map(int, experts.split(", "))) if experts else ()
+        end = event["ts"] + event["dur"]
+        found.append(Range(name, int(layer), numbers, event["ts"], end, event["tid"]))
+    return sorted(found, key=lambda at: at.begin)
+
+
+def load(folder: Path, **options: Any) -> PreTrainedModel:
+    save_tiny("mixtral", folder / "checkpoint")
+    model, _ = offload.load(
+        folder / "checkpoint", expert_slots=5, pack_dir=folder / "packs", **options
+    )
+    return model
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Iterator[PreTrainedModel]:
-    save_tiny("mixtral", tmp_path / "checkpoint")
-    loaded, _ = offload.load(
-        tmp_path / "checkpoint", device="cpu", expert_slots=5, pack_dir=tmp_path / "packs"
-    )
+    loaded = load(tmp_path, device="cpu")
     yield loaded
     offload_of(loaded).close()
 
 
-def test_every_copy_and_every_layer_is_in_it(model: PreTrainedModel, tmp_path: Path) -> None:
-    file = tmp_path / "timeline.json"
+@pytest.mark.parametrize("where", [{"device": "cpu"}, {"gpus": ("cpu", "cpu")}], ids=["one", "two"])
+def test_every_copy_and_every_layer_is_in_it(where: dict[str, Any], tmp_path: Path) -> None:
+    model, file = load(tmp_path, **where), tmp_path / "timeline.json"
     before = offload_of(model).stats()
     with recording(model, file):
         model.generate(PROMPT, max_new_tokens=6, do_sample=False)
     counts = (offload_of(model).stats() - before).counts
-    content = json.loads(file.read_text())
-    check_chrome_trace(content)
-    spans = [event for event in content["traceEvents"] if event["ph"] == "X"]
-    tracks = {e["args"]["name"]: e["tid"] for e in content["traceEvents"] if e["ph"] == "M"}
-    copies = [span for span in spans if span["tid"] == tracks["link"]]
-    assert len(copies) == pytest.approx(counts.loads, abs=2)  # the last ones may still be under way
-    compute = [span for span in spans if span["tid"] == tracks["compute"]]
-    assert {span["args"]["layer"] for span in compute} == set(range(LAYERS))
-    assert sum("expert" in span["args"] for span in compute) == counts.requests
+    found = ranges_in(file)
+    copies = [at for at in found if at.name in ("copy", "guess")]
+    assert len(copies) == counts.loads
+    experts = [at for at in found if at.name == "experts"]
+    assert sum(len(at.experts) for at in experts) == counts.requests
+    for name in ("decision", "dense", "experts"):
+        assert {at.layer for at in found if at.name == name} == set(range(LAYERS))
+    assert not {at.thread for at in copies} & {at.thread for at in found if at.name == "experts"}
+    offload_of(model).close()
+
+
+def test_ranges_come_in_the_order_of_the_work(model: PreTrainedModel, tmp_path: Path) -> None:
+    """In each call of a layer: dense, decision, then waits and experts; an expert is computed after
+    the copy of its record has ended."""
+    file = tmp_path / "timeline.json"
+    with recording(model, file):
+        model.generate(PROMPT, max_new_tokens=6, do_sample=False)
+    found = ranges_in(file)
+    main = [at for at in found if at.name not in ("copy", "guess")]
+    letters = "".join(at.name[0] for at in main)
+    assert re.fullmatch(r"(?:dd(?:w*e)+)+d", letters), letters
+    for earlier, later in itertools.pairwise(main):
+        assert earlier.end <= later.begin
+    ended: dict[tuple[int, int], float] = {}  # layer, expert -> when its first copy had ended
+    for at in found:
+        if at.name in ("copy", "guess"):
+            ended.setdefault((at.layer, at.experts[0]), at.end)
+    for at in main:
+        if at.name == "experts":
+            assert all(ended.get((at.layer, expert), 0.0) <= at.begin for expert in at.experts)
 
 
 def interrupt(*_: object) -> None:
@@ -56,17 +111,41 @@ def test_a_run_that_breaks_off_is_written_too(
     model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "timeline.json"
-    layer = offload_of(model).engine.layers[1]
-    monkeypatch.setattr(layer, "expert", interrupt)
-    with pytest.raises(KeyboardInterrupt), recording(model, file):
+    with monkeypatch.context() as patch:
+        patch.setattr(offload_of(model).engine.layers[1], "expert", interrupt)
+        with pytest.raises(KeyboardInterrupt), recording(model, file):
+            model.generate(PROMPT, max_new_tokens=2, do_sample=False)
+    assert {at.layer for at in ranges_in(file) if at.name == "decision"} == {0, 1}
+    assert not recorded()
+    again = tmp_path / "again.json"
+    with recording(model, again):
         model.generate(PROMPT, max_new_tokens=2, do_sample=False)
-    check_chrome_trace(json.loads(file.read_text()))
-    assert offload_of(model).engine.transfer.marks is NO_MARKS
+    assert {at.layer for at in ranges_in(again) if at.name == "decision"} == set(range(LAYERS))
 
 
 def test_nothing_is_recorded_unasked(model: PreTrainedModel) -> None:
     with recording(model, None):
-        assert offload_of(model).engine.transfer.marks is NO_MARKS
+        assert not recorded()
+        assert work("copy", 0, 1) is work("wait", 2)
+
+
+def test_the_profiler_writes_nothing_to_the_terminal(
+    model: PreTrainedModel, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with recording(model, tmp_path / "timeline.json"):
+        model.generate(PROMPT, max_new_tokens=2, do_sample=False)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_only_the_file_that_was_named_is_left(model: PreTrainedModel, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    for name in ("timeline.json", "timeline", "timeline.gz"):
+        file = tmp_path / "out" / name
+        file.write_text("an earlier one")
+        with recording(model, file):
+            model.generate(PROMPT, max_new_tokens=2, do_sample=False)
+        assert ranges_in(file)
+    assert len(list((tmp_path / "out").iterdir())) == 3
 
 
 def test_a_place_that_cannot_be_written_is_told_first(

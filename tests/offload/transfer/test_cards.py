@@ -1,4 +1,4 @@
-"""A link a card: what goes to one never waits for what goes to another."""
+"""Each card has a link of its own: a copy to one never waits for a copy to another."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from offload.quant.pack import Pack
 
 import offload
 from offload.engine.handle import offload_of
-from offload.transfer.base import NO_MARKS, NoMarks
 from offload.transfer.cards import CardsTransfer
 from offload.transfer.host import HostTicket, HostTransfer
 from tests.tiny import save_tiny
@@ -52,7 +51,7 @@ def test_a_record_goes_to_the_row_of_the_card_that_its_slot_is_on(
     cards.drain()
 
 
-def test_a_copy_to_one_card_is_done_while_another_s_link_stands_still(
+def test_a_copy_to_one_card_is_done_while_the_link_of_another_stands_still(
     pack: Pack, cards: CardsTransfer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go_on = threading.Event()
@@ -74,25 +73,7 @@ def test_a_copy_to_one_card_is_done_while_another_s_link_stands_still(
     cards.wait(first)
 
 
-def test_marks_are_told_of_the_copies_to_every_card(pack: Pack, cards: CardsTransfer) -> None:
-    class Heard(NoMarks):
-        def __init__(self) -> None:
-            self.experts: list[int] = []
-
-        def copied(
-            self, layer: int, expert: int, urgent: bool, begin: float, seconds: float
-        ) -> None:
-            self.experts.append(expert)
-
-    assert cards.marks is NO_MARKS
-    heard = Heard()
-    cards.marks = heard
-    for slot in range(4):
-        cards.wait(cards.start(0, slot, slot, urgent=True))
-    assert sorted(heard.experts) == [0, 1, 2, 3]
-
-
-def test_the_next_card_s_link_works_before_this_card_s_is_waited_for(
+def test_guesses_for_the_next_card_are_under_way_before_this_cards_loads_are_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where this card's last layer waits for its own loads, guesses for the next card's first layer
@@ -137,7 +118,9 @@ def test_the_next_card_s_link_works_before_this_card_s_is_waited_for(
     assert both > 0
 
 
-def test_what_one_card_lacks_is_given_back_in_the_proportions_of_all(pack: Pack) -> None:
+def test_a_shortage_on_one_card_is_given_back_by_all_in_the_ratio_of_their_slots(
+    pack: Pack,
+) -> None:
     transfers = [HostTransfer(pack, slots) for slots in SLOTS]
     for number, transfer in enumerate(transfers):
         transfer.device = torch.device("cuda", number)

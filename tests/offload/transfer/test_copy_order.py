@@ -1,4 +1,4 @@
-"""Demands before guesses, and how many guesses are given to the link at a time."""
+"""Urgent copies before guesses, and how many guesses are given to the link at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from offload.transfer.order import Begin, CopyOrder
 MOST = 100
 
 
-def test_demands_begin_at_once_in_the_order_asked() -> None:
+def test_urgent_copies_begin_at_once_in_the_order_asked() -> None:
     order = CopyOrder(MOST)
     for job in (1, 2, 3):
         order.add(job, 1000, urgent=True, ready=True)
@@ -18,7 +18,7 @@ def test_demands_begin_at_once_in_the_order_asked() -> None:
     assert order.begin() == []
 
 
-def test_a_guess_begins_after_the_demands_given_before_it_on_a_queue_of_its_own() -> None:
+def test_a_guess_begins_after_the_urgent_copies_given_before_it_on_a_stream_of_its_own() -> None:
     order = CopyOrder(MOST)
     order.add(1, 50, urgent=False, ready=True)
     order.add(2, 50, urgent=True, ready=True)
@@ -26,7 +26,7 @@ def test_a_guess_begins_after_the_demands_given_before_it_on_a_queue_of_its_own(
     assert order.begin() == [Begin(2, True, None), Begin(3, True, None), Begin(1, False, 3)]
 
 
-def test_a_demand_does_not_wait_for_guesses_under_way() -> None:
+def test_an_urgent_copy_does_not_wait_for_guesses_under_way() -> None:
     order = CopyOrder(MOST)
     order.add(1, 50, urgent=False, ready=True)
     assert order.begin() == [Begin(1, False, None)]
@@ -34,7 +34,7 @@ def test_a_demand_does_not_wait_for_guesses_under_way() -> None:
     assert order.begin() == [Begin(2, True, None)]
 
 
-def test_guesses_are_given_up_to_so_many_bytes() -> None:
+def test_only_so_many_bytes_of_guesses_are_under_way() -> None:
     order = CopyOrder(MOST)
     for job in (1, 2, 3, 4):
         order.add(job, 50, urgent=False, ready=True)
@@ -43,7 +43,7 @@ def test_guesses_are_given_up_to_so_many_bytes() -> None:
     assert [begin.job for begin in order.begin()] == [3]
 
 
-def test_one_guess_is_given_however_large() -> None:
+def test_one_guess_begins_however_large_it_is() -> None:
     order = CopyOrder(MOST)
     for job in (1, 2):
         order.add(job, 5 * MOST, urgent=False, ready=True)
@@ -52,7 +52,7 @@ def test_one_guess_is_given_however_large() -> None:
     assert [begin.job for begin in order.begin()] == [2]
 
 
-def test_what_the_disk_has_not_brought_lets_others_pass() -> None:
+def test_a_copy_whose_bytes_are_still_on_disk_lets_others_pass() -> None:
     order = CopyOrder(MOST)
     order.add(1, 10, urgent=True, ready=False)
     order.add(2, 10, urgent=True, ready=True)
@@ -64,12 +64,12 @@ def test_what_the_disk_has_not_brought_lets_others_pass() -> None:
     assert [begin.job for begin in order.begin()] == [1, 3]
 
 
-def test_a_guess_somebody_waits_for_goes_to_the_demands() -> None:
+def test_a_guess_that_somebody_waits_for_becomes_urgent() -> None:
     order = CopyOrder(MOST)
     for job in (1, 2, 3):
         order.add(job, MOST, urgent=False, ready=True)
     assert order.begin() == [Begin(1, False, None)]
-    order.demand(3)
+    order.urge(3)
     assert order.begin() == [Begin(3, True, None)]
 
 
@@ -126,11 +126,11 @@ class Machine(RuleBasedStateMachine):
         self.order.finished(first.job)
 
     @precondition(lambda self: self.order.waiting)
-    @rule(data=st.data(), how=st.sampled_from(["demand", "drop", "ready"]))
+    @rule(data=st.data(), how=st.sampled_from(["urge", "drop", "ready"]))
     def change(self, data: st.DataObject, how: str) -> None:
         job = data.draw(st.sampled_from(self.order.waiting))
-        if how == "demand":
-            self.order.demand(job)
+        if how == "urge":
+            self.order.urge(job)
         elif how == "drop":
             assert self.order.drop(job)
             self.dropped.add(job)

@@ -1,4 +1,4 @@
-"""The GPU's transfer on a device that is played by `FakeLink`: order, buffers, failures."""
+"""The GPU's transfer over `FakeLink`, which plays the device: order, buffers, failures."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from offload.quant.pack import Pack
 import offload
 import offload.loading
 import offload.transfer.cards
-from offload.options import Fit
-from offload.transfer.base import NO_MARKS
+import offload.transfer.cuda as cuda_module
+from offload.fit import Fit
 from offload.transfer.cuda import CudaTicket, CudaTransfer
 from offload.transfer.host_tier import HostTier
 from tests.fake_link import FakeLink
@@ -54,7 +54,7 @@ def test_slot_holds_the_record_after_wait(pack: Pack, ram: int) -> None:
 def test_compute_sees_the_right_bytes_whatever_the_device_does_first(
     pack: Pack, ram: int, seed: int
 ) -> None:
-    """Loads, guesses, drops and releases as an engine does them, over a device that lags."""
+    """Loads, guesses, drops and releases as an engine makes them, over a device that lags."""
     chooser, link = random.Random(seed), FakeLink(seed, eager=False)
     slots = 5
     transfer = transfer_of(pack, slots, ram, link)
@@ -85,11 +85,13 @@ def test_compute_sees_the_right_bytes_whatever_the_device_does_first(
     transfer.close()
 
 
-def test_a_guess_not_begun_is_dropped_and_its_slot_used_by_another(pack: Pack) -> None:
+def test_a_guess_not_begun_is_dropped_and_its_slot_used_by_another(
+    pack: Pack, monkeypatch: pytest.MonkeyPatch
+) -> None:
     link = FakeLink(eager=False)
     link.stands_still = True
+    monkeypatch.setattr(cuda_module, "GUESSED_BYTES", 1)  # one guess at a time
     transfer = transfer_of(pack, 4, EVERYTHING, link)
-    transfer._order._most = 1  # one at a time
     first, second = (transfer.start(0, e, e, urgent=False) for e in (0, 1))
     assert not transfer.drop(first)
     assert transfer.drop(second)
@@ -100,7 +102,9 @@ def test_a_guess_not_begun_is_dropped_and_its_slot_used_by_another(pack: Pack) -
     transfer.close()
 
 
-def test_a_demand_into_the_slot_of_a_guess_under_way_comes_after_it(pack: Pack) -> None:
+def test_an_urgent_copy_into_the_slot_of_a_guess_under_way_comes_after_the_guess(
+    pack: Pack,
+) -> None:
     for seed in range(20):
         link = FakeLink(seed, eager=False)
         transfer = transfer_of(pack, 2, EVERYTHING, link)
@@ -113,7 +117,7 @@ def test_a_demand_into_the_slot_of_a_guess_under_way_comes_after_it(pack: Pack) 
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_what_is_kept_comes_after_all_that_was_on_its_way_and_before_what_follows(
+def test_a_kept_record_comes_after_the_copies_under_way_and_before_later_ones(
     pack: Pack, seed: int
 ) -> None:
     link = FakeLink(seed, eager=False)
@@ -142,7 +146,7 @@ def test_what_is_kept_comes_after_all_that_was_on_its_way_and_before_what_follow
     transfer.close()
 
 
-def test_a_guess_waits_on_the_device_for_the_demands_before_it_and_no_demand_for_it(
+def test_a_guess_waits_on_the_device_for_earlier_urgent_copies_and_none_of_them_waits_for_it(
     pack: Pack,
 ) -> None:
     link = FakeLink(eager=False)
@@ -151,9 +155,9 @@ def test_a_guess_waits_on_the_device_for_the_demands_before_it_and_no_demand_for
     first = transfer.start(0, 0, 0, urgent=True)
     transfer.start(0, 1, 1, urgent=False)
     transfer.start(0, 2, 2, urgent=True)
-    demands, guesses = link._queues["demands"], link._queues["guesses"]
+    urgent, guesses = link.queues["urgent"], link.queues["guesses"]
     assert [after for after, _ in guesses] == [[first.end], ()]
-    assert not any(after for after, _ in demands)
+    assert not any(after for after, _ in urgent)
     transfer.close()
 
 
@@ -175,7 +179,7 @@ def test_resized_slots_are_filled_anew(pack: Pack, ram: int) -> None:
     transfer = transfer_of(pack, 8, ram, FakeLink())
     transfer.wait(transfer.start(0, 1, 7, urgent=True))
     transfer.resize(3, 2)
-    assert transfer._slots.shape[0] == 5
+    assert transfer.slots.shape[0] == 5
     transfer.wait(transfer.start(0, 2, 2, urgent=True))
     assert torch.equal(transfer.slot(2), pack.record(0, 2))
     transfer.close()
@@ -222,25 +226,6 @@ def test_time_on_both_streams_at_once_is_counted_once(pack: Pack) -> None:
         transfer.start(0, expert, expert, urgent=expert % 3 == 0)
     link.synchronize()
     assert 0 < transfer.busy_seconds <= link._clock / 1e3
-    transfer.close()
-
-
-def test_marks_are_told_of_every_copy(pack: Pack) -> None:
-    told = []
-
-    class Told:
-        def mark(self, name: str, layer: int, expert: int | None = None) -> None:
-            pass
-
-        def copied(self, layer: int, expert: int, urgent: bool, begin: float, s: float) -> None:
-            told.append((layer, expert, urgent))
-
-    transfer = transfer_of(pack, 2, EVERYTHING, FakeLink())
-    transfer.marks = Told()
-    transfer.wait(transfer.start(0, 3, 0, urgent=True))
-    transfer.wait(transfer.start(1, 4, 1, urgent=True))
-    transfer.marks = NO_MARKS
-    assert told == [(0, 3, True), (1, 4, True)]
     transfer.close()
 
 

@@ -25,7 +25,7 @@ EVERYTHING = 1 << 40
 
 
 class Limited:
-    """Refuses what goes beyond `limit` bytes, and mapped files if told to."""
+    """Refuses to pin more than `limit` bytes in all, and mapped files if told to."""
 
     remedy = "give it more"
 
@@ -102,13 +102,13 @@ def test_the_faster_way_is_chosen_and_both_rates_are_told(
     tier.close()
 
 
-def test_a_refusal_is_told_beside_the_other_ways_rate(pack: Pack) -> None:
+def test_the_description_has_a_refusal_beside_the_rate_of_the_other_way(pack: Pack) -> None:
     tier = HostTier(pack, EVERYTHING, Limited(files=False), lambda _: 20e9)
     assert "in place refused: CUDA error 801" in tier.description
     tier.close()
 
 
-def test_without_any_pinning_it_is_loud_and_records_come_from_the_files(
+def test_without_any_pinning_a_warning_comes_and_records_come_from_the_files(
     pack: Pack, caplog: pytest.LogCaptureFixture
 ) -> None:
     tier = HostTier(pack, EVERYTHING, Limited(0))
@@ -198,7 +198,7 @@ def test_a_record_is_checked_once(pack: Pack, monkeypatch: pytest.MonkeyPatch) -
     tier.close()
 
 
-def test_the_last_user_frees_it(pack: Pack) -> None:
+def test_the_last_user_to_leave_frees_everything(pack: Pack) -> None:
     pinner = Limited()
     tier = HostTier(pack, EVERYTHING, pinner)
     tier.join()
@@ -270,7 +270,7 @@ def test_buffers_that_cannot_be_pinned_are_used_all_the_same(
 
 
 class Gated(RecordFiles):
-    """Reads that wait for a gate and say in which order they began."""
+    """Reads that wait for a gate, and a list of the order in which they began."""
 
     def __init__(self, pack: Pack) -> None:
         super().__init__(pack)
@@ -304,7 +304,7 @@ def done(tier: DiskTier, read: Read) -> None:
     until(lambda: tier.wait(read, 0.01))
 
 
-def test_what_is_asked_for_is_read_before_what_is_guessed(disk: tuple[DiskTier, Gated]) -> None:
+def test_urgent_reads_begin_before_guesses(disk: tuple[DiskTier, Gated]) -> None:
     tier, files = disk
     first = tier.want(0, 0, urgent=False)
     until(lambda: files.order)  # the reader has begun it
@@ -316,7 +316,7 @@ def test_what_is_asked_for_is_read_before_what_is_guessed(disk: tuple[DiskTier, 
     assert files.order == [(0, 0), (0, 2), (0, 1)]
 
 
-def test_a_guess_that_is_asked_for_overtakes_the_others(disk: tuple[DiskTier, Gated]) -> None:
+def test_a_guess_that_somebody_waits_for_overtakes_the_others(disk: tuple[DiskTier, Gated]) -> None:
     tier, files = disk
     reads = [tier.want(0, expert, urgent=False) for expert in range(3)]
     until(lambda: files.order)
@@ -339,7 +339,7 @@ def test_a_guess_nobody_began_is_never_read_once_released(disk: tuple[DiskTier, 
     tier.pool.check_integrity()
 
 
-def test_what_is_wanted_twice_is_read_once_and_stays_for_both(
+def test_a_record_wanted_twice_is_read_once_and_stays_for_both(
     pack: Pack, disk: tuple[DiskTier, Gated]
 ) -> None:
     tier, files = disk
@@ -373,7 +373,7 @@ def test_a_held_buffer_is_not_taken_and_a_release_lets_reading_go_on(
     tier.pool.check_integrity()
 
 
-def test_a_damaged_record_is_told_to_whoever_wants_it_and_reading_goes_on(
+def test_a_damaged_record_is_reported_to_whoever_wants_it_and_reading_goes_on(
     mixtral_pack: Path, tmp_path: Path
 ) -> None:
     pack = damaged(mixtral_pack, tmp_path / "pack")

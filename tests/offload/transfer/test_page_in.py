@@ -59,7 +59,7 @@ class OneFile:
         return self.bytes[begin : begin + self.record_bytes]
 
 
-def test_what_left_memory_is_brought_back_and_only_that_is_read(
+def test_only_the_pages_that_left_memory_are_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pack = OneFile(tmp_path / "records", 4)
@@ -98,7 +98,7 @@ def test_the_pieces_of_a_record_are_where_they_lie_in_its_file(pack: Pack, page_
         assert bytes_there == pack.record(layer, expert).numpy().tobytes()
 
 
-def test_whatever_is_more_urgent_is_looked_at_in_between(
+def test_urgent_copies_can_be_done_between_two_reads(
     pack: Pack, page_in: PageIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("offload.transfer.host.AT_ONCE", 1)
@@ -108,7 +108,7 @@ def test_whatever_is_more_urgent_is_looked_at_in_between(
     assert len(looks) == 2
 
 
-def test_a_disk_that_fails_is_told_by_the_name_of_the_file(
+def test_an_error_of_the_disk_names_the_file(
     pack: Pack, page_in: PageIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> int:
@@ -121,7 +121,7 @@ def test_a_disk_that_fails_is_told_by_the_name_of_the_file(
 
 
 @pytest.mark.parametrize("gone", ["mincore", "preadv"])
-def test_a_system_that_cannot_tell_works_all_the_same(
+def test_a_system_that_cannot_say_what_is_in_memory_works_all_the_same(
     pack: Pack, monkeypatch: pytest.MonkeyPatch, gone: str
 ) -> None:
     if gone == "preadv":

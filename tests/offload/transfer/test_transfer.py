@@ -1,4 +1,4 @@
-"""Copies from the mapped pack into host slots."""
+"""Copies from the mapped pack into slots in host memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def pack(tmp_path: Path) -> Iterator[Pack]:
 
 
 class Gated:
-    """Copies wait for `gate`; `order` is that of their experts."""
+    """Copies wait for `gate`; `order` lists their experts as they are copied."""
 
     def __init__(self) -> None:
         self.gate = threading.Event()
@@ -39,7 +39,7 @@ class Gated:
 
 @pytest.fixture
 def gated(monkeypatch: pytest.MonkeyPatch) -> Gated:
-    """Every copy of this test is gated."""
+    """Every copy in this test waits for the gate."""
     copies, copy = Gated(), HostTransfer._copy
 
     def gated_copy(self: HostTransfer, ticket: HostTicket) -> None:
@@ -64,7 +64,7 @@ def test_slot_holds_the_record_after_wait(pack: Pack) -> None:
 def test_urgent_copies_overtake_others(pack: Pack, gated: Gated) -> None:
     transfer = HostTransfer(pack, 4)
     tickets = [transfer.start(0, expert, expert, urgent=False) for expert in (0, 1, 2)]
-    while len(transfer._queues[1]) > 2:  # the thread has taken the first
+    while len(transfer.waiting.guesses) > 2:  # the thread has taken the first
         time.sleep(0.001)
     urgent = transfer.start(0, 3, 3, urgent=True)
     gated.gate.set()
@@ -74,10 +74,10 @@ def test_urgent_copies_overtake_others(pack: Pack, gated: Gated) -> None:
     transfer.close()
 
 
-def test_waiting_for_a_look_ahead_copy_makes_it_urgent(pack: Pack, gated: Gated) -> None:
+def test_waiting_for_a_guess_makes_it_urgent(pack: Pack, gated: Gated) -> None:
     transfer = HostTransfer(pack, 4)
     tickets = [transfer.start(0, expert, expert, urgent=False) for expert in range(4)]
-    while len(transfer._queues[1]) > 3:  # the thread has taken the first
+    while len(transfer.waiting.guesses) > 3:  # the thread has taken the first
         time.sleep(0.001)
     threading.Timer(0.2, gated.gate.set).start()
     transfer.wait(tickets[3])
@@ -158,10 +158,10 @@ class Preempted(deque[HostTicket]):
 def test_a_drain_waits_for_a_copy_that_is_just_giving_way(
     pack: Pack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else that copy would go on into a slot which is somebody else's by then."""
+    """Otherwise that copy would go on into a slot that holds another record by then."""
     transfer = HostTransfer(pack, 2)
     urgent = Preempted()
-    transfer._queues = (urgent, transfer._queues[1])
+    transfer.waiting.urgent = urgent
     marker = HostTicket(0, 0, NOWHERE, True)
 
     def drain() -> None:  # what `drain` does on its side

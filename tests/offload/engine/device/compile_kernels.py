@@ -18,12 +18,12 @@ from offload.options import LoadOptions
 from tests.launches import caught, tell
 
 CPU = torch.device("cpu")
-USUAL = Places(48, 128, 8, 3072, LoadOptions().policy, "shared")
+USUAL = Places(48, 128, 8, 3072, LoadOptions().policy)
 ALL = {
     "qwen3-30b": USUAL,
-    "qwen3-30b lru": Places(48, 128, 8, 1536, "lru", "global"),
-    "mixtral": Places(32, 8, 2, 64, USUAL.policy, USUAL.allocation),
-    "gpt-oss fifo": Places(36, 128, 4, 1152, "fifo", "shared"),
+    "qwen3-30b lru": Places(48, 128, 8, 1536, "lru"),
+    "mixtral": Places(32, 8, 2, 64, USUAL.policy),
+    "gpt-oss": Places(36, 128, 4, 1152, USUAL.policy),
 }
 SETS = {"usual": {"qwen3-30b": USUAL}, "all": ALL}
 RECORD = 1 << 16  # bytes, of which a record has any multiple of 16
@@ -35,7 +35,7 @@ def launch(places: Places) -> None:
     slots = torch.empty(2, RECORD, dtype=torch.uint8)
     addresses = torch.empty(places.layers, places.experts, dtype=torch.int64)
     for layer in range(places.layers):
-        table.plan(layer, places.experts, chosen)
+        table.decide(layer, places.experts, chosen)
         gather(chosen, table.loads[layer], addresses[layer], slots, RECORD)
         table.look_ahead(layer, places.experts, chosen)
         guesses, loads = table.guesses[layer], table.guess_loads[layer]

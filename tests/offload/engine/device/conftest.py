@@ -37,7 +37,7 @@ def decode_by_products(
     slot_of_cell: Tensor,
     cells: Tensor,
 ) -> None:
-    """As `SlotDecode`, by the products of the host's engine; asks for no slot either."""
+    """Stands in for `SlotDecode` with the host engine's products, and asks for no slot either."""
     program = self._program(layer)
     for cell in range(len(cells)):
         slot = slot_of_cell[cell : cell + 1]
@@ -50,7 +50,7 @@ def decode_by_products(
 
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The device-planned engine may be had on a CPU."""
+    """The device-planned engine can be chosen on a CPU."""
     if torch.cuda.is_available():
         pytest.skip("kernels are compiled here: nothing interprets them on the CPU")
     monkeypatch.setattr(making, "DEVICES", ("cpu",))
@@ -58,7 +58,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def quick(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And computes as the host's does."""
+    """The device-planned engine can be chosen on a CPU, and computes as the host-planned does."""
     monkeypatch.setattr(SlotDecode, "__call__", decode_by_products)
     monkeypatch.setattr(SlotDecode, "works", lambda *_: True)
     monkeypatch.setattr(Ahead, "_link_is_behind", lambda *_: False)  # by a clock, on the host

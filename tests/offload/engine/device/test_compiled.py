@@ -10,7 +10,7 @@ import pytest
 from tests.compiled import CAPABILITIES, Found, compiled, names_by_capability, nothing_is_spilled
 
 MODULE = "tests.offload.engine.device.compile_kernels"
-KERNELS = {"plan_kernel", "look_ahead_kernel", "gather_kernel"}
+KERNELS = {"decide_kernel", "look_ahead_kernel", "gather_kernel"}
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 

@@ -27,21 +27,19 @@ def on_device(experts: Sequence[int]) -> torch.Tensor:
 class Both:
     """A cache on the host and one in tensors, told the same."""
 
-    def __init__(
-        self, slots: int, layers: int, experts: int, k: int, policy: str, allocation: str
-    ) -> None:
-        self.cache = ExpertCache(slots, layers, POLICIES[policy], allocation)
+    def __init__(self, slots: int, layers: int, experts: int, k: int, policy: str) -> None:
+        self.cache = ExpertCache(slots, layers, POLICIES[policy])
         self.experts = experts
-        self.table = Table(Places(layers, experts, k, slots, policy, allocation), DEVICE)
+        self.table = Table(Places(layers, experts, k, slots, policy), DEVICE)
         self.table.upload(self.cache.state())
 
-    def plan(self, layer: int, experts: Sequence[int]) -> None:
+    def decide(self, layer: int, experts: Sequence[int]) -> None:
         chosen = [expert for expert in dict.fromkeys(experts) if expert < self.experts]
-        plan = self.cache.plan(layer, chosen)
-        self.table.plan(layer, self.experts, on_device(experts))
-        assert len(plan.waves) <= 1
-        hits = dict(plan.waves[0].hits) if plan.waves else {}
-        loads = dict(plan.waves[0].loads) if plan.waves else {}
+        decision = self.cache.decide(layer, chosen)
+        self.table.decide(layer, self.experts, on_device(experts))
+        assert len(decision.waves) <= 1
+        hits = dict(decision.waves[0].hits) if decision.waves else {}
+        loads = dict(decision.waves[0].loads) if decision.waves else {}
         assert self.table.hits[layer].tolist() == [hits.get(expert, -1) for expert in experts]
         assert self.table.loads[layer].tolist() == [loads.get(expert, -1) for expert in experts]
 
@@ -67,7 +65,7 @@ class Both:
 
 def drive(both: Both, shape: Shape, tokens: int, routing: Routing) -> None:
     for event in synthesize(shape, routing, tokens).events:
-        both.plan(event.layer, event.experts[0])
+        both.decide(event.layer, event.experts[0])
         for guess in event.guesses:
             both.look_ahead(guess.layer, guess.experts)
         if event.layer == shape.layers - 1:
@@ -75,35 +73,33 @@ def drive(both: Both, shape: Shape, tokens: int, routing: Routing) -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "allocation", "layers", "experts", "k", "slots", "recall"),
+    ("policy", "layers", "experts", "k", "slots", "recall"),
     [
-        ("lfru", "shared", 3, 8, 2, 4, 0.7),  # as few slots as there may be
-        ("lfru", "shared", 2, 16, 4, 20, 0.9),
-        ("lfru", "shared", 2, 16, 4, 9, 0.2),  # guesses that lose their right to load
-        ("lfru", "shared", 1, 8, 1, 2, None),
-        ("lfru", "global", 3, 8, 2, 9, 0.7),
-        ("lru", "global", 3, 8, 2, 9, 0.7),
-        ("lru", "shared", 4, 8, 2, 9, 0.9),
-        ("fifo", "shared", 3, 8, 2, 9, 0.7),
+        ("lfru", 3, 8, 2, 4, 0.7),  # as few slots as there may be
+        ("lfru", 2, 16, 4, 20, 0.9),
+        ("lfru", 2, 16, 4, 9, 0.2),  # guesses that lose their right to load
+        ("lfru", 1, 8, 1, 2, None),
+        ("lfru", 3, 8, 2, 9, 0.7),
+        ("lru", 3, 8, 2, 9, 0.7),
+        ("lru", 4, 8, 2, 9, 0.9),
     ],
 )
 def test_kernels_decide_as_the_host_does(
     policy: str,
-    allocation: str,
     layers: int,
     experts: int,
     k: int,
     slots: int,
     recall: float | None,
 ) -> None:
-    both = Both(slots, layers, experts, k, policy, allocation)
+    both = Both(slots, layers, experts, k, policy)
     shape = Shape("any", layers, experts, k, 1, 1, 4.0)
     drive(both, shape, 10, Routing(recall=recall, seed=slots))
 
 
 def test_slots_are_looked_at_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table_module, "CHUNK", 4)
-    both = Both(11, 3, 8, 2, "lfru", "shared")
+    both = Both(11, 3, 8, 2, "lfru")
     drive(both, Shape("any", 3, 8, 2, 1, 1, 4.0), 8, Routing(recall=0.7))
 
 
@@ -111,27 +107,26 @@ def test_decides_alike_where_scores_are_scaled_down(monkeypatch: pytest.MonkeyPa
     """Which happens once in thousands of tokens."""
     for module in (lfru_module, heat_module, table_module):
         monkeypatch.setattr(module, "MOST", 1.2)
-    for allocation in ("shared", "global"):
-        both = Both(7, 3, 8, 2, "lfru", allocation)
-        drive(both, Shape("any", 3, 8, 2, 1, 1, 4.0), 8, Routing(recall=0.7))
+    both = Both(7, 3, 8, 2, "lfru")
+    drive(both, Shape("any", 3, 8, 2, 1, 1, 4.0), 8, Routing(recall=0.7))
 
 
 def test_sentinels_and_experts_named_twice_are_passed_over() -> None:
-    both = Both(6, 2, 8, 4, "lfru", "shared")
-    both.plan(0, [3, 8, 3, 1])
-    both.plan(1, [8, 8, 8, 8])
+    both = Both(6, 2, 8, 4, "lfru")
+    both.decide(0, [3, 8, 3, 1])
+    both.decide(1, [8, 8, 8, 8])
     both.compare()
-    both.plan(0, [1, 5, 8, 8])
-    both.plan(1, [2, 2, 2, 2])
+    both.decide(0, [1, 5, 8, 8])
+    both.decide(1, [2, 2, 2, 2])
     both.compare()
 
 
 def test_nothing_is_decided_when_the_sequence_is_over() -> None:
-    both = Both(6, 2, 8, 2, "lfru", "shared")
-    both.plan(0, [3, 1])
-    both.plan(1, [2, 5])
+    both = Both(6, 2, 8, 2, "lfru")
+    both.decide(0, [3, 1])
+    both.decide(1, [2, 5])
     both.table.halted.fill_(1)
-    both.table.plan(0, 8, on_device([4, 6]))
+    both.table.decide(0, 8, on_device([4, 6]))
     both.table.look_ahead(1, 8, on_device([4, 6]))
     assert both.table.hits[0].tolist() == both.table.loads[0].tolist() == [-1, -1]
     assert both.table.guess_loads[1].tolist() == [-1, -1]
@@ -139,9 +134,9 @@ def test_nothing_is_decided_when_the_sequence_is_over() -> None:
 
 
 def test_a_guess_may_evict_before_anything_was_planned_here() -> None:
-    both = Both(4, 2, 8, 2, "lfru", "shared")
+    both = Both(4, 2, 8, 2, "lfru")
     for layer in (0, 1):
-        both.cache.plan(layer, [0, 1])
+        both.cache.decide(layer, [0, 1])
     state = both.cache.state()._replace(trust=(1.0, 1.0))
     both.cache.adopt(state)
     both.table.upload(state)
@@ -150,13 +145,13 @@ def test_a_guess_may_evict_before_anything_was_planned_here() -> None:
 
 
 def test_goes_on_from_what_the_host_decided_and_back() -> None:
-    both = Both(7, 3, 8, 2, "lfru", "shared")
+    both = Both(7, 3, 8, 2, "lfru")
     shape = Shape("any", 3, 8, 2, 1, 1, 4.0)
     drive(both, shape, 6, Routing(recall=0.7))
     state = both.table.download()
     both.cache.adopt(state)
     both.cache.check_integrity()
-    both.cache.plan(0, [0, 1, 2, 3, 4, 5], prompt=True)
+    both.cache.decide(0, [0, 1, 2, 3, 4, 5], prompt=True)
     both.table.upload(both.cache.state())
     for counts in both.cache.statistics.layers:
         counts.__init__()  # type: ignore[misc]  # the table's begin anew
@@ -164,8 +159,8 @@ def test_goes_on_from_what_the_host_decided_and_back() -> None:
 
 
 def test_integrity_is_checked() -> None:
-    both = Both(6, 2, 8, 2, "lfru", "shared")
-    both.plan(0, [3, 1])
+    both = Both(6, 2, 8, 2, "lfru")
+    both.decide(0, [3, 1])
     both.table.ints[both.table.places.slot_of + 3] = 5
     with pytest.raises(AssertionError):
         both.table.check_integrity()

@@ -6,14 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from offload.cache.cache import ExpertCache
+from offload.cache.decision import CacheState
 from offload.cache.statistics import LayerCounts
 from transformers import PreTrainedModel
 
-from offload.engine.device.engine import DeviceEngine
+from offload.engine.device.engine import DevicePlanned
 from offload.engine.device.table import Table
+from offload.engine.engine import Engine
 from offload.engine.handle import offload_of
 from offload.errors import GenerationError
-from offload.generation.prompt_cache import PromptCache
+from offload.generation.prompt import PromptCache
 from offload.generation.step import DecodeLoop
 from offload.generation.stream import GenerationResponse, forward, stream_generate
 from tests.offload.engine.device.conftest import Load
@@ -36,15 +39,21 @@ def said(steps: list[GenerationResponse]) -> list[int]:
 
 
 def counts_of(model: PreTrainedModel) -> list[LayerCounts]:
-    """What does not depend on how quick the host's copies were."""
+    """The counts that do not depend on how quick the host's copies were."""
     layers = offload_of(model).stats().layers
     return [layer.decisions() for layer in layers]
 
 
-def engine_of(model: PreTrainedModel) -> DeviceEngine:
+def engine_of(model: PreTrainedModel) -> Engine:
     engine = offload_of(model).engine
-    assert isinstance(engine, DeviceEngine)
+    assert engine.device is not None
     return engine
+
+
+def _state(model: PreTrainedModel) -> CacheState:
+    cache = offload_of(model).engine.cache
+    assert isinstance(cache, ExpertCache)
+    return cache.state()
 
 
 @pytest.mark.parametrize(("model_type", "one_by_one"), [("mixtral", True), ("gpt_oss", False)])
@@ -58,7 +67,7 @@ def test_says_and_decides_what_the_host_planned_engine_does(
     assert said(mine) == said(theirs)
     assert counts_of(device) == counts_of(host)
     assert mine[-1].experts.counts.hits == theirs[-1].experts.counts.hits
-    state, expected = engine_of(device).cache.state(), offload_of(host).engine.cache.state()
+    state, expected = (_state(model) for model in (device, host))
     assert state.keys == expected.keys
     assert state.useless == expected.useless
     assert state.trust == expected.trust
@@ -79,7 +88,7 @@ def test_logits_are_bit_equal(load: Load) -> None:
 
 @pytest.mark.parametrize("model_type", ["gpt_oss", "qwen3_next"])
 def test_a_fixed_kv_cache_says_what_a_growing_one_does(load: Load, model_type: str) -> None:
-    """Longer than the tiny model's sliding window."""
+    """The prompt is longer than the tiny model's sliding window."""
     model = load(model_type, "device", expert_slots=24)
     fixed = said(answer(model, tokens=4, prompt=list(range(3, 70)), temperature=0.0))
     offload_of(model).decoding = None
@@ -148,7 +157,7 @@ def test_a_step_that_broke_off_leaves_nothing_wrong(
 ) -> None:
     model = load("mixtral", "device")
     whole = said(answer(model))
-    fetch = DeviceEngine._fetch
+    fetch = DevicePlanned.fetch
     calls = []
 
     def break_off(*args: Any) -> None:
@@ -157,13 +166,15 @@ def test_a_step_that_broke_off_leaves_nothing_wrong(
             raise KeyboardInterrupt
         fetch(*args)
 
-    monkeypatch.setattr(DeviceEngine, "_fetch", break_off)
+    monkeypatch.setattr(DevicePlanned, "fetch", break_off)
     with pytest.raises(KeyboardInterrupt):
         answer(model)
     assert said(answer(model)) == whole
 
 
-def test_logits_that_are_not_finite_are_told(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_that_are_not_finite_raise_an_error(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = load("mixtral", "device")
     steps = stream_generate(model, None, PROMPT, max_new_tokens=4)
     next(steps)
@@ -198,5 +209,6 @@ def test_slots_given_back_are_not_used_any_more(load: Load) -> None:
     slots = engine.cache.table.slots
     assert slots < 8
     assert said(answer(model)) == whole
-    assert engine.table.places.slots == slots
+    assert engine.device is not None
+    assert engine.device.table.places.slots == slots
     engine.cache.check_integrity()

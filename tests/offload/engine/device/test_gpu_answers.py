@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import offload
-from offload.engine.device.engine import DeviceEngine
 from offload.engine.handle import offload_of
 from offload.generation.graph import Replay
 from offload.generation.tokens import Loops
@@ -43,12 +42,12 @@ def answer(folder: Path, engine: str, slots: int) -> tuple[list[int], Replay | N
     counts = handle.stats().counts
     assert bool(counts.evictions) == (slots < ALL)
     handle.engine.cache.check_integrity()
-    assert isinstance(handle.engine, DeviceEngine) == (engine == "device")
+    assert (handle.engine.device is not None) == (engine == "device")
     replay = None
     if engine == "device":
         assert isinstance(handle.decoding, Loops)
-        assert handle.decoding._loop is not None, handle.decoding.refused
-        replay = handle.decoding._loop.replay
+        assert handle.decoding.loop is not None, handle.decoding.refused
+        replay = handle.decoding.loop.replay
     handle.close()
     return said, replay
 

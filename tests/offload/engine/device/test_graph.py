@@ -1,4 +1,4 @@
-"""A step runs as it is a few times, is captured once, and is replayed from then on.
+"""A step runs from Python a few times, is captured once, and is replayed from then on.
 
 Without a GPU the calls are counted, not made.
 """
@@ -68,7 +68,7 @@ def replay_of(step: Step, broken: list[int]) -> Replay:
 
 
 @pytest.mark.usefixtures("cuda")
-def test_captured_after_warming_up() -> None:
+def test_a_step_is_captured_after_warming_up() -> None:
     step, broken = Step(), []
     replay = replay_of(step, broken)
     for _ in range(WARM_UPS + 3):
@@ -80,7 +80,7 @@ def test_captured_after_warming_up() -> None:
 
 
 @pytest.mark.usefixtures("cuda")
-def test_what_cannot_be_captured_runs_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_step_that_cannot_be_captured_runs_from_python(caplog: pytest.LogCaptureFixture) -> None:
     step, broken = Step(fails_at=WARM_UPS + 1), []
     replay = replay_of(step, broken)
     for _ in range(WARM_UPS + 3):
@@ -93,7 +93,7 @@ def test_what_cannot_be_captured_runs_as_it_is(caplog: pytest.LogCaptureFixture)
     assert "cannot be captured" in caplog.text
 
 
-def test_a_cpu_runs_it_as_it_is() -> None:
+def test_a_cpu_runs_a_step_from_python() -> None:
     step = Step()
     replay = Replay(step, torch.device("cpu"), torch.Generator, lambda: None, lambda _: False)
     for _ in range(5):
@@ -103,7 +103,7 @@ def test_a_cpu_runs_it_as_it_is() -> None:
 
 
 class Starved(Step):
-    """Something is raised when it is captured first."""
+    """A step that raises an error in its first capture."""
 
     def __init__(self, error: BaseException) -> None:
         super().__init__(WARM_UPS + 1)
@@ -162,7 +162,7 @@ def test_a_capture_that_lacks_memory_asks_for_it_and_is_made_later(
 
 
 @pytest.mark.usefixtures("cuda")
-def test_a_capture_for_which_there_is_no_memory_runs_as_it_is(
+def test_a_step_whose_capture_finds_no_memory_runs_from_python(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     asked: list[int] = []
@@ -175,7 +175,7 @@ def test_a_capture_for_which_there_is_no_memory_runs_as_it_is(
 
 
 @pytest.mark.usefixtures("cuda")
-def test_ctrl_c_in_a_capture_is_ctrl_c_however_the_capture_ends(
+def test_ctrl_c_in_a_capture_reaches_the_caller_however_the_capture_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     replay = starved(KeyboardInterrupt(), [], spares=True)
@@ -189,10 +189,10 @@ def test_ctrl_c_in_a_capture_is_ctrl_c_however_the_capture_ends(
 
 @pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("around", [KeyboardInterrupt(), torch.OutOfMemoryError("1.00 MiB")])
-def test_what_the_caller_is_handling_is_no_reason_of_a_capture(
+def test_an_exception_that_the_caller_is_handling_does_not_count_as_the_captures(
     around: BaseException, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As a user's code that catches a lack of memory and asks again."""
+    """A user's code catches a shortage of memory and asks again."""
     asked: list[int] = []
     replay = starved(RuntimeError("operation not permitted"), asked, spares=True)
     for _ in range(WARM_UPS):

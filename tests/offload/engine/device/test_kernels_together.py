@@ -1,11 +1,11 @@
-"""Everything the GPU would run for a token, interpreted: plans, fetches and products."""
+"""All kernels that a GPU runs for a token, interpreted: decisions, fetches and products."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from offload import loading
+import offload.engine.engine as engine_module
 from offload.engine.compute import Grouped
 from offload.engine.handle import offload_of
 from offload.generation.stream import forward
@@ -16,7 +16,7 @@ from tests.offload.engine.device.conftest import Load
 def test_logits_are_those_of_the_host_planned_engine(
     load: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "compute_of", Grouped)  # the same products on both sides
+    monkeypatch.setattr(engine_module, "compute_of", Grouped)  # the same products on both sides
     logits = []
     for engine in ("host", "device"):
         model = load("mixtral", engine)

@@ -53,7 +53,7 @@ class NoWaiting(TorchDispatchMode):
 
 
 class NoLists(TorchFunctionMode):
-    """On a CPU `tolist` reads memory and no operation is seen."""
+    """`tolist` on a CPU reads memory without an operation that a dispatch mode would see."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -65,7 +65,7 @@ class NoLists(TorchFunctionMode):
 
 @pytest.fixture
 def watched(quick: None, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Steps from the second on are watched: the first may prepare things."""
+    """Steps are watched from the second on, because the first may prepare things."""
     steps: list[int] = []
     run = DecodeLoop.run
 
@@ -96,12 +96,12 @@ def test_a_decode_step_waits_for_nothing(load: Load, watched: list[int], model_t
 
 
 @pytest.mark.parametrize("way", [lambda t: t.tolist(), lambda t: int(t[0]), lambda t: t[t > 1]])
-def test_what_waits_is_noticed(way: Any) -> None:
+def test_operations_that_wait_are_noticed(way: Any) -> None:
     with NoWaiting(), NoLists(), pytest.raises(Waits):
         way(torch.arange(3))
 
 
-def test_a_cache_of_another_kind_is_had_one_by_one(
+def test_a_model_with_another_kind_of_cache_gets_tokens_one_by_one(
     load: Load, watched: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     model = load("deepseek_v4", "device")

@@ -1,4 +1,4 @@
-"""Memory that runs out in a decode loop: slots are given back and the answer is the same."""
+"""When memory runs out in a decode loop, slots are given back and the answer stays the same."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ import torch
 from transformers import PreTrainedModel
 
 import offload.generation.step as step_module
-from offload.engine.device.engine import DeviceEngine
+from offload.engine.device.engine import DevicePlanned
+from offload.engine.engine import Engine
 from offload.engine.handle import offload_of
 from offload.errors import GenerationError
 from offload.generation.fixed_kv import FixedKV
 from offload.generation.graph import Replay
-from offload.generation.prompt_cache import PromptCache
+from offload.generation.prompt import PromptCache
 from offload.generation.sampler import Sampler
 from offload.generation.step import DecodeLoop
 from offload.generation.stream import GenerationResponse, stream_generate
@@ -33,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 
 class Shortage:
-    """Memory runs out at some of the calls of what it stands behind."""
+    """Called like a hook; at some of its calls memory runs out."""
 
     def __init__(self, *calls: int, asked: str = LITTLE) -> None:
         self.left, self.calls, self._asked = set(calls), 0, asked
@@ -47,7 +48,7 @@ class Shortage:
             )
 
     def after(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, at the end of whose calls memory may run out."""
+        """`function`, but memory may run out at the end of a call."""
 
         def called(*args: Any, **named: Any) -> Any:
             result = function(*args, **named)
@@ -67,10 +68,18 @@ def said(model: PreTrainedModel, **options: Any) -> list[int]:
     return [step.token for step in steps_of(model, **options)]
 
 
-def engine_of(model: PreTrainedModel) -> DeviceEngine:
-    engine = offload_of(model).engine
-    assert isinstance(engine, DeviceEngine)
-    return engine
+def engine_of(model: PreTrainedModel) -> Engine:
+    return offload_of(model).engine
+
+
+def device_of(model: PreTrainedModel) -> DevicePlanned:
+    device = engine_of(model).device
+    assert device is not None
+    return device
+
+
+def loops_of(model: PreTrainedModel) -> Any:
+    return offload_of(model).decoding
 
 
 def slots_of(model: PreTrainedModel) -> int:
@@ -81,7 +90,7 @@ def check(model: PreTrainedModel) -> None:
     engine = engine_of(model)
     if engine.spares(0):  # the device plans
         engine.plan_on_device()
-        engine.table.check_integrity()
+        device_of(model).table.check_integrity()
     engine.cache.check_integrity()
     counts = engine.stats().counts
     assert counts.hits + counts.misses == counts.requests
@@ -148,13 +157,13 @@ def test_a_step_that_breaks_off_among_the_experts_is_done_again(
     model = load("mixtral", "device", expert_slots=SLOTS)
     expected = said(model, **SAMPLED)
     shortage = Shortage(call)
-    monkeypatch.setattr(DeviceEngine, "_fetch", shortage.after(DeviceEngine._fetch))
+    monkeypatch.setattr(DevicePlanned, "fetch", shortage.after(DevicePlanned.fetch))
     assert said(model, **SAMPLED) == expected
     assert not shortage.left
     check(model)
 
 
-def test_a_window_is_seen_as_it_was(load: Load) -> None:
+def test_a_sliding_window_is_as_it_was_after_a_step_is_undone(load: Load) -> None:
     model = load("gpt_oss", "device", expert_slots=SLOTS)
     prompt = list(range(3, 70))
     expected = said(model, prompt=prompt, tokens=4, **GREEDY)
@@ -178,7 +187,7 @@ def test_a_state_that_cannot_be_taken_back_is_made_anew(
 
 
 def test_transformers_own_generate_goes_on_with_what_is_left(load: Load) -> None:
-    """Which is not in inference mode."""
+    """`generate` of transformers does not run in inference mode."""
     model = load("mixtral", "device", expert_slots=SLOTS)
     shortage = Shortage(3)
     model.lm_head.register_forward_hook(shortage)
@@ -188,7 +197,7 @@ def test_transformers_own_generate_goes_on_with_what_is_left(load: Load) -> None
     assert out[0].tolist() == expected
 
 
-def test_with_one_slot_left_it_ends_with_what_to_do(load: Load) -> None:
+def test_with_one_slot_left_the_error_says_what_to_do(load: Load) -> None:
     model = load("mixtral", "device", expert_slots=SLOTS)
     steps = stream_generate(model, None, PROMPT, max_new_tokens=6, **GREEDY)
     next(steps)
@@ -230,7 +239,7 @@ def test_a_step_after_the_end_decides_nothing_when_it_is_done_again(load: Load) 
 
 
 def test_slots_given_back_between_two_tokens_are_not_used_any_more(load: Load) -> None:
-    """By another answer, say."""
+    """Another answer, say, gave the slots back."""
     model = load("mixtral", "device", expert_slots=SLOTS)
     expected = said(model, **SAMPLED)
     steps = stream_generate(model, None, PROMPT, max_new_tokens=6, **SAMPLED)
@@ -242,11 +251,11 @@ def test_slots_given_back_between_two_tokens_are_not_used_any_more(load: Load) -
     assert tokens == expected
     check(model)
     after = engine_of(model).stats().counts
-    assert offload_of(model).decoding._loop.step.table is engine_of(model).table  # type: ignore[union-attr]
+    assert loops_of(model).loop.step.table is device_of(model).table
     assert after.requests - before.requests == 3 * 3 * 2  # tokens, layers, experts: all seen
 
 
-def test_what_the_host_was_told_is_not_counted_again_when_a_token_is_read(load: Load) -> None:
+def test_counts_that_the_host_has_are_not_added_again_when_a_token_is_read(load: Load) -> None:
     model = load("mixtral", "device", expert_slots=SLOTS)
     whole = [step.experts.tokens for step in steps_of(model, **SAMPLED)]
     shortage = Shortage(4)
@@ -258,7 +267,7 @@ def test_what_the_host_was_told_is_not_counted_again_when_a_token_is_read(load: 
 
 
 def short(shortage: Shortage, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, which may find no memory."""
+    """`function`, but memory may run out at the beginning of a call."""
     return lambda *args, **named: (shortage(), function(*args, **named))[1]
 
 
@@ -268,7 +277,7 @@ def test_slots_make_way_for_the_second_kv_cache(
 ) -> None:
     model = load("mixtral", "device", expert_slots=SLOTS)
     expected = said(model, **SAMPLED)
-    offload_of(model).decoding._loop = None  # type: ignore[union-attr]
+    loops_of(model).loop = None
     run, runs = DecodeLoop.run, []
     monkeypatch.setattr(DecodeLoop, "run", lambda loop: (runs.append(1), run(loop))[1])
     shortage = Shortage(1, 2)
@@ -281,11 +290,11 @@ def test_slots_make_way_for_the_second_kv_cache(
 
 
 def test_a_loop_that_is_not_used_any_more_holds_no_memory(load: Load) -> None:
-    """Without Python's collector, which comes when it likes."""
+    """The memory is free at once, without Python's collector."""
     model = load("mixtral", "device", expert_slots=SLOTS)
-    loops = offload_of(model).decoding
+    loops = loops_of(model)
     said(model, **SAMPLED)
-    keys = weakref.ref(loops._loop.step.kv.layers[0].keys)  # type: ignore[union-attr]
+    keys = weakref.ref(loops.loop.step.kv.layers[0].keys)
     gc.collect()
     gc.disable()
     try:
@@ -304,11 +313,11 @@ def test_without_a_second_kv_cache_tokens_wait_and_the_last_slots_are_kept(
     assert said(model, **SAMPLED) == expected
     assert slots_of(model) == 4
     assert caplog.messages == ["no memory for a second KV cache: every token waits for the last"]
-    assert offload_of(model).decoding._loop is None  # type: ignore[union-attr]
+    assert loops_of(model).loop is None
 
 
 @pytest.mark.parametrize(("slots", "cached"), [(SLOTS, len(PROMPT) + 3), (4, 0)])
-def test_what_was_read_is_kept_for_the_next_prompt_where_slots_can_make_way(
+def test_the_kv_cache_is_kept_for_the_next_prompt_where_slots_can_make_way(
     load: Load,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -336,13 +345,13 @@ def test_a_capture_that_lacked_memory_changes_nothing_that_is_said(
     call, replays = Replay.__call__, []
 
     def capture(replay: Any) -> None:
-        """Of the third call. As one whose end fails it takes the generator with it."""
+        """The third call fails to capture and, as a failed end does, spoils the generator."""
         replays.append(replay)
         if len(replays) == 3:
-            torch.rand(5, generator=replay._generator())
-            replay._broke_off()
+            torch.rand(5, generator=replay.generator())
+            replay.broke_off()
             if spared:
-                assert replay._spares(0)
+                assert replay.spares(0)
                 raise torch.OutOfMemoryError("no memory for a graph")
         call(replay)
 

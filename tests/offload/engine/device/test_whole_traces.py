@@ -10,7 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from offload.cache.cache import ExpertCache
-from offload.cache.plan import CacheState
+from offload.cache.decision import CacheState
 from offload.cache.policies import POLICIES
 from offload.cache.statistics import LayerCounts
 from offload.cache.trace.synthetic import Routing, Shape, synthesize
@@ -22,7 +22,7 @@ from offload.engine.device.table import Table, add_counters
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NONE = -1
-WAYS = [("lfru", "shared"), ("lru", "global"), ("fifo", "shared")]
+WAYS = [("lfru"), ("lru", "global"), ("fifo", "shared")]
 SMALL = Shape("small", 3, 8, 2, 1, 1, 4.0)
 QWEN3 = Shape("qwen3-30b", 48, 128, 8, 1, 1, 4.0)
 
@@ -35,15 +35,15 @@ class Decided(NamedTuple):
     counts: list[LayerCounts]
 
 
-def on_the_host(trace: Trace, slots: int, policy: str, allocation: str) -> Decided:
+def on_the_host(trace: Trace, slots: int, policy: str) -> Decided:
     layers, k = trace.header.layers, trace.header.top_k
-    cache = ExpertCache(slots, layers, POLICIES[policy], allocation)
+    cache = ExpertCache(slots, layers, POLICIES[policy])
     tokens = len(trace.events) // layers
     said = [[[[NONE] * k for _ in range(layers)] for _ in range(3)] for _ in range(tokens)]
     for at, event in enumerate(trace.events):
         hits, loads, guessed = said[at // layers]
         experts = event.experts[0]
-        (wave,) = cache.plan(event.layer, experts).waves
+        (wave,) = cache.decide(event.layer, experts).waves
         for row, uses in ((hits, wave.hits), (loads, wave.loads)):
             slot_of = dict(uses)
             row[event.layer] = [slot_of.get(expert, NONE) for expert in experts]
@@ -54,16 +54,16 @@ def on_the_host(trace: Trace, slots: int, policy: str, allocation: str) -> Decid
     return Decided(torch.tensor(said), cache.state(), cache.statistics.layers)
 
 
-def on_the_device(trace: Trace, slots: int, policy: str, allocation: str) -> Decided:
+def on_the_device(trace: Trace, slots: int, policy: str) -> Decided:
     layers, experts, k = trace.header.layers, trace.header.experts[0], trace.header.top_k
-    table = Table(Places(layers, experts, k, slots, policy, allocation), DEVICE)
-    table.upload(ExpertCache(slots, layers, POLICIES[policy], allocation).state())
+    table = Table(Places(layers, experts, k, slots, policy), DEVICE)
+    table.upload(ExpertCache(slots, layers, POLICIES[policy]).state())
     chosen = torch.tensor([event.experts[0] for event in trace.events], device=DEVICE)
     guessed = [event.guesses[0].experts if event.guesses else (NONE,) * k for event in trace.events]
     ahead = torch.tensor(guessed, device=DEVICE)
     said = []
     for at, event in enumerate(trace.events):
-        table.plan(event.layer, experts, chosen[at])
+        table.decide(event.layer, experts, chosen[at])
         if event.guesses:
             table.look_ahead(event.layer + 1, experts, ahead[at])
         else:  # a token's last layer
@@ -74,10 +74,10 @@ def on_the_device(trace: Trace, slots: int, policy: str, allocation: str) -> Dec
     return Decided(torch.stack(said).cpu().long(), table.download(), counts)
 
 
-def decides_alike(shape: Shape, tokens: int, slots: int, policy: str, allocation: str) -> None:
+def decides_alike(shape: Shape, tokens: int, slots: int, policy: str) -> None:
     trace = synthesize(shape, Routing(stickiness=0.5, skew=1.0, recall=0.85, seed=slots), tokens)
-    theirs = on_the_host(trace, slots, policy, allocation)
-    mine = on_the_device(trace, slots, policy, allocation)
+    theirs = on_the_host(trace, slots, policy)
+    mine = on_the_device(trace, slots, policy)
     differing = (mine.slots != theirs.slots).flatten(1).any(1)
     assert not differing.any(), f"first at token {int(differing.int().argmax())}"
     assert mine.state.keys == theirs.state.keys
@@ -89,15 +89,13 @@ def decides_alike(shape: Shape, tokens: int, slots: int, policy: str, allocation
     assert sum(layer.lookahead_loads for layer in theirs.counts), "no guess was loaded"
 
 
-@pytest.mark.parametrize(("policy", "allocation"), WAYS)
-def test_a_small_trace_is_decided_as_on_the_host(policy: str, allocation: str) -> None:
-    decides_alike(SMALL, 6, 9, policy, allocation)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_small_trace_is_decided_as_on_the_host(policy: str) -> None:
+    decides_alike(SMALL, 6, 9, policy)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize(("policy", "allocation"), WAYS)
-def test_a_trace_of_a_real_models_size_is_decided_as_on_the_host(
-    policy: str, allocation: str
-) -> None:
-    decides_alike(QWEN3, 200, 3072, policy, allocation)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_trace_of_a_real_models_size_is_decided_as_on_the_host(policy: str) -> None:
+    decides_alike(QWEN3, 200, 3072, policy)

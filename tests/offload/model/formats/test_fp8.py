@@ -76,6 +76,11 @@ def _source(folder: Path, block: tuple[int, int] | None = BLOCK, **tensors: Tens
     return Fp8Source(SafetensorsSource(folder), block)
 
 
+def _of_transformers(weight: Tensor, scale: Tensor) -> Tensor:
+    converted = Fp8Dequantize(None).convert({"weight": weight, "weight_scale_inv": scale})
+    return converted["weight"].to(torch.bfloat16)
+
+
 @torch.inference_mode()
 def _logits(model: Any) -> Tensor:
     return model(input_ids=PROMPT).logits  # type: ignore[no-any-return]
@@ -119,16 +124,16 @@ def test_weights_are_what_transformers_dequantises(
     weight, scale = quantise(torch.randn(64, 96), BLOCK)
     scale = scale.to(scale_dtype)
     source = _source(tmp_path, weight=weight, weight_scale_inv=scale)
-    theirs = Fp8Dequantize(None)._dequantize_one(weight, scale, torch.bfloat16)
+    theirs = _of_transformers(weight, scale)
     assert source.names() == ["weight"]
     assert source.dtype("weight") == torch.bfloat16
     assert torch.equal(source.read("weight"), theirs)
 
 
-def test_exponents_as_scales_are_powers_of_two(tmp_path: Path) -> None:
+def test_scales_may_be_stored_as_exponents(tmp_path: Path) -> None:
     weight = torch.randn(32, 64).to(torch.float8_e4m3fn)
     exponents = torch.randint(110, 135, (2, 2), dtype=torch.uint8)
-    theirs = Fp8Dequantize(None)._dequantize_one(weight, exponents, torch.bfloat16)
+    theirs = _of_transformers(weight, exponents)
     for scale in (exponents, exponents.view(torch.float8_e8m0fnu)):
         source = _source(tmp_path, weight=weight, weight_scale_inv=scale)
         assert torch.equal(source.read("weight"), theirs)
@@ -149,7 +154,7 @@ def test_blocks_at_the_edges_may_be_cut(tmp_path: Path) -> None:
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
 @pytest.mark.parametrize("suffix", ["_scale", "_scale_inv"])
 @pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_one_scale_for_a_tensor(
+def test_a_tensor_may_have_one_scale(
     shape: tuple[int, ...], suffix: str, kind: torch.dtype, tmp_path: Path
 ) -> None:
     weight = torch.randn(24, 40).to(kind)
@@ -158,7 +163,7 @@ def test_one_scale_for_a_tensor(
     assert torch.equal(source.read("weight"), (weight.float() * 0.37).to(torch.bfloat16))
 
 
-def test_one_scale_for_a_row(tmp_path: Path) -> None:
+def test_each_row_may_have_one_scale(tmp_path: Path) -> None:
     weight, scale = torch.randn(24, 40).to(torch.float8_e4m3fn), torch.rand(24, 1) + 0.5
     source = _source(tmp_path, None, weight=weight, weight_scale=scale)
     assert torch.equal(source.read("weight"), (weight.float() * scale).to(torch.bfloat16))
@@ -195,7 +200,7 @@ def test_a_slice_of_fused_experts_is_one_expert(scale_shape: str, tmp_path: Path
         assert torch.equal(source.read_slice("up_proj", index), whole[index : index + 1])
 
 
-def test_other_tensors_are_as_they_are(tmp_path: Path) -> None:
+def test_other_tensors_are_read_unchanged(tmp_path: Path) -> None:
     weight, scale = quantise(torch.randn(32, 64), BLOCK)
     norm = torch.randn(3, 5, dtype=torch.float16)
     source = _source(tmp_path, weight=weight, weight_scale_inv=scale, norm=norm)
@@ -224,13 +229,13 @@ def _fails(folder: Path, match: str, kind: type[OffloadError] = CheckpointError)
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_scale(checkpoint: Path) -> None:
+def test_a_missing_scale_is_named(checkpoint: Path) -> None:
     name = _change(checkpoint, lambda tensors, name: tensors.pop(name + "_scale_inv"))
     _fails(checkpoint, f"{name} is float8 and its scale .* is missing")
 
 
 @pytest.mark.parametrize("shape", [(1, 2), (3, 2), (2, 3), (4,), (2, 2, 2), (2, 0)])
-def test_a_scale_of_another_shape(shape: tuple[int, ...], checkpoint: Path) -> None:
+def test_a_scale_of_another_shape_is_named(shape: tuple[int, ...], checkpoint: Path) -> None:
     def change(tensors: dict[str, Tensor], name: str) -> None:
         assert tensors[name + "_scale_inv"].shape == (2, 2)
         tensors[name + "_scale_inv"] = torch.ones(shape)
@@ -240,7 +245,7 @@ def test_a_scale_of_another_shape(shape: tuple[int, ...], checkpoint: Path) -> N
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_scale_that_is_no_number(value: float, checkpoint: Path) -> None:
+def test_an_expert_with_a_scale_that_is_no_number_is_named(value: float, checkpoint: Path) -> None:
     def change(tensors: dict[str, Tensor], name: str) -> None:
         tensors[name + "_scale_inv"][1, 0] = value
 
@@ -249,7 +254,7 @@ def test_a_scale_that_is_no_number(value: float, checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [[16], "16", [16, 0], [16, "32"], [1.5, 2], {"a": 1}])
-def test_a_block_size_that_is_none(size: object, checkpoint: Path) -> None:
+def test_a_block_size_that_is_not_two_sizes_is_refused(size: object, checkpoint: Path) -> None:
     config = json.loads((checkpoint / "config.json").read_text())
     config["quantization_config"]["weight_block_size"] = size
     (checkpoint / "config.json").write_text(json.dumps(config))

@@ -1,4 +1,4 @@
-"""Plain checkpoints, however they are stored, give transformers' own logits."""
+"""Safetensors checkpoints give transformers' own logits in every way of storing them."""
 
 from __future__ import annotations
 

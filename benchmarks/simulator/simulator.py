@@ -1,14 +1,13 @@
-"""A discrete-event model: router, plan, link, matmul. Predicts tokens/s for a machine.
+"""A discrete-event model of decoding and prefill that turns a trace into simulated seconds.
 
-Knows: what happens when in a step of the host-planned engine; the real cache makes every decision.
-Does not know: how experts were chosen (a trace says), which one a policy evicts.
+The real cache makes every decision; the simulator knows what happens when in a step of the
+host-planned engine. There are two clocks. The host runs the Python of a layer and plans the step;
+the device runs what the host queued. Planning needs the router's answer, so both clocks meet there.
+Copies have a clock of their own (`SimulatedLink`), one for each card. Cards hold a range of layers
+each and work in turn.
 
-Two clocks. The host runs the Python of a layer and makes the plan; the device runs what the host
-queued. The plan needs the router's answer: there both meet. Copies have a clock of their own
-(`cache.link`), one a card. Cards hold a range of layers each and work in turn.
-
-A step, as in `offload.engine`: dense part, router, plan, urgent copies, guesses for the next layer
-behind them, then each expert as soon as it is there, residents first.
+A step, as in `offload.engine`: dense part, router, decision, urgent copies, guesses for the next
+layer behind them, then each expert as soon as it is there, residents first.
 """
 
 from __future__ import annotations
@@ -17,17 +16,47 @@ from collections import Counter, deque
 from dataclasses import dataclass, field, replace
 
 from offload.cache.cache import ExpertCache
+from offload.cache.decision import Use
 from offload.cache.early import absent, nearly_all
 from offload.cache.errors import CacheError
-from offload.cache.guesses import make_predictor
-from offload.cache.plan import Use
-from offload.cache.simulate.machines import HOST_PLANNED, Hardware, Software
-from offload.cache.simulate.prediction import Phase, Prediction
 from offload.cache.staging import Kept, Staging
 from offload.cache.statistics import LayerCounts
-from offload.cache.trace.replay import Setup, admitted, guesses, layers_of, make_one, warmed
-from offload.cache.trace.timeline import Span, Timeline
+from offload.cache.trace.replay import Setup, admitted, card_trace, guesses, make_one, warmed
 from offload.cache.trace.trace import Event, Trace
+
+from benchmarks.simulator.outcome import Phase, SimulatedRun
+from benchmarks.simulator.timeline import Span, Timeline
+from offload.machine.hardware import Hardware
+from offload.plan.forecast import GUESS, KERNEL_STARTS, LAUNCHES, LAYER
+
+
+@dataclass(frozen=True)
+class Software:
+    """What a runtime costs by itself."""
+
+    name: str
+    host_seconds_per_layer: float
+    host_seconds_per_token: float = 0.0
+    start_seconds_per_layer: float = 0.0  # of the device, between kernels that are queued already
+    guess_seconds: float = 0.0
+    launches_per_expert: int = LAUNCHES
+    memory_passes: float = 1.0  # bytes through device memory for a byte of weights
+    link_share: float = 1.0  # of the hardware's rate for pinned copies
+    host_waits: bool = False  # whether the host waits for each copy too, not the device alone
+
+
+# This project's engine where steps are planned by Python, with a sync for each layer.
+HOST_PLANNED = Software("host-planned", LAYER, guess_seconds=GUESS)
+# A whole-token CUDA graph: one launch a token (FreeToken, field figures), and on the host nothing
+# for a layer. The device still starts its kernels one after the other.
+DEVICE_PLANNED = Software(
+    "device-planned",
+    0.0,
+    host_seconds_per_token=50e-6,
+    start_seconds_per_layer=KERNEL_STARTS,
+    launches_per_expert=0,
+)
+SOFTWARE = {software.name: software for software in (HOST_PLANNED, DEVICE_PLANNED)}
 
 
 @dataclass(eq=False)
@@ -35,19 +64,19 @@ class Copy:
     """One copy; `begin` and `end` are known once the link has come to it."""
 
     seconds: float
-    earliest: float  # not before this moment
+    earliest: float  # moment before which it may not begin
     urgent: bool
     begin: float | None = None
     end: float | None = None
 
 
-class Link:
-    """Copies in simulated seconds. Moments given to it never go back."""
+class SimulatedLink:
+    """Copies one after the other in simulated seconds. Moments given to it never go back."""
 
     def __init__(self) -> None:
         self.free_at = 0.0
         self.busy_seconds = 0.0
-        self.guess_delay_seconds = 0.0  # urgent copies waited for the rest of others
+        self.guess_delay_seconds = 0.0  # that urgent copies waited for the rest of a guess's copy
         self._under_way: Copy | None = None
         self._queues: tuple[deque[Copy], deque[Copy]] = (deque(), deque())  # urgent first
 
@@ -67,7 +96,7 @@ class Link:
             self._begin(copy)
 
     def wait(self, now: float, copy: Copy) -> float:
-        """The moment `copy` is complete, when from `now` on somebody waits for it."""
+        """The moment at which `copy` is complete if somebody waits for it from `now` on."""
         self.advance(now)
         if copy.end is None and not copy.urgent:  # as `offload.transfer` does
             self._queues[1].remove(copy)
@@ -112,14 +141,14 @@ STAGING_ROWS = 2  # what large records have
 
 @dataclass(frozen=True)
 class Scenario:
-    """What is simulated, complete."""
+    """Everything that a simulation needs beside the trace."""
 
     hardware: Hardware
-    cache: Setup  # its slots over all cards
+    cache: Setup  # with the slots of all cards
     dense_bytes: float  # weights that each token reads beside the experts
     software: Software = HOST_PLANNED
-    # Load guesses only as far as they end before the next demand: a rule of the model's own. The
-    # live engine queues every guess that `cache.cache` allows, as long as the link keeps up.
+    # Load guesses only as far as they end before the next urgent copy. This rule is the simulator's
+    # own: the live engine queues every guess that the cache allows, as long as the link keeps up.
     gentle: bool = False
     expert_bits: float = 4.5  # stored for a weight; with `dense_bits` it sets a prompt's operations
     dense_bits: float = 16.0
@@ -128,8 +157,8 @@ class Scenario:
     early: bool = True  # begin a prompt's next layer before its router is asked
 
 
-def simulate(trace: Trace, scenario: Scenario, timeline: Timeline | None = None) -> Prediction:
-    """Replay `trace` and predict its time. Raises `CacheError` for what cannot be."""
+def simulate(trace: Trace, scenario: Scenario, timeline: Timeline | None = None) -> SimulatedRun:
+    """Replay `trace` in simulated time. Raises `CacheError` for a scenario that cannot be."""
     return _Simulation(trace, scenario, timeline).run()
 
 
@@ -141,8 +170,8 @@ class _Card:
     first: int  # layer
     cache: ExpertCache
     staging: Staging
-    link: Link = field(default_factory=Link)
-    copies: dict[int, Copy] = field(default_factory=dict)  # slot -> copy nobody waited for yet
+    link: SimulatedLink = field(default_factory=SimulatedLink)
+    copies: dict[int, Copy] = field(default_factory=dict)  # slot -> copy that none waited for yet
     released: dict[int, float] = field(default_factory=dict)  # slot -> end of its last use
 
 
@@ -161,7 +190,6 @@ class _Simulation:
         self.phases = {False: Phase(), True: Phase()}  # by Event.prompt
         self.cards = [self._card(number) for number in range(cards)]
         self.card_of = [c.number for c in self.cards for _ in c.cache.statistics.layers]
-        self.predictor = make_predictor(scenario.cache.lookahead, layers)
         self.from_disk = [self._is_on_disk(layer) for layer in range(layers)]
         self.copy_seconds = [self._copy_seconds(layer) for layer in range(layers)]
         self.window = _Window()
@@ -171,7 +199,7 @@ class _Simulation:
         cards, slots = self.hardware.cards, self.scenario.cache.slots
         first, end = (at * self.header.layers // cards for at in (number, number + 1))
         share = (number + 1) * slots // cards - number * slots // cards
-        part = self.trace if cards == 1 else layers_of(self.trace, first, end)
+        part = self.trace if cards == 1 else card_trace(self.trace, first, end)
         cache = make_one(part, replace(self.scenario.cache, slots=share, cards=()))
         return _Card(number, first, cache, Staging(cache.table.slots, self.scenario.staging_rows))
 
@@ -185,14 +213,14 @@ class _Simulation:
         size = self.header.record_bytes[layer] / self.software.link_share
         return self.hardware.copy_seconds(round(size), from_disk=self.from_disk[layer])
 
-    def run(self) -> Prediction:
+    def run(self) -> SimulatedRun:
         for event in self.trace.events:
             self._step(event, self.phases[event.prompt])
         for copy, span in self.traced:
             if self.timeline is not None and copy.begin is not None:
                 self.timeline.add(span._replace(begin=copy.begin))
         counts = (card.cache.statistics.total() for card in self.cards)
-        return Prediction(
+        return SimulatedRun(
             decode=self.phases[False],
             prefill=self.phases[True],
             links=len(self.cards),
@@ -209,9 +237,9 @@ class _Simulation:
         self._dense(event, phase)
         self.window.planned(event, self.host)
         admit = admitted(event, self.scenario.cache, self.header)
-        plan = card.cache.plan(local, event.distinct(), prompt=event.prompt, admit=admit)
+        decision = card.cache.decide(local, event.distinct(), prompt=event.prompt, admit=admit)
         tokens_of = Counter(expert for row in event.experts for expert in row)
-        steps = card.staging.steps(plan)
+        steps = card.staging.steps(decision)
         right = sum(len(step.loads) - len(step.begin) for step in steps)
         card.cache.statistics.layers[local].early_loads_right += right
         early = admit is not None and self.scenario.early
@@ -228,7 +256,7 @@ class _Simulation:
         self._begin_early(event, early, phase, halves=2)
 
     def _before(self, event: Event, phase: Phase) -> None:
-        """What changed who is resident since the last step."""
+        """Do what changed the residents since the last step: a restart, a warm start."""
         if event.fresh:
             for card in self.cards:
                 card.cache.forget()
@@ -243,7 +271,7 @@ class _Simulation:
                 self._load(card, layer, use, phase, urgent=False)
 
     def _dense(self, event: Event, phase: Phase) -> None:
-        """Everything up to the router's answer, which the host waits for."""
+        """Everything up to the router's answer, for which the host waits."""
         size = self.scenario.dense_bytes / self.header.layers
         if event.layer == 0:
             phase.tokens += event.tokens
@@ -259,7 +287,7 @@ class _Simulation:
         self.host = max(self.host, self.device)  # the plan needs the router's answer
 
     def _arrive(self, card: _Card, layer: int, use: Use, phase: Phase) -> None:
-        """Wait for the copy into a slot, if there is one under way."""
+        """Wait for the copy into a slot if one is under way."""
         copy = card.copies.pop(use.slot, None)
         if copy is None:
             return
@@ -271,7 +299,7 @@ class _Simulation:
         if guessed:
             phase.guess_wait_seconds += wait
         else:
-            phase.demand_wait_seconds += wait
+            phase.urgent_wait_seconds += wait
         self.device += wait
         if self.software.host_waits or not self.hardware.runs_ahead:
             self.host = self.device
@@ -293,7 +321,7 @@ class _Simulation:
         earliest = card.released.get(use.slot, 0.0)
         before = card.copies.pop(use.slot, None)
         if before is not None and card.link.drop(self.host, before):
-            phase.copy_seconds -= before.seconds  # nobody had asked for it
+            phase.copy_seconds -= before.seconds  # it had not begun
             phase.dropped += 1
         copy = card.link.submit(self.host, seconds, urgent=urgent, earliest=earliest)
         card.copies[use.slot] = copy
@@ -307,7 +335,7 @@ class _Simulation:
             self.traced.append((copy, Span(track, name, 0.0, seconds, layer, use.expert)))
 
     def _begin_early(self, event: Event, early: bool, phase: Phase, halves: int) -> None:
-        """Fill the free halves of the rows for the next layer, as far as that is worth it."""
+        """Fill the free halves of the staging rows for the next layer, if that is worth it."""
         at = event.layer + 1
         if not early or at == self.header.layers:
             return
@@ -321,15 +349,15 @@ class _Simulation:
             card.cache.statistics.layers[local].early_loads += 1
 
     def _keep(self, card: _Card, layer: int, kept: Kept, phase: Phase) -> None:
-        """What came early is read from its row and written to its slot."""
-        seconds = self.hardware.compute_seconds(2 * self.header.record_bytes[layer], 0.0)
+        """Copy an expert that came early from its row to its slot."""
+        seconds = 2 * self.header.record_bytes[layer] / (self.hardware.memory_gb_per_s * 1e9)
         self._device_works(self.host, seconds, phase)
         phase.expert_seconds += seconds
         card.released[kept.row] = card.released[kept.slot] = self.device
 
     def _look_ahead(self, event: Event, loads: int, phase: Phase) -> None:
-        """Queue what is guessed for later layers, behind this layer's own loads."""
-        said = list(guesses(event, self.scenario.cache, self.predictor, self.header.layers))
+        """Queue guesses for later layers behind this layer's own loads."""
+        said = list(guesses(event, self.scenario.cache))
         if event.layer + 1 == self.header.layers:
             return
         link = self.cards[self.card_of[event.layer + 1]].link
@@ -348,12 +376,13 @@ class _Simulation:
             room -= len(uses)
 
     def _stream_seconds(self, size: float, bits: float, tokens: int) -> float:
-        """Reading `size` bytes of weights once, and multiplying them with `tokens` rows."""
+        """Read `size` bytes of weights once and multiply them with `tokens` rows."""
         flops = 2 * tokens * size * 8 / bits
-        return self.hardware.compute_seconds(size * self.software.memory_passes, flops)
+        memory = size * self.software.memory_passes / (self.hardware.memory_gb_per_s * 1e9)
+        return max(memory, flops / (self.hardware.tflops * 1e12))
 
     def _device_works(self, queued: float, seconds: float, phase: Phase) -> None:
-        """The device does something queued at `queued`; where it is the host itself, both do."""
+        """Let the device work on something queued at `queued`; a CPU is host and device."""
         phase.host_seconds += max(0.0, queued - self.device)
         self.device = max(self.device, queued) + seconds
         if not self.hardware.runs_ahead:
@@ -373,10 +402,10 @@ class _Simulation:
 
 
 class _Window:
-    """How long a link is certainly free between a layer's own loads and the next plan.
+    """How long a link is certainly free between a layer's own loads and the next decision.
 
-    The shortest time seen, for each layer and number of loads: a guess that fits into it never
-    keeps a demand waiting.
+    That is the shortest time seen for each layer and number of loads. A guess that fits into it
+    never keeps an urgent copy waiting.
     """
 
     def __init__(self) -> None:
@@ -396,5 +425,5 @@ class _Window:
         self._open = None
 
     def room(self, layer: int, loads: int, copy_seconds: float) -> int:
-        """Copies that fit; none before the time has been measured once."""
+        """Number of copies that fit; 0 before the time has been measured once."""
         return int(self._shortest.get((layer, loads), 0.0) / copy_seconds + 1e-9)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from offload.cache.trace.timeline import Span, Timeline
-
-from tests.cache.chrome import check_chrome_trace
+from benchmarks.simulator.timeline import Span, Timeline
+from tests.benchmarks.chrome import check_chrome_trace
 
 
 def test_a_written_timeline_is_a_valid_trace(tmp_path: Path) -> None:

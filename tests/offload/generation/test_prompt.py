@@ -1,7 +1,9 @@
-"""The KV cache kept between turns: what is read again, and that answers stay the same."""
+"""Chat templates in their sandbox, and what a KV cache kept between turns saves."""
 
 from __future__ import annotations
 
+import _thread
+import threading
 from pathlib import Path
 
 import pytest
@@ -9,9 +11,45 @@ import torch
 from transformers import DynamicCache
 
 import offload
-from offload.generation.prompt_cache import PromptCache
+from offload.errors import GenerationError
+from offload.generation.prompt import PromptCache, encode_prompt
 from offload.generation.stream import stream_generate
+from tests.conftest import make_tokenizer
 from tests.tiny import save_tiny
+
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+# --- chat templates ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ cycler.__init__.__globals__.os.getcwd() }}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{% include '/etc/passwd' %}",
+    ],
+)
+def test_a_template_does_not_leave_its_sandbox(template: str) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(GenerationError, match="template"):
+        encode_prompt(tokenizer, MESSAGES)
+
+
+def test_ctrl_c_stops_a_template_that_never_ends() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    )
+    ctrl_c = threading.Timer(0.3, _thread.interrupt_main)
+    ctrl_c.start()
+    with pytest.raises(KeyboardInterrupt):
+        encode_prompt(tokenizer, MESSAGES)
+    ctrl_c.join()
+
+
+# --- the KV cache between turns ------------------------------------------------------------------
 
 
 def _filled(length: int) -> DynamicCache:
@@ -43,7 +81,7 @@ def test_the_common_beginning_is_kept(held: list[int], prompt: list[int], kept: 
     assert prompt_cache.take(prompt) == (None, 0), "what was taken is not there twice"
 
 
-def test_a_cache_that_cannot_be_cut_back_serves_what_goes_on_from_it() -> None:
+def test_a_cache_that_cannot_be_cut_back_serves_only_prompts_that_continue_it() -> None:
     class Sum(DynamicCache):
         is_croppable = False
 

@@ -1,8 +1,4 @@
-"""Who was busy when, as a file for Perfetto or chrome://tracing.
-
-Knows: spans on tracks, and the Trace Event Format ("X" events, times in microseconds; names of
-processes and threads as "M" events). Does not know: what a span stands for, nor which clock it is.
-"""
+"""Who was busy when in a simulated run, as a file for ui.perfetto.dev (Trace Event Format)."""
 
 from __future__ import annotations
 

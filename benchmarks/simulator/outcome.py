@@ -1,7 +1,4 @@
-"""What a simulation found, as values and as lines.
-
-Knows: how simulated time divides. Does not know: how it came about (`cache.simulator`).
-"""
+"""What a simulation found, as values and as lines."""
 
 from __future__ import annotations
 
@@ -12,25 +9,24 @@ from offload.cache.statistics import LayerCounts
 
 @dataclass
 class Phase:
-    """Prefill or decode: tokens, and where the device's time went. The parts add up to
-    `seconds`."""
+    """Prefill or decode: its tokens, and the parts of the device's time, whose sum is `seconds`."""
 
     tokens: int = 0
     dense_seconds: float = 0.0  # attention, shared experts, head
     expert_seconds: float = 0.0
     host_seconds: float = 0.0  # the device stood still because nothing was queued
-    start_seconds: float = 0.0  # it started kernels that were
-    demand_wait_seconds: float = 0.0  # it stood still for a load on demand
-    guess_wait_seconds: float = 0.0  # for a right guess that was late
+    start_seconds: float = 0.0  # the device started kernels that were queued
+    urgent_wait_seconds: float = 0.0  # the device stood still for an urgent copy
+    guess_wait_seconds: float = 0.0  # the device stood still for a right guess that was late
     loads: int = 0
     loaded_bytes: int = 0
     dropped: int = 0  # guesses given up before their copies began
     copy_seconds: float = 0.0  # of those loads, over all links
-    disk_seconds: float = 0.0  # of these, for records that RAM did not hold
+    disk_seconds: float = 0.0  # the part of `copy_seconds` for records that RAM did not hold
 
     @property
     def seconds(self) -> float:
-        waits = self.demand_wait_seconds + self.guess_wait_seconds
+        waits = self.urgent_wait_seconds + self.guess_wait_seconds
         compute = self.dense_seconds + self.expert_seconds
         return compute + self.host_seconds + self.start_seconds + waits
 
@@ -39,13 +35,13 @@ class Phase:
         return self.tokens / self.seconds if self.seconds else 0.0
 
     def shares(self) -> dict[str, float]:
-        """Part of the time -> its share."""
+        """Name of a part of the time -> its share."""
         parts = {
             "dense": self.dense_seconds,
             "experts": self.expert_seconds,
             "host": self.host_seconds,
             "starting kernels": self.start_seconds,
-            "waiting for loads": self.demand_wait_seconds,
+            "waiting for loads": self.urgent_wait_seconds,
             "waiting for guesses": self.guess_wait_seconds,
         }
         return {name: part / (self.seconds or 1.0) for name, part in parts.items()}
@@ -53,7 +49,7 @@ class Phase:
     @property
     def limited_by(self) -> str:
         """What the device spends most of its time on."""
-        waits = self.demand_wait_seconds + self.guess_wait_seconds
+        waits = self.urgent_wait_seconds + self.guess_wait_seconds
         carrier = "the disk" if self.disk_seconds > self.copy_seconds / 2 else "the link"
         parts = {
             "device memory": self.dense_seconds + self.expert_seconds,
@@ -65,16 +61,16 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """A trace on a machine. `decode` and `prefill` divide all of its time."""
+class SimulatedRun:
+    """A trace on a machine. `decode` and `prefill` together are all of its time."""
 
     decode: Phase
     prefill: Phase
     links: int
     slots: int
     total_experts: int
-    counts: LayerCounts  # of the cache, both phases
-    guess_delay_seconds: float  # what loads on demand waited for guesses under way
+    counts: LayerCounts  # of the cache, in both phases
+    guess_delay_seconds: float  # that urgent copies waited for guesses under way
 
     @property
     def seconds(self) -> float:
@@ -82,12 +78,12 @@ class Prediction:
 
     @property
     def link_use(self) -> float:
-        """Share of the decode time that a link is copying, averaged over links."""
+        """Share of the decode time in which a link is copying, averaged over links."""
         seconds = self.decode.seconds * self.links
         return self.decode.copy_seconds / seconds if seconds else 0.0
 
     def lines(self) -> list[str]:
-        """For a reader: speed, waits, link use, time split, what limits it."""
+        """Speed, waits, use of the link, parts of the time and what limits the speed, as text."""
         rows = []
         if self.prefill.tokens:
             rows.append(f"prefill  {self.prefill.tokens_per_s:8.1f} tokens/s")
@@ -96,7 +92,7 @@ class Prediction:
             return rows
         loads = decode.loads / decode.tokens
         mib = decode.loaded_bytes / 2**20 / decode.tokens
-        waits = decode.demand_wait_seconds + decode.guess_wait_seconds
+        waits = decode.urgent_wait_seconds + decode.guess_wait_seconds
         rows += [
             f"decode   {decode.tokens_per_s:8.1f} tokens/s, "
             f"{1e3 * decode.seconds / decode.tokens:.1f} ms/token, limited by {decode.limited_by}",

@@ -1,0 +1,149 @@
+"""Command-line flags made from dataclasses whose fields say how each option is written."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from collections.abc import Callable, Container, Iterable
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, TypeVar
+
+Kind = TypeVar("Kind")
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """How one option is written and explained."""
+
+    usage: str  # like `-c --ctx-size N`; empty if the option is for Python only
+    help: str
+    group: str | None = None  # heading in --help
+    unit: str = ""  # what a number counts
+    unset: str = ""  # what the default None stands for, or "required"
+    parse: Callable[[str], Any] = str
+    choices: tuple[str, ...] | None = None
+    action: str = "store"  # "append" and "extend" allow the option several times
+
+    @property
+    def flags(self) -> list[str]:
+        """The ways to write the option; the last one is its full word."""
+        return [word for word in self.usage.split() if word.startswith("-")]
+
+    @property
+    def metavar(self) -> str | None:
+        """What stands for the value in --help; a switch has none."""
+        words = self.usage.split()
+        return words[-1] if len(words) > len(self.flags) else None
+
+
+def option(usage: str, default: Any, help: str, **more: Any) -> Any:
+    """A dataclass field that is also a command-line option; `more` is as in `Spelling`."""
+    return field(default=default, metadata={"spelling": Spelling(usage, help, **more)})
+
+
+def options_of(kind: type) -> list[tuple[Field[Any], Spelling]]:
+    """The fields of the dataclass `kind` in order, each with its spelling."""
+    return [(each, each.metadata["spelling"]) for each in fields(kind)]
+
+
+def is_switch(each: Field[Any]) -> bool:
+    """Whether the option takes no value."""
+    return str(each.type).startswith("bool")
+
+
+def has_no(each: Field[Any]) -> bool:
+    """Whether the option is a switch that can also be written `--no-...`."""
+    return is_switch(each) and each.default is not False
+
+
+def default_text(default: Any, spelling: Spelling) -> str:
+    """A default as people read it, or "" if nothing need be said."""
+    if default is None or default == ():
+        return spelling.unset
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+
+def explained(each: Field[Any], default: Any) -> str:
+    """The help of an option, followed by its default in brackets."""
+    spelling: Spelling = each.metadata["spelling"]
+    told = default_text(default, spelling)
+    if not told or each.default is False:
+        return spelling.help
+    return f"{spelling.help} ({told if told == 'required' else f'default: {told}'})"
+
+
+def add_options(
+    parser: argparse.ArgumentParser,
+    kind: type,
+    names: Container[str] | None = None,
+    *,
+    group: str | None = None,
+    **defaults: Any,
+) -> None:
+    """Give `parser` the options of the dataclass `kind`, or only those in `names`.
+
+    `group` replaces the heading of each option, and `defaults` the default values. An option that
+    the user leaves out does not appear in the namespace, so that the default of the dataclass
+    applies.
+    """
+    headings = {each.title: each for each in parser._action_groups}
+    for each, spelling in options_of(kind):
+        if not spelling.flags or (names is not None and each.name not in names):
+            continue
+        title = group or spelling.group
+        if title and title not in headings:
+            headings[title] = parser.add_argument_group(title)
+        settings: dict[str, Any] = {
+            "dest": each.name,
+            "default": defaults.get(each.name, argparse.SUPPRESS),
+            "help": explained(each, defaults.get(each.name, each.default)).replace("%", "%%"),
+            "action": spelling.action,
+        }
+        if is_switch(each):
+            settings["action"] = argparse.BooleanOptionalAction if has_no(each) else "store_true"
+        else:
+            settings |= {"metavar": spelling.metavar, "type": spelling.parse}
+            settings |= {"choices": spelling.choices, "required": spelling.unset == "required"}
+        (headings[title] if title else parser).add_argument(*spelling.flags, **settings)
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Give `parser` the model that a command runs."""
+    parser.add_argument(
+        "model", metavar="MODEL", help="checkpoint folder, .gguf file, pack, hub id, or demo"
+    )
+
+
+def options_from(arguments: argparse.Namespace, kind: type[Kind]) -> Kind:
+    """The dataclass `kind`, filled with what the user gave."""
+    given = vars(arguments)
+    values = {each.name: given[each.name] for each, _ in options_of(kind) if each.name in given}
+    return kind(**{n: tuple(v) if isinstance(v, list) else v for n, v in values.items()})
+
+
+def words_of(options: Any, names: Iterable[str]) -> list[str]:
+    """The words that a user writes for those of `names` whose values are not the defaults."""
+    known = {each.name: (each, spelling) for each, spelling in options_of(type(options))}
+    words: list[str] = []
+    for name in names:
+        value, (each, spelling) = getattr(options, name), known[name]
+        flag = spelling.flags[0]
+        if value == each.default:
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-"))
+        else:
+            words += [flag, str(value)]
+    return words
+
+
+def described(kind: type) -> str:
+    """The options of the dataclass `kind` as lines for its docstring."""
+    lines = []
+    for each, spelling in options_of(kind):
+        unit = "" if spelling.unit in spelling.help else f", in {spelling.unit}"
+        text = f"{each.name}: {explained(each, each.default)}{unit}"
+        lines.append(textwrap.fill(text, 92, initial_indent="- ", subsequent_indent="  "))
+    return "\n".join(lines)

@@ -1,0 +1,39 @@
+"""Named ranges of work for the timeline; they cost next to nothing while none is recorded."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+
+from torch.profiler import record_function
+
+_NOTHING = contextlib.nullcontext()
+_recorded = False  # torch's profiler, too, is one for the whole process and all of its threads
+
+
+def recorded() -> bool:
+    """Whether a timeline is being recorded."""
+    return _recorded
+
+
+def work(name: str, layer: int, *experts: int) -> AbstractContextManager[object]:
+    """A range that says what is done inside, for which layer and which of its experts."""
+    return record_function(label(name, layer, *experts)) if _recorded else _NOTHING
+
+
+def label(name: str, layer: int, *experts: int) -> str:
+    """The text of a range, like "copy layer 3 expert 5" or "experts layer 3 expert 5, 7"."""
+    text = f"{name} layer {layer}"
+    return f"{text} expert {', '.join(map(str, experts))}" if experts else text
+
+
+@contextlib.contextmanager
+def switched_on() -> Iterator[None]:
+    """Ranges are recorded inside."""
+    global _recorded
+    _recorded = True
+    try:
+        yield
+    finally:
+        _recorded = False
