@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from offload.machine import graphics
 from offload.machine import measure as about
 from offload.machine import measure as disk
 from offload.machine.finding import MISSING, OK, SLOW, Finding
-from offload.machine.graphics import Slot, parse_slots, sysfs_slots
+from offload.machine.graphics import PciePort, linux_ports, nvml_ports
 from offload.machine.hardware import Hardware
 from offload.machine.measure import read_rate
 
@@ -196,46 +197,134 @@ def test_without_direct_reads_the_page_cache_is_dropped(
 
 # --- GPUs -----------------------------------------------------------------------------------------
 
-SMI = """NVIDIA GeForce RTX 4090, 570.86.15, 1, 4, 16, 16
-NVIDIA GeForce RTX 4090, 570.86.15, 4, 4, 4, 16
-Other, 570.86.15, [N/A], [N/A], [N/A], [N/A]
-nonsense
-"""
+CARD = PciePort("NVIDIA GeForce RTX 4090", 1, 4, 16, 16)
 
 
-def test_nvidia_smi_tells_generation_and_width() -> None:
-    first, second, third = parse_slots(SMI)
-    assert first == Slot("NVIDIA GeForce RTX 4090", "570.86.15", 1, 4, 16, 16)
-    assert first.gb_per_s == pytest.approx(31.5, abs=0.1)
-    assert graphics._pcie(first).verdict == OK
-    assert graphics._pcie(second).verdict == SLOW
-    assert "x4 of x16" in graphics._pcie(second).value
-    assert "not readable" in graphics._pcie(third).value
+class MadeUpNvml:
+    """NVIDIA's management library as far as `doctor` uses it; a card is what it says of itself."""
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, *cards: PciePort, answers: bool = True) -> None:
+        self.cards, self.answers, self.open = cards, answers, False
+
+    def nvmlInit(self) -> None:
+        if not self.answers:
+            raise self.NVMLError("driver not loaded")
+        self.open = True
+
+    def nvmlShutdown(self) -> None:
+        self.open = False
+
+    def nvmlSystemGetDriverVersion(self) -> str:
+        assert self.open
+        return "570.86.15"
+
+    def nvmlDeviceGetCount(self) -> int:
+        return len(self.cards)
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> PciePort:
+        return self.cards[index]
+
+    def nvmlDeviceGetName(self, card: PciePort) -> str:
+        return card.card
+
+    def told(self, number: int) -> int:
+        if not number:
+            raise self.NVMLError("not supported")
+        return number
+
+    def nvmlDeviceGetCurrPcieLinkGeneration(self, card: PciePort) -> int:
+        return self.told(card.generation)
+
+    def nvmlDeviceGetMaxPcieLinkGeneration(self, card: PciePort) -> int:
+        return self.told(card.most_generation)
+
+    def nvmlDeviceGetCurrPcieLinkWidth(self, card: PciePort) -> int:
+        return self.told(card.width)
+
+    def nvmlDeviceGetMaxPcieLinkWidth(self, card: PciePort) -> int:
+        return self.told(card.most_width)
+
+
+def test_a_driver_tells_generation_and_width() -> None:
+    cards = (CARD, replace(CARD, width=4), PciePort("Virtual", 0, 0, 0, 0))
+    nvml = MadeUpNvml(*cards)
+    assert nvml_ports(nvml) == ("570.86.15", list(cards))
+    assert not nvml.open
+    assert CARD.gb_per_s == pytest.approx(31.5, abs=0.1)
+
+
+def test_a_library_that_no_longer_has_what_is_asked_fails_loudly() -> None:
+    nvml = MadeUpNvml(CARD)
+    nvml.nvmlDeviceGetName = None  # type: ignore[method-assign,assignment]
+    with pytest.raises(TypeError):
+        nvml_ports(nvml)
+
+
+def test_every_function_that_is_asked_for_is_in_the_library() -> None:
+    real = pytest.importorskip("pynvml")
+    asked = [name for name in dir(MadeUpNvml) if name.startswith("nvml")]
+    assert len(asked) == 10, asked
+    assert all(hasattr(real, name) for name in asked)
+
+
+def test_few_lanes_are_slow_and_unknown_ones_are_not_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvml = MadeUpNvml(CARD, replace(CARD, width=4), PciePort("Virtual", 0, 0, 0, 0))
+    monkeypatch.setattr(graphics, "installed_nvml", lambda: nvml)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = [f for f in graphics.graphics(tmp_path) if f.name == "PCIe"]
+    assert [finding.verdict for finding in found] == [OK, SLOW, OK]
+    assert "x4 of x16" in found[1].value
+    assert "not readable" in found[2].value
+
+
+def plug_in(devices: Path, name: str, vendor: str) -> None:
+    """List a display card in `devices` as Linux does."""
+    (devices / name).mkdir()
+    for file, text in {
+        "vendor": vendor,
+        "class": "0x030000",
+        "current_link_speed": "8.0 GT/s PCIe",
+        "max_link_speed": "16.0 GT/s PCIe",
+        "current_link_width": "8",
+        "max_link_width": "16",
+    }.items():
+        (devices / name / file).write_text(text + "\n")
 
 
 def test_linux_tells_generation_and_width_without_a_driver(tmp_path: Path) -> None:
-    for name, vendor, kind in (("a", "0x10de", "0x030000"), ("b", "0x8086", "0x030000")):
-        (tmp_path / name).mkdir()
-        for file, text in {
-            "vendor": vendor,
-            "class": kind,
-            "current_link_speed": "8.0 GT/s PCIe",
-            "max_link_speed": "16.0 GT/s PCIe",
-            "current_link_width": "8",
-            "max_link_width": "16",
-        }.items():
-            (tmp_path / name / file).write_text(text + "\n")
-    assert sysfs_slots(tmp_path) == [Slot("NVIDIA card at a", "", 3, 4, 8, 16)]
-    assert sysfs_slots(tmp_path / "none") == []
+    plug_in(tmp_path, "a", "0x10de")
+    plug_in(tmp_path, "b", "0x8086")
+    assert linux_ports(tmp_path) == [PciePort("NVIDIA card at a", 3, 4, 8, 16)]
+    assert linux_ports(tmp_path / "none") == []
 
 
-def test_a_card_without_a_driver_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphics, "nvidia_slots", list)
-    monkeypatch.setattr(graphics, "sysfs_slots", lambda devices: [Slot("card", "", 3, 4, 8, 16)])
+@pytest.mark.parametrize(
+    ("nvml", "remedy"),
+    [(MadeUpNvml(answers=False), "driver"), (None, "pip install nvidia-ml-py")],
+)
+def test_a_card_without_a_driver_is_told(
+    nvml: MadeUpNvml | None, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plug_in(tmp_path, "a", "0x10de")
+    monkeypatch.setattr(graphics, "installed_nvml", lambda: nvml)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    found = {finding.name: finding for finding in graphics.graphics()}
+    found = {finding.name: finding for finding in graphics.graphics(tmp_path)}
     assert found["driver"].verdict == found["CUDA"].verdict == found["GPU"].verdict == MISSING
+    assert remedy in found["driver"].remedy
     assert found["PCIe"].verdict == SLOW
+
+
+def test_nothing_is_said_of_drivers_where_there_is_no_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphics, "installed_nvml", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "driver" not in {finding.name for finding in graphics.graphics(tmp_path)}
 
 
 @pytest.mark.parametrize("pins", [True, False])
@@ -252,7 +341,7 @@ def test_a_card_is_measured(pins: bool, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: about)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (10 * GIB, 24 * GIB))
-    monkeypatch.setattr(graphics, "nvidia_slots", lambda: parse_slots(SMI)[:1])
+    monkeypatch.setattr(graphics, "installed_nvml", lambda: MadeUpNvml(CARD))
     monkeypatch.setattr(graphics, "measure", measured)
     monkeypatch.setattr(graphics, "_pageable_rate", lambda device: 6.5)
     found = {finding.name: finding for finding in graphics.graphics()}
