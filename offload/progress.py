@@ -80,7 +80,9 @@ class Progress:
             self._bar.stop()
         if kind is KeyboardInterrupt:
             share = self._done / self._total if self._total else 0
-            _print(f"{self._title}: interrupted at {share:.0%}; run the same again, it goes on there")
+            _print(
+                f"{self._title}: interrupted at {share:.0%}; run the same again, it goes on there"
+            )
         if kind is None and self._done:
             seconds = time.perf_counter() - self._begin
             rate = _rate(self._done / seconds, self._unit)

@@ -103,8 +103,8 @@ class HereEncoder:
 class WorkerEncoder:
     """Encodes in `count` processes; use as a context manager.
 
-    Threads would gain nothing: hqq's solver is many small operations with Python between them. An
-    executor that lost a process raises a `PackError` when the context is left.
+    Threads would gain nothing, because hqq's solver is many small operations with Python between
+    them. If a process ended, which makes results raise, leaving the context raises `PackError`.
     """
 
     def __init__(self, count: int) -> None:
@@ -154,8 +154,10 @@ def _encode_array(data: Any, dtype: torch.dtype, shape: torch.Size, scheme: Sche
 
 
 def _prepare_process(parent: Connection) -> None:
-    """Make a quantising process end with its parent: loky's workers outlive a parent that is
-    killed. Nothing is ever sent through `parent`: reading it returns when the other end closes."""
+    """Let this quantising process end with its parent: loky's would outlive one that is killed.
+
+    Nothing is ever sent through `parent`, so reading it ends when the parent's end closes.
+    """
     torch.set_num_threads(1)
 
     def wait() -> None:
@@ -168,8 +170,10 @@ def _prepare_process(parent: Connection) -> None:
 
 @contextlib.contextmanager
 def _children_ignore_interrupts() -> Iterator[None]:
-    """Start processes with Ctrl-C blocked: it is for the process that asks, and they could print a
-    traceback while they import torch."""
+    """Let processes that are started in this context inherit that Ctrl-C is blocked.
+
+    The process that asked for them handles it; they would print tracebacks while importing torch.
+    """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return

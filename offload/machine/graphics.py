@@ -109,7 +109,7 @@ def _card(index: int) -> Iterator[Finding]:
         {"total_bytes": total, "free_bytes": free, "capability": [about.major, about.minor]},
     )
     device = torch.device("cuda", index)
-    pageable = _pageable_rate(device)
+    pageable = pageable_rate(device)
     try:
         rates = measure(device)
     except RuntimeError:  # what torch raises when memory cannot be pinned
@@ -129,7 +129,7 @@ def _card(index: int) -> Iterator[Finding]:
     )
 
 
-def _pageable_rate(device: torch.device) -> float:
+def pageable_rate(device: torch.device) -> float:
     """The rate in GB/s of copies to the card from memory that is not pinned."""
     there = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
     here = torch.ones(COPY_BYTES, dtype=torch.uint8)

@@ -1,12 +1,10 @@
-"""Products of single tokens with matrices in records: one token and matrix a cell.
+"""GPU kernels that multiply single tokens by matrices in records: a cell is a token and a matrix.
 
-Knows: how a matrix is walked by a block of threads. Does not know: what a program is, nor how it is
-launched (`quant.kernels.gpu`).
-
-A block has a tile of 64 rows. Its threads walk *spans* of columns that share a scale: eight threads
-read 128 neighbouring bytes, four columns of a 4-bit tile, and the warps' other threads do so in
-other spans, so that scales are applied once a span and nothing is exchanged until the end. A plane
-of codes is a summand of its own. Sums are float32, in an order that depends on the shape alone.
+A thread block has a tile of 64 rows. Its threads walk *spans* of columns that share a scale. Eight
+threads read 128 neighbouring bytes, which are four columns of a 4-bit tile; the other threads of
+the warps do the same in other spans. So scales are applied once a span, and threads exchange
+nothing until the end. Each plane of codes is summed by itself. Sums are float32, in an order that
+depends only on the shape.
 
 Letters: S cells, N rows, K columns.
 """
@@ -38,7 +36,7 @@ def plane_sums(
     DTYPE: tl.constexpr, SPAN: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr,
     SPLIT: tl.constexpr, STEPS: tl.constexpr,
 ) -> Any:  # fmt: skip
-    """The sums [2 * WIDTH] of each code of the plane's words."""
+    """For each code of a word, the sums [2 * WIDTH] of a tile's words of one plane."""
     WORDS: tl.constexpr = 2 * WIDTH
     SPANS: tl.constexpr = K // SPAN
     CODES: tl.constexpr = 32 // WIDTH  # in a word
@@ -106,7 +104,7 @@ def store_sums(
     totals: tl.tuple, place: tensor, tile: tensor, rows: tensor, record: tensor, bias_at: tensor,
     WIDTH: tl.constexpr, FINAL: tl.constexpr, BIAS: tl.constexpr, DTYPE: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Write a tile's sums of each code, finished or as a part of them."""
+    """Store a tile's sums of each code: results if FINAL, else summands for `add_parts`."""
     word = tl.arange(0, 2 * WIDTH)
     for c in tl.static_range(32 // WIDTH):
         row = tile * 64 + word * 4 + (c * WIDTH // 8 + (c * WIDTH % 8) // WIDTH * (8 * WIDTH))
@@ -128,15 +126,15 @@ def quantised_gemv(
     COLUMNS: tl.constexpr, LANES: tl.constexpr, SPLIT: tl.constexpr, STEPS: tl.constexpr,
     WIDTHS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """out [S, N], or [SPLIT * planes, S, N] float32 where there is more than one part."""
+    """Fill out [S, N], or its summands [SPLIT * planes, S, N] float32 if there are several."""
     tile = tl.program_id(0)
     cell = tl.program_id(1)
     part = tl.program_id(2)
     slot = tl.load(slot_of_cell + cell)
     if slot < 0:
         return
-    # The slot has fewer than 30 bits, which the compiler cannot know: it keeps the constant in a
-    # register, and masking and OR-ing are one instruction.
+    # `slot >> 30` is 0, which the compiler cannot know. It keeps MAGIC in a register, so that
+    # masking and OR-ing become one instruction.
     magic = ((slot >> 30) | MAGIC).to(tl.uint32)
     record = slots + slot.to(tl.int64) * slot_bytes
     row_x = x + (cell // cells_a_row).to(tl.int64) * x_stride
@@ -168,7 +166,7 @@ def add_parts(
     bias_at: tensor, rows: tensor,
     PARTS: tl.constexpr, BIAS: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
-    """out [S, N] from parts [PARTS, S, N] float32, added in their order."""
+    """Fill out [S, N] with the sum of parts [PARTS, S, N] float32, added in their order."""
     cell = tl.program_id(1)
     slot = tl.load(slot_of_cell + cell)
     if slot < 0:
@@ -193,7 +191,7 @@ def plain_gemv(
     GATED: tl.constexpr, INTERLEAVED: tl.constexpr, CLAMPED: tl.constexpr, DTYPE: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """out [S, N] with matrices [N, K] stored as they are, as STORED."""
+    """Fill out [S, N] by matrices [N, K] that are not quantised, of dtype STORED."""
     cell = tl.program_id(1)
     slot = tl.load(slot_of_cell + cell)
     if slot < 0:

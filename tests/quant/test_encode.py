@@ -113,7 +113,7 @@ sys.exit(130)
 def test_ctrl_c_while_processes_start_is_not_heard_by_them(
     after_seconds: float, tmp_path: Path
 ) -> None:
-    """While they import torch, for a second, they could have no handler of their own."""
+    """They import torch for a second, during which no handler of ours could be installed."""
     (tmp_path / "script.py").write_text(INTERRUPTED)
     terminal = subprocess.Popen(
         [sys.executable, tmp_path / "script.py"],
@@ -144,8 +144,8 @@ with WorkerEncoder(2) as encoder:
 
 @pytest.mark.skipif(os.name == "nt", reason="has no SIGKILL")
 @pytest.mark.parametrize("waits", [True, False])
-def test_processes_end_when_the_one_that_started_them_is_killed(waits: bool) -> None:
-    """Whether they wait for work or have not yet started."""
+def test_quantising_processes_end_when_their_parent_is_killed(waits: bool) -> None:
+    """This holds whether they wait for work or have not finished starting."""
     script = KILLED.replace("WAITS", str(waits))
     started = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert started.stdout is not None

@@ -17,7 +17,7 @@ from offload.engine.device.places import Places
 from offload.engine.device.table import Table
 from offload.engine.layer import Layer
 from offload.lines import reason
-from offload.quant.gpu import launching_on
+from offload.quant.matmul import launching_on
 from offload.quant.pack import PackInfo
 from offload.transfer.base import Transfer
 from offload.transfer.pinning import kernels_read_registered

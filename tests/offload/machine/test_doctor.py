@@ -1,4 +1,4 @@
-"""`offload doctor`: every look ends in a verdict, and what is amiss in a remedy."""
+"""`offload doctor` gives every look a verdict, and a remedy for whatever is amiss."""
 
 from __future__ import annotations
 
@@ -14,13 +14,7 @@ import pytest
 import torch
 
 import cli
-from offload.machine import doctor as examination
-from offload.machine import doctor as processor
-from offload.machine import doctor as software
-from offload.machine import doctor as storage
-from offload.machine import graphics
-from offload.machine import measure as about
-from offload.machine import measure as disk
+from offload.machine import doctor, graphics, measure
 from offload.machine.finding import MISSING, OK, SLOW, Finding
 from offload.machine.graphics import PciePort, linux_ports, nvml_ports
 from offload.machine.hardware import Hardware
@@ -35,11 +29,11 @@ def named(findings: Iterator[Finding], name: str) -> Finding:
 
 @pytest.fixture
 def rates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rates that are not measured: the looks are tested, not this machine."""
+    """Replace measurements by fixed rates, because the looks are tested and not this machine."""
     machine = Hardware("x", memory_gb_per_s=20.0, link_gb_per_s=10.0, ram_gb_per_s=10.0)
-    for module in (storage, graphics):
+    for module in (doctor, graphics):
         monkeypatch.setattr(module, "measure", lambda device: machine)
-    monkeypatch.setattr(storage, "read_rate", lambda place: disk.DiskRate(3.0, "by a test"))
+    monkeypatch.setattr(doctor, "read_rate", lambda place: measure.DiskRate(3.0, "by a test"))
 
 
 def test_this_machine_is_told_line_by_line(rates: None, capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,7 +63,7 @@ def test_a_look_that_fails_does_not_hide_the_others(
         raise RuntimeError("the driver\nis gone")
 
     monkeypatch.setattr(
-        examination, "looks", lambda: {"GPUs": broken, "disk": lambda: iter([Finding("d", "e")])}
+        doctor, "looks", lambda: {"GPUs": broken, "disk": lambda: iter([Finding("d", "e")])}
     )
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
@@ -80,27 +74,27 @@ def test_a_look_that_fails_does_not_hide_the_others(
 
 
 def test_a_missing_library_is_installed_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = software._version
+    known = doctor.installed_version
     monkeypatch.setattr(
-        software, "_version", lambda name: None if name in ("hqq", "gguf") else known(name)
+        doctor, "installed_version", lambda name: None if name in ("hqq", "gguf") else known(name)
     )
-    found = {finding.name: finding for finding in software.software()}
+    found = {finding.name: finding for finding in doctor.software()}
     assert found["libraries"].verdict == MISSING
     assert found["libraries"].remedy == "pip install hqq"
     assert found["gguf"].remedy == "pip install gguf"
 
 
 def test_triton_has_a_verdict_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = software._version
-    monkeypatch.setattr(software.platform, "system", lambda: "Linux")
+    known = doctor.installed_version
+    monkeypatch.setattr(doctor.platform, "system", lambda: "Linux")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert named(software.software(), "Triton").verdict == SLOW
+    assert named(doctor.software(), "Triton").verdict == SLOW
     monkeypatch.delenv("TRITON_INTERPRET")
-    assert named(software.software(), "Triton").verdict == OK
-    monkeypatch.setattr(software, "_version", lambda n: None if n == "triton" else known(n))
-    assert named(software.software(), "Triton").remedy == "pip install triton"
-    monkeypatch.setattr(software.platform, "system", lambda: "Windows")
-    assert not any(finding.name == "Triton" for finding in software.software())
+    assert named(doctor.software(), "Triton").verdict == OK
+    monkeypatch.setattr(doctor, "installed_version", lambda n: None if n == "triton" else known(n))
+    assert named(doctor.software(), "Triton").remedy == "pip install triton"
+    monkeypatch.setattr(doctor.platform, "system", lambda: "Windows")
+    assert not any(finding.name == "Triton" for finding in doctor.software())
 
 
 @pytest.mark.parametrize(
@@ -108,7 +102,7 @@ def test_triton_has_a_verdict_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Non
 )
 def test_a_variable_that_moves_things_is_told(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "/elsewhere")
-    assert f"{name}=/elsewhere" in named(software.software(), "environment").value
+    assert f"{name}=/elsewhere" in named(doctor.software(), "environment").value
 
 
 @pytest.mark.parametrize(("load", "first"), [(3.0, "the machine is busy"), (0.0, "fill both")])
@@ -116,14 +110,14 @@ def test_a_busy_machine_is_named_before_its_memory_is_blamed(
     load: float, first: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow = Hardware("x", memory_gb_per_s=3.0, link_gb_per_s=2.0, ram_gb_per_s=2.0)
-    monkeypatch.setattr(storage, "measure", lambda device: slow)
-    monkeypatch.setattr(storage, "programs_a_core", lambda: load)
-    assert named(storage.memory(), "RAM copies").remedy.startswith(first)
+    monkeypatch.setattr(doctor, "measure", lambda device: slow)
+    monkeypatch.setattr(doctor, "programs_a_core", lambda: load)
+    assert named(doctor.memory(), "RAM copies").remedy.startswith(first)
 
 
 def test_kernels_that_are_wrong_here_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processor, "cpu_kernel_works", lambda way, bits, *_: bits != 3)
-    kernels = named(processor.processor(), "CPU kernels")
+    monkeypatch.setattr(doctor, "cpu_kernel_works", lambda way, bits, *_: bits != 3)
+    kernels = named(doctor.processor(), "CPU kernels")
     assert kernels.verdict == MISSING
     assert kernels.value == "do not work for 3 bits"
 
@@ -134,29 +128,29 @@ def test_a_processor_without_vectors_is_slow(
     (tmp_path / "cpuinfo").write_text(
         "model name\t: Old One\nflags\t\t: fpu sse2\n\nprocessor: 1\n"
     )
-    monkeypatch.setattr(about, "CPUINFO", tmp_path / "cpuinfo")
-    assert named(processor.processor(), "processor").value.startswith("Old One, ")
-    assert named(processor.processor(), "instruction sets").verdict == SLOW
+    monkeypatch.setattr(measure, "CPUINFO", tmp_path / "cpuinfo")
+    assert named(doctor.processor(), "processor").value.startswith("Old One, ")
+    assert named(doctor.processor(), "instruction sets").verdict == SLOW
 
 
 def test_slow_memory_and_a_slow_disk_are_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow = Hardware("x", memory_gb_per_s=3.0, link_gb_per_s=2.0, ram_gb_per_s=2.0)
-    monkeypatch.setattr(storage, "measure", lambda device: slow)
-    monkeypatch.setattr(storage, "read_rate", lambda place: disk.DiskRate(0.2, "by a test"))
-    assert named(storage.memory(), "RAM copies").verdict == SLOW
-    assert "NVMe" in named(storage.disk(tmp_path / "not yet"), "disk reads").remedy
+    monkeypatch.setattr(doctor, "measure", lambda device: slow)
+    monkeypatch.setattr(doctor, "read_rate", lambda place: measure.DiskRate(0.2, "by a test"))
+    assert named(doctor.memory(), "RAM copies").verdict == SLOW
+    assert "NVMe" in named(doctor.disk(tmp_path / "not yet"), "disk reads").remedy
 
 
 def test_a_place_that_cannot_be_written_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(place: Path) -> disk.DiskRate:
+    def refuse(place: Path) -> measure.DiskRate:
         raise PermissionError(13, "Permission denied", f"{place}/.temporary")
 
-    monkeypatch.setattr(storage, "read_rate", refuse)
-    found = named(storage.disk(tmp_path), "disk reads")
+    monkeypatch.setattr(doctor, "read_rate", refuse)
+    found = named(doctor.disk(tmp_path), "disk reads")
     assert "OFFLOAD_HOME" in found.remedy
     assert found.value == f"not measured: {tmp_path} cannot be written (Permission denied)"
 
@@ -166,7 +160,7 @@ def test_the_pin_limit_matters_with_a_gpu_only(limit: int, monkeypatch: pytest.M
     import resource
 
     monkeypatch.setattr(resource, "getrlimit", lambda what: (limit, limit))
-    with_gpu, without = (next(storage.pin_limit(has_gpu)) for has_gpu in (True, False))
+    with_gpu, without = (next(doctor.pin_limit(has_gpu)) for has_gpu in (True, False))
     assert without.verdict == OK
     assert with_gpu.verdict == (OK if limit == -1 else SLOW)
 
@@ -329,7 +323,7 @@ def test_nothing_is_said_of_drivers_where_there_is_no_card(
 
 @pytest.mark.parametrize("pins", [True, False])
 def test_a_card_is_measured(pins: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a card that is made up: what is told of it, not what torch does."""
+    """The card is made up: what is told of it is tested, not what torch does."""
 
     def measured(device: torch.device) -> Hardware:
         if not pins:
@@ -343,7 +337,7 @@ def test_a_card_is_measured(pins: bool, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (10 * GIB, 24 * GIB))
     monkeypatch.setattr(graphics, "installed_nvml", lambda: MadeUpNvml(CARD))
     monkeypatch.setattr(graphics, "measure", measured)
-    monkeypatch.setattr(graphics, "_pageable_rate", lambda device: 6.5)
+    monkeypatch.setattr(graphics, "pageable_rate", lambda device: 6.5)
     found = {finding.name: finding for finding in graphics.graphics()}
     assert found["driver"].value == "570.86.15"
     assert found["GPU 0"].verdict == SLOW
