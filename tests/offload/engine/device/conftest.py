@@ -61,7 +61,8 @@ def quick(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The device-planned engine can be chosen on a CPU, and computes as the host-planned does."""
     monkeypatch.setattr(SlotDecode, "__call__", decode_by_products)
     monkeypatch.setattr(SlotDecode, "works", lambda *_: True)
-    monkeypatch.setattr(Ahead, "_link_is_behind", lambda *_: False)  # by a clock, on the host
+    # How many copies have landed depends on the clock: here the link is never behind.
+    monkeypatch.setattr(Ahead, "begun", lambda *_: None)
 
 
 @pytest.fixture
