@@ -120,8 +120,12 @@ class WorkerEncoder:
             # A safe path keeps Python from running a `quant.py` of the folder it is started in.
             env={"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"},
         )
-        with _children_ignore_interrupts():
-            self._pool.submit(int)  # the first call starts all processes
+        try:
+            with _children_ignore_interrupts():
+                self._pool.submit(int)  # the first call starts all processes
+        except BaseException:
+            self.close()
+            raise
 
     def submit(self, weight: Tensor, scheme: Scheme) -> Future[EncodedRows]:
         # Pickling a tensor would send all that its storage holds; an array sends itself.
@@ -130,6 +134,11 @@ class WorkerEncoder:
             _encode_array, data, weight.dtype, weight.shape, scheme
         )
         return future
+
+    def close(self) -> None:
+        """End all processes at once, whatever they do."""
+        self._pool.shutdown(kill_workers=True)
+        self._ours.close()
 
     def __enter__(self) -> WorkerEncoder:
         return self
@@ -140,8 +149,7 @@ class WorkerEncoder:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._pool.shutdown(kill_workers=True)
-        self._ours.close()
+        self.close()
         if isinstance(value, BrokenExecutor):
             raise PackError(
                 "a quantising process ended, perhaps for lack of memory: free some and run it "

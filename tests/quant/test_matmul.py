@@ -160,7 +160,7 @@ def test_kernels_give_the_reference(
 def test_unpacking_gives_the_dequantised_matrix_bit_for_bit(bits: int, scale_bits: int) -> None:
     view = sample_matrix(256, 96, Scheme(bits, 32, scale_bits))
     for dtype in (torch.bfloat16, torch.float32):
-        slab = cpu.unpack(view, dtype, 64, 192)  # [K, rows]
+        slab = cpu.dequantize_rows(view, dtype, 64, 192)  # [K, rows]
         assert torch.equal(slab.t(), dequantize(view, dtype)[64:192])
 
 
