@@ -32,12 +32,17 @@ from offload.model.sources import files_of, open_weights
 from offload.pack.describe import Describer, PackSource
 from offload.pack.recipe import Recipe
 from offload.progress import Progress
-from offload.quant.encode import DeviceEncoder, Encoder, HereEncoder, PendingRecord
+from offload.quant.encode import (
+    DeviceEncoder,
+    Encoder,
+    HereEncoder,
+    PendingRecord,
+    WorkerEncoder,
+)
 from offload.quant.errors import PackError
 from offload.quant.pack import PackDense, PackInfo, PackLayer
 from offload.quant.pack_writer import ELSEWHERE, PackWriter
 from offload.quant.record import RecordLayout
-from offload.quant.workers import WorkerEncoder
 from offload.units import gib
 
 Matrices = Mapping[str, tuple[Tensor, Tensor | None]]  # what `PendingRecord` takes

@@ -16,7 +16,7 @@ from offload.engine.device.table import Places, Table
 from offload.engine.layer import Layer
 from offload.fit import Fit
 from offload.lines import reason
-from offload.quant.gpu import launching_on
+from offload.quant.matmul import launching_on
 from offload.quant.pack import PackInfo
 from offload.transfer.base import Transfer
 from offload.transfer.memory import kernels_read_registered
