@@ -20,7 +20,7 @@ from offload.engine.device.gather import gather
 from offload.engine.device.table import Places, Table, add_counters
 from offload.engine.layer import Call, Layer
 from offload.quant.experts import decode, kernels_work
-from offload.quant.gpu import launching_on
+from offload.quant.matmul import launching_on
 from offload.transfer.base import Transfer
 
 logger = logging.getLogger("offload")
