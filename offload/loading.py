@@ -122,8 +122,7 @@ def load_with(
         _connect(model, pack, fit, transfer)
         undo.callback(model.offload.close)
         if options.trace is not None:  # a trace holds the routers' guesses too, for replays
-            if not model.offload.engine.watches_routers:
-                model.offload.engine.watch_routers(model, routers(model, pack.info))
+            model.offload.engine.watch_routers(model, routers(model, pack.info))
             model.offload.record(options.trace, noted_layers=1)
         if options.warm_start:
             model.offload.engine.warm(read_hot(pack.path, pack.info))
@@ -260,7 +259,7 @@ def _connect(model: PreTrainedModel, pack: Pack, fit: Fit, transfer: Transfer) -
     everything_fits = fit.slots >= info.total_experts  # then guesses gain nothing
     looks = fit.options.lookahead is not False and not everything_fits
     k = chosen_experts(model.config)
-    engine = make_engine(fit.options.engine, info, fit, transfer, looks, k)
+    engine = make_engine(info, fit, transfer, looks, k)
     decoding = None
     if engine.device is not None:
         from offload.generation.tokens import Loops  # loads Triton

@@ -19,13 +19,10 @@ def recorded() -> bool:
 
 def work(name: str, layer: int, *experts: int) -> AbstractContextManager[object]:
     """A range that says what is done inside, for which layer and which of its experts."""
-    return record_function(label(name, layer, *experts)) if _recorded else _NOTHING
-
-
-def label(name: str, layer: int, *experts: int) -> str:
-    """The text of a range, like "copy layer 3 expert 5" or "experts layer 3 expert 5, 7"."""
-    text = f"{name} layer {layer}"
-    return f"{text} expert {', '.join(map(str, experts))}" if experts else text
+    if not _recorded:
+        return _NOTHING
+    text = f"{name} layer {layer}"  # like "copy layer 3 expert 5" or "experts layer 3 expert 5, 7"
+    return record_function(f"{text} expert {', '.join(map(str, experts))}" if experts else text)
 
 
 @contextlib.contextmanager

@@ -79,16 +79,14 @@ class Engine:
                 self._reads_prompt = given.shape[1] > 1
                 return
 
-    @property
-    def watches_routers(self) -> bool:
-        """Whether some layer's router can be asked what it would choose."""
-        return any(layer.router is not None for layer in self.layers)
-
     def watch_routers(self, model: nn.Module, routers: Sequence[nn.Module | None]) -> None:
-        """Look ahead with these routers, one for each layer; None where there is none to ask."""
+        """Look ahead with these routers, one for each layer; None where there is none to ask.
+
+        A layer whose router is watched already stays as it is.
+        """
         owned = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         for layer, router in zip(self.layers, routers, strict=True):
-            if router is not None:
+            if router is not None and layer.router is None:
                 self._hooks.append(layer.watch(model, router, owned))
 
     def step(
@@ -286,15 +284,14 @@ def fewer_slots(slots: int, shortage: int, slot_bytes: int) -> int:
     return max(1, slots - max(wanted, -(-slots // 10)))
 
 
-def make_engine(
-    asked: str, info: PackInfo, fit: Fit, transfer: Transfer, ahead: bool, k: int
-) -> Engine:
+def make_engine(info: PackInfo, fit: Fit, transfer: Transfer, ahead: bool, k: int) -> Engine:
     """The engine of a model each of whose tokens has `k` experts (0: not known).
 
-    `asked` is "host", "device", or "auto": the device wherever it can plan. A warning says why it
-    cannot, where that was asked for or to be expected. Raises `OffloadError` where `asked` is
-    "device" and there is no GPU.
+    The option `engine` is "host", "device", or "auto": the device wherever it can plan. A warning
+    says why it cannot, where that was asked for or to be expected. Raises `OffloadError` where the
+    option is "device" and there is no GPU.
     """
+    asked = fit.options.engine
     cache, compute = cache_of(info, fit), compute_of(info, transfer)
     layers: list[Layer] = []
     device: DevicePlanned | str | None = None

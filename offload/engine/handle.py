@@ -32,14 +32,6 @@ class TokenSource(Protocol):
         """The KV cache of the prompt and of every given token but the last; None: it is lost."""
 
 
-class Decoding(Protocol):
-    """Gives tokens while the steps after them already run."""
-
-    def begin(self, *args: Any, **kwargs: Any) -> TokenSource | None:
-        """What gives the tokens after a prompt, as `generation.tokens.Loops.begin`; None: it cannot
-        now."""
-
-
 @dataclass(eq=False)
 class Offload:
     """A model's experts: `model.offload`."""
@@ -49,7 +41,9 @@ class Offload:
     fit: Fit
     one_token: OneTokenLinear | None
     top_k: int  # experts of a token
-    decoding: Decoding | None = None  # gives tokens without waiting for each; None: one by one
+    # The `Loops` of `offload.generation.tokens`, which give tokens without waiting for each; None:
+    # tokens are had one by one.
+    decoding: Any = None
 
     def stats(self) -> Stats:
         """Hits, misses, bytes, waiting and look-ahead since the model was loaded."""

@@ -108,10 +108,8 @@ def read_hot(pack: Path, info: PackInfo) -> list[tuple[int, int, float]]:
         for layer, expert, uses in hot
         if 0 <= layer < len(sizes) and 0 <= expert < sizes[layer] and uses > 0
     }
-    return sorted(
-        ((layer, expert, uses) for (layer, expert), uses in known.items()),
-        key=lambda row: (-row[2], row[:2]),
-    )
+    hottest = sorted(known.items(), key=lambda item: (-item[1], item[0]))
+    return [(*key, uses) for key, uses in hottest]
 
 
 def write_hot(pack: Path, heat: Heat) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from torch._C._profiler import _ExperimentalConfig
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 from offload import files, ranges
@@ -58,14 +59,14 @@ def recording(model: PreTrainedModel, file: Path | None) -> Iterator[None]:
 @contextlib.contextmanager
 def _dense_ranges(engine: Engine) -> Iterator[None]:
     """A range for the work between two layers' experts."""
-    under_way: list[record_function] = []
+    under_way: list[AbstractContextManager[object]] = []
 
     def end(*_: Any) -> None:
         while under_way:
             under_way.pop().__exit__(None, None, None)
 
     def begin(layer: int) -> None:
-        under_way.append(record_function(ranges.label("dense", layer)))
+        under_way.append(ranges.work("dense", layer))
         under_way[-1].__enter__()
 
     hooks = []

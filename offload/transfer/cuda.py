@@ -155,7 +155,8 @@ class CudaTransfer:
         return addresses_of(self._info.layers, self.tier.record)
 
     def start(self, layer: int, expert: int, slot: int, *, urgent: bool) -> CudaTicket:
-        read = self.tier.want(layer, expert, urgent=urgent)
+        disk = self.tier.disk
+        read = None if disk is None else disk.want(layer, expert, urgent=urgent)
         ticket = CudaTicket(layer, expert, slot, read)
         ready = read is None or read.ready
         size = self._info.layout_of(layer).record_bytes

@@ -120,11 +120,7 @@ class DiskTier:
     """
 
     def __init__(
-        self,
-        files: RecordFiles,
-        buffers: Sequence[Tensor],
-        *,
-        readers: int = READERS,
+        self, files: RecordFiles, buffers: Sequence[Tensor], *, readers: int = READERS
     ) -> None:
         self._files, self._buffers = files, buffers
         self._shelf = _Shelf(len(buffers))

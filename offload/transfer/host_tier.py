@@ -57,17 +57,13 @@ class HostTier:
                 self._hold_some(ram)
             self._undo = undo.pop_all()
 
-    def want(self, layer: int, expert: int, *, urgent: bool) -> Read | None:
-        """Ask for a record; None: it is in memory already. Release what is not None."""
-        return None if self.disk is None else self.disk.want(layer, expert, urgent=urgent)
-
     def record(self, layer: int, expert: int, read: Read | None = None) -> Tensor:
         """The checked record [record_bytes] uint8. Raises `PackError`.
 
-        Where RAM does not hold every record it is the one that `read` brought.
+        Where RAM does not hold every record, it is the one that `read` of `disk` brought.
         """
         if self.disk is not None:
-            assert read is not None, "records come from the disk: want() them first"
+            assert read is not None, "records come from the disk: ask `disk` first"
             return self.disk.bytes_of(read)
         record = self._records[layer][expert]
         if self._in_place[layer]:

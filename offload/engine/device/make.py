@@ -54,11 +54,9 @@ def _decides(device: torch.device) -> bool:
 
 
 def _fetches(device: torch.device) -> bool:
-    pinned = device.type == "cuda"
     records = torch.arange(3 * 4096, dtype=torch.int32).view(3, -1).to(torch.uint8)
-    records = records.pin_memory() if pinned else records
-    begins = [record.data_ptr() for record in records]
-    addresses = torch.tensor(begins, dtype=torch.int64, device=device)
+    records = records.pin_memory() if device.type == "cuda" else records
+    addresses = torch.tensor([record.data_ptr() for record in records], device=device)
     slots = torch.zeros(2, 4352, dtype=torch.uint8, device=device)
     experts = torch.tensor([2, 0, 1], dtype=torch.int32, device=device)
     loads = torch.tensor([1, -1, 0], dtype=torch.int32, device=device)

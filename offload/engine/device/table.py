@@ -66,23 +66,20 @@ class Places:
         return self.policy == "lfru"
 
     @property
-    def keys(self) -> int:
-        return self.layers * self.experts
-
-    @property
     def counts(self) -> int:
         return len(COUNTS)
 
     @cached_property
     def parts(self) -> dict[str, slice]:
         """Where each part of `ints` and of `reals` lies in its tensor."""
+        keys = self.layers * self.experts
         ints = (
             ("steps", 1),  # of layers so far; a key in use bears the number of the last one
             ("taken", 1),  # slots that are not free any more, which are the first ones
             ("ordered", 1),  # the highest number given to a useless key
             ("halted", 1),  # not 0: the sequence is over and nothing is to be decided any more
-            ("slot_of", self.keys),  # -1: not resident
-            ("used", self.keys),  # its layer's step at the last use, or -1
+            ("slot_of", keys),  # -1: not resident
+            ("used", keys),  # its layer's step at the last use, or -1
             ("key_in", self.slots),  # -1: no key
             ("in_use", self.slots),  # the number of the step that used it last
             ("guessed", self.slots),  # 1: it stays until its layer's next step
@@ -103,8 +100,8 @@ class Places:
             ("unit", self.layers),  # what a use counts now
             ("inverse", self.layers),  # 1 / unit
             ("heat_unit", self.layers),
-            ("score", self.keys),
-            ("heat", self.keys),
+            ("score", keys),
+            ("heat", keys),
             ("worth", self.slots),  # while victims are chosen
         )
         found = {}
@@ -149,13 +146,7 @@ class Table:
         self._launch(look_ahead_kernel, layer, num_experts, index, self.guesses, self.guess_loads)
 
     def _launch(
-        self,
-        kernel: Any,
-        layer: int,
-        num_experts: int,
-        index: Tensor,
-        said: Tensor,
-        loads: Tensor,
+        self, kernel: Any, layer: int, num_experts: int, index: Tensor, said: Tensor, loads: Tensor
     ) -> None:
         """Launch `kernel`, which writes what it decides for `layer` to `said` and `loads`."""
         kernel[(1,)](

@@ -253,9 +253,8 @@ def test_the_lock_pinner_says_why_it_is_refused() -> None:
 
 
 def brought(tier: HostTier, layer: int, expert: int) -> Tensor:
-    read = tier.want(layer, expert, urgent=True)
-    assert read is not None
     assert tier.disk is not None
+    read = tier.disk.want(layer, expert, urgent=True)
     while not tier.disk.wait(read, 1.0):
         pass
     record = tier.record(layer, expert, read).clone()
@@ -447,7 +446,8 @@ def test_after_ctrl_c_anywhere_starting_over_works(pack: Pack) -> None:
 def test_closing_ends_the_threads(pack: Pack) -> None:
     before = threading.active_count()
     tier = HostTier(pack, 0, Limited(), same_rate)
+    assert tier.disk is not None
     for expert in range(3):
-        tier.want(0, expert, urgent=False)
+        tier.disk.want(0, expert, urgent=False)
     tier.close()
     assert threading.active_count() == before
