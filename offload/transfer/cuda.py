@@ -118,10 +118,8 @@ class CudaTransfer:
     ) -> None:
         """`tier` is shared with other transfers; None: one of `ram` bytes is made. Where this
         raises, nothing stays allocated or pinned."""
-        if link is None:
-            link = CudaLink(device)
         self.device = device
-        self._link = link
+        self._link = link = link or CudaLink(device)
         self._info = pack.info
         self.slots = link.allocate(slots, pack.info.slot_bytes)
         link.synchronize()  # compute may still use the tensors that had this memory before

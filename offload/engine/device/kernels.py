@@ -55,12 +55,12 @@ def decide_kernel(
         now = tl.load(ints + P.now + layer)
 
         hit = wanted & (before >= 0)
-        tl.store(ints + P.useless + before, tl.zeros_like(before), mask=hit)
-        tl.store(ints + P.in_use + before, tl.full([KB], 0, tl.int64) + step, mask=hit)
+        tl.store(ints + P.useless + before, 0, mask=hit)
+        tl.store(ints + P.in_use + before, step, mask=hit)
         if P.lfru:
             score = tl.load(reals + P.score + key, mask=hit, other=0.0)
             tl.store(reals + P.score + key, score + unit, mask=hit)
-        tl.store(ints + P.used + key, tl.full([KB], 0, tl.int64) + now, mask=hit)
+        tl.store(ints + P.used + key, now, mask=hit)
 
         missing = wanted & (before < 0)
         _add(counters, _count(wanted))
@@ -71,7 +71,7 @@ def decide_kernel(
             slot = _take(layer, step, missing, INF, ints, reals, P, KB, CHUNK)
             put = missing & (slot >= 0)
             _put(key, slot, put, now, ints, P)
-            tl.store(ints + P.in_use + slot, tl.full([KB], 0, tl.int64) + step, mask=put)
+            tl.store(ints + P.in_use + slot, step, mask=put)
             if P.lfru:
                 score = tl.load(reals + P.score + key, mask=put, other=0.0)
                 tl.store(reals + P.score + key, score + unit, mask=put)
@@ -108,9 +108,8 @@ def look_ahead_kernel(
         trust = tl.load(reals + P.trust + layer)
         if trust >= 0.5:  # cache.guesses.ENOUGH
             step = tl.load(ints + P.steps)
-            ones = tl.full([KB], 1, tl.int64)
             _all_have_read()
-            tl.store(ints + P.guessed + before, ones, mask=wanted & (before >= 0))
+            tl.store(ints + P.guessed + before, 1, mask=wanted & (before >= 0))
             _all_have_written()
             if _count(absent) > 0:
                 limit = tl.where(trust > 0.5, INF, 0.0)  # else only useless keys may leave
@@ -120,7 +119,7 @@ def look_ahead_kernel(
                 if P.lfru:
                     now = tl.full([], -1, tl.int64)  # it was not used
                 _put(key, slot, put, now, ints, P)
-                tl.store(ints + P.guessed + slot, ones, mask=put)
+                tl.store(ints + P.guessed + slot, 1, mask=put)
                 _add(ints + P.counters + layer * P.counts + 6, _count(put))
         tl.store(guess + 2 * P.k + at, (slot >= 0).to(tl.int64), mask=within)
     tl.store(experts + at, expert, mask=at < k)
@@ -217,7 +216,7 @@ def _judge(layer, expert, wanted, ints, reals, P: tl.constexpr, KB: tl.constexpr
     for _ in range(_count(absent & ~right)):
         trust += 0.0625 * (0.0 - trust)
     tl.store(reals + P.trust + layer, trust)
-    tl.store(ints + P.guessed + slot, tl.zeros_like(slot), mask=slot >= 0)
+    tl.store(ints + P.guessed + slot, 0, mask=slot >= 0)
     wasted = loaded & ~right
     tl.store(ints + P.useless + slot, ordered + 1 + _rank(wasted), mask=wasted)
     tl.store(ints + P.ordered, ordered + _count(wasted))
@@ -245,7 +244,7 @@ def _put(key, slot, put, now, ints, P: tl.constexpr):
     """The keys of `put` become resident in their slots."""
     tl.store(ints + P.slot_of + key, slot, mask=put)
     tl.store(ints + P.key_in + slot, key, mask=put)
-    tl.store(ints + P.used + key, tl.zeros_like(slot) + now, mask=put)
+    tl.store(ints + P.used + key, now, mask=put)
 
 
 @triton.jit
