@@ -16,8 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from offload.cache.errors import TraceError
-from offload.cache.trace.trace import Event, Guess, Trace, TraceHeader
+from offload.cache.trace.trace import Event, Guess, Trace, TraceError, TraceHeader
 
 FORMAT, VERSION = "offload-trace", 1
 MAX_HEADER = 1 << 20

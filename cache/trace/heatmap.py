@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TextIO
 
 from offload.cache.decision import Decision
-from offload.cache.interface import Cache
+from offload.cache.sharded import Cache
 from offload.cache.trace.replay import Setup, make_cache, replay_with
 from offload.cache.trace.trace import Event, Trace
 
