@@ -237,10 +237,7 @@ class ExpertCache:
 
     def warm(self, layer: int, expert: int) -> Use | None:
         """Load an expert that was hot in an earlier run, if there is a free slot."""
-        if (layer, expert) in self.table:
-            return None
-        slot = self.table.take_free()
-        if slot is None:
+        if self.is_resident(layer, expert) or (slot := self.table.take_free()) is None:
             return None
         self.statistics.layers[layer].warm_loads += 1
         return self._place(layer, [(layer, expert)], [slot], 1.0)[0]
@@ -255,7 +252,7 @@ class ExpertCache:
     def resize(self, slots: int) -> None:
         """Have `slots` slots from now on, all of them empty; only counts and heat stay."""
         self.table = SlotTable(slots)
-        self._pools.clear()  # for `Belady`, which the new pools have in common with the old ones
+        self._pools.clear()  # Belady's policy is one object, also in the new pools
         self._pools = self._new_pools()
         self._trust = Trust(len(self.heat.layers))
         self._keep.clear()

@@ -42,11 +42,9 @@ class ShardedCache:
         # Views of the cards' layers: what a card counts shows here, and back.
         self.statistics = Statistics([at for cache in caches for at in cache.statistics.layers])
         self.heat = Heat([at for cache in caches for at in cache.heat.layers])
-        self._at = [
-            (card, layer)
-            for card, cache in enumerate(caches)
-            for layer in range(len(cache.heat.layers))
-        ]  # for each layer of the model
+        sizes = [len(cache.heat.layers) for cache in caches]
+        # For each layer of the model its card and its number there
+        self._at = [(card, layer) for card, size in enumerate(sizes) for layer in range(size)]
 
     def decide(
         self,

@@ -1,4 +1,4 @@
-"""Rows beside the slots, for streamed and early experts; how a decision is carried out in steps."""
+"""Rows beside the slots for streamed and early experts, and the steps that carry out a decision."""
 
 from __future__ import annotations
 
@@ -139,30 +139,26 @@ def _without(experts: set[int], wave: Wave) -> Step | None:
 def staging_of(cache: Cache, rows: int) -> list[Staging]:
     """For each layer of the model the `rows` rows behind the slots of its card."""
     caches = cache.caches if isinstance(cache, ShardedCache) else (cache,)
-    of_cards = [
-        Staging(part.table.slots * len(caches) + card, rows, len(caches))
-        for card, part in enumerate(caches)
-    ]
-    return [
-        staging
-        for staging, part in zip(of_cards, caches, strict=True)
-        for _ in part.statistics.layers
-    ]
+    of_layers = []
+    for card, part in enumerate(caches):
+        staging = Staging(part.table.slots * len(caches) + card, rows, len(caches))
+        of_layers += [staging] * len(part.heat.layers)
+    return of_layers
 
 
 def nearly_all(chosen: int, experts: int) -> bool:
     """Whether enough of a layer's `experts` were `chosen` to begin the next layer's early.
 
     Between two layers' experts lie attention, a router and a wait for its answer; the PCIe port
-    rests meanwhile unless copies were begun early. Were routers even, T tokens would leave (1 -
-    k/E)^T of the experts unchosen: with Mixtral's 2 of 8 one in a hundred after 16 tokens. Routers
-    are not even, so the choices are counted: the layer at work has just shown how many of its
-    experts this very prompt chooses.
+    rests meanwhile unless copies were begun early. Were routers even, T tokens would leave
+    (1 - k/E)^T of the experts unchosen: with Mixtral's 2 of 8 one in a hundred after 16 tokens.
+    Routers are not even, so the choices are counted: the layer at work has just shown how many of
+    its experts this very prompt chooses.
 
     An early copy that is needed saves at most its own time; one that is not needed costs as much.
     This was simulated for an RTX 4090 whose port does 26.8 GB/s, with a quarter of the experts
-    resident, 1 ms between layers and the second of two prompts of 4 to 512 tokens (popularity 1 /
-    rank^0.5 and 1 / rank^1.2). If copies begin early once seven of eight experts were chosen,
+    resident, 1 ms between layers and the second of two prompts of 4 to 512 tokens (popularity
+    1 / rank^0.5 and 1 / rank^1.2). If copies begin early once seven of eight experts were chosen,
     prompts take up to 4% less time and at worst 0.7% more. With half of the experts as the limit
     they take 11% more at worst; with all of them Qwen3-30B's uneven routers gain nothing up to 256
     tokens.

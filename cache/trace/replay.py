@@ -113,20 +113,11 @@ class Outcome:
 
     setup: Setup
     layers: tuple[LayerCounts, ...]
-    tokens: int
     bytes_loaded: int
 
     @property
     def counts(self) -> LayerCounts:
         return sum(self.layers, LayerCounts())
-
-    @property
-    def loads_per_token(self) -> float:
-        return self.counts.loads / self.tokens if self.tokens else 0.0
-
-    @property
-    def bytes_per_token(self) -> float:
-        return self.bytes_loaded / self.tokens if self.tokens else 0.0
 
 
 def recorded_setup(trace: Trace) -> Setup:
@@ -205,7 +196,7 @@ def replay(
     layers = tuple(replace(counts) for counts in cache.statistics.layers)
     sizes = trace.header.record_bytes
     loaded = sum(counts.loads * size for counts, size in zip(layers, sizes, strict=True))
-    return Outcome(setup, layers, trace.tokens, loaded)
+    return Outcome(setup, layers, loaded)
 
 
 def replay_with(

@@ -23,6 +23,7 @@ class TraceError(CacheError):
 
 
 Setting = str | int | float | bool | None
+Guessed = dict[int, dict[int, frozenset[int]]]  # layer -> layers ahead when guessed -> experts
 
 
 class Guess(NamedTuple):
@@ -153,7 +154,7 @@ def shapes(trace: Trace) -> list[LayerShape]:
     layers = [LayerShape() for _ in range(trace.header.layers)]
     recent: list[list[int]] = [[] for _ in layers]  # experts, the latest used last
     before: list[frozenset[int]] = [frozenset()] * len(layers)
-    said: dict[tuple[int, int], frozenset[int]] = {}  # (layer, layers ahead) -> experts
+    said: Guessed = {}
     for event in trace.events:
         if event.prompt:
             continue
@@ -176,14 +177,12 @@ def _measure(shape: LayerShape, recent: list[int], row: Iterable[int]) -> None:
         recent.append(expert)
 
 
-def _compare(shape: LayerShape, event: Event, said: dict[tuple[int, int], frozenset[int]]) -> None:
+def _compare(shape: LayerShape, event: Event, said: Guessed) -> None:
     """Compare the guesses for this layer with what it asks for, and note the guesses made now."""
     asked = {expert for row in event.experts for expert in row}
-    for (layer, ahead), experts in list(said.items()):
-        if layer == event.layer:
-            shape.guessed[ahead] += len(experts)
-            shape.right[ahead] += len(experts & asked)
-            shape.asked[ahead] += len(asked)
-            del said[layer, ahead]
+    for ahead, experts in said.pop(event.layer, {}).items():
+        shape.guessed[ahead] += len(experts)
+        shape.right[ahead] += len(experts & asked)
+        shape.asked[ahead] += len(asked)
     for guess in event.guesses:
-        said[guess.layer, guess.layer - event.layer] = frozenset(guess.experts)
+        said.setdefault(guess.layer, {})[guess.layer - event.layer] = frozenset(guess.experts)

@@ -131,7 +131,7 @@ def _line(trace: Trace, outcome: Outcome, ceiling: Outcome) -> str:
     setup, counts = outcome.setup, outcome.counts
     looked = setup.lookahead != NONE
     share = setup.slots / trace.header.total_experts
-    best = ceiling.counts.hit_rate
+    best, tokens = ceiling.counts.hit_rate, max(1, trace.tokens)
     return _row(
         [
             str(setup.slots),
@@ -140,8 +140,8 @@ def _line(trace: Trace, outcome: Outcome, ceiling: Outcome) -> str:
             f"{setup.lookahead}" if looked else "",
             _percent(counts.hit_rate),
             _percent(counts.hit_rate / best) if best else "",
-            f"{outcome.loads_per_token:.2f}",
-            f"{outcome.bytes_per_token / 2**20:.2f}",
+            f"{counts.loads / tokens:.2f}",
+            f"{outcome.bytes_loaded / tokens / 2**20:.2f}",
             _percent(counts.lookahead_precision) if looked else "",
             _percent(counts.lookahead_recall) if looked else "",
         ]
