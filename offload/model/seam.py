@@ -117,7 +117,8 @@ def own_config(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTrain
 
 
 def build_on_meta(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTrainedModel:
-    """The whole model, experts included, without memory for any weight.
+    """The whole model of a checkpoint with this config, experts included, without memory for any
+    weight.
 
     Raises `CheckpointError` for a config that no model can be built from.
     """
@@ -129,7 +130,7 @@ def build_on_meta(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTr
         )
     try:
         with BUILDING, torch.device("meta"):
-            return cls._from_config(config)
+            return cls._from_config(own_config(config, cls))
     except Exception as error:  # whatever a model class raises on odd values
         raise CheckpointError(
             f"the model's config has values that no {cls.__name__} can be built from "
