@@ -22,13 +22,12 @@ from transformers import (
 from offload.errors import CheckpointError, GenerationError, SourceError
 from offload.files import read_object, user_path
 from offload.lines import reason
-from offload.model.formats.fp8 import FLOAT8, Fp8Source
+from offload.model.checkpoint import TensorSource
 from offload.model.formats.gguf import GgufFile, gguf_files, is_gguf, model_name, models_in
 from offload.model.formats.gguf_config import gguf_config
 from offload.model.formats.gguf_model import GgufSource
-from offload.model.formats.mxfp4 import BLOCKS, Mxfp4Source
 from offload.model.formats.safetensors import SafetensorsSource, weight_files
-from offload.model.formats.source import TensorSource
+from offload.model.formats.scaled import BLOCKS, FLOAT8, Fp8Source, Mxfp4Source
 from offload.quant.pack import is_pack
 from offload.sampling import is_number, resolve_sampling
 

@@ -22,8 +22,7 @@ from transformers.integrations.gguf.dequant import GGML_BLOCK, dequantize
 
 from offload.errors import CheckpointError
 from offload.files import unreadable
-from offload.model.formats.mxfp4 import VALUES
-from offload.model.formats.source import CHUNK_WEIGHTS
+from offload.model.formats.scaled import CHUNK_WEIGHTS, VALUES
 
 _FORMATS = {
     0: "<B",
