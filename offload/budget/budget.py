@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from offload.errors import BudgetError, UnsupportedModelError
 from offload.lines import reason
-from offload.model.seam import build_on_meta, is_experts_module, model_class
+from offload.model.seam import build_on_meta, experts_modules, model_class
 from offload.quant.matmul import REFERENCE_WEIGHTS
 from offload.quant.pack import PackInfo
 from offload.units import READ_WHOLE, SHARE, gib, parse_bytes
@@ -147,9 +147,8 @@ def _measured_kv_bytes(
     latent, compressed or recurrent states, or a window. Raises whatever the model raises."""
     tokens = min(PROBE, context)
     model = build_on_meta(config, model_class(config, "", False)).to(dtype).eval()
-    for module in model.modules():
-        if is_experts_module(module):
-            module.forward = lambda hidden, *_: hidden  # the size of the cache stays the same
+    for module in experts_modules(model):
+        module.forward = lambda hidden, *_: hidden  # the size of the cache stays the same
     long = _cache_layers(model, tokens)
     short: list[Any] = []
     sizes = [0] * len(long)

@@ -123,13 +123,6 @@ def _snapshot(name: str, revision: str | None, local_files_only: bool, patterns:
     return Path(folder)
 
 
-def _remote_code(config: dict[str, Any]) -> str | None:
-    """The reference to a config class whose code comes with the checkpoint."""
-    given = config.get("auto_map")
-    reference = given.get("AutoConfig") if isinstance(given, dict) else None
-    return reference if isinstance(reference, str) else None
-
-
 def read_config(source: str, folder: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
     """The config of the checkpoint, GGUF file or pack `folder`, without `quantization_config`.
 
@@ -143,8 +136,9 @@ def read_config(source: str, folder: Path, *, trust_remote_code: bool) -> PreTra
     if not isinstance(kind, str):
         raise CheckpointError(f"{file} has no model_type: fetch it again")
     if kind not in CONFIG_MAPPING:
-        remote = _remote_code(raw)
-        if not remote:
+        given = raw.get("auto_map")
+        remote = given.get("AutoConfig") if isinstance(given, dict) else None
+        if not remote or not isinstance(remote, str):
             raise SourceError(f"{source}: transformers does not know {kind!r}: a newer one may")
         if not trust_remote_code:
             raise SourceError(
@@ -152,7 +146,13 @@ def read_config(source: str, folder: Path, *, trust_remote_code: bool) -> PreTra
                 "folder): read it, then pass --trust-remote-code (trust_remote_code=True) if you "
                 "trust it"
             )
-    _check_quantisation(source, raw)
+    for given in _quantisations(raw):
+        method = given.get("quant_method") if isinstance(given, dict) else given
+        if method not in DEQUANTISED:
+            raise SourceError(
+                f"{source} is already quantised ({method}), which is not read: use the checkpoint "
+                "in bfloat16, float16, float32, fp8 or mxfp4, or a GGUF file"
+            )
     try:
         config = AutoConfig.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=True
@@ -167,16 +167,10 @@ def read_config(source: str, folder: Path, *, trust_remote_code: bool) -> PreTra
     return config
 
 
-def _check_quantisation(source: str, raw: dict[str, Any]) -> None:
-    """Raise `SourceError` for a method of quantisation that cannot be read."""
-    for part in (raw, raw.get("text_config")):
-        given = part.get("quantization_config") if isinstance(part, dict) else None
-        method = given.get("quant_method") if isinstance(given, dict) else given
-        if given and method not in DEQUANTISED:
-            raise SourceError(
-                f"{source} is already quantised ({method}), which is not read: use the checkpoint "
-                "in bfloat16, float16, float32, fp8 or mxfp4, or a GGUF file"
-            )
+def _quantisations(config: dict[str, Any]) -> list[Any]:
+    """What a config and its text part say about quantisation."""
+    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
+    return [given for part in parts if (given := part.get("quantization_config"))]
 
 
 def open_weights(path: Path, model: PreTrainedModel) -> TensorSource:
@@ -205,22 +199,17 @@ def files_of(path: Path) -> list[Path]:
 
 def _block_size(folder: Path) -> tuple[int, int] | None:
     """The rows and columns that share a scale; None when the checkpoint's config does not say."""
-    config = read_object(folder / "config.json")
-    inner = config.get("text_config")
-    for part in (config, inner if isinstance(inner, dict) else {}):
-        given = part.get("quantization_config")
-        size = given.get("weight_block_size") if isinstance(given, dict) else None
-        if size is not None:
-            if (
-                not isinstance(size, list)
-                or len(size) != 2
-                or any(type(n) is not int or n < 1 for n in size)
-            ):
+    file = folder / "config.json"
+    for given in _quantisations(read_object(file)):
+        match given.get("weight_block_size") if isinstance(given, dict) else None:
+            case None:
+                continue
+            case [int(rows), int(columns)] if rows >= 1 and columns >= 1:
+                return rows, columns
+            case size:
                 raise CheckpointError(
-                    f"{folder / 'config.json'} has weight_block_size {size!r}, which is not two "
-                    "sizes: fetch it again"
+                    f"{file} has weight_block_size {size!r}, which is not two sizes: fetch it again"
                 )
-            return size[0], size[1]
     return None
 
 

@@ -115,7 +115,7 @@ def _write(writer: PackWriter, source: PackSource, folder: Path, device: torch.d
     info, checkpoint = writer.info, source.checkpoint
 
     def read(dense: PackDense) -> Matrices:
-        return {"weight": (checkpoint.read_plain(f"{dense.modules[0]}.weight"), None)}
+        return {"weight": (checkpoint.read(checkpoint.plain[f"{dense.modules[0]}.weight"]), None)}
 
     layers: dict[int, list[Part]] = {
         index: [
