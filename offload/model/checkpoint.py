@@ -289,11 +289,7 @@ def _splits_by_expert(converter: WeightConverter | None) -> bool:
     for operation in converter.operations:
         if not isinstance(operation, _PER_EXPERT):
             return False
-        dims = [
-            d
-            for name in ("dim", "dim0", "dim1")
-            if (d := getattr(operation, name, None)) is not None
-        ]
+        dims = [d for name, d in vars(operation).items() if name in ("dim", "dim0", "dim1")]
         stacks_experts = isinstance(operation, MergeModulelist) and dims == [0]
         if not stacks_experts and min(dims) < 1:
             return False

@@ -22,6 +22,7 @@ from transformers import (
 from offload.errors import CheckpointError, GenerationError, SourceError
 from offload.files import read_object, user_path
 from offload.lines import reason
+from offload.model import demo
 from offload.model.checkpoint import TensorSource
 from offload.model.formats.gguf import GgufFile, gguf_files, is_gguf, model_name, models_in
 from offload.model.formats.gguf_config import gguf_config
@@ -60,10 +61,13 @@ def find(
     trust_remote_code: bool,
     files: Sequence[str] = TEXT_FILES,
 ) -> FoundModel:
-    """The model `name`: a pack, a checkpoint folder, a GGUF file or a hub id, but not "demo".
+    """The model `name`: a pack, a checkpoint folder, a GGUF file, a hub id, or "demo".
 
-    Of a hub model only the files that match the patterns `files` are fetched. Raises `SourceError`.
+    The demo is built if need be. Of a hub model only the files that match the patterns `files` are
+    fetched. Raises `SourceError`.
     """
+    if name == DEMO:
+        return FoundModel(name, demo.checkpoint(), is_pack=False)
     path = user_path(name)
     if path.is_dir():
         if is_pack(path):

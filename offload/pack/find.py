@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 from offload.budget.resolve import Resolver
 from offload.errors import BudgetError, SourceError
 from offload.files import offload_home, user_path
-from offload.model import demo, sources
+from offload.model import sources
 from offload.model.checkpoint import Checkpoint
 from offload.model.seam import build_on_meta, find_experts, model_class
 from offload.model.sources import check_generation_config
@@ -26,20 +26,6 @@ from offload.quant.hqq import CPU
 from offload.quant.pack import VERSION, Pack, is_pack
 
 logger = logging.getLogger("offload")
-
-
-def find_source(
-    name: str, *, revision: str | None, local_files_only: bool, trust_remote_code: bool
-) -> sources.FoundModel:
-    """The model that `name` stands for. Builds the demo if need be. Raises `SourceError`."""
-    if name == sources.DEMO:
-        return sources.FoundModel(name, demo.checkpoint(), is_pack=False)
-    return sources.find(
-        name,
-        revision=revision,
-        local_files_only=local_files_only,
-        trust_remote_code=trust_remote_code,
-    )
 
 
 def find_or_make_pack(
@@ -59,7 +45,7 @@ def find_or_make_pack(
     Weights are quantised on `device`. A pack that does not fit, as `resolver` tells, is not made.
     Without a `recipe`, the one that fits (then `resolver` is needed) is taken.
     """
-    found = find_source(
+    found = sources.find(
         source,
         revision=revision,
         local_files_only=local_files_only,

@@ -67,18 +67,14 @@ def outline(
 
     Of a hub model only config.json and the weights' index are fetched. Raises `OffloadError`.
     """
-    if name == sources.DEMO and not demo.demo_folder().is_dir():
+    if name == sources.DEMO and not (demo.demo_folder() / "config.json").is_file():
         return _outline(name, demo.planned_config(), None, None, trust_remote_code)
-    found = (
-        sources.FoundModel(name, demo.demo_folder(), is_pack=False)
-        if name == sources.DEMO
-        else sources.find(
-            name,
-            revision=revision,
-            local_files_only=local_files_only,
-            trust_remote_code=trust_remote_code,
-            files=sources.SHAPE_FILES,
-        )
+    found = sources.find(
+        name,
+        revision=revision,
+        local_files_only=local_files_only,
+        trust_remote_code=trust_remote_code,
+        files=sources.SHAPE_FILES,
     )
     config = sources.read_config(found.name, found.folder, trust_remote_code=trust_remote_code)
     made = read_info(found.folder) if found.is_pack else None
