@@ -221,18 +221,14 @@ class Checkpoint:
         parameter = self._parameters[name]
         if not _splits_by_expert(parameter.converter):
             return self._whole_parameter(name)[expert]
-        experts = self._state[name].shape[0]
         tensors: dict[str, list[Tensor]] = {}
         for pattern, sources in parameter.sources.items():
-            if (len(sources) == experts and experts > 1) or self._is_single(sources, name):
+            # The one source of a one-expert module may lack the experts' dimension.
+            if len(sources) > 1 or len(self._source.shape(sources[0])) < self._state[name].dim():
                 tensors[pattern] = [self._source.read(sources[expert])]
             else:
                 tensors[pattern] = [self._source.read_slice(sources[0], expert)]
         return self._convert(name, tensors, one_expert=True)[0]
-
-    def _is_single(self, sources: list[str], name: str) -> bool:
-        """Whether the one source of a one-expert module lacks the experts' dimension."""
-        return len(sources) == 1 and len(self._source.shape(sources[0])) < self._state[name].dim()
 
     def _whole_parameter(self, name: str) -> Tensor:
         if self._whole is None or self._whole[0] != name:

@@ -60,8 +60,12 @@ class PackSource:
         for matrix in matrices:
             schemes = (recipe.scheme(part, matrix.layer) for part in matrix.parts)
             scheme = next((scheme for scheme in schemes if scheme.quantised), None)
-            if scheme is not None and _can_be_quantised(self.checkpoint, matrix):
-                dtype = self.checkpoint.plain_dtype(matrix.parameter)
+            # The checkpoint must have the matrix unchanged, and its columns must make groups of 16.
+            plain = matrix.parameter in self.checkpoint.plain
+            if scheme is None or not plain or fitting_group(matrix.columns, 16) != 16:
+                continue
+            dtype = self.checkpoint.plain_dtype(matrix.parameter)
+            if dtype in STORED_DTYPES.values():
                 spec = MatrixSpec("weight", matrix.rows, matrix.columns, False, dtype)
                 place = matrix.parameter if matrix.layer is None else matrix.layer
                 file = files.setdefault(place, len(files))
@@ -73,15 +77,6 @@ def _index(layouts: list[RecordLayout], layout: RecordLayout) -> int:
     if layout not in layouts:
         layouts.append(layout)
     return layouts.index(layout)
-
-
-def _can_be_quantised(checkpoint: Checkpoint, matrix: DenseMatrix) -> bool:
-    """Whether the checkpoint has the matrix unchanged, and its columns make groups of 16."""
-    return (
-        matrix.parameter in checkpoint.plain
-        and checkpoint.plain_dtype(matrix.parameter) in STORED_DTYPES.values()
-        and fitting_group(matrix.columns, 16) == 16
-    )
 
 
 def _as_stored(checkpoint: Checkpoint, module: ExpertsModule, spec: MatrixSpec) -> MatrixSpec:

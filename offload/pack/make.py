@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import itertools
@@ -13,6 +12,7 @@ import shutil
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 
 import psutil
@@ -44,21 +44,16 @@ PROCESS_BYTES = 2**30  # of free RAM for each process, which uses a third of it,
 CHUNKS_AHEAD = 2  # for each process: one is being encoded, one waits for the process
 
 
-@contextlib.contextmanager
-def make_encoder(weights: int, device: torch.device) -> Iterator[Encoder]:
+def make_encoder(weights: int, device: torch.device) -> AbstractContextManager[Encoder]:
     """The encoder for this many weights: the GPU, or on the CPU a process for each core where there
     are enough weights to be worth the start of processes."""
     if device.type != "cpu":
-        with contextlib.closing(DeviceEncoder(device)) as gpu:
-            yield gpu
-        return
+        return closing(DeviceEncoder(device))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     count = min(cores or 1, psutil.virtual_memory().available // PROCESS_BYTES)
     if weights < WORTH_PROCESSES or count < 2:
-        yield HereEncoder()
-        return
-    with WorkerEncoder(count) as encoder:
-        yield encoder
+        return nullcontext(HereEncoder())
+    return WorkerEncoder(count)
 
 
 def encode_in_turn(parts: Iterable[Part], encoder: Encoder, progress: Progress) -> Iterator[Tensor]:
@@ -133,11 +128,14 @@ def _write(writer: PackWriter, source: PackSource, folder: Path, device: torch.d
     layouts = [layout for parts in (*layers.values(), *matrices.values()) for layout, _ in parts]
     files = _dense_files(checkpoint, info)
     missing = [tensors for file, tensors in files.items() if not writer.has(file)]
-    _check_space(
-        writer.path,
-        sum(layout.record_bytes for layout in layouts)
-        + sum(nbytes for tensors in missing for _, nbytes in tensors),
-    )
+    needed = sum(layout.record_bytes for layout in layouts)
+    needed += sum(nbytes for tensors in missing for _, nbytes in tensors)
+    place = writer.path.parent
+    if needed > (free := shutil.disk_usage(place).free):
+        raise PackError(
+            f"the pack needs {gib(needed)} and {place} has {gib(free)} free: free some space, or "
+            f"choose {ELSEWHERE}"
+        )
     weights = sum(layout.weights for layout in layouts)
     quantises = any(matrix.group_size for layout in layouts for matrix in layout.matrices)
     verb = "quantising" if quantises else "packing"
@@ -220,15 +218,6 @@ def _plain_config(file: Path, content: bytes) -> bytes:
 def _as_bytes(name: str, tensor: Tensor) -> tuple[str, str, tuple[int, ...], Tensor]:
     kind = SAFETENSORS_NAMES[tensor.dtype]
     return name, kind, tuple(tensor.shape), tensor.contiguous().view(-1).view(torch.uint8)
-
-
-def _check_space(path: Path, needed: int) -> None:
-    free = shutil.disk_usage(path.parent).free
-    if needed > free:
-        raise PackError(
-            f"the pack needs {gib(needed)} and {path.parent} has {gib(free)} "
-            f"free: free some space, or choose {ELSEWHERE}"
-        )
 
 
 def fingerprint(path: Path) -> str:
