@@ -18,8 +18,8 @@ from accelerate.hooks import remove_hook_from_submodules
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from offload.budget.blocks import Layers, device_of
 from offload.budget.budget import hold_vram
+from offload.budget.placement import Layers, device_of
 from offload.budget.resolve import Resolver, find_place
 from offload.engine.cpu_linear import OneTokenLinear, native_is_quicker
 from offload.engine.crossing import Crossing
