@@ -21,11 +21,10 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 from offload.budget.budget import hold_vram
 from offload.budget.placement import Layers, device_of
 from offload.budget.resolve import Resolver, find_place
-from offload.engine.cpu_linear import OneTokenLinear, native_is_quicker
-from offload.engine.crossing import Crossing
 from offload.engine.engine import make_engine
 from offload.engine.handle import Offload
-from offload.engine.warm import read_hot
+from offload.engine.history import read_hot
+from offload.engine.hooks import Crossing, OneTokenLinear, native_is_quicker
 from offload.errors import CheckpointError
 from offload.fit import Card, Fit
 from offload.model import sources
