@@ -18,14 +18,13 @@ from accelerate.hooks import remove_hook_from_submodules
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from offload.budget.blocks import Layers, device_of
 from offload.budget.budget import hold_vram
+from offload.budget.placement import Layers, device_of
 from offload.budget.resolve import Resolver, find_place
-from offload.engine.cpu_linear import OneTokenLinear, native_is_quicker
-from offload.engine.crossing import Crossing
 from offload.engine.engine import make_engine
 from offload.engine.handle import Offload
-from offload.engine.warm import read_hot
+from offload.engine.history import read_hot
+from offload.engine.hooks import Crossing, OneTokenLinear, native_is_quicker
 from offload.errors import CheckpointError
 from offload.fit import Card, Fit
 from offload.model import sources
@@ -264,7 +263,7 @@ def _connect(model: PreTrainedModel, pack: Pack, fit: Fit, transfer: Transfer) -
     engine = make_engine(fit.options.engine, info, fit, transfer, looks, k)
     decoding = None
     if engine.device is not None:
-        from offload.generation.tokens import Loops  # loads Triton
+        from offload.generation.decode import Loops  # loads Triton
 
         decoding = Loops(engine, engine.device)
     for module in experts_modules(model):

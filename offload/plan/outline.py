@@ -10,13 +10,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from offload.errors import CheckpointError
 from offload.files import read_object
 from offload.model import demo, sources
-from offload.model.checkpoint import Checkpoint
+from offload.model.checkpoint import Checkpoint, ExpectedSource
 from offload.model.formats.gguf import is_gguf
 from offload.model.formats.safetensors import INDEX, SINGLE, weight_files
-from offload.model.formats.source import ExpectedSource
 from offload.model.seam import build_on_meta, chosen_experts, find_experts, model_class, own_config
 from offload.model.sources import open_weights
-from offload.pack.describe import Describer, PackSource
+from offload.pack.describe import PackSource
 from offload.pack.recipe import Recipe
 from offload.quant.pack import PackInfo, read_info
 
@@ -35,13 +34,13 @@ class Outline:
     table_weights: int
     download_bytes: int | None  # of weights that are not here; None if they are, or if unknown
     from_config: bool  # dtypes are those of the config, because no weight file's header was read
-    describer: Describer
+    source: PackSource
 
     def describe(self, recipe: Recipe) -> PackInfo:
         """The manifest of the pack that `recipe` would make. Raises `RecipeError`."""
         if self.made is not None and Recipe.parse(self.made.bits) == recipe:
             return self.made
-        return self.describer.describe(recipe)
+        return self.source.describe(recipe)
 
     def read_bytes(self, info: PackInfo, itemsize: int) -> int:
         """Bytes of the weights that each token reads beside the experts.
@@ -68,18 +67,14 @@ def outline(
 
     Of a hub model only config.json and the weights' index are fetched. Raises `OffloadError`.
     """
-    if name == sources.DEMO and not demo.demo_folder().is_dir():
+    if name == sources.DEMO and not (demo.demo_folder() / "config.json").is_file():
         return _outline(name, demo.planned_config(), None, None, trust_remote_code)
-    found = (
-        sources.FoundModel(name, demo.demo_folder(), is_pack=False)
-        if name == sources.DEMO
-        else sources.find(
-            name,
-            revision=revision,
-            local_files_only=local_files_only,
-            trust_remote_code=trust_remote_code,
-            files=sources.SHAPE_FILES,
-        )
+    found = sources.find(
+        name,
+        revision=revision,
+        local_files_only=local_files_only,
+        trust_remote_code=trust_remote_code,
+        files=sources.SHAPE_FILES,
     )
     config = sources.read_config(found.name, found.folder, trust_remote_code=trust_remote_code)
     made = read_info(found.folder) if found.is_pack else None
@@ -113,7 +108,7 @@ def _outline(
         weights,
         None if here or folder is None else _index_bytes(folder),
         not here,
-        Describer(PackSource(name, "", folder or Path(name)), checkpoint, model, experts),
+        PackSource(name, "", checkpoint, model, experts),
     )
 
 

@@ -245,7 +245,7 @@ def _recipes(outline: Outline, bits: AskedBits, asked: Recipe | None) -> list[Re
         return [Recipe.parse(text) for text in FITTING]
     base = asked or bits.on(Recipe())
     group = bits.group_size or 64
-    recipes = [base.with_rule(f"experts={count}", group) for count in BITS]
+    recipes = [base.with_rules(f"experts={count}", group) for count in BITS]
     if asked is not None:
         recipes = [
             asked,
