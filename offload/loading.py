@@ -258,10 +258,8 @@ def _connect(model: PreTrainedModel, pack: Pack, fit: Fit, transfer: Transfer) -
             f"{pack.path} was made for other experts modules than transformers "
             f"{transformers.__version__} has: {REMAKE}"
         )
-    everything_fits = fit.slots >= info.total_experts  # then guesses gain nothing
-    looks = fit.options.lookahead is not False and not everything_fits
     k = chosen_experts(model.config)
-    engine = make_engine(fit.options.engine, info, fit, transfer, looks, k)
+    engine = make_engine(info, fit, transfer, k)
     decoding = None
     if engine.device is not None:
         from offload.generation.tokens import Loops  # loads Triton
@@ -270,7 +268,7 @@ def _connect(model: PreTrainedModel, pack: Pack, fit: Fit, transfer: Transfer) -
     for module in experts_modules(model):
         install(module, engine.add_layer(module))
     engine.watch_calls(model)
-    if looks:
+    if fit.looks_ahead:
         engine.watch_routers(model, routers(model, info))
     single = fit.device.type == "cpu" and fit.dtype == torch.bfloat16
     one_token = OneTokenLinear(model) if single and native_is_quicker() else None

@@ -293,15 +293,13 @@ def fewer_slots(slots: int, shortage: int, slot_bytes: int) -> int:
     return max(1, slots - max(wanted, -(-slots // 10)))
 
 
-def make_engine(
-    asked: str, info: PackInfo, fit: Fit, transfer: Transfer, ahead: bool, k: int
-) -> Engine:
+def make_engine(info: PackInfo, fit: Fit, transfer: Transfer, k: int) -> Engine:
     """The engine of a model each of whose tokens has `k` experts (0: not known).
 
-    `asked` is "host", "device", or "auto": the device wherever it can plan. A warning says why it
-    cannot, where that was asked for or to be expected. Raises `OffloadError` where `asked` is
-    "device" and there is no GPU.
+    `--engine auto` means the device wherever it can plan. A warning says why it cannot, where that
+    was asked for or to be expected. Raises `OffloadError` for `--engine device` without a GPU.
     """
+    asked = fit.options.engine
     cache, compute = cache_of(info, fit), compute_of(info, transfer)
     layers: list[Layer] = []
     device = None
@@ -309,7 +307,7 @@ def make_engine(
         if not isinstance(cache, ExpertCache) or fit.cards:
             logger.warning("steps are planned on the host: the model is on several cards")
         else:
-            device, refused = _device_planned(info, fit, transfer, ahead, k, layers)
+            device, refused = _device_planned(info, fit, transfer, k, layers)
             if device is None and fit.device.type != "cuda":
                 raise OffloadError(
                     f"there is no device-planned engine here: {refused}: choose host"
@@ -321,23 +319,20 @@ def make_engine(
     # On the device a guess costs the host nothing, so it is not weighed.
     weighs = device is None and fit.options.lookahead is None
     balance = LookaheadBalance() if weighs else None
-    host = HostPlanned(info, layers, cache, transfer, compute, balance, ahead, fit.staging)
+    host = HostPlanned(
+        info, layers, cache, transfer, compute, balance, fit.looks_ahead, fit.staging
+    )
     return Engine(host, device)
 
 
 def _device_planned(
-    info: PackInfo,
-    fit: Fit,
-    transfer: Transfer,
-    ahead: bool,
-    k: int,
-    layers: list[Layer],
+    info: PackInfo, fit: Fit, transfer: Transfer, k: int, layers: list[Layer]
 ) -> tuple[DevicePlanned | None, str]:
     """What plans on the device, or why there is nothing that can."""
     try:
         from offload.engine.device import make
     except ImportError as error:
         return None, f"it needs Triton ({error})"
-    wanted = make.Wanted(fit.options.policy, ahead, fit.slots, k)
+    wanted = make.Wanted(fit.options.policy, fit.looks_ahead, fit.slots, k)
     refused = make.why_not(wanted, transfer)
     return (None, refused) if refused else (make.make(info, layers, transfer, wanted), "")
