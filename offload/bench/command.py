@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offload.errors import DONE
-from offload.flags import add_model, add_options, explained, option, options_from, options_of
+from offload.flags import (
+    add_model,
+    add_options,
+    explained,
+    option,
+    options_from,
+    options_of,
+    parser_of,
+)
 from offload.options import LoadOptions, ThreadOptions, TimelineOptions
 from offload.quant.errors import OffloadError
 from offload.units import count, listed, positive
@@ -50,40 +58,39 @@ class BenchOptions:
     """Options of `offload bench` alone; names and defaults are llama-bench's."""
 
     n_prompt: tuple[int, ...] = _lengths(
-        "-p --n-prompt N,..", (512,), "prompt tokens to read; 0 leaves this test out"
+        "-p --n-prompt N,..", "prompt tokens to read; 0 leaves this test out", default=(512,)
     )
     n_gen: tuple[int, ...] = _lengths(
-        "-n --n-gen N,..", (128,), "tokens to generate; 0 leaves this test out"
+        "-n --n-gen N,..", "tokens to generate; 0 leaves this test out", default=(128,)
     )
     n_depth: tuple[int, ...] = _lengths(
-        "-d --n-depth N,..", (0,), "tokens that are in the context before each test"
+        "-d --n-depth N,..", "tokens that are in the context before each test", default=(0,)
     )
     pg: tuple[tuple[int, int], ...] = _test(
         "-pg P,N",
-        (),
         "also read P tokens and generate N in one test; may be given several times",
+        default=(),
         unit="tokens",
         parse=pair,
         action="append",
     )
-    repetitions: int = _test("-r --repetitions N", 5, "timed runs of each test", parse=positive)
-    no_warmup: bool = _test("--no-warmup", False, "leave out the untimed run before each test")
+    repetitions: int = _test(
+        "-r --repetitions N", "timed runs of each test", default=5, parse=positive
+    )
+    no_warmup: bool = _test(
+        "--no-warmup", "leave out the untimed run before each test", default=False
+    )
     random: bool = _test(
-        "--random", False, "read random tokens, as llama-bench does, and not English text"
+        "--random", "read random tokens, as llama-bench does, and not English text", default=False
     )
     output: str = _output(
-        "-o --output", "md", "format of the output", choices=("md", "csv", "json", "jsonl")
+        "-o --output", "format of the output", default="md", choices=("md", "csv", "json", "jsonl")
     )
     plot: Path | None = _output(
-        "--plot PNG",
-        None,
-        "draw tokens/s and hit rate over the share of resident experts",
-        parse=Path,
+        "--plot PNG", "draw tokens/s and hit rate over the share of resident experts"
     )
     compare: str | None = _output(
-        "--compare FILE",
-        None,
-        "also show the ratio to an earlier run, whose -o json output is in FILE",
+        "--compare FILE", "also show the ratio to an earlier run, whose -o json output is in FILE"
     )
 
 
@@ -112,7 +119,7 @@ def _add_swept(place: argparse._ArgumentGroup) -> None:
             "dest": each.name,
             "default": argparse.SUPPRESS,
             "help": explained(each, each.default).replace("%", "%%"),
-            "type": listed(spelling.parse),
+            "type": listed(parser_of(each)),
             "metavar": f"{spelling.metavar},..",
         }
         if each.name == "lookahead":  # a switch: the flag alone is on, --no-lookahead is off

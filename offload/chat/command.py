@@ -20,9 +20,11 @@ EXAMPLE = "offload chat demo --expert-slots 25%"
 class ChatOptions:
     """Options of `offload chat` alone."""
 
-    single_turn: bool = option("-st --single-turn", False, "answer one prompt (-p or -f) and exit")
+    single_turn: bool = option(
+        "-st --single-turn", "answer one prompt (-p or -f) and exit", default=False
+    )
     hide_thoughts: bool = option(
-        "--hide-thoughts", False, "show only the answer that follows a model's thoughts"
+        "--hide-thoughts", "show only the answer that follows a model's thoughts", default=False
     )
 
 

@@ -38,21 +38,20 @@ _several = partial(option, group="several answers")
 class AnswerFileOptions:
     """Options of `offload generate` alone."""
 
-    raw: bool = option("--raw", False, "give the prompt as it is, without the chat template")
+    raw: bool = option(
+        "--raw", "give the prompt as it is, without the chat template", default=False
+    )
     output: Path | None = _several(
         "-o --output FILE",
-        None,
         "answer every line of -f FILE and write the answers to this file. Each line is JSON: a "
         "text, or an object with a prompt or messages. If the command is stopped, running it again "
         "continues; it compares the prompts with those already answered, but not the other options",
-        parse=Path,
     )
     parallel: int = _several(
-        "-np --parallel N", 8, "how many prompts of -o are answered at once", parse=positive
+        "-np --parallel N", "how many prompts of -o are answered at once", default=8, parse=positive
     )
     vote: int | None = _several(
         "--vote N",
-        None,
         "sample N answers and print one whose result is the most frequent; the result of an answer "
         "is what it puts in \\boxed{}, what follows 'answer is', or its last line",
         parse=between(2, 1024),

@@ -29,19 +29,19 @@ class PlanOptions:
 
     gpu: str | None = _machine(
         "--gpu NAME",
-        None,
         "plan for another machine that has this GPU, like 3060 or 4090; --vram and --ram are then "
         "the sizes of its memory, of which 90% is used",
         unset="this machine",
     )
-    cards: int | None = _machine("--gpus N", None, "number of GPUs", unset="1", parse=positive)
+    cards: int | None = _machine("--gpus N", "number of GPUs", unset="1", parse=positive)
     routing: str | None = _machine(
         "--trace FILE",
-        None,
         "forecast the speed for the routing that --trace recorded in FILE",
         unset="made-up routing",
     )
-    output: str = option("-o --output", "text", "format of the output", choices=("text", "json"))
+    output: str = option(
+        "-o --output", "format of the output", default="text", choices=("text", "json")
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -32,7 +32,6 @@ class WindowOptions:
 
     stride: int | None = option(
         "--stride N",
-        None,
         "how many tokens of each window are scored; those before them are only read as context",
         unit="tokens",
         unset="half of --ctx-size",
@@ -44,9 +43,7 @@ class WindowOptions:
 class PerplexityOptions:
     """Options of `offload ppl` alone."""
 
-    file: Path | None = option(
-        "-f --file FILE", None, "the text, in UTF-8", unset="what is piped in", parse=Path
-    )
+    file: Path | None = option("-f --file FILE", "the text, in UTF-8", unset="what is piped in")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,26 +52,23 @@ class CheckOptions:
 
     against: str = _comparison(
         "--against REFERENCE",
-        None,
         "the reference: a checkpoint, a pack, a hub id, or demo. A checkpoint is run at 16 bits, "
         "for which a pack as large as the checkpoint is written",
         unset="required",
     )
     plain: bool = _comparison(
-        "--plain", False, "run the reference with transformers alone, all of it in memory"
+        "--plain", "run the reference with transformers alone, all of it in memory", default=False
     )
     prompts: Path | None = _comparison(
         "--prompts FILE",
-        None,
         "texts to compare on, each below a line `--- NAME`",
         unset="prose, code, maths, dialogue and Hebrew",
-        parse=Path,
     )
     baseline: Path | None = _comparison(
-        "--baseline FILE", None, "fail if a figure is worse than FILE allows", parse=Path
+        "--baseline FILE", "fail if a figure is worse than FILE allows"
     )
     save_baseline: Path | None = _comparison(
-        "--save-baseline FILE", None, "write the figures to FILE, for --baseline", parse=Path
+        "--save-baseline FILE", "write the figures to FILE, for --baseline"
     )
 
 
