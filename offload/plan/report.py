@@ -9,16 +9,8 @@ from dataclasses import asdict
 from typing import Any
 
 from offload.files import offload_home
-from offload.fit import Share
 from offload.machine.measure import existing
-from offload.plan.forecast import (
-    LOCAL,
-    RATES,
-    SLOW_PYTHON,
-    UNIFORM,
-    USUAL,
-    hit_rate,
-)
+from offload.plan.forecast import LOCAL, RATES, SLOW_PYTHON, UNIFORM, USUAL, hit_rate
 from offload.plan.plan import GOOD_BITS, Plan, PlanRow
 from offload.units import gib
 
@@ -86,7 +78,7 @@ def _table(plan: Plan) -> Iterator[str]:
 
 def _cells(row: PlanRow, chosen: bool) -> list[str]:
     bits = f"{'>' if chosen else ''}{_bits(row)}"
-    cells = [bits, _gib(row.info.expert_bytes), _gib(row.pack_bytes)]
+    cells = [bits, gib(row.info.expert_bytes, 1), gib(row.pack_bytes, 1)]
     if row.forecast is None:
         return [*cells, "does not fit"]
     return [
@@ -108,10 +100,6 @@ def _rest(row: PlanRow) -> str:
 def _bits(row: PlanRow) -> str:
     """The bits of most experts, with the group size unless it is the usual one."""
     return str(row.bits).removesuffix("g64")
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
 
 
 def _speed(tokens_per_s: float) -> str:
@@ -275,20 +263,19 @@ def _row_json(row: PlanRow) -> dict[str, Any]:
         "staging_bytes": row.staging_bytes,
         "prompt_tokens_at_once": row.chunk,
         "slots": row.slots,
-        "cards": [_share_json(share) for share in row.shares],
+        "cards": [
+            {
+                "layers": len(share.blocks),
+                "experts": share.experts,
+                "slots": share.slots,
+                "dense_bytes": share.dense,
+                "kv_cache_bytes": share.kv_cache,
+            }
+            for share in row.shares
+        ],
         "engine": "device" if row.on_device else "host",
         "rest_in": row.rest,
         "disk_share": row.disk_share,
         "refusal": row.refusal or None,
         "tokens_per_s": None if row.forecast is None else asdict(row.forecast),
-    }
-
-
-def _share_json(share: Share) -> dict[str, Any]:
-    return {
-        "layers": len(share.blocks),
-        "experts": share.experts,
-        "slots": share.slots,
-        "dense_bytes": share.dense,
-        "kv_cache_bytes": share.kv_cache,
     }
