@@ -153,10 +153,9 @@ def combinations(arguments: argparse.Namespace) -> list[LoadOptions]:
 def run(arguments: argparse.Namespace) -> int:
     """Measure and write rows. If the command is interrupted, the finished rows remain."""
     from offload.bench.compare import read_earlier
-    from offload.bench.output import WRITERS, write_tables
-    from offload.bench.picture import check_picture, save_picture
+    from offload.bench.output import WRITERS, check_picture, save_picture, write_tables
+    from offload.bench.row import make_tests
     from offload.bench.run import check_context, sweep
-    from offload.bench.sample import make_tests
     from offload.pack.recipe import AskedBits
 
     asked = options_from(arguments, BenchOptions)
