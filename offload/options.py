@@ -196,12 +196,24 @@ HUB = ("revision", "local_files_only", "trust_remote_code")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ThreadOptions:
-    """The option of every command that computes."""
+class SharedOptions:
+    """Options that several commands have; each command names those that it takes."""
 
     threads: int | None = _memory(
         "-t --threads N", "CPU threads", unset="torch's choice", parse=between(1, 1024)
     )
+    stride: int | None = option(
+        "--stride N",
+        "how many tokens of each window are scored; those before them are only read as context",
+        unit="tokens",
+        unset="half of --ctx-size",
+        parse=positive,
+    )
+    timeline: Path | None = option(
+        "--timeline FILE",
+        "write when computation and copies ran to FILE, as JSON for ui.perfetto.dev",
+    )
+    json: bool = option("--json", "write JSON instead of text", default=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,20 +268,3 @@ class AnswerOptions:
     show_timings: bool = _answer(
         "--show-timings", "show two lines of timings after each answer", default=True
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TimelineOptions:
-    """The option of commands whose run can be drawn as a timeline."""
-
-    timeline: Path | None = option(
-        "--timeline FILE",
-        "write when computation and copies ran to FILE, as JSON for ui.perfetto.dev",
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class JsonOptions:
-    """The option of commands that write text or JSON."""
-
-    json: bool = option("--json", "write JSON instead of text", default=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import shutil
 import sys
@@ -23,13 +22,12 @@ from offload.flags import (
     options_of,
     parser_of,
 )
-from offload.options import LoadOptions, ThreadOptions, TimelineOptions
+from offload.options import LoadOptions, SharedOptions
 from offload.quant.errors import OffloadError
 from offload.units import count, listed, positive
 
 if TYPE_CHECKING:
     from offload.bench.row import BenchRow
-    from offload.bench.run import Loaded
 
 EXAMPLE = "offload bench demo --expert-slots 25%,50%,100% --plot speed.png"
 SWEPT = ("expert_bits", "expert_slots", "policy", "lookahead")  # the last changes fastest
@@ -98,7 +96,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     once = {each.name for each in fields(LoadOptions)} - {*SWEPT, "warm_start"}
     add_options(parser, LoadOptions, once)
-    add_options(parser, ThreadOptions)
     sweeps = parser.add_argument_group(
         "sweeps", "Lists are separated by commas. The model is loaded for every combination."
     )
@@ -106,7 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, LoadOptions, ["warm_start"], group="sweeps", warm_start=False)
     parser.add_argument_group("tests", "Lists are separated by commas.")
     add_options(parser, BenchOptions)
-    add_options(parser, TimelineOptions)
+    add_options(parser, SharedOptions, ["threads", "timeline"])
 
 
 def _add_swept(place: argparse._ArgumentGroup) -> None:
@@ -166,8 +163,8 @@ def run(arguments: argparse.Namespace) -> int:
     for setting in settings:
         AskedBits.of(setting)  # raises for wrong bits before anything is measured
     check_context(tests, settings[0].context)
-    timeline = options_from(arguments, TimelineOptions).timeline
-    for flag, file in (("trace", settings[0].trace), ("timeline", timeline)):
+    shared = options_from(arguments, SharedOptions)
+    for flag, file in (("trace", settings[0].trace), ("timeline", shared.timeline)):
         if len(settings) > 1 and file:
             raise OffloadError(
                 f"--{flag} records one run, and a sweep has several: give each option one value"
@@ -175,26 +172,15 @@ def run(arguments: argparse.Namespace) -> int:
     earlier = read_earlier(asked.compare) if asked.compare else None
     if asked.plot:
         check_picture(asked.plot)
-    threads = options_from(arguments, ThreadOptions).threads
-
-    @contextlib.contextmanager
-    def load(setting: LoadOptions) -> Iterator[Loaded]:
-        from offload.engine.handle import offload_of
-        from offload.loading import load_and_tell
-        from offload.trace.timeline import recording
-
-        first = setting is settings[0]
-        model, tokenizer, _ = load_and_tell(arguments.model, setting, threads, note=first)
-        with contextlib.closing(offload_of(model)), recording(model, timeline):
-            yield model, tokenizer
-
     rows: list[BenchRow] = []
 
     def measured() -> Iterator[BenchRow]:
         for row in sweep(
-            load,
+            arguments.model,
             settings,
             tests,
+            threads=shared.threads,
+            timeline=shared.timeline,
             repetitions=asked.repetitions,
             warmup=not asked.no_warmup,
             random=asked.random,

@@ -7,8 +7,7 @@ import functools
 import gc
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from pydoc_data import topics
@@ -30,15 +29,15 @@ from offload.engine.engine import Engine
 from offload.engine.handle import TokenSource, offload_of
 from offload.errors import GenerationError
 from offload.generation.stream import forward, peak_memory
+from offload.loading import load_and_tell
 from offload.options import LoadOptions
 from offload.sampling import Sampling
+from offload.trace.timeline import recording
 
 BLOCK_BYTES = 256 * 2**20  # more than the caches of most processors
 ROUNDS = 8
 FORGET = Path("/proc/self/clear_refs")  # writing "5" sets VmHWM to what is resident now (proc(5))
 STATUS = Path("/proc/self/status")
-
-Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase | None]
 
 
 def forget_peak(device: torch.device) -> None:
@@ -230,15 +229,23 @@ def check_context(tests: Sequence[Test], context: int) -> None:
 
 
 def sweep(
-    load: Callable[[LoadOptions], AbstractContextManager[Loaded]],
+    source: str,
     settings: Sequence[LoadOptions],
     tests: Sequence[Test],
+    *,
+    threads: int | None,
+    timeline: Path | None,
     **options: Any,
 ) -> Iterator[BenchRow]:
-    """The rows of every setting, each as soon as it is measured; `options` are those of `run`."""
+    """The rows of the model `source` with every setting, each as soon as it is measured.
+
+    `threads` and `timeline` are as in `SharedOptions`, and `options` as in `run`.
+    """
 
     def rows(setting: LoadOptions) -> Iterator[BenchRow]:
-        with load(setting) as (model, tokenizer):
+        first = setting is settings[0]
+        model, tokenizer, _ = load_and_tell(source, setting, threads, note=first)
+        with contextlib.closing(offload_of(model)), recording(model, timeline):
             yield from run(model, tokenizer, tests, **options)
 
     for setting in settings:

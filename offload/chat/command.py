@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from offload.errors import DONE, INTERRUPTED
 from offload.flags import add_model, add_options, option, options_from
 from offload.generation.command import asked_prompt, asked_sampling
-from offload.options import AnswerOptions, LoadOptions, ThreadOptions
+from offload.options import AnswerOptions, LoadOptions, SharedOptions
 from offload.quant.errors import OffloadError
 
 EXAMPLE = "offload chat demo --expert-slots 25%"
@@ -30,8 +30,9 @@ class ChatOptions:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    for kind in (LoadOptions, ThreadOptions, AnswerOptions, ChatOptions):
+    for kind in (LoadOptions, AnswerOptions, ChatOptions):
         add_options(parser, kind)
+    add_options(parser, SharedOptions, ["threads"])
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -47,10 +48,9 @@ def run(arguments: argparse.Namespace) -> int:
     from offload.engine.handle import offload_of
     from offload.loading import load_and_tell
 
-    threads = options_from(arguments, ThreadOptions).threads
-    model, tokenizer, load_seconds = load_and_tell(
-        arguments.model, options_from(arguments, LoadOptions), threads
-    )
+    options = options_from(arguments, LoadOptions)
+    threads = options_from(arguments, SharedOptions).threads
+    model, tokenizer, load_seconds = load_and_tell(arguments.model, options, threads)
     if tokenizer is None or not tokenizer.chat_template:
         raise OffloadError(f"{arguments.model} has no chat template: use offload generate --raw")
 

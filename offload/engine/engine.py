@@ -85,11 +85,6 @@ class Engine:
                 self._reads_prompt = given.shape[1] > 1
                 return
 
-    @property
-    def watches_routers(self) -> bool:
-        """Whether some layer's router can be asked what it would choose."""
-        return any(layer.router is not None for layer in self.layers)
-
     def watch_routers(self, model: nn.Module, routers: Sequence[nn.Module | None]) -> None:
         """Look ahead with these routers, one for each layer; None where there is none to ask."""
         owned = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}

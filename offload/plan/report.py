@@ -48,21 +48,16 @@ def _heading(plan: Plan) -> Iterator[str]:
         f"{len(info.layers)} layers of {'/'.join(map(str, counts))} experts, of which a token uses "
         f"{outline.top_k}"
     )
-    yield f"on {target.name}: {_memory(plan)}"
-    machine = target.hardware
+    machine, memory = target.hardware, target.memory
     if target.device.type == "cpu":
+        usable = f"{gib(memory.device)} of RAM"
         rates = f"RAM {machine.memory_gb_per_s:.1f} GB/s, copies {machine.link_gb_per_s:.1f} GB/s"
     else:
+        each = " each" if target.cards > 1 else ""
+        usable = f"{gib(memory.device)} of VRAM{each} and {gib(memory.ram)} of RAM"
         rates = f"VRAM {machine.memory_gb_per_s:.0f} GB/s, link {machine.link_gb_per_s:.1f} GB/s"
+    yield f"on {target.name}: {usable} to use"
     yield f"{rates}, disk {machine.disk_gb_per_s:.1f} GB/s"
-
-
-def _memory(plan: Plan) -> str:
-    memory, cards = plan.target.memory, plan.target.cards
-    if plan.target.device.type == "cpu":
-        return f"{gib(memory.device)} of RAM to use"
-    each = " each" if cards > 1 else ""
-    return f"{gib(memory.device)} of VRAM{each} and {gib(memory.ram)} of RAM to use"
 
 
 def _table(plan: Plan) -> Iterator[str]:
@@ -119,10 +114,12 @@ def _sizes(plan: Plan, row: PlanRow) -> Iterator[str]:
     yield f"  workspace  {gib(budget.workspace):>10}{each}"
     if row.chunk < min(plan.options.ubatch_size, plan.options.context):
         yield f"  prompts    {row.chunk} tokens at once: attention's scores take what is left"
+    download = plan.outline.download_bytes
+    made = f", made from {gib(download)} of weights" if download else ""
     if row.staging_bytes:
         yield f"  staging    {gib(row.staging_bytes):>10}{each}, prompts are streamed through it"
     yield f"  experts    {gib(info.expert_bytes):>10}, {gib(info.slot_bytes)} each: {where}"
-    yield f"  pack       {gib(row.pack_bytes):>10} on the disk{_download(plan)}"
+    yield f"  pack       {gib(row.pack_bytes):>10} on the disk{made}"
     for share in row.shares:
         beside = f"dense {gib(share.dense)}, KV {gib(share.kv_cache)}"
         held = f"{share.slots}/{share.experts} experts"
@@ -133,11 +130,6 @@ def _source(row: PlanRow) -> str:
     if row.rest == "RAM":
         return "RAM"
     return "RAM or on disk" if row.disk_share < 1 else "files on disk"
-
-
-def _download(plan: Plan) -> str:
-    size = plan.outline.download_bytes
-    return f", made from {gib(size)} of weights" if size else ""
 
 
 def notes(plan: Plan, traced: bool) -> Iterator[str]:
