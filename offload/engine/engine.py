@@ -79,11 +79,6 @@ class Engine:
                 self._reads_prompt = given.shape[1] > 1
                 return
 
-    @property
-    def watches_routers(self) -> bool:
-        """Whether some layer's router can be asked what it would choose."""
-        return any(layer.router is not None for layer in self.layers)
-
     def watch_routers(self, model: nn.Module, routers: Sequence[nn.Module | None]) -> None:
         """Look ahead with these routers, one for each layer; None where there is none to ask."""
         owned = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
@@ -286,15 +281,13 @@ def fewer_slots(slots: int, shortage: int, slot_bytes: int) -> int:
     return max(1, slots - max(wanted, -(-slots // 10)))
 
 
-def make_engine(
-    asked: str, info: PackInfo, fit: Fit, transfer: Transfer, ahead: bool, k: int
-) -> Engine:
+def make_engine(info: PackInfo, fit: Fit, transfer: Transfer, k: int) -> Engine:
     """The engine of a model each of whose tokens has `k` experts (0: not known).
 
-    `asked` is "host", "device", or "auto": the device wherever it can plan. A warning says why it
-    cannot, where that was asked for or to be expected. Raises `OffloadError` where `asked` is
-    "device" and there is no GPU.
+    `--engine auto` means the device wherever it can plan. A warning says why it cannot, where that
+    was asked for or to be expected. Raises `OffloadError` for `--engine device` without a GPU.
     """
+    asked = fit.options.engine
     cache, compute = cache_of(info, fit), compute_of(info, transfer)
     layers: list[Layer] = []
     device: DevicePlanned | str | None = None
@@ -307,7 +300,7 @@ def make_engine(
             except ImportError as error:
                 device = f"it needs Triton ({error})"
             else:
-                device = make(info, layers, transfer, fit, ahead, k)
+                device = make(info, layers, transfer, fit, k)
     if isinstance(device, str):  # the reason why there is none
         if fit.device.type != "cuda":
             raise OffloadError(f"there is no device-planned engine here: {device}: choose host")
@@ -316,5 +309,7 @@ def make_engine(
     # On the device a guess costs the host nothing, so it is not weighed.
     weighs = device is None and fit.options.lookahead is None
     balance = LookaheadBalance() if weighs else None
-    host = HostPlanned(info, layers, cache, transfer, compute, balance, ahead, fit.staging)
+    host = HostPlanned(
+        info, layers, cache, transfer, compute, balance, fit.looks_ahead, fit.staging
+    )
     return Engine(host, device)

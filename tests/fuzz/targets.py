@@ -27,11 +27,11 @@ from offload.chat.chat import Chat
 from offload.chat.commands import obey
 from offload.chat.display import Plain
 from offload.chat.terminal import _History
-from offload.commands import build_parser
 from offload.engine.history import read_hot
 from offload.generation.answers import AnswersFile, read_prompt_lines
 from offload.generation.prompt import encode_prompt
 from offload.loading import load_tokenizer
+from offload.main import build_parser
 from offload.model import sources
 from offload.model.formats.gguf import GgufFile
 from offload.model.formats.gguf_config import gguf_config
