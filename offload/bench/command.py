@@ -175,11 +175,11 @@ def run(arguments: argparse.Namespace) -> int:
     def load(setting: LoadOptions) -> Iterator[Loaded]:
         from offload.engine.handle import offload_of
         from offload.loading import load_and_tell
-        from offload.trace.timeline import recording
+        from offload.trace.timeline import record_timeline
 
         first = setting is settings[0]
         model, tokenizer, _ = load_and_tell(arguments.model, setting, threads, note=first)
-        with contextlib.closing(offload_of(model)), recording(model, timeline):
+        with contextlib.closing(offload_of(model)), record_timeline(model, timeline):
             yield model, tokenizer
 
     rows: list[BenchRow] = []

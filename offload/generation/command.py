@@ -124,7 +124,7 @@ class _Job:
         from offload.engine.handle import offload_of
         from offload.generation.stream import stream_generate
         from offload.lines import printable
-        from offload.trace.timeline import recording
+        from offload.trace.timeline import record_timeline
 
         full = self.full_prompt(tokenizer, {"prompt": prompt})
         if self.own.vote is not None:
@@ -132,7 +132,7 @@ class _Job:
         shown = printable if sys.stdout.isatty() else str  # text for a file is not changed
         sampling = asked_sampling(self.asked, model)
         step = None
-        with contextlib.closing(offload_of(model)), recording(model, self.timeline):
+        with contextlib.closing(offload_of(model)), record_timeline(model, self.timeline):
             for step in stream_generate(
                 model,
                 tokenizer,
@@ -192,9 +192,9 @@ class _Job:
         from offload.engine.handle import offload_of
         from offload.generation.batch import complete, vote
         from offload.lines import printable
-        from offload.trace.timeline import recording
+        from offload.trace.timeline import record_timeline
 
-        with contextlib.closing(offload_of(model)), recording(model, self.timeline):
+        with contextlib.closing(offload_of(model)), record_timeline(model, self.timeline):
             if tokenizer is None:
                 raise OffloadError("the model has no tokenizer: there are no texts to vote on")
             made = complete(
@@ -230,9 +230,9 @@ class _Job:
         from offload.engine.handle import offload_of
         from offload.generation.batch import complete
         from offload.generation.prompt import check_length, encode_prompt
-        from offload.trace.timeline import recording
+        from offload.trace.timeline import record_timeline
 
-        with contextlib.closing(offload_of(model)), recording(model, self.timeline):
+        with contextlib.closing(offload_of(model)), record_timeline(model, self.timeline):
             if tokenizer is None:
                 raise OffloadError("the model has no tokenizer, so that it cannot read prompts")
             options = self.options(model)
