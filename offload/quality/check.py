@@ -28,7 +28,6 @@ from offload.errors import QualityError, SourceError
 from offload.files import read_text
 from offload.lines import reason
 from offload.model import sources
-from offload.pack.find import find_source
 from offload.progress import without_bars
 from offload.quality.comparison import Comparison, Positions, kl_divergence
 from offload.quality.scoring import Report, Scores, Sliding, Text, encode_text, finite, score_all
@@ -159,7 +158,7 @@ def load_plain(
     Nothing is quantised or offloaded, so the whole model must fit into memory. Raises
     `SourceError`, also for a pack.
     """
-    found = find_source(
+    found = sources.find(
         source,
         revision=revision,
         local_files_only=local_files_only,

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from offload.cache.cache import ExpertCache
-from offload.cache.decision import CacheState
+from offload.cache.cache import CacheState, ExpertCache
 from offload.cache.statistics import LayerCounts
 from transformers import PreTrainedModel
 
