@@ -17,14 +17,16 @@ from transformers import AutoModelForCausalLM
 
 from offload import PackError, QualityError, SourceError, load
 from offload.quality.check import (
+    BUILT_IN,
     CheckResult,
     ModelLoader,
+    Prompts,
     compare_models,
     load_plain,
+    read_prompts,
     reference_bits,
 )
 from offload.quality.comparison import Comparison, Positions, kl_divergence, table
-from offload.quality.prompts import BUILT_IN, Prompts, read_prompts
 from offload.quality.scoring import Sliding
 from tests.conftest import make_tokenizer
 
