@@ -29,8 +29,7 @@ from offload.units import gib
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder layer: bytes of its dense weights and of its KV cache, and its number of
-    experts."""
+    """One decoder layer: bytes of its dense weights and KV cache, and its number of experts."""
 
     dense: int
     kv_cache: int
@@ -183,8 +182,7 @@ class _Room:
         return self.left(card, begin, end) >= self.least(begin, end)
 
     def ampleness(self, card: int, begin: int, end: int) -> float:
-        """Slots that fit for each expert, which may be more than one; -inf if the layers do not
-        fit."""
+        """Slots that fit for each expert, perhaps more than one; -inf if the layers do not fit."""
         if not self.fits(card, begin, end):
             return -inf
         experts = self.experts(begin, end)
@@ -203,8 +201,7 @@ def _best_cuts(room: _Room) -> list[tuple[int, int]]:
 
     @cache
     def tightest(card: int, end: int) -> float:
-        """The room on the tightest of the cards 0 to `card`, at best, with the layers before
-        `end`."""
+        """The best room on the tightest of cards 0 to `card` with the layers before `end`."""
         return max(
             min(tightest(card - 1, at) if card else inf, room.ampleness(card, at, end))
             for at in last_begins(card, end)
@@ -236,8 +233,7 @@ def _best_cuts(room: _Room) -> list[tuple[int, int]]:
 
 
 def _too_little(room: _Room) -> BudgetError:
-    """Fill the cards one after the other, and return the error of the first that cannot hold a
-    layer."""
+    """Fill one card after the other: the error of the first that cannot hold a layer."""
     begin = 0
     for card in range(room.cards):
         rest = room.cards - 1 - card  # later cards, each of which needs a layer
