@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from math import inf
 
 import torch
@@ -77,11 +77,8 @@ def demand(
         experts[at] += layer.num_experts
     caches = kv_cache_bytes(config, context, dtype, ubatch)
     if len(caches) != layers.count:  # the config counts layers differently: share them evenly
-        total = sum(caches)
-        caches = [
-            total * (at + 1) // layers.count - total * at // layers.count
-            for at in range(layers.count)
-        ]
+        ends = [sum(caches) * at // layers.count for at in range(layers.count + 1)]
+        caches = [end - begin for begin, end in pairwise(ends)]
     first = info.dense_bytes(dtype.itemsize) - sum(of_layer) - last
     return Demand(
         tuple(map(Block, of_layer, caches, experts)),

@@ -161,7 +161,7 @@ def read_config(source: str, folder: Path, *, trust_remote_code: bool) -> PreTra
         config = AutoConfig.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
-        for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        for part in (config, config.get_text_config()):
             if hasattr(part, "quantization_config"):
                 del part.quantization_config  # weights are dequantised when they are read
     except Exception as error:  # whatever a config class raises on what is in the file

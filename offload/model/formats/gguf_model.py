@@ -214,9 +214,8 @@ class GgufSource:
         """Raise `CheckpointError` unless the stored tensors make one of the model's shape."""
         parts = [part.shape(self._file) for part in self._tensors[name].values()]
         wanted = self._shapes[name]
-        made = self._convert(
-            name, lambda part: torch.empty(part.shape(self._file), device="meta")
-        ).shape
+        empty = functools.partial(torch.empty, device="meta")
+        made = self._convert(name, lambda part: empty(part.shape(self._file))).shape
         fits = (
             [n for n in made if n > 1] == [n for n in wanted if n > 1]
             and sum(map(math.prod, parts)) == math.prod(wanted)  # a rule drops no numbers
