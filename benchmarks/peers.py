@@ -43,7 +43,7 @@ from peers_report import tables
 from peers_running import Load, PeerError, measure, running
 from transformers import AutoTokenizer
 
-from offload.bench.sample import real_text, stretches
+from offload.bench.run import real_text, stretches
 from offload.files import offload_home
 from offload.model import demo
 from offload.pack.find import find_or_make_pack

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 import offload
 from offload import OffloadError
-from offload.bench.sample import real_text
+from offload.bench.run import real_text
 from offload.engine.handle import offload_of
 from offload.progress import Ticker
 from offload.quality.check import LogitsRecord, ModelLoader, compare_with_record, record_logits

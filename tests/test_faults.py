@@ -23,7 +23,8 @@ from offload.chat.commands import obey
 from offload.chat.display import Plain
 from offload.engine.handle import offload_of
 from offload.sampling import Sampling
-from offload.transfer.host import HostTicket, HostTransfer
+from offload.transfer.host import HostTransfer
+from offload.transfer.order import UrgentFirst
 from tests.tiny import LAYERS
 
 ROOT = Path(__file__).parents[1]
@@ -169,12 +170,12 @@ def test_a_pack_that_is_replaced_in_use_goes_on_as_it_was(
 def test_a_copy_thread_that_dies_is_replaced_before_the_next_answer(
     loaded: tuple[Any, Any], undisturbed: Undisturbed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def die(transfer: HostTransfer) -> HostTicket | None:
+    def die(_: object) -> None:
         raise SystemExit("as when memory runs out at a bad moment")
 
     chat = _chat(loaded)
     with monkeypatch.context() as patch:
-        patch.setattr(HostTransfer, "_next", die)
+        patch.setattr(UrgentFirst, "pop", die)
         with pytest.raises(offload.OffloadError, match="ask again"):
             chat.say("one")
     assert chat.messages == []

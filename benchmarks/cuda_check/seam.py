@@ -1,14 +1,10 @@
-"""Where an engine is put behind a loaded model; what this version of the program has for it.
-
-Knows: the loader's own functions, and which of them came later than this check. Does not know: what
-is measured.
-"""
+"""Where this check puts an engine behind a model that is loaded already."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +27,6 @@ HOST, DEVICE = "host", "device"  # engines: the plan made in Python, or in kerne
 
 def load_on_host(path: Path, device: torch.device, context: int) -> PreTrainedModel:
     """The model in the pack `path` with one slot, planned on the host."""
-    options: dict[str, Any] = {"engine": HOST} if has_engines() else {}
     model, _ = loading.load(
         path,
         device=device,
@@ -39,30 +34,21 @@ def load_on_host(path: Path, device: torch.device, context: int) -> PreTrainedMo
         context=context,
         warm_start=False,
         lookahead=False,
-        **options,
+        engine=HOST,
     )
     return model
-
-
-def has_engines() -> bool:
-    """Whether there is an engine to choose."""
-    return "engine" in inspect.signature(loading.load).parameters
 
 
 def connect(
     model: PreTrainedModel, pack: Pack, fit: Fit, transfer: Transfer, engine: str
 ) -> Offload:
     """Put `engine` behind the model's experts. Raises `NotBuiltError` where it is not to be had."""
-    way: Any = loading._connect
-    if has_engines():
-        try:
-            way(model, pack, fit, transfer, engine)
-        except OffloadError as error:
-            raise NotBuiltError(str(error)) from None
-    elif engine == HOST:
-        way(model, pack, fit, transfer)
-    else:
-        raise NotBuiltError("there is no engine to choose but the host-planned one")
+    try:
+        loading._connect(
+            model, pack, replace(fit, options=replace(fit.options, engine=engine)), transfer
+        )
+    except OffloadError as error:
+        raise NotBuiltError(str(error)) from None
     handle = offload_of(model)
     if engine == DEVICE and handle.engine.device is None:
         raise NotBuiltError("the host plans instead: a warning said why")

@@ -69,6 +69,7 @@ class Resolver:
             staging=0 if everything else staging_rows(device, info.slot_bytes),
             ubatch=self.chunk(config),
             ram=self.place.memory.ram,
+            looks_ahead=self.options.lookahead is not False and not everything,
             cards=self.place.cards,
             shares=shares,
         )

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from offload.cache.decision import Use
 from offload.cache.guesses import LookaheadBalance
-from offload.cache.interface import Cache
 from offload.cache.policies import Key
+from offload.cache.sharded import Cache
 from offload.cache.statistics import Statistics
 from offload.cache.trace.trace import Guess
 from offload.engine.layer import Call, Layer
@@ -78,10 +78,14 @@ class Ahead:
         if not self._lookahead or not worthwhile or layer.index + 1 == len(self._layers):
             return None
         later = self._layers[layer.index + 1]
+        return None if self._link_is_behind(later, wanted) else later
+
+    def _link_is_behind(self, later: Layer, most: int) -> bool:
+        """Whether the link to the device of `later` still has `most` guesses to copy, or more."""
         copies = self._guessed[later.device]
         while copies and copies[0].done:
             copies.popleft()
-        return later if len(copies) < wanted else None  # else the link to its device is behind
+        return len(copies) >= most
 
     def begun(self, later: Layer, copy: Ticket) -> None:
         """`copy` of an expert of the layer `later` was begun."""

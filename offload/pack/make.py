@@ -28,12 +28,17 @@ from offload.model.formats.safetensors import DTYPES, INDEX, SafetensorsSource, 
 from offload.pack.describe import PackSource
 from offload.pack.recipe import Recipe
 from offload.progress import Progress
-from offload.quant.encode import DeviceEncoder, Encoder, HereEncoder, PendingRecord
+from offload.quant.encode import (
+    DeviceEncoder,
+    Encoder,
+    HereEncoder,
+    PendingRecord,
+    WorkerEncoder,
+)
 from offload.quant.errors import PackError
 from offload.quant.pack import PackDense, PackInfo, PackLayer
 from offload.quant.pack_writer import ELSEWHERE, PackWriter
 from offload.quant.record import RecordLayout
-from offload.quant.workers import WorkerEncoder
 from offload.units import gib
 
 Matrices = Mapping[str, tuple[Tensor, Tensor | None]]  # what `PendingRecord` takes

@@ -15,6 +15,7 @@ from offload.model.formats.gguf import is_gguf
 from offload.model.formats.safetensors import INDEX, SINGLE, weight_files
 from offload.model.seam import build_on_meta, chosen_experts, find_experts, model_class, own_config
 from offload.model.sources import open_weights
+from offload.options import LoadOptions
 from offload.pack.describe import PackSource
 from offload.pack.recipe import Recipe
 from offload.quant.pack import PackInfo, read_info
@@ -60,35 +61,26 @@ class Outline:
         return chosen + info.dense_parameters - self.table_weights
 
 
-def outline(
-    name: str, *, revision: str | None, local_files_only: bool, trust_remote_code: bool
-) -> Outline:
+def outline(name: str, options: LoadOptions) -> Outline:
     """The model `name`: a pack, a folder, a GGUF file, a hub id or the demo.
 
     Of a hub model only config.json and the weights' index are fetched. Raises `OffloadError`.
     """
+    trusts, folder, made = options.trust_remote_code, None, None
     if name == sources.DEMO and not (demo.demo_folder() / "config.json").is_file():
-        return _outline(name, demo.planned_config(), None, None, trust_remote_code)
-    found = sources.find(
-        name,
-        revision=revision,
-        local_files_only=local_files_only,
-        trust_remote_code=trust_remote_code,
-        files=sources.SHAPE_FILES,
-    )
-    config = sources.read_config(found.name, found.folder, trust_remote_code=trust_remote_code)
-    made = read_info(found.folder) if found.is_pack else None
-    return _outline(found.name, config, found.folder, made, trust_remote_code)
-
-
-def _outline(
-    name: str,
-    config: PreTrainedConfig,
-    folder: Path | None,
-    made: PackInfo | None,
-    trust_remote_code: bool,
-) -> Outline:
-    cls = model_class(config, str(folder or name), trust_remote_code)
+        config = demo.planned_config()
+    else:
+        found = sources.find(
+            name,
+            revision=options.revision,
+            local_files_only=options.local_files_only,
+            trust_remote_code=trusts,
+            files=sources.SHAPE_FILES,
+        )
+        name, folder = found.name, found.folder
+        config = sources.read_config(name, folder, trust_remote_code=trusts)
+        made = read_info(folder) if found.is_pack else None
+    cls = model_class(config, str(folder or name), trusts)
     model = build_on_meta(own_config(config, cls), cls)
     experts = find_experts(model)
     here = folder is not None and made is None and _has_weights(folder)

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-from errno import ENOSPC
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from offload.cache.errors import TraceError
 from offload.cache.trace.file import TraceWriter, read, write
-from offload.cache.trace.trace import Event, Guess, Trace, TraceHeader
+from offload.cache.trace.trace import Event, Guess, Trace, TraceError, TraceHeader
 
+from tests.full_disk import full_beyond
 from tests.interrupt import interrupt_before
 
 LAYERS, EXPERTS = 3, 5
@@ -94,31 +91,13 @@ def test_ctrl_c_anywhere_in_a_flush_leaves_a_whole_trace(tmp_path: Path) -> None
     assert at > 40
 
 
-class FullDisk:
-    """A file that takes `room` more bytes, a few at a time."""
-
-    def __init__(self, file: Any, room: int) -> None:
-        self._file, self._room = file, room
-        self.tell, self.close = file.tell, file.close
-
-    @property
-    def closed(self) -> bool:
-        return bool(self._file.closed)
-
-    def write(self, data: bytes) -> int:
-        if not self._room:
-            raise OSError(ENOSPC, os.strerror(ENOSPC))
-        count: int = self._file.write(data[: min(7, self._room)])
-        self._room -= count
-        return count
-
-
 def test_what_a_full_disk_took_can_be_read(tmp_path: Path) -> None:
     writer = TraceWriter(tmp_path / "t", HEADER)
-    writer._file = FullDisk(writer._file, 90)  # type: ignore[assignment]
-    with pytest.raises(TraceError, match="No space left"):
+    room = (tmp_path / "t").stat().st_size + 200
+    with full_beyond(room), pytest.raises(TraceError, match="cannot write"):
         [writer.append(event) for event in _tokens(50)]
     writer.close()
+    assert (tmp_path / "t").stat().st_size == room
     found = list(read(tmp_path / "t").events)
     assert found
     assert found == _tokens(50)[: len(found)]

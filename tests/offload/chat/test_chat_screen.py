@@ -70,7 +70,7 @@ def terminal(mixtral_pack: Path, home: Path) -> Iterator[Terminal]:
 
 
 def test_a_conversation_on_the_screen(terminal: Terminal, home: Path) -> None:
-    assert terminal.lines[0].endswith("/? lists the commands, /bye leaves")
+    assert terminal.lines[0].endswith("/? lists the commands, /bye exits")
     terminal.ask("hello שלום")
     assert terminal.lines[1:] == [
         ">>> hello שלום",

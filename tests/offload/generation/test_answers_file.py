@@ -226,7 +226,7 @@ def test_the_command_answers_every_line_and_continues_where_it_stopped(
     file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:3]) + b'{"prom')
     capsys.readouterr()
     assert main(_arguments(mixtral, tmp_path)) == 0
-    assert "3 of 6 prompts are answered already" in capsys.readouterr().err
+    assert "3 of 6 prompts are already answered" in capsys.readouterr().err
     assert [answer["id"] for answer in _answers(tmp_path)] == list(range(6))
 
 

@@ -19,6 +19,7 @@ from offload.quant.pack import Pack
 from torch import Tensor
 
 from offload.model.seam import build_on_meta, model_class
+from offload.options import LoadOptions
 from offload.pack import make as make_pack
 from offload.pack.find import find_or_make_pack
 from offload.pack.recipe import Recipe
@@ -32,7 +33,7 @@ MODELS = pytest.mark.parametrize("published", PUBLISHED.values(), ids=PUBLISHED)
 
 
 def outlined(folder: Path) -> Outline:
-    return outline(str(folder), revision=None, local_files_only=True, trust_remote_code=False)
+    return outline(str(folder), LoadOptions(local_files_only=True))
 
 
 def config_alone(checkpoint: Path, folder: Path) -> Outline:

@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 
 import offload
 from offload.engine.handle import offload_of
-from offload.engine.warm import MOST_USES, read_hot
+from offload.engine.history import MOST_USES, read_hot
 from offload.options import POLICIES
+from tests.full_disk import full_beyond
 from tests.tiny import save_tiny
 
 PROMPT = torch.arange(5, 25)[None]
@@ -184,7 +185,7 @@ def test_a_pack_that_cannot_be_written_has_no_warm_start(
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError("read-only")
 
-    monkeypatch.setattr("offload.engine.warm.write_whole", refuse)
+    monkeypatch.setattr("offload.engine.history.write_whole", refuse)
     offload_of(model).close()
     assert not (offload_of(model).pack.path / "hot.json").exists()
 
@@ -250,10 +251,8 @@ def test_an_answer_goes_on_when_the_disk_has_no_room_for_its_trace(
     model = _load(tmp_path, expert_slots=6, warm_start=False)
     expected = model.generate(PROMPT, max_new_tokens=12, do_sample=False)
     offload_of(model).record(tmp_path / "trace")
-    recorder = offload_of(model).engine.host._trace
-    assert recorder is not None
-    recorder._writer._file.close()
-    recorder._writer._file = Path("/dev/full").open("wb", buffering=0)  # noqa: SIM115
-    assert torch.equal(model.generate(PROMPT, max_new_tokens=12, do_sample=False), expected)
+    with full_beyond((tmp_path / "trace").stat().st_size + 50):
+        answer = model.generate(PROMPT, max_new_tokens=12, do_sample=False)
+    assert torch.equal(answer, expected)
     offload_of(model).close()
     assert "the trace ends before the run does" in caplog.text
