@@ -1,8 +1,10 @@
-"""Ways to bring records that are not in memory from a disk: python benchmarks/disk.py FOLDER
+"""Compares ways to read records that are not in memory from a disk.
+
+    python benchmarks/disk.py FOLDER
 
 Writes a file of records into FOLDER, drops it from memory before each run, and prints GB/s and
-processor seconds a GB, then GB/s with everything in memory. What the system reads ahead
-(/sys/block/*/queue/read_ahead_kb, 128 as a rule) decides much: it is told to be looked at.
+processor seconds a GB, then GB/s with everything in memory. How far the system reads ahead
+(/sys/block/*/queue/read_ahead_kb, usually 128) decides much, so look it up as well.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from offload.transfer.host import PageIn
 
 
 class Records:
-    """A file of records, mapped, as `PageIn` wants a pack to be."""
+    """A mapped file of records with the methods of a pack that `PageIn` uses."""
 
     def __init__(self, path: Path, size: int) -> None:
         self.path, self.size = path, size

@@ -1,12 +1,12 @@
-"""Products of one to four tokens with packed weights, beside torch's bfloat16 `linear`.
+"""Measures products of one to four tokens with packed weights beside torch's bfloat16 `linear`.
 
-Every product takes the next of many equal matrices, as decoding does, so that weights come from
-memory; `linear` counts as the quicker of oneDNN and torch's own kernel. The ways go in turns, and a
+Each product takes the next of many equal matrices, as decoding does, so that weights come from
+memory. `linear` means the quicker one of oneDNN and torch's own kernel. All ways take turns, and a
 ratio is the median of the rounds' ratios. Prints a table, then writes JSON with the hardware.
 
     python benchmarks/matmul.py [--rounds 9] [--shapes demo,qwen3] [--output FILE]
 
-On a busy machine `--threads 1 --processor-time` counts only what this program's thread took.
+On a busy machine, `--threads 1 --processor-time` counts only the time of this program's thread.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ SHAPES = {  # N x K
 }
 BITS = (2, 3, 4, 5, 6, 8)
 TOKENS = (1, 4)
-RING_BYTES = 96 * 2**20  # of matrices that take turns: more than a core's own caches
+RING_BYTES = 96 * 2**20  # of the matrices that take turns; more than a core's own caches hold
 
 Clock = Callable[[], float]
 
 
 def bandwidths(clock: Clock) -> tuple[float, float]:
-    """GB/s of a large copy (each byte is read and written, counted once) and of a large read."""
+    """GB/s of a large copy, in which each byte is counted once, and of a large read."""
     source = torch.ones(2**26)  # 256 MiB
     target = torch.empty_like(source)
     copies, reads = [], []
@@ -60,7 +60,7 @@ def bandwidths(clock: Clock) -> tuple[float, float]:
 
 
 def own_kernel(x: Tensor, weight: Tensor) -> Tensor:
-    """`linear` without oneDNN."""
+    """The product by torch's own kernel instead of oneDNN."""
     before = torch.backends.mkldnn.set_flags(False)[0]
     out = linear(x, weight)
     torch.backends.mkldnn.set_flags(before)
@@ -68,13 +68,13 @@ def own_kernel(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def packed_bytes(view: MatrixView) -> int:
-    """What one product reads of a matrix: codes, scales and steps."""
+    """The bytes of a matrix that one product reads: codes, scales and steps."""
     parts = (view.weight, view.scales, view.steps)
     return sum(part.nbytes for part in parts if part is not None)
 
 
 def copies_of(view: MatrixView) -> list[MatrixView]:
-    """As many of it as fill the ring."""
+    """As many copies of the matrix as have `RING_BYTES` together."""
     assert view.scales is not None
     count = max(2, RING_BYTES // packed_bytes(view))
     return [
@@ -101,10 +101,14 @@ def measure(
 
 
 def main() -> None:
-    """Measure and report."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--shapes", default="", help="only those whose name begins so, by commas")
+    parser.add_argument(
+        "--shapes",
+        default="",
+        help="only shapes whose names begin with one of these, separated by commas",
+    )
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--scale-bits", type=int, default=16, choices=(8, 16))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -1,7 +1,8 @@
-"""How fast and in how much memory a checkpoint is quantised, on one core and on all.
+"""Measures how fast, and in how much memory, checkpoints are quantised on one core and on all.
 
 Makes random checkpoints with the shapes of real models (one layer, few experts), quantises each in
-a process of its own, and watches its memory and its helpers'. Prints a table, then writes JSON.
+a process of its own, and watches the memory of that process and its children. Prints a table, then
+writes JSON.
 
     python benchmarks/quantize.py [--experts 4] [--bits q4] [--output benchmarks/results/NAME.json]
 """
@@ -31,8 +32,8 @@ SHAPES = {  # hidden, inner
 MAKE = """
 import sys
 from pathlib import Path
-from offload.packs import find_or_make_pack
-from offload.recipe import Recipe
+from offload.pack.find import find_or_make_pack
+from offload.pack.recipe import Recipe
 find_or_make_pack(sys.argv[1], Recipe.parse(sys.argv[2]), destination=Path(sys.argv[3]))
 """
 
@@ -58,7 +59,7 @@ def write_checkpoint(folder: Path, hidden: int, inner: int, experts: int) -> Non
 
 
 def memory(process: psutil.Process) -> int:
-    """Bytes of a process and its children that no file backs."""
+    """The bytes of memory that a process and its children have and that no file backs."""
     total = 0
     for each in (process, *process.children()):
         status = Path(f"/proc/{each.pid}/status").read_text()
@@ -68,7 +69,7 @@ def memory(process: psutil.Process) -> int:
 
 
 def make(checkpoint: Path, bits: str, pack: Path, cores: int) -> dict[str, Any]:
-    """Quantise on `cores` cores; the last line on stderr has the time and the rate."""
+    """Quantise on `cores` cores; the rate is read from the command's last line on stderr."""
     chosen = sorted(os.sched_getaffinity(0))[:cores]
     begin = time.perf_counter()
     child = subprocess.Popen(

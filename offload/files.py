@@ -1,8 +1,4 @@
-"""Paths and texts that a user names; files that are whole or not there.
-
-Knows: which names are no paths, that a text may be no text or have no end, and that a program may
-be killed while it writes. Does not know: what files are for.
-"""
+"""Paths and texts that a user names, standard streams, and files that are whole or not there."""
 
 from __future__ import annotations
 
@@ -19,11 +15,11 @@ import psutil
 from offload.errors import CheckpointError, SourceError
 from offload.quant.errors import OffloadError
 
-MOST_CHARACTERS = 2**24  # of a prompt: more than any context holds, less than any memory
+MOST_CHARACTERS = 2**24  # of a prompt; more than any context holds, and little beside any RAM
 
 
 def read_text(file: TextIO, name: str) -> str:
-    """What `file` holds, which messages call `name`. Raises `SourceError` when it is no text."""
+    """The text in `file`, which messages call `name`. Raises `SourceError` if it is not text."""
     try:
         text = file.read(MOST_CHARACTERS + 1)
     except UnicodeDecodeError as error:
@@ -36,36 +32,36 @@ def read_text(file: TextIO, name: str) -> str:
 
 
 def user_path(text: str | Path) -> Path:
-    """The path a user wrote, `~` replaced. Raises `SourceError` when it cannot be one."""
+    """The path that a user wrote, with `~` replaced. Raises `SourceError` if it cannot be one."""
     if not str(text).strip():  # Python would take it for the current folder
         raise SourceError("a name is empty: give the name of a file, a folder or a model")
     try:
         path = Path(text).expanduser()
         path.lstat()
-    except RuntimeError:  # there is no such user, or nobody knows their home
+    except RuntimeError:  # there is no such user, or their home is unknown
         raise SourceError(
             f"{text}: that home folder is not known: write the path out, or set OFFLOAD_HOME"
         ) from None
     except ValueError as error:
         raise SourceError(f"{str(text)!r} is no path ({error}): correct it") from None
-    except OSError as error:  # that it is not there, or not to be read, is for those who use it
+    except OSError as error:  # whoever opens the file reports that it is missing or unreadable
         if error.errno in (ELOOP, ENAMETOOLONG):
             raise SourceError(f"{text} is no path ({error.strerror}): correct it") from None
     return path
 
 
 def check_writable(file: Path) -> None:
-    """Raise `OSError` now where writing `file` would raise it after long work."""
+    """Raise the `OSError` now that writing `file` would raise after long work."""
     if file.is_dir():
         raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
     file.touch()
 
 
 def write_whole(file: Path, data: bytes) -> None:
-    """Write `file` so that at any moment it holds what it held, or `data`; of two processes the
-    last one's stays. Raises `OSError`.
+    """Replace `file` by `data` in one step: at any moment it holds its old bytes or `data`.
 
-    What killed processes left of their own attempts is removed.
+    If two processes write it, the later one wins. Unfinished files of killed processes are removed.
+    Raises `OSError`.
     """
     for left in file.parent.glob(f".{file.name}.*.part"):
         pid = left.name.split(".")[-2]
@@ -84,7 +80,7 @@ def write_whole(file: Path, data: bytes) -> None:
 
 
 def short(path: Path) -> str:
-    """`path` as people write it, `~` for their home."""
+    """`path` as people write it, with `~` for their home."""
     home = Path.home()
     return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
 
@@ -98,7 +94,7 @@ def offload_home() -> Path:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """The object in `file`. Raises `CheckpointError`."""
+    """The JSON object in `file`. Raises `CheckpointError`."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
@@ -115,14 +111,15 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def unreadable(file: Path) -> CheckpointError:
-    """The error for a file that is there and may not be opened."""
+    """The error for a file that exists but may not be opened."""
     return CheckpointError(f"{file} may not be read by this user: change its permissions")
 
 
 def check_streams() -> None:
-    """Make the standard streams ones that can be used; what is closed is None in Python.
+    """Replace closed standard streams, which are None in Python, by the null device.
 
-    A file that is opened later would take the number of a closed one, and what C libraries print.
+    Otherwise a file that is opened later gets a closed stream's number, and C libraries print into
+    it. Raises `OffloadError` if stdout is closed.
     """
     if sys.stdin is None:
         sys.stdin = open(os.devnull)  # noqa: PTH123, SIM115
@@ -132,13 +129,15 @@ def check_streams() -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
         raise OffloadError("stdout is closed: there is nowhere to write to, open it")
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a sign its encoding lacks ends no answer
+        sys.stdout.reconfigure(
+            errors="replace"
+        )  # a character that its encoding lacks must not end an answer
 
 
 def give_up_unwritable() -> list[TextIO]:
-    """Those of stdout and stderr that cannot be written; what they still hold is thrown away.
+    """Discard the buffers of stdout and stderr if they cannot be written; return these streams.
 
-    Python would try again when it ends, and complain.
+    Otherwise Python would try to write them again when it ends, and print an error.
     """
     given_up = []
     for stream in (sys.stdout, sys.stderr):

@@ -1,24 +1,21 @@
-"""Text that comes from a model or a file, made fit for a terminal.
-
-Knows: which characters a terminal obeys instead of showing. Does not know: where text comes from.
-"""
+"""Text from models, files and errors, made fit for a terminal."""
 
 from __future__ import annotations
 
 from offload.errors import NO_MEMORY
 from offload.quant.errors import OffloadError
 
-# C0 without tab and newline, DEL, C1: a terminal could be told to move, to erase, or to answer.
+# C0 but for tab and newline, DEL, and C1 could tell a terminal to move, to erase, or to answer.
 _SHOWN = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"}
 _SHOWN |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
 
 def printable(text: str) -> str:
-    """`text` with its control characters as signs (ESC as U+241B); tabs and newlines stay."""
+    """`text` with symbols for control characters (U+241B for ESC); tabs and newlines stay."""
     return text.translate(_SHOWN)
 
 
-LONGEST = 1000  # characters of a line: what a file holds may be quoted in it
+LONGEST = 1000  # characters of a line, which may quote a file
 
 
 def one_line(error: BaseException) -> str:
@@ -37,7 +34,7 @@ def one_line(error: BaseException) -> str:
 
 
 def is_memory(error: BaseException) -> bool:
-    """Whether the system refused memory, as Python, torch, threads and Rust's libraries say it."""
+    """Whether `error` is a lack of memory, as Python, torch, threads or Rust libraries put it."""
     # CPython's SystemError stands for a MemoryError for which there was no memory either.
     words = (
         "can't allocate memory",
@@ -52,11 +49,11 @@ def is_memory(error: BaseException) -> bool:
 
 
 def shortened(text: str) -> str:
-    """`text` without its middle when it is very long."""
+    """`text`, without its middle if it is very long."""
     half = LONGEST // 2
     return text if len(text) <= LONGEST else f"{text[:half]} ... {text[-half:]}"
 
 
 def reason(error: BaseException) -> str:
-    """What `error` of another library says, in one line that is not too long."""
+    """The message of another library's `error`, as one line that is not too long."""
     return " ".join(str(error).split())[:200] or type(error).__name__

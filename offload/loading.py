@@ -18,14 +18,13 @@ from accelerate.hooks import remove_hook_from_submodules
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from offload.budget.blocks import Layers, device_of
 from offload.budget.budget import hold_vram
+from offload.budget.placement import Layers, device_of
 from offload.budget.resolve import Resolver, find_place
-from offload.engine.cpu_linear import OneTokenLinear, native_is_quicker
-from offload.engine.crossing import Crossing
 from offload.engine.engine import make_engine
 from offload.engine.handle import Offload
-from offload.engine.warm import read_hot
+from offload.engine.history import read_hot
+from offload.engine.hooks import Crossing, OneTokenLinear, native_is_quicker
 from offload.errors import CheckpointError
 from offload.fit import Card, Fit
 from offload.model import sources
@@ -112,7 +111,7 @@ def load_with(
         check_recipe(pack, asked)
         config = sources.read_config(str(source), path, trust_remote_code=trusts)
         cls = model_class(config, str(path), trusts)
-        whole = build_on_meta(own_config(config, cls), cls) if place.cards else None
+        whole = build_on_meta(config, cls) if place.cards else None
         fit = resolver.fit(pack.info, config, whole)
         _tell_shorter_chunks(fit)
         devices = {"": fit.device}  # the name of each part of the model -> its device

@@ -1,8 +1,4 @@
-"""A progress bar on stderr: done, bytes written, rate, time left.
-
-Knows: rich. Does not know: what is being counted. When stderr is not a terminal a line is written
-at the beginning and one at the end.
-"""
+"""Shows on stderr how far long work is: a bar at a terminal, elsewhere lines."""
 
 from __future__ import annotations
 
@@ -13,60 +9,65 @@ from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    ProgressColumn,
+    Task,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bar
 from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
 
 class _Written(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.fields['nbytes'] / 2**20:.0f} MiB")
+    """Mebibytes written, and millions of units a second."""
 
-
-class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
-        return Text(_rate(task.speed or 0.0, task.fields["unit"]))
+        rate = _rate(task.speed or 0.0, task.fields["unit"])
+        return Text(f"{task.fields['nbytes'] / 2**20:.0f} MiB {rate}")
 
 
 def _rate(speed: float, unit: str) -> str:
     return f"{speed / 1e6:.1f} M{'B' if unit == 'bytes' else ' ' + unit}/s"
 
 
+def _bar(*columns: ProgressColumn) -> Bar | None:
+    """A bar that vanishes when it ends; None if stderr is not a terminal."""
+    if not sys.stderr.isatty():
+        return None
+    return Bar(*columns, console=Console(stderr=True), transient=True)
+
+
+def _print(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 class Progress:
-    """Counts towards `total` units of `unit`."""
+    """Counts towards `total` units of `unit`, and says at the end how long they took."""
 
     def __init__(self, title: str, *, total: int, unit: str) -> None:
         self._title, self._total, self._unit = title, total, unit
-        console = Console(stderr=True)
-        self._bar: Bar | None = None
-        if console.is_terminal:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.percentage:>3.0f}%"),
-            )
-            self._bar = Bar(
-                *columns,
-                _Written(),
-                _Rate(),
-                TimeRemainingColumn(),
-                console=console,
-                transient=True,
-            )
-            self._task = self._bar.add_task(title, total=total, unit=unit, nbytes=0)
+        self._bar = _bar(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TaskProgressColumn(),
+            _Written(),
+            TimeRemainingColumn(),
+        )
         self._done = self._nbytes = 0
 
     def __enter__(self) -> Progress:
         self._begin = time.perf_counter()
         if self._bar:
+            self._task = self._bar.add_task(
+                self._title, total=self._total, unit=self._unit, nbytes=0
+            )
             self._bar.start()
         else:
-            print(
-                f"{self._title}: {self._total / 1e6:.1f} M {self._unit}",
-                file=sys.stderr,
-                flush=True,
-            )
+            _print(f"{self._title}: {self._total / 1e6:.1f} M {self._unit}")
         return self
 
     def __exit__(
@@ -79,18 +80,18 @@ class Progress:
             self._bar.stop()
         if kind is KeyboardInterrupt:
             share = self._done / self._total if self._total else 0
-            print(
-                f"{self._title}: interrupted at {share:.0%}; run the same again, it goes on there",
-                file=sys.stderr,
+            _print(
+                f"{self._title}: interrupted at {share:.0%}; run the same again, it goes on there"
             )
         if kind is None and self._done:
             seconds = time.perf_counter() - self._begin
             rate = _rate(self._done / seconds, self._unit)
-            written = f"{self._nbytes / 2**20:.0f} MiB"
-            print(f"{self._title}: done in {seconds:.1f} s, {rate}, {written}", file=sys.stderr)
+            _print(
+                f"{self._title}: done in {seconds:.1f} s, {rate}, {self._nbytes / 2**20:.0f} MiB"
+            )
 
     def advance(self, amount: int, nbytes: int) -> None:
-        """`amount` more units are done, `nbytes` more bytes written."""
+        """Count `amount` more units as done, and `nbytes` more bytes as written."""
         self._done += amount
         self._nbytes += nbytes
         if self._bar:
@@ -98,40 +99,46 @@ class Progress:
 
 
 class Ticker:
-    """Told how far something is, `(done, total)`: a line that is overwritten at a terminal, else
-    one every `every` seconds."""
+    """Shows tokens done, their rate and the time left whenever it is called with `(done, total)`.
+
+    Where stderr is not a terminal it prints a line every `every` seconds.
+    """
 
     def __init__(self, title: str, *, every: float = 10.0) -> None:
-        self._title = title
-        self._terminal = sys.stderr.isatty()
-        self._every = 0.2 if self._terminal else every
+        self._title, self._every = title, every
+        self._bar = _bar(TextColumn("{task.description}", markup=False))
 
     def __enter__(self) -> Ticker:
         self._shown = time.perf_counter()
         self._first: tuple[float, int] | None = None
+        if self._bar:
+            self._task = self._bar.add_task("", total=None)
+            self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._terminal:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        if self._bar:
+            self._bar.stop()
 
     def __call__(self, done: int, total: int) -> None:
         now = time.perf_counter()
-        if self._first is None or done < self._first[1]:  # what came before was loading
+        if self._first is None or done < self._first[1]:  # the time before was spent on loading
             self._first, self._shown = (now, done), now
-        if now - self._shown < self._every or done == self._first[1]:
+        if done == self._first[1] or (not self._bar and now - self._shown < self._every):
             return
         self._shown = now
         rate = (done - self._first[1]) / (now - self._first[0])
         line = f"{self._title}: {done} of {total} tokens, {rate:.0f} t/s, "
         line += f"{(total - done) / rate:.0f} s left"
-        begin, end = ("\r", "\033[K") if self._terminal else ("", "\n")
-        print(begin + line, end=end, file=sys.stderr, flush=True)
+        if self._bar:
+            self._bar.update(self._task, description=line)
+        else:
+            _print(line)
 
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """Without transformers' own progress bars."""
+    """Hide transformers' own progress bars."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

@@ -1,15 +1,15 @@
-"""Codes [N, K] to bytes and back.
+"""Packs codes [N, K] and scales into bytes, and unpacks them.
 
-Knows: the order of the bytes. Does not know: where they lie in a record, nor what they multiply.
+Rows are stored in *tiles* of 64, so N is padded to whole tiles. A tile holds its codes column by
+column: a vector unit reads one column of 64 outputs with one load. Codes of 3, 5 and 6 bits are
+split into *planes* whose widths divide a byte (3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2), low bits first. A
+tile is its planes one after the other, and no bit is wasted.
 
-Rows come in *tiles* of 64; N is padded to whole tiles. A tile holds its codes column by column, so
-that a vector unit reads one column of 64 outputs with one load. Codes of 3, 5 and 6 bits are split
-into *planes* whose widths divide a byte (3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2), the low bits first; a
-tile is its planes one after the other, and nothing is lost to rounding up.
-
-A plane of `p` bits holds `8 * p` bytes for each column: byte `j` has rows `j`, `j + 8p`, `j + 16p`,
-... from its lowest bits upwards. With 4 bits that is also the order
+A plane of `p` bits holds `8 * p` bytes for each column: byte `j` holds rows `j`, `j + 8p`,
+`j + 16p`, ... from its lowest bits upwards. For 4 bits this is also the order that
 `aten::_weight_int4pack_mm_for_cpu` reads on AVX-512.
+
+Letters: N rows, K columns, g columns of a group, s groups that share a step, T rows asked for.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6:
 
 
 def padded_rows(rows: int) -> int:
-    """Rows stored for a quantised matrix of `rows` rows."""
+    """The rows stored for a quantised matrix of `rows` rows: whole tiles."""
     return -(-rows // TILE_ROWS) * TILE_ROWS
 
 
@@ -44,7 +44,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
-    """Inverse of `pack`: bytes [N / 64, K * bits * 8] to codes [N, K] uint8."""
+    """The codes [N, K] uint8 that `pack` made into bytes [N / 64, K * bits * 8]."""
     tiles, size = packed.shape
     columns = size // (8 * bits)
     codes = packed.new_zeros(tiles, columns, TILE_ROWS)
@@ -59,7 +59,7 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
 
 
 def unpack_rows(packed: Tensor, bits: int, rows: Tensor) -> Tensor:
-    """Codes [T, K] uint8 of the rows numbered by `rows` [T] alone."""
+    """The codes [T, K] uint8 of only those rows whose numbers are in `rows` [T]."""
     tiles, size = packed.shape
     columns = size // (8 * bits)
     tile, place = rows // TILE_ROWS, rows % TILE_ROWS
@@ -75,8 +75,8 @@ def unpack_rows(packed: Tensor, bits: int, rows: Tensor) -> Tensor:
     return codes
 
 
-MOST_SHARED = 256  # groups, as in mixtral-offloading
-STEP_VALUES = 4
+MOST_SHARED = 256  # groups that share a step; mixtral-offloading shares among as many
+STEP_VALUES = 4  # of a row's step: step and base of its scales, step and base of its offsets
 
 
 def shared_steps(groups: int) -> int:
@@ -85,18 +85,24 @@ def shared_steps(groups: int) -> int:
 
 
 def encode_scales(pairs: Tensor) -> tuple[Tensor, Tensor]:
-    """Pairs [K/g, N, 2] float32 as bytes [K/g, N, 2] uint8 and steps [K/g/s, N, 4] bfloat16."""
+    """Encode pairs [K/g, N, 2] float32 of scale and offset.
+
+    Returns bytes [K/g, N, 2] uint8 and steps [K/g/s, N, 4] bfloat16; a pair is
+    `bytes * step + base`.
+    """
     groups, rows, _ = pairs.shape
     spans = pairs.reshape(-1, shared_steps(groups), rows, 2)  # [K/g/s, s, N, 2]
     low, high = spans.aminmax(dim=1)  # [K/g/s, N, 2] each
-    steps = torch.stack(((high - low) / 255, low), dim=-1).to(torch.bfloat16)  # as they are stored
+    steps = torch.stack(((high - low) / 255, low), dim=-1).to(
+        torch.bfloat16
+    )  # rounded as they are stored
     step, base = steps.float().unsqueeze(1).unbind(-1)
     codes = ((spans - base) / step.clamp(min=1e-30)).round_().clamp_(0, 255)
     return codes.to(torch.uint8).view(groups, rows, 2), steps.flatten(2)
 
 
 def decode_scales(codes: Tensor, steps: Tensor) -> Tensor:
-    """Inverse of `encode_scales`: pairs [K/g, N, 2] float32."""
+    """The pairs [K/g, N, 2] float32 that `encode_scales` encoded."""
     groups, rows, _ = codes.shape
     step, base = steps.float().view(-1, 1, rows, 2, 2).unbind(-1)  # [K/g/s, 1, N, 2] each
     spans = codes.view(step.shape[0], -1, rows, 2)

@@ -1,46 +1,56 @@
-"""A matrix's weights to packed bytes, in chunks of rows that can be worked on anywhere.
+"""Turning a matrix's weights into packed bytes, in chunks of rows, here, on a GPU or in processes.
 
-Knows: quantise, pack, scales. Does not know: records (`quant.record`), processes (`quant.workers`).
-Chunks are cut by the matrix's shape alone, so the bytes are the same however many work on them.
+A matrix's shape alone decides where its chunks are cut, so its bytes are the same however many
+processes encode it.
+
+Letters: N rows of a matrix, R rows of a chunk (padded to whole tiles), K columns, g columns of a
+group, s groups that share a step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple, Protocol
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import BrokenExecutor, Future, ThreadPoolExecutor
+from multiprocessing.connection import Connection, Pipe
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from offload.quant.codes import TILE_ROWS, encode_scales, pack, padded_rows
+from offload.quant.errors import PackError
 from offload.quant.hqq import CPU, quantize
 from offload.quant.record import MatrixView, RecordLayout, view_record
 from offload.quant.scheme import Scheme
 from torch import Tensor
 
-CHUNK_WEIGHTS = 2**20  # about; 0.1 s of a CPU core's work
+CHUNK_WEIGHTS = 2**20  # of a chunk, about: one CPU core needs 0.1 s for them
 
 
 class EncodedRows(NamedTuple):
-    """Rows of a matrix as a record holds them; R rows padded to whole tiles."""
+    """A chunk of a matrix as a record holds it."""
 
     weight: Tensor  # [R / 64, K * bits * 8] uint8
-    scales: Tensor  # [K/g, R, 2] bfloat16, or uint8 when there are steps
+    scales: Tensor  # [K/g, R, 2] bfloat16, or uint8 if there are steps
     steps: Tensor | None  # [K/g/s, R, 4] bfloat16
 
 
 class Encoder(Protocol):
-    """Where chunks are worked on, `width` of them at a time."""
+    """Something that encodes chunks, `width` of them at a time."""
 
     width: int
 
     def submit(self, weight: Tensor, scheme: Scheme) -> Future[EncodedRows]:
-        """Begin `encode_rows(weight, scheme)`; `weight` must not change until it is done."""
+        """Begin `encode_rows(weight, scheme)`; `weight` must not change until that is done."""
 
 
 def encode_rows(weight: Tensor, scheme: Scheme, device: torch.device = CPU) -> EncodedRows:
-    """Encode `weight` [R, K] of any floating-point dtype; padding rows are zero bytes.
+    """Encode `weight` [R, K] of any floating-point dtype; the solver runs on `device`.
 
-    `device` is where the solver runs.
+    Rows added as padding are zero bytes.
     """
     rows, columns = weight.shape
     stored = padded_rows(rows)
@@ -59,12 +69,12 @@ def encode_rows(weight: Tensor, scheme: Scheme, device: torch.device = CPU) -> E
 
 
 def chunk_rows(columns: int) -> int:
-    """Rows of a chunk of a matrix with `columns` columns: whole tiles, about `CHUNK_WEIGHTS`."""
+    """Rows in a chunk of a matrix with `columns` columns: whole tiles of about `CHUNK_WEIGHTS`."""
     return TILE_ROWS * max(1, CHUNK_WEIGHTS // (TILE_ROWS * columns))
 
 
 class DeviceEncoder:
-    """Encodes on one device in a thread, so that reading and writing go on meanwhile."""
+    """Encodes on one device in a thread of its own, while the caller reads and writes files."""
 
     width = 1
 
@@ -90,8 +100,103 @@ class HereEncoder:
         return future
 
 
+class WorkerEncoder:
+    """Encodes in `count` processes; use as a context manager.
+
+    Threads would gain nothing, because hqq's solver is many small operations with Python between
+    them. If a process ended, which makes results raise, leaving the context raises `PackError`.
+    """
+
+    def __init__(self, count: int) -> None:
+        from loky import ProcessPoolExecutor  # imported here: running a model does not need it
+
+        self.width = count
+        # The system closes our end when this process ends, even if it is killed.
+        theirs, self._ours = Pipe(duplex=False)
+        self._pool = ProcessPoolExecutor(
+            count,
+            initializer=_prepare_process,
+            initargs=(theirs,),
+            # A safe path keeps Python from running a `quant.py` of the folder it is started in.
+            env={"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"},
+        )
+        try:
+            with _children_ignore_interrupts():
+                self._pool.submit(int)  # the first call starts all processes
+        except BaseException:
+            self.close()
+            raise
+
+    def submit(self, weight: Tensor, scheme: Scheme) -> Future[EncodedRows]:
+        # Pickling a tensor would send all that its storage holds; an array sends itself.
+        data = weight.contiguous().view(-1).view(torch.uint8).numpy()
+        future: Future[EncodedRows] = self._pool.submit(
+            _encode_array, data, weight.dtype, weight.shape, scheme
+        )
+        return future
+
+    def close(self) -> None:
+        """End all processes at once, whatever they do."""
+        self._pool.shutdown(kill_workers=True)
+        self._ours.close()
+
+    def __enter__(self) -> WorkerEncoder:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+        if isinstance(value, BrokenExecutor):
+            raise PackError(
+                "a quantising process ended, perhaps for lack of memory: free some and run it "
+                "again, it goes on where it stopped"
+            ) from value
+
+
+def _encode_array(data: Any, dtype: torch.dtype, shape: torch.Size, scheme: Scheme) -> EncodedRows:
+    return encode_rows(torch.from_numpy(data).view(dtype).view(shape), scheme)
+
+
+def _prepare_process(parent: Connection) -> None:
+    """Let this quantising process end with its parent: loky's would outlive one that is killed.
+
+    Nothing is ever sent through `parent`, so reading it ends when the parent's end closes.
+    """
+    torch.set_num_threads(1)
+
+    def wait() -> None:
+        with contextlib.suppress(EOFError, OSError):
+            parent.recv_bytes()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+@contextlib.contextmanager
+def _children_ignore_interrupts() -> Iterator[None]:
+    """Let processes that are started in this context inherit that Ctrl-C is blocked.
+
+    The process that asked for them handles it; they would print tracebacks while importing torch.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    from multiprocessing import resource_tracker
+
+    resource_tracker.ensure_running()  # starting it later would unblock Ctrl-C again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class PendingRecord:
-    """An expert that is being encoded: `write` puts it into its record."""
+    """An expert whose matrices are being encoded; `write` puts them into its record."""
 
     def __init__(
         self,
@@ -99,7 +204,7 @@ class PendingRecord:
         matrices: Mapping[str, tuple[Tensor, Tensor | None]],
         encoder: Encoder,
     ) -> None:
-        """Begin to encode. `matrices`: each name in `layout` -> `(weight [N, K], bias [N])`."""
+        """Begin to encode `matrices`: each name in `layout` -> `(weight [N, K], bias [N])`."""
         self._layout = layout
         self._matrices = matrices
         self._chunks: dict[str, list[Future[EncodedRows]]] = {}
@@ -111,12 +216,12 @@ class PendingRecord:
 
     @property
     def chunks(self) -> int:
-        """How many pieces of work it was cut into."""
+        """How many pieces of work the expert was cut into."""
         return sum(map(len, self._chunks.values()))
 
     def write(self, out: Tensor) -> None:
-        """Wait for what was begun and write it into `out` [record_bytes] uint8."""
-        out.zero_()  # padding included: equal experts are equal bytes
+        """Wait until all is encoded and write the record into `out` [record_bytes] uint8."""
+        out.zero_()  # also between matrices: equal experts give equal bytes
         for name, view in view_record(out, self._layout).items():
             weight, bias = self._matrices[name]
             if view.scales is None:

@@ -1,9 +1,4 @@
-"""The root of the project's errors, and those about bytes on disk.
-
-Knows: which failures a user can cause or meet, and that each message says what was wrong, where,
-and what to do. Does not know: how a command prints them (`cli`), nor failures of the runtime
-(`offload.errors`, which re-exports these).
-"""
+"""The root of the project's errors, and those about bytes on disk; `offload.errors` has more."""
 
 
 class OffloadError(Exception):

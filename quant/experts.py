@@ -1,9 +1,10 @@
-"""All experts of a layer at once, from records in slots.
+"""Computes all experts of a layer at once, from records in expert slots.
 
-Knows: the reference on any device, the GPU's kernels with the same signature, and whether they can
-be trusted here. Does not know: who is in which slot and why, nor engines, models, layers.
+The reference runs on any device; the GPU's kernels have its signature and are used where they give
+its results.
 
-Letters: T tokens, k experts a token, S = T * k cells (cell // k is its token), H hidden, I inner.
+Letters: T tokens, k experts a token, S = T * k cells (cell // k is its token), H hidden, I inner,
+C cells of a batch, B blocks.
 """
 
 from __future__ import annotations
@@ -14,30 +15,38 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from offload.quant.gpu import gpu_kernels, launching_on
-from offload.quant.matmul import KERNEL_DTYPES, Matmul, matmul, matmul_reference, sample_record
+from offload.quant.matmul import (
+    KERNEL_DTYPES,
+    Matmul,
+    gpu_kernels,
+    launching_on,
+    matmul,
+    matmul_reference,
+    sample_record,
+)
 from offload.quant.program import Program
 from offload.quant.record import view_record
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-SMALLEST_BLOCK, LARGEST_BLOCK = 16, 64  # cells that read a tile of weights together
+SMALLEST_BLOCK, LARGEST_BLOCK = 16, 64  # cells that share one read of a tile of weights
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Cells sorted by slot, in blocks of at most `block_cells`."""
+    """Cells sorted by expert slot, in blocks of at most `block_cells`."""
 
-    order: Tensor  # [C] int32 cells
+    order: Tensor  # [C] int32 numbers of cells
     blocks: Tensor  # [B, 3] int32: slot, first and end in `order`
     block_cells: int
 
 
 def block_cells(cells: int, experts: int) -> int:
-    """How many cells of an expert are computed together when `cells` of a call fall on `experts`.
+    """How many cells of one expert are computed together if `cells` of a call fall on `experts`.
 
-    To be told of the whole call and the whole layer, or residency would show in the results.
+    Pass totals for the whole call and layer, never for one wave: block size affects rounding, and
+    rounding must not depend on which experts were resident.
     """
     size = SMALLEST_BLOCK
     while size < LARGEST_BLOCK and size * experts < cells:
@@ -48,7 +57,7 @@ def block_cells(cells: int, experts: int) -> int:
 def make_batch(
     cells_of_slot: Mapping[int, Sequence[int]], size: int, device: torch.device
 ) -> Batch:
-    """The cells that the record in each slot is for, in blocks of `size`."""
+    """A batch of the cells that the record in each expert slot is for, in blocks of `size`."""
     order: list[int] = []
     blocks: list[tuple[int, int, int]] = []
     for slot, cells in cells_of_slot.items():
@@ -69,17 +78,19 @@ def decode(
 ) -> None:
     """Fill `cells` [S, H] for few tokens `hidden` [T, H].
 
-    `slots` [n, slot_bytes] uint8: a record begins at each. `slot_of_cell` [S] int32; cells where it
-    is negative stay as they are. A cell's result depends on nothing but its token and its record,
-    and nothing waits for the device.
+    A record begins at each of `slots` [n, slot_bytes] uint8. Cells whose entry in `slot_of_cell`
+    [S] int32 is negative stay as they are. A cell's result depends only on its token and its
+    record. The host does not wait for the device.
     """
-    way = _decode if kernels_work(program, hidden.dtype, slots.device) else decode_reference
+    way = decode_kernels if kernels_work(program, hidden.dtype, slots.device) else decode_reference
     way(hidden, slots, slot_of_cell, program, cells)
 
 
 def prefill(hidden: Tensor, slots: Tensor, batch: Batch, program: Program, cells: Tensor) -> None:
-    """As `decode` for many tokens: fill the cells in `batch`."""
-    way = _prefill if kernels_work(program, hidden.dtype, slots.device) else prefill_reference
+    """Fill the cells in `batch` as `decode` would, for many tokens."""
+    way = (
+        prefill_kernels if kernels_work(program, hidden.dtype, slots.device) else prefill_reference
+    )
     way(hidden, slots, batch, program, cells)
 
 
@@ -91,9 +102,9 @@ def decode_reference(
     cells: Tensor,
     product: Matmul = matmul,
 ) -> None:
-    """As `decode`, a cell after the other, on any device; each product by `product`."""
+    """Do what `decode` does on any device, cell by cell, with `product` for each product."""
     k = len(cells) // len(hidden)
-    for cell, slot in enumerate(slot_of_cell.tolist()):  # sync: this way goes by the host
+    for cell, slot in enumerate(slot_of_cell.tolist()):  # sync: the host walks the cells
         if slot >= 0:
             token = cell // k
             cells[cell] = _expert(hidden[token : token + 1], slots[slot], program, product)[0]
@@ -102,9 +113,9 @@ def decode_reference(
 def prefill_reference(
     hidden: Tensor, slots: Tensor, batch: Batch, program: Program, cells: Tensor
 ) -> None:
-    """As `prefill`, a block after the other, on any device."""
+    """Do what `prefill` does on any device, block by block."""
     k = len(cells) // len(hidden)
-    for slot, first, end in batch.blocks.tolist():  # sync: this way goes by the host
+    for slot, first, end in batch.blocks.tolist():  # sync: the host walks the cells
         where = batch.order[first:end].long()
         cells[where] = _expert(hidden[where // k], slots[slot], program, matmul)
 
@@ -115,7 +126,7 @@ def _expert(x: Tensor, record: Tensor, program: Program, product: Matmul) -> Ten
     return product(inner, views[program.down.name])
 
 
-def _decode(
+def decode_kernels(
     hidden: Tensor, slots: Tensor, slot_of_cell: Tensor, program: Program, cells: Tensor
 ) -> None:
     gpu = gpu_kernels(slots.device)
@@ -131,7 +142,9 @@ def _decode(
         gpu.gemv(inner, slots, slot_of_cell, program.down, cells, tokens=tokens, gated=gated)
 
 
-def _prefill(hidden: Tensor, slots: Tensor, batch: Batch, program: Program, cells: Tensor) -> None:
+def prefill_kernels(
+    hidden: Tensor, slots: Tensor, batch: Batch, program: Program, cells: Tensor
+) -> None:
     gpu = gpu_kernels(slots.device)
     assert gpu is not None
     raw = hidden.new_empty(len(cells), program.up.rows)  # [S, 2I]
@@ -149,8 +162,10 @@ def _prefill(hidden: Tensor, slots: Tensor, batch: Batch, program: Program, cell
 
 @functools.cache
 def kernels_work(program: Program, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the kernels for `program` compile here and give what the reference gives, for records
-    of random codes."""
+    """Whether the kernels for `program` compile here and agree with the reference.
+
+    Both are tried on records of random codes.
+    """
     if dtype not in KERNEL_DTYPES or gpu_kernels(device) is None:
         return False
     random = torch.Generator().manual_seed(1)
@@ -162,8 +177,8 @@ def kernels_work(program: Program, dtype: torch.dtype, device: torch.device) -> 
     expected = hidden.new_zeros(3, program.down.rows)
     decode_reference(hidden, slots, where, program, expected, matmul_reference)
     scale = float(expected.abs().max())
-    few = functools.partial(_decode, hidden, slots, where, program)
-    many = functools.partial(_prefill, hidden, slots, batch, program)
+    few = functools.partial(decode_kernels, hidden, slots, where, program)
+    many = functools.partial(prefill_kernels, hidden, slots, batch, program)
     for name, way in (("decode", few), ("prefill", many)):
         got = torch.zeros_like(expected)
         try:

@@ -1,8 +1,9 @@
-"""Half-Quadratic Quantization of one matrix, by hqq's own solver.
+"""Half-Quadratic Quantization of one matrix, by hqq's solver in a way that is fast on a CPU.
 
-Knows: how hqq is called so that it is fast on a CPU, and the affine form everything else uses:
-`w ~ (code - 2**(bits-1)) * scale + offset`. Does not know: how codes are packed (`quant.packing`).
+Everything else uses the affine form `w ~ (code - 2**(bits-1)) * scale + offset`.
 Source: https://github.com/dropbox/hqq, `Quantizer.quantize`, axis=1 (groups run along a row).
+
+Letters: N rows, K columns, g columns of a group.
 """
 
 from __future__ import annotations
@@ -14,16 +15,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# hqq's solver touches the whole matrix twenty times: blocks that stay in cache are ten times
-# faster. It stops early by a block's mean error, so the size is part of the result; below 32768
-# values torch sums in one thread, and the result does not depend on the number of threads.
+# hqq's solver passes over its input twenty times, so blocks that stay in the caches are ten times
+# faster. It stops early by a block's mean error, so the block size is part of the result. Below
+# 32768 values torch sums in one thread, so the number of threads does not change the result.
 BLOCK_WEIGHTS = 32000
 CPU = torch.device("cpu")
-SMALLEST_STEP = 5e-5  # between codes; hqq takes no smaller one, and below a range of 1e-4 takes 1
+# The smallest step between codes that hqq takes; it takes 1 for groups with a range below 1e-4.
+SMALLEST_STEP = 5e-5
 
 
 class Quantized(NamedTuple):
-    """[N, K] as integers: `w ~ (codes - 2**(bits-1)) * scale + offset`."""
+    """A matrix [N, K] as integers: `w ~ (codes - 2**(bits-1)) * scale + offset`."""
 
     codes: Tensor  # [N, K] uint8
     scale: Tensor  # [N, K/g] float32
@@ -32,7 +34,7 @@ class Quantized(NamedTuple):
 
 @functools.cache
 def _solver() -> Any:
-    """hqq's own, loaded when first asked for: a pack that is there is run without it."""
+    """hqq's solver, imported on first use: running a finished pack does not need it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # importing hqq emits 14 deprecation warnings of torch's
         from hqq.core.quantize import Quantizer
@@ -40,10 +42,10 @@ def _solver() -> Any:
 
 
 def quantize(weight: Tensor, bits: int, group_size: int, device: torch.device = CPU) -> Quantized:
-    """Quantise `weight` [N, K] to `bits` with one scale and one offset for each `group_size`
-    columns, on `device`; a GPU takes all rows at once. The result is on the CPU.
+    """Quantise `weight` [N, K] to `bits`, with a scale and an offset for each `group_size` columns.
 
-    Raises `ValueError` when `group_size` does not divide K.
+    The solver runs on `device`; a GPU takes all rows at once. The result is on the CPU.
+    Raises `ValueError` if `group_size` does not divide K.
     """
     rows, columns = weight.shape
     if columns % group_size:
@@ -67,7 +69,7 @@ def quantize(weight: Tensor, bits: int, group_size: int, device: torch.device = 
         part_scale = meta["scale"].view(-1, columns // group_size)
         codes[part] = solved.view(-1, columns).to(torch.uint8)
         scale[part] = part_scale
-        # hqq: w = (code - zero) * scale
+        # hqq's form is w = (code - zero) * scale.
         offset[part] = (middle - meta["zero"].view_as(part_scale)) * part_scale
     _quantize_flat_groups(weight.reshape(rows, -1, group_size), bits, codes, scale, offset)
     return Quantized(codes, scale, offset)
@@ -76,8 +78,10 @@ def quantize(weight: Tensor, bits: int, group_size: int, device: torch.device = 
 def _quantize_flat_groups(
     groups: Tensor, bits: int, codes: Tensor, scale: Tensor, offset: Tensor
 ) -> None:
-    """Where a group [N, K/g, g] needs finer steps than hqq takes: plain rounding between its
-    extremes."""
+    """Overwrite the groups of `groups` [N, K/g, g] that need finer steps than hqq can take.
+
+    They are rounded to equal steps between their smallest and largest weight.
+    """
     low, high = groups.float().aminmax(dim=-1)
     flat = high - low <= SMALLEST_STEP * (2**bits - 1)
     if not flat.any():

@@ -1,18 +1,24 @@
-"""Multiplying by a matrix that lies in a record.
+"""Multiplies by a matrix that lies in a record.
 
-Knows: the reference (dequantise, then `linear`) on any device, which kernels are quicker for how
-many tokens, and whether they can be trusted on this machine. Does not know: experts, layers, slots.
+The reference dequantises and calls `linear`, on any device. Kernels are used for as many tokens as
+they are quicker for, where they compile and agree with the reference.
+
+Letters: M tokens, N outputs (rows of the matrix), K inputs (its columns), g columns of a group,
+T rows asked for.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
+import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from types import ModuleType
 
 import torch
 from offload.quant.codes import TILE_ROWS, decode_scales, encode_scales, unpack, unpack_rows
-from offload.quant.gpu import gpu_kernels, launching_on
 from offload.quant.kernels import cpu
 from offload.quant.record import (
     MatrixSpec,
@@ -30,24 +36,49 @@ Matmul = Callable[[Tensor, MatrixView], Tensor]
 
 logger = logging.getLogger(__name__)
 
-# M tokens, K inputs, N outputs, g group size
-
-# Above this many tokens unpacking once and multiplying densely wins, and what is unpacked at a time
-# stays in the caches: both measured in docs/log.md. Neither follows a stopwatch: paths round
-# differently, and logits must not depend on what else the machine was doing.
+# With more tokens than this, unpacking once and multiplying densely is quicker; slabs of this size
+# stay in the caches. Both are measured constants (docs/log), not timed at run time: the ways round
+# differently, and logits must not depend on how busy the machine was.
 MOST_PACKED_TOKENS = 24
 SLAB_WEIGHTS = 2**22
-REFERENCE_WEIGHTS = 2**26  # dequantised at a time by the reference: a head can have 600 M
-# On a GPU each token reads the matrix for itself up to so many, then blocks of tokens do.
+REFERENCE_WEIGHTS = 2**26  # that the reference dequantises at once: a head can have 600 M
+# On a GPU, up to so many tokens each read the matrix for themselves; more share reads in blocks.
 MOST_GEMV_TOKENS, GPU_BLOCK = 4, 64
-# oneDNN compiles a kernel for every number of tokens that it has not met: 2 ms, where multiplying
-# takes 0.3. An expert's tokens are as many as chose it, so bfloat16 has multiples of this.
+# oneDNN compiles a kernel for each new number of tokens, which takes 2 ms where multiplying takes
+# 0.3 ms. Any number of tokens can choose an expert, so in bfloat16 they are padded to multiples.
 FEW_SHAPES = 32
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SMALLEST_CAPABILITY = (7, 5)  # of a GPU that kernels are made for
+
+
+def launching_on(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which kernels are launched on `device`: Triton asks for the thread's current
+    device, not where tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@functools.cache
+def gpu_kernels(device: torch.device) -> ModuleType | None:
+    """`quant.kernels.gpu` if it can run on `device`, else None; on CUDA a warning says why.
+
+    On the CPU it runs for tests that set TRITON_INTERPRET=1 before Triton is first imported.
+    """
+    if device.type != "cuda":
+        if device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1":
+            return None
+    elif torch.cuda.get_device_capability(device) < SMALLEST_CAPABILITY:
+        logger.warning("no kernels for GPUs before compute capability 7.5: products will be slow")
+        return None
+    try:
+        import offload.quant.kernels.gpu as kernels
+    except ImportError as error:
+        logger.warning("no GPU kernels, products will be slow: %s: install triton", error)
+        return None
+    return kernels
 
 
 def dequantize(view: MatrixView, dtype: torch.dtype) -> Tensor:
-    """The matrix [N, K] that `view` stands for, in `dtype`."""
+    """The matrix [N, K] in `view`, in `dtype`."""
     if view.scales is None:
         return view.weight.to(dtype)
     layout = view.layout
@@ -61,7 +92,7 @@ def dequantize(view: MatrixView, dtype: torch.dtype) -> Tensor:
 
 
 def take_rows(view: MatrixView, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows [T, K] of the quantised matrix, numbered by `rows` [T], in `dtype`."""
+    """The rows [T, K] of a quantised matrix whose numbers are in `rows` [T], in `dtype`."""
     assert view.scales is not None
     layout = view.layout
     codes = unpack_rows(view.weight, layout.bits, rows).float()  # [T, K]
@@ -87,7 +118,7 @@ def matmul_reference(x: Tensor, view: MatrixView) -> Tensor:
 
 
 def matmul_packed(x: Tensor, view: MatrixView) -> Tensor:
-    """As `matmul_reference` on the CPU, without unpacking the matrix first: for few tokens."""
+    """Do what `matmul_reference` does on the CPU straight from packed weights: for few tokens."""
     if x.dtype == torch.float16:
         return matmul_packed(x.float(), view).to(x.dtype)
     out = cpu.multiply(x, view)
@@ -95,7 +126,7 @@ def matmul_packed(x: Tensor, view: MatrixView) -> Tensor:
 
 
 def matmul_unpacked(x: Tensor, view: MatrixView) -> Tensor:
-    """As `matmul_reference` on the CPU, a slab of rows after the other: for many tokens."""
+    """Do what `matmul_reference` does on the CPU, slab by slab of rows: for many tokens."""
     layout = view.layout
     if x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and not bfloat16_is_quick()):
         return matmul_unpacked(x.float(), view).to(x.dtype)
@@ -103,13 +134,13 @@ def matmul_unpacked(x: Tensor, view: MatrixView) -> Tensor:
     step = max(1, SLAB_WEIGHTS // (TILE_ROWS * layout.columns)) * TILE_ROWS
     for start in range(0, layout.rows, step):
         cells = out[:, start : start + step]
-        weight = cpu.unpack(view, x.dtype, start, min(start + step, layout.stored_rows))
+        weight = cpu.dequantize_rows(view, x.dtype, start, min(start + step, layout.stored_rows))
         torch.mm(x, weight[:, : cells.shape[1]], out=cells)
     return out if view.bias is None else out.add_(view.bias)
 
 
 def matmul_gpu(x: Tensor, view: MatrixView) -> Tensor:
-    """As `matmul_reference` on a GPU, from a whole record: the matrix is the only "expert"."""
+    """Do what `matmul_reference` does on a GPU: a record of one matrix is the only "expert"."""
     gpu = gpu_kernels(x.device)
     assert gpu is not None
     count, layout = len(x), view.layout
@@ -128,7 +159,7 @@ def matmul_gpu(x: Tensor, view: MatrixView) -> Tensor:
 
 
 def _record_of(view: MatrixView) -> Tensor:
-    """The bytes [1, ..] that `view` is part of, from its record's begin on."""
+    """The bytes [1, n] uint8 from the begin of the record that `view` is part of."""
     weight = view.weight
     begin = weight.storage_offset() * weight.itemsize - view.layout.weight_offset
     size = weight.untyped_storage().nbytes() - begin
@@ -138,20 +169,21 @@ def _record_of(view: MatrixView) -> Tensor:
 
 @functools.cache
 def _zeros(device: torch.device) -> Tensor:
-    """The slot of each token; made before a graph is captured, when kernels are tried."""
+    """Each token's expert slot, 0. Made when kernels are tried, so before a graph is captured."""
     return torch.zeros(MOST_GEMV_TOKENS, dtype=torch.int32, device=device)
 
 
 def matmul(x: Tensor, view: MatrixView) -> Tensor:
-    """`x` [M, K] times the matrix in `view`: [M, N], by the fastest way this machine has."""
+    """`x` [M, K] times the transposed matrix in `view`, plus its bias: [M, N], the fastest way."""
     if x.device.type == "cpu" and x.dtype == torch.bfloat16 and len(x) > MOST_PACKED_TOKENS:
-        return _matmul(pad(x, (0, 0, 0, -len(x) % FEW_SHAPES)), view)[: len(x)]
-    return _matmul(x, view)
+        return matmul_of_shape(pad(x, (0, 0, 0, -len(x) % FEW_SHAPES)), view)[: len(x)]
+    return matmul_of_shape(x, view)
 
 
-def _matmul(x: Tensor, view: MatrixView) -> Tensor:
+def matmul_of_shape(x: Tensor, view: MatrixView) -> Tensor:
+    """Do what `matmul` does without padding x to one of few shapes."""
     asked = x.device.type in ("cpu", "cuda") and x.dtype in KERNEL_DTYPES and len(x) > 0
-    if view.scales is None or not asked or x.requires_grad:  # kernels know no gradients
+    if view.scales is None or not asked or x.requires_grad:  # kernels have no gradients
         return matmul_reference(x, view)
     if x.device.type == "cuda":
         layout = view.layout
@@ -167,15 +199,19 @@ def _matmul(x: Tensor, view: MatrixView) -> Tensor:
 
 @functools.cache
 def bfloat16_is_quick() -> bool:
-    """Whether oneDNN multiplies bfloat16 matrices here: without AVX-512 torch can be 40 to 500
-    times slower at it than at float32 (pytorch #146508)."""
+    """Whether oneDNN multiplies bfloat16 matrices on this processor.
+
+    Without AVX-512, torch can take 40 to 500 times as long as for float32 (pytorch #146508).
+    """
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @functools.cache
 def cpu_kernel_works(way: Matmul, bits: int, scale_bits: int, dtype: torch.dtype) -> bool:
-    """Whether `way`'s kernels compile here and small products are what the reference says: of each
-    number of tokens that has a kernel of its own, by one thread and by all."""
+    """Whether `way`'s kernels compile here and agree with the reference on small products.
+
+    Every number of tokens with a kernel of its own is tried, by one thread and by all.
+    """
     random = torch.Generator().manual_seed(1)
     for rows, columns, tokens in ((128, 64, 1), (256, 256, 2), (256, 256, 3), (256, 256, 8)):
         view = sample_matrix(rows, columns, Scheme(bits, 32, scale_bits))
@@ -192,13 +228,13 @@ def cpu_kernel_works(way: Matmul, bits: int, scale_bits: int, dtype: torch.dtype
 
 
 def _agrees(quick: Tensor, exact: Tensor) -> bool:
-    """Whether two ways differ by no more than rounding, in half precision, explains."""
+    """Whether two results differ by no more than half precision's rounding explains."""
     return torch.allclose(quick, exact, rtol=0.02, atol=0.02 * float(exact.abs().max()))
 
 
 @functools.cache
 def gpu_kernel_works(scheme: Scheme, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the GPU's kernels compile here and give what the reference gives."""
+    """Whether the GPU's kernels compile here and agree with the reference."""
     if gpu_kernels(device) is None:
         return False
     layout = plan_layout((MatrixSpec("sample", 200, 512, True, torch.bfloat16),), scheme)
@@ -220,14 +256,14 @@ def gpu_kernel_works(scheme: Scheme, dtype: torch.dtype, device: torch.device) -
 def sample_matrix(
     rows: int, columns: int, scheme: Scheme, *, bias: bool = False, seed: int = 0
 ) -> MatrixView:
-    """A matrix of random codes, to probe and to measure with."""
+    """A matrix of random codes, for trying kernels and for measuring."""
     layout = plan_layout((MatrixSpec("sample", rows, columns, bias, torch.bfloat16),), scheme)
     return view_record(sample_record(layout, seed), layout)["sample"]
 
 
 def sample_record(layout: RecordLayout, seed: int = 0) -> Tensor:
-    """A record of random codes with small scales, to probe and to measure with."""
-    random = torch.Generator().manual_seed(seed)  # equal rows would hide a wrong order of them
+    """A record of random codes and small scales, for trying kernels and for measuring."""
+    random = torch.Generator().manual_seed(seed)  # a wrong order of equal rows would not show
     record = torch.randint(0, 256, (layout.record_bytes,), generator=random, dtype=torch.uint8)
     for view in view_record(record, layout).values():
         if view.scales is None:

@@ -1,13 +1,14 @@
-"""The pack: a quantised model on disk, opened by mapping it.
+"""The pack: a quantised model on disk, opened by mapping its files.
 
-Knows: the folder's files, the manifest that is written last and makes the folder a pack, checksums.
-Does not know: checkpoints, nor how it is made (`quant.pack_writer`).
+The manifest is written last, and makes a folder a pack.
 
-    manifest.json                what this module reads; a folder without one is not a pack
+    manifest.json                what this module reads
     experts-00007.safetensors    a MoE layer: `records` [E, record_bytes] uint8, `crc32` [E] int64
     dense-00003.safetensors      quantised matrices that are not experts': a record each
     model-00001.safetensors ...  everything else, named as the checkpoint names it
     config.json, tokenizer ...   copied from the checkpoint
+
+Letters: E experts of a layer.
 """
 
 from __future__ import annotations
@@ -30,12 +31,19 @@ from offload.quant.record import RecordLayout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+FORMAT = "moe-offload pack"
+VERSION = 2
+MANIFEST = "manifest.json"
+REMAKE = "delete the folder and load the model again to remake it"
+
 _SEEKING = threading.Lock()
 
 
 def read_at(file: int, begin: int, into: memoryview) -> int:
-    """Read from byte `begin` on into `into` until it is full or the file ends; bytes that were
-    read. Raises `OSError`."""
+    """Fill `into` with the bytes of `file` from `begin` on, as far as there are any.
+
+    Returns how many bytes were read. Raises `OSError`.
+    """
     done = 0
     while done < len(into):
         count = _read_some(file, begin + done, into[done:])
@@ -48,24 +56,18 @@ def read_at(file: int, begin: int, into: memoryview) -> int:
 def _read_some(file: int, begin: int, into: memoryview) -> int:
     if hasattr(os, "preadv"):
         return os.preadv(file, [into], begin)
-    with _SEEKING:  # a file has one place only: one thread at a time
+    with _SEEKING:  # threads share the file's position
         os.lseek(file, begin, os.SEEK_SET)
         data = os.read(file, len(into))
     into[: len(data)] = data
     return len(data)
 
 
-FORMAT = "moe-offload pack"
-VERSION = 2
-MANIFEST = "manifest.json"
-REMAKE = "delete the folder and load the model again to remake it"
-
-
 @dataclass(frozen=True)
 class PackLayer:
-    """One MoE layer: the experts module's path in the model, and where its records are."""
+    """One MoE layer of a pack."""
 
-    module: str
+    module: str  # path of the experts module in the model
     num_experts: int
     layout: int  # index into `PackInfo.layouts`
 
@@ -76,11 +78,10 @@ class PackLayer:
 
 @dataclass(frozen=True)
 class PackDense:
-    """A quantised matrix that is not an expert's: its modules' paths, and where its record is.
+    """A quantised matrix that is not an expert's, and where its record is."""
 
-    The record is named by the first module. A token table that is also the head has two.
-    """
-
+    # Paths of the modules that use it: two for a token table that is also the head. The first one
+    # names the record.
     modules: tuple[str, ...]
     layout: int  # index into `PackInfo.dense_layouts`
     file: int
@@ -92,11 +93,11 @@ class PackDense:
 
 @dataclass(frozen=True)
 class PackInfo:
-    """What a pack was made from and with; the manifest without its checksums."""
+    """What a pack was made from and how: the manifest without its checksums."""
 
     source: str
     fingerprint: str
-    bits: str  # the recipe: what is stored how
+    bits: str  # the recipe's text, which says what is stored how
     dense_parameters: int  # weights that are not experts
     layouts: tuple[RecordLayout, ...]
     layers: tuple[PackLayer, ...]
@@ -108,8 +109,10 @@ class PackInfo:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> PackInfo:
-        """Raises `KeyError`, `TypeError` or `ValueError` on anything that `to_json` does not
-        write."""
+        """Read what `to_json` wrote.
+
+        Raises `KeyError`, `TypeError` or `ValueError` on anything that it would not write.
+        """
         info = cls(
             source=str(data["source"]),
             fingerprint=str(data["fingerprint"]),
@@ -155,7 +158,7 @@ class PackInfo:
         return self.dense_layouts[dense.layout]
 
     def dense_bytes(self, itemsize: int) -> int:
-        """Bytes of what is not experts when unquantised weights take `itemsize` bytes each."""
+        """Bytes of everything but experts if unquantised weights take `itemsize` bytes each."""
         layouts = [self.dense_layout(dense) for dense in self.dense]
         as_stored = self.dense_parameters - sum(layout.weights for layout in layouts)
         return as_stored * itemsize + sum(layout.record_bytes for layout in layouts)
@@ -166,32 +169,34 @@ class PackInfo:
 
     @property
     def expert_bytes(self) -> int:
-        """Bytes of all experts' records."""
+        """The bytes of all experts' records."""
         return sum(
             n.num_experts * self.layout_of(i).record_bytes for i, n in enumerate(self.layers)
         )
 
     @property
     def parameters(self) -> int:
-        """Weights of the whole model, experts and the rest."""
+        """How many weights the whole model has."""
         experts = sum(n.num_experts * self.layout_of(i).weights for i, n in enumerate(self.layers))
         return experts + self.dense_parameters
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes that hold any record of this pack."""
+        """The bytes of an expert slot that can hold any record of this pack."""
         return max(layout.record_bytes for layout in self.layouts)
 
 
 def as_buffer(data: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, not copied."""
+    """The bytes of a contiguous CPU tensor, which are not copied."""
     return memoryview(data.numpy())  # type: ignore[arg-type]  # numpy's arrays are buffers
 
 
 def is_pack(path: Path) -> bool:
-    """Whether `path` is a pack, perhaps a damaged one. Other programs too call files manifest.json:
-    a folder with one is a pack when that says so, or when the first layer of experts lies beside
-    it."""
+    """Whether `path` is a pack, perhaps a damaged one.
+
+    Other programs write a manifest.json as well. A folder with one is a pack if the manifest says
+    so, or if the first layer's expert file lies beside it.
+    """
     if not (path / MANIFEST).is_file():
         return False
     if (path / PackLayer.file_name(0)).is_file():
@@ -209,12 +214,12 @@ def file_sha256(path: Path) -> str:
 
 
 def manifest_check(manifest: dict[str, Any]) -> str:
-    """The checksum a manifest carries as `check`, over the rest of it."""
+    """The checksum that a manifest carries as `check`, made from its other entries."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def read_info(path: Path) -> PackInfo:
-    """What the pack at `path` was made from and with; nothing but its manifest is read.
+    """What the pack at `path` was made from and how; only its manifest is read.
 
     Raises `PackError`.
     """
@@ -225,13 +230,13 @@ def read_info(path: Path) -> PackInfo:
 
 
 class Pack:
-    """An opened pack. Records are views of the mapping: the disk is read when they are."""
+    """An opened pack. Its records are views of mapped files, so reading one reads the disk."""
 
     def __init__(self, path: Path) -> None:
         """Open and check the pack at `path`.
 
-        Every file's size and the checksum of all but the expert files are checked here; a record's
-        checksum when `check_record` is called. Raises `PackError`.
+        This checks the size of every file, and the checksum of each but the expert files, whose
+        records `check_record` checks. Raises `PackError`.
         """
         self.path = path
         manifest = _read_manifest(path)
@@ -249,12 +254,12 @@ class Pack:
             raise PackError(f"{path / MANIFEST} does not list its own files: {REMAKE}")
         for name, (size, sha256) in files.items():
             _check_file(path, name, size, sha256 if name not in expert_files else None)
-        self._files_open: list[BinaryIO] = []  # of each layer
-        self._stamps: list[tuple[int, int]] = []  # what they were when they were opened
+        self._files_open: list[BinaryIO] = []  # one for each layer
+        self._stamps: list[tuple[int, int]] = []  # of each file when it was opened
         self._maps: list[mmap.mmap] = []
         self._records: list[Tensor] = []
         self._checksums: list[list[int]] = []
-        self._begins: list[int] = []  # of a layer's records in its file
+        self._begins: list[int] = []  # where each layer's records begin in its file
         try:
             for index, layer in enumerate(self.info.layers):
                 file = path / PackLayer.file_name(index)
@@ -264,16 +269,16 @@ class Pack:
             raise
 
     def record(self, layer: int, expert: int) -> Tensor:
-        """The record [record_bytes] uint8 of one expert, mapped. Do not write to it.
+        """The mapped record [record_bytes] uint8 of one expert. Do not write to it.
 
-        Raises `PackError` when the file was written to since it was opened: what is mapped may be
-        other bytes by now, and none behind its end.
+        Raises `PackError` if the file was written to since it was opened: the mapping may then show
+        other bytes, and reading beyond the file's new end would kill this process.
         """
         self.check_unchanged(layer)
         return self._records[layer][expert]
 
     def check_unchanged(self, layer: int) -> None:
-        """Raise `PackError` when a layer's file was written to since it was opened."""
+        """Raise `PackError` if a layer's file was written to since it was opened."""
         if _stamp(self.descriptor(layer)) != self._stamps[layer]:
             name = PackLayer.file_name(layer)
             raise PackError(
@@ -282,11 +287,11 @@ class Pack:
             )
 
     def descriptor(self, layer: int) -> int:
-        """A layer's open file: the one that is mapped, whatever has its name by now."""
+        """A layer's open file: the mapped one, even if its name now belongs to another."""
         return self._files_open[layer].fileno()
 
     def read_at(self, layer: int, begin: int, into: memoryview) -> int:
-        """Read a layer's file, as `read_at` of `quant.reading`. Raises `PackError`."""
+        """Read a layer's file as the function `read_at` does. Raises `PackError`."""
         try:
             return read_at(self.descriptor(layer), begin, into)
         except OSError as error:
@@ -297,13 +302,15 @@ class Pack:
             ) from None
 
     def place(self, layer: int, expert: int) -> tuple[Path, int]:
-        """The file a record is in, and where it begins there."""
+        """The file that holds a record, and the byte at which the record begins."""
         record_bytes = self.info.layout_of(layer).record_bytes
         return self.path / PackLayer.file_name(layer), self._begins[layer] + expert * record_bytes
 
     def check_record(self, layer: int, expert: int, record: Tensor | None = None) -> None:
-        """Raise `PackError` when the record's bytes, in the mapping or a copy `record` of them, are
-        not those that were written."""
+        """Raise `PackError` if a record's bytes are not those that were written.
+
+        `record` is a copy of them to check; without it the mapped bytes are checked.
+        """
         record = self.record(layer, expert) if record is None else record
         if zlib.crc32(as_buffer(record)) != self._checksums[layer][expert]:
             name = PackLayer.file_name(layer)
@@ -313,9 +320,10 @@ class Pack:
             )
 
     def dense_records(self) -> Iterator[tuple[PackDense, Tensor]]:
-        """Every quantised matrix that is not an expert's, with its record [record_bytes] uint8.
+        """Yield every quantised matrix that is not an expert's, and its record.
 
-        Read one at a time. Raises `PackError` when a file does not hold what the manifest says.
+        A record is [record_bytes] uint8, read when its turn comes. Raises `PackError` if a file
+        lacks what the manifest says.
         """
         for _, group in itertools.groupby(self.info.dense, key=lambda dense: dense.file):
             members = list(group)
@@ -329,18 +337,18 @@ class Pack:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all the pack's files."""
+        """The bytes of all the pack's files."""
         return sum(size for size, _ in self._files.values())
 
     @property
     def parameters(self) -> int:
-        """Weights of the whole model, experts and the rest."""
+        """How many weights the whole model has."""
         return self.info.parameters
 
     def close(self) -> None:
-        """Unmap the files. No view may be used afterwards."""
+        """Unmap and close the files; no record may be used afterwards."""
         self._records.clear()
-        self._maps.clear()  # the last view of a mapping unmaps it
+        self._maps.clear()  # a mapping ends with its last view
         for file in self._files_open:
             file.close()
         self._files_open.clear()
@@ -380,12 +388,12 @@ class Pack:
 
 
 def _short(error: Exception) -> str:
-    """An error's kind and words; some quote all that they were given."""
+    """An error's type and message, cut off because some quote all of their input."""
     return f"{type(error).__name__}: {error}"[:200]
 
 
 def _stamp(file: int) -> tuple[int, int]:
-    """Size and time of the last change of an open file."""
+    """An open file's size, and the time of its last change."""
     status = os.fstat(file)
     return status.st_size, status.st_mtime_ns
 

@@ -1,10 +1,8 @@
-"""Making a pack, a layer at a time, so that a kill at any moment loses at most one layer.
+"""Makes a pack, a layer at a time, so that a kill at any moment loses at most one layer.
 
-Knows: the order of writes that makes this true. Does not know: where tensors come from.
-
-Everything is written in `<pack>.partial`, each file under a `.part` name until it is whole; the
-manifest is the last file, and renaming the folder the last step. Two processes that make the same
-pack take turns.
+Everything is written in `<pack>.partial`, each file under a `.part` name until it is whole. The
+manifest is the last file, and renaming the folder is the last step. Two processes that make the
+same pack take turns.
 """
 
 from __future__ import annotations
@@ -40,10 +38,10 @@ logger = logging.getLogger("offload")
 
 
 def take_turn(file: Path, what: str) -> FileLock:
-    """The lock `file`, taken; use it as a context manager or `release` it. Waits for who has it.
+    """Wait for the lock `file` and take it; use it as a context manager or `release` it.
 
-    Raises `OSError` where the file cannot be made: filelock takes some of these for a lock that
-    another process has, and would wait for ever.
+    Raises `OSError` if the file cannot be made. filelock would take some of these errors for a lock
+    that another process holds, and wait for ever.
     """
     os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o644))
     lock = FileLock(file)
@@ -55,16 +53,17 @@ def take_turn(file: Path, what: str) -> FileLock:
     return lock
 
 
-DATA_ALIGNMENT = 4096  # bytes: records start on a page, so that a mapping of them can be pinned
+DATA_ALIGNMENT = 4096  # bytes; records begin at a page, so that their mapping can be pinned
 SETTINGS = ".settings"
 ELSEWHERE = "another place (--pack-dir or OFFLOAD_HOME; for quantize, another DST)"
 
 
 class PackWriter:
-    """Writes the pack `path` described by `info`; use as a context manager.
+    """Writes the pack `path` that `info` describes; use as a context manager.
 
-    Entering waits for another process that makes the same pack; `done` is then True and nothing is
-    left to write. What an interrupted run with the same `info` finished is kept.
+    Entering waits for another process that makes the same pack. `done` says whether the pack is
+    there, so that nothing is left to write. Files that an interrupted run with the same `info`
+    finished are kept.
     """
 
     def __init__(self, path: Path, info: PackInfo) -> None:
@@ -72,7 +71,7 @@ class PackWriter:
         self.info = info
         self._partial = path.with_name(path.name + ".partial")
         self.done = False
-        self._names: set[str] = set()  # of the files that make the pack
+        self._names: set[str] = set()  # of the files that belong to the pack
 
     def __enter__(self) -> PackWriter:
         with _disk_errors(self.path):
@@ -109,7 +108,7 @@ class PackWriter:
         return True
 
     def _prepare(self) -> None:
-        if is_pack(self._partial):  # killed between the last two steps
+        if is_pack(self._partial):  # a run was killed between its last two steps
             (self._partial / SETTINGS).unlink(missing_ok=True)
             self._partial.rename(self.path)
             self.done = self._is_made(self.path)
@@ -126,33 +125,33 @@ class PackWriter:
             _write_whole(file, [settings.encode()], self.path)
 
     def _remove_partial(self) -> None:
-        """Remove what is left of a run with other settings that had finished nothing.
+        """Remove the folder of an interrupted run that had other settings and finished no layer.
 
-        Raises `PackError` for one that had, which may be hours of work, and for a folder that is
-        not ours.
+        Raises `PackError` if that run did finish a layer, which may be hours of work, or if the
+        folder is not this program's.
         """
         names = (
             {entry.name for entry in self._partial.iterdir()} if self._partial.exists() else set()
         )
         if names and not names & {SETTINGS, SETTINGS + ".part"}:
             raise PackError(
-                f"{self._partial} is not of this program's making: move it or name another place"
+                f"{self._partial} was not made by this program: move it or name another place"
             )
         if PackLayer.file_name(0) in names:
             raise PackError(
                 f"{self._partial} is an interrupted pack with other settings: remove it, finish it "
-                "with its own, or name another place"
+                "with those settings, or name another place"
             )
         shutil.rmtree(self._partial, ignore_errors=True)
 
     def has(self, name: str) -> bool:
-        """Whether the file `name` was finished by this or an earlier run; it is kept then."""
+        """Whether this or an earlier run finished the file `name`; such a file is kept."""
         if (self._partial / name).is_file():
             self._names.add(name)
         return name in self._names
 
     def write_layer(self, layer: int, records: Iterable[Tensor]) -> None:
-        """Write one MoE layer from its experts' records [record_bytes] uint8, in order."""
+        """Write one MoE layer from the records [record_bytes] uint8 of its experts, in order."""
         experts = self.info.layers[layer].num_experts
         record_bytes = self.info.layout_of(layer).record_bytes
         end = experts * record_bytes
@@ -174,14 +173,14 @@ class PackWriter:
         self._write(PackLayer.file_name(layer), chunks())
 
     def write_file(self, name: str, data: bytes) -> None:
-        """Write a small file as it is. A manifest is only written by `finish`."""
+        """Write a small file unchanged. Only `finish` writes a manifest."""
         if name != MANIFEST:
             self._write(name, [data])
 
     def write_tensors(
         self, name: str, tensors: Iterable[tuple[str, str, tuple[int, ...], Tensor]]
     ) -> None:
-        """Write a safetensors file from `(name, safetensors dtype, shape, bytes [n] uint8)`."""
+        """Write a safetensors file of tensors given as name, safetensors dtype, shape and bytes."""
         header, start, parts = {}, 0, []
         for tensor_name, dtype, shape, data in tensors:
             end = start + data.numel()
@@ -201,11 +200,11 @@ class PackWriter:
         self._names.add(name)
 
     def finish(self) -> None:
-        """Write the manifest over everything written so far and give the folder its name."""
+        """Write the manifest of all files, and give the folder its final name."""
         with _disk_errors(self.path):
             for file in self._partial.iterdir():
                 if file.name not in self._names | {SETTINGS}:
-                    file.unlink()  # of an earlier run, and not of this pack
+                    file.unlink()  # an earlier run wrote it, and this pack has no such file
             files = {
                 file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
                 for file in sorted(self._partial.iterdir())
@@ -217,7 +216,7 @@ class PackWriter:
                 self._partial / MANIFEST, [json.dumps(manifest, indent=1).encode()], self.path
             )
             (self._partial / SETTINGS).unlink()
-            _sync(self._partial)  # or the manifest might outlive a power cut that its files do not
+            _sync(self._partial)  # a power cut must not spare the manifest and lose its files
             self._partial.rename(self.path)
             _sync(self.path.parent)
         self.done = True
@@ -234,14 +233,14 @@ def _write_whole(file: Path, chunks: Iterable[bytes | memoryview], pack: Path) -
     with _disk_errors(pack):
         handle = part.open("wb")
     try:
-        for chunk in chunks:  # an error in making a chunk is not one of the disk
+        for chunk in chunks:  # an error while a chunk is made is not the disk's
             with _disk_errors(pack):
                 handle.write(chunk)
         with _disk_errors(pack):
             handle.flush()
             os.fsync(handle.fileno())
     finally:
-        with suppress(OSError):  # what could not be written is tried again, and was told
+        with suppress(OSError):  # closing writes again what failed to be written before
             handle.close()
     with _disk_errors(pack):
         part.rename(file)

@@ -1,6 +1,6 @@
-"""What an experts layer computes with the matrices of a record.
+"""What an experts layer computes between the two matrices of a record.
 
-Knows: names and numbers. Does not know: tensors' places, kernels, models.
+Letters: S cells (a cell is one token at one of its experts), H hidden, I inner.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from offload.quant.record import MatrixLayout, RecordLayout
 from torch import Tensor
 from torch.nn import functional
 
-# S cells, I inner
-
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
     "gelu": functional.gelu,
@@ -28,11 +26,11 @@ OAI = "swiglu_oai"
 
 @dataclass(frozen=True)
 class Gate:
-    """An activation, by what it computes.
+    """An activation that kernels know, named by what it computes.
 
-    With gate g and up u, the two clamped where there is a `limit`, g from above and u from both
-    sides: f(g) * u with f of `FUNCTIONS`, or f(g) alone where there is no up; `swiglu_oai` is
-    (u + 1) * g * sigmoid(alpha * g), as in gpt-oss.
+    From gate g and up u it computes f(g) * u with f from `FUNCTIONS`, or f(g) if there is no up.
+    `swiglu_oai`, which gpt-oss uses, is (u + 1) * g * sigmoid(alpha * g). A `limit` first clamps g
+    from above and u from both sides.
     """
 
     name: str
@@ -40,7 +38,10 @@ class Gate:
     alpha: float = 1.0
 
     def __call__(self, x: Tensor, gated: bool, interleaved: bool) -> Tensor:
-        """x [S, 2I], or [S, I] where not `gated` -> [S, I]; `interleaved`: g and u in turns."""
+        """Compute [S, I] from x [S, 2I], or from x [S, I] if not `gated`.
+
+        `interleaved` means that g and u alternate, column by column.
+        """
         if not gated:
             return FUNCTIONS[self.name](x)
         gate, up = (x[..., ::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
@@ -57,15 +58,16 @@ def recognise(
     interleaved: bool,
     numbers: Iterable[float] = (),
 ) -> Gate | None:
-    """The gate that gives what `function` gives for random inputs, or None.
+    """The gate whose results on random inputs are those of `function`, or None.
 
-    `numbers`: what limits and factors may be. Equal in bfloat16, too: roundings on the way count.
+    `numbers` are the candidates for `limit` and `alpha`. Results must also be equal in bfloat16,
+    where intermediate roundings show.
     """
     random = torch.Generator().manual_seed(1)
     x = torch.randn(16, 32, generator=random, dtype=torch.float32) * 8
     try:
         expected = [function(x.to(dtype)) for dtype in (torch.float32, torch.bfloat16)]
-    except Exception:  # a function of a kind that nothing here is
+    except Exception:  # it takes other arguments than an activation
         return None
     for gate in _candidates(gated, sorted({abs(float(n)) for n in numbers if 0 < abs(n) < 1e4})):
         if all(torch.equal(gate(x.to(e.dtype), gated, interleaved), e) for e in expected):
@@ -81,9 +83,6 @@ def _candidates(gated: bool, numbers: list[float]) -> Iterator[Gate]:
         yield from (Gate(name, limit) for name, limit in itertools.product(FUNCTIONS, numbers))
 
 
-# Letters: S cells, I inner
-
-
 @dataclass(frozen=True)
 class Program:
     """One layer's experts: inner = gate(x @ up^T), out = inner @ down^T.
@@ -93,9 +92,9 @@ class Program:
 
     layout: RecordLayout
     gated: bool
-    interleaved: bool  # gate and up in turns, row by row, instead of one after the other
-    gate: Gate | None  # None: kernels do not know it, `apply` is called between them
-    # The model's own: [S, 2I] or [S, I] -> [S, I].
+    interleaved: bool  # gate and up alternate, row by row; else up's rows follow gate's
+    gate: Gate | None  # None if kernels do not know it: `apply` is then called between products
+    # The model's own activation: [S, 2I] or [S, I] -> [S, I].
     apply: Callable[[Tensor], Tensor] = field(compare=False)
 
     @property

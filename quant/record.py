@@ -1,11 +1,10 @@
 """The expert record: one expert as one contiguous, aligned run of bytes.
 
-Knows: which matrices an expert has, where their codes, scales and biases lie, and how to write and
-view them. All of it is data (`RecordLayout`), nothing follows from a model's name. Does not know:
-which file or slot a record is in.
+A `RecordLayout` says where an expert's codes, scales and biases lie; nothing follows from a model's
+name. Every matrix is stored as [out, in], whatever the checkpoint's orientation. Scales are pairs
+`(scale, offset)` of shape [K/g, N, 2]: bfloat16, or bytes that count steps (`quant.codes`).
 
-Every matrix is stored as [out, in] whatever the checkpoint's orientation. Scales are pairs
-`(scale, offset)` of shape [K/g, N, 2]: bfloat16, or bytes that count steps (`quant.scales`).
+Letters: N rows, K columns, g columns of a group, s groups that share a step, E experts.
 """
 
 from __future__ import annotations
@@ -29,25 +28,27 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class MatrixLayout:
-    """One matrix [rows, columns] = [out, in] of an expert. Offsets are bytes from the record's
-    start."""
+    """Where one matrix [rows, columns] = [out, in] of an expert lies.
+
+    Offsets are bytes from the record's start.
+    """
 
     name: str
     rows: int
     columns: int
     bits: int  # 2 to 8, or 16/32 for values stored as `dtype`
-    group_size: int  # columns that share one scale; 0 when unquantised
-    scale_bits: int  # 16, or 8 for scales that are quantised themselves
-    dtype: str  # of the stored values when unquantised
+    group_size: int  # columns that share one scale; 0 if not quantised
+    scale_bits: int  # 16, 8 if the scales are quantised themselves, 0 if there are none
+    dtype: str  # of the stored values if not quantised
     bias_dtype: str
     weight_offset: int
-    scale_offset: int  # -1 when unquantised
-    step_offset: int  # -1 unless scales are quantised
-    bias_offset: int  # -1 when there is none
+    scale_offset: int  # -1 if not quantised
+    step_offset: int  # -1 unless the scales are quantised
+    bias_offset: int  # -1 if there is no bias
 
     @property
     def spec(self) -> MatrixSpec:
-        """What it was planned from."""
+        """The spec that this layout was planned from."""
         return MatrixSpec(
             self.name,
             self.rows,
@@ -86,8 +87,11 @@ class RecordLayout:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> RecordLayout:
-        """Raises `KeyError`, `TypeError` or `ValueError` on what `plan_layout` would not make:
-        kernels believe offsets and sizes, and would read or write elsewhere."""
+        """Read what `to_json` wrote.
+
+        Raises `KeyError`, `TypeError` or `ValueError` on anything that `plan_layout` would not
+        make: kernels trust offsets and sizes, and wrong ones would let them read or write outside.
+        """
         matrices = tuple(MatrixLayout(**matrix) for matrix in data["matrices"])
         given = cls(matrices, data["record_bytes"])
         for planned in _plans(matrices):
@@ -98,25 +102,25 @@ class RecordLayout:
 
 @dataclass(frozen=True)
 class MatrixSpec:
-    """What a layout is planned from: one matrix of an expert before it has a place."""
+    """One matrix of an expert before it has a place: what a layout is planned from."""
 
     name: str
     rows: int
     columns: int
     has_bias: bool
     dtype: torch.dtype
-    bias_dtype: torch.dtype | None = None  # None: as the weight
+    bias_dtype: torch.dtype | None = None  # None means the weight's
 
     @property
     def shape(self) -> tuple[str, int, int, bool]:
-        """All but the dtypes."""
+        """Everything but the dtypes."""
         return self.name, self.rows, self.columns, self.has_bias
 
 
 def fitting_group(columns: int, group_size: int) -> int:
-    """The largest group not above `group_size` that divides `columns`, halving from `group_size`.
+    """The largest group that divides `columns`, found by halving `group_size`.
 
-    0 where none of `SMALLEST_GROUP` does: scales would then outweigh what is saved.
+    0 if it would be smaller than `SMALLEST_GROUP`: scales would take more than is saved.
     """
     while columns % group_size:
         group_size //= 2
@@ -126,7 +130,7 @@ def fitting_group(columns: int, group_size: int) -> int:
 def plan_layout(specs: tuple[MatrixSpec, ...], scheme: Scheme) -> RecordLayout:
     """Lay out an expert's matrices one after the other, each part aligned.
 
-    A matrix whose columns no group divides is stored as it is.
+    A matrix whose columns no group divides is stored unquantised.
     """
     end = 0
 
@@ -173,7 +177,7 @@ def plan_layout(specs: tuple[MatrixSpec, ...], scheme: Scheme) -> RecordLayout:
 
 
 def _plans(matrices: tuple[MatrixLayout, ...]) -> Iterator[RecordLayout]:
-    """Every layout that could be planned for matrices of these sizes and bits."""
+    """Yield every layout that could be planned for matrices of these sizes and bits."""
     for matrix in matrices:
         sizes = (matrix.rows, matrix.columns, matrix.bits, matrix.scale_bits)
         if any(type(size) is not int for size in sizes) or min(sizes[:3]) < 1:
@@ -189,17 +193,17 @@ def _plans(matrices: tuple[MatrixLayout, ...]) -> Iterator[RecordLayout]:
 
 @dataclass(frozen=True)
 class MatrixView:
-    """One matrix inside a record's bytes; nothing is copied."""
+    """One matrix inside a record's bytes, which are not copied."""
 
     layout: MatrixLayout
     weight: Tensor  # [stored_rows / 64, K * bits * 8] uint8, or [N, K] in the stored dtype
-    scales: Tensor | None  # [K/g, stored_rows, 2] bfloat16, or uint8 when there are steps
-    steps: Tensor | None  # [K/g/s, stored_rows, 4] bfloat16, see `quant.scales`
+    scales: Tensor | None  # [K/g, stored_rows, 2] bfloat16, or uint8 if there are steps
+    steps: Tensor | None  # [K/g/s, stored_rows, 4] bfloat16, see `quant.codes`
     bias: Tensor | None  # [N] in the stored dtype
 
 
 def view_record(record: Tensor, layout: RecordLayout) -> dict[str, MatrixView]:
-    """View `record` [record_bytes or more] uint8 as its matrices, by name."""
+    """The matrices of `record` [record_bytes or more] uint8 by name; nothing is copied."""
     return {matrix.name: _view_matrix(record, matrix) for matrix in layout.matrices}
 
 
@@ -229,9 +233,9 @@ def _view_matrix(record: Tensor, matrix: MatrixLayout) -> MatrixView:
 
 
 def view_rows(view: MatrixView, start: int, end: int) -> MatrixView:
-    """Rows `start` to `end` of a quantised matrix, `start` at a tile's edge; nothing is copied.
+    """Rows `start` to `end` of a quantised matrix without its bias; nothing is copied.
 
-    Without the bias. An `end` beyond the matrix is its last row.
+    `start` is the first row of a tile. An `end` beyond the matrix means its last row.
     """
     assert view.scales is not None
     rows = slice(start, padded_rows(min(end, view.layout.rows)))

@@ -1,7 +1,4 @@
-"""How a matrix's weights are stored, as three numbers and as text.
-
-Knows: which combinations exist. Does not know: which matrix gets which (`offload.recipe`).
-"""
+"""How a matrix's weights are stored, as three numbers and as text."""
 
 from __future__ import annotations
 
@@ -16,10 +13,11 @@ SCALE_BITS = (8, 16)
 
 @dataclass(frozen=True)
 class Scheme:
-    """`bits` a weight, `group_size` weights of a row share a scale and an offset of `scale_bits`.
+    """Weights of `bits` bits; `group_size` weights of a row share a scale and an offset.
 
-    16 bits are the weights as the checkpoint stores them. Written like `4`, `4g64` or `2g16s8`.
-    Raises `ValueError` on what does not exist.
+    Scale and offset take `scale_bits` bits each. 16 bits mean the weights as the checkpoint stores
+    them. The text of a scheme is like `4`, `4g64` or `2g16s8`. Raises `ValueError` on numbers that
+    no kernel knows.
     """
 
     bits: int
@@ -47,7 +45,7 @@ class Scheme:
 
     @classmethod
     def parse(cls, text: str, group_size: int = 64) -> Scheme:
-        """A scheme from its text; `group_size` where the text names none."""
+        """The scheme called `text`, with `group_size` if it names none. Raises `ValueError`."""
         match = re.fullmatch(r"(\d{1,4})(?:g(\d{1,4}))?(?:s(\d{1,4}))?", text)
         if match is None:
             raise ValueError(f"{text!r} is not a way to store weights: write bits like 4 or 2g16s8")

@@ -18,7 +18,7 @@ from offload.quant.pack import VERSION, is_pack, manifest_check
 from safetensors.torch import load_file, save_file
 
 import cli
-from offload.engine.warm import HOT
+from offload.engine.history import HOT
 from tests.tiny import save_tiny
 
 WEIGHTS = "model.safetensors"

@@ -98,8 +98,7 @@ def _seconds(
     token: list[list[int]],
 ) -> tuple[float, int]:
     """Seconds of one token's kernels, and how many experts were absent."""
-    from offload.engine.device.places import COUNTS, Places
-    from offload.engine.device.table import Table
+    from offload.engine.device.table import COUNTS, Places, Table
 
     places = Places(shape.layers, shape.experts, shape.top_k, len(full.keys), policy)
     table = Table(places, setting.device)

@@ -258,7 +258,7 @@ def bytes_read(model: PreTrainedModel, test: Test, samples: Sequence[Sample]) ->
     held = test.n_depth
     for tokens in calls:
         held += tokens
-        each += kv_cache_bytes(model.config, held, model.dtype)
+        each += sum(kv_cache_bytes(model.config, held, model.dtype))
     records = sum(
         counts.requests * engine.record_bytes(layer)
         for sample in samples

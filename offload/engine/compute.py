@@ -15,12 +15,11 @@ from offload.cache.decision import Use
 from offload.cache.interface import Cache
 from offload.cache.policies import POLICIES
 from offload.cache.sharded import ShardedCache, card_and_row
-from offload.engine.layer import Call, Layer
+from offload.engine.layer import Call
 from offload.fit import Fit
 from offload.quant.experts import block_cells, decode, kernels_work, make_batch, prefill
 from offload.quant.pack import PackInfo
-from offload.quant.program import Program, recognise
-from offload.quant.record import MatrixView, RecordLayout, view_record
+from offload.quant.record import MatrixView, view_record
 from offload.transfer.base import Transfer
 from offload.transfer.cards import CardsTransfer
 
@@ -79,14 +78,12 @@ class Grouped:
     together = True
 
     def __init__(self, info: PackInfo, transfer: Transfer) -> None:
-        self._info, self._transfer = info, transfer
+        self._transfer = transfer
         self._one_by_one = OneByOne(info, transfer)
-        self._programs: dict[int, Program] = {}
 
     def run(self, call: Call, uses: Sequence[Use], cells: Tensor) -> None:
         layer, hidden, cells_of = call.layer, call.hidden, call.cells_of
-        program = self._program(layer)
-        slots = self._transfer.slots
+        program, slots = layer.program, self._transfer.slots
         if not kernels_work(program, hidden.dtype, slots.device):
             self._one_by_one.run(call, uses, cells)
             return
@@ -109,24 +106,8 @@ class Grouped:
             where = [cell for use in uses for cell in cells_of[use.expert]]
             cells[where] = module.post_expert_norm(cells[where])
 
-    def _program(self, layer: Layer) -> Program:
-        if layer.index not in self._programs:
-            layout = self._info.layout_of(layer.index)
-            self._programs[layer.index] = program_of(layer.module, layout)
-        return self._programs[layer.index]
-
     def close(self) -> None:
         self._one_by_one.close()
-        self._programs.clear()
-
-
-def program_of(module: Any, layout: RecordLayout) -> Program:
-    """What an experts module of transformers computes with its two matrices."""
-    function = module._apply_gate if module.has_gate else module.act_fn
-    interleaved = not module.is_concatenated
-    numbers = [value for value in vars(module).values() if isinstance(value, int | float)]
-    gate = recognise(function, module.has_gate, interleaved, numbers)
-    return Program(layout, module.has_gate, interleaved, gate, function)
 
 
 def _rows(hidden: Tensor, cells: Sequence[int], k: int) -> Tensor:

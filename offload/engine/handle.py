@@ -12,11 +12,10 @@ from transformers import PreTrainedModel
 
 from offload.cache.statistics import LayerCounts
 from offload.cache.trace.trace import CardSlots, TraceHeader, cards_text
-from offload.engine.cpu_linear import OneTokenLinear
 from offload.engine.engine import Engine
-from offload.engine.recording import RoutingTrace
+from offload.engine.history import RoutingTrace, write_hot
+from offload.engine.hooks import OneTokenLinear
 from offload.engine.stats import CardStats, Stats
-from offload.engine.warm import write_hot
 from offload.fit import Fit
 from offload.quant.pack import Pack
 from offload.sampling import Sampling

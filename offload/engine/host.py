@@ -22,8 +22,8 @@ from offload.cache.staging import Step
 from offload.cache.trace.trace import Guess
 from offload.engine.ahead import Ahead, Weigher
 from offload.engine.compute import Compute
+from offload.engine.history import RoutingTrace
 from offload.engine.layer import Call, Layer
-from offload.engine.recording import RoutingTrace
 from offload.engine.stats import Stats
 from offload.quant.pack import PackInfo
 from offload.ranges import recorded, work
@@ -278,13 +278,10 @@ class HostPlanned:
         self.tokens += tokens
         self._kept = [mine + theirs for mine, theirs in zip(self._kept, loads, strict=True)]
 
-    def let_go(self) -> None:
-        """Drop the views of the slots, whose memory is to be freed."""
-        self._compute.close()
-
     def resize(self, slots: int) -> None:
         """Have memory for `slots` from now on. Raises `torch.OutOfMemoryError`; then call again
         with fewer."""
+        self._compute.close()  # it has views of the old slots
         self.transfer.resize(slots, self._staging.rows)
         self.cache.resize(slots)
         self._staging = staging_of(self.cache, self._staging.rows)
@@ -303,19 +300,12 @@ class HostPlanned:
             self._watchers.remove(trace)
             trace.close()
 
-    def record_bytes(self, layer: int) -> int:
-        """Size of one expert's record."""
-        return self.info.layout_of(layer).record_bytes
-
     def stats(self) -> Stats:
         """The figures of everything so far."""
         counts = self.cache.statistics
-        sizes = [self.record_bytes(layer) for layer in range(len(counts.layers))]
+        sizes = [self.info.layout_of(layer).record_bytes for layer in range(len(counts.layers))]
         loaded = (n.loads * size for n, size in zip(counts.layers, sizes, strict=True))
-        in_place = 0
-        if self.transfer.streams_in_place:
-            beside = (layer.loads_beside for layer in counts.layers)
-            in_place = sum(n * size for n, size in zip(beside, sizes, strict=True))
+        beside = (n.loads_beside * size for n, size in zip(counts.layers, sizes, strict=True))
         return Stats(
             counts=counts.total(),
             layers=tuple(replace(layer) for layer in counts.layers),
@@ -324,7 +314,7 @@ class HostPlanned:
             bytes_loaded=sum(loaded),
             link_busy_seconds=self.transfer.busy_seconds,
             tokens=self.tokens,
-            bytes_in_place=in_place,
+            bytes_in_place=sum(beside) if self.transfer.streams_in_place else 0,
         )
 
     def close(self) -> None:

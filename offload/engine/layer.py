@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from offload.quant.matmul import matmul
-from offload.quant.record import MatrixView
+from offload.quant.pack import PackInfo
+from offload.quant.program import Program, recognise
+from offload.quant.record import MatrixView, RecordLayout
 
 
 class NormFinder:
@@ -82,21 +84,29 @@ Serve = Callable[["Layer", Tensor, Tensor, Tensor], Tensor]
 class Layer:
     """One MoE layer's experts, called by transformers in place of its own."""
 
-    def __init__(self, serve: Serve, index: int, module: nn.Module, num_experts: int) -> None:
-        """`serve` answers the calls of this layer."""
+    def __init__(self, serve: Serve, index: int, module: nn.Module, info: PackInfo) -> None:
+        """`serve` answers the calls of this layer, which is number `index` of the pack's `info`."""
         self._serve = serve
         self.index = index
         self.module = module
-        self.num_experts = num_experts
+        self.num_experts = info.layers[index].num_experts
+        self.layout = info.layout_of(index)
         self.router: nn.Module | None = None  # of this layer
         self.device: torch.device | None = None  # where its router is; None: not asked
         self.asked: Tensor | None = None  # what this layer's router was just asked about
-        self.constants: tuple[Any, ...] | None = None  # its other arguments; None: not called yet
+        self.constants: tuple[Any, ...] | None = (
+            None  # the router's other arguments; None: never called
+        )
         self.finder: NormFinder | None = None  # of the norm that feeds the router
         self.scales: dict[int, Tensor | None] = {}  # later layer -> what its norm makes of ours
 
     def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         return self._serve(self, hidden, top_k_index, top_k_weights)
+
+    @functools.cached_property
+    def program(self) -> Program:
+        """What an expert of this layer computes from its record."""
+        return program_of(self.module, self.layout)
 
     def watch(
         self, model: nn.Module, router: nn.Module, owned: Set[int]
@@ -211,6 +221,15 @@ class Call:
         """The weighted sum [T, H] over each token's `cells` [S, H], in one fixed order."""
         weighted = cells.view(*self.index.shape, -1) * self.weights.unsqueeze(-1)  # [T, k, H]
         return weighted.sum(dim=1).to(self.hidden.dtype)
+
+
+def program_of(module: Any, layout: RecordLayout) -> Program:
+    """What an experts module of transformers computes with its two matrices."""
+    function = module._apply_gate if module.has_gate else module.act_fn
+    interleaved = not module.is_concatenated
+    numbers = [value for value in vars(module).values() if isinstance(value, int | float)]
+    gate = recognise(function, module.has_gate, interleaved, numbers)
+    return Program(layout, module.has_gate, interleaved, gate, function)
 
 
 def _around(model: nn.Module, experts: nn.Module) -> nn.Module:

@@ -1,7 +1,4 @@
-"""RAM, how much of it may be pinned, and the disk where packs are kept.
-
-Knows: sizes and rates, which are slow. Does not know: GPUs.
-"""
+"""Looks at everything but GPUs: software, processor, memory, pin limit and disk."""
 
 from __future__ import annotations
 
@@ -34,14 +31,14 @@ from offload.units import gib
 from offload.version import __version__
 
 LITTLE_RAM = 2**30
-# One channel of DDR4-2400 carries 19 GB/s, and what is copied is read and written.
+# One channel of DDR4-2400 carries 19 GB/s, and a copy both reads and writes.
 SLOW_COPY_GB_PER_S = 6.0
 SLOW_DISK_GB_PER_S = 1.0  # SATA reaches 0.55, an NVMe disk of PCIe 3 about 3
 LITTLE_DISK = 20 * 2**30
 
 
 def memory() -> Iterator[Finding]:
-    """RAM: how much, how fast."""
+    """Findings about RAM: its size and speed."""
     now = psutil.virtual_memory()
     yield Finding(
         "RAM",
@@ -70,7 +67,7 @@ def memory() -> Iterator[Finding]:
 
 
 def _slow_copies() -> str:
-    """What else runs comes before what the machine is made of."""
+    """The remedy for slow copies; other programs are to blame before the memory modules are."""
     modules = "fill both memory channels, set the profile in the BIOS"
     if programs_a_core() > BUSY:
         return f"the machine is busy: look again when it is idle; if copies stay slow, {modules}"
@@ -78,7 +75,7 @@ def _slow_copies() -> str:
 
 
 def pin_limit(has_gpu: bool) -> Iterator[Finding]:
-    """How much memory the system lets a program lock."""
+    """Findings about how much memory the system lets a program lock."""
     try:
         import resource
     except ImportError:  # Windows has none
@@ -101,7 +98,7 @@ def pin_limit(has_gpu: bool) -> Iterator[Finding]:
 
 
 def disk(home: Path) -> Iterator[Finding]:
-    """The disk where packs are kept."""
+    """Findings about the disk of `home`, where packs are kept."""
     place = existing(home)
     free = shutil.disk_usage(place).free
     yield Finding(
@@ -130,7 +127,7 @@ def disk(home: Path) -> Iterator[Finding]:
     )
 
 
-SETS = {  # flag of Linux -> what people call it
+SETS = {  # a processor's flag in Linux -> its usual name
     "avx2": "AVX2",
     "avx512f": "AVX-512",
     "avx512_bf16": "AVX-512 BF16",
@@ -143,7 +140,7 @@ BITS = (2, 3, 4, 5, 6, 8)
 
 
 def processor() -> Iterator[Finding]:
-    """Cores, instruction sets, kernels."""
+    """Findings about cores, instruction sets and CPU kernels."""
     threads, cores = torch.get_num_threads(), psutil.cpu_count(logical=False)
     load = programs_a_core()
     busy = load > BUSY
@@ -171,7 +168,7 @@ def _instruction_sets(about: dict[str, str]) -> Finding:
 
 
 def _kernels() -> Finding:
-    """Whether each number of bits has kernels that compile here and give the right figures."""
+    """Whether the kernels for each number of bits compile here and give the right results."""
     begin = time.perf_counter()
     broken = [
         bits
@@ -203,7 +200,7 @@ NEEDED = (
     "safetensors",
     "huggingface_hub",
 )
-EXTRAS = {"gguf": "GGUF files and the demo", "matplotlib": "plots"}  # name -> what for
+EXTRAS = {"gguf": "GGUF files and the demo", "matplotlib": "plots"}  # name -> what it is needed for
 VARIABLES = (
     "OFFLOAD_HOME",
     "XDG_CACHE_HOME",
@@ -219,7 +216,7 @@ VARIABLES = (
 
 
 def software() -> Iterator[Finding]:
-    """Versions."""
+    """Findings about versions and environment variables."""
     yield Finding("offload", f"{__version__}, files in {short(offload_home())}")
     release = platform.release()
     subsystem = ", WSL" if "microsoft" in release.casefold() else ""
@@ -230,16 +227,16 @@ def software() -> Iterator[Finding]:
         data={"platform": platform.platform()},
     )
     yield Finding("Python", platform.python_version())
-    found = {name: _version(name) for name in (*NEEDED, *EXTRAS, "triton")}
+    found = {name: installed_version(name) for name in (*NEEDED, *EXTRAS, "triton")}
     lacking = [name for name in NEEDED if found[name] is None]
     yield Finding(
         "libraries",
         ", ".join(f"{name} {found[name] or 'missing'}" for name in NEEDED),
-        MISSING if lacking else "ok",
+        MISSING if lacking else OK,
         f"pip install {' '.join(lacking)}" if lacking else "",
         {"versions": found},
     )
-    if platform.system() == "Linux":  # where it is needed: elsewhere there are no wheels of it
+    if platform.system() == "Linux":  # there are no wheels of Triton elsewhere
         yield _triton(found["triton"])
     for name, use in EXTRAS.items():
         if found[name] is None:
@@ -259,7 +256,7 @@ def _triton(found: str | None) -> Finding:
     return Finding("Triton", f"{found}, for GPU kernels")
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
@@ -270,7 +267,7 @@ Look = Callable[[], Iterator[Finding]]
 
 
 def looks() -> dict[str, Look]:
-    """What is looked at, by name."""
+    """All looks by the name that is shown if they fail."""
     return {
         "software": software,
         "processor": processor,
@@ -282,7 +279,7 @@ def looks() -> dict[str, Look]:
 
 
 def examine() -> Iterator[Finding]:
-    """Findings, each as soon as it is there: about ten seconds in all."""
+    """Yield all findings as they are made, which takes about ten seconds."""
     for name, look in looks().items():
         try:
             yield from look()

@@ -1,7 +1,4 @@
-"""One thing that was looked at, and what to do about it.
-
-Knows: verdicts. Does not know: what is looked at, how it is printed.
-"""
+"""One thing that `offload doctor` looked at, and what to do about it."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ OK, SLOW, MISSING = "ok", "slow", "missing"
 
 @dataclass(frozen=True)
 class Finding:
-    """`remedy` is empty where all is well; `data` are the figures behind `value`."""
+    """What was found; `remedy` is empty if all is well, and `data` holds the numbers in `value`."""
 
     name: str
     value: str

@@ -1,16 +1,12 @@
-"""GPUs: driver, CUDA, PCIe, and the link's real rate.
-
-Knows: nvidia-smi, sysfs, torch's CUDA. Does not know: what is copied over the link later.
-"""
+"""Looks at GPUs: their driver, CUDA, PCIe ports, and the rate of copies to them."""
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,9 +16,7 @@ from offload.units import gib
 
 PCI_DEVICES = Path("/sys/bus/pci/devices")
 NVIDIA = "0x10de"
-FIELDS = "name,driver_version,pcie.link.gen.current,pcie.link.gen.max,"
-FIELDS += "pcie.link.width.current,pcie.link.width.max"
-# GB/s a lane, one way, after coding: PCI-SIG, as in `cache.hardware`.
+# GB/s of one lane in one direction, after coding (PCI-SIG).
 LANE_GB_PER_S = {1: 0.25, 2: 0.5, 3: 0.985, 4: 1.969, 5: 3.938, 6: 7.563}
 SPEEDS = {"2.5": 1, "5.0": 2, "8.0": 3, "16.0": 4, "32.0": 5, "64.0": 6}  # GT/s -> generation
 SLOW_LINK_GB_PER_S = 10.0
@@ -30,37 +24,53 @@ COPY_BYTES = 2**28
 
 
 @dataclass(frozen=True)
-class Slot:
-    """A card's connection; 0 where it is not told. At rest the generation may be lower."""
+class PciePort:
+    """How a card is connected; numbers are 0 if unknown. An idle card may lower its generation."""
 
-    name: str
-    driver: str  # its version; empty when it does not answer
+    card: str
     generation: int
     most_generation: int
-    width: int
+    width: int  # lanes
     most_width: int
 
     @property
     def gb_per_s(self) -> float:
-        """Of its lanes at the highest generation."""
+        """The rate of its lanes at the highest generation."""
         return LANE_GB_PER_S.get(self.most_generation, 0.0) * self.width
 
 
-def graphics() -> Iterator[Finding]:
-    """The driver, torch's CUDA, and each card."""
-    slots = nvidia_slots() or sysfs_slots(PCI_DEVICES)
-    drivers = sorted({slot.driver for slot in slots if slot.driver})
-    if slots and not drivers:
+def installed_nvml() -> Any:
+    """NVIDIA's management library for Python (nvidia-ml-py), or None if it is not installed."""
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    return pynvml
+
+
+def graphics(devices: Path = PCI_DEVICES) -> Iterator[Finding]:
+    """Findings about the driver, torch's CUDA, and each card.
+
+    `devices` is where Linux lists what is plugged in.
+    """
+    nvml = installed_nvml()
+    listed = linux_ports(devices)
+    driver, ports = nvml_ports(nvml) if nvml else ("", [])
+    has_card = bool(ports or listed)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if driver:
+        yield Finding("driver", driver)
+    elif nvml is None and (listed or count):
+        remedy = "pip install nvidia-ml-py"
+        yield Finding("driver", "not asked: nvidia-ml-py is not installed", MISSING, remedy)
+    elif listed:
         yield Finding(
             "driver",
-            f"none answers, though {len(slots)} NVIDIA cards are plugged in",
+            f"none answers, though {len(listed)} NVIDIA cards are plugged in",
             MISSING,
             "install NVIDIA's driver, then see whether nvidia-smi answers",
         )
-    elif drivers:
-        yield Finding("driver", ", ".join(drivers))
-    yield _cuda(bool(slots))
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    yield _cuda(has_card)
     if not count:
         yield Finding(
             "GPU",
@@ -70,8 +80,10 @@ def graphics() -> Iterator[Finding]:
         )
     for index in range(count):
         yield from _card(index)
-    for slot in nvidia_slots() or slots:  # asked again: copies have woken the link
-        yield _pcie(slot)
+    if ports:  # asked again, because copies have woken the links
+        _, ports = nvml_ports(nvml)
+    for port in ports or linux_ports(devices):
+        yield _pcie(port)
 
 
 def _cuda(has_card: bool) -> Finding:
@@ -97,7 +109,7 @@ def _card(index: int) -> Iterator[Finding]:
         {"total_bytes": total, "free_bytes": free, "capability": [about.major, about.minor]},
     )
     device = torch.device("cuda", index)
-    pageable = _pageable_rate(device)
+    pageable = pageable_rate(device)
     try:
         rates = measure(device)
     except RuntimeError:  # what torch raises when memory cannot be pinned
@@ -112,13 +124,13 @@ def _card(index: int) -> Iterator[Finding]:
         f"link {index}",
         f"{pinned:.1f} GB/s from pinned memory, {pageable:.1f} from other",
         SLOW if slow else OK,
-        "see its PCIe slot below: generation 3 with 16 lanes reaches 13" if slow else "",
+        "see its PCIe port below: generation 3 with 16 lanes reaches 13" if slow else "",
         {"pinned_gb_per_s": pinned, "pageable_gb_per_s": pageable},
     )
 
 
-def _pageable_rate(device: torch.device) -> float:
-    """GB/s to the card from memory that is not pinned."""
+def pageable_rate(device: torch.device) -> float:
+    """The rate in GB/s of copies to the card from memory that is not pinned."""
     there = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
     here = torch.ones(COPY_BYTES, dtype=torch.uint8)
     seconds = []
@@ -131,50 +143,57 @@ def _pageable_rate(device: torch.device) -> float:
     return COPY_BYTES / min(seconds[1:]) / 1e9
 
 
-def _pcie(slot: Slot) -> Finding:
-    data = {"generation": slot.generation, "width": slot.width, "most_width": slot.most_width}
-    if not slot.width:
-        return Finding("PCIe", f"{slot.name}: not readable here", data=data)
+def _pcie(port: PciePort) -> Finding:
+    data = {"generation": port.generation, "width": port.width, "most_width": port.most_width}
+    if not port.width:
+        return Finding("PCIe", f"{port.card}: not readable here", data=data)
     value = (
-        f"{slot.name}: generation {slot.generation} of {slot.most_generation}, "
-        f"x{slot.width} of x{slot.most_width}, {slot.gb_per_s:.0f} GB/s at most"
+        f"{port.card}: generation {port.generation} of {port.most_generation}, "
+        f"x{port.width} of x{port.most_width}, {port.gb_per_s:.0f} GB/s at most"
     )
-    if slot.width < slot.most_width:
-        remedy = "the card has fewer lanes than it could: use the slot nearest to the processor"
+    if port.width < port.most_width:
+        remedy = "the card has fewer lanes than it could: use the port nearest to the processor"
         return Finding("PCIe", value, SLOW, remedy, data)
     return Finding("PCIe", value, data=data)
 
 
-def nvidia_slots() -> list[Slot]:
-    """What nvidia-smi says of each card; nothing when it does not answer."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
-    command = [program, f"--query-gpu={FIELDS}", "--format=csv,noheader,nounits"]
+def nvml_ports(nvml: Any) -> tuple[str, list[PciePort]]:
+    """The driver's version and each card's port; ("", []) if no driver answers."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return parse_slots(done.stdout) if done.returncode == 0 else []
+        nvml.nvmlInit()
+    except nvml.NVMLError:
+        return "", []
+    try:
+        driver = str(nvml.nvmlSystemGetDriverVersion())
+        cards = map(nvml.nvmlDeviceGetHandleByIndex, range(nvml.nvmlDeviceGetCount()))
+        return driver, [_nvml_port(nvml, card) for card in cards]
+    except nvml.NVMLError:
+        return "", []
+    finally:
+        nvml.nvmlShutdown()
 
 
-def parse_slots(text: str) -> list[Slot]:
-    """The lines of nvidia-smi for `FIELDS`."""
-    slots = []
-    for line in text.splitlines():
-        cells = [cell.strip() for cell in line.split(",")]
-        if len(cells) == len(FIELDS.split(",")):
-            name, driver, *numbers = cells
-            slots.append(Slot(name, driver, *map(_number, numbers)))
-    return slots
+def _nvml_port(nvml: Any, card: Any) -> PciePort:
+    def number(name: str) -> int:
+        try:
+            return int(getattr(nvml, f"nvmlDeviceGet{name}")(card))
+        except nvml.NVMLError:  # a virtual card does not know its port
+            return 0
+
+    return PciePort(
+        str(nvml.nvmlDeviceGetName(card)),
+        number("CurrPcieLinkGeneration"),
+        number("MaxPcieLinkGeneration"),
+        number("CurrPcieLinkWidth"),
+        number("MaxPcieLinkWidth"),
+    )
 
 
-def sysfs_slots(devices: Path) -> list[Slot]:
-    """NVIDIA's display cards as Linux lists them."""
+def linux_ports(devices: Path) -> list[PciePort]:
+    """The ports of NVIDIA's display cards, which Linux lists even without a driver."""
     return [
-        Slot(
+        PciePort(
             f"NVIDIA card at {device.name}",
-            "",
             _generation(_line(device / "current_link_speed")),
             _generation(_line(device / "max_link_speed")),
             _number(_line(device / "current_link_width")),
@@ -193,7 +212,7 @@ def _line(file: Path) -> str:
 
 
 def _generation(speed: str) -> int:
-    """From text like `16.0 GT/s PCIe`."""
+    """The PCIe generation of a text like `16.0 GT/s PCIe`; 0 if unknown."""
     return SPEEDS.get(speed.partition(" ")[0], 0)
 
 

@@ -1,8 +1,4 @@
-"""This machine as the simulator sees it: measured, in about a second.
-
-Knows: how to time copies, products and empty calls. Does not know: what is made of the figures
-(`cache.simulator`). The disk is not measured: the page cache would answer in its place.
-"""
+"""Measures this machine's rates of copies, products, kernel launches and disk reads."""
 
 from __future__ import annotations
 
@@ -32,21 +28,21 @@ MOST_SECONDS = 3.0
 
 @dataclass(frozen=True)
 class DiskRate:
-    """A measurement, and how the page cache was kept out of it."""
+    """A disk's measured rate, and how the page cache was kept out of the measurement."""
 
     gb_per_s: float
     how: str
 
 
 def existing(folder: Path) -> Path:
-    """`folder`, or the nearest above it that is there."""
+    """`folder`, or its nearest parent that exists."""
     while not folder.is_dir():
         folder = folder.parent
     return folder
 
 
 def read_rate(folder: Path, size: int = FILE_BYTES) -> DiskRate:
-    """Read a new file of `size` bytes, a block at a time by several threads. Raises `OSError`."""
+    """Time several threads that read a new file of `size` bytes in blocks. Raises `OSError`."""
     with tempfile.NamedTemporaryFile(dir=existing(folder), prefix=".offload-doctor-") as file:
         block = os.urandom(DISK_BLOCK_BYTES)  # zeros would be compressed away
         for _ in range(size // DISK_BLOCK_BYTES):
@@ -66,7 +62,7 @@ def read_rate(folder: Path, size: int = FILE_BYTES) -> DiskRate:
 
 
 def _drop(handle: int) -> str:
-    """Ask the kernel to forget a file's pages; how sure that is."""
+    """Ask the system to drop a file from the page cache; return how sure its success is."""
     if not hasattr(os, "posix_fadvise"):
         return "perhaps from the page cache: it cannot be dropped here"
     os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -74,7 +70,7 @@ def _drop(handle: int) -> str:
 
 
 def _timed(handle: int, size: int) -> float:
-    """Bytes a second."""
+    """Read `size` bytes and return how many were read a second."""
     begin = time.perf_counter()
 
     def read(reader: int) -> int:
@@ -98,19 +94,22 @@ NAME = "this machine"
 
 
 def measure(device: torch.device | None = None) -> Hardware:
-    """The machine's rates on `device`, a GPU if there is one."""
+    """This machine's rates on `device`, by default a GPU if there is one. Takes about a second.
+
+    The disk is not measured, because the page cache would answer in its place.
+    """
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return _measure_gpu(device) if device.type == "cuda" else _measure_cpu()
 
 
 def _measure_cpu() -> Hardware:
-    """Slots in RAM, filled from RAM by one thread; the same cores compute and plan."""
+    """The rates if expert slots are in RAM and one thread fills them from RAM."""
     source = torch.ones(BLOCK_BYTES, dtype=torch.uint8)
     slot = torch.empty(RECORD_BYTES, dtype=torch.uint8)
     turns = itertools.cycle(range(0, BLOCK_BYTES, RECORD_BYTES))
 
-    def copy() -> None:  # as `offload.transfer`: one thread, a record that was not touched lately
+    def copy() -> None:  # as `offload.transfer` does: one thread, a record that no cache holds
         ctypes.memmove(slot.data_ptr(), source.data_ptr() + next(turns), RECORD_BYTES)
 
     copy_seconds = _median(copy, 8 * ROUNDS)
@@ -138,7 +137,7 @@ def _measure_cpu() -> Hardware:
 
 
 def _measure_gpu(device: torch.device) -> Hardware:
-    """Slots in GPU memory, filled from pinned RAM."""
+    """The rates if expert slots are in GPU memory and are filled from pinned RAM."""
     host = torch.ones(BLOCK_BYTES, dtype=torch.uint8, pin_memory=True)
     block = torch.ones(BLOCK_BYTES, dtype=torch.uint8, device=device)
 
@@ -173,7 +172,7 @@ def _measure_gpu(device: torch.device) -> Hardware:
 
 
 def _median(run: Callable[[], object], rounds: int) -> float:
-    """Seconds of one `run`, the first not counted."""
+    """The median of the seconds of `rounds` runs, after one run that is not counted."""
     run()
     seconds = []
     for _ in range(rounds):
@@ -184,11 +183,11 @@ def _median(run: Callable[[], object], rounds: int) -> float:
 
 
 CPUINFO = Path("/proc/cpuinfo")
-BUSY = 0.5  # programs a core, from which on what is measured is too low
+BUSY = 0.5  # running programs a core; with more, measured rates are too low
 
 
 def about_processor() -> dict[str, str]:
-    """What Linux says about the first core; nothing elsewhere."""
+    """What Linux says about the first core; empty on other systems."""
     try:
         first = CPUINFO.read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
     except OSError:
@@ -198,10 +197,10 @@ def about_processor() -> dict[str, str]:
 
 
 def processor_name() -> str:
-    """As people know it, where the system tells; else its kind, like x86_64."""
+    """The processor's usual name if the system tells it, else its kind, like x86_64."""
     return about_processor().get("model name") or platform.processor() or platform.machine()
 
 
 def programs_a_core() -> float:
-    """That were running in the last minute."""
+    """How many programs a core were running in the last minute, on average."""
     return psutil.getloadavg()[0] / (psutil.cpu_count() or 1)

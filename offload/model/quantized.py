@@ -12,19 +12,9 @@ from offload.quant.record import MatrixView
 class _FromRecord(nn.Module):
     """A module whose weight [rows, columns] lies in the record given to `bind`."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._view: MatrixView | None = None
-        self._dtype = torch.get_default_dtype()
-
     def bind(self, view: MatrixView, dtype: torch.dtype) -> None:
         """Compute from `view` from now on, with results in `dtype`."""
-        self._view, self._dtype = view, dtype
-
-    @property
-    def view(self) -> MatrixView:
-        assert self._view is not None, "no record was bound"
-        return self._view
+        self.view, self._dtype = view, dtype
 
     @property
     def weight(self) -> Tensor:

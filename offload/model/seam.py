@@ -9,9 +9,9 @@ from __future__ import annotations
 import inspect
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,21 +42,9 @@ CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "num_expe
 LAYER = re.compile(r"(.*?)\.(\d+)\.")  # of a module's path: "model.layers" and the index
 
 
-class ExpertBlock(Protocol):
-    """Computes one MoE layer's experts."""
-
-    def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """hidden [T, H], index [T, k], weights [T, k] -> [T, H]."""
-
-
-def _forward(
-    module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
-    block: ExpertBlock = getattr(module, BLOCK)
-    return block(hidden, top_k_index, top_k_weights)
-
-
-ExpertsInterface.register(IMPLEMENTATION, _forward)
+# Computes one MoE layer's experts: hidden [T, H], top-k index [T, k], weights [T, k] -> [T, H].
+ExpertBlock = Callable[[Tensor, Tensor, Tensor], Tensor]
+ExpertsInterface.register(IMPLEMENTATION, lambda module, *call: getattr(module, BLOCK)(*call))
 
 
 @dataclass(frozen=True)
@@ -117,7 +105,8 @@ def own_config(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTrain
 
 
 def build_on_meta(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTrainedModel:
-    """The whole model, experts included, without memory for any weight.
+    """The whole model of a checkpoint with this config, experts included, without memory for any
+    weight.
 
     Raises `CheckpointError` for a config that no model can be built from.
     """
@@ -129,7 +118,7 @@ def build_on_meta(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTr
         )
     try:
         with BUILDING, torch.device("meta"):
-            return cls._from_config(config)
+            return cls._from_config(own_config(config, cls))
     except Exception as error:  # whatever a model class raises on odd values
         raise CheckpointError(
             f"the model's config has values that no {cls.__name__} can be built from "
@@ -231,7 +220,9 @@ def without_packed_weights(
         cls.__init__(self, config, *args, **kwargs)
         setattr(self, DESCRIBED, find_experts(self))
         for module in experts_modules(self):
-            _strip(module)
+            for name, _ in list(module.named_parameters(recurse=False)):
+                delattr(module, name)
+            module._is_hf_initialized = True  # type: ignore[assignment]  # its class would init
         modules = dict(self.named_modules())
         for path in quantised:
             self.set_submodule(path, _from_record(path, modules.get(path)))
@@ -257,12 +248,6 @@ def _from_record(path: str, module: nn.Module | None) -> QuantizedLinear | Quant
     if type(module) is nn.Linear:
         return QuantizedLinear(module)
     raise PackError(f"the pack has a matrix for {path!r}, where the model has none: {REMAKE}")
-
-
-def _strip(module: nn.Module) -> None:
-    for name, _ in list(module.named_parameters(recurse=False)):
-        delattr(module, name)
-    module._is_hf_initialized = True  # type: ignore[assignment]  # else its class would fill in weights
 
 
 def described_experts(model: PreTrainedModel) -> list[ExpertsModule]:

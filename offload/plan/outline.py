@@ -10,14 +10,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from offload.errors import CheckpointError
 from offload.files import read_object
 from offload.model import demo, sources
-from offload.model.checkpoint import Checkpoint
+from offload.model.checkpoint import Checkpoint, ExpectedSource
 from offload.model.formats.gguf import is_gguf
 from offload.model.formats.safetensors import INDEX, SINGLE, weight_files
-from offload.model.formats.source import ExpectedSource
-from offload.model.seam import build_on_meta, chosen_experts, find_experts, model_class, own_config
+from offload.model.seam import build_on_meta, chosen_experts, find_experts, model_class
 from offload.model.sources import open_weights
 from offload.options import LoadOptions
-from offload.pack.describe import Describer, PackSource
+from offload.pack.describe import PackSource
 from offload.pack.recipe import Recipe
 from offload.quant.pack import PackInfo, read_info
 
@@ -36,13 +35,13 @@ class Outline:
     table_weights: int
     download_bytes: int | None  # of weights that are not here; None if they are, or if unknown
     from_config: bool  # dtypes are those of the config, because no weight file's header was read
-    describer: Describer
+    source: PackSource
 
     def describe(self, recipe: Recipe) -> PackInfo:
         """The manifest of the pack that `recipe` would make. Raises `RecipeError`."""
         if self.made is not None and Recipe.parse(self.made.bits) == recipe:
             return self.made
-        return self.describer.describe(recipe)
+        return self.source.describe(recipe)
 
     def read_bytes(self, info: PackInfo, itemsize: int) -> int:
         """Bytes of the weights that each token reads beside the experts.
@@ -71,22 +70,18 @@ def outline(name: str, options: LoadOptions) -> Outline:
     if name == sources.DEMO and not demo.demo_folder().is_dir():
         config = demo.planned_config()
     else:
-        found = (
-            sources.FoundModel(name, demo.demo_folder(), is_pack=False)
-            if name == sources.DEMO
-            else sources.find(
-                name,
-                revision=options.revision,
-                local_files_only=options.local_files_only,
-                trust_remote_code=trusts,
-                files=sources.SHAPE_FILES,
-            )
+        found = sources.find(
+            name,
+            revision=options.revision,
+            local_files_only=options.local_files_only,
+            trust_remote_code=trusts,
+            files=sources.SHAPE_FILES,
         )
         name, folder = found.name, found.folder
         config = sources.read_config(name, folder, trust_remote_code=trusts)
         made = read_info(folder) if found.is_pack else None
     cls = model_class(config, str(folder or name), trusts)
-    model = build_on_meta(own_config(config, cls), cls)
+    model = build_on_meta(config, cls)
     experts = find_experts(model)
     here = folder is not None and made is None and _has_weights(folder)
     source = open_weights(folder, model) if here and folder else ExpectedSource(model)
@@ -105,7 +100,7 @@ def outline(name: str, options: LoadOptions) -> Outline:
         weights,
         None if here or folder is None else _index_bytes(folder),
         not here,
-        Describer(PackSource(name, "", folder or Path(name)), checkpoint, model, experts),
+        PackSource(name, "", checkpoint, model, experts),
     )
 
 

@@ -220,7 +220,7 @@ def _recipes(outline: Outline, bits: AskedBits, asked: Recipe | None) -> list[Re
         return [Recipe.parse(text) for text in FITTING]
     base = asked or bits.on(Recipe())
     group = bits.group_size or 64
-    recipes = {count: base.with_rule(f"experts={count}", group) for count in BITS}
+    recipes = {count: base.with_rules(f"experts={count}", group) for count in BITS}
     if asked is not None:
         recipes[asked.parts["experts"].bits] = asked
     return [recipes[count] for count in sorted(recipes, reverse=True)]

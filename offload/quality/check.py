@@ -24,7 +24,6 @@ from offload.engine.handle import Offload
 from offload.errors import QualityError, SourceError
 from offload.lines import reason
 from offload.model import sources
-from offload.pack.find import find_source
 from offload.progress import without_bars
 from offload.quality.comparison import Comparison, Positions, kl_divergence
 from offload.quality.prompts import Prompts
@@ -119,7 +118,7 @@ def load_plain(
     Nothing is quantised or offloaded, so the whole model must fit into memory. Raises
     `SourceError`, also for a pack.
     """
-    found = find_source(
+    found = sources.find(
         source,
         revision=revision,
         local_files_only=local_files_only,

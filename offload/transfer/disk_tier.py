@@ -12,7 +12,7 @@ from queue import SimpleQueue
 
 from torch import Tensor
 
-from offload.cache.policies import LFRU, Key, Policy
+from offload.cache.policies import LFRU, Key
 from offload.cache.pool import RecordPool
 from offload.quant.pack import Pack, as_buffer
 from offload.transfer.order import UrgentFirst
@@ -77,9 +77,9 @@ class _Shelf:
     its lock taken.
     """
 
-    def __init__(self, buffers: int, policy: Callable[[], Policy]) -> None:
+    def __init__(self, buffers: int) -> None:
         self.lock = threading.Lock()
-        self.pool = RecordPool(buffers, policy)
+        self.pool = RecordPool(buffers, LFRU)
         self.reading: dict[Key, Read] = {}  # asked for, not there yet
         self.waiting: UrgentFirst[Read] = UrgentFirst()
         self.abandoned = False
@@ -124,11 +124,10 @@ class DiskTier:
         files: RecordFiles,
         buffers: Sequence[Tensor],
         *,
-        policy: Callable[[], Policy] = LFRU,
         readers: int = READERS,
     ) -> None:
-        self._files, self._buffers, self._policy = files, buffers, policy
-        self._shelf = _Shelf(len(buffers), policy)
+        self._files, self._buffers = files, buffers
+        self._shelf = _Shelf(len(buffers))
         self._wake: SimpleQueue[bool] = SimpleQueue()  # True: look at the queues, False: end
         self._busy = [False] * readers
         self._threads = [
@@ -205,7 +204,7 @@ class DiskTier:
         before.abandoned = True
         while any(self._busy):  # polled: the old shelf's lock may be taken for ever
             time.sleep(0.0005)
-        self._shelf = _Shelf(len(self._buffers), self._policy)
+        self._shelf = _Shelf(len(self._buffers))
 
     def close(self) -> None:
         """End the threads. Nothing may be asked for afterwards."""

@@ -1,8 +1,7 @@
-"""A kernel as machine code, made in memory when it is first asked for.
+"""Compiles a CPU kernel to machine code in memory when it is first asked for.
 
-Knows: LLVM (through llvmlite: no compiler needs to be installed), this processor, and torch's
-OpenMP threads. Does not know: what a kernel computes. Compiling takes 0.1 s, so nothing is kept on
-disk.
+LLVM comes with llvmlite, so no compiler needs to be installed. Compiling takes 0.1 s, so nothing is
+kept on disk.
 """
 
 from __future__ import annotations
@@ -16,21 +15,21 @@ import llvmlite.binding as llvm
 from offload.quant.kernels.emit import Emitter
 from offload.quant.kernels.kernel import Kernel
 
-Run = Callable[["ctypes.Array[ctypes.c_int64]"], None]  # takes `kernel.WORDS`
+KernelCall = Callable[["ctypes.Array[ctypes.c_int64]"], None]  # takes `kernel.WORDS`
 
 OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 
 
 @dataclass(frozen=True)
 class Processor:
-    """What code is made for."""
+    """A processor to compile for."""
 
     name: str
     features: str  # as LLVM writes them: "+avx2,-avx512f,..."
 
     @property
     def wide(self) -> bool:
-        """Whether there are 32 registers of 16 floats."""
+        """Whether it has 32 registers of 16 floats."""
         return "+avx512f" in self.features.split(",")
 
 
@@ -41,8 +40,10 @@ def this_processor() -> Processor:
 
 @functools.cache
 def share_openmp() -> bool:
-    """Let kernels call the OpenMP that torch has loaded, GNU's or LLVM's: a second pool of threads
-    would fight with torch's for cores. False where there is none (Windows)."""
+    """Let kernels call the OpenMP that torch has loaded (GNU's or LLVM's); False if there is none.
+
+    A second pool of threads would compete with torch's for cores. Windows has no OpenMP to share.
+    """
     try:
         loaded = ctypes.CDLL(None)
         places = {name: ctypes.cast(getattr(loaded, name), ctypes.c_void_p) for name in OPENMP}
@@ -54,13 +55,13 @@ def share_openmp() -> bool:
 
 
 @functools.cache
-def compiled(kernel: Kernel, processor: Processor) -> Run:
-    """Machine code of `kernel`."""
+def compiled(kernel: Kernel, processor: Processor) -> KernelCall:
+    """The machine code of `kernel` for `processor`, ready to be called."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     text = str(Emitter(kernel, wide=processor.wide, openmp=share_openmp()).module)
     module = llvm.parse_assembly(text)
-    # LLVM would halve vectors on processors that once slowed down for long ones.
+    # LLVM would halve vectors because older processors slowed down for long ones.
     features = processor.features + (",-prefer-256-bit" if processor.wide else "")
     machine = llvm.Target.from_default_triple().create_target_machine(
         cpu=processor.name, features=features, opt=3, jit=True
@@ -70,5 +71,5 @@ def compiled(kernel: Kernel, processor: Processor) -> Run:
     engine = llvm.create_mcjit_compiler(module, machine)
     engine.finalize_object()
     run = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(engine.get_function_address("run"))
-    run.engine = engine  # type: ignore[attr-defined]  # owns the code
+    run.engine = engine  # type: ignore[attr-defined]  # keeps the code alive
     return run

@@ -1,6 +1,6 @@
-"""Products with packed weights on the CPU.
+"""Multiplies by packed weights, and dequantises them, on the CPU.
 
-Knows: how tensors are told to a kernel. Does not know: when which is quicker (`quant.matmul`).
+Letters: M tokens, N outputs (rows of the matrix), K inputs (its columns).
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from offload.quant.record import MatrixView
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from offload.quant.kernels.compiler import Run
+    from offload.quant.kernels.compiler import KernelCall
 
-MOST_TOKENS = 4  # a block; more would not fit the registers
-ALONE = 2**16  # weights times tokens below which waking other threads costs more than it saves
+MOST_TOKENS = 4  # of a block; more would not fit into the registers
+ALONE = 2**16  # weights times tokens; with less work, waking other threads costs more than it saves
 
 Words = ctypes.c_int64 * len(WORDS)
 
-# A demo layer's product takes 30 us: what is called for each is written to cost little.
+# A product of the demo's takes 30 us, so the code around each call avoids every extra step.
 
 
 @functools.cache
-def _code(bits: int, scale_bits: int, dtype: torch.dtype, block: int) -> Run:
+def code_for(bits: int, scale_bits: int, dtype: torch.dtype, block: int) -> KernelCall:
     from offload.quant.kernels.compiler import compiled, this_processor
 
     assert dtype in (torch.bfloat16, torch.float32)
@@ -44,22 +44,23 @@ def multiply(x: Tensor, view: MatrixView) -> Tensor:
     block = -(-count // blocks)
     rows, padded = layout.stored_rows, blocks * block
     out = x.new_empty(padded, rows)
-    # And, behind them, their sums. The default dtype is a setting of whoever uses torch here.
+    # The sums of groups follow the floats. The dtype is given because a user may change torch's
+    # default.
     floats = torch.empty(padded, columns + layout.groups, dtype=torch.float32)
     place = floats.data_ptr()
     sums = place + 4 * padded * columns
     words = _words(view, out, 0, rows, x.data_ptr(), place, sums, count, blocks)
-    _code(layout.bits, layout.scale_bits, x.dtype, block)(words)
+    code_for(layout.bits, layout.scale_bits, x.dtype, block)(words)
     if padded != count or rows != layout.rows:
         return out[:count, : layout.rows].contiguous()
     return out
 
 
-def unpack(view: MatrixView, dtype: torch.dtype, start: int, end: int) -> Tensor:
-    """The weights of rows `start` to `end`, both at a tile's edge, transposed: [K, end - start]."""
+def dequantize_rows(view: MatrixView, dtype: torch.dtype, start: int, end: int) -> Tensor:
+    """The weights [K, end - start] of rows `start` to `end`, transposed; both bound whole tiles."""
     layout = view.layout
     out = torch.empty(layout.columns, end - start, dtype=dtype)
-    _code(layout.bits, layout.scale_bits, dtype, 0)(_words(view, out, start, end))
+    code_for(layout.bits, layout.scale_bits, dtype, 0)(_words(view, out, start, end))
     return out
 
 
@@ -75,7 +76,7 @@ def _words(
     blocks: int = 0,
 ) -> ctypes.Array[ctypes.c_int64]:
     assert view.scales is not None
-    assert view.scales.is_contiguous(), "part of a matrix has the whole one's distances"
+    assert view.scales.is_contiguous(), "kernels cannot read a part of a matrix"
     layout = view.layout
     groups, columns, shared = layout.groups, layout.columns, layout.groups
     steps = 0

@@ -1,34 +1,41 @@
-"""The CPU's kernels as LLVM IR: products with packed weights, and unpacking.
+"""Writes the CPU's kernels as LLVM IR: products with packed weights, and dequantising.
 
-Knows: sums, blocks of tokens, threads. Does not know: the order of bytes (`quant.kernels.reader`),
-tensors, nor the machine it is compiled for.
-
-A kernel runs over tiles of 64 rows, vectors of 16 rows at a time. A row is summed by one thread in
-a fixed order, whatever else is computed beside it: neither the number of threads nor that of tokens
-shows in a result. K columns, g group size, B tokens a block.
+A kernel runs over tiles of 64 rows, in vectors of 16 rows. One thread sums a row in a fixed order,
+whatever else is computed beside it, so results depend neither on the number of threads nor on that
+of tokens.
 """
 
 from __future__ import annotations
 
 from llvmlite import ir
 from offload.quant.kernels.kernel import Kernel
-from offload.quant.kernels.reader import VECTORS, Reader
-from offload.quant.kernels.vectors import FLOAT, INT, LONG, POINTER, SHORT, VOID, Value, every
+from offload.quant.kernels.reader import (
+    FLOAT,
+    INT,
+    LONG,
+    POINTER,
+    SHORT,
+    VECTORS,
+    VOID,
+    Reader,
+    Value,
+    every,
+)
 
 
 class Emitter(Reader):
-    """Writes one kernel. Its entry is `run(words)`."""
+    """Writes one kernel, whose entry is `run(words)`."""
 
     def __init__(self, kernel: Kernel, *, wide: bool, openmp: bool) -> None:
-        """`wide`: there are 32 registers of 16 floats. `openmp`: there is one to call."""
+        """`wide` machines have 32 registers of 16 floats; with `openmp`, threads share the work."""
         super().__init__(kernel)
-        # As many rows at a time as keep their sums in registers.
+        # How many vectors of rows at a time can keep their sums in registers.
         self._step = VECTORS if wide or not kernel.tokens else max(1, VECTORS // kernel.tokens)
         part = self._part()
         self._run(part, self._worker(part) if openmp else None)
 
     def _part(self) -> Value:
-        """`part(words, thread, threads)`: one thread's share of the tiles."""
+        """Write `part(words, thread, threads)`, which computes one thread's share of the tiles."""
         function = self.begin("part", LONG, LONG)
         _, thread, threads = function.args
         tiles = self.word["tiles"]
@@ -37,16 +44,16 @@ class Emitter(Reader):
         if self.kernel.tokens:
             with self.loop(end, first) as tile, self.loop(self.word["blocks"]) as block:
                 self._multiply(tile, block)
-        else:  # groups outside: what is written together lies together
+        else:  # groups in the outer loop, so that neighbouring results are written together
             with self.loop(self.word["groups"]) as group, self.loop(end, first) as tile:
                 self._unpack(tile, group)
         self.b.ret_void()
         return function
 
     def _multiply(self, tile: Value, block: Value) -> None:
-        """One tile times a block of tokens.
+        """Multiply one tile by a block of tokens.
 
-        With codes c and middle m: sum(((c - m) * scale + offset) * x) over a group is
+        With codes c and their middle m, the sum of ((c - m) * scale + offset) * x over a group is
         scale * sum(c * x) + (offset - m * scale) * sum(x).
         """
         count = self.kernel.tokens
@@ -71,7 +78,7 @@ class Emitter(Reader):
     def _sum_group(
         self, tile: Value, group: Value, tokens: list[Value], indices: range
     ) -> list[list[Value]]:
-        """Code times x, summed over a group's columns, for each token and vector."""
+        """Sum code * x over a group's columns, for each token and vector."""
         sums = [self.zeros(len(indices)) for _ in tokens]
         with self.loop(self.word["group_size"]) as k:
             column = self.cell(group, self.word["group_size"], k)
@@ -92,14 +99,17 @@ class Emitter(Reader):
             self.b.store(self.multiply_add(shift, sum_of_x, scaled), result)
 
     def _x(self, word: str, token: Value, index: Value) -> Value:
-        """One number of a token's "floats" or "sums", in all lanes."""
+        """One number of a token's "floats" or "sums", copied to all lanes."""
         size = self.word["columns" if word == "floats" else "groups"]
         at = self.place(word, FLOAT, self.cell(token, size, index))
         return self.splat(self.b.load(at, typ=FLOAT))
 
     def _unpack(self, tile: Value, group: Value) -> None:
-        """One tile's weights of one group; product and sum are not fused, so that they are to the
-        bit what `dequantize` gives."""
+        """Dequantise one tile's weights of one group.
+
+        Product and sum are not fused, so the weights are those of `quant.matmul.dequantize` to the
+        bit.
+        """
         b = self.b
         middle = every(FLOAT, float(2 ** (self.kernel.bits - 1)))
         scales = [self.scale(tile, group, index) for index in range(VECTORS)]
@@ -111,7 +121,7 @@ class Emitter(Reader):
                 self.store(weight, column, tile, index)
 
     def _prepare(self) -> None:
-        """Tokens in float32 and their sums; a block that is short repeats the last token."""
+        """Fill "floats" and "sums"; a block that is not full repeats the last token."""
         b, word = self.b, self.word
         total = b.alloca(FLOAT)
         last = self.add(word["tokens"], -1)
@@ -133,10 +143,8 @@ class Emitter(Reader):
                 to = self.cell(token, word["groups"], group)
                 b.store(b.load(total, typ=FLOAT), self.place("sums", FLOAT, to))
 
-    # -- threads
-
     def _worker(self, part: Value) -> Value:
-        """`worker(words)`: what every thread of an OpenMP team calls."""
+        """Write `worker(words)`, which every thread of an OpenMP team calls."""
         function = self.begin("worker")
         who = []
         for name in ("omp_get_thread_num", "omp_get_num_threads"):
@@ -147,7 +155,7 @@ class Emitter(Reader):
         return function
 
     def _run(self, part: Value, worker: Value | None) -> None:
-        """`run(words)`: all of it, on as many threads as the words say."""
+        """Write `run(words)`, which does all the work on as many threads as the words say."""
         function = self.begin("run")
         words = function.args[0]
         b, one = self.b, ir.Constant(LONG, 1)

@@ -1,10 +1,10 @@
-"""Products with matrices in records on a GPU.
+"""Launches the GPU's kernels: products with matrices in records, and activations.
 
-Knows: how tensors, layouts and sizes are told to the kernels, and with which launch parameters:
-they follow from a matrix's shape and how many matrices a token has, so that results do too. Does
-not know: when which is used (`quant.experts`, `quant.matmul`), who is in which slot.
+Launch parameters follow from a matrix's shape and from how many matrices a token has, so results do
+not depend on anything else.
 
-Letters: S cells, T tokens, k cells a token, N rows, K columns, I inner.
+Letters: S cells (a cell is one token at one of its experts), T tokens, k cells of a token, N rows,
+K columns, I inner, B blocks of cells.
 """
 
 from __future__ import annotations
@@ -26,27 +26,28 @@ from torch import Tensor
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 WARPS = 4
-# 16 bytes a load; of two bits that would be as many sums as a thread has registers.
+# 32-bit words that a thread loads at once, by width of a plane. They are 16 bytes; for planes of 2
+# bits these would need as many sums as a thread has registers.
 WORDS_A_THREAD = {8: 4, 4: 4, 2: 2}
-# Columns of a span that threads read at a time: 128 bytes of a 4-bit tile. The interpreter is paid
-# by the operation, not by the element.
+# Columns of a span that threads read at a time: 128 bytes of a 4-bit tile. The interpreter's time
+# goes by operations, not elements, so tests read more.
 COLUMNS = 16 if INTERPRETED.value else 4
 LONGEST_SPAN = 64  # columns between two scalings
-# Loads that a thread begins before it uses the first.
+# Loads that a thread begins before it uses the first, by width of a plane.
 MOST_STEPS = {8: 4, 4: 8, 2: 8}
 MOST_STEPS_FLOAT32 = {8: 4, 4: 4, 2: 2}
 MOST_REGISTERS = 255  # a thread
-FEW_BLOCKS = 96  # thread blocks that leave many processors of a large GPU idle
-ENOUGH_BLOCKS = 384  # that keep its memory busy; worth another launch where rows are long
-LONG_STEPS = 3  # times that a thread block goes on to other spans
+FEW_BLOCKS = 96  # fewer thread blocks than this leave many processors of a large GPU idle
+ENOUGH_BLOCKS = 384  # as many keep its memory busy, which is worth another launch for long rows
+LONG_STEPS = 3  # a row is long if each of its parts still takes at least so many steps
 MOST_SPLITS = 8
-TENSOR_CORES_BF16 = (8, 0)  # the first compute capability whose tensor cores know bfloat16
+TENSOR_CORES_BF16 = (8, 0)  # the lowest compute capability whose tensor cores know bfloat16
 
 Constants = dict[str, Any]
 
 
 class Gated:
-    """What a kernel is told about the activation it applies to its inputs."""
+    """The activation that a kernel applies to its inputs, as arguments of the kernel."""
 
     def __init__(self, gate: Gate | None, gated: bool = False, interleaved: bool = False) -> None:
         limit = None if gate is None else gate.limit
@@ -79,9 +80,9 @@ def _quantised(matrix: MatrixLayout) -> Constants:
 
 
 def spans(matrix: MatrixLayout) -> tuple[int, int]:
-    """Columns of a span and spans that a thread block walks at once.
+    """How many columns a span has, and how many spans a thread block walks at once.
 
-    Longer spans scale less often, shorter ones may leave fewer threads idle at the end.
+    Longer spans apply scales less often; shorter ones may leave fewer threads idle at the end.
     """
     width = PLANES[matrix.bits][0]
     lanes = max(1, WARPS * 32 * WORDS_A_THREAD[width] // (COLUMNS * 2 * width))
@@ -97,7 +98,7 @@ def spans(matrix: MatrixLayout) -> tuple[int, int]:
 
 
 def splits(matrix: MatrixLayout, matrices: int) -> int:
-    """Into how many parts the columns are cut where a token has so many `matrices`."""
+    """Into how many parts the columns are cut if each token has so many `matrices`."""
     span, lanes = spans(matrix)
     blocks = matrix.stored_rows // TILE_ROWS * matrices
     steps = -(-matrix.columns // (span * lanes))
@@ -111,12 +112,11 @@ def splits(matrix: MatrixLayout, matrices: int) -> int:
     return split
 
 
-@functools.cache  # asked for at every launch
+@functools.cache  # every launch asks for it
 def _walk(matrix: MatrixLayout, matrices: int, dtype: torch.dtype) -> Constants:
-    """What `quantised_gemv` is compiled for, beside dtypes and activations."""
+    """The constants of `quantised_gemv` but for dtypes and activations."""
     span, lanes = spans(matrix)
     columns = min(COLUMNS, span)
-    widths = PLANES[matrix.bits]
     most = MOST_STEPS_FLOAT32 if dtype == torch.float32 else MOST_STEPS
     return {
         **_quantised(matrix),
@@ -124,21 +124,18 @@ def _walk(matrix: MatrixLayout, matrices: int, dtype: torch.dtype) -> Constants:
         "COLUMNS": columns,
         "LANES": lanes,
         "SPLIT": splits(matrix, matrices),
-        "STEPS": tuple(range(min(most[widths[0]], span // columns))),
-        "CODES_0": tuple(range(32 // widths[0])),
-        "CODES_1": tuple(range(32 // widths[-1])),
+        "STEPS": min(most[PLANES[matrix.bits][0]], span // columns),
     }
 
 
 def _registers(matrix: MatrixLayout, dtype: torch.dtype) -> Constants:
-    """That a thread may have all registers there are, where ptxas would keep to 128 or 168 and
-    spill up to 24 bytes."""
+    """Let a thread have all registers where ptxas would use 128 or 168 and spill up to 24 bytes."""
     spills = dtype == torch.float32 or (matrix.bits, matrix.group_size) == (4, 32)
     return {"maxnreg": MOST_REGISTERS} if spills else {}
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    """The compute capability that launch parameters are chosen for."""
+    """The compute capability for which launch parameters are chosen."""
     if device.type != "cuda":
         return TENSOR_CORES_BF16
     return torch.cuda.get_device_capability(device)
@@ -147,8 +144,11 @@ def capability(device: torch.device) -> tuple[int, int]:
 def _tile(
     matrix: MatrixLayout, block_cells: int, dtype: torch.dtype, device: torch.device
 ) -> Constants:
-    """Tiles, columns and warps of a block of cells: small where there are no tensor cores for
-    `dtype`, and a product takes registers for each of its operands."""
+    """The tiles, columns and warps of a block of cells.
+
+    They are small where no tensor cores know `dtype`: a product then keeps its operands in
+    registers.
+    """
     new = capability(device) >= TENSOR_CORES_BF16
     if dtype == torch.float16 or (dtype == torch.bfloat16 and new):
         tiles = 2 if block_cells <= 32 else 1
@@ -170,9 +170,10 @@ def gemv(
     tokens: int,
     gated: Gated = AS_THEY_ARE,
 ) -> None:
-    """out [S, N]: each cell's row of `x` times the matrix in its slot.
+    """Fill `out` [S, N] with each cell's row of `x` times the matrix in its expert slot.
 
-    `x` has a row for each of T `tokens`, or for each cell. Cells whose slot is negative stay.
+    `x` has a row for each of T `tokens`, or for each cell. Cells whose slot is negative stay as
+    they are.
     """
     count = out.shape[0]
     cells_a_row = count // x.shape[0]
@@ -213,10 +214,10 @@ def gemm(
     matrix: MatrixLayout,
     out: Tensor,
 ) -> None:
-    """out [S, N]: each ordered cell's row of `x` times the matrix in its block's slot.
+    """Fill `out` [S, N]: for the cells in `order`, their row of `x` times their block's matrix.
 
-    `x` has a row for each token, or for each cell; `blocks` [B, 3]: a slot, where its cells, at
-    most `block_cells`, begin and end in `order`.
+    `x` has a row for each token, or for each cell. A row of `blocks` [B, 3] is an expert slot, and
+    where the block's cells, at most `block_cells`, begin and end in `order`.
     """
     cells_a_row = out.shape[0] // x.shape[0]
     bias_at, rows = matrix.bias_offset, matrix.rows
@@ -236,13 +237,13 @@ def gemm(
     quantised_gemm[(triton.cdiv(matrix.stored_rows, height), len(blocks))](
         x, out, slots, blocks, order, *common, matrix.scale_offset, matrix.step_offset, bias_at,
         rows, matrix.stored_rows,
-        **_quantised(matrix), DTYPE=dtype, PARTS=tuple(range(parts)), CELLS=block_cells, **tile,
+        **_quantised(matrix), DTYPE=dtype, PARTS=parts, CELLS=block_cells, **tile,
         enable_fp_fusion=True,
     )  # fmt: skip
 
 
 def activate(x: Tensor, order: Tensor, gated: Gated, out: Tensor) -> None:
-    """out [S, I]: the activation of x [S, 2I] or [S, I], of the cells in `order`."""
+    """Fill `out` [S, I] with the activation of `x` [S, 2I] or [S, I] for the cells in `order`."""
     inner = out.shape[1]
     gate_rows[(len(order), triton.cdiv(inner, 1024))](
         x, out, order, *gated.numbers, INNER=inner, **gated.constants, DTYPE=DTYPES[x.dtype],

@@ -1,10 +1,8 @@
-"""Pieces that the GPU kernels share: codes, scales, biases and activations, in registers.
+"""Pieces that the GPU's kernels share: codes, scales, biases and activations, in registers.
 
-Knows: the order of a record's bytes. Does not know: which cell, tile or block asks for them.
-
-Under Triton's interpreter bfloat16 is cut, not rounded, and multiplied as if it were integers: what
-follows from that is behind `INTERPRETED`. Triton compiles what follows a return even where a
-constant led to it, so every function returns at its end.
+Triton's interpreter truncates to bfloat16 where a GPU rounds, and multiplies bfloat16 as if it were
+integers; code behind `INTERPRETED` makes up for that. Every function returns at its end, because
+Triton also compiles what follows an earlier `return`, even where a constant led to that.
 """
 
 from __future__ import annotations
@@ -13,13 +11,11 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from offload.quant.kernels.gpu_triton import teach
 from triton.language import tensor
 
-teach()
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 MANTISSA = tl.constexpr(23)  # bits of a float32
-MAGIC = tl.constexpr(0x4B000000)  # 2**23 as a float: what is OR-ed into its low bits is added to it
+MAGIC = tl.constexpr(0x4B000000)  # 2**23 as a float: bits OR-ed into its low end are added to it
 
 
 @triton.jit
@@ -38,10 +34,10 @@ def rounded(x: tensor, DTYPE: tl.constexpr) -> Any:
 def centred(
     words: tensor, magic: tensor, CENTRE: tl.constexpr, AT: tl.constexpr, WIDTH: tl.constexpr
 ) -> Any:
-    """The codes at bit AT of 32-bit `words` less CENTRE, over `code_weight`, as float32.
+    """(code - CENTRE) / `code_weight` for the codes at bit AT of 32-bit `words`, as float32.
 
-    One OR makes a float of a code and one subtraction takes away what that brought: no conversion,
-    which GPUs do at a quarter of the rate.
+    OR-ing a code into `magic` makes a float of it, and one subtraction removes the excess. That
+    avoids conversions, which GPUs do at a quarter of the rate.
     """
     PLACE: tl.constexpr = AT if AT + WIDTH <= MANTISSA else AT - 16
     shifted = words >> (AT - PLACE)
@@ -51,7 +47,7 @@ def centred(
 
 @triton.jit
 def code_weight(AT: tl.constexpr, WIDTH: tl.constexpr) -> Any:
-    """What `centred` codes are to be multiplied by to be themselves."""
+    """The factor that `centred` leaves out of its codes."""
     return 1.0 / 2.0 ** (AT if AT + WIDTH <= MANTISSA else AT - 16)
 
 
@@ -108,7 +104,7 @@ def activated(
     CLAMPED: tl.constexpr,
     DTYPE: tl.constexpr,
 ) -> Any:
-    """`quant.program.Gate` of float32 values, rounded to DTYPE wherever torch's operations are."""
+    """What `quant.program.Gate` gives for float32 values, rounded to DTYPE where torch would."""
     if CLAMPED:
         gate = tl.minimum(gate, limit)
         up = tl.minimum(tl.maximum(up, -limit), limit)
@@ -147,7 +143,7 @@ def load_inputs(
     CLAMPED: tl.constexpr,
     DTYPE: tl.constexpr,
 ) -> Any:
-    """Inputs number `k` of the row at `x` as float32; with a GATE, what it makes of the row."""
+    """The inputs numbered `k` of the row at `x` as float32, after the activation GATE if given."""
     if GATED:
         first = 2 * k if INTERLEAVED else k
         second = first + 1 if INTERLEAVED else K + k
@@ -171,7 +167,7 @@ def with_bias(
     BIAS: tl.constexpr,
     DTYPE: tl.constexpr,
 ) -> Any:
-    """`total` plus the bias of `row` where there is one (BIAS is its dtype), rounded to DTYPE."""
+    """`total`, plus the bias of `row` if there is one (BIAS is its dtype), rounded to DTYPE."""
     if BIAS is not None:
         biases = (record + bias_at).to(tl.pointer_type(BIAS))
         total += rounded(tl.load(biases + row, mask=live, other=0.0).to(tl.float32), DTYPE)

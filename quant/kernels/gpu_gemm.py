@@ -1,13 +1,11 @@
-"""Products of many tokens with matrices in records: blocks of cells that share an expert.
+"""GPU kernels that multiply many tokens by matrices in records, in blocks of cells of one expert.
 
-Knows: how a tile of weights becomes an operand of the tensor cores. Does not know: what a program
-is, nor how it is launched (`quant.kernels.gpu`).
+A thread block has a few tiles of 64 rows and one block of cells. Codes of one plane that lie in the
+same bits of their bytes make an operand of their own, with a sum of its own, so nothing is
+shuffled. Codes of two planes are gathered. A cell's sum does not depend on the other cells of its
+block.
 
-A thread block has a few tiles of 64 rows and a block of cells. Codes of one plane that lie in the
-same bits of their bytes make an operand of their own, with a sum of its own: nothing is shuffled.
-Codes of two planes are gathered. A cell's sum does not depend on which cells share its block.
-
-Letters: M cells of a block, N rows, K columns.
+Letters: M cells of a block, S cells, N rows, K columns, I inner.
 """
 
 from __future__ import annotations
@@ -19,13 +17,13 @@ import triton.language as tl
 from offload.quant.kernels.gpu_codes import INTERPRETED, load_inputs, scale_pairs, with_bias
 from triton.language import tensor
 
-# A row of `blocks`: slot, first and end of its cells in `order`.
+# A row of `blocks` is an expert slot, and where its cells begin and end in `order`.
 BLOCK_FIELDS = tl.constexpr(3)
 
 
 @triton.jit
 def product(x: tensor, weight: tensor, DTYPE: tl.constexpr) -> Any:
-    """x [M, K] times weight [K, N], in float32."""
+    """The product [M, N] float32 of x [M, K] and weight [K, N]."""
     if INTERPRETED:
         out = tl.dot(x.to(tl.float32), weight.to(tl.float32), input_precision="ieee")
     else:
@@ -35,7 +33,7 @@ def product(x: tensor, weight: tensor, DTYPE: tl.constexpr) -> Any:
 
 @triton.jit
 def block_codes(plane: tensor, k: tensor, row: tensor, live: tensor, WIDTH: tl.constexpr) -> Any:
-    """Codes [K, N] of one plane for these rows of a tile."""
+    """The codes [K, N] of one plane for rows `row` of a tile."""
     BYTES: tl.constexpr = 8 * WIDTH
     at = plane + (k[:, None] * BYTES + (row % BYTES)[None, :])
     packed = tl.load(at, mask=live[None, :], other=0).to(tl.int32)
@@ -51,7 +49,7 @@ def quantised_gemm(
     SHARED: tl.constexpr, BIAS: tl.constexpr, DTYPE: tl.constexpr, WIDTHS: tl.constexpr,
     PARTS: tl.constexpr, TILES: tl.constexpr, CELLS: tl.constexpr, COLS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """out [S, N]; PARTS: the numbers of the operands a tile is cut into."""
+    """Fill out [S, N]; a tile is cut into PARTS operands."""
     block = blocks + tl.program_id(1) * BLOCK_FIELDS
     slot = tl.load(block)
     first = tl.load(block + 1)
@@ -63,14 +61,14 @@ def quantised_gemm(
     filled = at < end
     cell = tl.load(order + at, mask=filled, other=0)
     lines = x + (cell // cells_a_row).to(tl.int64)[:, None] * x_stride
-    WIDE: tl.constexpr = 64 // len(PARTS)  # rows of a tile in one operand
+    WIDE: tl.constexpr = 64 // PARTS  # rows of a tile in one operand
     n = tl.arange(0, WIDE * TILES)
     tile = tl.program_id(0) * TILES + n // WIDE
     base = n % WIDE
     live = tile * 64 < stored_rows
     weight = record + weight_at
     plane = weight + (tile.to(tl.int64) * (K * 8 * BITS))[None, :]
-    accs = [tl.zeros([CELLS, WIDE * TILES], tl.float32) for _ in PARTS]
+    accs = (tl.zeros([CELLS, WIDE * TILES], tl.float32),) * PARTS
     column = tl.arange(0, COLS)
     for start in range(0, K, COLS):
         k = start + column
@@ -80,29 +78,30 @@ def quantised_gemm(
             packed = tl.load(
                 plane + (k[:, None] * WIDE + base[None, :]), mask=live[None, :], other=0
             ).to(tl.int32)
-            codes = [(packed >> (p * BITS)) & (2**BITS - 1) for p in PARTS]
+            codes = ()
+            for p in tl.static_range(PARTS):
+                codes += ((packed >> (p * BITS)) & (2**BITS - 1),)
         else:
             high = plane + K * 8 * WIDTHS[0]
             low_codes = block_codes(plane, k, base, live, WIDTHS[0])
-            codes = [
-                low_codes | (block_codes(high, k, base, live, WIDTHS[1]) << WIDTHS[0])
-                for _ in PARTS
-            ]
-        pairs = [
-            scale_pairs(
+            codes = (low_codes | (block_codes(high, k, base, live, WIDTHS[1]) << WIDTHS[0]),)
+        pairs = ()
+        for p in tl.static_range(PARTS):
+            pair = scale_pairs(
                 record, scale_at, step_at, group, tile * 64 + p * WIDE + base, stored_rows, live,
                 SCALE_BITS, SHARED,
-            )
-            for p in PARTS
-        ]  # fmt: skip
-        weights = [
-            (codes[p] - 2 ** (BITS - 1)).to(tl.float32) * pairs[p][0][None, :]
-            + pairs[p][1][None, :]
-            for p in PARTS
-        ]
-        accs = [accs[p] + product(inputs, weights[p], DTYPE) for p in PARTS]
+            )  # fmt: skip
+            pairs += (pair,)
+        weights = ()
+        for p in tl.static_range(PARTS):
+            centred = (codes[p] - 2 ** (BITS - 1)).to(tl.float32)
+            weights += (centred * pairs[p][0][None, :] + pairs[p][1][None, :],)
+        added = ()
+        for p in tl.static_range(PARTS):
+            added += (accs[p] + product(inputs, weights[p], DTYPE),)
+        accs = added
     to = out + cell.to(tl.int64)[:, None] * rows
-    for p in tl.static_range(len(PARTS)):
+    for p in tl.static_range(PARTS):
         row = (tile * 64 + p * WIDE + base)[None, :]
         total = with_bias(accs[p], record, bias_at, row, row < rows, BIAS, DTYPE)
         tl.store(to + row, total.to(DTYPE), mask=filled[:, None] & (row < rows))
@@ -116,7 +115,7 @@ def plain_gemm(
     K: tl.constexpr, STORED: tl.constexpr, BIAS: tl.constexpr, DTYPE: tl.constexpr,
     ROWS: tl.constexpr, CELLS: tl.constexpr, COLS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """out [S, N] with matrices [N, K] stored as they are, as STORED."""
+    """Fill out [S, N] by matrices [N, K] that are not quantised, of dtype STORED."""
     block = blocks + tl.program_id(1) * BLOCK_FIELDS
     slot = tl.load(block)
     first = tl.load(block + 1)
@@ -150,8 +149,8 @@ def gate_rows(
     INNER: tl.constexpr, GATE: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
     CLAMPED: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
-    """out [S, I]: the activation of x [S, 2I] or [S, I], of the cells in `order`."""
-    # Cells come first: there can be more of them than a grid's second dimension has.
+    """Fill out [S, I] with the activation of x [S, 2I] or [S, I] for the cells in `order`."""
+    # Cells are the grid's first dimension because the second one is too short for all of them.
     cell = tl.load(order + tl.program_id(0)).to(tl.int64)
     k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = k < INNER

@@ -1,12 +1,10 @@
-"""Products of single tokens with matrices in records: one token and matrix a cell.
+"""GPU kernels that multiply single tokens by matrices in records: a cell is a token and a matrix.
 
-Knows: how a matrix is walked by a block of threads. Does not know: what a program is, nor how it is
-launched (`quant.kernels.gpu`).
-
-A block has a tile of 64 rows. Its threads walk *spans* of columns that share a scale: eight threads
-read 128 neighbouring bytes, four columns of a 4-bit tile, and the warps' other threads do so in
-other spans, so that scales are applied once a span and nothing is exchanged until the end. A plane
-of codes is a summand of its own. Sums are float32, in an order that depends on the shape alone.
+A thread block has a tile of 64 rows. Its threads walk *spans* of columns that share a scale. Eight
+threads read 128 neighbouring bytes, which are four columns of a 4-bit tile; the other threads of
+the warps do the same in other spans. So scales are applied once a span, and threads exchange
+nothing until the end. Each plane of codes is summed by itself. Sums are float32, in an order that
+depends only on the shape.
 
 Letters: S cells, N rows, K columns.
 """
@@ -36,62 +34,69 @@ def plane_sums(
     CENTRE: tl.constexpr, SCALE_BITS: tl.constexpr, SHARED: tl.constexpr,
     GATE: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr, CLAMPED: tl.constexpr,
     DTYPE: tl.constexpr, SPAN: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr,
-    SPLIT: tl.constexpr, STEPS: tl.constexpr, CODES: tl.constexpr,
+    SPLIT: tl.constexpr, STEPS: tl.constexpr,
 ) -> Any:  # fmt: skip
-    """The sums [2 * WIDTH] of each code of the plane's words."""
+    """For each code of a word, the sums [2 * WIDTH] of a tile's words of one plane."""
     WORDS: tl.constexpr = 2 * WIDTH
     SPANS: tl.constexpr = K // SPAN
+    CODES: tl.constexpr = 32 // WIDTH  # in a word
     span_lane = tl.arange(0, LANES)
     column = tl.arange(0, COLUMNS)
     word = tl.arange(0, WORDS)
     zero = tl.zeros([LANES, COLUMNS, WORDS], tl.float32)
-    outs = [zero for _ in CODES]
+    outs = (zero,) * CODES
     for start in range(first * LANES, SPANS, SPLIT * LANES):
         span = start + span_lane
         live = span < SPANS
         here = live[:, None, None]
         group = ((span * SPAN) // GROUP)[:, None, None]
         row = tile * 64 + word[None, None, :] * 4
-        pairs = [
-            scale_pairs(
+        pairs = ()
+        for c in tl.static_range(CODES):
+            pair = scale_pairs(
                 record, scale_at, step_at, group,
                 row + (c * WIDTH // 8 + (c * WIDTH % 8) // WIDTH * (8 * WIDTH)),
                 stored_rows, here, SCALE_BITS, SHARED,
-            )
-            for c in CODES
-        ]  # fmt: skip
+            )  # fmt: skip
+            pairs += (pair,)
         sums = tl.zeros([LANES, COLUMNS, 1], tl.float32)
-        accs = [zero for _ in CODES]
+        accs = (zero,) * CODES
         begin = span[:, None] * SPAN + column[None, :]
         column_words = plane + (begin[:, :, None] * WORDS + word[None, None, :])
-        for step in range(0, SPAN, COLUMNS * len(STEPS)):
-            # All loads of weights first: what they wait for is hidden behind the inputs and sums.
-            words = [
-                tl.load(
-                    column_words + (step + u * COLUMNS) * WORDS, mask=here, other=0
-                )
-                for u in STEPS
-            ]  # fmt: skip
-            inputs = [
-                load_inputs(
+        for step in range(0, SPAN, COLUMNS * STEPS):
+            # All loads of weights come first: loading inputs and summing hide their latency.
+            words = ()
+            for u in tl.static_range(STEPS):
+                at = column_words + (step + u * COLUMNS) * WORDS
+                words += (tl.load(at, mask=here, other=0),)
+            inputs = ()
+            for u in tl.static_range(STEPS):
+                part = load_inputs(
                     x, begin + step + u * COLUMNS, live[:, None], limit, alpha,
                     K, GATE, GATED, INTERLEAVED, CLAMPED, DTYPE,
-                )[:, :, None]
-                for u in STEPS
-            ]  # fmt: skip
-            for u in tl.static_range(len(STEPS)):
+                )  # fmt: skip
+                inputs += (part[:, :, None],)
+            for u in tl.static_range(STEPS):
                 sums += inputs[u]
-                accs = [
-                    accs[c] + centred(words[u], magic, CENTRE, c * WIDTH, WIDTH) * inputs[u]
-                    for c in CODES
-                ]
+                added = ()
+                for c in tl.static_range(CODES):
+                    code = centred(words[u], magic, CENTRE, c * WIDTH, WIDTH)
+                    added += (accs[c] + code * inputs[u],)
+                accs = added
         if LOW == 0:
-            outs = [outs[c] + sums * pairs[c][1] for c in CODES]
-        outs = [
-            outs[c] + accs[c] * (pairs[c][0] * (2.0**LOW * code_weight(c * WIDTH, WIDTH)))
-            for c in CODES
-        ]
-    return [tl.sum(tl.sum(outs[c], 0), 0) for c in CODES]
+            shifted = ()
+            for c in tl.static_range(CODES):
+                shifted += (outs[c] + sums * pairs[c][1],)
+            outs = shifted
+        scaled = ()
+        for c in tl.static_range(CODES):
+            scale = pairs[c][0] * (2.0**LOW * code_weight(c * WIDTH, WIDTH))
+            scaled += (outs[c] + accs[c] * scale,)
+        outs = scaled
+    totals = ()
+    for c in tl.static_range(CODES):
+        totals += (tl.sum(tl.sum(outs[c], 0), 0),)
+    return totals
 
 
 @triton.jit
@@ -99,7 +104,7 @@ def store_sums(
     totals: tl.tuple, place: tensor, tile: tensor, rows: tensor, record: tensor, bias_at: tensor,
     WIDTH: tl.constexpr, FINAL: tl.constexpr, BIAS: tl.constexpr, DTYPE: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Write a tile's sums of each code, finished or as a part of them."""
+    """Store a tile's sums of each code: results if FINAL, else summands for `add_parts`."""
     word = tl.arange(0, 2 * WIDTH)
     for c in tl.static_range(32 // WIDTH):
         row = tile * 64 + word * 4 + (c * WIDTH // 8 + (c * WIDTH % 8) // WIDTH * (8 * WIDTH))
@@ -119,17 +124,17 @@ def quantised_gemv(
     SHARED: tl.constexpr, BIAS: tl.constexpr, GATE: tl.constexpr, GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr, CLAMPED: tl.constexpr, DTYPE: tl.constexpr, SPAN: tl.constexpr,
     COLUMNS: tl.constexpr, LANES: tl.constexpr, SPLIT: tl.constexpr, STEPS: tl.constexpr,
-    WIDTHS: tl.constexpr, CODES_0: tl.constexpr, CODES_1: tl.constexpr,
+    WIDTHS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """out [S, N], or [SPLIT * planes, S, N] float32 where there is more than one part."""
+    """Fill out [S, N], or its summands [SPLIT * planes, S, N] float32 if there are several."""
     tile = tl.program_id(0)
     cell = tl.program_id(1)
     part = tl.program_id(2)
     slot = tl.load(slot_of_cell + cell)
     if slot < 0:
         return
-    # The slot has fewer than 30 bits, which the compiler cannot know: it keeps the constant in a
-    # register, and masking and OR-ing are one instruction.
+    # `slot >> 30` is 0, which the compiler cannot know. It keeps MAGIC in a register, so that
+    # masking and OR-ing become one instruction.
     magic = ((slot >> 30) | MAGIC).to(tl.uint32)
     record = slots + slot.to(tl.int64) * slot_bytes
     row_x = x + (cell // cells_a_row).to(tl.int64) * x_stride
@@ -140,7 +145,7 @@ def quantised_gemv(
         totals = plane_sums(
             row_x, record, words, tile, part, magic, scale_at, step_at, stored_rows, limit, alpha,
             K, GROUP, 0, WIDTH, 2 ** (BITS - 1), SCALE_BITS, SHARED, GATE, GATED,
-            INTERLEAVED, CLAMPED, DTYPE, SPAN, COLUMNS, LANES, SPLIT, STEPS, CODES_0,
+            INTERLEAVED, CLAMPED, DTYPE, SPAN, COLUMNS, LANES, SPLIT, STEPS,
         )  # fmt: skip
         FINAL: tl.constexpr = len(WIDTHS) * SPLIT == 1
         store_sums(totals, place, tile, rows, record, bias_at, WIDTH, FINAL, BIAS, DTYPE)
@@ -150,7 +155,7 @@ def quantised_gemv(
             row_x, record, words + K * 2 * WIDTH, tile, part - SPLIT, magic,
             scale_at, step_at, stored_rows, limit, alpha,
             K, GROUP, WIDTH, HIGH, 0, SCALE_BITS, SHARED, GATE, GATED,
-            INTERLEAVED, CLAMPED, DTYPE, SPAN, COLUMNS, LANES, SPLIT, STEPS, CODES_1,
+            INTERLEAVED, CLAMPED, DTYPE, SPAN, COLUMNS, LANES, SPLIT, STEPS,
         )  # fmt: skip
         store_sums(high, place, tile, rows, record, bias_at, HIGH, False, BIAS, DTYPE)
 
@@ -161,7 +166,7 @@ def add_parts(
     bias_at: tensor, rows: tensor,
     PARTS: tl.constexpr, BIAS: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
-    """out [S, N] from parts [PARTS, S, N] float32, added in their order."""
+    """Fill out [S, N] with the sum of parts [PARTS, S, N] float32, added in their order."""
     cell = tl.program_id(1)
     slot = tl.load(slot_of_cell + cell)
     if slot < 0:
@@ -186,7 +191,7 @@ def plain_gemv(
     GATED: tl.constexpr, INTERLEAVED: tl.constexpr, CLAMPED: tl.constexpr, DTYPE: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """out [S, N] with matrices [N, K] stored as they are, as STORED."""
+    """Fill out [S, N] by matrices [N, K] that are not quantised, of dtype STORED."""
     cell = tl.program_id(1)
     slot = tl.load(slot_of_cell + cell)
     if slot < 0:

@@ -1,44 +1,145 @@
-"""Reading a record's matrix in LLVM IR: codes, scales, and where results go.
+"""Writes LLVM IR that reads a record's matrix: loops and vectors, codes and scales, results.
 
-Knows: the order of bytes in a record (`quant.packing`, `quant.scales`). Does not know: what is done
-with them.
+The order of a record's bytes is that of `quant.codes`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
 from llvmlite import ir
 from offload.quant.codes import PLANES, TILE_ROWS
 from offload.quant.kernels.kernel import WORDS, Kernel
-from offload.quant.kernels.vectors import (
-    BYTE,
-    FLOAT,
-    INT,
-    LANES,
-    LONG,
-    POINTER,
-    SHORT,
-    Index,
-    Value,
-    Writer,
-    every,
-    vector,
-)
 
+LANES = 16  # of a vector; LLVM splits vectors to fit the machine
+BYTE, SHORT, INT, LONG = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+FLOAT = ir.FloatType()
+POINTER = ir.PointerType()
+VOID = ir.VoidType()
 VECTORS = TILE_ROWS // LANES
-AHEAD = 64  # columns; how far weights are asked for before they are used
+AHEAD = 64  # columns; how far ahead of its use a weight is prefetched
 CACHE_LINE = 64
+
+Value = Any  # a value in the program being written; llvmlite has no types
+Index = Any  # a value, or a number that is known while the program is written
+
+
+def vector(kind: Value) -> Value:
+    return ir.VectorType(kind, LANES)
+
+
+def every(kind: Value, values: float | Sequence[int]) -> Value:
+    """A constant vector with one value for all lanes, or one for each."""
+    lanes = [values] * LANES if isinstance(values, int | float) else values
+    return ir.Constant(vector(kind), [ir.Constant(kind, value) for value in lanes])
+
+
+def number(value: Index) -> Value:
+    return ir.Constant(LONG, value) if isinstance(value, int) else value
+
+
+class Writer:
+    """Writes an LLVM module; its builder `b` appends to the current block."""
+
+    def __init__(self) -> None:
+        self.module = ir.Module("kernel")
+        self.b: Value = None
+        # `fmuladd` is fused only where the machine can; `llvm.fma` would call a function elsewhere.
+        fused = ir.FunctionType(vector(FLOAT), [vector(FLOAT)] * 3)
+        self._fused = ir.Function(self.module, fused, f"llvm.fmuladd.v{LANES}f32")
+        fetch = ir.FunctionType(VOID, [POINTER, INT, INT, INT])
+        self._fetch = ir.Function(self.module, fetch, "llvm.prefetch.p0")
+
+    def function(self, name: str, *arguments: Value) -> Value:
+        """Begin a function with these types of arguments."""
+        function = ir.Function(self.module, ir.FunctionType(VOID, arguments), name)
+        function.attributes.add("nounwind")
+        self.b = ir.IRBuilder(function.append_basic_block("entry"))
+        return function
+
+    @contextmanager
+    def loop(self, end: Index, start: Index = 0) -> Iterator[Value]:
+        """Write what the context writes as the body of `for index in range(start, end)`."""
+        b = self.b
+        head, body, after = (b.append_basic_block(name) for name in ("head", "body", "after"))
+        before = b.block
+        b.branch(head)
+        b.position_at_end(head)
+        index = b.phi(LONG)
+        index.add_incoming(number(start), before)
+        b.cbranch(b.icmp_signed("<", index, number(end)), body, after)
+        b.position_at_end(body)
+        yield index
+        index.add_incoming(self.add(index, 1), b.block)
+        b.branch(head)
+        b.position_at_end(after)
+
+    def add(self, *terms: Index) -> Value:
+        total = number(terms[0])
+        for term in terms[1:]:
+            total = self.b.add(total, number(term))
+        return total
+
+    def times(self, a: Index, b: Index) -> Value:
+        return self.b.mul(number(a), number(b))
+
+    def at(self, pointer: Value, kind: Value, index: Index) -> Value:
+        """The address `&pointer[index]` of an array of `kind`."""
+        return self.b.gep(pointer, [number(index)], source_etype=kind)
+
+    def load(self, pointer: Value, kind: Value, lanes: int = LANES) -> Value:
+        return self.b.load(pointer, align=1, typ=ir.VectorType(kind, lanes))
+
+    def splat(self, value: Value) -> Value:
+        nothing = ir.Constant(vector(FLOAT), ir.Undefined)
+        one = self.b.insert_element(nothing, value, ir.Constant(INT, 0))
+        return self.b.shuffle_vector(one, nothing, every(INT, 0))
+
+    def zeros(self, count: int) -> list[Value]:
+        """`count` variables of 16 floats each; LLVM keeps them in registers where it can."""
+        with self.b.goto_entry_block():
+            places = [self.b.alloca(vector(FLOAT)) for _ in range(count)]
+        for place in places:
+            self.b.store(every(FLOAT, 0.0), place)
+        return places
+
+    def get(self, place: Value) -> Value:
+        return self.b.load(place, typ=vector(FLOAT))
+
+    def multiply_add(self, a: Value, b: Value, c: Value) -> Value:
+        return self.b.call(self._fused, [a, b, c])
+
+    def prefetch(self, pointer: Value) -> None:
+        self.b.call(self._fetch, [pointer, *(ir.Constant(INT, n) for n in (0, 3, 1))])
+
+    def low_bfloat16(self, value: Value) -> Value:
+        """The lower halves of 32-bit words as float32."""
+        return self.b.bitcast(self.b.shl(value, every(INT, 16)), vector(FLOAT))
+
+    def high_bfloat16(self, value: Value) -> Value:
+        return self.b.bitcast(self.b.and_(value, every(INT, 0xFFFF0000)), vector(FLOAT))
+
+    def to_bfloat16(self, value: Value) -> Value:
+        """float32 values rounded to nearest even bfloat16, as 16-bit integers."""
+        b = self.b
+        whole = b.bitcast(value, vector(INT))
+        odd = b.and_(b.lshr(whole, every(INT, 16)), every(INT, 1))
+        rounded = b.add(whole, b.add(odd, every(INT, 0x7FFF)))
+        return b.trunc(b.lshr(rounded, every(INT, 16)), vector(SHORT))
 
 
 class Reader(Writer):
-    """A writer of functions whose first argument points at the words."""
+    """Writes functions whose first argument points at `WORDS`."""
 
     def __init__(self, kernel: Kernel) -> None:
         super().__init__()
         self.kernel = kernel
-        self.word: dict[str, Value] = {}  # of the function being written
+        self.word: dict[str, Value] = {}  # of the function that is being written
 
     def begin(self, name: str, *more: Value) -> Value:
-        """Begin a function of the words and `more`."""
+        """Begin a function that takes the words and `more`."""
         function = self.function(name, POINTER, *more)
         self.word = {
             word: self.b.load(self.at(function.args[0], LONG, n), typ=LONG)
@@ -48,21 +149,21 @@ class Reader(Writer):
         return function
 
     def place(self, word: str, kind: Value, index: Index) -> Value:
-        """`&word[index]`."""
+        """The address `&word[index]` of an array of `kind`."""
         return self.at(self.b.inttoptr(self.word[word], POINTER), kind, index)
 
     def cell(self, outer: Index, size: Index, inner: Index) -> Value:
-        """The flat index of [outer, inner] where rows are `size` long."""
+        """The flat index of [outer, inner] in rows of `size`."""
         return self.add(self.times(outer, size), inner)
 
     def codes(self, tile: Value, column: Value, index: int) -> Value:
-        """Codes of one column and the tile's vector `index`, as float32."""
+        """The codes of one column, of the tile's vector `index`, as float32."""
         b = self.b
         start = self.times(tile, self.times(self.word["columns"], 8 * self.kernel.bits))
         codes = None
         low = 0
         for width in PLANES[self.kernel.bits]:
-            size = 8 * width  # bytes a column; as many rows share their place in them
+            size = 8 * width  # bytes of a column
             part, byte = divmod(index * LANES, size)
             at = self.place("weight", BYTE, self.add(start, self.times(column, size), byte))
             if index == 0:
@@ -82,7 +183,7 @@ class Reader(Writer):
         return b.sitofp(codes, vector(FLOAT))
 
     def scale(self, tile: Value, group: Value, index: int) -> tuple[Value, Value]:
-        """Scale and offset of one group and the tile's vector `index`."""
+        """The scales and offsets of one group, of the tile's vector `index`."""
         b = self.b
         row = self.cell(tile, TILE_ROWS, index * LANES)
         pair = self.cell(group, self.word["rows"], row)
@@ -102,7 +203,8 @@ class Reader(Writer):
         return values[0], values[1]
 
     def prefetch_scales(self, tile: Value, group: Value) -> None:
-        """Groups lie `rows` pairs apart: too far for the processor to guess."""
+        """Prefetch a group's scales: groups lie `rows` pairs apart, too far for the processor to
+        guess."""
         size = self.kernel.scale_bits // 4  # bytes of a pair
         pair = self.cell(group, self.word["rows"], self.times(tile, TILE_ROWS))
         at = self.place("scales", BYTE, self.times(pair, size))
@@ -110,7 +212,7 @@ class Reader(Writer):
             self.prefetch(self.at(at, BYTE, line))
 
     def store(self, value: Value, outer: Value, tile: Value, index: int) -> None:
-        """The results of the tile's vector `index`: `out[outer]` has a place for every row."""
+        """Store the results of the tile's vector `index` in `out[outer]`, which has all rows."""
         rows = self.times(self.word["tiles"], TILE_ROWS)
         at = self.cell(outer, rows, self.cell(tile, TILE_ROWS, index * LANES))
         if self.kernel.bfloat16:

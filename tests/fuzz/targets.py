@@ -27,7 +27,7 @@ from offload.chat.chat import Chat
 from offload.chat.commands import obey
 from offload.chat.display import Plain
 from offload.chat.terminal import _History
-from offload.engine.warm import read_hot
+from offload.engine.history import read_hot
 from offload.generation.answers import AnswersFile, read_prompt_lines
 from offload.generation.prompt import encode_prompt
 from offload.loading import load_tokenizer

@@ -1,10 +1,10 @@
-"""Compiles the kernels of products with no GPU, exactly as launches would.
+"""Compiles the products' GPU kernels without a GPU, exactly as launches would.
 
     python -m tests.quant.compile_kernels 75,89 usual|widths|all
 
-prints one JSON object a kernel and compute capability. usual: what a model in 4 bits and bfloat16
-launches; widths: something of every other number of bits; all: formats, dtypes and gates of models
-at home.
+Prints one JSON object for each kernel and compute capability. `usual` is what a model in 4 bits and
+bfloat16 launches, `widths` has some of every other number of bits, and `all` has the formats,
+dtypes and gates of models that people run at home.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ class Case:
     k: int  # experts a token
     scheme: Scheme
     dtype: torch.dtype = BF16
-    blocks: tuple[int, ...] = ENDS  # cells that a prompt's products are computed for together
+    blocks: tuple[int, ...] = ENDS  # numbers of cells that share a product of a prompt
     gate: Gate = SILU
     gated: bool = True
     bias: bool = False
-    decoded: tuple[str, ...] = BOTH  # matrices that one token is multiplied by
+    decoded: tuple[str, ...] = BOTH  # matrices by which one token is multiplied
     prefilled: tuple[str, ...] = BOTH
 
     def launch(self) -> None:
-        """Everything that one token and prompts launch."""
+        """Launch everything that one token and prompts launch."""
         rows, k = self.inner * (1 + self.gated), self.k
         matrices = (
             MatrixSpec("up", rows, self.hidden, self.bias, torch.bfloat16),
@@ -87,20 +87,20 @@ def gpt_oss(scheme: Scheme, dtype: torch.dtype = BF16, blocks: tuple[int, ...] =
 
 
 def usual() -> Iterator[Case]:
-    """With rows in parts; down's prompts differ from up's in nothing but lengths."""
+    """A case whose rows are cut into parts. A prompt's `down` differs from `up` only in lengths."""
     yield replace(mixtral(Scheme(4)), prefilled=("up",))
 
 
 def widths() -> Iterator[Case]:
-    """Of one token down's products, which are up's and the activation. Those of 3 and 5 bits take
-    too long: 6 to 13 seconds each."""
+    """Cases of every other width. For one token they have `down` alone, which is `up` with an
+    activation; those of 3 and 5 bits are left out because each takes 6 to 13 seconds to compile."""
     for bits in (2, 3, 5, 6, 8, 16):
         decoded = () if bits in (3, 5) else ("down",)
         yield replace(qwen3(Scheme(bits), blocks=(16,)), decoded=decoded, prefilled=("up",))
 
 
 def every() -> Iterator[Case]:
-    """A dimension at a time: shapes in 4 bits, dtypes, bits, groups."""
+    """Cases that vary one thing at a time: shapes in 4 bits, dtypes, bits, groups."""
     yield mixtral(Scheme(4))
     yield qwen3(Scheme(4), blocks=BLOCKS)
     yield gpt_oss(Scheme(4), blocks=BLOCKS)

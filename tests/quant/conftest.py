@@ -1,4 +1,4 @@
-"""Fixtures of the tests about bytes."""
+"""Fixtures of the tests about quantised bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Matrices are tiny here: waking more threads costs more than they save."""
+    """Use one thread: the matrices are so small that waking more costs more than it saves."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

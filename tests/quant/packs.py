@@ -1,4 +1,4 @@
-"""Small packs of made-up bytes: a pack does not ask what its records mean."""
+"""Small packs of made-up bytes, for tests in which a record's meaning does not matter."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from torch import Tensor
 DENSE = "model-00001.safetensors"
 CONFIG = "config.json"
 
-# Children that have everything imported start at once.
+# Forked children start at once because everything is imported already.
 HAS_FORK = "fork" in multiprocessing.get_all_start_methods()
 FORK = multiprocessing.get_context("fork" if HAS_FORK else None)
 needs_fork = pytest.mark.skipif(not HAS_FORK, reason="starts processes by fork")
 
 
 def make_info(layers: int = 3, experts: int = 4, *, group_size: int = 16) -> PackInfo:
-    """Layers of two kinds in turn, the second with one expert more."""
+    """Layers of two alternating kinds, of which the second has one expert more."""
     small = plan_layout(
         (MatrixSpec("up_proj", 8, 16, False, torch.bfloat16),), Scheme(4, group_size)
     )
@@ -52,7 +52,7 @@ def record_of(info: PackInfo, layer: int, expert: int) -> Tensor:
 
 
 def records(info: PackInfo, layer: int, pause_seconds: float = 0.0) -> Iterator[Tensor]:
-    """The layer's records, one buffer for all as a quantiser has it."""
+    """Yield the layer's records, each in the same buffer, as a quantiser does."""
     buffer = torch.empty(info.layout_of(layer).record_bytes, dtype=torch.uint8)
     for expert in range(info.layers[layer].num_experts):
         time.sleep(pause_seconds)
@@ -67,7 +67,7 @@ def write_pack(
     pause_seconds: float = 0.0,
     started: Callable[[], None] = lambda: None,
 ) -> list[int]:
-    """Make the pack or go on with it; returns the layers that were left to write."""
+    """Make the pack or go on with it; return the layers that were left to write."""
     with PackWriter(path, info) as writer:
         started()
         if writer.done:

@@ -1,4 +1,4 @@
-"""Records made here and now."""
+"""Records that a test encodes itself."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ from torch import Tensor
 def encode_record(
     out: Tensor, layout: RecordLayout, matrices: Mapping[str, tuple[Tensor, Tensor | None]]
 ) -> None:
-    """Write one expert into `out` [record_bytes] uint8, encoded here and now."""
+    """Write one expert into `out` [record_bytes] uint8, in this thread."""
     PendingRecord(layout, matrices, HereEncoder()).write(out)

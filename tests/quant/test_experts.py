@@ -1,4 +1,7 @@
-"""Grouped experts: kernels against the reference, on a GPU or under Triton's interpreter."""
+"""Kernels of grouped experts agree with the reference, on a GPU or under Triton's interpreter.
+
+Letters: T tokens, S cells, H hidden, I inner.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,6 @@ from offload.quant.scheme import Scheme
 from torch import Tensor
 
 from tests.interpreter import quicken
-
-# T tokens, S cells, H hidden, I inner
 
 quicken()
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -73,11 +74,11 @@ def both_equal_the_reference(made: Program, dtype: torch.dtype) -> None:
     hidden, slots = tokens(made, dtype, 2), slots_of(made)
     expected, few, many = (cells_like(made, dtype, 4) for _ in range(3))
     decode_reference(hidden, slots, table(2, -1, -1, 0), made, expected)
-    module._decode(hidden, slots, table(2, -1, -1, 0), made, few)
+    module.decode_kernels(hidden, slots, table(2, -1, -1, 0), made, few)
     batch = make_batch({2: [0], 0: [3]}, SMALLEST_BLOCK, DEVICE)
-    module._prefill(hidden, slots, batch, made, many)
+    module.prefill_kernels(hidden, slots, batch, made, many)
     filled = expected[[0, 3]].double()
-    # the reference rounds each weight to the tokens' dtype, decode's kernels do not
+    # The reference rounds each weight to the tokens' dtype; decode's kernels do not.
     allowed = 1e-5 if dtype == FP32 else 8 * torch.finfo(dtype).eps
     for got in (few, many):
         assert torch.equal(got[1:3], expected[1:3])
@@ -157,12 +158,12 @@ def test_results_do_not_depend_on_slots_nor_on_other_cells() -> None:
     made = program(Scheme(4, 32), bias=True)
     hidden, slots = tokens(made, BF16, 2), slots_of(made)
     together, alone, moved = (cells_like(made, BF16, 4) for _ in range(3))
-    module._decode(hidden, slots, table(2, 1, 0, 2), made, together)
+    module.decode_kernels(hidden, slots, table(2, 1, 0, 2), made, together)
     for cell, slot in enumerate((2, 1, 0, 2)):
         one = [-1] * 4
         one[cell] = slot
-        module._decode(hidden, slots, table(*one), made, alone)
-    module._decode(hidden, slots.flip(0).contiguous(), table(0, 1, 2, 0), made, moved)
+        module.decode_kernels(hidden, slots, table(*one), made, alone)
+    module.decode_kernels(hidden, slots.flip(0).contiguous(), table(0, 1, 2, 0), made, moved)
     assert torch.equal(alone, together)
     assert torch.equal(moved, together)
 
@@ -172,9 +173,9 @@ def test_blocks_of_cells_do_not_show() -> None:
     hidden, slots = tokens(made, BF16, 20), slots_of(made, 2)
     whole, parts = cells_like(made, BF16, 20), cells_like(made, BF16, 20)
     ways: dict[int, list[int]] = {0: list(range(17)), 1: [19, 17]}
-    module._prefill(hidden, slots, make_batch(ways, 16, DEVICE), made, whole)
+    module.prefill_kernels(hidden, slots, make_batch(ways, 16, DEVICE), made, whole)
     for slot, some in ((1, [17]), (0, [16, 2, 3]), (0, [*range(4, 16), 0, 1]), (1, [19])):
-        module._prefill(hidden, slots, make_batch({slot: some}, 16, DEVICE), made, parts)
+        module.prefill_kernels(hidden, slots, make_batch({slot: some}, 16, DEVICE), made, parts)
     assert torch.equal(parts, whole)
     assert bool((whole[18] == KEPT).all())
 
@@ -202,7 +203,7 @@ def test_kernels_that_give_the_reference_are_used_and_others_are_not(
     made = program(Scheme(4, 32))
     assert kernels_work(made, BF16, DEVICE)
     assert not kernels_work(made, torch.float64, DEVICE)
-    right = module._decode
+    right = module.decode_kernels
 
     def wrong(hidden: Tensor, slots: Tensor, where: Tensor, made: Program, cells: Tensor) -> None:
         right(hidden, slots, where, made, cells)
@@ -213,7 +214,7 @@ def test_kernels_that_give_the_reference_are_used_and_others_are_not(
 
     for way, word in ((wrong, "are wrong here"), (broken, "RuntimeError: no such target sm_0")):
         kernels_work.cache_clear()
-        monkeypatch.setattr(module, "_decode", way)
+        monkeypatch.setattr(module, "decode_kernels", way)
         with caplog.at_level(logging.WARNING):
             assert not kernels_work(made, BF16, DEVICE)
         assert word in caplog.messages[-1]

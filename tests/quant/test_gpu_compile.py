@@ -1,4 +1,4 @@
-"""Every GPU kernel compiles for every generation, with no GPU, and spills no registers."""
+"""Every GPU kernel compiles for every generation of GPUs, without one, and spills no registers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What hqq's solver is asked for, and how good its answer is."""
+"""hqq's solver is called as intended, and its results are good."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def restore(solved: Quantized, bits: int) -> Tensor:
-    """The matrix [N, K] that the codes stand for, by the formula `Quantized` documents."""
+    """The matrix [N, K] that the codes stand for, by the formula that `Quantized` documents."""
     group = solved.codes.shape[1] // solved.scale.shape[1]
     scale = solved.scale.repeat_interleave(group, dim=1)  # [N, K]
     offset = solved.offset.repeat_interleave(group, dim=1)  # [N, K]
@@ -19,7 +19,7 @@ def restore(solved: Quantized, bits: int) -> Tensor:
 
 
 def round_to_nearest(weight: Tensor, bits: int, group_size: int) -> Tensor:
-    """Plain min-max rounding of each group."""
+    """Round each group between its smallest and largest weight."""
     groups = weight.view(weight.shape[0], -1, group_size)
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     step = (high - low) / (2**bits - 1)
@@ -137,7 +137,7 @@ def test_group_that_does_not_divide_the_columns_is_refused() -> None:
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("spread", [1e-1, 1e-2, 1e-3, 1e-4, 1e-5])
 def test_small_weights_lose_no_more_than_large_ones(bits: int, spread: float) -> None:
-    """hqq's own smallest step would leave 8 bits no better than 5 for weights of 0.001."""
+    """With hqq's smallest step, 8 bits would be no better than 5 for weights of 0.001."""
     torch.manual_seed(bits)
     weight = torch.randn(32, 256) * spread
     codes, scale, offset = quantize(weight, bits, 64)

@@ -1,4 +1,7 @@
-"""Products from packed bytes: the reference, the fast path, and who is chosen when."""
+"""Products from packed bytes agree with the reference, and the right way is chosen for each.
+
+Letters: M tokens, N outputs, K inputs.
+"""
 
 from __future__ import annotations
 
@@ -40,8 +43,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tests.interpreter import quicken
 from tests.quant.records import encode_record
 
-# M tokens, K inputs, N outputs
-
 WAYS = [matmul_packed, matmul_unpacked]
 QUANTISED = [bits for bits in BITS if bits < 16]
 
@@ -71,7 +72,7 @@ def tokens(count: int, columns: int = 128, dtype: torch.dtype = torch.bfloat16) 
 
 
 def dense(view: MatrixView) -> Tensor:
-    """The matrix [N, K] in float64, one weight at a time from the documented order of bytes."""
+    """The matrix [N, K] in float64, read weight by weight from the documented order of bytes."""
     layout = view.layout
     if view.scales is None:
         return view.weight.double()
@@ -115,7 +116,7 @@ def test_dequantised_matrix_is_exact_in_float32(bits: int) -> None:
 
 
 def close_to_reference(out: Tensor, x: Tensor, view: MatrixView) -> None:
-    """Whether `out` is the product, within the rounding of x's dtype."""
+    """Fail unless `out` is the product within the rounding of x's dtype."""
     exact = matmul_reference(x.double(), view)
     assert out.dtype == x.dtype
     assert out.shape == exact.shape
@@ -159,7 +160,7 @@ def test_kernels_give_the_reference(
 def test_unpacking_gives_the_dequantised_matrix_bit_for_bit(bits: int, scale_bits: int) -> None:
     view = sample_matrix(256, 96, Scheme(bits, 32, scale_bits))
     for dtype in (torch.bfloat16, torch.float32):
-        slab = cpu.unpack(view, dtype, 64, 192)  # [K, rows]
+        slab = cpu.dequantize_rows(view, dtype, 64, 192)  # [K, rows]
         assert torch.equal(slab.t(), dequantize(view, dtype)[64:192])
 
 
@@ -206,14 +207,14 @@ def test_what_kernels_do_not_know_gets_the_reference() -> None:
 
 @pytest.mark.parametrize("name", ["haswell", "x86-64", "skylake-avx512"])
 def test_code_for_other_processors_is_right(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled for each; run where this processor has the instructions."""
+    """Code is compiled for each processor, and run where this one has the instructions."""
     ours = compiler.this_processor().features.split(",")
     needed = {"haswell": "+avx2", "x86-64": "+sse2", "skylake-avx512": "+avx512vl"}[name]
     if needed not in ours:
         pytest.skip(f"this processor has no {needed[1:]}")
     features = "+avx512f" if "512" in name else ""
     monkeypatch.setattr(compiler, "this_processor", lambda: Processor(name, features))
-    monkeypatch.setattr(cpu, "_code", cpu._code.__wrapped__)
+    monkeypatch.setattr(cpu, "code_for", cpu.code_for.__wrapped__)
     for bits in QUANTISED:
         view, x = sample_matrix(64, 96, Scheme(bits, 32)), tokens(4, 96)
         close_to_reference(matmul_packed(x, view), x, view)
@@ -254,7 +255,7 @@ def test_few_tokens_leave_the_matrix_packed(count: int) -> None:
 
 @pytest.fixture
 def _untried() -> None:
-    """Nothing is known about this machine's kernels yet."""
+    """Forget what is known about this machine's kernels."""
     module.cpu_kernel_works.cache_clear()
 
 
@@ -266,7 +267,7 @@ def test_machine_without_kernels_gets_the_reference_and_is_told(
     def fail(*_: object) -> None:
         raise failure
 
-    monkeypatch.setattr(cpu, "_code", fail)
+    monkeypatch.setattr(cpu, "code_for", fail)
     view, x = sample_matrix(70, 64, Scheme(3)), tokens(2, 64)
     with caplog.at_level(logging.WARNING):
         assert torch.equal(matmul(x, view), matmul_reference(x, view))
@@ -328,7 +329,7 @@ def test_reference_takes_a_large_matrix_in_parts(
 
 
 def test_default_dtype_of_torch_changes_nothing() -> None:
-    """It is the user's, and transformers' while another thread loads a model."""
+    """Users set it, and so does transformers while another thread loads a model."""
     view = sample_matrix(128, 256, Scheme(4, 64))
     x = torch.randn(3, 256)
     expected = matmul_packed(x, view)
@@ -377,7 +378,7 @@ def test_gpu_kernels_are_tried_before_they_are_used(
 
 @pytest.mark.parametrize("scale_bits", [8, 16])
 def test_taking_rows_asks_nothing_of_the_host(scale_bits: int) -> None:
-    """Inside a CUDA graph nothing can be read back: fake tensors have nothing to read."""
+    """A CUDA graph cannot be captured if values are read back; fake tensors have none to read."""
     view = sample_matrix(100, 64, Scheme(5, 16, scale_bits))
     with FakeTensorMode() as mode:
         parts = (view.weight, view.scales, view.steps)
@@ -391,12 +392,14 @@ def test_taking_rows_asks_nothing_of_the_host(scale_bits: int) -> None:
 def test_bfloat16_is_multiplied_in_few_shapes(
     tokens: int, bits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """oneDNN compiles a kernel for each: an expert's number of tokens is another one every time."""
+    """oneDNN compiles a kernel for each shape, and an expert's number of tokens keeps changing."""
     view = module.sample_matrix(64, 64, Scheme(bits, 32, 16), bias=True)
     x = torch.randn(tokens, 64).bfloat16()
     shapes = []
-    way = module._matmul
-    monkeypatch.setattr(module, "_matmul", lambda x, view: shapes.append(len(x)) or way(x, view))
+    way = module.matmul_of_shape
+    monkeypatch.setattr(
+        module, "matmul_of_shape", lambda x, view: shapes.append(len(x)) or way(x, view)
+    )
     out = module.matmul(x, view)
     assert shapes == [-(-tokens // 32) * 32]
     assert out.shape == (tokens, 64)

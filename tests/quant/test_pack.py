@@ -1,4 +1,4 @@
-"""Opening packs: whole ones, and every kind of damaged one."""
+"""Packs are opened if they are whole, and refused for every kind of damage."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from safetensors import safe_open
 from tests.quant.packs import CONFIG, DENSE, FORK, make_info, needs_fork, record_of, write_pack
 
 EXPERTS = PackLayer.file_name(1)
-# What a message must offer: something to do.
+# One of these words is in every remedy.
 REMEDY = re.compile(r"delete|remove|load the model|name (another|a)|choose|free some|use ")
 
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole pack. Copy it before changing it."""
+    """A whole pack that all tests share, so none may change it."""
     path = tmp_path_factory.mktemp("packs") / "good"
     write_pack(path, make_info())
     return path
@@ -36,12 +36,12 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def pack(good: Path, tmp_path: Path) -> Path:
-    """A whole pack to be damaged."""
+    """A whole pack that a test may damage."""
     return Path(shutil.copytree(good, tmp_path / "pack"))
 
 
 def assert_refused(path: Path, name: str | None = None) -> str:
-    """Opening fails with our error, which names the file (or the pack) and says what to do."""
+    """Fail unless opening raises our error, which names the file or pack and says what to do."""
     with pytest.raises(PackError) as caught:
         Pack(path)
     message = str(caught.value)
@@ -120,7 +120,7 @@ def read_a_view_after_close(path: Path) -> None:
 
 @needs_fork
 def test_view_that_outlives_its_pack_keeps_its_bytes(good: Path) -> None:
-    """In a process of its own: reading what was unmapped ends it."""
+    """This runs in a process of its own, which reading unmapped memory would kill."""
     process = FORK.Process(target=read_a_view_after_close, args=(good,))
     process.start()
     process.join(30)
@@ -229,7 +229,7 @@ def test_layer_whose_layout_does_not_exist_is_refused(pack: Path) -> None:
 
 
 def lie(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change the manifest and its checksum with it."""
+    """Change the manifest, and its checksum to fit."""
     manifest = json.loads((path / MANIFEST).read_text())
     del manifest["check"]
     change(manifest)
@@ -259,7 +259,7 @@ LIES: dict[str, tuple[Any, ...]] = {
 
 @pytest.mark.parametrize("key", LIES)
 def test_layout_that_lies_is_refused(pack: Path, key: str) -> None:
-    """Its checksum is right, and kernels would believe it: they would read and write elsewhere."""
+    """Its checksum is right, so kernels would trust it and read and write elsewhere."""
     original = (pack / MANIFEST).read_bytes()
     for value in LIES[key]:
         lie(pack, lambda m, v=value: m["layouts"][1]["matrices"][0].update({key: v}))  # type: ignore[misc]
@@ -342,7 +342,7 @@ def test_no_value_in_a_manifest_makes_another_error_than_ours(pack: Path) -> Non
 
 
 def test_flipped_bit_anywhere_in_the_manifest_is_found(pack: Path) -> None:
-    """No other file vouches for the manifest, and its offsets say where scales are."""
+    """Nothing else confirms the manifest, whose offsets say where scales are."""
     file = pack / MANIFEST
     good = file.read_bytes()
     missed = []
@@ -458,7 +458,7 @@ def test_expert_file_whose_header_says_nonsense_is_refused(pack: Path, header: o
 
 
 def test_expert_file_whose_header_has_an_odd_length_is_refused(pack: Path) -> None:
-    """What follows it lies where no whole numbers can."""
+    """Integers behind such a header would not be aligned."""
     file = pack / EXPERTS
     data = file.read_bytes()
     size = int.from_bytes(data[:8], "little")

@@ -1,4 +1,4 @@
-"""Making packs: interrupted, killed, out of disk, two at once. The bytes are always the same."""
+"""Making a pack gives the same bytes after interruptions, kills, full disks and for two at once."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_finished_pack_is_not_made_again(tmp_path: Path) -> None:
 
 
 class Stopped(BaseException):
-    """As Ctrl-C: not an `Exception`."""
+    """Like KeyboardInterrupt, this is no `Exception`."""
 
 
 def stopping_after(records: Iterator[Tensor], count: int) -> Iterator[Tensor]:
@@ -90,7 +90,7 @@ def stopping_after(records: Iterator[Tensor], count: int) -> Iterator[Tensor]:
 
 
 def stop_in_layer(path: Path, info: PackInfo, layer: int, expert: int) -> None:
-    """Write until `expert` of `layer` is asked for, and be stopped there."""
+    """Write until `expert` of `layer` is asked for, and raise there."""
     with contextlib.suppress(Stopped), PackWriter(path, info) as writer:
         for index in range(layer):
             writer.write_layer(index, records(info, index))
@@ -120,7 +120,7 @@ def test_finished_layers_are_kept_and_the_interrupted_one_is_not(
 
 
 def test_layers_of_other_settings_are_not_thrown_away(tmp_path: Path) -> None:
-    """They may be hours of work, and what asks for other settings a slip of the fingers."""
+    """They may be hours of work, and the other settings may be a typing error."""
     path, info, other = tmp_path / "pack", make_info(), make_info(group_size=32)
     stop_in_layer(path, info, layer=2, expert=1)
     partial = tmp_path / "pack.partial"
@@ -143,7 +143,7 @@ def test_other_settings_start_afresh_where_nothing_was_finished(tmp_path: Path) 
 
 
 def test_a_file_of_an_earlier_run_that_this_pack_has_not_is_left_out(tmp_path: Path) -> None:
-    """A template that was taken out of the checkpoint between a kill and the next run."""
+    """A chat template may leave the checkpoint between a kill and the next run."""
     path, info = tmp_path / "pack", make_info()
     with contextlib.suppress(Stopped), PackWriter(path, info) as writer:
         writer.write_file("chat_template.jinja", b"old")
@@ -154,7 +154,7 @@ def test_a_file_of_an_earlier_run_that_this_pack_has_not_is_left_out(tmp_path: P
 
 
 class Fuse:
-    """Stops the program just before or just after its n-th operation on the disk."""
+    """Stops the program just before or just after its n-th disk operation."""
 
     def __init__(self, patch: pytest.MonkeyPatch, at: int, *, after: bool) -> None:
         self.left = at
@@ -300,7 +300,7 @@ def test_full_disk_is_said_and_leaves_no_pack(
     uninterrupted: dict[str, bytes],
     healthy: int,
 ) -> None:
-    """The disk is full after `healthy` files."""
+    """Make the disk full after `healthy` files."""
     path = tmp_path / "pack"
     real, left = os.fsync, healthy
 
@@ -424,7 +424,7 @@ def test_damaged_pack_is_reported_and_not_overwritten(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [1, 100, 9000])
 def test_full_disk_is_told_whatever_is_written(small_disk: Path, size: int) -> None:
-    """Closing a file writes once more what could not be written, and fails once more."""
+    """Closing a file tries to write again what could not be written, and fails again."""
     with PackWriter(small_disk / "pack", make_info()) as writer:
         filler = (small_disk / "filler").open("wb", buffering=0)
         with filler, contextlib.suppress(OSError):
@@ -488,7 +488,7 @@ def test_link_to_an_empty_folder_in_place_of_the_partial_is_told(tmp_path: Path)
 
 @pytest.mark.parametrize("kind", ["proc", "folder", "dangling link", "missing parent"])
 def test_lock_that_cannot_be_made_is_told_at_once(tmp_path: Path, kind: str) -> None:
-    """filelock would take some of these for a lock that another process has."""
+    """filelock would take some of these errors for a lock that another process holds."""
     path = tmp_path / "pack"
     if kind == "proc":
         path = Path("/proc/pack")
@@ -516,7 +516,7 @@ def test_lock_that_cannot_be_made_is_told_at_once(tmp_path: Path, kind: str) -> 
 
 
 def test_folder_of_something_else_is_refused_before_any_work(tmp_path: Path) -> None:
-    """Quantising takes hours: what is known at the start is said at the start."""
+    """Quantising takes hours, so what is wrong at the start is reported then."""
     path = tmp_path / "pack"
     path.mkdir()
     (path / "letter.txt").write_text("precious")
@@ -545,7 +545,7 @@ def test_checkpoints_file_named_like_one_of_ours_does_not_spoil_the_pack(
 
 
 def test_tensors_of_every_kind_and_size_are_opened_by_safetensors(tmp_path: Path) -> None:
-    """An odd number of bytes before a float, a scalar, nothing at all."""
+    """The sizes include an odd number of bytes before a float, a scalar, and an empty tensor."""
     tensors = {
         "flags": torch.tensor([True, False, True]),
         "weight": torch.arange(6, dtype=torch.float32).view(2, 3),

@@ -1,4 +1,4 @@
-"""The expert record: where things lie, and that they come back."""
+"""An expert's matrices lie where the layout says, and come back from the record."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def encode(layout: RecordLayout, matrices: Matrices, fill: int = 0) -> Tensor:
 
 
 def two_matrices(dtype: torch.dtype = torch.bfloat16) -> tuple[MatrixSpec, ...]:
-    """A gated expert with one bias; rows and columns that fill neither tiles nor groups evenly."""
+    """A gated expert with one bias, whose rows and columns fill neither tiles nor groups evenly."""
     return (
         MatrixSpec("gate_up_proj", 80, 96, True, dtype),
         MatrixSpec("down_proj", 96, 48, False, dtype),
@@ -133,7 +133,7 @@ def test_quantised_matrices_and_biases_come_back(bits: int) -> None:
         assert (view.bias is None) == (bias is None)
         if bias is not None and view.bias is not None:
             assert torch.equal(view.bias, bias)
-        # Half a step, and what rounding scale and offset to 8 significant bits adds.
+        # Half a step, plus the error of rounding scale and offset to 8 significant bits.
         step = solved.scale.amax()
         error = (dequantize(view, torch.float32) - weight.float()).abs().amax()
         assert error < step * (0.55 + 2 ** (bits - 1) / 256)
@@ -158,7 +158,7 @@ def test_scales_that_are_quantised_come_back_within_half_a_step() -> None:
 
 
 def test_weights_of_two_bits_with_quantised_scales_take_three_bits_each() -> None:
-    """mixtral-offloading's preset at Mixtral's shape: 2 + (8 + 8) / 16, and the steps."""
+    """It is mixtral-offloading's preset at Mixtral's shape: 2 + (8 + 8) / 16 bits, and steps."""
     specs = (MatrixSpec("m", 4096, 14336, False, torch.bfloat16),)
     size = plan_layout(specs, Scheme(2, 16, 8)).record_bytes
     assert 3.0 < size * 8 / (4096 * 14336) < 3.03
@@ -170,7 +170,7 @@ def test_groups_shrink_to_fit_a_matrix_of_their_own() -> None:
 
 
 def test_a_matrix_that_no_group_divides_is_stored_as_it_is() -> None:
-    """Four columns a group would take more bytes than the weights themselves."""
+    """Scales of groups of four columns would take more bytes than the weights."""
     specs = (MatrixSpec("m", 80, 100, False, torch.bfloat16),)
     (matrix,) = plan_layout(specs, Scheme(4, 64)).matrices
     assert (matrix.bits, matrix.group_size, matrix.scale_offset) == (16, 0, -1)
@@ -255,7 +255,7 @@ def test_record_in_a_larger_slot_is_viewed_alike() -> None:
 @pytest.mark.parametrize("bits", BITS[:-1])
 @pytest.mark.parametrize("value", [0.01, 0.3, -0.7])
 def test_group_of_equal_weights_comes_back(bits: int, value: float) -> None:
-    """Plain rounding has no error at all here."""
+    """Plain rounding makes no error for such groups."""
     specs = (MatrixSpec("m", 2, 64, False, torch.float32),)
     layout = plan_layout(specs, Scheme(bits, 64))
     record = encode(layout, {"m": (torch.full((2, 64), value), None)})

@@ -36,7 +36,7 @@ from offload.errors import CheckpointError, UnsupportedModelError
 from offload.lines import reason
 from offload.model.formats.gguf import GgufFile
 from offload.model.formats.gguf_config import ARCHITECTURES, has_rules
-from offload.model.seam import is_experts_module
+from offload.model.seam import experts_modules
 
 _NAMES = {  # in a layer: llama.cpp's name -> transformers', beyond DENSE_DECODER_RENAMINGS
     "attn_norm.": "input_layernorm.",
@@ -77,7 +77,7 @@ def _transforms(file: GgufFile, model: PreTrainedModel) -> list[WeightTransform]
         theirs: list[WeightTransform] = get_gguf_conversion_mapping(architecture, model.config)
         return theirs
     known = ARCHITECTURES[architecture]
-    experts = next((m for m in model.modules() if is_experts_module(m)), None)
+    experts = next(iter(experts_modules(model)), None)
     names = {**_NAMES, **known.names}
     block = names["ffn_gate_inp."].partition(".")[0]  # the module that has the router and experts
     for projection in ("gate", "up", "gate_up", "down"):

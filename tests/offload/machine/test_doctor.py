@@ -1,10 +1,11 @@
-"""`offload doctor`: every look ends in a verdict, and what is amiss in a remedy."""
+"""`offload doctor` gives every look a verdict, and a remedy for whatever is amiss."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,15 +14,9 @@ import pytest
 import torch
 
 import cli
-from offload.machine import doctor as examination
-from offload.machine import doctor as processor
-from offload.machine import doctor as software
-from offload.machine import doctor as storage
-from offload.machine import graphics
-from offload.machine import measure as about
-from offload.machine import measure as disk
+from offload.machine import doctor, graphics, measure
 from offload.machine.finding import MISSING, OK, SLOW, Finding
-from offload.machine.graphics import Slot, parse_slots, sysfs_slots
+from offload.machine.graphics import PciePort, linux_ports, nvml_ports
 from offload.machine.hardware import Hardware
 from offload.machine.measure import read_rate
 
@@ -34,11 +29,11 @@ def named(findings: Iterator[Finding], name: str) -> Finding:
 
 @pytest.fixture
 def rates(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rates that are not measured: the looks are tested, not this machine."""
+    """Replace measurements by fixed rates, because the looks are tested and not this machine."""
     machine = Hardware("x", memory_gb_per_s=20.0, link_gb_per_s=10.0, ram_gb_per_s=10.0)
-    for module in (storage, graphics):
+    for module in (doctor, graphics):
         monkeypatch.setattr(module, "measure", lambda device: machine)
-    monkeypatch.setattr(storage, "read_rate", lambda place: disk.DiskRate(3.0, "by a test"))
+    monkeypatch.setattr(doctor, "read_rate", lambda place: measure.DiskRate(3.0, "by a test"))
 
 
 def test_this_machine_is_told_line_by_line(rates: None, capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,7 +63,7 @@ def test_a_look_that_fails_does_not_hide_the_others(
         raise RuntimeError("the driver\nis gone")
 
     monkeypatch.setattr(
-        examination, "looks", lambda: {"GPUs": broken, "disk": lambda: iter([Finding("d", "e")])}
+        doctor, "looks", lambda: {"GPUs": broken, "disk": lambda: iter([Finding("d", "e")])}
     )
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
@@ -79,27 +74,27 @@ def test_a_look_that_fails_does_not_hide_the_others(
 
 
 def test_a_missing_library_is_installed_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = software._version
+    known = doctor.installed_version
     monkeypatch.setattr(
-        software, "_version", lambda name: None if name in ("hqq", "gguf") else known(name)
+        doctor, "installed_version", lambda name: None if name in ("hqq", "gguf") else known(name)
     )
-    found = {finding.name: finding for finding in software.software()}
+    found = {finding.name: finding for finding in doctor.software()}
     assert found["libraries"].verdict == MISSING
     assert found["libraries"].remedy == "pip install hqq"
     assert found["gguf"].remedy == "pip install gguf"
 
 
 def test_triton_has_a_verdict_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = software._version
-    monkeypatch.setattr(software.platform, "system", lambda: "Linux")
+    known = doctor.installed_version
+    monkeypatch.setattr(doctor.platform, "system", lambda: "Linux")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert named(software.software(), "Triton").verdict == SLOW
+    assert named(doctor.software(), "Triton").verdict == SLOW
     monkeypatch.delenv("TRITON_INTERPRET")
-    assert named(software.software(), "Triton").verdict == OK
-    monkeypatch.setattr(software, "_version", lambda n: None if n == "triton" else known(n))
-    assert named(software.software(), "Triton").remedy == "pip install triton"
-    monkeypatch.setattr(software.platform, "system", lambda: "Windows")
-    assert not any(finding.name == "Triton" for finding in software.software())
+    assert named(doctor.software(), "Triton").verdict == OK
+    monkeypatch.setattr(doctor, "installed_version", lambda n: None if n == "triton" else known(n))
+    assert named(doctor.software(), "Triton").remedy == "pip install triton"
+    monkeypatch.setattr(doctor.platform, "system", lambda: "Windows")
+    assert not any(finding.name == "Triton" for finding in doctor.software())
 
 
 @pytest.mark.parametrize(
@@ -107,7 +102,7 @@ def test_triton_has_a_verdict_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Non
 )
 def test_a_variable_that_moves_things_is_told(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "/elsewhere")
-    assert f"{name}=/elsewhere" in named(software.software(), "environment").value
+    assert f"{name}=/elsewhere" in named(doctor.software(), "environment").value
 
 
 @pytest.mark.parametrize(("load", "first"), [(3.0, "the machine is busy"), (0.0, "fill both")])
@@ -115,14 +110,14 @@ def test_a_busy_machine_is_named_before_its_memory_is_blamed(
     load: float, first: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow = Hardware("x", memory_gb_per_s=3.0, link_gb_per_s=2.0, ram_gb_per_s=2.0)
-    monkeypatch.setattr(storage, "measure", lambda device: slow)
-    monkeypatch.setattr(storage, "programs_a_core", lambda: load)
-    assert named(storage.memory(), "RAM copies").remedy.startswith(first)
+    monkeypatch.setattr(doctor, "measure", lambda device: slow)
+    monkeypatch.setattr(doctor, "programs_a_core", lambda: load)
+    assert named(doctor.memory(), "RAM copies").remedy.startswith(first)
 
 
 def test_kernels_that_are_wrong_here_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processor, "cpu_kernel_works", lambda way, bits, *_: bits != 3)
-    kernels = named(processor.processor(), "CPU kernels")
+    monkeypatch.setattr(doctor, "cpu_kernel_works", lambda way, bits, *_: bits != 3)
+    kernels = named(doctor.processor(), "CPU kernels")
     assert kernels.verdict == MISSING
     assert kernels.value == "do not work for 3 bits"
 
@@ -133,29 +128,29 @@ def test_a_processor_without_vectors_is_slow(
     (tmp_path / "cpuinfo").write_text(
         "model name\t: Old One\nflags\t\t: fpu sse2\n\nprocessor: 1\n"
     )
-    monkeypatch.setattr(about, "CPUINFO", tmp_path / "cpuinfo")
-    assert named(processor.processor(), "processor").value.startswith("Old One, ")
-    assert named(processor.processor(), "instruction sets").verdict == SLOW
+    monkeypatch.setattr(measure, "CPUINFO", tmp_path / "cpuinfo")
+    assert named(doctor.processor(), "processor").value.startswith("Old One, ")
+    assert named(doctor.processor(), "instruction sets").verdict == SLOW
 
 
 def test_slow_memory_and_a_slow_disk_are_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slow = Hardware("x", memory_gb_per_s=3.0, link_gb_per_s=2.0, ram_gb_per_s=2.0)
-    monkeypatch.setattr(storage, "measure", lambda device: slow)
-    monkeypatch.setattr(storage, "read_rate", lambda place: disk.DiskRate(0.2, "by a test"))
-    assert named(storage.memory(), "RAM copies").verdict == SLOW
-    assert "NVMe" in named(storage.disk(tmp_path / "not yet"), "disk reads").remedy
+    monkeypatch.setattr(doctor, "measure", lambda device: slow)
+    monkeypatch.setattr(doctor, "read_rate", lambda place: measure.DiskRate(0.2, "by a test"))
+    assert named(doctor.memory(), "RAM copies").verdict == SLOW
+    assert "NVMe" in named(doctor.disk(tmp_path / "not yet"), "disk reads").remedy
 
 
 def test_a_place_that_cannot_be_written_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(place: Path) -> disk.DiskRate:
+    def refuse(place: Path) -> measure.DiskRate:
         raise PermissionError(13, "Permission denied", f"{place}/.temporary")
 
-    monkeypatch.setattr(storage, "read_rate", refuse)
-    found = named(storage.disk(tmp_path), "disk reads")
+    monkeypatch.setattr(doctor, "read_rate", refuse)
+    found = named(doctor.disk(tmp_path), "disk reads")
     assert "OFFLOAD_HOME" in found.remedy
     assert found.value == f"not measured: {tmp_path} cannot be written (Permission denied)"
 
@@ -165,7 +160,7 @@ def test_the_pin_limit_matters_with_a_gpu_only(limit: int, monkeypatch: pytest.M
     import resource
 
     monkeypatch.setattr(resource, "getrlimit", lambda what: (limit, limit))
-    with_gpu, without = (next(storage.pin_limit(has_gpu)) for has_gpu in (True, False))
+    with_gpu, without = (next(doctor.pin_limit(has_gpu)) for has_gpu in (True, False))
     assert without.verdict == OK
     assert with_gpu.verdict == (OK if limit == -1 else SLOW)
 
@@ -196,51 +191,139 @@ def test_without_direct_reads_the_page_cache_is_dropped(
 
 # --- GPUs -----------------------------------------------------------------------------------------
 
-SMI = """NVIDIA GeForce RTX 4090, 570.86.15, 1, 4, 16, 16
-NVIDIA GeForce RTX 4090, 570.86.15, 4, 4, 4, 16
-Other, 570.86.15, [N/A], [N/A], [N/A], [N/A]
-nonsense
-"""
+CARD = PciePort("NVIDIA GeForce RTX 4090", 1, 4, 16, 16)
 
 
-def test_nvidia_smi_tells_generation_and_width() -> None:
-    first, second, third = parse_slots(SMI)
-    assert first == Slot("NVIDIA GeForce RTX 4090", "570.86.15", 1, 4, 16, 16)
-    assert first.gb_per_s == pytest.approx(31.5, abs=0.1)
-    assert graphics._pcie(first).verdict == OK
-    assert graphics._pcie(second).verdict == SLOW
-    assert "x4 of x16" in graphics._pcie(second).value
-    assert "not readable" in graphics._pcie(third).value
+class MadeUpNvml:
+    """NVIDIA's management library as far as `doctor` uses it; a card is what it says of itself."""
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, *cards: PciePort, answers: bool = True) -> None:
+        self.cards, self.answers, self.open = cards, answers, False
+
+    def nvmlInit(self) -> None:
+        if not self.answers:
+            raise self.NVMLError("driver not loaded")
+        self.open = True
+
+    def nvmlShutdown(self) -> None:
+        self.open = False
+
+    def nvmlSystemGetDriverVersion(self) -> str:
+        assert self.open
+        return "570.86.15"
+
+    def nvmlDeviceGetCount(self) -> int:
+        return len(self.cards)
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> PciePort:
+        return self.cards[index]
+
+    def nvmlDeviceGetName(self, card: PciePort) -> str:
+        return card.card
+
+    def told(self, number: int) -> int:
+        if not number:
+            raise self.NVMLError("not supported")
+        return number
+
+    def nvmlDeviceGetCurrPcieLinkGeneration(self, card: PciePort) -> int:
+        return self.told(card.generation)
+
+    def nvmlDeviceGetMaxPcieLinkGeneration(self, card: PciePort) -> int:
+        return self.told(card.most_generation)
+
+    def nvmlDeviceGetCurrPcieLinkWidth(self, card: PciePort) -> int:
+        return self.told(card.width)
+
+    def nvmlDeviceGetMaxPcieLinkWidth(self, card: PciePort) -> int:
+        return self.told(card.most_width)
+
+
+def test_a_driver_tells_generation_and_width() -> None:
+    cards = (CARD, replace(CARD, width=4), PciePort("Virtual", 0, 0, 0, 0))
+    nvml = MadeUpNvml(*cards)
+    assert nvml_ports(nvml) == ("570.86.15", list(cards))
+    assert not nvml.open
+    assert CARD.gb_per_s == pytest.approx(31.5, abs=0.1)
+
+
+def test_a_library_that_no_longer_has_what_is_asked_fails_loudly() -> None:
+    nvml = MadeUpNvml(CARD)
+    nvml.nvmlDeviceGetName = None  # type: ignore[method-assign,assignment]
+    with pytest.raises(TypeError):
+        nvml_ports(nvml)
+
+
+def test_every_function_that_is_asked_for_is_in_the_library() -> None:
+    real = pytest.importorskip("pynvml")
+    asked = [name for name in dir(MadeUpNvml) if name.startswith("nvml")]
+    assert len(asked) == 10, asked
+    assert all(hasattr(real, name) for name in asked)
+
+
+def test_few_lanes_are_slow_and_unknown_ones_are_not_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvml = MadeUpNvml(CARD, replace(CARD, width=4), PciePort("Virtual", 0, 0, 0, 0))
+    monkeypatch.setattr(graphics, "installed_nvml", lambda: nvml)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = [f for f in graphics.graphics(tmp_path) if f.name == "PCIe"]
+    assert [finding.verdict for finding in found] == [OK, SLOW, OK]
+    assert "x4 of x16" in found[1].value
+    assert "not readable" in found[2].value
+
+
+def plug_in(devices: Path, name: str, vendor: str) -> None:
+    """List a display card in `devices` as Linux does."""
+    (devices / name).mkdir()
+    for file, text in {
+        "vendor": vendor,
+        "class": "0x030000",
+        "current_link_speed": "8.0 GT/s PCIe",
+        "max_link_speed": "16.0 GT/s PCIe",
+        "current_link_width": "8",
+        "max_link_width": "16",
+    }.items():
+        (devices / name / file).write_text(text + "\n")
 
 
 def test_linux_tells_generation_and_width_without_a_driver(tmp_path: Path) -> None:
-    for name, vendor, kind in (("a", "0x10de", "0x030000"), ("b", "0x8086", "0x030000")):
-        (tmp_path / name).mkdir()
-        for file, text in {
-            "vendor": vendor,
-            "class": kind,
-            "current_link_speed": "8.0 GT/s PCIe",
-            "max_link_speed": "16.0 GT/s PCIe",
-            "current_link_width": "8",
-            "max_link_width": "16",
-        }.items():
-            (tmp_path / name / file).write_text(text + "\n")
-    assert sysfs_slots(tmp_path) == [Slot("NVIDIA card at a", "", 3, 4, 8, 16)]
-    assert sysfs_slots(tmp_path / "none") == []
+    plug_in(tmp_path, "a", "0x10de")
+    plug_in(tmp_path, "b", "0x8086")
+    assert linux_ports(tmp_path) == [PciePort("NVIDIA card at a", 3, 4, 8, 16)]
+    assert linux_ports(tmp_path / "none") == []
 
 
-def test_a_card_without_a_driver_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphics, "nvidia_slots", list)
-    monkeypatch.setattr(graphics, "sysfs_slots", lambda devices: [Slot("card", "", 3, 4, 8, 16)])
+@pytest.mark.parametrize(
+    ("nvml", "remedy"),
+    [(MadeUpNvml(answers=False), "driver"), (None, "pip install nvidia-ml-py")],
+)
+def test_a_card_without_a_driver_is_told(
+    nvml: MadeUpNvml | None, remedy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plug_in(tmp_path, "a", "0x10de")
+    monkeypatch.setattr(graphics, "installed_nvml", lambda: nvml)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    found = {finding.name: finding for finding in graphics.graphics()}
+    found = {finding.name: finding for finding in graphics.graphics(tmp_path)}
     assert found["driver"].verdict == found["CUDA"].verdict == found["GPU"].verdict == MISSING
+    assert remedy in found["driver"].remedy
     assert found["PCIe"].verdict == SLOW
+
+
+def test_nothing_is_said_of_drivers_where_there_is_no_card(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphics, "installed_nvml", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "driver" not in {finding.name for finding in graphics.graphics(tmp_path)}
 
 
 @pytest.mark.parametrize("pins", [True, False])
 def test_a_card_is_measured(pins: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a card that is made up: what is told of it, not what torch does."""
+    """The card is made up: what is told of it is tested, not what torch does."""
 
     def measured(device: torch.device) -> Hardware:
         if not pins:
@@ -252,9 +335,9 @@ def test_a_card_is_measured(pins: bool, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: about)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (10 * GIB, 24 * GIB))
-    monkeypatch.setattr(graphics, "nvidia_slots", lambda: parse_slots(SMI)[:1])
+    monkeypatch.setattr(graphics, "installed_nvml", lambda: MadeUpNvml(CARD))
     monkeypatch.setattr(graphics, "measure", measured)
-    monkeypatch.setattr(graphics, "_pageable_rate", lambda device: 6.5)
+    monkeypatch.setattr(graphics, "pageable_rate", lambda device: 6.5)
     found = {finding.name: finding for finding in graphics.graphics()}
     assert found["driver"].value == "570.86.15"
     assert found["GPU 0"].verdict == SLOW

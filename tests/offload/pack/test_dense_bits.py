@@ -151,7 +151,7 @@ def test_fit_takes_the_most_bits_that_are_all_resident(preset: str, tmp_path: Pa
         + info.dense_bytes(4)
         + workspace_bytes(model.config, info, 64, 64, torch.float32)
     )
-    needed += kv_cache_bytes(model.config, 64, torch.float32)
+    needed += sum(kv_cache_bytes(model.config, 64, torch.float32))
     packs = tmp_path / "fitting"
     ours, _ = offload.load(
         tmp_path / "checkpoint", device="cpu", bits="fit", ram=needed, context=64, pack_dir=packs
@@ -172,7 +172,7 @@ def test_fit_streams_the_fewest_bits_where_none_are_all_resident(
     model = save_tiny("mixtral", tmp_path / "checkpoint", hidden_size=256, intermediate_size=256)
     info = made(tmp_path, "q2")
     needed = info.dense_bytes(4) + workspace_bytes(model.config, info, 64, 64, torch.float32)
-    needed += kv_cache_bytes(model.config, 64, torch.float32) + 3 * info.slot_bytes
+    needed += sum(kv_cache_bytes(model.config, 64, torch.float32)) + 3 * info.slot_bytes
     ours, _ = offload.load(
         tmp_path / "checkpoint", device="cpu", bits="fit", ram=needed, context=64, pack_dir=tmp_path
     )

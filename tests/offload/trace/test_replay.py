@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 import offload
 from offload.engine.handle import offload_of
-from offload.engine.warm import MOST_USES, read_hot
+from offload.engine.history import MOST_USES, read_hot
 from offload.options import POLICIES
 from tests.full_disk import full_beyond
 from tests.tiny import save_tiny
@@ -185,7 +185,7 @@ def test_a_pack_that_cannot_be_written_has_no_warm_start(
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError("read-only")
 
-    monkeypatch.setattr("offload.engine.warm.write_whole", refuse)
+    monkeypatch.setattr("offload.engine.history.write_whole", refuse)
     offload_of(model).close()
     assert not (offload_of(model).pack.path / "hot.json").exists()
 

@@ -49,6 +49,20 @@ def test_slot_holds_the_record_after_wait(pack: Pack, ram: int) -> None:
     transfer.close()
 
 
+def test_kernels_are_told_where_the_records_are_only_if_ram_holds_all(pack: Pack) -> None:
+    whole, few = (transfer_of(pack, 3, ram, FakeLink()) for ram in (EVERYTHING, FEW))
+    addresses = whole.addresses()
+    assert addresses is not None
+    for layer in range(LAYERS):
+        for expert in range(EXPERTS):
+            record = whole.tier.record(layer, expert)
+            assert torch.equal(record, pack.record(layer, expert))
+            assert addresses[layer, expert] == record.data_ptr()
+    assert few.addresses() is None
+    whole.close()
+    few.close()
+
+
 @pytest.mark.parametrize("ram", [EVERYTHING, FEW])
 @pytest.mark.parametrize("seed", range(12))
 def test_compute_sees_the_right_bytes_whatever_the_device_does_first(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +19,6 @@ from torch import Tensor
 from offload.transfer.disk_tier import DiskTier, Read, RecordFiles
 from offload.transfer.host_tier import LEAST_BUFFERS, HostTier
 from offload.transfer.memory import PAGE, own_memory
-from offload.transfer.pinning import LockPinner
 from tests.interrupt import interrupt_before
 from tests.tiny import EXPERTS, LAYERS
 
@@ -50,6 +51,26 @@ class Limited:
         assert self.held.pop(address) == size
 
 
+class LockPinner:
+    """Pins without a GPU: the operating system may not page the memory out."""
+
+    remedy = "raise the limit of locked memory (ulimit -l), or lower --ram"
+
+    def __init__(self) -> None:
+        self._libc = None if os.name == "nt" else ctypes.CDLL(None, use_errno=True)
+
+    def pin(self, address: int, size: int, *, read_only: bool) -> str | None:
+        if self._libc is None:
+            return "this system has no mlock"
+        if self._libc.mlock(ctypes.c_void_p(address), ctypes.c_size_t(size)):
+            return os.strerror(ctypes.get_errno())
+        return None
+
+    def unpin(self, address: int, size: int) -> None:
+        assert self._libc is not None, "nothing was pinned"
+        self._libc.munlock(ctypes.c_void_p(address), ctypes.c_size_t(size))
+
+
 @pytest.fixture
 def pack(mixtral_pack: Path) -> Iterator[Pack]:
     opened = Pack(mixtral_pack)
@@ -62,8 +83,6 @@ def keys(pack: Pack) -> list[tuple[int, int]]:
 
 
 def at_address(address: int, size: int) -> Tensor:
-    import ctypes
-
     return torch.frombuffer(bytearray(ctypes.string_at(address, size)), dtype=torch.uint8)
 
 
@@ -73,11 +92,9 @@ def test_every_record_is_pinned_in_place_or_as_a_copy(pack: Pack, files: bool) -
     tier = HostTier(pack, EVERYTHING, pinner)
     assert tier.pinned
     assert ("own pages" in tier.description) is files
-    addresses = tier.addresses()
     for layer, expert in keys(pack):
         record = tier.record(layer, expert)
         assert torch.equal(record, pack.record(layer, expert))
-        assert addresses[layer, expert] == record.data_ptr()
         assert torch.equal(at_address(record.data_ptr(), record.numel()), record)
         assert any(a <= record.data_ptr() < a + size for a, size in pinner.held.items())
     tier.close()
@@ -113,7 +130,6 @@ def test_without_any_pinning_a_warning_comes_and_records_come_from_the_files(
 ) -> None:
     tier = HostTier(pack, EVERYTHING, Limited(0))
     assert not tier.pinned
-    assert not tier.addresses().any()
     (line,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert "CUDA error 2, out of memory" in line
     assert "give it more" in line
@@ -130,7 +146,11 @@ def test_a_limit_reached_half_way_keeps_what_was_pinned(
     pinner = Limited(2 * layer_bytes + PAGE, files=files)
     tier = HostTier(pack, EVERYTHING, pinner)
     assert not tier.pinned
-    pinned = tier.addresses().ne(0).all(dim=1).tolist()
+    pinned = [
+        any(begin <= tier.record(layer, 0).data_ptr() < begin + size for begin, size in ranges)
+        for ranges in [pinner.held.items()]
+        for layer in range(LAYERS)
+    ]
     assert pinned == [True, True, False]
     (line,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert "up to" in line
@@ -248,7 +268,6 @@ def test_with_little_ram_every_record_comes_from_the_disk(
     buffers = max(ram, LEAST_BUFFERS)
     assert tier.disk.pool.table.slots == buffers
     assert tier.pinned
-    assert not tier.addresses().any()
     assert f"RAM holds {buffers} of {EXPERTS * LAYERS} experts" in caplog.text
     assert "--ram" in caplog.text
     for _ in range(2):

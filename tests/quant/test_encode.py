@@ -1,4 +1,4 @@
-"""Enscheme in processes: the same bytes, no process left over, errors that are told."""
+"""Encoding in processes gives the same bytes, leaves no process behind and reports what fails."""
 
 from __future__ import annotations
 
@@ -10,13 +10,19 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
-from offload.quant.encode import DeviceEncoder, PendingRecord, chunk_rows, encode_rows
+from offload.quant.encode import (
+    DeviceEncoder,
+    PendingRecord,
+    WorkerEncoder,
+    chunk_rows,
+    encode_rows,
+)
 from offload.quant.errors import PackError
 from offload.quant.record import MatrixSpec, plan_layout
 from offload.quant.scheme import Scheme
-from offload.quant.workers import WorkerEncoder
 
 from tests.children import children
 from tests.quant.records import encode_record
@@ -26,7 +32,7 @@ def test_processes_give_the_bytes_that_one_thread_gives() -> None:
     spec = MatrixSpec("m", 2200, 1024, True, torch.bfloat16)
     torch.manual_seed(0)
     matrices = {"m": (torch.randn(2200, 1024).bfloat16(), torch.randn(2200).bfloat16())}
-    assert spec.rows > 2 * chunk_rows(spec.columns)  # or there is nothing to put together
+    assert spec.rows > 2 * chunk_rows(spec.columns)  # otherwise there is only one chunk
     with WorkerEncoder(2) as encoder:
         for scheme in (Scheme(3, 64), Scheme(2, 16, 8)):
             layout = plan_layout((spec,), scheme)
@@ -67,44 +73,50 @@ def test_no_process_is_left_when_an_error_ends_the_work() -> None:
     assert not children()
 
 
-def test_a_process_that_is_killed_is_told_of() -> None:
-    with WorkerEncoder(1) as encoder:
-        os.kill(children()[0].pid, signal.SIGKILL)
-        future = encoder.submit(torch.randn(1024, 1024), Scheme(4, 64, 16))
-        with pytest.raises(
-            PackError, match=r"quantising process ended .* goes on where it stopped"
-        ):
-            future.result(60)
+def test_a_process_that_is_killed_ends_the_work_with_a_remedy() -> None:
+    def encode_with_a_killed_process() -> None:
+        with WorkerEncoder(1) as encoder:
+            os.kill(children()[0].pid, signal.SIGKILL)
+            encoder.submit(torch.randn(1024, 1024), Scheme(4, 64, 16)).result(60)
+
+    with pytest.raises(PackError, match=r"quantising process ended.* goes on where it stopped"):
+        encode_with_a_killed_process()
+    assert not children()
 
 
-def test_a_folder_called_quant_where_the_user_works_is_not_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["quant.py", "torch.py", "argparse.py", "loky.py"])
+def test_a_file_that_is_called_as_a_module_where_the_user_works_is_not_run(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "quant.py").write_text("raise SystemExit('the wrong one')")
+    (tmp_path / name).write_text("raise SystemExit('the wrong one')")
     monkeypatch.chdir(tmp_path)
     with WorkerEncoder(1) as encoder:
         assert encoder.submit(torch.randn(64, 64), Scheme(8, 64, 16)).result(60).steps is None
 
 
+# Has no `if __name__ == "__main__"`: a quantising process must not run the user's script again.
 INTERRUPTED = """
 import sys, time
-from offload.quant.workers import WorkerEncoder
+from offload.quant.encode import WorkerEncoder
 with WorkerEncoder(2):
     print("started", flush=True)
     try:
         time.sleep(60)
     except KeyboardInterrupt:
-        time.sleep(0.5)  # what the processes have to say arrives
+        time.sleep(0.5)  # gives the processes time to print something
 sys.exit(130)
 """
 
 
 @pytest.mark.skipif(os.name == "nt", reason="has no groups of processes")
 @pytest.mark.parametrize("after_seconds", [0.05, 0.5])
-def test_ctrl_c_while_processes_start_is_not_heard_by_them(after_seconds: float) -> None:
-    """Importing torch takes them a second, in which they had no handler yet."""
+def test_ctrl_c_while_processes_start_is_not_heard_by_them(
+    after_seconds: float, tmp_path: Path
+) -> None:
+    """They import torch for a second, during which no handler of ours could be installed."""
+    (tmp_path / "script.py").write_text(INTERRUPTED)
     terminal = subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTED],
+        [sys.executable, tmp_path / "script.py"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
@@ -116,3 +128,32 @@ def test_ctrl_c_while_processes_start_is_not_heard_by_them(after_seconds: float)
     os.killpg(terminal.pid, signal.SIGINT)
     _, said = terminal.communicate(timeout=60)
     assert (terminal.returncode, said) == (130, "")
+
+
+KILLED = """
+import os, signal, psutil, torch
+from offload.quant.encode import WorkerEncoder
+from offload.quant.scheme import Scheme
+with WorkerEncoder(2) as encoder:
+    if WAITS:
+        encoder.submit(torch.randn(64, 64), Scheme(4)).result(60)
+    print(*(child.pid for child in psutil.Process().children()), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="has no SIGKILL")
+@pytest.mark.parametrize("waits", [True, False])
+def test_quantising_processes_end_when_their_parent_is_killed(waits: bool) -> None:
+    """This holds whether they wait for work or have not finished starting."""
+    script = KILLED.replace("WAITS", str(waits))
+    started = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert started.stdout is not None
+    pids = [int(pid) for pid in started.stdout.readline().split()]
+    assert started.wait(60) == -signal.SIGKILL
+    assert len(pids) >= 2
+    left = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+    _, alive = psutil.wait_procs(left, timeout=60)
+    for process in alive:
+        process.kill()
+    assert not alive

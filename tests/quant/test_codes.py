@@ -1,4 +1,4 @@
-"""Codes to bytes and back, and the documented order of the bytes."""
+"""Codes survive packing into bytes, in the documented order."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_codes_survive_packing_and_nothing_is_rounded_up(
 
 @pytest.mark.parametrize("bits", PLANES)
 def test_order_is_the_documented_one(bits: int) -> None:
-    """Every bit of every code is where the module's docstring says."""
+    """Every bit of every code is where the docstring of `quant.codes` says."""
     tiles, columns = 2, 3
     codes = random_codes(tiles * 64, columns, bits, seed=bits)
     packed = pack(codes, bits).tolist()
@@ -67,7 +67,7 @@ def test_4_bit_tile_holds_rows_0_to_31_in_low_halves_and_32_to_63_in_high_ones()
 
 
 def test_each_code_has_a_half_byte_of_its_own() -> None:
-    """One code set at a time sets one half of one byte, another one each time."""
+    """Setting one code at a time sets one half of one byte, a different one each time."""
     rows, columns = 64, 2
     seen = set()
     for row in range(rows):
