@@ -248,7 +248,7 @@ def _connect(model: PreTrainedModel, pack: Pack, fit: Fit, transfer: Transfer) -
     engine = make_engine(info, fit, transfer, k)
     decoding = None
     if engine.device is not None:
-        from offload.generation.tokens import Loops  # loads Triton
+        from offload.generation.decode import Loops  # loads Triton
 
         decoding = Loops(engine, engine.device)
     for module in experts_modules(model):

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import offload
 from offload.budget.budget import hold_vram
 from offload.engine.handle import offload_of
-from offload.generation.tokens import Loops
+from offload.generation.decode import Loops
 from offload.pack.find import find_or_make_pack
 from offload.pack.recipe import Recipe
 from offload.transfer.cuda import CudaLink, CudaTicket, CudaTransfer

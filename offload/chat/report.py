@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.text import Text
 
-from offload.cache.interface import Cache
+from offload.cache.sharded import Cache
 from offload.cache.trace.heatmap import draw_for, of_cache, resident_in, squeezed
 from offload.engine.handle import Offload
 from offload.engine.stats import Stats

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from offload.cache.cache import ExpertCache
 from offload.cache.guesses import LookaheadBalance
-from offload.cache.interface import Cache
+from offload.cache.sharded import Cache
 from offload.engine.compute import cache_of, compute_of
 from offload.engine.history import RoutingTrace
 from offload.engine.host import HostPlanned

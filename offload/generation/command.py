@@ -245,7 +245,7 @@ class _Job:
                         {
                             "answer": answer.text,
                             "finish_reason": answer.finish_reason,
-                            "prompt_tokens": answer.prompt_tokens,
+                            "prompt_tokens": len(answer.request.ids),
                             "generated_tokens": len(answer.tokens),
                         },
                     )

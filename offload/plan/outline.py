@@ -67,7 +67,7 @@ def outline(name: str, options: LoadOptions) -> Outline:
     Of a hub model only config.json and the weights' index are fetched. Raises `OffloadError`.
     """
     trusts, folder, made = options.trust_remote_code, None, None
-    if name == sources.DEMO and not demo.demo_folder().is_dir():
+    if name == sources.DEMO and not (demo.demo_folder() / "config.json").is_file():
         config = demo.planned_config()
     else:
         found = sources.find(

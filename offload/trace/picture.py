@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from offload.cache.errors import CacheError
 from offload.cache.trace.heatmap import HeatMap, collect, draw_for
 from offload.cache.trace.replay import Setup
+from offload.cache.trace.trace import CacheError
 from offload.quant.errors import OffloadError
 from offload.trace.show import open_trace
 

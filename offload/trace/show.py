@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from offload.cache.errors import CacheError
 from offload.cache.statistics import LayerCounts
-from offload.cache.trace.analysis import LayerShape, shapes, total
 from offload.cache.trace.file import read
 from offload.cache.trace.replay import BELADY, NONE, Outcome, Setup, recorded_setup, replay
 from offload.cache.trace.synthetic import SHAPES, Routing, synthesize
-from offload.cache.trace.trace import Trace
+from offload.cache.trace.trace import CacheError, LayerShape, Trace, shapes
 from offload.errors import SourceError
 from offload.files import user_path
 
@@ -51,7 +49,7 @@ def show(name: str) -> Iterator[str]:
     yield _row(["---:"] * len(names))
     for index, shape in enumerate(found):
         yield _row([str(index), *_shape(shape, header.experts[index], header.top_k, aheads)])
-    whole = total(found)
+    whole = sum(found, LayerShape())
     mean = [whole.locality, *(whole.hits_within(header.top_k * n) for n in (1, 2, 4))]
     yield _row(["all", "", "", *map(_percent, mean), *(_recall(whole, a) for a in aheads)])
 
@@ -133,7 +131,7 @@ def _line(trace: Trace, outcome: Outcome, ceiling: Outcome) -> str:
     setup, counts = outcome.setup, outcome.counts
     looked = setup.lookahead != NONE
     share = setup.slots / trace.header.total_experts
-    best = ceiling.counts.hit_rate
+    best, tokens = ceiling.counts.hit_rate, max(1, trace.tokens)
     return _row(
         [
             str(setup.slots),
@@ -142,8 +140,8 @@ def _line(trace: Trace, outcome: Outcome, ceiling: Outcome) -> str:
             f"{setup.lookahead}" if looked else "",
             _percent(counts.hit_rate),
             _percent(counts.hit_rate / best) if best else "",
-            f"{outcome.loads_per_token:.2f}",
-            f"{outcome.bytes_per_token / 2**20:.2f}",
+            f"{counts.loads / tokens:.2f}",
+            f"{outcome.bytes_loaded / tokens / 2**20:.2f}",
             _percent(counts.lookahead_precision) if looked else "",
             _percent(counts.lookahead_recall) if looked else "",
         ]

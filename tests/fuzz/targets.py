@@ -15,9 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from offload.cache.errors import CacheError
 from offload.cache.trace.file import TraceWriter, read
 from offload.cache.trace.synthetic import SHAPES, Routing, synthesize
+from offload.cache.trace.trace import CacheError
 from offload.quant.errors import OffloadError
 from offload.quant.pack import MANIFEST, Pack, manifest_check
 from offload.quant.scheme import Scheme

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offload.cache.decision import CacheState
+from offload.cache.cache import CacheState
 from offload.cache.statistics import LayerCounts
 from offload.engine.device.gather import gather
 from offload.engine.device.table import Places, Table, add_counters
 from offload.engine.layer import Call, Layer
 from offload.quant.experts import decode, kernels_work
-from offload.quant.gpu import launching_on
+from offload.quant.matmul import launching_on
 from offload.transfer.base import Transfer
 
 logger = logging.getLogger("offload")

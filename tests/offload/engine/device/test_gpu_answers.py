@@ -9,8 +9,8 @@ import torch
 
 import offload
 from offload.engine.handle import offload_of
+from offload.generation.decode import Loops
 from offload.generation.graph import Replay
-from offload.generation.tokens import Loops
 from tests.tiny import EXPERTS, LAYERS, save_tiny
 
 PROMPT = list(range(5, 17))
