@@ -112,7 +112,7 @@ def load_with(
         check_recipe(pack, asked)
         config = sources.read_config(str(source), path, trust_remote_code=trusts)
         cls = model_class(config, str(path), trusts)
-        whole = build_on_meta(own_config(config, cls), cls) if place.cards else None
+        whole = build_on_meta(config, cls) if place.cards else None
         fit = resolver.fit(pack.info, config, whole)
         _tell_shorter_chunks(fit)
         devices = {"": fit.device}  # the name of each part of the model -> its device
