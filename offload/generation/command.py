@@ -115,8 +115,7 @@ class _Job:
                 "--vote needs answers that differ: give a --temp above 0, or leave --temp out"
             )
         with self.loaded() as (model, tokenizer, load_seconds):
-            from offload.chat.report import timings, verbose_rows
-            from offload.generation.stream import stream_generate
+            from offload.generation.stream import stream_generate, timings, verbose_rows
 
             full = self.full_prompt(tokenizer, {"prompt": prompt})
             if self.own.vote is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -73,7 +73,10 @@ class Replay:
         except BaseException as error:  # whatever a model, a library or the driver raises
             self.broke_off()
             torch.cuda.synchronize(stream.device)
-            self._refuse([*_with_causes(error, around)])
+            causes: list[BaseException] = [error]  # the latest first
+            while (cause := causes[-1].__context__) is not None and cause is not around:
+                causes.append(cause)
+            self._refuse(causes)
             return
         self.graph = graph
 
@@ -94,11 +97,3 @@ class Replay:
             "launched by Python, slower (%s)",
             self.refused,
         )
-
-
-def _with_causes(
-    error: BaseException | None, around: BaseException | None
-) -> Iterator[BaseException]:
-    while error is not None and error is not around:
-        yield error
-        error = error.__context__

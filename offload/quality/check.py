@@ -28,6 +28,7 @@ from offload.errors import QualityError, SourceError
 from offload.files import read_text
 from offload.lines import reason
 from offload.model import sources
+from offload.options import LoadOptions
 from offload.progress import without_bars
 from offload.quality.comparison import Comparison, Positions, kl_divergence
 from offload.quality.scoring import Report, Scores, Sliding, Text, encode_text, finite, score_all
@@ -88,11 +89,6 @@ class MeasuredModel:
     vocabulary: int
     settings: dict[str, Any]  # bits, dtype, device, and which library ran it
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What must be equal for the figures of two checks to be comparable: all but settings."""
-        return {name: value for name, value in asdict(self).items() if name != "settings"}
-
 
 def measured_model(model: PreTrainedModel, source: str) -> MeasuredModel:
     """Describe `model`, which was loaded from `source`.
@@ -131,12 +127,9 @@ class ModelLoader:
 def opened(loader: ModelLoader) -> Iterator[Loaded]:
     """Load a model and its tokenizer, and close the model afterwards."""
     model, tokenizer = loader.load()
-    try:
+    handle = getattr(model, "offload", None)
+    with contextlib.closing(handle) if isinstance(handle, Offload) else contextlib.nullcontext():
         yield model, tokenizer
-    finally:
-        handle = getattr(model, "offload", None)
-        if isinstance(handle, Offload):
-            handle.close()
 
 
 def reference_bits(name: str) -> str | None:
@@ -145,36 +138,28 @@ def reference_bits(name: str) -> str | None:
     return None if is_pack(Path(name).expanduser()) else UNQUANTISED
 
 
-def load_plain(
-    source: str,
-    *,
-    device: str | torch.device | None = None,
-    revision: str | None = None,
-    local_files_only: bool = False,
-    trust_remote_code: bool = False,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_plain(source: str, options: LoadOptions) -> Loaded:
     """Load the checkpoint `source` (folder, hub id or "demo") with transformers alone.
 
     Nothing is quantised or offloaded, so the whole model must fit into memory. Raises
     `SourceError`, also for a pack.
     """
+    local = options.local_files_only
+    trust = options.trust_remote_code
     found = sources.find(
-        source,
-        revision=revision,
-        local_files_only=local_files_only,
-        trust_remote_code=trust_remote_code,
+        source, revision=options.revision, local_files_only=local, trust_remote_code=trust
     )
     if found.is_pack:
         raise SourceError(f"{source} is a pack, which transformers cannot run: omit --plain")
-    sources.fetch_weights(found, local_files_only=local_files_only)
-    folder = found.folder
-    options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    sources.fetch_weights(found, local_files_only=local)
+    own: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust}
+    where = {"": find_device(options.device)}
     try:
         with without_bars():
             model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype="auto", device_map={"": find_device(device)}, **options
+                found.folder, dtype="auto", device_map=where, **own
             )
-        return model, AutoTokenizer.from_pretrained(folder, **options)
+        return model, AutoTokenizer.from_pretrained(found.folder, **own)
     except (OSError, ValueError, KeyError) as error:  # of a config class or a tokenizer class
         raise SourceError(f"transformers cannot run {source} alone ({reason(error)})") from None
 

@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -229,10 +230,7 @@ def tokens_at_once(model: PreTrainedModel, piece: int = PIECE) -> int:
 def pieces(count: int, at_once: int) -> Iterator[tuple[int, int]]:
     """Begin and end of each call of the model: a prefill in pieces, then the last tokens singly."""
     bulk = max(0, count - DECODED)
-    for begin in range(0, bulk, at_once):
-        yield begin, min(begin + at_once, bulk)
-    for begin in range(bulk, count):
-        yield begin, begin + 1
+    return pairwise([*range(0, bulk, at_once), *range(bulk, count + 1)])
 
 
 @dataclass(frozen=True)

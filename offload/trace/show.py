@@ -56,22 +56,15 @@ def show(name: str) -> Iterator[str]:
     yield _row(names)
     yield _row(["---:"] * len(names))
     for index, shape in enumerate(found):
-        yield _row([str(index), *_shape(shape, header.experts[index], header.top_k, aheads)])
-    whole = sum(found, LayerShape())
-    mean = [whole.locality, *(whole.hits_within(header.top_k * n) for n in (1, 2, 4))]
-    yield _row(["all", "", "", *map(_percent, mean), *(_recall(whole, a) for a in aheads)])
+        used = _percent(len(shape.chosen) / header.experts[index])
+        effective = f"{shape.effective_experts:.1f}"
+        yield _row([str(index), used, effective, *_shares(shape, header.top_k, aheads)])
+    yield _row(["all", "", "", *_shares(sum(found, LayerShape()), header.top_k, aheads)])
 
 
-def _shape(shape: LayerShape, experts: int, k: int, aheads: Sequence[int]) -> list[str]:
-    used = len(shape.chosen) / experts
-    hits = [_percent(shape.hits_within(k * n)) for n in (1, 2, 4)]
-    return [
-        _percent(used),
-        f"{shape.effective_experts:.1f}",
-        _percent(shape.locality),
-        *hits,
-        *(_recall(shape, ahead) for ahead in aheads),
-    ]
+def _shares(shape: LayerShape, k: int, aheads: Sequence[int]) -> list[str]:
+    shares = [shape.locality, *(shape.hits_within(k * n) for n in (1, 2, 4))]
+    return [*map(_percent, shares), *(_recall(shape, ahead) for ahead in aheads)]
 
 
 def _recall(shape: LayerShape, ahead: int) -> str:
