@@ -24,6 +24,7 @@ from offload.engine.handle import Offload
 from offload.errors import QualityError, SourceError
 from offload.lines import reason
 from offload.model import sources
+from offload.options import LoadOptions
 from offload.progress import without_bars
 from offload.quality.comparison import Comparison, Positions, kl_divergence
 from offload.quality.prompts import Prompts
@@ -106,35 +107,25 @@ def reference_bits(name: str) -> str | None:
 
 
 def load_plain(
-    source: str,
-    *,
-    device: str | torch.device | None = None,
-    revision: str | None = None,
-    local_files_only: bool = False,
-    trust_remote_code: bool = False,
+    source: str, options: LoadOptions
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the checkpoint `source` (folder, hub id or "demo") with transformers alone.
 
     Nothing is quantised or offloaded, so the whole model must fit into memory. Raises
     `SourceError`, also for a pack.
     """
-    found = sources.find(
-        source,
-        revision=revision,
-        local_files_only=local_files_only,
-        trust_remote_code=trust_remote_code,
-    )
+    found = sources.find(source, options)
     if found.is_pack:
         raise SourceError(f"{source} is a pack, which transformers cannot run: omit --plain")
-    sources.fetch_weights(found, local_files_only=local_files_only)
+    sources.fetch_weights(found, local_files_only=options.local_files_only)
     folder = found.folder
-    options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    local = {"local_files_only": True, "trust_remote_code": options.trust_remote_code}
     try:
         with without_bars():
             model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype="auto", device_map={"": find_device(device)}, **options
+                folder, dtype="auto", device_map={"": find_device(options.device)}, **local
             )
-        return model, AutoTokenizer.from_pretrained(folder, **options)
+        return model, AutoTokenizer.from_pretrained(folder, **local)
     except (OSError, ValueError, KeyError) as error:  # of a config class or a tokenizer class
         raise SourceError(f"transformers cannot run {source} alone ({reason(error)})") from None
 

@@ -176,13 +176,7 @@ class CheckCommand:
         def load_reference() -> Loaded:
             if not asked.plain:
                 return load_and_tell(asked.against, reference, shared.threads)[:2]
-            return load_plain(
-                asked.against,
-                device=reference.device,
-                revision=reference.revision,
-                local_files_only=reference.local_files_only,
-                trust_remote_code=reference.trust_remote_code,
-            )
+            return load_plain(asked.against, reference)
 
         with Ticker("check") as ticker:
             result = compare_models(

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from offload import PackError, QualityError, SourceError, load
+from offload.options import LoadOptions
 from offload.quality.check import (
     CheckResult,
     ModelLoader,
@@ -74,7 +75,7 @@ def test_a_model_does_not_differ_from_itself(bits: int, mixtral: Path, tmp_path:
 def test_unquantised_experts_agree_with_transformers(mixtral: Path, tmp_path: Path) -> None:
     result = run(
         source(mixtral, expert_bits=16, pack_dir=tmp_path),
-        ModelLoader("plain", lambda: load_plain(str(mixtral), device="cpu")),
+        ModelLoader("plain", lambda: load_plain(str(mixtral), LoadOptions(device="cpu"))),
     )
     assert result.overall.kl_max < 1e-9
     assert result.overall.top1_agreement.value == 1
@@ -85,7 +86,7 @@ def test_figures_agree_with_whole_logits_of_both_models(mixtral: Path, mixtral_p
     """The figures are computed again from whole logits, without windows and slices."""
     result = compare_models(
         source(mixtral_pack),
-        ModelLoader("plain", lambda: load_plain(str(mixtral), device="cpu")),
+        ModelLoader("plain", lambda: load_plain(str(mixtral), LoadOptions(device="cpu"))),
         PROMPTS,
         Sliding.asked(),
     )
@@ -237,7 +238,7 @@ def test_nan_in_the_model_or_the_reference_is_an_error(mixtral: Path, tmp_path: 
         save_file(tensors, file, {"format": "pt"})
 
     def plain(path: Path) -> ModelLoader:
-        return ModelLoader(path.name, lambda: load_plain(str(path), device="cpu"))
+        return ModelLoader(path.name, lambda: load_plain(str(path), LoadOptions(device="cpu")))
 
     with pytest.raises(QualityError, match=r"the model's .* is nan"):
         run(plain(broken), plain(mixtral))
@@ -247,7 +248,7 @@ def test_nan_in_the_model_or_the_reference_is_an_error(mixtral: Path, tmp_path: 
 
 def test_a_pack_cannot_be_run_by_transformers_alone(mixtral_pack: Path) -> None:
     with pytest.raises(SourceError, match="--plain"):
-        load_plain(str(mixtral_pack))
+        load_plain(str(mixtral_pack), LoadOptions())
 
 
 def test_a_damaged_expert_is_an_error_and_gives_no_figures(
