@@ -49,18 +49,8 @@ def find_or_make_pack(
             raise SourceError(f"{source} is a pack already: name the checkpoint it was made from")
         return found.folder
     check_generation_config(found.folder)
-<<<<<<< HEAD
-    config = sources.read_config(found.name, found.folder, trust_remote_code=trust_remote_code)
-    model = build_on_meta(config, model_class(config, str(found.folder), trust_remote_code))
-||||||| 0ec82a6
-    config = sources.read_config(found.name, found.folder, trust_remote_code=trust_remote_code)
-    cls = model_class(config, str(found.folder), trust_remote_code)
-    model = build_on_meta(config, cls)
-=======
     config = sources.read_config(found.name, found.folder, trust_remote_code=trusts)
-    cls = model_class(config, str(found.folder), trusts)
-    model = build_on_meta(config, cls)
->>>>>>> s4
+    model = build_on_meta(config, model_class(config, str(found.folder), trusts))
     experts = find_experts(model)
     mark = found.commit or fingerprint(found.folder)
 

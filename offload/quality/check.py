@@ -138,76 +138,28 @@ def reference_bits(name: str) -> str | None:
     return None if is_pack(Path(name).expanduser()) else UNQUANTISED
 
 
-<<<<<<< HEAD
 def load_plain(source: str, options: LoadOptions) -> Loaded:
-||||||| 0ec82a6
-def load_plain(
-    source: str,
-    *,
-    device: str | torch.device | None = None,
-    revision: str | None = None,
-    local_files_only: bool = False,
-    trust_remote_code: bool = False,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-=======
-def load_plain(
-    source: str, options: LoadOptions
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
->>>>>>> s4
     """Load the checkpoint `source` (folder, hub id or "demo") with transformers alone.
 
     Nothing is quantised or offloaded, so the whole model must fit into memory. Raises
     `SourceError`, also for a pack.
     """
-<<<<<<< HEAD
     local = options.local_files_only
     trust = options.trust_remote_code
     found = sources.find(
         source, revision=options.revision, local_files_only=local, trust_remote_code=trust
     )
-||||||| 0ec82a6
-    found = sources.find(
-        source,
-        revision=revision,
-        local_files_only=local_files_only,
-        trust_remote_code=trust_remote_code,
-    )
-=======
-    found = sources.find(source, options)
->>>>>>> s4
     if found.is_pack:
         raise SourceError(f"{source} is a pack, which transformers cannot run: omit --plain")
-<<<<<<< HEAD
     sources.fetch_weights(found, local_files_only=local)
     own: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust}
     where = {"": find_device(options.device)}
-||||||| 0ec82a6
-    sources.fetch_weights(found, local_files_only=local_files_only)
-    folder = found.folder
-    options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-=======
-    sources.fetch_weights(found, local_files_only=options.local_files_only)
-    folder = found.folder
-    local = {"local_files_only": True, "trust_remote_code": options.trust_remote_code}
->>>>>>> s4
     try:
         with without_bars():
             model = AutoModelForCausalLM.from_pretrained(
-<<<<<<< HEAD
                 found.folder, dtype="auto", device_map=where, **own
-||||||| 0ec82a6
-                folder, dtype="auto", device_map={"": find_device(device)}, **options
-=======
-                folder, dtype="auto", device_map={"": find_device(options.device)}, **local
->>>>>>> s4
             )
-<<<<<<< HEAD
         return model, AutoTokenizer.from_pretrained(found.folder, **own)
-||||||| 0ec82a6
-        return model, AutoTokenizer.from_pretrained(folder, **options)
-=======
-        return model, AutoTokenizer.from_pretrained(folder, **local)
->>>>>>> s4
     except (OSError, ValueError, KeyError) as error:  # of a config class or a tokenizer class
         raise SourceError(f"transformers cannot run {source} alone ({reason(error)})") from None
 

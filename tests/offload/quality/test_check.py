@@ -79,13 +79,7 @@ def test_a_model_does_not_differ_from_itself(bits: int, mixtral: Path, tmp_path:
 def test_unquantised_experts_agree_with_transformers(mixtral: Path, tmp_path: Path) -> None:
     result = run(
         source(mixtral, expert_bits=16, pack_dir=tmp_path),
-<<<<<<< HEAD
         ModelLoader("plain", lambda: load_plain(str(mixtral), CPU)),
-||||||| 0ec82a6
-        ModelLoader("plain", lambda: load_plain(str(mixtral), device="cpu")),
-=======
-        ModelLoader("plain", lambda: load_plain(str(mixtral), LoadOptions(device="cpu"))),
->>>>>>> s4
     )
     assert result.overall.kl_max < 1e-9
     assert result.overall.top1_agreement.value == 1
@@ -97,13 +91,7 @@ def test_figures_agree_with_whole_logits_of_both_models(mixtral: Path, mixtral_p
     """The figures are computed again from whole logits, without windows and slices."""
     result = compare_models(
         source(mixtral_pack),
-<<<<<<< HEAD
         ModelLoader("plain", lambda: load_plain(str(mixtral), CPU)),
-||||||| 0ec82a6
-        ModelLoader("plain", lambda: load_plain(str(mixtral), device="cpu")),
-=======
-        ModelLoader("plain", lambda: load_plain(str(mixtral), LoadOptions(device="cpu"))),
->>>>>>> s4
         PROMPTS,
         Sliding.asked(),
     )
@@ -255,13 +243,7 @@ def test_nan_in_the_model_or_the_reference_is_an_error(mixtral: Path, tmp_path: 
         save_file(tensors, file, {"format": "pt"})
 
     def plain(path: Path) -> ModelLoader:
-<<<<<<< HEAD
         return ModelLoader(path.name, lambda: load_plain(str(path), CPU))
-||||||| 0ec82a6
-        return ModelLoader(path.name, lambda: load_plain(str(path), device="cpu"))
-=======
-        return ModelLoader(path.name, lambda: load_plain(str(path), LoadOptions(device="cpu")))
->>>>>>> s4
 
     with pytest.raises(QualityError, match=r"the model's .* is nan"):
         run(plain(broken), plain(mixtral))
@@ -271,13 +253,7 @@ def test_nan_in_the_model_or_the_reference_is_an_error(mixtral: Path, tmp_path: 
 
 def test_a_pack_cannot_be_run_by_transformers_alone(mixtral_pack: Path) -> None:
     with pytest.raises(SourceError, match="--plain"):
-<<<<<<< HEAD
         load_plain(str(mixtral_pack), CPU)
-||||||| 0ec82a6
-        load_plain(str(mixtral_pack))
-=======
-        load_plain(str(mixtral_pack), LoadOptions())
->>>>>>> s4
 
 
 def test_a_damaged_expert_is_an_error_and_gives_no_figures(
