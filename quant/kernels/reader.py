@@ -1,6 +1,8 @@
 """Writes LLVM IR that reads a record's matrix: loops and vectors, codes and scales, results.
 
 The order of a record's bytes is that of `quant.codes`.
+
+Letters: M tokens, B tokens of a block, K columns, g columns of a group, s groups that share a step.
 """
 
 from __future__ import annotations
