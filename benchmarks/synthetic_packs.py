@@ -112,7 +112,7 @@ def _describe(
     return PackInfo(
         source=f"synthetic {config.model_type}",
         fingerprint="synthetic",
-        bits=str(Recipe().with_rule(f"experts={scheme}")),
+        bits=str(Recipe().with_rules(f"experts={scheme}")),
         dense_parameters=sum(tensor.numel() for _, tensor in _dense(model, experts)),
         layouts=tuple(layouts),
         layers=tuple(layers),

@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from offload.cache.cache import ExpertCache
-from offload.cache.decision import CacheState
+from offload.cache.cache import CacheState, ExpertCache
 from offload.cache.policies import POLICIES
 from offload.cache.trace.synthetic import Shape, synthesize
 
@@ -98,8 +97,7 @@ def _seconds(
     token: list[list[int]],
 ) -> tuple[float, int]:
     """Seconds of one token's kernels, and how many experts were absent."""
-    from offload.engine.device.places import COUNTS, Places
-    from offload.engine.device.table import Table
+    from offload.engine.device.table import COUNTS, Places, Table
 
     places = Places(shape.layers, shape.experts, shape.top_k, len(full.keys), policy)
     table = Table(places, setting.device)

@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.cuda_check.attempt import NotBuiltError
 from benchmarks.cuda_check.shapes import Case
 from benchmarks.synthetic_packs import first_layer, random_record
-from offload.engine.compute import program_of
+from offload.engine.layer import program_of
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,81 @@
-"""A row of `offload bench`: the figures of one test, and how they follow from its samples."""
+"""A test of `offload bench`, its timed runs, and the row of figures that follows from them."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedModel
 
-from offload.bench.sample import Sample, Test
 from offload.budget.budget import kv_cache_bytes
 from offload.engine.handle import offload_of
+from offload.engine.stats import Stats
 from offload.machine.measure import processor_name
 from offload.pack.recipe import bits_name
 from offload.version import __version__
+
+
+@dataclass(frozen=True)
+class Test:
+    """Prefill `n_prompt` tokens, then decode `n_gen`, after `n_depth` tokens that are not timed."""
+
+    __test__: ClassVar[bool] = False  # this is not a class of pytest's, whatever its name says
+
+    n_prompt: int
+    n_gen: int
+    n_depth: int = 0
+
+    @property
+    def name(self) -> str:
+        """The name that llama-bench gives it, like `pp512` or `tg128 @ d16`."""
+        parts = [f"pp{self.n_prompt}"] if self.n_prompt else []
+        parts += [f"tg{self.n_gen}"] if self.n_gen else []
+        return "+".join(parts) + (f" @ d{self.n_depth}" if self.n_depth else "")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are timed."""
+        return self.n_prompt + self.n_gen
+
+    @property
+    def context(self) -> int:
+        """Tokens that the KV cache holds after a run."""
+        return self.n_depth + self.tokens
+
+
+def make_tests(
+    prompts: Sequence[int],
+    gens: Sequence[int],
+    pairs: Sequence[tuple[int, int]],
+    depths: Sequence[int],
+) -> list[Test]:
+    """At each depth all prefills, then all decodes, then the pairs.
+
+    A test of no tokens is left out.
+    """
+    return [
+        Test(prompt, gen, depth)
+        for depth in depths
+        for prompt, gen in (*((p, 0) for p in prompts), *((0, n) for n in gens), *pairs)
+        if prompt or gen
+    ]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """How long each part of a run took, and what the experts did in it."""
+
+    prompt_ns: int  # until the logits of the first new token; 0 if there is no prompt
+    token_ns: tuple[int, ...]  # one for each decoded token
+    experts: Stats
+
+    @property
+    def ns(self) -> int:
+        """Time of the whole run."""
+        return self.prompt_ns + sum(self.token_ns)
 
 
 @dataclass(frozen=True)
@@ -198,7 +258,7 @@ def bytes_read(model: PreTrainedModel, test: Test, samples: Sequence[Sample]) ->
     held = test.n_depth
     for tokens in calls:
         held += tokens
-        each += kv_cache_bytes(model.config, held, model.dtype)
+        each += sum(kv_cache_bytes(model.config, held, model.dtype))
     records = sum(
         counts.requests * engine.record_bytes(layer)
         for sample in samples

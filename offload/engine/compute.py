@@ -1,6 +1,6 @@
 """How the experts of a step are computed, once their slots are ready."""
 
-# T tokens, k experts a token, S = T * k cells, H hidden
+# T tokens, k experts a token, S = T * k cells, M rows of one expert, H hidden
 
 from __future__ import annotations
 
@@ -12,15 +12,13 @@ from torch import Tensor
 
 from offload.cache.cache import ExpertCache
 from offload.cache.decision import Use
-from offload.cache.interface import Cache
 from offload.cache.policies import POLICIES
-from offload.cache.sharded import ShardedCache, card_and_row
-from offload.engine.layer import Call, Layer
+from offload.cache.sharded import Cache, ShardedCache, card_and_row
+from offload.engine.layer import Call
 from offload.fit import Fit
 from offload.quant.experts import block_cells, decode, kernels_work, make_batch, prefill
 from offload.quant.pack import PackInfo
-from offload.quant.program import Program, recognise
-from offload.quant.record import MatrixView, RecordLayout, view_record
+from offload.quant.record import MatrixView, view_record
 from offload.transfer.base import Transfer
 from offload.transfer.cards import CardsTransfer
 
@@ -55,8 +53,13 @@ class OneByOne:
         layer, k = call.layer, call.index.shape[1]
         for use in uses:
             where = call.cells_of[use.expert]
-            rows = _rows(call.hidden, where, k)
-            _put(cells, where, layer.expert(rows, self._matrices(layer.index, use.slot)))
+            one_token = len(call.hidden) == 1
+            rows = call.hidden if one_token else call.hidden[[cell // k for cell in where]]
+            out = layer.expert(rows, self._matrices(layer.index, use.slot))  # [M, H]
+            if len(where) == 1:
+                cells[where[0]] = out[0]
+            else:
+                cells[where] = out
 
     def _matrices(self, layer: int, slot: int) -> dict[str, MatrixView]:
         if slot >= len(self._transfer.slots):  # a streamed record is in another place each time
@@ -79,14 +82,12 @@ class Grouped:
     together = True
 
     def __init__(self, info: PackInfo, transfer: Transfer) -> None:
-        self._info, self._transfer = info, transfer
+        self._transfer = transfer
         self._one_by_one = OneByOne(info, transfer)
-        self._programs: dict[int, Program] = {}
 
     def run(self, call: Call, uses: Sequence[Use], cells: Tensor) -> None:
         layer, hidden, cells_of = call.layer, call.hidden, call.cells_of
-        program = self._program(layer)
-        slots = self._transfer.slots
+        program, slots = layer.program, self._transfer.slots
         if not kernels_work(program, hidden.dtype, slots.device):
             self._one_by_one.run(call, uses, cells)
             return
@@ -109,38 +110,8 @@ class Grouped:
             where = [cell for use in uses for cell in cells_of[use.expert]]
             cells[where] = module.post_expert_norm(cells[where])
 
-    def _program(self, layer: Layer) -> Program:
-        if layer.index not in self._programs:
-            layout = self._info.layout_of(layer.index)
-            self._programs[layer.index] = program_of(layer.module, layout)
-        return self._programs[layer.index]
-
     def close(self) -> None:
         self._one_by_one.close()
-        self._programs.clear()
-
-
-def program_of(module: Any, layout: RecordLayout) -> Program:
-    """What an experts module of transformers computes with its two matrices."""
-    function = module._apply_gate if module.has_gate else module.act_fn
-    interleaved = not module.is_concatenated
-    numbers = [value for value in vars(module).values() if isinstance(value, int | float)]
-    gate = recognise(function, module.has_gate, interleaved, numbers)
-    return Program(layout, module.has_gate, interleaved, gate, function)
-
-
-def _rows(hidden: Tensor, cells: Sequence[int], k: int) -> Tensor:
-    """The hidden states [M, H] of the tokens that `cells` belong to."""
-    if hidden.shape[0] == 1:
-        return hidden
-    return hidden[[cell // k for cell in cells]]
-
-
-def _put(cells: Tensor, where: Sequence[int], out: Tensor) -> None:
-    if len(where) == 1:
-        cells[where[0]] = out[0]
-    else:
-        cells[list(where)] = out
 
 
 class CardsCompute:

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from offload.cache.cache import ExpertCache
 from offload.cache.guesses import LookaheadBalance
-from offload.cache.interface import Cache
+from offload.cache.sharded import Cache
 from offload.engine.compute import cache_of, compute_of
+from offload.engine.history import RoutingTrace
 from offload.engine.host import HostPlanned
 from offload.engine.layer import Call, Layer
-from offload.engine.recording import RoutingTrace
 from offload.engine.stats import Stats
 from offload.errors import NO_MEMORY, GenerationError
 from offload.fit import Fit
@@ -63,15 +63,9 @@ class Engine:
         self.plan_on_host()
         return self.host.cache
 
-    @property
-    def tokens(self) -> int:
-        """How many tokens went through the first layer."""
-        return self.host.tokens
-
     def add_layer(self, module: nn.Module) -> Layer:
         """The next MoE layer of the model."""
-        index = len(self.layers)
-        layer = Layer(self.step, index, module, self.host.info.layers[index].num_experts)
+        layer = Layer(self.step, len(self.layers), module, self.host.info)
         self.layers.append(layer)
         return layer
 
@@ -84,11 +78,6 @@ class Engine:
             if isinstance(given, Tensor):
                 self._reads_prompt = given.shape[1] > 1
                 return
-
-    @property
-    def watches_routers(self) -> bool:
-        """Whether some layer's router can be asked what it would choose."""
-        return any(layer.router is not None for layer in self.layers)
 
     def watch_routers(self, model: nn.Module, routers: Sequence[nn.Module | None]) -> None:
         """Look ahead with these routers, one for each layer; None where there is none to ask."""
@@ -144,7 +133,7 @@ class Engine:
         assert self.device is not None
         self.device.come_together()
         self.count(self.device.counts())
-        self._only_cache().adopt(self.device.hand_over())
+        self._only_cache().adopt(self.device.table.download())
         self._on_device = False
 
     def _only_cache(self) -> ExpertCache:
@@ -218,7 +207,6 @@ class Engine:
             least = host.cache.least_slots
             self._start_over()
             self._broken_off = False
-            host.let_go()
             while True:
                 if slots == least:
                     left = "one expert slot left" + " on each card" * (least > 1)
@@ -268,7 +256,7 @@ class Engine:
 
     def record_bytes(self, layer: int) -> int:
         """Size of one expert's record."""
-        return self.host.record_bytes(layer)
+        return self.host.info.layout_of(layer).record_bytes
 
     def stats(self) -> Stats:
         """The figures of everything so far; subtract two to get what happened between them."""
@@ -293,51 +281,35 @@ def fewer_slots(slots: int, shortage: int, slot_bytes: int) -> int:
     return max(1, slots - max(wanted, -(-slots // 10)))
 
 
-def make_engine(
-    asked: str, info: PackInfo, fit: Fit, transfer: Transfer, ahead: bool, k: int
-) -> Engine:
+def make_engine(info: PackInfo, fit: Fit, transfer: Transfer, k: int) -> Engine:
     """The engine of a model each of whose tokens has `k` experts (0: not known).
 
-    `asked` is "host", "device", or "auto": the device wherever it can plan. A warning says why it
-    cannot, where that was asked for or to be expected. Raises `OffloadError` where `asked` is
-    "device" and there is no GPU.
+    `--engine auto` means the device wherever it can plan. A warning says why it cannot, where that
+    was asked for or to be expected. Raises `OffloadError` for `--engine device` without a GPU.
     """
+    asked = fit.options.engine
     cache, compute = cache_of(info, fit), compute_of(info, transfer)
     layers: list[Layer] = []
-    device = None
+    device: DevicePlanned | str | None = None
     if asked == "device" or (asked == "auto" and fit.device.type == "cuda"):
         if not isinstance(cache, ExpertCache) or fit.cards:
             logger.warning("steps are planned on the host: the model is on several cards")
         else:
-            device, refused = _device_planned(info, fit, transfer, ahead, k, layers)
-            if device is None and fit.device.type != "cuda":
-                raise OffloadError(
-                    f"there is no device-planned engine here: {refused}: choose host"
-                )
-            if device is None:
-                logger.warning(
-                    "steps are planned on the host, with a wait at every layer: %s", refused
-                )
+            try:
+                from offload.engine.device.make import make
+            except ImportError as error:
+                device = f"it needs Triton ({error})"
+            else:
+                device = make(info, layers, transfer, fit, k)
+    if isinstance(device, str):  # the reason why there is none
+        if fit.device.type != "cuda":
+            raise OffloadError(f"there is no device-planned engine here: {device}: choose host")
+        logger.warning("steps are planned on the host, with a wait at every layer: %s", device)
+        device = None
     # On the device a guess costs the host nothing, so it is not weighed.
     weighs = device is None and fit.options.lookahead is None
     balance = LookaheadBalance() if weighs else None
-    host = HostPlanned(info, layers, cache, transfer, compute, balance, ahead, fit.staging)
+    host = HostPlanned(
+        info, layers, cache, transfer, compute, balance, fit.looks_ahead, fit.staging
+    )
     return Engine(host, device)
-
-
-def _device_planned(
-    info: PackInfo,
-    fit: Fit,
-    transfer: Transfer,
-    ahead: bool,
-    k: int,
-    layers: list[Layer],
-) -> tuple[DevicePlanned | None, str]:
-    """What plans on the device, or why there is nothing that can."""
-    try:
-        from offload.engine.device import make
-    except ImportError as error:
-        return None, f"it needs Triton ({error})"
-    wanted = make.Wanted(fit.options.policy, ahead, fit.slots, k)
-    refused = make.why_not(wanted, transfer)
-    return (None, refused) if refused else (make.make(info, layers, transfer, wanted), "")

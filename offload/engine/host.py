@@ -13,17 +13,15 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from offload.cache.decision import Use
-from offload.cache.early import absent, nearly_all
 from offload.cache.guesses import LookaheadBalance
-from offload.cache.interface import Cache
 from offload.cache.policies import Key
-from offload.cache.sharded import staging_of
-from offload.cache.staging import Step
+from offload.cache.sharded import Cache
+from offload.cache.staging import Step, absent, nearly_all, staging_of
 from offload.cache.trace.trace import Guess
-from offload.engine.ahead import Ahead, Weigher
+from offload.engine.ahead import Ahead
 from offload.engine.compute import Compute
+from offload.engine.history import RoutingTrace
 from offload.engine.layer import Call, Layer
-from offload.engine.recording import RoutingTrace
 from offload.engine.stats import Stats
 from offload.quant.pack import PackInfo
 from offload.ranges import recorded, work
@@ -33,7 +31,7 @@ WARM_AT_ONCE = 4  # warm copies begun per step on a link where an urgent copy ca
 
 
 class Watcher(Protocol):
-    """Is told what the host-planned engine did, and changes nothing."""
+    """Is told what the host-planned engine did."""
 
     def served(self, call: Call, guesses: Sequence[Guess], copies: int) -> None:
         """`call` is served; `guesses` were made meanwhile, and `copies` were begun so far."""
@@ -70,12 +68,10 @@ class HostPlanned:
         self.layers = layers
         self.tokens = 0  # that went through the first layer
         self._compute = compute
-        self._staging = staging_of(cache, staging)
-        self._ahead = Ahead(self.layers, cache, lookahead, balance)
+        self._staging = staging_of(cache, staging)  # of each layer
+        self._ahead = Ahead(layers, cache, transfer, lookahead, balance)
         self._trace: RoutingTrace | None = None
-        self._watchers: list[Watcher] = []
-        if balance is not None and lookahead:
-            self._watchers.append(Weigher(balance, cache.statistics, transfer))
+        self._watchers: list[Watcher] = [self._ahead]
         # slot -> (copy that nobody has waited for, layer to charge its wait to). The layer is None
         # if the load was already counted while the record sat in a staging row.
         self._tickets: dict[int, tuple[Ticket, int | None]] = {}
@@ -125,7 +121,7 @@ class HostPlanned:
             self.tokens += len(call.hidden)
         admit = call.of_last_token if self._streams(call) else None
         decision = self.cache.decide(at, list(call.cells_of), prompt=call.prompt, admit=admit)
-        steps = self._staging.steps(decision)
+        steps = self._staging[at].steps(decision)
         # Each load is in one step. Loads that were not begun early are in the `begin` of one.
         right = sum(len(step.loads) - len(step.begin) for step in steps)
         self.cache.statistics.layers[at].early_loads_right += right
@@ -133,7 +129,7 @@ class HostPlanned:
 
     def _streams(self, call: Call) -> bool:
         """Whether experts that get no slot pass through rows past the slots."""
-        return call.prompt and self._staging.rows > 0
+        return call.prompt and self._staging[call.layer.index].rows > 0
 
     def _surely_next(self, call: Call) -> list[int]:
         """Experts of the next layer that this prompt will want almost surely."""
@@ -152,16 +148,16 @@ class HostPlanned:
         if not experts:
             return
         layer = call.layer.index + 1
-        for use in self._staging.early(layer, experts, halves):
+        for use in self._staging[layer].early(layer, experts, halves):
             self._start(layer, use, urgent=True)
             self.cache.statistics.layers[layer].early_loads += 1
 
     def _look_ahead(self, call: Call) -> list[Guess]:
         """Begin the copies that later layers will probably want."""
         guesses, wanted = self._ahead.look(call)
-        for later, use in wanted:
-            self._ahead.begun(later, self._start(later.index, use, urgent=False))
-        self._ahead.end()
+        self._ahead.begun(
+            [(later, self._start(later.index, use, urgent=False)) for later, use in wanted]
+        )
         return guesses
 
     def _start(self, layer: int, use: Use, *, urgent: bool) -> Ticket:
@@ -265,8 +261,8 @@ class HostPlanned:
                 self._kept[layer] -= not ticket.done
         self._tickets.clear()
         self._cold.clear()
-        self._ahead.start_over()
-        self._staging.start_over()
+        for staging in self._staging:
+            staging.start_over()
         self.cache.forget()
         for counts, kept in zip(self.cache.statistics.layers, self._kept, strict=True):
             counts.dropped += counts.loads - kept  # decided, and not begun or not finished
@@ -278,16 +274,14 @@ class HostPlanned:
         self.tokens += tokens
         self._kept = [mine + theirs for mine, theirs in zip(self._kept, loads, strict=True)]
 
-    def let_go(self) -> None:
-        """Drop the views of the slots, whose memory is to be freed."""
-        self._compute.close()
-
     def resize(self, slots: int) -> None:
         """Have memory for `slots` from now on. Raises `torch.OutOfMemoryError`; then call again
         with fewer."""
-        self.transfer.resize(slots, self._staging.rows)
+        self._compute.close()  # it has views of the old slots
+        rows = self._staging[0].rows
+        self.transfer.resize(slots, rows)
         self.cache.resize(slots)
-        self._staging = staging_of(self.cache, self._staging.rows)
+        self._staging = staging_of(self.cache, rows)
 
     def record(self, trace: RoutingTrace, noted_layers: int) -> None:
         """Write every call to `trace` from now on; `noted_layers` as in `Engine.record`."""
@@ -303,19 +297,12 @@ class HostPlanned:
             self._watchers.remove(trace)
             trace.close()
 
-    def record_bytes(self, layer: int) -> int:
-        """Size of one expert's record."""
-        return self.info.layout_of(layer).record_bytes
-
     def stats(self) -> Stats:
         """The figures of everything so far."""
         counts = self.cache.statistics
-        sizes = [self.record_bytes(layer) for layer in range(len(counts.layers))]
+        sizes = [self.info.layout_of(layer).record_bytes for layer in range(len(counts.layers))]
         loaded = (n.loads * size for n, size in zip(counts.layers, sizes, strict=True))
-        in_place = 0
-        if self.transfer.streams_in_place:
-            beside = (layer.loads_beside for layer in counts.layers)
-            in_place = sum(n * size for n, size in zip(beside, sizes, strict=True))
+        beside = (n.loads_beside * size for n, size in zip(counts.layers, sizes, strict=True))
         return Stats(
             counts=counts.total(),
             layers=tuple(replace(layer) for layer in counts.layers),
@@ -324,7 +311,7 @@ class HostPlanned:
             bytes_loaded=sum(loaded),
             link_busy_seconds=self.transfer.busy_seconds,
             tokens=self.tokens,
-            bytes_in_place=in_place,
+            bytes_in_place=sum(beside) if self.transfer.streams_in_place else 0,
         )
 
     def close(self) -> None:

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from offload.quant.matmul import matmul
-from offload.quant.record import MatrixView
+from offload.quant.pack import PackInfo
+from offload.quant.program import Program, recognise
+from offload.quant.record import MatrixView, RecordLayout
 
 
 class NormFinder:
@@ -40,9 +42,6 @@ class NormFinder:
             if out.data_ptr() == hidden.data_ptr():
                 self.norm = module
                 break
-        self.close()
-
-    def close(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -55,24 +54,12 @@ def scale_between(norm: nn.Module | None, later: nn.Module | None, like: Tensor)
     if norm is None or later is None:
         return None
     generator = torch.Generator().manual_seed(0)
-    found: Tensor | None = None
-    for _ in range(2):
-        probe = torch.randn(1, like.shape[-1], generator=generator).to(like.device, like.dtype)
-        theirs = later.forward(probe.to(_device(later, probe))).float().to(like.device)
-        scale: Tensor = (theirs / norm.forward(probe).float())[0]
-        if not bool(scale.isfinite().all()):
-            return None
-        if found is not None and not torch.allclose(scale, found, rtol=0.05, atol=1e-3):
-            return None
-        found = scale
-    assert found is not None
-    return found.to(like.dtype)
-
-
-def _device(norm: nn.Module, like: Tensor) -> torch.device:
-    """Where `norm` is: a later layer may be on another card."""
-    weight = next(norm.parameters(), None)
-    return like.device if weight is None else weight.device
+    probes = torch.randn(2, like.shape[-1], generator=generator).to(like.device, like.dtype)
+    there = next(later.parameters(), probes).device  # a later layer may be on another card
+    theirs = later.forward(probes.to(there)).float().to(like.device)
+    first, second = theirs / norm.forward(probes).float()
+    same = torch.allclose(first, second, rtol=0.05, atol=1e-3) and bool(second.isfinite().all())
+    return second.to(like.dtype) if same else None
 
 
 # layer, hidden [T, H], top-k index and weights [T, k] -> what the experts add [T, H]
@@ -82,21 +69,29 @@ Serve = Callable[["Layer", Tensor, Tensor, Tensor], Tensor]
 class Layer:
     """One MoE layer's experts, called by transformers in place of its own."""
 
-    def __init__(self, serve: Serve, index: int, module: nn.Module, num_experts: int) -> None:
-        """`serve` answers the calls of this layer."""
+    def __init__(self, serve: Serve, index: int, module: nn.Module, info: PackInfo) -> None:
+        """`serve` answers the calls of this layer, which is number `index` of the pack's `info`."""
         self._serve = serve
         self.index = index
         self.module = module
-        self.num_experts = num_experts
+        self.num_experts = info.layers[index].num_experts
+        self.layout = info.layout_of(index)
         self.router: nn.Module | None = None  # of this layer
         self.device: torch.device | None = None  # where its router is; None: not asked
         self.asked: Tensor | None = None  # what this layer's router was just asked about
-        self.constants: tuple[Any, ...] | None = None  # its other arguments; None: not called yet
+        self.constants: tuple[Any, ...] | None = (
+            None  # the router's other arguments; None: never called
+        )
         self.finder: NormFinder | None = None  # of the norm that feeds the router
         self.scales: dict[int, Tensor | None] = {}  # later layer -> what its norm makes of ours
 
     def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         return self._serve(self, hidden, top_k_index, top_k_weights)
+
+    @functools.cached_property
+    def program(self) -> Program:
+        """What an expert of this layer computes from its record."""
+        return program_of(self.module, self.layout)
 
     def watch(
         self, model: nn.Module, router: nn.Module, owned: Set[int]
@@ -193,7 +188,7 @@ class Call:
                 if 0 <= expert < self.layer.num_experts:
                     cells.setdefault(expert, []).append(cell)
                 cell += 1
-        if len(self.chosen) > 1:  # the same order as `cache.trace.by_last_appearance`
+        if len(self.chosen) > 1:  # the same order as `cache.trace.Event.distinct`
             return dict(sorted(cells.items(), key=lambda item: item[1][-1]))
         return cells
 
@@ -211,6 +206,15 @@ class Call:
         """The weighted sum [T, H] over each token's `cells` [S, H], in one fixed order."""
         weighted = cells.view(*self.index.shape, -1) * self.weights.unsqueeze(-1)  # [T, k, H]
         return weighted.sum(dim=1).to(self.hidden.dtype)
+
+
+def program_of(module: Any, layout: RecordLayout) -> Program:
+    """What an experts module of transformers computes with its two matrices."""
+    function = module._apply_gate if module.has_gate else module.act_fn
+    interleaved = not module.is_concatenated
+    numbers = [value for value in vars(module).values() if isinstance(value, int | float)]
+    gate = recognise(function, module.has_gate, interleaved, numbers)
+    return Program(layout, module.has_gate, interleaved, gate, function)
 
 
 def _around(model: nn.Module, experts: nn.Module) -> nn.Module:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from offload.quant.pack import PackLayer
 
 
 class Ticket(Protocol):
@@ -74,3 +76,12 @@ class Transfer(Protocol):
 
     def close(self) -> None:
         """Finish the copies under way, free the slots and end the threads."""
+
+
+def addresses_of(layers: Sequence[PackLayer], record: Callable[[int, int], Tensor]) -> Tensor:
+    """Where each `record(layer, expert)` begins, [layers, most experts of a layer] int64."""
+    table = torch.zeros(len(layers), max(n.num_experts for n in layers), dtype=torch.int64)
+    for index, layer in enumerate(layers):
+        for expert in range(layer.num_experts):
+            table[index, expert] = record(index, expert).data_ptr()
+    return table

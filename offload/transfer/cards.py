@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -18,13 +18,11 @@ from offload.transfer.host import HostTransfer
 from offload.transfer.host_tier import HostTier
 
 
-class CardTicket:
+class CardTicket(NamedTuple):
     """A copy on its way to one of the cards."""
 
-    __slots__ = ("card", "ticket")
-
-    def __init__(self, card: int, ticket: Ticket) -> None:
-        self.card, self.ticket = card, ticket
+    card: int
+    ticket: Ticket
 
     @property
     def done(self) -> bool:

@@ -4,66 +4,22 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Protocol, Self
+from dataclasses import dataclass
 
-import psutil
 import torch
 from torch import Tensor
 
 from offload.quant.pack import Pack
 from offload.ranges import work
-from offload.transfer.base import Ticket
+from offload.transfer.base import Ticket, addresses_of
 from offload.transfer.disk_tier import Read
 from offload.transfer.host_tier import HostTier
+from offload.transfer.memory import CudaPinner
 from offload.transfer.order import CopyOrder
-from offload.transfer.pinning import CudaPinner
-from offload.units import SHARE
-
-
-class DeviceEvent(Protocol):
-    """A moment in the order of what the device does."""
-
-    def query(self) -> bool:
-        """Whether it has passed."""
-
-    def synchronize(self) -> None:
-        """Return when it has passed."""
-
-    def elapsed_time(self, end_event: Self, /) -> float:
-        """Milliseconds from this event to a later one, both passed."""
-
-
-class Link(Protocol):
-    """Copies into a device's memory, in two queues."""
-
-    device: torch.device
-
-    def allocate(self, slots: int, slot_bytes: int) -> Tensor:
-        """Memory [slots, slot_bytes] uint8 of the device. Raises `torch.OutOfMemoryError`."""
-
-    def copy(
-        self, target: Tensor, source: Tensor, *, urgent: bool, after: Sequence[DeviceEvent]
-    ) -> tuple[DeviceEvent, DeviceEvent]:
-        """Give a copy to one of the queues, where it waits for `after`; when it begins and ends."""
-
-    def move(self, target: Tensor, source: Tensor) -> None:
-        """Copy inside the device's memory, in order with the compute queued before and after."""
-
-    def computed(self) -> DeviceEvent:
-        """When the compute queued so far is done."""
-
-    def compute_waits(self, event: DeviceEvent) -> None:
-        """Compute queued from now on comes after `event`."""
-
-    def synchronize(self) -> None:
-        """Return when the device has done everything."""
-
-    def free_cached(self) -> None:
-        """Give unused memory back to the driver, so that a large piece can be allocated."""
 
 
 class CudaLink:
-    """One GPU's."""
+    """Copies into the memory of one GPU, in two queues."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -71,16 +27,17 @@ class CudaLink:
         self._guesses = torch.cuda.Stream(device)
 
     def allocate(self, slots: int, slot_bytes: int) -> Tensor:
+        """Memory [slots, slot_bytes] uint8 of the GPU. Raises `torch.OutOfMemoryError`."""
         return torch.empty(slots, slot_bytes, dtype=torch.uint8, device=self.device)
 
     def copy(
-        self, target: Tensor, source: Tensor, *, urgent: bool, after: Sequence[DeviceEvent]
-    ) -> tuple[DeviceEvent, DeviceEvent]:
+        self, target: Tensor, source: Tensor, *, urgent: bool, after: Sequence[torch.cuda.Event]
+    ) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        """Give a copy to one of the queues, where it waits for `after`; when it begins and ends."""
         stream = self._urgent if urgent else self._guesses
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with torch.cuda.stream(stream):
             for event in after:
-                assert isinstance(event, torch.cuda.Event)
                 stream.wait_event(event)
             begin.record(stream)
             target.copy_(source, non_blocking=True)
@@ -88,21 +45,24 @@ class CudaLink:
         return begin, end
 
     def move(self, target: Tensor, source: Tensor) -> None:
+        """Copy inside the GPU's memory, in order with the compute queued before and after."""
         target.copy_(source, non_blocking=True)
 
-    def computed(self) -> DeviceEvent:
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.device))
+    def computed(self) -> torch.cuda.Event:
+        """When the compute queued so far is done."""
+        event: torch.cuda.Event = torch.cuda.current_stream(self.device).record_event()
         return event
 
-    def compute_waits(self, event: DeviceEvent) -> None:
-        assert isinstance(event, torch.cuda.Event)
+    def compute_waits(self, event: torch.cuda.Event) -> None:
+        """Compute queued from now on comes after `event`."""
         torch.cuda.current_stream(self.device).wait_event(event)
 
     def synchronize(self) -> None:
+        """Return when the GPU has done everything."""
         torch.cuda.synchronize(self.device)
 
     def free_cached(self) -> None:
+        """Give unused memory back to the driver, so that a large piece can be allocated."""
         torch.cuda.empty_cache()
 
     def rate(self, sample: Tensor, repeats: int = 3) -> float:
@@ -111,26 +71,25 @@ class CudaLink:
         self.copy(target, sample, urgent=True, after=())[1].synchronize()
         spans = [self.copy(target, sample, urgent=True, after=()) for _ in range(repeats)]
         spans[-1][1].synchronize()
-        return sample.nbytes * repeats / (spans[0][0].elapsed_time(spans[-1][1]) / 1e3)
+        seconds: float = spans[0][0].elapsed_time(spans[-1][1]) / 1e3
+        return sample.nbytes * repeats / seconds
 
 
 # Bytes of guesses under way at a time, or one record if that is larger. 16 MiB take 0.6 ms.
 GUESSED_BYTES = 16 << 20
 
 
+@dataclass(eq=False, slots=True)
 class CudaTicket:
     """A copy into a slot: not begun, under way, or complete."""
 
-    __slots__ = ("begin", "end", "expert", "job", "layer", "over", "read", "slot", "urgent")
-
-    def __init__(
-        self, job: int, layer: int, expert: int, slot: int, urgent: bool, read: Read | None
-    ) -> None:
-        self.job, self.layer, self.expert, self.slot, self.urgent = job, layer, expert, slot, urgent
-        self.read = read  # of a record that may have to come from the disk first
-        self.begin: DeviceEvent | None = None
-        self.end: DeviceEvent | None = None
-        self.over = False  # complete or dropped, and known to be
+    layer: int
+    expert: int
+    slot: int
+    read: Read | None  # of a record that may have to come from the disk first
+    begin: torch.cuda.Event | None = None
+    end: torch.cuda.Event | None = None
+    over: bool = False  # complete or dropped, and known to be
 
     @property
     def done(self) -> bool:
@@ -152,40 +111,33 @@ class CudaTransfer:
         pack: Pack,
         slots: int,
         device: torch.device,
-        ram: int | None,
+        ram: int,
         *,
         tier: HostTier | None = None,
-        link: Link | None = None,
+        link: CudaLink | None = None,
     ) -> None:
-        """`tier` is shared with other transfers; None: one of `ram` bytes (None: a share of the
-        free RAM). Where this raises, nothing stays allocated or pinned."""
+        """`tier` is shared with other transfers; None: one of `ram` bytes is made. Where this
+        raises, nothing stays allocated or pinned."""
         if link is None:
-            link = cuda = CudaLink(device)
+            link = CudaLink(device)
         self.device = device
         self._link = link
-        self._slot_bytes = pack.info.slot_bytes
-        self._layers = pack.info.layers
-        self._slots = link.allocate(slots, self._slot_bytes)
+        self._info = pack.info
+        self.slots = link.allocate(slots, pack.info.slot_bytes)
         link.synchronize()  # compute may still use the tensors that had this memory before
         if tier is None:
-            budget = int(psutil.virtual_memory().available * SHARE) if ram is None else ram
-            tier = HostTier(pack, budget, CudaPinner(device), cuda.rate)
+            tier = HostTier(pack, ram, CudaPinner(device), link.rate)
         self.tier = tier
-        self._record_bytes = [
-            pack.info.layout_of(i).record_bytes for i in range(len(pack.info.layers))
-        ]
         self._busy_seconds = 0.0
-        self._last_end: DeviceEvent | None = None  # of the copy counted last
-        self._jobs = 0
+        self._last_end: torch.cuda.Event | None = None  # of the copy counted last
         self._clear()
         tier.join(self._go_on)
 
     def _clear(self) -> None:
         """Nothing is under way."""
-        self._order = CopyOrder(max(GUESSED_BYTES, self._slot_bytes))
-        self._waiting: dict[int, CudaTicket] = {}  # by job
+        self._order: CopyOrder[CudaTicket] = CopyOrder(max(GUESSED_BYTES, self._info.slot_bytes))
         self._under_way: tuple[deque[CudaTicket], deque[CudaTicket]] = (deque(), deque())
-        self._released: dict[int, DeviceEvent] = {}  # slot -> when compute was done with it
+        self._released: dict[int, torch.cuda.Event] = {}  # slot -> when compute was done with it
         self._written: dict[int, CudaTicket] = {}  # slot -> the copy into it given last
 
     @property
@@ -193,40 +145,32 @@ class CudaTransfer:
         self._collect()
         return self._busy_seconds
 
-    @property
-    def slots(self) -> Tensor:
-        return self._slots
-
     def slot(self, index: int) -> Tensor:
-        return self._slots[index]
+        return self.slots[index]
 
     def addresses(self) -> Tensor | None:
         if self.tier.disk is not None or not self.tier.pinned:
             return None
-        for layer, info in enumerate(self._layers):  # kernels compare no checksums: once, here
-            for expert in range(info.num_experts):
-                self.tier.record(layer, expert)
-        return self.tier.addresses()
+        # `record` compares checksums, which kernels do not.
+        return addresses_of(self._info.layers, self.tier.record)
 
     def start(self, layer: int, expert: int, slot: int, *, urgent: bool) -> CudaTicket:
-        self._jobs += 1
         read = self.tier.want(layer, expert, urgent=urgent)
-        ticket = CudaTicket(self._jobs, layer, expert, slot, urgent, read)
-        self._waiting[ticket.job] = ticket
+        ticket = CudaTicket(layer, expert, slot, read)
         ready = read is None or read.ready
-        self._order.add(ticket.job, self._record_bytes[layer], urgent=urgent, ready=ready)
+        size = self._info.layout_of(layer).record_bytes
+        self._order.add(ticket, size, urgent=urgent, ready=ready)
         self._go_on()
         return ticket
 
     def wait(self, ticket: Ticket) -> None:
         assert isinstance(ticket, CudaTicket)
-        if ticket.job in self._waiting:
-            self._order.urge(ticket.job)
-            ticket.urgent = True
+        if ticket in self._order:
+            self._order.urge(ticket)
             if ticket.read is not None and self.tier.disk is not None:
                 self.tier.disk.urge(ticket.read)
             self._go_on()
-        while ticket.job in self._waiting:
+        while ticket in self._order:
             self._wait_for_bytes(ticket)
             self.tier.go_on()  # others' copies may hold every buffer until they are counted
         if ticket.read is not None and ticket.read.error is not None:
@@ -249,18 +193,17 @@ class CudaTransfer:
             self.tier.disk.wait(ticket.read, 0.01)
 
     def keep(self, layer: int, expert: int, row: int, slot: int) -> None:
-        size = self._record_bytes[layer]
+        size = self._info.layout_of(layer).record_bytes
         under_way = self._written.get(slot)
         if under_way is not None and not under_way.over and under_way.end is not None:
             self._link.compute_waits(under_way.end)
-        self._link.move(self._slots[slot, :size], self._slots[row, :size])
+        self._link.move(self.slots[slot, :size], self.slots[row, :size])
         self.release([row, slot])
 
     def drop(self, ticket: Ticket) -> bool:
         assert isinstance(ticket, CudaTicket)
-        if not self._order.drop(ticket.job):
+        if not self._order.drop(ticket):
             return False  # the link has the copy, and does it before the one that follows
-        del self._waiting[ticket.job]
         self._let_go(ticket)
         return True
 
@@ -272,55 +215,52 @@ class CudaTransfer:
 
     def release(self, slots: Sequence[int]) -> None:
         self._released |= dict.fromkeys(slots, self._link.computed())
-        if self._waiting:
+        if self._order.waiting:
             self._go_on()
 
     def resize(self, slots: int, staging: int) -> None:
         self.drain()
-        self._slots = self._slots[:0].clone()  # free the memory before taking other
+        self.slots = self.slots[:0].clone()  # free the memory before taking other
         self._link.free_cached()
-        self._slots = self._link.allocate(slots + staging, self._slot_bytes)
+        self.slots = self._link.allocate(slots + staging, self._info.slot_bytes)
 
     def close(self) -> None:
         self._link.synchronize()
         self._clear()
         self.tier.leave(self._go_on)
-        self._slots = self._slots[:0].clone()
+        self.slots = self.slots[:0].clone()
 
     def _go_on(self) -> None:
         """Give the link the copies that may begin by now."""
         self._collect()
         if self.tier.disk is not None:
-            for ticket in list(self._waiting.values()):
+            for ticket in self._order.waiting:
                 assert ticket.read is not None
                 if ticket.read.error is not None:
                     self.drop(ticket)
                 elif ticket.read.ready:
-                    self._order.ready(ticket.job)
+                    self._order.ready(ticket)
         for begin in self._order.begin():
-            self._give(self._waiting.pop(begin.job), begin.urgent, begin.after)
+            self._give(begin.job, begin.urgent, begin.after)
 
-    def _give(self, ticket: CudaTicket, urgent: bool, after: int | None) -> None:
+    def _give(self, ticket: CudaTicket, urgent: bool, after: CudaTicket | None) -> None:
         record = self.tier.record(ticket.layer, ticket.expert, ticket.read)
         before = [event] if (event := self._released.pop(ticket.slot, None)) is not None else []
-        for earlier in (self._written.get(ticket.slot), self._urgent_copy(after)):
+        for earlier in (self._written.get(ticket.slot), after):
             if earlier is not None and not earlier.over and earlier.end is not None:
                 before.append(earlier.end)
-        target = self._slots[ticket.slot, : record.numel()]
+        target = self.slots[ticket.slot, : record.numel()]
         with work("copy" if urgent else "guess", ticket.layer, ticket.expert):
             ticket.begin, ticket.end = self._link.copy(target, record, urgent=urgent, after=before)
         self._written[ticket.slot] = ticket
         self._under_way[0 if urgent else 1].append(ticket)
-
-    def _urgent_copy(self, job: int | None) -> CudaTicket | None:
-        return next((ticket for ticket in self._under_way[0] if ticket.job == job), None)
 
     def _collect(self) -> None:
         """Count the copies that are complete and let their buffers go."""
         for queue in self._under_way:
             while queue and queue[0].done:
                 ticket = queue.popleft()
-                self._order.finished(ticket.job)
+                self._order.finished(ticket)
                 self._count(ticket)
                 self._let_go(ticket)
 

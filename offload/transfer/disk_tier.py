@@ -12,8 +12,8 @@ from queue import SimpleQueue
 
 from torch import Tensor
 
-from offload.cache.policies import LFRU, Key, Policy
-from offload.cache.pool import RecordPool
+from offload.cache.policies import LFRU, Key
+from offload.cache.slots import RecordPool
 from offload.quant.pack import Pack, as_buffer
 from offload.transfer.order import UrgentFirst
 
@@ -77,9 +77,9 @@ class _Shelf:
     its lock taken.
     """
 
-    def __init__(self, buffers: int, policy: Callable[[], Policy]) -> None:
+    def __init__(self, buffers: int) -> None:
         self.lock = threading.Lock()
-        self.pool = RecordPool(buffers, policy)
+        self.pool = RecordPool(buffers, LFRU)
         self.reading: dict[Key, Read] = {}  # asked for, not there yet
         self.waiting: UrgentFirst[Read] = UrgentFirst()
         self.abandoned = False
@@ -124,11 +124,10 @@ class DiskTier:
         files: RecordFiles,
         buffers: Sequence[Tensor],
         *,
-        policy: Callable[[], Policy] = LFRU,
         readers: int = READERS,
     ) -> None:
-        self._files, self._buffers, self._policy = files, buffers, policy
-        self._shelf = _Shelf(len(buffers), policy)
+        self._files, self._buffers = files, buffers
+        self._shelf = _Shelf(len(buffers))
         self._wake: SimpleQueue[bool] = SimpleQueue()  # True: look at the queues, False: end
         self._busy = [False] * readers
         self._threads = [
@@ -205,7 +204,7 @@ class DiskTier:
         before.abandoned = True
         while any(self._busy):  # polled: the old shelf's lock may be taken for ever
             time.sleep(0.0005)
-        self._shelf = _Shelf(len(self._buffers), self._policy)
+        self._shelf = _Shelf(len(self._buffers))
 
     def close(self) -> None:
         """End the threads. Nothing may be asked for afterwards."""
@@ -223,19 +222,16 @@ class DiskTier:
             shelf = self._shelf
             read = self._locked(shelf, shelf.next)
             while read is not None:
-                self._fill(read)
+                assert read.buffer is not None
+                try:
+                    self._files.read(*read.key, self._buffers[read.buffer], cached=False)
+                except Exception as error:  # handed to whoever waits
+                    read.error = error
                 self._locked(shelf, functools.partial(shelf.over, read))
                 read.ready = True
                 read.bell.release()
                 read = self._locked(shelf, shelf.next)
             self._busy[number] = False
-
-    def _fill(self, read: Read) -> None:
-        assert read.buffer is not None
-        try:
-            self._files.read(*read.key, self._buffers[read.buffer], cached=False)
-        except Exception as error:  # handed to whoever waits
-            read.error = error
 
     @staticmethod
     def _locked(shelf: _Shelf, call: Callable[[], Read | None]) -> Read | None:

@@ -18,8 +18,9 @@ from torch import Tensor
 from offload.errors import TransferError
 from offload.quant.pack import Pack
 from offload.ranges import work
-from offload.transfer.base import Ticket
-from offload.transfer.memory import PAGE, in_pages
+from offload.transfer.base import Ticket, addresses_of
+from offload.transfer.disk_tier import RecordFiles
+from offload.transfer.memory import PAGE, pages_of
 from offload.transfer.order import UrgentFirst
 
 READERS = 8
@@ -46,8 +47,6 @@ class PageIn:
         `between` is called now and then, and may bring in another record.
         """
         missing = self._missing(layer, expert)
-        if not missing:
-            return
         while missing:
             some, missing = missing[:AT_ONCE], missing[AT_ONCE:]
             for _ in self._threads.map(lambda at: self._read(layer, at), some):
@@ -60,8 +59,7 @@ class PageIn:
         if self._mincore is None:
             return []
         record = self._pack.record(layer, expert)
-        first = record.data_ptr() // PAGE * PAGE
-        size = in_pages(record.data_ptr() + record.nbytes - first)
+        first, size = pages_of(record)
         pages = ctypes.create_string_buffer(size // PAGE)
         if self._mincore(ctypes.c_void_p(first), ctypes.c_size_t(size), pages):
             return []
@@ -88,7 +86,6 @@ def _mincore() -> Any:
 
 
 CHUNK = 1 << 18  # bytes of a guess that are copied between two looks for urgent copies
-PAGE_BYTES = 4096
 NOWHERE = -1  # the slot of a ticket that only marks its place in the queue
 
 
@@ -129,12 +126,12 @@ class HostTransfer:
         self.device = torch.device("cpu")
         self._pack = pack
         self._page_in = PageIn(pack)
-        self._slots = torch.empty(slots, pack.info.slot_bytes, dtype=torch.uint8)
+        self.slots = torch.empty(slots, pack.info.slot_bytes, dtype=torch.uint8)
         self._mapped: dict[int, Tensor] = {}  # row past the slots -> record
-        self._checked = [[False] * layer.num_experts for layer in pack.info.layers]
+        self._files = RecordFiles(pack)
         self.waiting: UrgentFirst[HostTicket] = UrgentFirst()
         self._wake: SimpleQueue[bool] = SimpleQueue()  # True: look at the queues, False: end
-        self._busy_seconds = 0.0
+        self.busy_seconds = 0.0
         self._closed = False
         self._thread = self._new_thread()
 
@@ -143,27 +140,14 @@ class HostTransfer:
         thread.start()
         return thread
 
-    @property
-    def busy_seconds(self) -> float:
-        return self._busy_seconds
-
-    @property
-    def slots(self) -> Tensor:
-        return self._slots
-
     def slot(self, index: int) -> Tensor:
-        return self._slots[index] if index < len(self._slots) else self._mapped[index]
+        return self.slots[index] if index < len(self.slots) else self._mapped[index]
 
-    def addresses(self) -> Tensor | None:
-        layers = self._pack.info.layers
-        table = torch.zeros(len(layers), max(n.num_experts for n in layers), dtype=torch.int64)
-        for index, layer in enumerate(layers):
-            for expert in range(layer.num_experts):
-                table[index, expert] = self._pack.record(index, expert).data_ptr()
-        return table
+    def addresses(self) -> Tensor:
+        return addresses_of(self._pack.info.layers, self._pack.record)
 
     def start(self, layer: int, expert: int, slot: int, *, urgent: bool) -> HostTicket:
-        if slot >= len(self._slots):
+        if slot >= len(self.slots):
             self._mapped[slot] = self._pack.record(layer, expert)
         ticket = HostTicket(layer, expert, slot, urgent)
         self.waiting.add(ticket, urgent=urgent)
@@ -202,9 +186,9 @@ class HostTransfer:
     def resize(self, slots: int, staging: int) -> None:
         self.drain()
         self._mapped.clear()
-        size = self._slots.shape[1]
-        self._slots = torch.empty(0, size, dtype=torch.uint8)  # free the memory before taking more
-        self._slots = torch.empty(slots, size, dtype=torch.uint8)
+        size = self.slots.shape[1]
+        self.slots = torch.empty(0, size, dtype=torch.uint8)  # free the memory before taking more
+        self.slots = torch.empty(slots, size, dtype=torch.uint8)
 
     def close(self) -> None:
         self.waiting.clear()
@@ -212,7 +196,7 @@ class HostTransfer:
         self._wake.put(False)
         self._thread.join()
         self._page_in.close()
-        self._slots = torch.empty(0, 0, dtype=torch.uint8)
+        self.slots = torch.empty(0, 0, dtype=torch.uint8)
         self._mapped.clear()
 
     def _run(self) -> None:
@@ -224,10 +208,12 @@ class HostTransfer:
     def _serve(self, ticket: HostTicket) -> None:
         begin = time.perf_counter()
         try:
-            self._copy(ticket)
+            if ticket.slot != NOWHERE:
+                with work("copy" if ticket.urgent else "guess", ticket.layer, ticket.expert):
+                    self._copy(ticket)
         except Exception as error:  # handed to whoever waits for this copy
             ticket.error = error
-        self._busy_seconds += time.perf_counter() - begin
+        self.busy_seconds += time.perf_counter() - begin
         ticket.done = True
         ticket.under_way.release()
 
@@ -237,27 +223,18 @@ class HostTransfer:
             while (ticket := self.waiting.urgent.popleft()).slot != NOWHERE:
                 begin = time.perf_counter()
                 self._serve(ticket)
-                self._busy_seconds -= time.perf_counter() - begin  # counted by the guess around it
+                self.busy_seconds -= time.perf_counter() - begin  # counted by the guess around it
             self.waiting.urgent.appendleft(ticket)  # a drain waits for this copy, too
 
     def _copy(self, ticket: HostTicket) -> None:
-        if ticket.slot == NOWHERE:
-            return
-        with work("copy" if ticket.urgent else "guess", ticket.layer, ticket.expert):
-            self._copy_record(ticket)
-
-    def _copy_record(self, ticket: HostTicket) -> None:
         between = None if ticket.urgent else self._give_way
         self._page_in.bring_in(ticket.layer, ticket.expert, between)
-        checked = self._checked[ticket.layer]
-        if not checked[ticket.expert]:
-            self._pack.check_record(ticket.layer, ticket.expert)
-            checked[ticket.expert] = True
         record = self._pack.record(ticket.layer, ticket.expert)
-        if ticket.slot >= len(self._slots):
-            record[::PAGE_BYTES].sum()  # reads the pages that have left memory from disk
+        self._files.check(ticket.layer, ticket.expert, record)
+        if ticket.slot >= len(self.slots):
+            record[::PAGE].sum()  # reads the pages that have left memory from disk
             return
-        slot = self._slots[ticket.slot]
+        slot = self.slots[ticket.slot]
         # Not Tensor.copy_: it would take the compute's threads. memmove runs without the GIL.
         if ticket.urgent:
             ctypes.memmove(slot.data_ptr(), record.data_ptr(), record.numel())

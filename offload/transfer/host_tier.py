@@ -9,13 +9,11 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-import torch
 from torch import Tensor
 
 from offload.quant.pack import Pack
 from offload.transfer.disk_tier import DiskTier, Read, RecordFiles
-from offload.transfer.memory import PAGE, in_pages, mapped_file, own_memory
-from offload.transfer.pinning import Pinner
+from offload.transfer.memory import CudaPinner, mapped_file, own_memory, pages_of
 from offload.units import gib
 
 logger = logging.getLogger("offload")
@@ -39,16 +37,10 @@ class HostTier:
     """
 
     def __init__(
-        self,
-        pack: Pack,
-        ram: int,
-        pinner: Pinner,
-        rate: Callable[[Tensor], float] | None = None,
+        self, pack: Pack, ram: int, pinner: CudaPinner, rate: Callable[[Tensor], float]
     ) -> None:
         """`rate` measures how many bytes/s are copied to the GPU from given memory, to choose the
-        quicker of the two ways by; None: the first that is allowed is chosen. Raises `PackError`,
-        and then nothing stays pinned.
-        """
+        quicker of the two ways by. Raises `PackError`, and then nothing stays pinned."""
         self._pack, self._pinner, self._rate = pack, pinner, rate
         self._files = RecordFiles(pack)
         self._users: list[Callable[[], None] | None] = []
@@ -56,7 +48,7 @@ class HostTier:
         self.disk: DiskTier | None = None  # None: RAM holds every record
         self._records: list[Tensor] = []  # [E, record_bytes] of a layer
         self._in_place: list[bool] = []  # of a layer: the files' own pages, which others may write
-        self._pinned: list[bool] = []  # of a layer, or of pieces of buffers
+        self.pinned = False  # whether a GPU can fetch every record that is in memory by itself
         with contextlib.ExitStack() as undo:
             self._undo = undo
             if pack.info.expert_bytes <= ram:
@@ -64,26 +56,6 @@ class HostTier:
             else:
                 self._hold_some(ram)
             self._undo = undo.pop_all()
-
-    @property
-    def pinned(self) -> bool:
-        """Whether a GPU can fetch every record that is in memory by itself."""
-        return bool(self._pinned) and all(self._pinned)
-
-    def addresses(self) -> Tensor:
-        """Where each record begins [layers, most experts] int64, for kernels; 0: not in pinned
-        memory."""
-        layers = self._pack.info.layers
-        table = torch.zeros(len(layers), max(n.num_experts for n in layers), dtype=torch.int64)
-        if self.disk is None:
-            for index, (records, pinned) in enumerate(
-                zip(self._records, self._pinned, strict=True)
-            ):
-                if pinned:
-                    first = records.data_ptr()
-                    count, size = records.shape
-                    table[index, :count] = first + size * torch.arange(count)
-        return table
 
     def want(self, layer: int, expert: int, *, urgent: bool) -> Read | None:
         """Ask for a record; None: it is in memory already. Release what is not None."""
@@ -124,68 +96,63 @@ class HostTier:
         """End the threads, unpin, free."""
         self._undo.close()
         self._records.clear()
-        self._pinned.clear()
 
     def _hold_all(self) -> None:
-        in_place, refused_in_place = self._try_way(self._mapped)
-        copied, refused_copied = self._try_way(self._copied)
+        in_place, refused_in_place = self._try_way(mapped=True)
+        copied, refused_copied = self._try_way(mapped=False)
         layers = self._pack.info.layers
         if in_place or copied:
             better = in_place >= ENOUGH * copied
-            self.description = "pinned " + ("in the files' own pages" if better else "as a copy")
-            if self._rate is not None:
-                self.description += (
-                    f" ({_way('in place', in_place, refused_in_place)}, "
-                    f"{_way('copied', copied, refused_copied)})"
-                )
-            refused = self._fill(self._mapped if better else self._copied)
+            where = "in the files' own pages" if better else "as a copy"
+            self.description = (
+                f"pinned {where} ({_way('in place', in_place, refused_in_place)}, "
+                f"{_way('copied', copied, refused_copied)})"
+            )
+            refused = self._fill(mapped=better)
         else:
             self.description, refused = "not pinned", refused_copied
+        self.pinned = not refused
         if refused:
-            self._warn_unpinned(sum(map(self._layer_bytes, range(len(self._records)))), refused)
+            self._warn_unpinned(sum(records.nbytes for records in self._records), refused)
         for layer in range(len(self._records), len(layers)):
-            self._records.append(self._mapped(layer, layers[layer].num_experts))
+            self._records.append(self._memory(layer, layers[layer].num_experts, mapped=True))
             self._in_place.append(True)
-            self._pinned.append(False)
         logger.info("%s of experts in RAM, %s", gib(self._pack.info.expert_bytes), self.description)
 
-    def _try_way(self, way: Callable[[int, int], Tensor]) -> tuple[float, str]:
+    def _try_way(self, *, mapped: bool) -> tuple[float, str]:
         """How fast a sample held in this way is copied, or 0 and why it cannot be pinned."""
         experts = self._pack.info.layers[0].num_experts
-        sample = way(0, min(experts, max(1, SAMPLE // self._files.size(0))))
-        read_only = way == self._mapped
-        if refused := self._pinner.pin(*_pages(sample), read_only=read_only):
+        count = min(experts, max(1, SAMPLE // self._files.size(0)))
+        sample = self._memory(0, count, mapped=mapped)
+        if refused := self._pinner.pin(*pages_of(sample), read_only=mapped):
             return 0.0, refused
         try:
-            return (1.0 if self._rate is None else self._rate(sample.view(-1))), ""
+            return self._rate(sample.view(-1)), ""
         finally:
-            self._pinner.unpin(*_pages(sample))
+            self._pinner.unpin(*pages_of(sample))
 
-    def _mapped(self, layer: int, experts: int) -> Tensor:
-        """A layer's records [experts, record_bytes] where the system has them."""
-        path, begin = self._pack.place(layer, 0)
+    def _memory(self, layer: int, experts: int, *, mapped: bool) -> Tensor:
+        """Memory [experts, record_bytes] for a layer's records: `mapped`, it is the files' own
+        pages; otherwise it is memory of our own, into which nothing was read yet."""
         size = self._files.size(layer)
+        if not mapped:
+            return own_memory(experts * size).view(experts, size)
+        path, begin = self._pack.place(layer, 0)
         return mapped_file(path)[begin : begin + experts * size].view(experts, size)
 
-    def _copied(self, layer: int, experts: int) -> Tensor:
-        """Memory of our own [experts, record_bytes] for a layer's records, not yet read."""
-        size = self._files.size(layer)
-        return own_memory(experts * size).view(experts, size)
-
-    def _fill(self, way: Callable[[int, int], Tensor]) -> str | None:
+    def _fill(self, *, mapped: bool) -> str | None:
         """Hold, check and pin layer by layer; the reason if a layer could not be pinned."""
-        read = self._files.check if way == self._mapped else self._files.read
+        read = self._files.check if mapped else self._files.read
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             for index, layer in enumerate(self._pack.info.layers):
-                records = way(index, layer.num_experts)
-                if refused := self._pin(records, read_only=way == self._mapped):
+                records = self._memory(index, layer.num_experts, mapped=mapped)
+                if refused := self._pin(records, read_only=mapped):
                     return refused
                 each = range(layer.num_experts)
                 for _ in threads.map(functools.partial(read, index), each, records):
                     pass
                 self._records.append(records)
-                self._in_place.append(way == self._mapped)
-                self._pinned.append(True)
+                self._in_place.append(mapped)
         return None
 
     def _hold_some(self, ram: int) -> None:
@@ -197,10 +164,10 @@ class HostTier:
         refused: str | None = None
         while len(buffers) < count:
             piece = own_memory(min(per_piece, count - len(buffers)) * stride)
-            refused = refused or self._pin(piece, read_only=False)
-            if refused and all(self._pinned):
-                self._warn_unpinned(len(buffers) * stride, refused)
-            self._pinned.append(not refused)
+            if refused is None:
+                refused = self._pin(piece, read_only=False)
+                if refused is not None:
+                    self._warn_unpinned(len(buffers) * stride, refused)
             buffers += piece.view(-1, stride)
         logger.warning(
             "RAM holds %d of %d experts (%s of %s), the others are read from disk when they are "
@@ -211,19 +178,17 @@ class HostTier:
             gib(info.expert_bytes),
         )
         self.description = f"{count} of {info.total_experts} experts in RAM"
+        self.pinned = refused is None
         self.disk = DiskTier(self._files, buffers)
         self._undo.callback(self.disk.close)
 
     def _pin(self, memory: Tensor, *, read_only: bool) -> str | None:
         """Pin `memory` until this tier is closed; None, or why it is refused."""
-        address, size = _pages(memory)
+        address, size = pages_of(memory)
         refused = self._pinner.pin(address, size, read_only=read_only)
         if refused is None:
             self._undo.callback(self._pinner.unpin, address, size)
         return refused
-
-    def _layer_bytes(self, layer: int) -> int:
-        return self._pack.info.layers[layer].num_experts * self._files.size(layer)
 
     def _warn_unpinned(self, pinned_bytes: int, refused: str) -> None:
         logger.warning(
@@ -233,12 +198,6 @@ class HostTier:
             refused,
             self._pinner.remedy,
         )
-
-
-def _pages(memory: Tensor) -> tuple[int, int]:
-    """Begin and size of the pages that `memory` is in."""
-    begin = memory.data_ptr() // PAGE * PAGE
-    return begin, in_pages(memory.data_ptr() + memory.nbytes - begin)
 
 
 def _way(name: str, rate: float, refused: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Generic, NamedTuple, TypeVar
 
-T = TypeVar("T")
+T = TypeVar("T")  # can be hashed
 
 
 class UrgentFirst(Generic[T]):
@@ -18,9 +18,6 @@ class UrgentFirst(Generic[T]):
     def __init__(self) -> None:
         self.urgent: deque[T] = deque()
         self.guesses: deque[T] = deque()
-
-    def __len__(self) -> int:
-        return len(self.urgent) + len(self.guesses)
 
     def __contains__(self, item: T) -> bool:
         return item in self.urgent or item in self.guesses
@@ -69,15 +66,15 @@ def _removed(queue: deque[T], item: T) -> bool:
     return True
 
 
-class Begin(NamedTuple):
+class Begin(NamedTuple, Generic[T]):
     """Give `job` to the link now: to the stream of urgent copies or to that of guesses."""
 
-    job: int
+    job: T
     urgent: bool
-    after: int | None  # an urgent copy on the other stream that comes first
+    after: T | None  # an urgent copy on the other stream that comes first
 
 
-class CopyOrder:
+class CopyOrder(Generic[T]):
     """Copies asked for and not yet complete, for a link that works off two streams.
 
     A stream works in order, so with one stream an urgent copy would wait for every guess before it,
@@ -89,29 +86,29 @@ class CopyOrder:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._waiting: UrgentFirst[int] = UrgentFirst()
-        self._ready: set[int] = set()  # jobs whose bytes are in host memory
-        self._sizes: dict[int, int] = {}  # of all jobs
-        self._given: dict[int, int] = {}  # guesses under way -> bytes
-        self._last: int | None = None  # urgent copy under way
+        self._waiting: UrgentFirst[T] = UrgentFirst()
+        self._ready: set[T] = set()  # jobs whose bytes are in host memory
+        self._sizes: dict[T, int] = {}  # of all jobs
+        self._given: dict[T, int] = {}  # guesses under way -> bytes
+        self._last: T | None = None  # urgent copy under way
 
-    def add(self, job: int, size: int, *, urgent: bool, ready: bool) -> None:
+    def add(self, job: T, size: int, *, urgent: bool, ready: bool) -> None:
         """A copy is asked for; with `ready` its bytes are in host memory."""
         self._sizes[job] = size
         self._waiting.add(job, urgent=urgent)
         if ready:
             self._ready.add(job)
 
-    def ready(self, job: int) -> None:
+    def ready(self, job: T) -> None:
         """The bytes of `job` have come from the disk."""
         if job in self._waiting:
             self._ready.add(job)
 
-    def urge(self, job: int) -> None:
+    def urge(self, job: T) -> None:
         """Somebody waits for a guess now."""
         self._waiting.urge(job)
 
-    def drop(self, job: int) -> bool:
+    def drop(self, job: T) -> bool:
         """Forget `job`, if it has not begun; whether that is so."""
         found = self._waiting.remove(job)
         if found:
@@ -119,14 +116,14 @@ class CopyOrder:
             self._ready.discard(job)
         return found
 
-    def finished(self, job: int) -> None:
+    def finished(self, job: T) -> None:
         """`job`, which had begun, is complete."""
         del self._sizes[job]
         self._given.pop(job, None)
         if self._last == job:
             self._last = None
 
-    def begin(self) -> list[Begin]:
+    def begin(self) -> list[Begin[T]]:
         """The copies to give to the link now; they count as begun."""
         begins = []
         for job in self._waiting.urgent:
@@ -145,8 +142,12 @@ class CopyOrder:
             self._ready.discard(begun.job)
         return begins
 
+    def __contains__(self, job: T) -> bool:
+        """Whether `job` was asked for and has not begun."""
+        return job in self._waiting
+
     @property
-    def waiting(self) -> list[int]:
+    def waiting(self) -> list[T]:
         """Jobs that have not begun."""
         return [*self._waiting.urgent, *self._waiting.guesses]
 

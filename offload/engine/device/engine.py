@@ -14,49 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offload.cache.decision import CacheState
+from offload.cache.cache import CacheState
 from offload.cache.statistics import LayerCounts
-from offload.engine.compute import program_of
 from offload.engine.device.gather import gather
-from offload.engine.device.places import Places
-from offload.engine.device.table import Table, add_counters
+from offload.engine.device.table import Places, Table, add_counters
 from offload.engine.layer import Call, Layer
 from offload.quant.experts import decode, kernels_work
-from offload.quant.pack import PackInfo
-from offload.quant.program import Program
+from offload.quant.matmul import launching_on
 from offload.transfer.base import Transfer
 
 logger = logging.getLogger("offload")
-
-
-class SlotDecode:
-    """Computes one token's experts from slots, without asking the host anything."""
-
-    def __init__(self, info: PackInfo) -> None:
-        self._info = info
-        self._programs: dict[int, Program] = {}
-
-    def __call__(
-        self, layer: Layer, hidden: Tensor, slots: Tensor, slot_of_cell: Tensor, cells: Tensor
-    ) -> None:
-        """Fill `cells` [k, H] for `hidden` [1, H]. A cell whose `slot_of_cell` [k] is -1 stays.
-
-        Some models have a norm after each expert; the cells are filled with what comes before it.
-        """
-        decode(hidden, slots, slot_of_cell, self._program(layer), cells)
-
-    def works(self, layer: Layer, dtype: torch.dtype, device: torch.device) -> bool:
-        """Whether there are kernels for this layer.
-
-        The reference that stands in for missing kernels would ask the device for every slot.
-        """
-        return kernels_work(self._program(layer), dtype, device)
-
-    def _program(self, layer: Layer) -> Program:
-        if layer.index not in self._programs:
-            layout = self._info.layout_of(layer.index)
-            self._programs[layer.index] = program_of(layer.module, layout)
-        return self._programs[layer.index]
 
 
 class Lanes:
@@ -70,15 +37,6 @@ class Lanes:
         # link stands still while those run.
         self._link = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
 
-    def device(self) -> AbstractContextManager[object]:
-        """Kernels launched inside run on the device.
-
-        Triton asks which device is in use, not where the tensors are.
-        """
-        return (
-            contextlib.nullcontext() if self._link is None else torch.cuda.device(self._link.device)
-        )
-
     def link(self) -> AbstractContextManager[object]:
         """Work queued inside goes to the link's lane."""
         return contextlib.nullcontext() if self._link is None else torch.cuda.stream(self._link)
@@ -90,11 +48,7 @@ class Lanes:
 
     def mark(self) -> torch.cuda.Event | None:
         """A point in the link's lane, to be asked for inside `link()`."""
-        if self._link is None:
-            return None
-        event = torch.cuda.Event()
-        event.record(self._link)
-        return event
+        return None if self._link is None else self._link.record_event()
 
     def come_together(self) -> None:
         """Compute goes on when the link's lane is idle.
@@ -106,7 +60,7 @@ class Lanes:
             return
         with self.link():
             forked = torch.cuda.is_current_stream_capturing()
-        with self.device():
+        with torch.cuda.device(self._link.device):
             if forked == torch.cuda.is_current_stream_capturing():
                 torch.cuda.current_stream().wait_stream(self._link)
 
@@ -126,14 +80,12 @@ class DevicePlanned:
 
     def __init__(
         self,
-        info: PackInfo,
         layers: Sequence[Layer],
         transfer: Transfer,
         *,
         looks_ahead: bool,
         places: Places,
         addresses: Tensor,
-        decode: SlotDecode,
     ) -> None:
         """`addresses` [L, E] int64 say where each record is in memory that `transfer.device` can
         read. `layers` is filled later."""
@@ -142,9 +94,8 @@ class DevicePlanned:
         self.computes: bool | None = None  # whether kernels compute every layer; None: not known
         self.looping = False  # steps are those of a decode loop, which says when it is over
         self.counts_come = False  # a decode loop brings the counts: nobody needs to wait for them
-        self._info, self._layers, self._transfer = info, layers, transfer
+        self._layers, self._transfer = layers, transfer
         self._addresses = addresses.to(transfer.device)
-        self._decode = decode
         self._lanes = Lanes(transfer.device)
         self._looks_ahead = looks_ahead
         self._guess_decided: torch.cuda.Event | None = None
@@ -156,7 +107,8 @@ class DevicePlanned:
         """Learn the first time whether there are kernels for hidden states of this `dtype`."""
         if self.computes is None:
             device = self._transfer.device
-            self.computes = all(self._decode.works(at, dtype, device) for at in self._layers)
+            # The reference that stands in for missing kernels asks the device for every slot.
+            self.computes = all(kernels_work(at.program, dtype, device) for at in self._layers)
             if not self.computes:
                 logger.warning(
                     "without kernels for its experts the model's steps are planned on the host"
@@ -164,7 +116,7 @@ class DevicePlanned:
 
     def serve(self, call: Call) -> Tensor:
         """The experts' part [1, H] of one layer, queued on the device."""
-        with self._lanes.device():
+        with launching_on(self._transfer.device):
             return self._serve(call)
 
     def _serve(self, call: Call) -> Tensor:
@@ -178,27 +130,26 @@ class DevicePlanned:
         table.decide(at, layer.num_experts, index)
         lanes.fork()
         with lanes.link():
-            self.fetch(at, index, loads)
+            self.fetch(layer, index, loads)
             loaded = lanes.mark()
             guessed_before, held_before = self._guess_here, self._held
             self._look_ahead(layer)
-        out = self._info.layout_of(at).matrices[-1].rows
-        cells = call.hidden.new_zeros(len(index), out)  # [k, H]
+        cells = call.hidden.new_zeros(len(index), layer.layout.matrices[-1].rows)  # [k, H]
         lanes.join(guessed_before)
-        self._decode(layer, call.hidden, self._transfer.slots, hits, cells)
+        decode(call.hidden, self._transfer.slots, hits, layer.program, cells)
         lanes.join(loaded)
-        self._decode(layer, call.hidden, self._transfer.slots, loads, cells)
+        decode(call.hidden, self._transfer.slots, loads, layer.program, cells)
         del held_before  # until here the link's lane may have read these tensors
         module: Any = layer.module  # what the experts seam promises is not in its type
         if module.has_post_expert_norm:
             cells = module.post_expert_norm(cells)  # the norm of a cell of zeros is zeros
         return call.reduced(cells)
 
-    def fetch(self, layer: int, experts: Tensor, where: Tensor) -> None:
+    def fetch(self, layer: Layer, experts: Tensor, where: Tensor) -> None:
         """Queue copies of the records of `experts` [k] of a layer into the slots `where` [k]; -1
         is no copy."""
-        size = self._info.layout_of(layer).record_bytes
-        gather(experts, where, self._addresses[layer], self._transfer.slots, size)
+        addresses, size = self._addresses[layer.index], layer.layout.record_bytes
+        gather(experts, where, addresses, self._transfer.slots, size)
 
     def _look_ahead(self, layer: Layer) -> None:
         """Ask the next layer's router, and fetch its choice after the loads of this layer."""
@@ -214,7 +165,7 @@ class DevicePlanned:
         self.table.look_ahead(later.index, later.num_experts, index)
         self._guess_decided = self._lanes.mark()
         where = self.table.guess_loads[later.index, : len(index)]
-        self.fetch(later.index, self.table.guesses[later.index, : len(index)], where)
+        self.fetch(later, self.table.guesses[later.index, : len(index)], where)
         self._guess_here = self._lanes.mark()
         self._held = (hidden, index)
 
@@ -230,10 +181,6 @@ class DevicePlanned:
     def take_over(self, state: CacheState) -> None:
         """Go on from what the cache knows."""
         self.table.upload(state, self._counted)
-
-    def hand_over(self) -> CacheState:
-        """What the table knows. Waits for the device."""
-        return self.table.download()
 
     def counts(self) -> list[int]:
         """The table's counts of this moment. Waits for the device."""

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
 from offload.cache.cache import ExpertCache
 from offload.cache.policies import LFRU
 from offload.cache.trace.synthetic import Routing, Shape, synthesize
-from offload.engine.device.engine import DevicePlanned, SlotDecode
+from offload.engine.device.engine import DevicePlanned
 from offload.engine.device.gather import gather
-from offload.engine.device.places import Places
-from offload.engine.device.table import Table
+from offload.engine.device.table import Places, Table
 from offload.engine.layer import Layer
+from offload.fit import Fit
 from offload.lines import reason
 from offload.quant.matmul import launching_on
 from offload.quant.pack import PackInfo
 from offload.transfer.base import Transfer
-from offload.transfer.pinning import kernels_read_registered
+from offload.transfer.memory import kernels_read_registered
 
 SHAPE = Shape("check", layers=2, experts=8, top_k=2, record_bytes=0, dense_bytes=0, expert_bits=4.0)
 SLOTS, TOKENS = 5, 8
@@ -71,47 +70,29 @@ def _fetches(device: torch.device) -> bool:
 DEVICES = ("cuda",)  # on a CPU the kernels are interpreted: for tests
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """What is asked of the device."""
-
-    policy: str
-    lookahead: bool
-    slots: int
-    k: int  # experts a token; 0: not known
-
-
-def why_not(wanted: Wanted, transfer: Transfer) -> str:
-    """Why the host has to plan; "" when it need not."""
-    if transfer.device.type not in DEVICES:
-        return "it needs a CUDA GPU"
-    if not wanted.k:
-        return "the model's config does not say how many experts a token has"
-    if wanted.slots < 2 * wanted.k:
-        return f"it needs {2 * wanted.k} expert slots and there are {wanted.slots}"
-    if transfer.device.type == "cuda" and not kernels_read_registered(transfer.device):
-        return "this driver shows pinned memory to kernels at other addresses"
-    if refused := kernels_decide_rightly(transfer.device):
-        return refused
-    if transfer.addresses() is None:
-        return "not every expert is in pinned memory: raise --ram or the limit of locked memory"
-    return ""
-
-
 def make(
-    info: PackInfo, layers: Sequence[Layer], transfer: Transfer, wanted: Wanted
-) -> DevicePlanned:
-    """What plans on the device, where `why_not` says nothing."""
+    info: PackInfo, layers: Sequence[Layer], transfer: Transfer, fit: Fit, k: int
+) -> DevicePlanned | str:
+    """What plans on the device, or why the host has to plan.
+
+    A token has `k` experts (0: not known). `layers` is filled later.
+    """
+    device = transfer.device
+    if device.type not in DEVICES:
+        return "it needs a CUDA GPU"
+    if not k:
+        return "the model's config does not say how many experts a token has"
+    if fit.slots < 2 * k:
+        return f"it needs {2 * k} expert slots and there are {fit.slots}"
+    if device.type == "cuda" and not kernels_read_registered(device):
+        return "this driver shows pinned memory to kernels at other addresses"
+    if refused := kernels_decide_rightly(device):
+        return refused
     addresses = transfer.addresses()
-    assert addresses is not None
+    if addresses is None:
+        return "not every expert is in pinned memory: raise --ram or the limit of locked memory"
     experts = max(layer.num_experts for layer in info.layers)
-    places = Places(len(info.layers), experts, wanted.k, wanted.slots, wanted.policy)
+    places = Places(len(info.layers), experts, k, fit.slots, fit.options.policy)
     return DevicePlanned(
-        info,
-        layers,
-        transfer,
-        looks_ahead=wanted.lookahead,
-        places=places,
-        addresses=addresses,
-        decode=SlotDecode(info),
+        layers, transfer, looks_ahead=fit.looks_ahead, places=places, addresses=addresses
     )

@@ -1,17 +1,23 @@
-"""The state of the cache as tensors on the compute device, and the launches of its kernels."""
+"""The state of the cache as two flat tensors on the device, and the launches of its kernels.
+
+Letters: L layers, E experts of the layer that has most, K experts a token, S slots. A key is the
+number layer * E + expert.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from offload.cache.decision import CacheState, HeatState
+from offload.cache.cache import CacheState
 from offload.cache.eviction import pace
-from offload.cache.heat import GROWTH
+from offload.cache.heat import GROWTH, LayerHeat
 from offload.cache.policies import (
     HALF_LIFE,
     MOST,
@@ -24,11 +30,98 @@ from offload.cache.policies import (
 )
 from offload.cache.statistics import LayerCounts
 from offload.engine.device.kernels import decide_kernel, look_ahead_kernel
-from offload.engine.device.places import COUNTS, Places
 
 CHUNK = 512  # slots that the block of threads looks at together: one a thread spills no register
 WARPS = 16
 REGISTERS = 128  # for each thread: all there are, since nothing runs beside the block
+COUNTS = (  # fields of `cache.statistics.LayerCounts`, in the order in which they are counted
+    "requests",
+    "hits",
+    "misses",
+    "evictions",
+    "lookahead_guesses",
+    "lookahead_right",
+    "lookahead_loads",
+    "lookahead_loads_right",
+    "lookahead_asked",
+)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Sizes of a cache, and with them the offset of every part of `ints` (int64) and `reals`
+    (float64): `places.key_in` is where the part "key_in" begins.
+
+    The value is frozen, so kernels take it as a constant.
+    """
+
+    layers: int  # L
+    experts: int  # E
+    k: int  # K
+    slots: int  # S
+    policy: str  # lfru or lru
+
+    @property
+    def lfru(self) -> bool:
+        return self.policy == "lfru"
+
+    @property
+    def keys(self) -> int:
+        return self.layers * self.experts
+
+    @property
+    def counts(self) -> int:
+        return len(COUNTS)
+
+    @cached_property
+    def parts(self) -> dict[str, slice]:
+        """Where each part of `ints` and of `reals` lies in its tensor."""
+        ints = (
+            ("steps", 1),  # of layers so far; a key in use bears the number of the last one
+            ("taken", 1),  # slots that are not free any more, which are the first ones
+            ("ordered", 1),  # the highest number given to a useless key
+            ("halted", 1),  # not 0: the sequence is over and nothing is to be decided any more
+            ("slot_of", self.keys),  # -1: not resident
+            ("used", self.keys),  # its layer's step at the last use, or -1
+            ("key_in", self.slots),  # -1: no key
+            ("in_use", self.slots),  # the number of the step that used it last
+            ("guessed", self.slots),  # 1: it stays until its layer's next step
+            ("useless", self.slots),  # its place among keys loaded by a wrong guess, or 0
+            ("now", self.layers),  # steps of the layer
+            ("guessing", self.layers),  # 1: a guess was made for the layer's next step
+            ("guess", self.layers * 3 * self.k),  # [L, 3, K]: expert or -1, was absent, was loaded
+            ("tokens", 1),
+            ("counters", self.layers * self.counts),  # [L, COUNTS]
+        )
+        reals = (
+            ("growth", 1),  # of what a use counts, a step
+            ("bonus", 1),  # what a use at the last step is worth, in uses
+            ("most", 1),  # what a use may count before scores are scaled down
+            ("heat_growth", 1),
+            ("pace", self.layers + 1),  # [L + 1], by layers until the owner of a slot is asked
+            ("trust", self.layers),
+            ("unit", self.layers),  # what a use counts now
+            ("inverse", self.layers),  # 1 / unit
+            ("heat_unit", self.layers),
+            ("score", self.keys),
+            ("heat", self.keys),
+            ("worth", self.slots),  # while victims are chosen
+        )
+        found = {}
+        for whole, parts in (("ints", ints), ("reals", reals)):
+            begin = 0
+            for name, length in parts:
+                found[name] = slice(begin, begin + length)
+                begin += length
+            found[whole] = slice(begin, begin)  # so that `places.ints` is how many there are
+        return found
+
+    def __getattr__(self, name: str) -> int:
+        """The offset of the part called `name`."""
+        if name.startswith("_") or name not in self.parts:
+            raise AttributeError(f"there is no part {name!r}")
+        begin: int = self.parts[name].start
+        return begin
 
 
 class Table:
@@ -38,14 +131,12 @@ class Table:
         self.places = places
         self.ints = torch.zeros(places.ints, dtype=torch.int64, device=device)
         self.reals = torch.zeros(places.reals, dtype=torch.float64, device=device)
-        cells = (places.layers, places.k)
-        # The slot that each cell of a layer's step is computed from: at once, or after a copy.
-        # A cell is one choice of an expert by the token; -1 where the other of the two applies.
-        self.hits = torch.full(cells, -1, dtype=torch.int32, device=device)
-        self.loads = torch.full(cells, -1, dtype=torch.int32, device=device)
+        # A cell is one choice of an expert by the token.
+        cells = torch.full((4, places.layers, places.k), -1, dtype=torch.int32, device=device)
+        # The slot that a cell is computed from: at once, or after a copy. -1: the other applies.
+        self.hits, self.loads = cells[:2]
         # The experts guessed for a layer, and the slots that they are copied to, or -1.
-        self.guesses = torch.full(cells, -1, dtype=torch.int32, device=device)
-        self.guess_loads = torch.full(cells, -1, dtype=torch.int32, device=device)
+        self.guesses, self.guess_loads = cells[2:]
         self._padded = triton.next_power_of_2(places.k)
         self._chunk = min(CHUNK, triton.next_power_of_2(places.slots))
 
@@ -150,7 +241,7 @@ class Table:
             }
             pools.append(PoolState(now[layer], unit[layer], known))
             uses = {key % at.experts: heat[key] for key in keys if heat[key]}
-            heats.append(HeatState(heat_unit[layer], uses))
+            heats.append(LayerHeat(heat_unit[layer], uses))
         return CacheState(
             tuple(None if key < 0 else self._key(key) for key in held),
             tuple(pools),

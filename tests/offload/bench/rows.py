@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from offload.cache.statistics import LayerCounts
 
-from offload.bench.row import Bandwidths, BenchRow, row_of
-from offload.bench.sample import Sample, Test
+from offload.bench.row import Bandwidths, BenchRow, Sample, Test, row_of
 from offload.engine.stats import Stats
 
 MS = 10**6  # ns

@@ -14,11 +14,11 @@ from offload.quant.pack import Pack
 
 import cli
 from offload import GenerationError, load, stream_generate
-from offload.bench.run import measure_link
+from offload.bench.row import Test
+from offload.bench.run import measure_link, take_sample
 from offload.bench.run import run as run_tests
-from offload.bench.sample import Test, take_sample
 from offload.engine.handle import offload_of
-from offload.engine.warm import read_hot
+from offload.engine.history import read_hot
 from offload.machine.measure import processor_name
 from tests.test_cli import Run
 from tests.test_cli import run as run  # a fixture

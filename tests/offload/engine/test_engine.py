@@ -25,8 +25,8 @@ import offload.engine.ahead as ahead_module
 import offload.engine.engine as engine_module
 import offload.engine.host as host_module
 import offload.engine.layer as layer_module
-from offload.engine.cpu_linear import OneTokenLinear
 from offload.engine.handle import offload_of
+from offload.engine.hooks import OneTokenLinear
 from offload.engine.layer import Layer
 from tests.tiny import EXPERTS, LAYERS, save_tiny
 

@@ -218,9 +218,10 @@ def test_on_gpus_the_warning_also_comes_if_the_choice_was_left_open(
 ) -> None:
     save_tiny("mixtral", tmp_path / "checkpoint")
     handle = offload_of(_load(tmp_path, gpus=CPUS))
-    fit = replace(handle.fit, device=torch.device("cuda", 0))
+    options = replace(handle.fit.options, engine=engine)
+    fit = replace(handle.fit, device=torch.device("cuda", 0), options=options)
     info, transfer = handle.pack.info, handle.engine.transfer
-    made = make_engine(engine, info, fit, transfer, False, handle.top_k)
+    made = make_engine(info, fit, transfer, handle.top_k)
     assert made.device is None
     assert caplog.messages == ON_SEVERAL * (engine != "host")
     handle.close()

@@ -39,7 +39,7 @@ class Oracle:
 
     def guess(self, layer: Layer, _: Tensor) -> list[int]:
         assert self.engine is not None
-        wanted = self._wanted[layer.index, self.engine.tokens]
+        wanted = self._wanted[layer.index, self.engine.host.tokens]
         if self._right:
             return wanted
         return [expert for expert in range(EXPERTS) if expert not in wanted][:K]

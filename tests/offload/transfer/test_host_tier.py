@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,11 +19,15 @@ from torch import Tensor
 from offload.transfer.disk_tier import DiskTier, Read, RecordFiles
 from offload.transfer.host_tier import LEAST_BUFFERS, HostTier
 from offload.transfer.memory import PAGE, own_memory
-from offload.transfer.pinning import LockPinner
 from tests.interrupt import interrupt_before
 from tests.tiny import EXPERTS, LAYERS
 
 EVERYTHING = 1 << 40
+
+
+def same_rate(sample: Tensor) -> float:
+    """Stands in for measuring: no way of holding records is faster than another."""
+    return 1e9
 
 
 class Limited:
@@ -50,6 +56,26 @@ class Limited:
         assert self.held.pop(address) == size
 
 
+class LockPinner:
+    """Pins without a GPU: the operating system may not page the memory out."""
+
+    remedy = "raise the limit of locked memory (ulimit -l), or lower --ram"
+
+    def __init__(self) -> None:
+        self._libc = None if os.name == "nt" else ctypes.CDLL(None, use_errno=True)
+
+    def pin(self, address: int, size: int, *, read_only: bool) -> str | None:
+        if self._libc is None:
+            return "this system has no mlock"
+        if self._libc.mlock(ctypes.c_void_p(address), ctypes.c_size_t(size)):
+            return os.strerror(ctypes.get_errno())
+        return None
+
+    def unpin(self, address: int, size: int) -> None:
+        assert self._libc is not None, "nothing was pinned"
+        self._libc.munlock(ctypes.c_void_p(address), ctypes.c_size_t(size))
+
+
 @pytest.fixture
 def pack(mixtral_pack: Path) -> Iterator[Pack]:
     opened = Pack(mixtral_pack)
@@ -62,22 +88,18 @@ def keys(pack: Pack) -> list[tuple[int, int]]:
 
 
 def at_address(address: int, size: int) -> Tensor:
-    import ctypes
-
     return torch.frombuffer(bytearray(ctypes.string_at(address, size)), dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("files", [True, False])
 def test_every_record_is_pinned_in_place_or_as_a_copy(pack: Pack, files: bool) -> None:
     pinner = Limited(files=files)
-    tier = HostTier(pack, EVERYTHING, pinner)
+    tier = HostTier(pack, EVERYTHING, pinner, same_rate)
     assert tier.pinned
     assert ("own pages" in tier.description) is files
-    addresses = tier.addresses()
     for layer, expert in keys(pack):
         record = tier.record(layer, expert)
         assert torch.equal(record, pack.record(layer, expert))
-        assert addresses[layer, expert] == record.data_ptr()
         assert torch.equal(at_address(record.data_ptr(), record.numel()), record)
         assert any(a <= record.data_ptr() < a + size for a, size in pinner.held.items())
     tier.close()
@@ -111,9 +133,8 @@ def test_the_description_has_a_refusal_beside_the_rate_of_the_other_way(pack: Pa
 def test_without_any_pinning_a_warning_comes_and_records_come_from_the_files(
     pack: Pack, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tier = HostTier(pack, EVERYTHING, Limited(0))
+    tier = HostTier(pack, EVERYTHING, Limited(0), same_rate)
     assert not tier.pinned
-    assert not tier.addresses().any()
     (line,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert "CUDA error 2, out of memory" in line
     assert "give it more" in line
@@ -128,9 +149,13 @@ def test_a_limit_reached_half_way_keeps_what_was_pinned(
 ) -> None:
     layer_bytes = -(-EXPERTS * pack.info.slot_bytes // PAGE) * PAGE
     pinner = Limited(2 * layer_bytes + PAGE, files=files)
-    tier = HostTier(pack, EVERYTHING, pinner)
+    tier = HostTier(pack, EVERYTHING, pinner, same_rate)
     assert not tier.pinned
-    pinned = tier.addresses().ne(0).all(dim=1).tolist()
+    pinned = [
+        any(begin <= tier.record(layer, 0).data_ptr() < begin + size for begin, size in ranges)
+        for ranges in [pinner.held.items()]
+        for layer in range(LAYERS)
+    ]
     assert pinned == [True, True, False]
     (line,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert "up to" in line
@@ -158,7 +183,7 @@ def test_a_damaged_record_is_refused_and_nothing_stays_pinned(
 ) -> None:
     pack, pinner = damaged(mixtral_pack, tmp_path / "pack"), Limited(files=files)
     with pytest.raises(PackError, match=r"experts-00001.*expert 0"):
-        HostTier(pack, EVERYTHING, pinner)
+        HostTier(pack, EVERYTHING, pinner, same_rate)
     assert not pinner.held
 
 
@@ -170,7 +195,7 @@ def test_a_file_written_to_afterwards_is_noticed_unless_all_was_copied(
     import shutil
 
     pack = Pack(Path(shutil.copytree(mixtral_pack, tmp_path / "pack")))
-    tier = HostTier(pack, EVERYTHING, Limited(limit, files=files))
+    tier = HostTier(pack, EVERYTHING, Limited(limit, files=files), same_rate)
     before = tier.record(1, 0).clone()
     file, begin = pack.place(1, 0)
     with file.open("r+b") as handle:
@@ -190,7 +215,7 @@ def test_a_record_is_checked_once(pack: Pack, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(
         Pack, "check_record", lambda _, layer, e, record=None: checked.append((layer, e))
     )
-    tier = HostTier(pack, EVERYTHING, Limited(0))
+    tier = HostTier(pack, EVERYTHING, Limited(0), same_rate)
     for _ in range(3):
         for key in keys(pack):
             tier.record(*key)
@@ -200,7 +225,7 @@ def test_a_record_is_checked_once(pack: Pack, monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_last_user_to_leave_frees_everything(pack: Pack) -> None:
     pinner = Limited()
-    tier = HostTier(pack, EVERYTHING, pinner)
+    tier = HostTier(pack, EVERYTHING, pinner, same_rate)
     tier.join()
     tier.join()
     tier.leave()
@@ -210,7 +235,7 @@ def test_the_last_user_to_leave_frees_everything(pack: Pack) -> None:
 
 
 def test_memory_is_locked_where_there_is_no_gpu(pack: Pack) -> None:
-    tier = HostTier(pack, EVERYTHING, LockPinner())
+    tier = HostTier(pack, EVERYTHING, LockPinner(), same_rate)
     if not tier.pinned:
         pytest.skip("this system locks no memory")
     assert locked_bytes() > 0
@@ -243,12 +268,11 @@ def test_with_little_ram_every_record_comes_from_the_disk(
     pack: Pack, caplog: pytest.LogCaptureFixture, ram: int
 ) -> None:
     pinner = Limited()
-    tier = HostTier(pack, ram * (pack.info.slot_bytes + 256), pinner)
+    tier = HostTier(pack, ram * (pack.info.slot_bytes + 256), pinner, same_rate)
     assert tier.disk is not None
     buffers = max(ram, LEAST_BUFFERS)
     assert tier.disk.pool.table.slots == buffers
     assert tier.pinned
-    assert not tier.addresses().any()
     assert f"RAM holds {buffers} of {EXPERTS * LAYERS} experts" in caplog.text
     assert "--ram" in caplog.text
     for _ in range(2):
@@ -262,7 +286,7 @@ def test_with_little_ram_every_record_comes_from_the_disk(
 def test_buffers_that_cannot_be_pinned_are_used_all_the_same(
     pack: Pack, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tier = HostTier(pack, 0, Limited(0))
+    tier = HostTier(pack, 0, Limited(0), same_rate)
     assert not tier.pinned
     assert "three times slower" in caplog.text
     assert torch.equal(brought(tier, 1, 2), pack.record(1, 2))
@@ -377,7 +401,7 @@ def test_a_damaged_record_is_reported_to_whoever_wants_it_and_reading_goes_on(
     mixtral_pack: Path, tmp_path: Path
 ) -> None:
     pack = damaged(mixtral_pack, tmp_path / "pack")
-    tier = HostTier(pack, 0, Limited())
+    tier = HostTier(pack, 0, Limited(), same_rate)
     for _ in range(2):
         with pytest.raises(PackError, match=r"experts-00001.*expert 0"):
             brought(tier, 1, 0)
@@ -391,7 +415,7 @@ def test_a_damaged_record_is_reported_to_whoever_wants_it_and_reading_goes_on(
 
 def test_after_ctrl_c_anywhere_starting_over_works(pack: Pack) -> None:
     """Before every instruction of asking and releasing; a lock left taken would hang."""
-    tier = HostTier(pack, 0, Limited())
+    tier = HostTier(pack, 0, Limited(), same_rate)
     disk = tier.disk
     assert disk is not None
     at, interrupted = 0, True
@@ -422,7 +446,7 @@ def test_after_ctrl_c_anywhere_starting_over_works(pack: Pack) -> None:
 
 def test_closing_ends_the_threads(pack: Pack) -> None:
     before = threading.active_count()
-    tier = HostTier(pack, 0, Limited())
+    tier = HostTier(pack, 0, Limited(), same_rate)
     for expert in range(3):
         tier.want(0, expert, urgent=False)
     tier.close()

@@ -12,8 +12,7 @@ import sys
 import torch
 
 from offload.engine.device.gather import gather
-from offload.engine.device.places import Places
-from offload.engine.device.table import Table
+from offload.engine.device.table import Places, Table
 from offload.options import LoadOptions
 from tests.launches import caught, tell
 

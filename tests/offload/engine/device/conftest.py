@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import torch
 from offload.quant.matmul import matmul
+from offload.quant.program import Program
 from offload.quant.record import view_record
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import offload
 from offload.engine.ahead import Ahead
+from offload.engine.device import engine as planned
 from offload.engine.device import make as making
-from offload.engine.device.engine import SlotDecode
-from offload.engine.layer import Layer
 from tests.interpreter import quicken
 from tests.tiny import save_tiny
 
@@ -30,15 +30,9 @@ Load = Callable[..., PreTrainedModel]
 
 
 def decode_by_products(
-    self: SlotDecode,
-    layer: Layer,
-    hidden: Tensor,
-    slots: Tensor,
-    slot_of_cell: Tensor,
-    cells: Tensor,
+    hidden: Tensor, slots: Tensor, slot_of_cell: Tensor, program: Program, cells: Tensor
 ) -> None:
-    """Stands in for `SlotDecode` with the host engine's products, and asks for no slot either."""
-    program = self._program(layer)
+    """Stands in for `decode` with the host engine's products, and asks for no slot either."""
     for cell in range(len(cells)):
         slot = slot_of_cell[cell : cell + 1]
         record = slots.index_select(0, slot.clamp(min=0))[0]
@@ -59,8 +53,8 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def quick(on_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The device-planned engine can be chosen on a CPU, and computes as the host-planned does."""
-    monkeypatch.setattr(SlotDecode, "__call__", decode_by_products)
-    monkeypatch.setattr(SlotDecode, "works", lambda *_: True)
+    monkeypatch.setattr(planned, "decode", decode_by_products)
+    monkeypatch.setattr(planned, "kernels_work", lambda *_: True)
     # How many copies have landed depends on the clock: here the link is never behind.
     monkeypatch.setattr(Ahead, "begun", lambda *_: None)
 

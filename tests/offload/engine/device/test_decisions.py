@@ -14,8 +14,7 @@ from offload.cache.statistics import LayerCounts
 from offload.cache.trace.synthetic import Routing, Shape, synthesize
 
 import offload.engine.device.table as table_module
-from offload.engine.device.places import Places
-from offload.engine.device.table import Table, add_counters
+from offload.engine.device.table import Places, Table, add_counters
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

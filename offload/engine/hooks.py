@@ -1,4 +1,4 @@
-"""Moves what each part of a model is given to the card where that part is."""
+"""Hooks on a model: tensors cross to the card of each part, and one token gets quicker products."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 # (id of a tensor that crossed, device) -> (the tensor, which keeps its id taken; its copy there)
 Moved = dict[tuple[int, torch.device], tuple[Tensor, Tensor]]
@@ -78,3 +79,44 @@ def _make_current(device: torch.device) -> None:
     """Make `device` the current card, on which kernels that are not torch's are launched."""
     if device.type == "cuda" and torch.cuda.current_device() != device.index:
         torch.cuda.set_device(device)
+
+
+def native_is_quicker() -> bool:
+    """Whether torch's own kernel multiplies one row quicker than oneDNN on this CPU.
+
+    A decode step calls a linear layer hundreds of times with one row, and oneDNN's overhead a call
+    can exceed the product of a small layer. With AVX-512 torch's own kernel is then quicker
+    (docs/log.md); with less it can be many times slower. The answer follows the processor, never a
+    stopwatch: the two libraries round differently, and logits must not depend on the load.
+    """
+    return torch.backends.mkldnn.is_available() and (
+        torch.backends.cpu.get_cpu_capability() == "AVX512"
+    )
+
+
+class OneTokenLinear:
+    """Switches oneDNN off while a model works on a single token."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._before: bool | None = None  # the state to put oneDNN's switch back to
+        self._hooks = [
+            model.register_forward_pre_hook(self._enter, with_kwargs=True),
+            model.register_forward_hook(self._leave, always_call=True),
+        ]
+
+    def _enter(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._leave()  # torch skips the leaving hook when Ctrl-C ends a forward
+        ids = args[0] if args else kwargs.get("input_ids")
+        if isinstance(ids, Tensor) and ids.numel() == 1:
+            self._before = torch.backends.mkldnn.set_flags(False)[0]
+
+    def _leave(self, *_: Any) -> None:
+        if self._before is not None:
+            torch.backends.mkldnn.set_flags(self._before)
+            self._before = None
+
+    def close(self) -> None:
+        """Leave the model as it was."""
+        self._leave()
+        for hook in self._hooks:
+            hook.remove()
