@@ -32,7 +32,7 @@ from offload.generation.stream import forward, peak_memory
 from offload.loading import load_and_tell
 from offload.options import LoadOptions
 from offload.sampling import Sampling
-from offload.trace.timeline import recording
+from offload.trace.timeline import record_timeline
 
 BLOCK_BYTES = 256 * 2**20  # more than the caches of most processors
 ROUNDS = 8
@@ -245,7 +245,7 @@ def sweep(
     def rows(setting: LoadOptions) -> Iterator[BenchRow]:
         first = setting is settings[0]
         model, tokenizer, _ = load_and_tell(source, setting, threads, note=first)
-        with contextlib.closing(offload_of(model)), recording(model, timeline):
+        with contextlib.closing(offload_of(model)), record_timeline(model, timeline):
             yield from run(model, tokenizer, tests, **options)
 
     for setting in settings:

@@ -148,9 +148,14 @@ class CheckCommand:
         from offload.loading import load_and_tell
         from offload.progress import Ticker
         from offload.quality.baseline import TOLERANCES, read_baseline, save_baseline
-        from offload.quality.check import ModelLoader, compare_models, load_plain, reference_bits
+        from offload.quality.check import (
+            ModelLoader,
+            compare_models,
+            load_plain,
+            read_prompts,
+            reference_bits,
+        )
         from offload.quality.comparison import table
-        from offload.quality.prompts import read_prompts
         from offload.quality.scoring import Sliding
 
         asked = options_from(arguments, CheckOptions)
@@ -176,13 +181,7 @@ class CheckCommand:
         def load_reference() -> Loaded:
             if not asked.plain:
                 return load_and_tell(asked.against, reference, shared.threads)[:2]
-            return load_plain(
-                asked.against,
-                device=reference.device,
-                revision=reference.revision,
-                local_files_only=reference.local_files_only,
-                trust_remote_code=reference.trust_remote_code,
-            )
+            return load_plain(asked.against, reference)
 
         with Ticker("check") as ticker:
             result = compare_models(
