@@ -29,10 +29,11 @@ from offload.errors import CheckpointError
 from offload.fit import Card, Fit
 from offload.model import sources
 from offload.model.demo import NOTE
-from offload.model.quantized import QuantizedEmbedding, QuantizedLinear
 from offload.model.seam import (
     BUILDING,
     IMPLEMENTATION,
+    QuantizedEmbedding,
+    QuantizedLinear,
     build_on_meta,
     chosen_experts,
     described_experts,
@@ -93,16 +94,7 @@ def load_with(
     for card in place.cards or (Card(0, place.device, place.memory.device),):
         if card.device.type == "cuda":
             hold_vram(card.device, card.memory)
-    path = find_or_make_pack(
-        str(source),
-        asked.recipe(),
-        pack_dir=options.pack_dir,
-        revision=options.revision,
-        local_files_only=options.local_files_only,
-        trust_remote_code=options.trust_remote_code,
-        device=place.device,
-        resolver=resolver,
-    )
+    path = find_or_make_pack(str(source), options, device=place.device, resolver=resolver)
     trusts = options.trust_remote_code
     with contextlib.ExitStack() as undo:  # closes what was opened if anything below fails
         pack = Pack(path)
@@ -111,7 +103,7 @@ def load_with(
         check_recipe(pack, asked)
         config = sources.read_config(str(source), path, trust_remote_code=trusts)
         cls = model_class(config, str(path), trusts)
-        whole = build_on_meta(own_config(config, cls), cls) if place.cards else None
+        whole = build_on_meta(config, cls) if place.cards else None
         fit = resolver.fit(pack.info, config, whole)
         _tell_shorter_chunks(fit)
         devices = {"": fit.device}  # the name of each part of the model -> its device

@@ -24,11 +24,12 @@ from offload.files import read_object, user_path
 from offload.lines import reason
 from offload.model import demo
 from offload.model.checkpoint import TensorSource
-from offload.model.formats.gguf import GgufFile, gguf_files, is_gguf, model_name, models_in
+from offload.model.formats.gguf import GgufFile, is_gguf, model_name, models_in
 from offload.model.formats.gguf_config import gguf_config
 from offload.model.formats.gguf_model import GgufSource
-from offload.model.formats.safetensors import SafetensorsSource, weight_files
+from offload.model.formats.safetensors import SafetensorsSource
 from offload.model.formats.scaled import BLOCKS, FLOAT8, Fp8Source, Mxfp4Source
+from offload.options import LoadOptions
 from offload.quant.pack import is_pack
 from offload.sampling import is_number, resolve_sampling
 
@@ -53,14 +54,7 @@ class FoundModel:
     commit: str | None = None
 
 
-def find(
-    name: str,
-    *,
-    revision: str | None,
-    local_files_only: bool,
-    trust_remote_code: bool,
-    files: Sequence[str] = TEXT_FILES,
-) -> FoundModel:
+def find(name: str, options: LoadOptions, files: Sequence[str] = TEXT_FILES) -> FoundModel:
     """The model `name`: a pack, a checkpoint folder, a GGUF file, a hub id, or "demo".
 
     The demo is built if need be. Of a hub model only the files that match the patterns `files` are
@@ -86,8 +80,8 @@ def find(
         raise SourceError(
             f"{name}: there is no such folder, and it is not the form of a hub id (owner/name)"
         )
-    patterns = [*files, *(["*.py"] if trust_remote_code else [])]
-    folder = _snapshot(name, revision, local_files_only, patterns)
+    patterns = [*files, *(["*.py"] if options.trust_remote_code else [])]
+    folder = _snapshot(name, options.revision, options.local_files_only, patterns)
     return FoundModel(name, folder, is_pack=False, commit=folder.name)
 
 
@@ -161,7 +155,7 @@ def read_config(source: str, folder: Path, *, trust_remote_code: bool) -> PreTra
         config = AutoConfig.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
-        for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        for part in (config, config.get_text_config()):
             if hasattr(part, "quantization_config"):
                 del part.quantization_config  # weights are dequantised when they are read
     except Exception as error:  # whatever a config class raises on what is in the file
@@ -192,13 +186,6 @@ def open_weights(path: Path, model: PreTrainedModel) -> TensorSource:
             raise CheckpointError(f"{path} mixes float8 and MXFP4, which is not read")
         return Fp8Source(plain, _block_size(path))
     return Mxfp4Source(plain) if packed else plain
-
-
-def files_of(path: Path) -> list[Path]:
-    """The files that `open_weights` reads. Raises `CheckpointError`."""
-    if is_gguf(path):
-        return gguf_files(path)
-    return [path / name for name in weight_files(path)]
 
 
 def _block_size(folder: Path) -> tuple[int, int] | None:

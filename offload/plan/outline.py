@@ -13,7 +13,7 @@ from offload.model import demo, sources
 from offload.model.checkpoint import Checkpoint, ExpectedSource
 from offload.model.formats.gguf import is_gguf
 from offload.model.formats.safetensors import INDEX, SINGLE, weight_files
-from offload.model.seam import build_on_meta, chosen_experts, find_experts, model_class, own_config
+from offload.model.seam import build_on_meta, chosen_experts, find_experts, model_class
 from offload.model.sources import open_weights
 from offload.options import LoadOptions
 from offload.pack.describe import PackSource
@@ -70,18 +70,12 @@ def outline(name: str, options: LoadOptions) -> Outline:
     if name == sources.DEMO and not (demo.demo_folder() / "config.json").is_file():
         config = demo.planned_config()
     else:
-        found = sources.find(
-            name,
-            revision=options.revision,
-            local_files_only=options.local_files_only,
-            trust_remote_code=trusts,
-            files=sources.SHAPE_FILES,
-        )
+        found = sources.find(name, options, sources.SHAPE_FILES)
         name, folder = found.name, found.folder
         config = sources.read_config(name, folder, trust_remote_code=trusts)
         made = read_info(folder) if found.is_pack else None
     cls = model_class(config, str(folder or name), trusts)
-    model = build_on_meta(own_config(config, cls), cls)
+    model = build_on_meta(config, cls)
     experts = find_experts(model)
     here = folder is not None and made is None and _has_weights(folder)
     source = open_weights(folder, model) if here and folder else ExpectedSource(model)

@@ -24,7 +24,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def _find(name: str) -> object:
-    return find(name, revision=None, local_files_only=False, trust_remote_code=False)
+    return find(name, LoadOptions())
 
 
 @pytest.fixture
@@ -51,13 +51,13 @@ def cached(hub_cache: Path, mixtral: Path) -> Path:
 
 
 def test_a_folder_with_a_config_is_a_checkpoint(mixtral: Path) -> None:
-    found = find(str(mixtral), revision=None, local_files_only=False, trust_remote_code=False)
+    found = find(str(mixtral), LoadOptions())
     assert (found.folder, found.is_pack, found.commit) == (mixtral, False, None)
     assert found.name == "tiny-mixtral"
 
 
 def test_a_folder_with_a_manifest_is_a_pack(mixtral_pack: Path) -> None:
-    found = find(str(mixtral_pack), revision=None, local_files_only=False, trust_remote_code=False)
+    found = find(str(mixtral_pack), LoadOptions())
     assert (found.folder, found.is_pack) == (mixtral_pack, True)
 
 
