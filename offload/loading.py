@@ -29,10 +29,11 @@ from offload.errors import CheckpointError
 from offload.fit import Card, Fit
 from offload.model import sources
 from offload.model.demo import NOTE
-from offload.model.quantized import QuantizedEmbedding, QuantizedLinear
 from offload.model.seam import (
     BUILDING,
     IMPLEMENTATION,
+    QuantizedEmbedding,
+    QuantizedLinear,
     build_on_meta,
     chosen_experts,
     described_experts,

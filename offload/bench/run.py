@@ -26,7 +26,7 @@ from offload.machine.measure import processor_name
 from offload.options import LoadOptions
 from offload.pack.recipe import bits_name
 from offload.sampling import Sampling
-from offload.trace.timeline import recording
+from offload.trace.timeline import record_timeline
 from offload.version import __version__
 
 BLOCK_BYTES = 256 * 2**20  # more than the caches of most processors
@@ -260,7 +260,7 @@ def sweep(
     def rows(setting: LoadOptions) -> Iterator[BenchRow]:
         first = setting is settings[0]
         model, tokenizer, _ = load_and_tell(source, setting, threads, note=first)
-        with contextlib.closing(offload_of(model)), recording(model, timeline):
+        with contextlib.closing(offload_of(model)), record_timeline(model, timeline):
             yield from run(model, tokenizer, tests, **options)
 
     for setting in settings:

@@ -49,8 +49,7 @@ class Budget:
     staging: int = 0  # staging rows, each as large as a slot; unused if all experts have slots
 
     def slots(self, asked: int | None) -> int:
-        """Return the number of expert slots to allocate: `asked`, or as many as fit if it is None.
-        Raises `BudgetError`."""
+        """Expert slots to allocate: `asked`, or as many as fit if None. Raises `BudgetError`."""
         left = self.available - self.dense - self.kv_cache - self.workspace
         fit = max(0, left // self.slot)
         if fit < self.total_experts or (asked is not None and asked < self.total_experts):
@@ -83,8 +82,7 @@ class Memory:
 
     @classmethod
     def of(cls, device: torch.device, vram: str | int | None, ram: str | int | None) -> Memory:
-        """Take the sizes that the user gave, or a share of the free memory. Raises
-        `BudgetError`."""
+        """The sizes that the user gave, or a share of the free memory. Raises `BudgetError`."""
         if vram is not None and device.type == "cpu":
             logger.warning("--vram has no effect without a GPU: --ram is the limit here")
         host = available_bytes(torch.device("cpu"), parse_bytes(ram))
@@ -94,8 +92,7 @@ class Memory:
 
 
 def available_bytes(device: torch.device, given: int | None) -> int:
-    """The bytes that may be used on `device`: the size that was `given`, or a share of the free
-    memory."""
+    """Bytes that may be used on `device`: the size `given`, or a share of the free memory."""
     if given is not None:
         return given
     if device.type == "cuda":

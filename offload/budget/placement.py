@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from math import inf
 
 import torch
@@ -29,8 +29,7 @@ from offload.units import gib
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder layer: bytes of its dense weights and of its KV cache, and its number of
-    experts."""
+    """One decoder layer: bytes of its dense weights and KV cache, and its number of experts."""
 
     dense: int
     kv_cache: int
@@ -78,11 +77,8 @@ def demand(
         experts[at] += layer.num_experts
     caches = kv_cache_bytes(config, context, dtype, ubatch)
     if len(caches) != layers.count:  # the config counts layers differently: share them evenly
-        total = sum(caches)
-        caches = [
-            total * (at + 1) // layers.count - total * at // layers.count
-            for at in range(layers.count)
-        ]
+        ends = [sum(caches) * at // layers.count for at in range(layers.count + 1)]
+        caches = [end - begin for begin, end in pairwise(ends)]
     first = info.dense_bytes(dtype.itemsize) - sum(of_layer) - last
     return Demand(
         tuple(map(Block, of_layer, caches, experts)),
@@ -183,8 +179,7 @@ class _Room:
         return self.left(card, begin, end) >= self.least(begin, end)
 
     def ampleness(self, card: int, begin: int, end: int) -> float:
-        """Slots that fit for each expert, which may be more than one; -inf if the layers do not
-        fit."""
+        """Slots that fit for each expert, perhaps more than one; -inf if the layers do not fit."""
         if not self.fits(card, begin, end):
             return -inf
         experts = self.experts(begin, end)
@@ -203,8 +198,7 @@ def _best_cuts(room: _Room) -> list[tuple[int, int]]:
 
     @cache
     def tightest(card: int, end: int) -> float:
-        """The room on the tightest of the cards 0 to `card`, at best, with the layers before
-        `end`."""
+        """The best room on the tightest of cards 0 to `card` with the layers before `end`."""
         return max(
             min(tightest(card - 1, at) if card else inf, room.ampleness(card, at, end))
             for at in last_begins(card, end)
@@ -236,8 +230,7 @@ def _best_cuts(room: _Room) -> list[tuple[int, int]]:
 
 
 def _too_little(room: _Room) -> BudgetError:
-    """Fill the cards one after the other, and return the error of the first that cannot hold a
-    layer."""
+    """Fill one card after the other: the error of the first that cannot hold a layer."""
     begin = 0
     for card in range(room.cards):
         rest = room.cards - 1 - card  # later cards, each of which needs a layer

@@ -167,21 +167,18 @@ def find_place(options: LoadOptions) -> Place:
     the RAM. Raises `BudgetError`.
     """
     device, gpus, vram, ram = options.device, options.gpus, options.vram, options.ram
-    if gpus is None:
-        place = find_device(device)
-        if device in (None, "cuda") and place.type == "cuda" and torch.cuda.device_count() > 1:
-            everything = ",".join(map(str, range(torch.cuda.device_count())))
+    if gpus is not None and device is not None:
+        raise BudgetError("both --device and --gpus say where to run: give only one of them")
+    devices = [find_device(name) for name in ([device] if gpus is None else _names(gpus))]
+    if len(devices) == 1:
+        count = torch.cuda.device_count() if devices[0].type == "cuda" else 1
+        if gpus is None and device in (None, "cuda") and count > 1:
             logger.warning(
                 "using GPU %d of %d; the others stay idle: use them with --gpus %s",
                 torch.cuda.current_device(),
-                torch.cuda.device_count(),
-                everything,
+                count,
+                ",".join(map(str, range(count))),
             )
-        return Place(place, Memory.of(place, vram, ram))
-    if device is not None:
-        raise BudgetError("both --device and --gpus say where to run: give only one of them")
-    devices = [find_device(name) for name in _names(gpus)]
-    if len(devices) == 1:
         return Place(devices[0], Memory.of(devices[0], vram, ram))
     sizes = _sizes(vram, len(devices))
     host = available_bytes(torch.device("cpu"), parse_bytes(ram))

@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise OffloadError("--single-turn needs a prompt: give one with -p or -f")
     asked_sampling(asked, None)  # raises for a wrong value before the model is loaded
     from offload.chat.chat import Chat
-    from offload.chat.loop import converse
+    from offload.chat.commands import converse
     from offload.chat.terminal import display, reader
     from offload.engine.handle import offload_of
     from offload.loading import load_and_tell

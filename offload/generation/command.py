@@ -115,8 +115,7 @@ class _Job:
                 "--vote needs answers that differ: give a --temp above 0, or leave --temp out"
             )
         with self.loaded() as (model, tokenizer, load_seconds):
-            from offload.chat.report import timings, verbose_rows
-            from offload.generation.stream import stream_generate
+            from offload.generation.stream import stream_generate, timings, verbose_rows
 
             full = self.full_prompt(tokenizer, {"prompt": prompt})
             if self.own.vote is not None:
@@ -150,10 +149,10 @@ class _Job:
         asked_sampling(self.asked, None)  # fails on a wrong value before the model is loaded
         from offload.engine.handle import offload_of
         from offload.loading import load_and_tell
-        from offload.trace.timeline import recording
+        from offload.trace.timeline import record_timeline
 
         model, tokenizer, seconds = load_and_tell(self.model_name, self.load, self.shared.threads)
-        with contextlib.closing(offload_of(model)), recording(model, self.shared.timeline):
+        with contextlib.closing(offload_of(model)), record_timeline(model, self.shared.timeline):
             yield model, tokenizer, seconds
 
     @property

@@ -87,7 +87,7 @@ class DecodeLoop:
         # The token, whether its logits are in trouble, and the table's counts.
         counts = len(device.table.counts)
         self.said = torch.zeros(2 + counts, dtype=torch.int64, device=model.device)
-        self._before = self._sampler.state()  # as it was before the step queued last
+        self._before = self._sampler.generator.get_state()  # as it was before the step queued last
         self._begin_anew()
 
     def _begin_anew(self) -> None:
@@ -118,7 +118,7 @@ class DecodeLoop:
 
     def run(self) -> None:
         """Queue a step."""
-        self._before = self._sampler.state()
+        self._before = self._sampler.generator.get_state()
         with self.engine.loop() as on_device:
             if self.table is not self._device.table:  # slots were given back
                 self._begin_anew()
@@ -183,7 +183,10 @@ class LoopTokens:
     @torch.inference_mode()
     def __call__(self) -> int:
         if self._queued < self._limit:
-            until_it_fits(self._queue, self._loop.engine, self._go_back)
+            # Everything queued before a step that breaks off is valid, and each token but the last
+            # was read.
+            read = self._prompt_length + self._queued - 1
+            until_it_fits(self._queue, self._loop.engine, lambda: self._loop.go_back(read))
         token, trouble, *counts = self._readback.read()
         check_trouble(trouble)
         self._loop.engine.count(counts)
@@ -195,17 +198,14 @@ class LoopTokens:
         self._readback.send(self._loop.said)
         self._queued += 1
 
-    def _go_back(self) -> None:
-        """Undo the step that broke off; everything queued before it is valid, and each token but
-        the last was read."""
-        self._loop.go_back(self._prompt_length + self._queued - 1)
-
     @torch.inference_mode()
     def cache(self) -> Cache | None:
-        def grown() -> Cache | None:
-            return self._loop.kv.grown(self._prompt_length + self._given - 1)
-
-        return if_spared(grown, self._loop.engine, "to keep what was read: it is read again")
+        read = self._prompt_length + self._given - 1
+        return if_spared(
+            lambda: self._loop.kv.grown(read),
+            self._loop.engine,
+            "to keep what was read: it is read again",
+        )
 
 
 class Loops:

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from offload.engine.engine import Engine
 from offload.errors import NO_MEMORY, GenerationError
 from offload.transfer.cards import CardsTransfer
-from offload.units import UNITS
+from offload.units import parse_bytes
 
 logger = logging.getLogger("offload")
 
@@ -106,10 +106,9 @@ def _cut_back(cache: Any, tokens: int) -> None:
 
 
 def asked_bytes(error: BaseException) -> int:
-    """Bytes of the failed allocation, read from torch's message; 0 if it does not name them."""
-    match = re.search(r"allocate (\d+(?:\.\d+)?) (\w+)", str(error))
-    unit = UNITS.get(match.group(2).upper()) if match else None
-    return int(float(match.group(1)) * unit) if match and unit else 0
+    """Bytes of the failed allocation, read from torch's message; 0 if below a KiB or unknown."""
+    match = re.search(r"allocate (\d+\.\d+ [KMGT]iB)", str(error))
+    return (parse_bytes(match.group(1)) or 0) if match else 0
 
 
 def asked_gpu(error: torch.OutOfMemoryError) -> int | None:

@@ -41,6 +41,38 @@ class GenerationResponse:
     experts: Stats  # counted since this generation began
 
 
+def timings(response: GenerationResponse) -> str:
+    """The line that llama.cpp prints after an answer."""
+    return (
+        f"[ Prompt: {response.prompt_tps:.1f} t/s | Generation: {response.generation_tps:.1f} t/s ]"
+    )
+
+
+def verbose_rows(response: GenerationResponse, load_seconds: float) -> str:
+    """The rows that ollama prints after an answer. As in ollama, the load duration appears only
+    when the answer waited for the model, and the prompt count leaves out tokens from the cache."""
+    cached = response.cached_tokens
+    read = f"{response.prompt_tokens - cached} token(s)" + (
+        f" (+{cached} cached)" if cached else ""
+    )
+    seconds = load_seconds + response.prompt_seconds + response.generation_seconds
+    rows = [
+        ("total duration", _duration(seconds)),
+        *([("load duration", _duration(load_seconds))] if load_seconds else []),
+        ("prompt eval count", read),
+        ("prompt eval duration", _duration(response.prompt_seconds)),
+        ("prompt eval rate", f"{response.prompt_tps:.2f} tokens/s"),
+        ("eval count", f"{response.generation_tokens} token(s)"),
+        ("eval duration", _duration(response.generation_seconds)),
+        ("eval rate", f"{response.generation_tps:.2f} tokens/s"),
+    ]
+    return "\n".join(f"{name + ':':<22}{value}" for name, value in rows)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f}ms" if seconds < 1 else f"{seconds:.2f}s"
+
+
 def stream_generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,

@@ -43,16 +43,15 @@ class TextStream:
         """
         if self.stopped:
             return ""
-        text = self._decode(self._context, len(self._ids))
-        shown = self._decode(self._context, self._shown)
-        rest = self._emit(text[len(shown) :].rstrip(INCOMPLETE))
+        rest = self._emit(self._new_text(at_end=True))
         rest, self._held = rest + self._held, ""
-        self._shown = len(self._ids)
         return rest
 
-    def _new_text(self) -> str:
+    def _new_text(self, *, at_end: bool = False) -> str:
         shown = self._decode(self._context, self._shown)
         text = self._decode(self._context, len(self._ids))
+        if at_end:
+            text = text.rstrip(INCOMPLETE)
         if text.endswith(INCOMPLETE) or len(text) <= len(shown):
             return ""
         self._context, self._shown = self._shown, len(self._ids)

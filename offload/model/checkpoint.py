@@ -118,8 +118,7 @@ class Checkpoint:
         self._check_complete(wanted)
 
     def _match(self, wanted: set[str]) -> None:
-        """Find each tensor's parameter, in the same way as transformers'
-        `convert_and_load_state_dict_in_model`."""
+        """Find each tensor's parameter as transformers' `convert_and_load_state_dict_in_model`."""
         mapping = get_model_conversion_mapping(self._model)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -145,8 +144,7 @@ class Checkpoint:
                 self._found.add(target)
 
     def _check_complete(self, wanted: set[str]) -> None:
-        """Raise `CheckpointError` when a parameter, or one of the experts `wanted`, has no
-        tensor."""
+        """Raise `CheckpointError` when tensors are missing, of the experts `wanted` or others."""
         missing = wanted - self._parameters.keys()
         if not self._splits:  # else a rule's further parameters are known when it has run
             optional = self._model._keys_to_ignore_on_load_missing or []

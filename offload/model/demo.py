@@ -192,8 +192,7 @@ def load_dense() -> PreTrainedModel:
 
 
 def write_checkpoint(dense: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
-    """Write `dense` with experts into the new `folder`: a safetensors file for each layer, and the
-    tokenizer."""
+    """Write `dense` with experts, a file for each layer, and the tokenizer into a new `folder`."""
     folder.mkdir(parents=True)
     tokenizer = gguf_tokenizer(fetch_gguf(), LlamaConfig)
     files: dict[str, dict[str, Tensor]] = defaultdict(dict)
@@ -221,15 +220,14 @@ def write_checkpoint(dense: PreTrainedModel, folder: Path, dtype: torch.dtype) -
 
 def planned_config(dtype: torch.dtype = torch.bfloat16) -> MixtralConfig:
     """The config of the demo: the dense model's with experts."""
-    config = MixtralConfig(
+    return MixtralConfig(
         **DENSE_CONFIG,
         num_local_experts=NUM_EXPERTS,
         num_experts_per_tok=TOP_K,
         sliding_window=None,
+        architectures=["MixtralForCausalLM"],
+        dtype=dtype,
     )
-    config.architectures = ["MixtralForCausalLM"]
-    config.dtype = dtype
-    return config
 
 
 def upcycled_names(name: str) -> list[str]:

@@ -24,10 +24,10 @@ from offload.files import read_object, user_path
 from offload.lines import reason
 from offload.model import demo
 from offload.model.checkpoint import TensorSource
-from offload.model.formats.gguf import GgufFile, gguf_files, is_gguf, model_name, models_in
+from offload.model.formats.gguf import GgufFile, is_gguf, model_name, models_in
 from offload.model.formats.gguf_config import gguf_config
 from offload.model.formats.gguf_model import GgufSource
-from offload.model.formats.safetensors import SafetensorsSource, weight_files
+from offload.model.formats.safetensors import SafetensorsSource
 from offload.model.formats.scaled import BLOCKS, FLOAT8, Fp8Source, Mxfp4Source
 from offload.options import LoadOptions
 from offload.quant.pack import is_pack
@@ -155,7 +155,7 @@ def read_config(source: str, folder: Path, *, trust_remote_code: bool) -> PreTra
         config = AutoConfig.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
-        for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        for part in (config, config.get_text_config()):
             if hasattr(part, "quantization_config"):
                 del part.quantization_config  # weights are dequantised when they are read
     except Exception as error:  # whatever a config class raises on what is in the file
@@ -186,13 +186,6 @@ def open_weights(path: Path, model: PreTrainedModel) -> TensorSource:
             raise CheckpointError(f"{path} mixes float8 and MXFP4, which is not read")
         return Fp8Source(plain, _block_size(path))
     return Mxfp4Source(plain) if packed else plain
-
-
-def files_of(path: Path) -> list[Path]:
-    """The files that `open_weights` reads. Raises `CheckpointError`."""
-    if is_gguf(path):
-        return gguf_files(path)
-    return [path / name for name in weight_files(path)]
 
 
 def _block_size(folder: Path) -> tuple[int, int] | None:

@@ -33,13 +33,14 @@ class PackSource:
         places = [layer_of(module.path) for module in self.experts]
         places += [matrix.layer for matrix in matrices]
         recipe.check_layers(max((layer for layer in places if layer is not None), default=0))
-        layouts: list[RecordLayout] = []
+        layouts: dict[RecordLayout, int] = {}  # each layout once, with its number
         layers = []
         for module in self.experts:
             specs = tuple(_as_stored(self.checkpoint, module, spec) for spec in module.matrices)
             layout = plan_layout(specs, recipe.scheme("experts", layer_of(module.path)))
-            layers.append(PackLayer(module.path, module.num_experts, _index(layouts, layout)))
-        dense_layouts: list[RecordLayout] = []
+            number = layouts.setdefault(layout, len(layouts))
+            layers.append(PackLayer(module.path, module.num_experts, number))
+        dense_layouts: dict[RecordLayout, int] = {}
         members = list(self._describe_dense(matrices, recipe, dense_layouts))
         return PackInfo(
             self.name,
@@ -53,7 +54,7 @@ class PackSource:
         )
 
     def _describe_dense(
-        self, matrices: list[DenseMatrix], recipe: Recipe, layouts: list[RecordLayout]
+        self, matrices: list[DenseMatrix], recipe: Recipe, layouts: dict[RecordLayout, int]
     ) -> Iterator[PackDense]:
         """Those of `matrices` that are quantised; adds their layouts to `layouts`."""
         files: dict[int | str, int] = {}  # decoder layer, or matrix outside them -> number of file
@@ -69,14 +70,8 @@ class PackSource:
                 spec = MatrixSpec("weight", matrix.rows, matrix.columns, False, dtype)
                 place = matrix.parameter if matrix.layer is None else matrix.layer
                 file = files.setdefault(place, len(files))
-                layout = _index(layouts, plan_layout((spec,), scheme))
+                layout = layouts.setdefault(plan_layout((spec,), scheme), len(layouts))
                 yield PackDense(matrix.modules, layout, file)
-
-
-def _index(layouts: list[RecordLayout], layout: RecordLayout) -> int:
-    if layout not in layouts:
-        layouts.append(layout)
-    return layouts.index(layout)
 
 
 def _as_stored(checkpoint: Checkpoint, module: ExpertsModule, spec: MatrixSpec) -> MatrixSpec:
@@ -133,17 +128,11 @@ def dense_matrices(model: PreTrainedModel, experts: Sequence[ExpertsModule]) -> 
             continue
         inside = path[match.end() :]
         if match[1] in decoders and not _ROUTES.search(inside):
-            rows, columns = module.weight.shape
-            found.append(DenseMatrix((path,), (_part(inside),), int(match[2]), rows, columns))
+            part = "attention" if _MIXES_TOKENS.search(inside) else "mlp"
+            part = "shared" if "shared" in inside else part
+            found.append(DenseMatrix((path,), (part,), int(match[2]), *module.weight.shape))
     found += _outside_layers(model)
     return [matrix for matrix in found if min(matrix.rows, matrix.columns) >= SMALLEST]
-
-
-def _part(path: str) -> str:
-    """The part of a linear layer, told by its path inside the decoder layer."""
-    if "shared" in path:
-        return "shared"
-    return "attention" if _MIXES_TOKENS.search(path) else "mlp"
 
 
 def _outside_layers(model: PreTrainedModel) -> list[DenseMatrix]:

@@ -50,8 +50,7 @@ def find_or_make_pack(
         return found.folder
     check_generation_config(found.folder)
     config = sources.read_config(found.name, found.folder, trust_remote_code=trusts)
-    cls = model_class(config, str(found.folder), trusts)
-    model = build_on_meta(config, cls)
+    model = build_on_meta(config, model_class(config, str(found.folder), trusts))
     experts = find_experts(model)
     mark = found.commit or fingerprint(found.folder)
 

@@ -22,10 +22,9 @@ from torch import Tensor
 from offload.errors import CheckpointError
 from offload.files import read_object, unreadable
 from offload.model.checkpoint import Checkpoint
-from offload.model.formats.gguf import is_gguf
+from offload.model.formats.gguf import gguf_files, is_gguf
 from offload.model.formats.gguf_config import save_config_files
-from offload.model.formats.safetensors import DTYPES, INDEX, SafetensorsSource
-from offload.model.sources import files_of
+from offload.model.formats.safetensors import DTYPES, INDEX, SafetensorsSource, weight_files
 from offload.pack.describe import PackSource
 from offload.pack.recipe import Recipe
 from offload.progress import Progress
@@ -213,11 +212,8 @@ def _plain_config(file: Path, content: bytes) -> bytes:
     """A config without word of quantisation, since a pack's dense weights are not quantised so."""
     config = read_object(file)
     parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
-    if not any("quantization_config" in part for part in parts):
-        return content
-    for part in parts:
-        part.pop("quantization_config", None)
-    return json.dumps(config, indent=2).encode()
+    said = [part.pop("quantization_config") for part in parts if "quantization_config" in part]
+    return json.dumps(config, indent=2).encode() if said else content
 
 
 def _as_bytes(name: str, tensor: Tensor) -> tuple[str, str, tuple[int, ...], Tensor]:
@@ -235,7 +231,10 @@ def fingerprint(path: Path) -> str:
     if path.is_dir():
         digest.update((path / "config.json").read_bytes())
         SafetensorsSource(path)  # raises unless the lengths of the headers can be believed
-    for file in files_of(path):
+        files = [path / name for name in weight_files(path)]
+    else:
+        files = gguf_files(path)
+    for file in files:
         size, changed = file.stat().st_size, file.stat().st_mtime_ns
         digest.update(f"{file.name} {size} {changed}".encode())
         with file.open("rb") as handle:

@@ -148,9 +148,14 @@ class CheckCommand:
         from offload.loading import load_and_tell
         from offload.progress import Ticker
         from offload.quality.baseline import TOLERANCES, read_baseline, save_baseline
-        from offload.quality.check import ModelLoader, compare_models, load_plain, reference_bits
+        from offload.quality.check import (
+            ModelLoader,
+            compare_models,
+            load_plain,
+            read_prompts,
+            reference_bits,
+        )
         from offload.quality.comparison import table
-        from offload.quality.prompts import read_prompts
         from offload.quality.scoring import Sliding
 
         asked = options_from(arguments, CheckOptions)

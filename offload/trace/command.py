@@ -83,7 +83,7 @@ def _replay(arguments: argparse.Namespace) -> int:
 
 
 def _plot(arguments: argparse.Namespace) -> int:
-    from offload.trace.picture import plot
+    from offload.trace.show import plot
 
     asked = options_from(arguments, PlotOptions)
     drawn = plot(arguments.trace, asked.expert_slots, asked.policy, asked.output)

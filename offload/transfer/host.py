@@ -47,8 +47,6 @@ class PageIn:
         `between` is called now and then, and may bring in another record.
         """
         missing = self._missing(layer, expert)
-        if not missing:
-            return
         while missing:
             some, missing = missing[:AT_ONCE], missing[AT_ONCE:]
             for _ in self._threads.map(lambda at: self._read(layer, at), some):

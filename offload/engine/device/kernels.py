@@ -35,9 +35,7 @@ def decide_kernel(
     `loads` what has to be copied there first; -1 elsewhere.
     """
     at = tl.arange(0, KB)
-    expert = _experts(index, at, k, num_experts)
-    if tl.load(ints + P.halted) != 0:
-        expert = tl.full([KB], -1, tl.int64)
+    expert = _experts(index, at, k, num_experts, ints, P)
     wanted = (expert >= 0) & _first_of_equals(expert, at)
     key = layer * P.experts + tl.maximum(expert, 0)
     before = tl.load(ints + P.slot_of + key, mask=expert >= 0, other=-1)
@@ -61,22 +59,21 @@ def look_ahead_kernel(
     Writes the guessed `experts` [k] and the slots they are to be copied to, -1 for none.
     """
     at = tl.arange(0, KB)
-    expert = _experts(index, at, k, num_experts)
-    if tl.load(ints + P.halted) != 0:
-        expert = tl.full([KB], -1, tl.int64)
+    expert = _experts(index, at, k, num_experts, ints, P)
     wanted = (expert >= 0) & _first_of_equals(expert, at)
     slot = tl.full([KB], -1, tl.int64)
-    if tl.sum(wanted.to(tl.int32), 0) > 0:
+    if _count(wanted) > 0:
         slot = _look_ahead(layer, expert, wanted, ints, reals, P, KB, CHUNK)
     tl.store(experts + at, expert, mask=at < k)
     tl.store(loads + at, slot, mask=at < k)
 
 
 @triton.jit
-def _experts(index, at, k, num_experts):
-    """The experts [KB] a token is routed to, -1 for what is none: a sentinel, or padding."""
+def _experts(index, at, k, num_experts, ints, P: tl.constexpr):
+    """The experts [KB] a token is routed to; -1 for a sentinel or padding, and all -1 if halted."""
     expert = tl.load(index + at, mask=at < k, other=-1).to(tl.int64)
-    return tl.where((expert >= 0) & (expert < num_experts), expert, -1)
+    asked = (expert >= 0) & (expert < num_experts) & (tl.load(ints + P.halted) == 0)
+    return tl.where(asked, expert, -1)
 
 
 @triton.jit
@@ -306,13 +303,6 @@ def _take(
 
 
 @triton.jit
-def _stays(at, step, ints, P: tl.constexpr):
-    """Which slots are in use or guessed."""
-    in_use = tl.load(ints + P.in_use + at, mask=at < P.slots, other=0) == step
-    return in_use | (tl.load(ints + P.guessed + at, mask=at < P.slots, other=0) != 0)
-
-
-@triton.jit
 def _weigh(layer, step, ints, reals, P: tl.constexpr, CHUNK: tl.constexpr):
     """Store what each slot is worth when `layer` needs one, as `cache.eviction.LayerPools` does.
 
@@ -336,7 +326,9 @@ def _weigh(layer, step, ints, reals, P: tl.constexpr, CHUNK: tl.constexpr):
         worth = worth * tl.load(reals + P.pace + ahead)
         order = tl.load(ints + P.useless + at, mask=at < P.slots, other=0)
         worth = tl.where(order > 0, order.to(tl.float64) - USELESS, worth)
-        leaves = held & ~_stays(at, step, ints, P)
+        in_use = tl.load(ints + P.in_use + at, mask=at < P.slots, other=0) == step
+        guessed = tl.load(ints + P.guessed + at, mask=at < P.slots, other=0) != 0
+        leaves = held & ~in_use & ~guessed
         tl.store(reals + P.worth + at, tl.where(leaves, worth, INF), mask=at < P.slots)
     _all_have_written()
 

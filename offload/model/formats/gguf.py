@@ -177,8 +177,7 @@ def _nibbles(packed: Tensor) -> Tensor:
 
 
 def _five_bits(low: Tensor, high: Tensor) -> Tensor:
-    """The numbers [n, 32] whose low four bits are in `low` [n, 16] and whose fifth is in `high`
-    [n, 4]."""
+    """Numbers [n, 32], of which `low` [n, 16] has four bits each and `high` [n, 4] the fifth."""
     fifth = (high[:, :, None] >> torch.arange(8, dtype=torch.uint8)) & 1
     return _nibbles(low) | (fifth.flatten(1) << 4)
 

@@ -16,8 +16,7 @@ from offload.budget.resolve import Place, Resolver
 from offload.engine.handle import offload_of
 from offload.errors import BudgetError
 from offload.generation.batch import generate
-from offload.model.quantized import QuantizedEmbedding, QuantizedLinear
-from offload.model.seam import find_experts
+from offload.model.seam import QuantizedEmbedding, QuantizedLinear, find_experts
 from offload.options import LoadOptions
 from offload.pack.describe import dense_matrices
 from offload.pack.find import find_or_make_pack
