@@ -59,18 +59,15 @@ class Offload:
     def _cards(self, whole: Stats) -> Iterator[CardStats]:
         transfer, first = self.engine.transfer, 0
         links = transfer.transfers if isinstance(transfer, CardsTransfer) else (transfer,)
+        copied = [
+            (n.loads - n.loads_beside * transfer.streams_in_place) * self.engine.record_bytes(layer)
+            for layer, n in enumerate(whole.layers)
+        ]  # bytes
         for (_, share), link in zip(self.fit.caching, links, strict=True):
-            layers = range(first, first + share.moe_layers)
+            layers = slice(first, first + share.moe_layers)
             first = layers.stop
-            yield CardStats(
-                share,
-                sum((whole.layers[i] for i in layers), LayerCounts()),
-                sum(self._copied(whole.layers[i]) * self.engine.record_bytes(i) for i in layers),
-                link.busy_seconds,
-            )
-
-    def _copied(self, counts: LayerCounts) -> int:
-        return counts.loads - counts.loads_beside * self.engine.transfer.streams_in_place
+            counts = sum(whole.layers[layers], LayerCounts())
+            yield CardStats(share, counts, sum(copied[layers]), link.busy_seconds)
 
     def record(self, path: str | Path, noted_layers: int = 0) -> None:
         """Write a trace of what the routers choose from now on to `path`, until `close` or another

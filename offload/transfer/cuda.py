@@ -11,7 +11,7 @@ from torch import Tensor
 
 from offload.quant.pack import Pack
 from offload.ranges import work
-from offload.transfer.base import Ticket, addresses_of
+from offload.transfer.base import addresses_of
 from offload.transfer.disk_tier import Read
 from offload.transfer.host_tier import HostTier
 from offload.transfer.memory import CudaPinner
@@ -163,8 +163,7 @@ class CudaTransfer:
         self._go_on()
         return ticket
 
-    def wait(self, ticket: Ticket) -> None:
-        assert isinstance(ticket, CudaTicket)
+    def wait(self, ticket: CudaTicket) -> None:
         if ticket in self._order:
             self._order.urge(ticket)
             if ticket.read is not None and self.tier.disk is not None:
@@ -200,8 +199,7 @@ class CudaTransfer:
         self._link.move(self.slots[slot, :size], self.slots[row, :size])
         self.release([row, slot])
 
-    def drop(self, ticket: Ticket) -> bool:
-        assert isinstance(ticket, CudaTicket)
+    def drop(self, ticket: CudaTicket) -> bool:
         if not self._order.drop(ticket):
             return False  # the link has the copy, and does it before the one that follows
         self._let_go(ticket)
