@@ -22,8 +22,7 @@ from machine import RESULTS, machine
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import offload
-from offload.bench.run import measure_link
-from offload.bench.sample import real_text
+from offload.bench.run import measure_link, real_text
 from offload.engine.handle import offload_of
 from offload.model import demo
 from offload.progress import without_bars

@@ -229,7 +229,7 @@ class Worker:
     def facts(self) -> dict[str, Any]:
         import torch
 
-        from offload.bench.sample import peak_since
+        from offload.bench.run import peak_since
 
         return {**self._model.facts(), "peak_memory": peak_since(torch.device("cpu"))}
 
@@ -246,7 +246,7 @@ def serve(pipe: Connection, spec: Spec, context: int, threads: int, scratch: Pat
     out."""
     import torch
 
-    from offload.bench.sample import forget_peak
+    from offload.bench.run import forget_peak
 
     try:
         worker = Worker(open_peer(spec, context, threads, scratch))

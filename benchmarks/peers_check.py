@@ -10,7 +10,7 @@ import numpy as np
 from peer_process import Spec, Vector
 from peers_running import Load, Peer, PeerError, Run
 
-from offload.quality.prompts import read_prompts
+from offload.quality.check import read_prompts
 
 # The most that a peer may differ from the reference: KL divergence in nats, mean over the prompts.
 # It tells a wrong model from few bits, not good bits from better ones: `offload check` does that.

@@ -18,8 +18,8 @@ from typing import Any
 
 from losers import FIFO, MOST_AHEAD, PREDICTORS, SLRU, Guesser, QuotaCache
 from offload.cache.cache import ExpertCache
-from offload.cache.interface import Cache
 from offload.cache.policies import HALF_LIFE, LFRU, Policy
+from offload.cache.sharded import Cache
 from offload.cache.trace.file import read
 from offload.cache.trace.replay import (
     BELADY,

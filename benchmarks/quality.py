@@ -27,11 +27,16 @@ from transformers import PreTrainedModel
 
 import offload
 from offload import OffloadError
-from offload.bench.sample import real_text
+from offload.bench.run import real_text
 from offload.engine.handle import offload_of
 from offload.progress import Ticker
-from offload.quality.check import LogitsRecord, ModelLoader, compare_with_record, record_logits
-from offload.quality.prompts import read_prompts
+from offload.quality.check import (
+    LogitsRecord,
+    ModelLoader,
+    compare_with_record,
+    read_prompts,
+    record_logits,
+)
 from offload.quality.scoring import Sliding, Text, measure_perplexity, prefix_of
 
 REFERENCE = "experts=16,dense=16"

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Container, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
-from offload.cache.decision import CacheState, Decision, Use, Wave
+from offload.cache.decision import Decision, Use, Wave
 from offload.cache.eviction import LayerPools
 from offload.cache.guesses import Trust
-from offload.cache.heat import Heat
-from offload.cache.policies import Key, Policy
+from offload.cache.heat import Heat, LayerHeat
+from offload.cache.policies import Key, Policy, PoolState
 from offload.cache.slots import SlotTable
-from offload.cache.statistics import Statistics
+from offload.cache.statistics import LayerCounts, Statistics
 
 PROMPT_WEIGHT = 0.25  # what a use by a prompt counts; one by a generated token counts 1
+
+
+class CacheState(NamedTuple):
+    """All that decisions depend on between two tokens, when nothing is in use or guessed."""
+
+    keys: tuple[Key | None, ...]  # by slot; None: free
+    pools: tuple[PoolState, ...]  # of each layer
+    useless: tuple[Key, ...]  # the first to leave, in order
+    trust: tuple[float, ...]  # in each layer's guesses
+    heat: tuple[LayerHeat, ...]  # of each layer
 
 
 class ExpertCache:
@@ -34,9 +46,9 @@ class ExpertCache:
         """Raises `ValueError` for fewer than one slot. `pools` is another than `LayerPools` only in
         replays that compare ways to choose a victim."""
         self.table = SlotTable(slots)
-        self.least_slots = 1
-        self.statistics = Statistics(layers)
-        self.heat = Heat(layers)
+        self.least_slots = 1  # with fewer nothing can be computed
+        self.statistics = Statistics([LayerCounts() for _ in range(layers)])
+        self.heat = Heat([LayerHeat() for _ in range(layers)])
         self._new_pools = functools.partial(pools, layers, policy)
         self._pools = self._new_pools()
         self._trust = Trust(layers)
@@ -225,38 +237,30 @@ class ExpertCache:
 
     def warm(self, layer: int, expert: int) -> Use | None:
         """Load an expert that was hot in an earlier run, if there is a free slot."""
-        if (layer, expert) in self.table:
-            return None
-        slot = self.table.take_free()
-        if slot is None:
+        if self.is_resident(layer, expert) or (slot := self.table.take_free()) is None:
             return None
         self.statistics.layers[layer].warm_loads += 1
         return self._place(layer, [(layer, expert)], [slot], 1.0)[0]
 
-    def clear(self) -> None:
-        """Forget which slot holds which key, after a step that broke off at any point.
+    def forget(self) -> None:
+        """Begin anew with empty slots, also after a step that broke off at any point.
 
-        Counts stay, and so does what was learnt about keys and guesses.
+        Only counts and heat stay.
         """
-        self.table = SlotTable(self.table.slots)
-        self._pools.clear()
+        self.resize(self.table.slots)
+
+    def resize(self, slots: int) -> None:
+        """Have `slots` slots from now on, all of them empty; only counts and heat stay."""
+        self.table = SlotTable(slots)
+        self._pools.clear()  # Belady's policy is one object, also in the new pools
+        self._pools = self._new_pools()
+        self._trust = Trust(len(self.heat.layers))
         self._keep.clear()
         self._in_use.clear()
         self._guesses.clear()
         self._useless.clear()
         for counts in self.statistics.layers:
             counts.requests = counts.hits + counts.misses
-
-    def forget(self) -> None:
-        """`clear`, and also forget what was learnt about keys and guesses; heat stays."""
-        self.clear()
-        self._pools = self._new_pools()
-        self._trust = Trust(len(self.heat))
-
-    def resize(self, slots: int) -> None:
-        """Have `slots` slots from now on, all of them empty, and `forget`."""
-        self.table = SlotTable(slots)
-        self.forget()
 
     def is_resident(self, layer: int, expert: int) -> bool:
         return (layer, expert) in self.table
@@ -292,7 +296,7 @@ class ExpertCache:
             self._pools.states(),
             tuple(self._useless),
             tuple(self._trust.mean),
-            self.heat.states(),
+            tuple(replace(at, uses=dict(at.uses)) for at in self.heat.layers),
         )
 
     def adopt(self, state: CacheState) -> None:

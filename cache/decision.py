@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from offload.cache.policies import Key, PoolState
-
 
 class Use(NamedTuple):
     """An expert to compute and the slot it is, or will be, in."""
@@ -31,20 +29,3 @@ class Decision(NamedTuple):
     layer: int
     waves: tuple[Wave, ...]
     streamed: tuple[int, ...] = ()
-
-
-class HeatState(NamedTuple):
-    """One layer's decayed uses."""
-
-    unit: float
-    uses: dict[int, float]  # by expert
-
-
-class CacheState(NamedTuple):
-    """All that decisions depend on between two tokens, when nothing is in use or guessed."""
-
-    keys: tuple[Key | None, ...]  # by slot; None: free
-    pools: tuple[PoolState, ...]  # of each layer
-    useless: tuple[Key, ...]  # the first to leave, in order
-    trust: tuple[float, ...]  # in each layer's guesses
-    heat: tuple[HeatState, ...]  # of each layer

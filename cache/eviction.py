@@ -20,7 +20,6 @@ class LayerPools:
     """
 
     def __init__(self, layers: int, policy: Callable[[], Policy]) -> None:
-        self._layers = layers
         self.pools = [policy() for _ in range(layers)]
         self._first: list[Victim | None] = [None] * layers  # the first victim of each layer
         self._worth = [inf] * layers  # what that victim is worth in its own pool
@@ -51,7 +50,7 @@ class LayerPools:
         """Nothing is resident any more."""
         for pool in self.pools:
             pool.clear()
-        self._changed.update(range(self._layers))
+        self._changed.update(range(len(self.pools)))
 
     def changed(self, layer: int) -> None:
         """The keys of `layer` that must stay are no longer the same."""

@@ -69,7 +69,6 @@ class Trust:
     def learn(self, layer: int, right: int, wrong: int) -> None:
         """Of the absent experts guessed for a step `right` were asked for and `wrong` were not."""
         mean = self.mean[layer]
-        for came_true, times in ((1.0, right), (0.0, wrong)):
-            for _ in range(times):
-                mean += RATE * (came_true - mean)
+        for came_true in [1.0] * right + [0.0] * wrong:
+            mean += RATE * (came_true - mean)
         self.mean[layer] = mean

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 Key = tuple[int, int]  # (MoE layer, expert)
-
 
 # A key that may leave: its worth, its slot, the key. The smallest tuple leaves first, so of equal
 # worths the lower slot. The worth says how likely the next step of the key's layer asks for it; all
@@ -70,60 +69,6 @@ class PortablePolicy(Policy, Protocol):
         """Go on from `state`; the keys in `slots` are resident, in these slots."""
 
 
-class LRU:
-    """Least recently used: a key is worth less the more steps it was not used."""
-
-    def __init__(self) -> None:
-        # (step of the last use, slot) of each resident key, in the order of the last uses
-        self._used: OrderedDict[Key, tuple[int, int]] = OrderedDict()
-        self._now = 0
-
-    def step(self) -> None:
-        self._now += 1
-
-    def insert(self, keys: Sequence[Key], slots: Sequence[int], weight: float = 1.0) -> None:
-        for key, slot in zip(keys, slots, strict=True):
-            self._used[key] = self._now, slot
-
-    def use(self, keys: Iterable[Key], weight: float = 1.0) -> None:
-        for key in keys:
-            self._used[key] = self._now, self._used[key][1]
-            self._used.move_to_end(key)
-
-    def remove(self, key: Key) -> None:
-        del self._used[key]
-
-    def clear(self) -> None:
-        self._used.clear()
-
-    def first(self, keep: Container[Key]) -> Victim | None:
-        oldest: int | None = None
-        found: tuple[int, Key] | None = None
-        for key, (used, slot) in self._used.items():
-            if oldest is not None and used > oldest:
-                break
-            if key not in keep and (found is None or slot < found[0]):
-                oldest, found = used, (slot, key)
-        if oldest is None or found is None:
-            return None
-        return 1.0 / (1 + self._now - oldest), *found
-
-    def keys(self) -> Iterable[Key]:
-        return self._used
-
-    def state(self) -> PoolState:
-        return PoolState(
-            self._now, 1.0, {key: KeyState(0.0, used) for key, (used, _) in self._used.items()}
-        )
-
-    def adopt(self, state: PoolState, slots: Mapping[Key, int]) -> None:
-        self._now = state.now
-        oldest_first = sorted((known.used, key) for key, known in state.keys.items())
-        self._used = OrderedDict(
-            (key, (used, slots[key])) for used, key in oldest_first if key in slots
-        )
-
-
 class Ranking:
     """Resident keys, sorted by their score and then by their slot.
 
@@ -134,8 +79,9 @@ class Ranking:
         self._order: list[Victim] = []
         self._entries: dict[Key, Victim] = {}
 
-    def __iter__(self) -> Iterator[Key]:
-        return iter(self._entries)
+    def __iter__(self) -> Iterator[Victim]:
+        """The entries in their order."""
+        return iter(self._order)
 
     def add(self, key: Key, slot: int, score: float) -> None:
         entry = self._entries[key] = score, slot, key
@@ -164,6 +110,71 @@ class Ranking:
             if entry[2] not in keep:
                 return entry
         return None
+
+
+class Scored:
+    """A policy that gives a key a score at each use; the key of the lowest score leaves first."""
+
+    def __init__(self) -> None:
+        self._ranking = Ranking()
+
+    def score(self, key: Key, weight: float) -> float:
+        """The score of `key` from now on: it is used, and the use counts `weight`."""
+        raise NotImplementedError
+
+    def step(self) -> None:
+        """Nothing changes: scores depend on uses only."""
+
+    def insert(self, keys: Sequence[Key], slots: Sequence[int], weight: float = 1.0) -> None:
+        for key, slot in zip(keys, slots, strict=True):
+            self._ranking.add(key, slot, self.score(key, weight))
+
+    def use(self, keys: Iterable[Key], weight: float = 1.0) -> None:
+        for key in keys:
+            self._ranking.add(key, self._ranking.remove(key), self.score(key, weight))
+
+    def remove(self, key: Key) -> None:
+        self._ranking.remove(key)
+
+    def clear(self) -> None:
+        self._ranking.clear()
+
+    def first(self, keep: Container[Key]) -> Victim | None:
+        return self._ranking.first(keep)
+
+    def keys(self) -> Iterable[Key]:
+        return [key for _, _, key in self._ranking]
+
+
+class LRU(Scored):
+    """Least recently used: a key is worth less the more steps it was not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._now = 0
+
+    def step(self) -> None:
+        self._now += 1
+
+    def score(self, key: Key, weight: float) -> float:
+        return self._now
+
+    def first(self, keep: Container[Key]) -> Victim | None:
+        victim = super().first(keep)
+        if victim is None:
+            return None
+        used, slot, key = victim
+        return 1.0 / (1 + self._now - used), slot, key
+
+    def state(self) -> PoolState:
+        used = {key: KeyState(0.0, int(score)) for score, _, key in self._ranking}
+        return PoolState(self._now, 1.0, used)
+
+    def adopt(self, state: PoolState, slots: Mapping[Key, int]) -> None:
+        self._now = state.now
+        self.clear()
+        known = state.keys
+        self._ranking.extend((known[key].used, slots[key], key) for key in known if key in slots)
 
 
 HALF_LIFE = 16.0  # steps of a layer, that is tokens; docs/log/policies.md compares others
@@ -225,8 +236,9 @@ class LFRU:
         for key in self._scores:
             self._scores[key] /= self._unit
         self._unit = 1.0
-        idle = [(key, self._idle.remove(key)) for key in list(self._idle)]
-        self._idle.extend([(to_26_bits(self._scores[key]), slot, key) for key, slot in idle])
+        idle = [(to_26_bits(self._scores[key]), slot, key) for _, slot, key in self._idle]
+        self._idle.clear()
+        self._idle.extend(idle)
 
     def insert(self, keys: Sequence[Key], slots: Sequence[int], weight: float = 1.0) -> None:
         for key, slot in zip(keys, slots, strict=True):
@@ -267,7 +279,7 @@ class LFRU:
         return found
 
     def keys(self) -> Iterable[Key]:
-        return [*self._recent, *self._idle]
+        return [*self._recent, *(key for _, _, key in self._idle)]
 
     def state(self) -> PoolState:
         keys = {

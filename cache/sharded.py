@@ -13,9 +13,7 @@ from itertools import pairwise
 from offload.cache.cache import ExpertCache
 from offload.cache.decision import Decision, Use, Wave
 from offload.cache.heat import Heat
-from offload.cache.interface import Cache
 from offload.cache.policies import Key
-from offload.cache.staging import Staging, Step
 from offload.cache.statistics import Statistics
 
 
@@ -41,11 +39,12 @@ class ShardedCache:
         self.least_slots = len(self.caches)
         self.table = _Table(self.caches)
         self._had = tuple(cache.table.slots for cache in caches)  # `resize` keeps these proportions
-        self.statistics = Statistics.joined(cache.statistics for cache in self.caches)
-        self.heat = Heat.joined(cache.heat for cache in self.caches)
-        self._at = [
-            (card, layer) for card, cache in enumerate(caches) for layer in range(len(cache.heat))
-        ]  # for each layer of the model
+        # Views of the cards' layers: what a card counts shows here, and back.
+        self.statistics = Statistics([at for cache in caches for at in cache.statistics.layers])
+        self.heat = Heat([at for cache in caches for at in cache.heat.layers])
+        sizes = [len(cache.heat.layers) for cache in caches]
+        # For each layer of the model its card and its number there
+        self._at = [(card, layer) for card, size in enumerate(sizes) for layer in range(size)]
 
     def decide(
         self,
@@ -93,36 +92,6 @@ class ShardedCache:
         return tuple([Use(expert, row * cards + card) for expert, row in uses])
 
 
-class ShardedStaging:
-    """The interface of `Staging` over `rows` rows behind the slots of each card."""
-
-    def __init__(self, cache: ShardedCache, rows: int) -> None:
-        self.rows, cards = rows, len(cache.caches)
-        self._at = [
-            staging
-            for card, part in enumerate(cache.caches)
-            for staging in [Staging(part.table.slots * cards + card, rows, cards)]
-            for _ in range(len(part.heat))
-        ]  # for each layer of the model
-
-    def steps(self, decision: Decision) -> list[Step]:
-        return self._at[decision.layer].steps(decision)
-
-    def early(self, layer: int, experts: Sequence[int], halves: int = 2) -> list[Use]:
-        return self._at[layer].early(layer, experts, halves)
-
-    def start_over(self) -> None:
-        for staging in self._at:
-            staging.start_over()
-
-
-def staging_of(cache: Cache, rows: int) -> Staging | ShardedStaging:
-    """The staging of `rows` rows behind the slots of `cache`, on each of its cards."""
-    if isinstance(cache, ShardedCache):
-        return ShardedStaging(cache, rows)
-    return Staging(cache.table.slots, rows)
-
-
 class _Table:
     """The tables of all cards as one. They are read anew each time: a cache may replace its own."""
 
@@ -144,5 +113,8 @@ class _Table:
         key = self._caches[card].table.key_in(row)
         if key is None:
             return None
-        before = sum(len(cache.heat) for cache in self._caches[:card])
+        before = sum(len(cache.heat.layers) for cache in self._caches[:card])
         return before + key[0], key[1]
+
+
+Cache = ExpertCache | ShardedCache  # what engines, replays and pictures ask: one card or several

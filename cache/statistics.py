@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -98,18 +98,11 @@ class LayerCounts(Figures):
         return replace(self, early_loads=0, early_loads_right=0, dropped=0, wait_seconds=0.0)
 
 
+@dataclass
 class Statistics:
-    """One `LayerCounts` for each MoE layer."""
+    """What was counted at each MoE layer."""
 
-    def __init__(self, layers: int) -> None:
-        self.layers = [LayerCounts() for _ in range(layers)]
-
-    @classmethod
-    def joined(cls, parts: Iterable[Self]) -> Self:
-        """One view of the layers of several parts: counting in a part shows here, and back."""
-        whole = cls(0)
-        whole.layers = [counts for part in parts for counts in part.layers]
-        return whole
+    layers: list[LayerCounts]
 
     def total(self) -> LayerCounts:
         """A sum that later counting does not change."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from offload.quant.errors import OffloadError, PackError
+from offload.quant.errors import OffloadError
 
 
 class SourceError(OffloadError):
@@ -43,23 +43,3 @@ class ChatError(OffloadError):
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130  # exit codes of every command
 NO_MEMORY = "lower --expert-slots, --ctx-size or --expert-bits"
-
-
-__all__ = [
-    "DONE",
-    "FAILED",
-    "INTERRUPTED",
-    "NO_MEMORY",
-    "USAGE",
-    "BudgetError",
-    "ChatError",
-    "CheckpointError",
-    "GenerationError",
-    "OffloadError",
-    "PackError",
-    "QualityError",
-    "RecipeError",
-    "SourceError",
-    "TransferError",
-    "UnsupportedModelError",
-]

@@ -54,6 +54,7 @@ class Fit:
     staging: int  # rows beside the slots, through which the experts of a prompt are streamed
     ubatch: int  # tokens of a prompt that go through the model at once
     ram: int  # bytes for experts in host memory
+    looks_ahead: bool  # guess experts; with a slot for every expert, guesses gain nothing
     cards: tuple[Card, ...] = ()  # empty where there is one device
     shares: tuple[Share, ...] = ()  # one for each of `cards`
 

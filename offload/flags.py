@@ -6,6 +6,7 @@ import argparse
 import textwrap
 from collections.abc import Callable, Container, Iterable
 from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 Kind = TypeVar("Kind")
@@ -20,7 +21,7 @@ class Spelling:
     group: str | None = None  # heading in --help
     unit: str = ""  # what a number counts
     unset: str = ""  # what the default None stands for, or "required"
-    parse: Callable[[str], Any] = str
+    parse: Callable[[str], Any] | None = None  # None: what the field's type says, see `PARSERS`
     choices: tuple[str, ...] | None = None
     action: str = "store"  # "append" and "extend" allow the option several times
 
@@ -36,7 +37,10 @@ class Spelling:
         return words[-1] if len(words) > len(self.flags) else None
 
 
-def option(usage: str, default: Any, help: str, **more: Any) -> Any:
+PARSERS = {"int": int, "float": float, "Path": Path}  # by the field's type; others are text
+
+
+def option(usage: str, help: str, default: Any = None, **more: Any) -> Any:
     """A dataclass field that is also a command-line option; `more` is as in `Spelling`."""
     return field(default=default, metadata={"spelling": Spelling(usage, help, **more)})
 
@@ -44,6 +48,12 @@ def option(usage: str, default: Any, help: str, **more: Any) -> Any:
 def options_of(kind: type) -> list[tuple[Field[Any], Spelling]]:
     """The fields of the dataclass `kind` in order, each with its spelling."""
     return [(each, each.metadata["spelling"]) for each in fields(kind)]
+
+
+def parser_of(each: Field[Any]) -> Callable[[str], Any]:
+    """What makes a value of the option's text."""
+    parse: Callable[[str], Any] | None = each.metadata["spelling"].parse
+    return parse or PARSERS.get(str(each.type).removesuffix(" | None"), str)
 
 
 def is_switch(each: Field[Any]) -> bool:
@@ -104,9 +114,35 @@ def add_options(
         if is_switch(each):
             settings["action"] = argparse.BooleanOptionalAction if has_no(each) else "store_true"
         else:
-            settings |= {"metavar": spelling.metavar, "type": spelling.parse}
+            settings |= {"metavar": spelling.metavar, "type": parser_of(each)}
             settings |= {"choices": spelling.choices, "required": spelling.unset == "required"}
         (headings[title] if title else parser).add_argument(*spelling.flags, **settings)
+
+
+def add_command(
+    commands: Any,
+    name: str,
+    line: str,
+    run: Callable[[argparse.Namespace], int] | None = None,
+    example: str = "",
+) -> argparse.ArgumentParser:
+    """Add the command `name` to argparse's `commands`, with `line` as its help.
+
+    Without `run`, the command is only listed. Returns its parser.
+    """
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=line,
+        description=f"{line[0].upper()}{line[1:]}.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    if run is not None:
+        parser.epilog = f"example: {example}"
+        parser.set_defaults(run=run)
+        parser.add_argument(
+            "--debug", action="store_true", help="show a traceback when something fails"
+        )
+    return parser
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

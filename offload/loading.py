@@ -18,8 +18,8 @@ from accelerate.hooks import remove_hook_from_submodules
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from offload.budget.blocks import Layers, device_of
 from offload.budget.budget import hold_vram
+from offload.budget.placement import Layers, device_of
 from offload.budget.resolve import Resolver, find_place
 from offload.engine.engine import make_engine
 from offload.engine.handle import Offload
@@ -29,10 +29,11 @@ from offload.errors import CheckpointError
 from offload.fit import Card, Fit
 from offload.model import sources
 from offload.model.demo import NOTE
-from offload.model.quantized import QuantizedEmbedding, QuantizedLinear
 from offload.model.seam import (
     BUILDING,
     IMPLEMENTATION,
+    QuantizedEmbedding,
+    QuantizedLinear,
     build_on_meta,
     chosen_experts,
     described_experts,
@@ -93,16 +94,7 @@ def load_with(
     for card in place.cards or (Card(0, place.device, place.memory.device),):
         if card.device.type == "cuda":
             hold_vram(card.device, card.memory)
-    path = find_or_make_pack(
-        str(source),
-        asked.recipe(),
-        pack_dir=options.pack_dir,
-        revision=options.revision,
-        local_files_only=options.local_files_only,
-        trust_remote_code=options.trust_remote_code,
-        device=place.device,
-        resolver=resolver,
-    )
+    path = find_or_make_pack(str(source), options, device=place.device, resolver=resolver)
     trusts = options.trust_remote_code
     with contextlib.ExitStack() as undo:  # closes what was opened if anything below fails
         pack = Pack(path)
@@ -111,18 +103,19 @@ def load_with(
         check_recipe(pack, asked)
         config = sources.read_config(str(source), path, trust_remote_code=trusts)
         cls = model_class(config, str(path), trusts)
-        whole = build_on_meta(own_config(config, cls), cls) if place.cards else None
+        whole = build_on_meta(config, cls) if place.cards else None
         fit = resolver.fit(pack.info, config, whole)
         _tell_shorter_chunks(fit)
-        devices = _devices(fit, whole)
+        devices = {"": fit.device}  # the name of each part of the model -> its device
+        if whole is not None:
+            devices = Layers(whole).device_map(fit.shares, [card.device for card in fit.cards])
         tokenizer = load_tokenizer(path, trusts)
         model = _load_dense(pack, own_config(config, cls), cls, fit, devices)
         transfer = transfer_of(pack, fit)
         undo.callback(transfer.close)
         _connect(model, pack, fit, transfer)
         undo.callback(model.offload.close)
-        if options.trace is not None:  # a trace holds the routers' guesses too, for replays
-            model.offload.engine.watch_routers(model, routers(model, pack.info))
+        if options.trace is not None:
             model.offload.record(options.trace, noted_layers=1)
         if options.warm_start:
             model.offload.engine.warm(read_hot(pack.path, pack.info))
@@ -162,13 +155,6 @@ def _tell_shorter_chunks(fit: Fit) -> None:
         )
 
 
-def _devices(fit: Fit, whole: PreTrainedModel | None) -> dict[str, torch.device]:
-    """The name of each part of the model -> its device."""
-    if whole is None:
-        return {"": fit.device}
-    return Layers(whole).device_map(fit.shares, [card.device for card in fit.cards])
-
-
 def _load_dense(
     pack: Pack,
     config: PreTrainedConfig,
@@ -181,7 +167,8 @@ def _load_dense(
     Raises `CheckpointError` or `PackError` if the weights are not those of the model.
     """
     if any(len(dense.modules) > 1 for dense in pack.info.dense):
-        config = _untied(config)  # one record serves both modules, which have no parameters to tie
+        config = deepcopy(config)  # one record serves both modules; they have nothing to tie
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     quantised = [path for dense in pack.info.dense for path in dense.modules]
     with BUILDING, without_bars():
         loaded: tuple[PreTrainedModel, dict[str, Any]]
@@ -230,13 +217,6 @@ def _in_memory(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.clone() if device.type == "cpu" else tensor.to(device)
 
 
-def _untied(config: PreTrainedConfig) -> PreTrainedConfig:
-    copy = deepcopy(config)
-    for part in (copy, copy.get_text_config()):
-        part.tie_word_embeddings = False
-    return copy
-
-
 def _connect(model: PreTrainedModel, pack: Pack, fit: Fit, transfer: Transfer) -> None:
     """Make an engine that serves the model's experts, and give the model its `offload`.
 
@@ -256,19 +236,17 @@ def _connect(model: PreTrainedModel, pack: Pack, fit: Fit, transfer: Transfer) -
             f"{pack.path} was made for other experts modules than transformers "
             f"{transformers.__version__} has: {REMAKE}"
         )
-    everything_fits = fit.slots >= info.total_experts  # then guesses gain nothing
-    looks = fit.options.lookahead is not False and not everything_fits
     k = chosen_experts(model.config)
-    engine = make_engine(info, fit, transfer, looks, k)
+    engine = make_engine(info, fit, transfer, k)
     decoding = None
     if engine.device is not None:
-        from offload.generation.tokens import Loops  # loads Triton
+        from offload.generation.decode import Loops  # loads Triton
 
         decoding = Loops(engine, engine.device)
     for module in experts_modules(model):
         install(module, engine.add_layer(module))
     engine.watch_calls(model)
-    if looks:
+    if fit.looks_ahead or fit.options.trace is not None:  # a trace holds guesses too, for replays
         engine.watch_routers(model, routers(model, info))
     single = fit.device.type == "cpu" and fit.dtype == torch.bfloat16
     one_token = OneTokenLinear(model) if single and native_is_quicker() else None

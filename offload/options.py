@@ -45,84 +45,73 @@ class LoadOptions:
 
     device: str | torch.device | None = _memory(
         "--device NAME",
-        None,
         "compute device: cuda, cuda:1 or cpu",
         unset="cuda if there is a GPU, else cpu",
     )
     gpus: str | Sequence[int | str] | None = _memory(
         "--gpus N,..",
-        None,
         "numbers of the GPUs that share the model, like 0,1; --vram may then give a size for each "
         "of them, like 20GiB,10GiB",
         unset="one GPU",
     )
     vram: str | int | None = _memory(
         "--vram SIZE",
-        None,
         "memory to use on each GPU, like 20GiB",
         unit="bytes if a number",
         unset=SHARE_TEXT,
     )
     ram: str | int | None = _memory(
-        "--ram SIZE",
-        None,
-        "RAM to use, like 48GiB",
-        unit="bytes if a number",
-        unset=SHARE_TEXT,
+        "--ram SIZE", "RAM to use, like 48GiB", unit="bytes if a number", unset=SHARE_TEXT
     )
     context: int = _memory(
         "-c --ctx-size N",
-        4096,
         "most tokens in a conversation, prompts and answers together; memory is reserved for them",
+        default=4096,
         unit="tokens",
         parse=positive,
     )
     ubatch_size: int = _memory(
         "-ub --ubatch-size N",
-        UBATCH,
         "tokens of a prompt that go through the model at once; with more of them each expert is "
         "loaded less often",
+        default=UBATCH,
         unit="tokens",
         parse=positive,
     )
     expert_slots: int | str | None = _memory(
         "--expert-slots N",
-        None,
         "how many experts, counted over all layers, are resident (held in the memory of the "
         "compute device): a number, or a share like 25%",
         unit="experts",
         unset="as many as fit",
     )
-    policy: str = _memory("--policy NAME", POLICIES[0], POLICY_HELP)
+    policy: str = _memory("--policy NAME", POLICY_HELP, default=POLICIES[0])
     lookahead: bool | None = _memory(
         "--lookahead",
-        None,
         "load experts early, those that the router of the next layer will probably choose",
         unset="as long as it pays; always when the GPU plans",
     )
     engine: str = _memory(
         "--engine NAME",
-        "auto",
         "who decides what to load for each token: host (the CPU), device (the GPU), or auto (a "
         "CUDA GPU if it can, else the CPU)",
+        default="auto",
     )
     warm_start: bool = _memory(
         "--warm-start",
-        True,
         "start with the experts that earlier runs used most, and record this run's for later ones",
+        default=True,
     )
     trace: str | Path | None = _memory(
         "--trace FILE",
-        None,
         "record in FILE which experts the routers choose (see offload trace)",
         parse=Path,
     )
     pack_dir: str | Path | None = _memory(
-        "--pack-dir DIR", None, "folder that packs are kept in", unset="$OFFLOAD_HOME/packs"
+        "--pack-dir DIR", "folder that packs are kept in", unset="$OFFLOAD_HOME/packs"
     )
     bits: str | None = _quantised(
         "--bits RULES",
-        None,
         "bits of the weights: a preset, or rules separated by commas. Presets: q8, q6, q5, q4, q3, "
         "q2, mixtral-offloading, or fit (the most bits with which all experts are resident). A "
         "rule is PART=BITS or layers.A-B.PART=BITS, and a later rule wins over an earlier one. "
@@ -132,37 +121,31 @@ class LoadOptions:
     )
     expert_bits: int | None = _quantised(
         "--expert-bits N",
-        None,
         "bits of the experts' weights: 2, 3, 4, 5, 6, 8, or 16 (as stored)",
         unit="bits",
         unset="those of the pack, else 4",
-        parse=int,
     )
     dense_bits: int | None = _quantised(
         "--dense-bits N",
-        None,
         "bits of all other weights: 2, 3, 4, 5, 6, 8, or 16 (as stored)",
         unit="bits",
         unset="those of the pack, else 16",
-        parse=int,
     )
     group_size: int | None = _quantised(
         "--group-size N",
-        None,
         "how many weights share a scale: 16, 32, 64, 128 or 256",
         unit="weights",
         unset="that of the pack, else 64",
-        parse=int,
     )
-    revision: str | None = _source("--revision REV", None, "branch, tag or commit on the hub")
+    revision: str | None = _source("--revision REV", "branch, tag or commit on the hub")
     local_files_only: bool = _source(
-        "--local-files-only", False, "use only files that are on this machine, not the hub"
+        "--local-files-only", "use only files that are on this machine, not the hub", default=False
     )
     trust_remote_code: bool = _source(
-        "--trust-remote-code", False, "run Python code that comes with the model"
+        "--trust-remote-code", "run Python code that comes with the model", default=False
     )
     dtype: torch.dtype | None = option(
-        "", None, "type of the computation", unset="what the checkpoint's config says"
+        "", "type of the computation", unset="what the checkpoint's config says"
     )
 
     def __post_init__(self) -> None:
@@ -213,97 +196,75 @@ HUB = ("revision", "local_files_only", "trust_remote_code")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ThreadOptions:
-    """The option of every command that computes."""
+class SharedOptions:
+    """Options that several commands have; each command names those that it takes."""
 
     threads: int | None = _memory(
-        "-t --threads N", None, "CPU threads", unset="torch's choice", parse=between(1, 1024)
+        "-t --threads N", "CPU threads", unset="torch's choice", parse=between(1, 1024)
     )
+    stride: int | None = option(
+        "--stride N",
+        "how many tokens of each window are scored; those before them are only read as context",
+        unit="tokens",
+        unset="half of --ctx-size",
+        parse=positive,
+    )
+    timeline: Path | None = option(
+        "--timeline FILE",
+        "write when computation and copies ran to FILE, as JSON for ui.perfetto.dev",
+    )
+    json: bool = option("--json", "write JSON instead of text", default=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerOptions:
     """Options of `offload chat` and `offload generate`."""
 
-    prompt: str | None = _answer("-p --prompt TEXT", None, "the prompt")
-    file: Path | None = _answer("-f --file FILE", None, "read the prompt from FILE", parse=Path)
-    system_prompt: str = _answer("-sys --system-prompt TEXT", "", "the system prompt")
+    prompt: str | None = _answer("-p --prompt TEXT", "the prompt")
+    file: Path | None = _answer("-f --file FILE", "read the prompt from FILE")
+    system_prompt: str = _answer("-sys --system-prompt TEXT", "the system prompt", default="")
     n_predict: int = _answer(
         "-n --n-predict N",
-        -1,
         "most new tokens in an answer; -1 means no limit",
+        default=-1,
         unit="tokens",
-        parse=int,
     )
     seed: int | None = _answer(
-        "-s --seed N",
-        None,
-        "seed of the sampling; the same seed gives the same answer",
-        unset="random",
-        parse=int,
+        "-s --seed N", "seed of the sampling; the same seed gives the same answer", unset="random"
     )
     temperature: float | None = _answer(
         "--temp X",
-        None,
         "temperature of sampling; 0 always takes the likeliest token",
         unset=f"the model's, else {FALLBACK['temperature']}",
-        parse=float,
     )
     top_k: int | None = _answer(
         "--top-k N",
-        None,
         "sample from the N likeliest tokens; 0 turns this off",
         unset=f"the model's, else {FALLBACK['top_k']}",
         unit="tokens",
-        parse=int,
     )
     top_p: float | None = _answer(
         "--top-p X",
-        None,
         "sample from the likeliest tokens whose probabilities add up to X; 1 turns this off",
         unset=f"the model's, else {FALLBACK['top_p']}",
-        parse=float,
     )
     min_p: float | None = _answer(
         "--min-p X",
-        None,
         "drop tokens that are less than X times as likely as the likeliest; 0 turns this off",
         unset=f"the model's, else {FALLBACK['min_p']}",
-        parse=float,
     )
     repetition_penalty: float | None = _answer(
         "--repeat-penalty X",
-        None,
         "make tokens less likely that occurred before; 1 turns this off",
         unset="the model's, else 1",
-        parse=float,
     )
     reverse_prompt: tuple[str, ...] = _answer(
         "-r --reverse-prompt TEXT",
-        (),
         "end an answer where TEXT appears; may be given several times",
+        default=(),
         action="append",
     )
-    verbose: bool = _answer("--verbose", False, "show detailed timings after each answer")
+    verbose: bool = _answer("--verbose", "show detailed timings after each answer", default=False)
     show_timings: bool = _answer(
-        "--show-timings", True, "show two lines of timings after each answer"
+        "--show-timings", "show two lines of timings after each answer", default=True
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TimelineOptions:
-    """The option of commands whose run can be drawn as a timeline."""
-
-    timeline: Path | None = option(
-        "--timeline FILE",
-        None,
-        "write when computation and copies ran to FILE, as JSON for ui.perfetto.dev",
-        parse=Path,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class JsonOptions:
-    """The option of commands that write text or JSON."""
-
-    json: bool = option("--json", False, "write JSON instead of text")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from offload.errors import GenerationError
 
@@ -20,6 +20,17 @@ PARAMETERS: dict[str, type[int] | type[float]] = {  # the names that users know 
     "repetition_penalty": float,
     "seed": int,
 }
+
+
+class SamplingKeywords(TypedDict, total=False):
+    """Parameters that a caller may give; None is the same as not given."""
+
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    seed: int | None
 
 
 @dataclass(frozen=True)
@@ -68,15 +79,10 @@ def is_number(value: object, kind: type[Real] | type[Integral]) -> bool:
 def resolve_sampling(
     config: GenerationConfig | None,
     *,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float | None = None,
-    seed: int | None = None,
     fallback: Sampling | None = None,
+    **given: Unpack[SamplingKeywords],
 ) -> Sampling:
-    """Take each missing parameter from the checkpoint's `config`, otherwise from `fallback`.
+    """Take what is not `given` from the checkpoint's `config`, otherwise from `fallback`.
 
     Without a `fallback` and without a given temperature, a checkpoint that does not ask for
     sampling decodes greedily. Raises `GenerationError` for a value out of range.
@@ -93,12 +99,5 @@ def resolve_sampling(
         )
     elif config is not None and config.repetition_penalty:
         base = replace(base, repetition_penalty=config.repetition_penalty)
-    given = {
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-    }
     changes = {name: value for name, value in given.items() if value is not None}
-    return replace(base, seed=seed, **changes)  # type: ignore[arg-type]
+    return replace(base, **changes)  # type: ignore[arg-type]

@@ -54,9 +54,11 @@ def parse_slots(text: str | int | None, total: int) -> int | None:
     return max(1, round(total * value / 100)) if match.group(2) else int(value)
 
 
-def gib(size: int) -> str:
-    """A size in GiB or MiB, as people read it."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+def gib(size: int, digits: int = 2) -> str:
+    """A size in GiB with `digits` behind the point, or in MiB with one less."""
+    if size >= 2**30:
+        return f"{size / 2**30:.{digits}f} GiB"
+    return f"{size / 2**20:.{digits - 1}f} MiB"
 
 
 def between(least: int, most: int) -> Callable[[str], int]:

@@ -8,15 +8,9 @@ from offload.bench.command import BenchOptions
 from offload.chat.command import ChatOptions
 from offload.flags import default_text, has_no, options_of
 from offload.generation.command import AnswerFileOptions
-from offload.options import (
-    AnswerOptions,
-    JsonOptions,
-    LoadOptions,
-    ThreadOptions,
-    TimelineOptions,
-)
+from offload.options import AnswerOptions, LoadOptions, SharedOptions
 from offload.plan.command import PlanOptions
-from offload.quality.command import CheckOptions, PerplexityOptions, WindowOptions
+from offload.quality.command import CheckOptions, PerplexityOptions
 from offload.trace.command import PlotOptions, ReplayOptions
 
 PAGE = Path(__file__).parents[1] / "docs/options.md"
@@ -34,17 +28,19 @@ SECTIONS = {
         "`--expert-slots`, `--policy` and `--lookahead` take lists, and `--warm-start` is off by "
         "default. In `ppl` and `check`, the default of `--ctx-size` is 512.",
     ),
-    "Processor": (ThreadOptions, "For the commands that load a model."),
+    "Several commands": (
+        SharedOptions,
+        "`--threads` is an option of every command that loads a model, `--stride` of `ppl` and "
+        "`check`, `--timeline` of `generate` and `bench`, and `--json` of `doctor`, `ppl` and "
+        "`check`.",
+    ),
     "Prompts and sampling": (AnswerOptions, "For `chat` and `generate`."),
     "chat": (ChatOptions, ""),
     "generate": (AnswerFileOptions, ""),
-    "Timelines": (TimelineOptions, "For `generate` and `bench`."),
     "bench": (BenchOptions, "The names and defaults are those of llama-bench."),
     "plan": (PlanOptions, "It also takes the options of memory, quantisation and source."),
     "ppl": (PerplexityOptions, ""),
     "check": (CheckOptions, ""),
-    "Windows": (WindowOptions, "For `ppl` and `check`."),
-    "JSON": (JsonOptions, "For `doctor`, `ppl` and `check`."),
     "trace replay": (ReplayOptions, ""),
     "trace plot": (PlotOptions, ""),
 }

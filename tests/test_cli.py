@@ -15,7 +15,7 @@ import pytest
 from offload.quant.pack import Pack
 
 import cli
-from offload.commands import COMMANDS
+from offload.main import COMMANDS
 from tests.conftest import Script
 
 ROOT = Path(__file__).parents[1]

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 import offload
 from offload.budget.budget import hold_vram
 from offload.engine.handle import offload_of
-from offload.generation.tokens import Loops
+from offload.generation.decode import Loops
+from offload.options import LoadOptions
 from offload.pack.find import find_or_make_pack
-from offload.pack.recipe import Recipe
 from offload.transfer.cuda import CudaLink, CudaTicket, CudaTransfer
 from offload.transfer.host_tier import HostTier
 from offload.transfer.memory import PAGE, CudaPinner, own_memory
@@ -76,7 +76,7 @@ def test_unquantised_logits_are_transformers_own(tmp_path: Path) -> None:
 
 def test_records_arrive_from_pinned_and_from_mapped_memory(tmp_path: Path) -> None:
     save_tiny("mixtral", tmp_path / "checkpoint")
-    pack = Pack(find_or_make_pack(str(tmp_path / "checkpoint"), Recipe(), pack_dir=tmp_path))
+    pack = Pack(find_or_make_pack(str(tmp_path / "checkpoint"), LoadOptions(pack_dir=tmp_path)))
     layer_bytes = EXPERTS * pack.info.slot_bytes
     for ram in (
         1 << 40,
@@ -95,7 +95,7 @@ def test_records_arrive_from_pinned_and_from_mapped_memory(tmp_path: Path) -> No
 @pytest.fixture
 def pack(tmp_path: Path) -> Iterator[Pack]:
     save_tiny("mixtral", tmp_path / "checkpoint")
-    opened = Pack(find_or_make_pack(str(tmp_path / "checkpoint"), Recipe(), pack_dir=tmp_path))
+    opened = Pack(find_or_make_pack(str(tmp_path / "checkpoint"), LoadOptions(pack_dir=tmp_path)))
     yield opened
     opened.close()
 
@@ -224,7 +224,7 @@ def test_when_memory_runs_out_the_answer_is_the_same_with_fewer_slots(
     assert not left
     assert 2 * K <= handle.engine.cache.table.slots < 20
     if engine == "device":
-        assert handle.decoding.loop.replay.captured
+        assert handle.decoding.loop.replay.graph is not None
     handle.close()
 
 

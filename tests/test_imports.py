@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import offload
-from offload.commands import COMMANDS
+from offload.main import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("offload", "cache", "quant")
@@ -103,7 +103,6 @@ def test_cache_is_plain_python() -> None:
 COMMAND_LINE = [
     ROOT / "cli.py",
     ROOT / "offload/main.py",
-    ROOT / "offload/commands.py",
     *sorted((ROOT / "offload").glob("*/command.py")),
 ]
 
@@ -217,7 +216,7 @@ sys.exit(main(["chat", "demo"]))
 """
 
 
-@pytest.mark.parametrize("module", ["offload.commands", "offload.options", "offload.chat.command"])
+@pytest.mark.parametrize("module", ["offload.files", "offload.options", "offload.chat.command"])
 def test_ctrl_c_during_the_first_imports_ends_with_130_and_no_traceback(module: str) -> None:
     code = INTERRUPTED.format(module=module)
     done = subprocess.run(
@@ -229,8 +228,8 @@ def test_ctrl_c_during_the_first_imports_ends_with_130_and_no_traceback(module: 
 def test_little_is_imported_before_ctrl_c_is_guarded_against() -> None:
     ours = "print(*sorted(m for m in sys.modules if m.startswith('offload')))"
     assert _alone(f"import sys, offload.main; {ours}").split() == [
-        "offload", "offload.errors", "offload.main", "offload.quant", "offload.quant.errors",
-        "offload.version",
+        "offload", "offload.errors", "offload.flags", "offload.lines", "offload.main",
+        "offload.quant", "offload.quant.errors", "offload.version",
     ]  # fmt: skip
 
 

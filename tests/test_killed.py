@@ -23,9 +23,8 @@ import cli
 import offload
 from offload.chat import terminal
 from offload.chat.chat import Chat
-from offload.chat.commands import obey
+from offload.chat.commands import converse, obey
 from offload.chat.display import Plain
-from offload.chat.loop import converse
 from offload.chat.saved import SavedChat
 from offload.engine.handle import offload_of
 from offload.errors import NO_MEMORY

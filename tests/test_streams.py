@@ -15,7 +15,7 @@ import pytest
 import cli
 from offload import OffloadError
 from offload.chat import terminal
-from offload.chat.loop import read_message
+from offload.chat.commands import read_message
 from offload.files import MOST_CHARACTERS, read_text
 from tests.conftest import Script
 

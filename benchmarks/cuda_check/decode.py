@@ -97,7 +97,7 @@ def bytes_on_device(subject: Subject, context: int) -> float:
     experts = sum(
         subject.top_k * info.layout_of(index).record_bytes for index in range(len(info.layers))
     )
-    return float(dense + experts + kv_cache_bytes(model.config, context, torch.bfloat16))
+    return float(dense + experts + sum(kv_cache_bytes(model.config, context, torch.bfloat16)))
 
 
 def bound_of(subject: Subject, rates: Rates, link_bytes: float, context: int) -> Bound:

@@ -11,8 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from offload.cache.cache import ExpertCache
-from offload.cache.decision import CacheState
+from offload.cache.cache import CacheState, ExpertCache
 from offload.cache.policies import POLICIES
 from offload.cache.trace.synthetic import Shape, synthesize
 

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from offload.cache.errors import CacheError
 from offload.cache.trace.replay import Setup
-from offload.cache.trace.trace import Trace
+from offload.cache.trace.trace import CacheError, Trace
 from offload.quant.errors import OffloadError
 
 from benchmarks.simulator.outcome import SimulatedRun

@@ -17,12 +17,10 @@ from dataclasses import dataclass, field, replace
 
 from offload.cache.cache import ExpertCache
 from offload.cache.decision import Use
-from offload.cache.early import absent, nearly_all
-from offload.cache.errors import CacheError
-from offload.cache.staging import Kept, Staging
+from offload.cache.staging import Kept, Staging, absent, nearly_all
 from offload.cache.statistics import LayerCounts
 from offload.cache.trace.replay import Setup, admitted, card_trace, guesses, make_one, warmed
-from offload.cache.trace.trace import Event, Trace
+from offload.cache.trace.trace import CacheError, Event, Trace
 
 from benchmarks.simulator.outcome import Phase, SimulatedRun
 from benchmarks.simulator.timeline import Span, Timeline

@@ -13,11 +13,11 @@ import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from offload.cache.errors import TraceError
-from offload.cache.trace.trace import Event, Guess, Trace, TraceHeader
+from offload.cache.trace.trace import Event, Guess, Trace, TraceError, TraceHeader
 
 FORMAT, VERSION = "offload-trace", 1
 MAX_HEADER = 1 << 20
@@ -26,8 +26,8 @@ MOST = 1 << 16  # layers, and experts of a layer, that the fields of a record ca
 PROMPT, FRESH, RAGGED, SCORED = 1, 2, 4, 8  # bits of a record's first byte
 HALF_MAX = 65504.0  # the largest float16
 _BLOCK = struct.Struct("<II")
-_RECORD = struct.Struct("<BHIBBH")  # bits, layer, T, k, guesses, warmed
-_GUESS = struct.Struct("<HH?")  # layer, experts, live
+RECORD = "<BHIBBH"  # bits, layer, T, k, guesses, warmed
+GUESS = "<HH?"  # layer, experts, live
 
 
 class _Written(NamedTuple):
@@ -125,10 +125,9 @@ class _Damage(Exception):
 def _header(path: Path, line: bytes) -> TraceHeader:
     try:
         about: dict[str, Any] = json.loads(line)
-        if about.pop("format") != FORMAT:
+        if about["format"] != FORMAT:
             raise ValueError
-        version = about.pop("version")
-        if version != VERSION:
+        if (version := about["version"]) != VERSION:
             raise TraceError(
                 f"{path} is a trace of version {version}, this program reads {VERSION}: record it "
                 "again"
@@ -140,11 +139,11 @@ def _header(path: Path, line: bytes) -> TraceHeader:
             record_bytes=tuple(int(n) for n in about["record_bytes"]),
             settings=dict(about["settings"]),
         )
-        if not 0 < len(header.experts) == len(header.record_bytes) < MOST:
-            raise ValueError
-        if not all(0 < experts < MOST for experts in header.experts):
-            raise ValueError
-        if header.top_k < 1 or min(header.record_bytes) < 1:
+        if not (
+            0 < len(header.experts) == len(header.record_bytes) < MOST
+            and all(0 < experts < MOST for experts in header.experts)
+            and min(header.top_k, *header.record_bytes) > 0
+        ):
             raise ValueError
         return header
     except TraceError:
@@ -185,12 +184,14 @@ def _encode(event: Event, sign: str) -> bytes:
     scores = [max(-HALF_MAX, min(HALF_MAX, score)) for row in event.scores for score in row]
     assert len(scores) in (0, len(chosen)), "a score for each choice, or none"
     bits = event.prompt * PROMPT | event.fresh * FRESH | ragged * RAGGED | bool(scores) * SCORED
-    parts = [_RECORD.pack(bits, event.layer, len(rows), k, len(event.guesses), len(event.warmed))]
+    parts = [
+        struct.pack(RECORD, bits, event.layer, len(rows), k, len(event.guesses), len(event.warmed))
+    ]
     if ragged:
         parts.append(bytes(len(row) for row in rows))
     parts.append(struct.pack(f"<{len(chosen)}{sign}{len(scores)}e", *chosen, *scores))
     for guess in event.guesses:
-        parts.append(_GUESS.pack(guess.layer, len(guess.experts), guess.live))
+        parts.append(struct.pack(GUESS, guess.layer, len(guess.experts), guess.live))
         parts.append(struct.pack(f"<{len(guess.experts)}{sign}", *guess.experts))
     parts.extend(struct.pack(f"<H{sign}", *key) for key in event.warmed)
     return b"".join(parts)
@@ -202,13 +203,10 @@ class _Reader:
     def __init__(self, data: bytes) -> None:
         self.data, self.at = data, 0
 
-    def take(self, pattern: struct.Struct) -> tuple[Any, ...]:
-        values = pattern.unpack_from(self.data, self.at)
-        self.at += pattern.size
+    def take(self, pattern: str) -> tuple[Any, ...]:
+        values = struct.unpack_from(pattern, self.data, self.at)
+        self.at += struct.calcsize(pattern)
         return values
-
-    def several(self, count: int, letter: str) -> tuple[Any, ...]:
-        return self.take(struct.Struct(f"<{count}{letter}"))
 
 
 def _decode(blocks: Iterator[bytes], header: TraceHeader) -> Iterator[Event]:
@@ -217,35 +215,28 @@ def _decode(blocks: Iterator[bytes], header: TraceHeader) -> Iterator[Event]:
         reader = _Reader(block)
         while reader.at < len(block):
             event = _record(reader, sign)
-            for layer, experts in _named(event):
+            named = [(event.layer, row) for row in event.experts]
+            named += [(guess.layer, guess.experts) for guess in event.guesses]
+            named += [(layer, (expert,)) for layer, expert in event.warmed]
+            for layer, experts in named:
                 if layer >= header.layers or any(e >= header.experts[layer] for e in experts):
                     raise _Damage(f"there is no such expert in layer {layer}")
             yield event
 
 
-def _named(event: Event) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """Every layer and experts of it that a record names."""
-    for row in event.experts:
-        yield event.layer, row
-    for guess in event.guesses:
-        yield guess.layer, guess.experts
-    for layer, expert in event.warmed:
-        yield layer, (expert,)
-
-
 def _record(reader: _Reader, sign: str) -> Event:
-    bits, layer, tokens, k, guesses, warmed = reader.take(_RECORD)
+    bits, layer, tokens, k, guesses, warmed = reader.take(RECORD)
     if tokens > len(reader.data):
         raise _Damage("a call of more tokens than the block has bytes")
-    lengths = reader.several(tokens, "B") if bits & RAGGED else (k,) * tokens
+    lengths = reader.take(f"<{tokens}B") if bits & RAGGED else (k,) * tokens
     total = sum(lengths)
-    chosen = reader.several(total, sign)
-    scores = reader.several(total, "e") if bits & SCORED else ()
+    chosen = reader.take(f"<{total}{sign}")
+    scores = reader.take(f"<{total}e") if bits & SCORED else ()
     named = []
     for _ in range(guesses):
-        ahead, count, live = reader.take(_GUESS)
-        named.append(Guess(ahead, reader.several(count, sign), live))
-    keys = [reader.take(struct.Struct(f"<H{sign}")) for _ in range(warmed)]
+        ahead, count, live = reader.take(GUESS)
+        named.append(Guess(ahead, reader.take(f"<{count}{sign}"), live))
+    keys = [reader.take(f"<H{sign}") for _ in range(warmed)]
     return Event(
         layer,
         bool(bits & PROMPT),
@@ -258,10 +249,5 @@ def _record(reader: _Reader, sign: str) -> Event:
 
 
 def _rows(flat: tuple[Any, ...], lengths: tuple[int, ...]) -> tuple[tuple[Any, ...], ...]:
-    if len(lengths) == 1:
-        return (flat,)
-    rows, at = [], 0
-    for length in lengths:
-        rows.append(flat[at : at + length])
-        at += length
-    return tuple(rows)
+    values = iter(flat)
+    return tuple(tuple(islice(values, length)) for length in lengths)

@@ -10,11 +10,12 @@ import math
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import add
 from typing import TextIO
 
 from offload.cache.decision import Decision
-from offload.cache.interface import Cache
+from offload.cache.sharded import Cache
 from offload.cache.trace.replay import Setup, make_cache, replay_with
 from offload.cache.trace.trace import Event, Trace
 
@@ -66,8 +67,8 @@ def draw(heat: HeatMap, *, width: int = 80, color: bool = False, blocks: bool = 
     resident = sum(map(sum, heat.resident))
     total = sum(map(len, heat.resident))
     rows.append(
-        f"     {resident} of {total} experts resident: {_legend(signs, GREENS, color)} by use; "
-        f"elsewhere: {_legend(POINTS.strip(), REDS[1:], color)}"
+        f"     {resident} of {total} experts resident: {_painted(signs, GREENS, color)} by use; "
+        f"elsewhere: {_painted(POINTS.strip(), REDS[1:], color)}"
     )
     return "\n".join(rows)
 
@@ -101,17 +102,14 @@ def _cell(heat: HeatMap, layer: int, expert: int, color: bool, blocks: bool) -> 
         sign, code = (BLOCKS if blocks else PLAIN_BLOCKS)[level], GREENS[level]
     else:
         sign, code = POINTS[level], REDS[level]
-    return _painted(sign, code) if color else sign
+    return _painted(sign, [code], color)
 
 
-def _legend(signs: str, codes: tuple[int, ...], color: bool) -> str:
+def _painted(signs: str, codes: Sequence[int], color: bool) -> str:
+    """Each sign in the terminal colour at the same place of `codes`; without `color` as it is."""
     if not color:
         return signs
-    return "".join(_painted(sign, code) for sign, code in zip(signs, codes, strict=True))
-
-
-def _painted(sign: str, code: int) -> str:
-    return f"\x1b[38;5;{code}m{sign}\x1b[0m"
+    return "".join(f"\x1b[38;5;{c}m{sign}\x1b[0m" for sign, c in zip(signs, codes, strict=True))
 
 
 def collect(trace: Trace, setup: Setup) -> HeatMap:
@@ -120,21 +118,16 @@ def collect(trace: Trace, setup: Setup) -> HeatMap:
     misses = [[0] * experts for experts in trace.header.experts]
 
     def count(_: Cache, event: Event, decision: Decision) -> None:
-        for wave in decision.waves:
-            for use in wave.hits:
-                hits[event.layer][use.expert] += 1
-            for use in wave.loads:
-                misses[event.layer][use.expert] += 1
-        for expert in decision.streamed:
-            misses[event.layer][expert] += 1
+        held = {use.expert for wave in decision.waves for use in wave.hits}
+        for expert in event.distinct():
+            (hits if expert in held else misses)[event.layer][expert] += 1
 
     cache = make_cache(trace, setup)
     replay_with(trace, cache, setup, lambda _: (), count)
     both = zip(hits, misses, strict=True)
-    return HeatMap(
-        uses=tuple(tuple(map(sum, zip(*pair, strict=True))) for pair in both),
-        resident=resident_in(cache, trace.header.experts),
-        hit_rates=tuple(counts.hit_rate for counts in cache.statistics.layers),
+    return replace(
+        of_cache(cache, trace.header.experts),
+        uses=tuple(tuple(map(add, *pair)) for pair in both),
         hits=tuple(map(tuple, hits)),
         misses=tuple(map(tuple, misses)),
     )
@@ -158,8 +151,7 @@ def resident_in(cache: Cache, experts: Sequence[int]) -> Resident:
 
 
 def draw_for(stream: TextIO, heat: HeatMap) -> str:
-    """`heat` as text for `stream`, in colours if it is a terminal that has them and NO_COLOR is not
-    set."""
+    """`heat` as text for `stream`, in colours where a terminal has them and NO_COLOR is not set."""
     terminal = stream.isatty()
     color = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     width = shutil.get_terminal_size().columns if terminal else 10**6  # a file has no edge

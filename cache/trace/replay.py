@@ -5,60 +5,34 @@ Seconds play no part: when a copy lands does not change what a cache decides.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from heapq import heappop, heappush
-from itertools import count
 
 from offload.cache.cache import ExpertCache
 from offload.cache.decision import Decision
-from offload.cache.errors import CacheError
 from offload.cache.eviction import LayerPools
-from offload.cache.interface import Cache
-from offload.cache.policies import POLICIES, Key, Policy, Ranking, Victim
-from offload.cache.sharded import ShardedCache
+from offload.cache.policies import POLICIES, Key, Policy, Scored
+from offload.cache.sharded import Cache, ShardedCache
 from offload.cache.statistics import LayerCounts
-from offload.cache.trace.trace import CardSlots, Event, Guess, Trace, TraceHeader
+from offload.cache.trace.trace import CacheError, CardSlots, Event, Guess, Trace, TraceHeader
 
 NEVER = 1 << 60  # a time after every use in a trace
 
 
-class LFU:
+class LFU(Scored):
     """Least frequently used: a key is worth all its uses, also those before it left."""
 
     def __init__(self) -> None:
-        self._uses: dict[Key, float] = {}  # of every key that was ever resident
-        self._ranking = Ranking()
+        super().__init__()
+        self._uses = defaultdict[Key, float](float)  # of every key that was ever resident
 
-    def step(self) -> None:
-        pass
-
-    def insert(self, keys: Sequence[Key], slots: Sequence[int], weight: float = 1.0) -> None:
-        for key, slot in zip(keys, slots, strict=True):
-            self._rank(key, slot, weight)
-
-    def use(self, keys: Iterable[Key], weight: float = 1.0) -> None:
-        for key in keys:
-            self._rank(key, self._ranking.remove(key), weight)
-
-    def _rank(self, key: Key, slot: int, weight: float) -> None:
-        uses = self._uses[key] = self._uses.get(key, 0.0) + weight
-        self._ranking.add(key, slot, uses)
-
-    def remove(self, key: Key) -> None:
-        self._ranking.remove(key)
-
-    def clear(self) -> None:
-        self._ranking.clear()
-
-    def first(self, keep: Container[Key]) -> Victim | None:
-        return self._ranking.first(keep)
-
-    def keys(self) -> Iterable[Key]:
-        return self._ranking
+    def score(self, key: Key, weight: float) -> float:
+        self._uses[key] += weight
+        return self._uses[key]
 
 
-class Belady:
+class Belady(Scored):
     """The key whose next use is farthest leaves first (L. A. Belady, 1966): the optimum.
 
     It needs hindsight, so it exists for replays only.
@@ -66,60 +40,17 @@ class Belady:
 
     def __init__(self, future: Iterable[tuple[int, Iterable[int]]]) -> None:
         """`future` has the layer and the experts of every step to come, in order."""
-        self._uses: dict[Key, list[int]] = {}  # times of a key's uses, the next one last
-        times = count()
-        for layer, experts in future:
-            time = next(times)
+        super().__init__()
+        self._uses = defaultdict[Key, list[int]](list)  # times of a key's uses, the next one last
+        for time, (layer, experts) in reversed(list(enumerate(future))):
             for expert in experts:
-                self._uses.setdefault((layer, expert), []).append(time)
-        for uses in self._uses.values():
-            uses.reverse()
-        self._slots: dict[Key, int] = {}  # of the resident keys
-        # (-time of the next use, slot, key); outdated entries stay until they reach the top
-        self._heap: list[Victim] = []
+                self._uses[layer, expert].append(time)
 
-    def step(self) -> None:
-        pass
-
-    def insert(self, keys: Sequence[Key], slots: Sequence[int], weight: float = 1.0) -> None:
-        self._slots.update(zip(keys, slots, strict=True))
-        self.use(keys, weight)
-
-    def use(self, keys: Iterable[Key], weight: float = 1.0) -> None:
-        for key in keys:
-            if weight:
-                self._uses[key].pop()
-            heappush(self._heap, self._entry(key))
-
-    def _entry(self, key: Key) -> Victim:
-        uses = self._uses.get(key)
-        return -uses[-1] if uses else -NEVER, self._slots[key], key
-
-    def remove(self, key: Key) -> None:
-        del self._slots[key]
-
-    def clear(self) -> None:
-        self._slots.clear()
-        self._heap.clear()
-
-    def first(self, keep: Container[Key]) -> Victim | None:
-        kept: list[Victim] = []
-        found: Victim | None = None
-        while self._heap and found is None:
-            top = self._heap[0]
-            key = top[2]
-            if key not in self._slots or top != self._entry(key):
-                heappop(self._heap)
-            elif key in keep:
-                kept.append(heappop(self._heap))
-            else:
-                found = top
-        for entry in kept:
-            heappush(self._heap, entry)
-        return found
-
-    def keys(self) -> Iterable[Key]:
-        return self._slots
+    def score(self, key: Key, weight: float) -> float:
+        uses = self._uses[key]
+        if weight:  # not a load before anybody asked
+            uses.pop()
+        return -uses[-1] if uses else -NEVER
 
 
 class OnePool(LayerPools):
@@ -136,9 +67,8 @@ class OnePool(LayerPools):
     def evict(self, layer: int, count: int, keep: Container[Key]) -> list[Key]:
         found: list[Key] = []
         while len(found) < count and (victim := self.pools[0].first(keep)) is not None:
-            key = victim[2]
-            self.remove(key)
-            found.append(key)
+            found.append(victim[2])
+            self.remove(victim[2])
         return found
 
     def keys(self) -> Iterator[Key]:
@@ -183,20 +113,11 @@ class Outcome:
 
     setup: Setup
     layers: tuple[LayerCounts, ...]
-    tokens: int
     bytes_loaded: int
 
     @property
     def counts(self) -> LayerCounts:
         return sum(self.layers, LayerCounts())
-
-    @property
-    def loads_per_token(self) -> float:
-        return self.counts.loads / self.tokens if self.tokens else 0.0
-
-    @property
-    def bytes_per_token(self) -> float:
-        return self.bytes_loaded / self.tokens if self.tokens else 0.0
 
 
 def recorded_setup(trace: Trace) -> Setup:
@@ -275,7 +196,7 @@ def replay(
     layers = tuple(replace(counts) for counts in cache.statistics.layers)
     sizes = trace.header.record_bytes
     loaded = sum(counts.loads * size for counts, size in zip(layers, sizes, strict=True))
-    return Outcome(setup, layers, trace.tokens, loaded)
+    return Outcome(setup, layers, loaded)
 
 
 def replay_with(

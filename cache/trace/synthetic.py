@@ -11,8 +11,7 @@ import random
 from dataclasses import dataclass
 from itertools import accumulate
 
-from offload.cache.errors import CacheError
-from offload.cache.trace.trace import Event, Guess, Trace, TraceHeader
+from offload.cache.trace.trace import CacheError, Event, Guess, Trace, TraceHeader
 
 GROUP_4BIT = 4.5  # bits a weight: 4, and a 16-bit scale and offset for 64
 
@@ -28,11 +27,6 @@ class Shape:
     record_bytes: int
     dense_bytes: int  # weights that every token reads: attention, shared experts, head
     expert_bits: float  # as stored, scales included
-
-    @property
-    def layer_bytes(self) -> int:
-        """Bytes of all experts of a layer."""
-        return self.experts * self.record_bytes
 
 
 def _shape(

@@ -1,15 +1,29 @@
-"""What the routers of a model chose, call by call, as values.
+"""What the routers of a model chose, call by call, as values, and what their choices show.
 
 Letters: T tokens of a call, k experts of a token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from math import exp, log
 from typing import NamedTuple
 
+from offload.cache.statistics import Figures
+
+
+class CacheError(ValueError):
+    """A name or a number that cannot be used; the message ends with the remedy."""
+
+
+class TraceError(CacheError):
+    """A file is not a trace, or is damaged."""
+
+
 Setting = str | int | float | bool | None
+Guessed = dict[int, dict[int, frozenset[int]]]  # layer -> layers ahead when guessed -> experts
 
 
 class Guess(NamedTuple):
@@ -45,14 +59,12 @@ class Event(NamedTuple):
         return len(set(self.experts[-1])) if self.prompt and self.experts else None
 
     def distinct(self) -> list[int]:
-        """The experts asked for, in the order in which an engine asks: by last appearance."""
-        return by_last_appearance(self.experts)
+        """The experts asked for, in the order in which an engine asks.
 
-
-def by_last_appearance(rows: Sequence[Sequence[int]]) -> list[int]:
-    """Each expert once, in the order of last appearance, so the last token's choices come last."""
-    backwards = (expert for row in reversed(rows) for expert in reversed(row))
-    return list(dict.fromkeys(backwards))[::-1]
+        That is the order of last appearance, so the last token's choices come last.
+        """
+        backwards = (expert for row in reversed(self.experts) for expert in reversed(row))
+        return list(dict.fromkeys(backwards))[::-1]
 
 
 @dataclass(frozen=True)
@@ -91,9 +103,6 @@ class Trace:
         """Tokens that went through the first layer and were not part of a prompt."""
         return sum(e.tokens for e in self.events if e.layer == 0 and not e.prompt)
 
-    def decode(self) -> Iterator[Event]:
-        return (event for event in self.events if not event.prompt)
-
 
 class CardSlots(NamedTuple):
     """What one of several cards has."""
@@ -105,3 +114,75 @@ class CardSlots(NamedTuple):
 def cards_text(cards: Iterable[CardSlots]) -> str:
     """The cards as a trace's header has them, like 12:300,12:280 for layers:slots of each."""
     return ",".join(f"{card.layers}:{card.slots}" for card in cards)
+
+
+@dataclass
+class LayerShape(Figures):
+    """How one layer's choices are spread over generated tokens."""
+
+    chosen: Counter[int] = field(default_factory=Counter)
+    repeated: int = 0  # choices that the token before had made too
+    distances: Counter[int] = field(default_factory=Counter)  # experts chosen since -> choices
+    # By the number of layers ahead: experts guessed, guesses that came true, choices with a guess.
+    guessed: Counter[int] = field(default_factory=Counter)
+    right: Counter[int] = field(default_factory=Counter)
+    asked: Counter[int] = field(default_factory=Counter)
+
+    @property
+    def choices(self) -> int:
+        return self.chosen.total()
+
+    @property
+    def effective_experts(self) -> float:
+        """The number of experts among which a uniform choice has the same entropy."""
+        total = self.choices
+        return exp(-sum(n / total * log(n / total) for n in self.chosen.values())) if total else 0.0
+
+    @property
+    def locality(self) -> float:
+        """Share of choices that repeat the token before."""
+        return self.repeated / self.choices if self.choices else 0.0
+
+    def hits_within(self, experts: int) -> float:
+        """Share of choices that an LRU of `experts` slots for this layer alone would have held."""
+        held = sum(n for distance, n in self.distances.items() if distance < experts)
+        return held / self.choices if self.choices else 0.0
+
+
+def shapes(trace: Trace) -> list[LayerShape]:
+    """The routing of each layer over the generated tokens; prompts are left out."""
+    layers = [LayerShape() for _ in range(trace.header.layers)]
+    recent: list[list[int]] = [[] for _ in layers]  # experts, the latest used last
+    before: list[frozenset[int]] = [frozenset()] * len(layers)
+    said: Guessed = {}
+    for event in trace.events:
+        if event.prompt:
+            continue
+        shape = layers[event.layer]
+        for row in event.experts:
+            shape.chosen.update(row)
+            shape.repeated += len(before[event.layer].intersection(row))
+            before[event.layer] = frozenset(row)
+            _measure(shape, recent[event.layer], row)
+        _compare(shape, event, said)
+    return layers
+
+
+def _measure(shape: LayerShape, recent: list[int], row: Iterable[int]) -> None:
+    places = {expert: at for at, expert in enumerate(reversed(recent))}
+    for expert in row:
+        if expert in places:
+            shape.distances[places[expert]] += 1
+            recent.remove(expert)
+        recent.append(expert)
+
+
+def _compare(shape: LayerShape, event: Event, said: Guessed) -> None:
+    """Compare the guesses for this layer with what it asks for, and note the guesses made now."""
+    asked = {expert for row in event.experts for expert in row}
+    for ahead, experts in said.pop(event.layer, {}).items():
+        shape.guessed[ahead] += len(experts)
+        shape.right[ahead] += len(experts & asked)
+        shape.asked[ahead] += len(asked)
+    for guess in event.guesses:
+        said.setdefault(guess.layer, {})[guess.layer - event.layer] = frozenset(guess.experts)

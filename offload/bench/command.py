@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import shutil
 import sys
@@ -14,14 +13,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offload.errors import DONE
-from offload.flags import add_model, add_options, explained, option, options_from, options_of
-from offload.options import LoadOptions, ThreadOptions, TimelineOptions
+from offload.flags import (
+    add_model,
+    add_options,
+    explained,
+    option,
+    options_from,
+    options_of,
+    parser_of,
+)
+from offload.options import LoadOptions, SharedOptions
 from offload.quant.errors import OffloadError
 from offload.units import count, listed, positive
 
 if TYPE_CHECKING:
     from offload.bench.row import BenchRow
-    from offload.bench.run import Loaded
 
 EXAMPLE = "offload bench demo --expert-slots 25%,50%,100% --plot speed.png"
 SWEPT = ("expert_bits", "expert_slots", "policy", "lookahead")  # the last changes fastest
@@ -50,40 +56,39 @@ class BenchOptions:
     """Options of `offload bench` alone; names and defaults are llama-bench's."""
 
     n_prompt: tuple[int, ...] = _lengths(
-        "-p --n-prompt N,..", (512,), "prompt tokens to read; 0 leaves this test out"
+        "-p --n-prompt N,..", "prompt tokens to read; 0 leaves this test out", default=(512,)
     )
     n_gen: tuple[int, ...] = _lengths(
-        "-n --n-gen N,..", (128,), "tokens to generate; 0 leaves this test out"
+        "-n --n-gen N,..", "tokens to generate; 0 leaves this test out", default=(128,)
     )
     n_depth: tuple[int, ...] = _lengths(
-        "-d --n-depth N,..", (0,), "tokens that are in the context before each test"
+        "-d --n-depth N,..", "tokens that are in the context before each test", default=(0,)
     )
     pg: tuple[tuple[int, int], ...] = _test(
         "-pg P,N",
-        (),
         "also read P tokens and generate N in one test; may be given several times",
+        default=(),
         unit="tokens",
         parse=pair,
         action="append",
     )
-    repetitions: int = _test("-r --repetitions N", 5, "timed runs of each test", parse=positive)
-    no_warmup: bool = _test("--no-warmup", False, "leave out the untimed run before each test")
+    repetitions: int = _test(
+        "-r --repetitions N", "timed runs of each test", default=5, parse=positive
+    )
+    no_warmup: bool = _test(
+        "--no-warmup", "leave out the untimed run before each test", default=False
+    )
     random: bool = _test(
-        "--random", False, "read random tokens, as llama-bench does, and not English text"
+        "--random", "read random tokens, as llama-bench does, and not English text", default=False
     )
     output: str = _output(
-        "-o --output", "md", "format of the output", choices=("md", "csv", "json", "jsonl")
+        "-o --output", "format of the output", default="md", choices=("md", "csv", "json", "jsonl")
     )
     plot: Path | None = _output(
-        "--plot PNG",
-        None,
-        "draw tokens/s and hit rate over the share of resident experts",
-        parse=Path,
+        "--plot PNG", "draw tokens/s and hit rate over the share of resident experts"
     )
     compare: str | None = _output(
-        "--compare FILE",
-        None,
-        "also show the ratio to an earlier run, whose -o json output is in FILE",
+        "--compare FILE", "also show the ratio to an earlier run, whose -o json output is in FILE"
     )
 
 
@@ -91,7 +96,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     once = {each.name for each in fields(LoadOptions)} - {*SWEPT, "warm_start"}
     add_options(parser, LoadOptions, once)
-    add_options(parser, ThreadOptions)
     sweeps = parser.add_argument_group(
         "sweeps", "Lists are separated by commas. The model is loaded for every combination."
     )
@@ -99,7 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, LoadOptions, ["warm_start"], group="sweeps", warm_start=False)
     parser.add_argument_group("tests", "Lists are separated by commas.")
     add_options(parser, BenchOptions)
-    add_options(parser, TimelineOptions)
+    add_options(parser, SharedOptions, ["threads", "timeline"])
 
 
 def _add_swept(place: argparse._ArgumentGroup) -> None:
@@ -112,7 +116,7 @@ def _add_swept(place: argparse._ArgumentGroup) -> None:
             "dest": each.name,
             "default": argparse.SUPPRESS,
             "help": explained(each, each.default).replace("%", "%%"),
-            "type": listed(spelling.parse),
+            "type": listed(parser_of(each)),
             "metavar": f"{spelling.metavar},..",
         }
         if each.name == "lookahead":  # a switch: the flag alone is on, --no-lookahead is off
@@ -146,10 +150,9 @@ def combinations(arguments: argparse.Namespace) -> list[LoadOptions]:
 def run(arguments: argparse.Namespace) -> int:
     """Measure and write rows. If the command is interrupted, the finished rows remain."""
     from offload.bench.compare import read_earlier
-    from offload.bench.output import WRITERS, write_tables
-    from offload.bench.picture import check_picture, save_picture
+    from offload.bench.output import WRITERS, check_picture, save_picture, write_tables
+    from offload.bench.row import make_tests
     from offload.bench.run import check_context, sweep
-    from offload.bench.sample import make_tests
     from offload.pack.recipe import AskedBits
 
     asked = options_from(arguments, BenchOptions)
@@ -160,8 +163,8 @@ def run(arguments: argparse.Namespace) -> int:
     for setting in settings:
         AskedBits.of(setting)  # raises for wrong bits before anything is measured
     check_context(tests, settings[0].context)
-    timeline = options_from(arguments, TimelineOptions).timeline
-    for flag, file in (("trace", settings[0].trace), ("timeline", timeline)):
+    shared = options_from(arguments, SharedOptions)
+    for flag, file in (("trace", settings[0].trace), ("timeline", shared.timeline)):
         if len(settings) > 1 and file:
             raise OffloadError(
                 f"--{flag} records one run, and a sweep has several: give each option one value"
@@ -169,26 +172,15 @@ def run(arguments: argparse.Namespace) -> int:
     earlier = read_earlier(asked.compare) if asked.compare else None
     if asked.plot:
         check_picture(asked.plot)
-    threads = options_from(arguments, ThreadOptions).threads
-
-    @contextlib.contextmanager
-    def load(setting: LoadOptions) -> Iterator[Loaded]:
-        from offload.engine.handle import offload_of
-        from offload.loading import load_and_tell
-        from offload.trace.timeline import recording
-
-        first = setting is settings[0]
-        model, tokenizer, _ = load_and_tell(arguments.model, setting, threads, note=first)
-        with contextlib.closing(offload_of(model)), recording(model, timeline):
-            yield model, tokenizer
-
     rows: list[BenchRow] = []
 
     def measured() -> Iterator[BenchRow]:
         for row in sweep(
-            load,
+            arguments.model,
             settings,
             tests,
+            threads=shared.threads,
+            timeline=shared.timeline,
             repetitions=asked.repetitions,
             warmup=not asked.no_warmup,
             random=asked.random,

@@ -1,4 +1,4 @@
-"""Rows written one by one as they are measured: a Markdown table, CSV, JSON, or JSON lines."""
+"""Rows as Markdown tables, CSV, JSON or JSON lines, written one by one, and as a picture."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, TextIO
 
 from offload.bench.compare import EarlierRun
-from offload.bench.row import BenchRow
-from offload.bench.sample import Test
+from offload.bench.row import BenchRow, Test
+from offload.files import check_writable
 from offload.options import LoadOptions
+from offload.quant.errors import OffloadError
 
 
 def with_ratio(row: BenchRow, earlier: EarlierRun | None) -> dict[str, Any]:
@@ -59,6 +61,7 @@ WRITERS = {"csv": write_csv, "json": write_json, "jsonl": write_jsonl}
 
 RATIO, SPEED = "0.00 ± 0.00", "000.00 ± 0.00"  # as wide as most
 NONE = "-"
+DPI = 120
 
 
 @dataclass(frozen=True)
@@ -176,3 +179,67 @@ def write_tables(
             table = begin(details, part, named=several and narrow)
             for row in part:
                 table.add(row)
+
+
+def check_picture(file: Path) -> None:
+    """Raise `OffloadError` if `save_picture` would: to be called before anything is measured."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise OffloadError(
+            "--plot needs matplotlib: pip install matplotlib, or leave --plot out"
+        ) from None
+    try:
+        check_writable(file)
+    except OSError as error:
+        raise _unwritable(file, error) from None
+
+
+def save_picture(rows: Sequence[BenchRow], file: Path) -> None:
+    """Draw a column of panels per test, tokens/s above hit rate, with a line for each setting.
+
+    Raises `OffloadError` if `file` cannot be written.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    tests = list(dict.fromkeys(row.test.name for row in rows))
+    figure = Figure(figsize=(1 + 4 * len(tests), 6), layout="constrained", dpi=DPI)
+    panels = figure.subplots(2, len(tests), sharex=True, squeeze=False)
+    lines: dict[str, None] = dict.fromkeys(_name(row) for row in rows)
+    for at, test in enumerate(tests):
+        speed, hits = panels[0][at], panels[1][at]
+        for name in lines:
+            chosen = [r for r in rows if r.test.name == test and _name(r) == name]
+            chosen.sort(key=lambda row: row.resident)
+            if chosen:
+                resident = [100 * row.resident for row in chosen]
+                rates, spreads = [r.avg_ts for r in chosen], [r.stddev_ts for r in chosen]
+                speed.errorbar(resident, rates, yerr=spreads, marker="o", capsize=3, label=name)
+                hits.plot(resident, [100 * r.hit_rate for r in chosen], marker="o", label=name)
+        speed.set_title(test)
+        speed.set_ylim(bottom=0)
+        hits.set_ylim(0, 102)
+        hits.set_xlim(0, 102)
+        hits.set_xlabel("resident experts, %")
+    panels[0][0].set_ylabel("tokens/s")
+    panels[1][0].set_ylabel("hit rate, %")
+    if len(lines) > 1:
+        panels[0][0].legend()
+    model = rows[0].model
+    figure.suptitle(model if len(lines) > 1 else f"{model}: {next(iter(lines))}")
+    try:
+        figure.savefig(file, format="png")
+    except OSError as error:
+        raise _unwritable(file, error) from None
+
+
+def _name(row: BenchRow) -> str:
+    """The settings of the row, without its number of expert slots."""
+    return f"{row.bits}, {row.policy}, look-ahead {row.lookahead_name}"
+
+
+def _unwritable(file: Path, error: OSError) -> OffloadError:
+    return OffloadError(f"cannot write {file} ({error.strerror}): name another file for --plot")

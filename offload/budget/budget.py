@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
-from transformers import PreTrainedConfig
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from offload.budget.kv import cache_bytes
 from offload.errors import BudgetError, UnsupportedModelError
 from offload.lines import reason
-from offload.model.seam import model_class
+from offload.model.seam import build_on_meta, experts_modules, model_class
 from offload.quant.matmul import REFERENCE_WEIGHTS
 from offload.quant.pack import PackInfo
 from offload.units import READ_WHOLE, SHARE, gib, parse_bytes
@@ -27,6 +30,10 @@ UNPACKED_BYTES = 10  # a weight, while its matrix is dequantised: codes, float32
 # scores with sinks, and their softmax. The eager attention of most other models holds one of 16
 # bits, its softmax in float32, which counts twice, and that softmax in 16 bits.
 ALIVE = 4
+# Tokens of a trial run. The number is odd so that layers which collect tokens until a block is full
+# show that they hold an incomplete block.
+PROBE = 255
+DEPTH = 4  # deepest nesting of containers in a cache layer
 
 
 @dataclass(frozen=True)
@@ -42,8 +49,7 @@ class Budget:
     staging: int = 0  # staging rows, each as large as a slot; unused if all experts have slots
 
     def slots(self, asked: int | None) -> int:
-        """Return the number of expert slots to allocate: `asked`, or as many as fit if it is None.
-        Raises `BudgetError`."""
+        """Expert slots to allocate: `asked`, or as many as fit if None. Raises `BudgetError`."""
         left = self.available - self.dense - self.kv_cache - self.workspace
         fit = max(0, left // self.slot)
         if fit < self.total_experts or (asked is not None and asked < self.total_experts):
@@ -55,18 +61,16 @@ class Budget:
             )
         wanted = min(wanted, self.total_experts)
         if wanted > fit:
+            rows = gib(self.staging * self.slot)
+            streamed = f", and {rows} that prompts are streamed through" if self.staging else ""
             raise BudgetError(
                 f"needs {wanted} expert slot{'s' * (wanted > 1)} of {self.slot / 2**20:.1f} MiB, "
                 f"{fit} fit in {gib(self.available)} beside {gib(self.dense)} of dense weights, "
                 f"{gib(self.kv_cache)} of KV cache and {gib(self.workspace)} of workspace"
-                f"{self._staging_words()}: lower --ctx-size, --ubatch-size, --expert-slots or "
+                f"{streamed}: lower --ctx-size, --ubatch-size, --expert-slots or "
                 "--expert-bits, or raise --vram (GPU) or --ram (CPU)"
             )
         return wanted if asked is not None else min(fit, self.total_experts)
-
-    def _staging_words(self) -> str:
-        size = gib(self.staging * self.slot)
-        return f", and {size} that prompts are streamed through" if self.staging else ""
 
 
 @dataclass(frozen=True)
@@ -78,19 +82,16 @@ class Memory:
 
     @classmethod
     def of(cls, device: torch.device, vram: str | int | None, ram: str | int | None) -> Memory:
-        """Take the sizes that the user gave, or a share of the free memory. Raises
-        `BudgetError`."""
+        """The sizes that the user gave, or a share of the free memory. Raises `BudgetError`."""
         if vram is not None and device.type == "cpu":
             logger.warning("--vram has no effect without a GPU: --ram is the limit here")
-        given = parse_bytes(ram)
-        host = available_bytes(torch.device("cpu"), None, given)
-        return cls(available_bytes(device, parse_bytes(vram), given), host)
+        card_bytes, ram_bytes = parse_bytes(vram), parse_bytes(ram)
+        host = available_bytes(torch.device("cpu"), ram_bytes)
+        return cls(host if device.type == "cpu" else available_bytes(device, card_bytes), host)
 
 
-def available_bytes(device: torch.device, vram: int | None, ram: int | None) -> int:
-    """The bytes that may be used on `device`: the size that was given, or a share of the free
-    memory."""
-    given = ram if device.type == "cpu" else vram
+def available_bytes(device: torch.device, given: int | None) -> int:
+    """Bytes that may be used on `device`: the size `given`, or a share of the free memory."""
     if given is not None:
         return given
     if device.type == "cuda":
@@ -115,24 +116,17 @@ def kv_cache_bytes(
     dtype: torch.dtype,
     ubatch: int | None = None,
     fixed: bool = False,
-) -> int:
-    """Bytes of the KV cache of one sequence of `context` tokens, read `ubatch` tokens at a time
-    (None: all at once). `fixed` asks about a cache whose tensors never move, for CUDA graphs."""
-    return sum(kv_cache_by_layer(config, context, dtype, ubatch, fixed))
-
-
-def kv_cache_by_layer(
-    config: PreTrainedConfig,
-    context: int,
-    dtype: torch.dtype,
-    ubatch: int | None = None,
-    fixed: bool = False,
 ) -> list[int]:
-    """The same as `kv_cache_bytes`, for each layer."""
+    """Each layer's bytes of KV cache, for one sequence of `context` tokens that is read `ubatch`
+    tokens at a time (None: all at once).
+
+    `fixed` asks about a cache whose tensors never move (`offload.generation.fixed_kv`): it holds a
+    window at its full length, and no states of a prompt that are cut off later.
+    """
     key = (type(config), config.to_json_string(), context, dtype, ubatch or context, fixed)
     if key not in _KV_CACHE:
         try:
-            _KV_CACHE[key] = cache_bytes(config, context, dtype, ubatch or context, fixed)
+            _KV_CACHE[key] = _measured_kv_bytes(config, context, dtype, ubatch or context, fixed)
         except Exception as error:  # models raise many things on the meta device
             logger.debug("the KV cache is estimated: %s", reason(error))
             _KV_CACHE[key] = _estimated_kv_bytes(config, context, dtype)
@@ -140,6 +134,69 @@ def kv_cache_by_layer(
 
 
 _KV_CACHE: dict[tuple[object, ...], list[int]] = {}  # results, because trial runs are slow
+
+
+def _measured_kv_bytes(
+    config: PreTrainedConfig, context: int, dtype: torch.dtype, ubatch: int, fixed: bool
+) -> list[int]:
+    """Run the model on the meta device, without its experts, and measure whatever its layers keep:
+    latent, compressed or recurrent states, or a window. Raises whatever the model raises."""
+    tokens = min(PROBE, context)
+    model = build_on_meta(config, model_class(config, "", False)).to(dtype).eval()
+    for module in experts_modules(model):
+        module.forward = lambda hidden, *_: hidden  # the size of the cache stays the same
+    long = _cache_layers(model, tokens)
+    short: list[Any] = []
+    sizes = [0] * len(long)
+    for index, layer in enumerate(long):
+        if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+            if not layer.is_initialized:
+                continue  # this layer shares the cache of another one
+            a_token = (layer.keys.nbytes + layer.values.nbytes) // layer.keys.shape[-2]
+            most = context
+            if type(layer) is DynamicSlidingWindowLayer and not fixed:
+                most = min(context, layer.sliding_window - 1 + ubatch)
+            sizes[index] = a_token * most
+            continue
+        short = short or _cache_layers(model, max(1, tokens // 2))
+        (used, cut), (used_before, cut_before) = _held_bytes(layer), _held_bytes(short[index])
+        rest, step = context - tokens, max(1, tokens - tokens // 2)
+        sizes[index] = used + max(0, used - used_before) * rest // step
+        if not fixed:
+            longer = max(0, min(context, ubatch) - tokens)
+            sizes[index] += cut + max(0, cut - cut_before) * longer // step
+    return sizes
+
+
+@torch.inference_mode()
+def _cache_layers(model: PreTrainedModel, tokens: int) -> list[Any]:
+    ids = torch.ones(1, tokens, dtype=torch.long, device="meta")
+    layers: list[Any] = model(input_ids=ids, use_cache=True, logits_to_keep=1).cache.layers
+    return layers
+
+
+def _held_bytes(layer: Any) -> tuple[int, int]:
+    """Bytes of the tensors in a cache layer, and bytes that lie in memory behind them.
+
+    A sliding-window layer returns a view. The full prompt stays allocated behind that view until
+    the next step.
+    """
+    tensors = list(_tensors(layer, set(), DEPTH))
+    used = sum(tensor.nbytes for tensor in tensors)
+    return used, sum(tensor.untyped_storage().nbytes() for tensor in tensors) - used
+
+
+def _tensors(part: Any, seen: set[int], depth: int) -> Iterator[Tensor]:
+    """The tensors that `part` leads to, each once."""
+    if id(part) in seen or depth < 0:
+        return
+    seen.add(id(part))
+    if isinstance(part, Tensor):
+        yield part
+    elif isinstance(part, list | tuple | dict) or hasattr(part, "__dict__"):
+        items = part if isinstance(part, list | tuple | dict) else vars(part)
+        for item in items.values() if isinstance(items, dict) else items:
+            yield from _tensors(item, seen, depth - 1)
 
 
 def _estimated_kv_bytes(config: PreTrainedConfig, context: int, dtype: torch.dtype) -> list[int]:

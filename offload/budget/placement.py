@@ -1,4 +1,4 @@
-"""Which card gets which layers and how many expert slots, as arithmetic on bytes and counts.
+"""Which card gets which layers and how many expert slots.
 
 Each card gets a range of decoder layers, so a hidden state crosses once from each card to the next.
 The ranges maximise the room on the tightest card, measured in slots for each expert of its layers.
@@ -9,20 +9,27 @@ gives room away loses more hits than another card gains.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate, pairwise
 from math import inf
 
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from offload.budget.budget import kv_cache_bytes
 from offload.errors import BudgetError
 from offload.fit import Share
+from offload.model.seam import LAYER, find_experts, layer_of
+from offload.quant.pack import PackInfo
 from offload.units import gib
 
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder layer: bytes of its dense weights and of its KV cache, and its number of
-    experts."""
+    """One decoder layer: bytes of its dense weights and KV cache, and its number of experts."""
 
     dense: int
     kv_cache: int
@@ -38,6 +45,63 @@ class Demand:
     last: int  # weights after the layers, on the last card
     workspace: int  # on each card
     slot: int
+
+
+def demand(
+    model: PreTrainedModel,
+    info: PackInfo,
+    config: PreTrainedConfig,
+    context: int,
+    dtype: torch.dtype,
+    ubatch: int,
+    workspace: int,
+) -> Demand:
+    """Return the bytes that `model` needs, layer by layer, when it runs from a pack like `info`.
+
+    `model` is the whole model on the meta device. `ubatch` is the number of prompt tokens that are
+    read at once, and `workspace` the bytes needed on each card. The sum equals what `Budget` counts
+    for a single card.
+    """
+    layers = Layers(model)
+    of_layer, last = [0] * layers.count, 0
+    for path, size in _dense_sizes(model, info, dtype):
+        at = layers.index(path)
+        if at is not None:
+            of_layer[at] += size
+        elif layers.is_last(path):
+            last += size
+    experts = [0] * layers.count
+    for layer in info.layers:
+        at = layers.index(layer.module)
+        assert at is not None, "experts outside the decoder layers"
+        experts[at] += layer.num_experts
+    caches = kv_cache_bytes(config, context, dtype, ubatch)
+    if len(caches) != layers.count:  # the config counts layers differently: share them evenly
+        ends = [sum(caches) * at // layers.count for at in range(layers.count + 1)]
+        caches = [end - begin for begin, end in pairwise(ends)]
+    first = info.dense_bytes(dtype.itemsize) - sum(of_layer) - last
+    return Demand(
+        tuple(map(Block, of_layer, caches, experts)),
+        max(0, first),
+        last,
+        workspace,
+        info.slot_bytes,
+    )
+
+
+def _dense_sizes(
+    model: PreTrainedModel, info: PackInfo, dtype: torch.dtype
+) -> Iterator[tuple[str, int]]:
+    """Path and bytes of every weight outside the experts."""
+    records = {
+        f"{path}.weight": info.dense_layout(dense).record_bytes * (path == dense.modules[0])
+        for dense in info.dense
+        for path in dense.modules
+    }
+    experts = {name for module in find_experts(model) for name in module.parameters}
+    for name, parameter in model.named_parameters():
+        if name not in experts:
+            yield name, records.get(name, parameter.numel() * dtype.itemsize)
 
 
 def place(
@@ -85,10 +149,9 @@ class _Room:
     ) -> None:
         self.demand, self.available, self.numbers = demand, available, numbers
         self.cards, self.layers = len(available), len(demand.blocks)
-        self._dense, self._kv_cache, self._experts = (
-            _running([getattr(block, name) for block in demand.blocks])
-            for name in ("dense", "kv_cache", "experts")
-        )
+        self._dense = [0, *accumulate(block.dense for block in demand.blocks)]
+        self._kv_cache = [0, *accumulate(block.kv_cache for block in demand.blocks)]
+        self._experts = [0, *accumulate(block.experts for block in demand.blocks)]
 
     def dense(self, card: int, begin: int, end: int) -> int:
         ends = (card == 0) * self.demand.first + (card == self.cards - 1) * self.demand.last
@@ -116,19 +179,11 @@ class _Room:
         return self.left(card, begin, end) >= self.least(begin, end)
 
     def ampleness(self, card: int, begin: int, end: int) -> float:
-        """Slots that fit for each expert, which may be more than one; -inf if the layers do not
-        fit."""
+        """Slots that fit for each expert, perhaps more than one; -inf if the layers do not fit."""
         if not self.fits(card, begin, end):
             return -inf
         experts = self.experts(begin, end)
         return self.slots(card, begin, end) / experts if experts else inf
-
-
-def _running(values: Sequence[int]) -> list[int]:
-    sums = [0]
-    for value in values:
-        sums.append(sums[-1] + value)
-    return sums
 
 
 def _best_cuts(room: _Room) -> list[tuple[int, int]]:
@@ -143,8 +198,7 @@ def _best_cuts(room: _Room) -> list[tuple[int, int]]:
 
     @cache
     def tightest(card: int, end: int) -> float:
-        """The room on the tightest of the cards 0 to `card`, at best, with the layers before
-        `end`."""
+        """The best room on the tightest of cards 0 to `card` with the layers before `end`."""
         return max(
             min(tightest(card - 1, at) if card else inf, room.ampleness(card, at, end))
             for at in last_begins(card, end)
@@ -176,16 +230,11 @@ def _best_cuts(room: _Room) -> list[tuple[int, int]]:
 
 
 def _too_little(room: _Room) -> BudgetError:
-    """Fill the cards one after the other, and return the error of the first that cannot hold a
-    layer."""
+    """Fill one card after the other: the error of the first that cannot hold a layer."""
     begin = 0
     for card in range(room.cards):
         rest = room.cards - 1 - card  # later cards, each of which needs a layer
-        ends = (
-            range(begin + 1, room.layers - rest + 1)
-            if rest
-            else range(room.layers, room.layers + 1)
-        )
+        ends = range(begin + 1 if rest else room.layers, room.layers - rest + 1)
         fitting = [end for end in ends if room.fits(card, begin, end)]
         if not fitting:
             end = ends[0]
@@ -220,3 +269,71 @@ def _divided(slots: int, experts: Sequence[int], fit: Sequence[int], room: _Room
         _, least = min((n / experts[at], at) for at, n in enumerate(given) if n < fit[at])
         given[least] += 1
     return given
+
+
+class Layers:
+    """The decoder layers of a model, and the parts before and after them."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        match = LAYER.match(find_experts(model)[0].path)
+        assert match is not None, "experts outside the decoder layers"
+        self._model = model
+        self.path = match[1]  # of the module list
+        self.count = len(list(model.get_submodule(self.path).children()))
+        self._last = set(self._behind())
+
+    def index(self, path: str) -> int | None:
+        """The number of the decoder layer that contains `path`; None outside the layers."""
+        return layer_of(f"{path}.") if path.startswith(f"{self.path}.") else None
+
+    def is_last(self, path: str) -> bool:
+        """Whether the part at `path` goes to the card of the last layer."""
+        return any(path == last or path.startswith(f"{last}.") for last in self._last)
+
+    def _behind(self) -> Iterator[str]:
+        """The norms beside the layers, and the head if it has weights of its own.
+
+        A head tied to the token table stays with the table, because sending a hidden state back is
+        cheaper than a second copy of the table.
+        """
+        above = self.path.rpartition(".")[0]
+        for name, module in self._model.get_submodule(above).named_children():
+            if "norm" in type(module).__name__.lower():
+                yield f"{above}.{name}" if above else name
+        head = self._model.get_output_embeddings()
+        if head is not None:
+            path = next(name for name, module in self._model.named_modules() if module is head)
+            if f"{path}.weight" not in self._model.all_tied_weights_keys:
+                yield path
+
+    def device_map(
+        self, shares: Sequence[Share], devices: Sequence[torch.device]
+    ) -> dict[str, torch.device]:
+        """Map every part of the model that is moved as one piece to its device."""
+        found = {}
+        for share, device in zip(shares, devices, strict=True):
+            found.update({f"{self.path}.{at}": device for at in share.blocks})
+        for path in self._outside(self._model, ""):
+            found[path] = devices[-1] if self.is_last(path) else devices[0]
+        return found
+
+    def _outside(self, module: nn.Module, path: str) -> Iterator[str]:
+        """Paths of everything outside the layers: the largest modules, and single tensors."""
+        for tensors in (module.named_parameters, module.named_buffers):
+            yield from (path + name for name, _ in tensors(recurse=False))
+        for name, child in module.named_children():
+            here = path + name
+            if self.path == here:
+                continue
+            if self.path.startswith(f"{here}."):
+                yield from self._outside(child, f"{here}.")
+            else:
+                yield here
+
+
+def device_of(path: str, devices: Mapping[str, torch.device]) -> torch.device:
+    """The device of the module at `path`, or of the smallest module around it in the map."""
+    while path not in devices:
+        assert path, "a module outside the map"
+        path = path.rpartition(".")[0]
+    return devices[path]

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from offload.budget.blocks import demand
 from offload.budget.budget import (
     Budget,
     Memory,
@@ -19,12 +18,14 @@ from offload.budget.budget import (
     staging_rows,
     workspace_bytes,
 )
-from offload.budget.placement import place
+from offload.budget.placement import demand, place
 from offload.errors import BudgetError
 from offload.fit import Card, Fit, Share
 from offload.options import LoadOptions
 from offload.quant.pack import PackInfo
 from offload.units import parse_bytes, parse_slots
+
+logger = logging.getLogger("offload")
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Resolver:
             staging=0 if everything else staging_rows(device, info.slot_bytes),
             ubatch=self.chunk(config),
             ram=self.place.memory.ram,
+            looks_ahead=self.options.lookahead is not False and not everything,
             cards=self.place.cards,
             shares=shares,
         )
@@ -95,9 +97,9 @@ class Resolver:
         """The compute device's memory, and what it must hold beside the experts."""
         device, dtype, context = self.place.device, self.dtype(config), self.options.context
         ubatch = self.chunk(config)
-        kv_cache = kv_cache_bytes(config, context, dtype, ubatch)
+        kv_cache = sum(kv_cache_bytes(config, context, dtype, ubatch))
         if self.keeps_fixed_cache(info):
-            kv_cache += kv_cache_bytes(config, context, dtype, fixed=True)
+            kv_cache += sum(kv_cache_bytes(config, context, dtype, fixed=True))
         return Budget(
             self.place.memory.device,
             dense=info.dense_bytes(dtype.itemsize),
@@ -130,12 +132,8 @@ class Resolver:
 
     def dtype(self, config: PreTrainedConfig) -> torch.dtype:
         """The type of the computation: the one asked for, else the one of the config."""
-        return self.options.dtype or _config_dtype(config)
-
-
-def _config_dtype(config: PreTrainedConfig) -> torch.dtype:
-    dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-    return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+        own = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+        return self.options.dtype or (own if isinstance(own, torch.dtype) else torch.bfloat16)
 
 
 def find_device(name: str | torch.device | None) -> torch.device:
@@ -161,9 +159,6 @@ def find_device(name: str | torch.device | None) -> torch.device:
     return device
 
 
-logger = logging.getLogger("offload")
-
-
 def find_place(options: LoadOptions) -> Place:
     """The device of `options.device`, or the cards of `options.gpus`, and their memory.
 
@@ -172,32 +167,27 @@ def find_place(options: LoadOptions) -> Place:
     the RAM. Raises `BudgetError`.
     """
     device, gpus, vram, ram = options.device, options.gpus, options.vram, options.ram
-    if gpus is None:
-        place = find_device(device)
-        if device in (None, "cuda") and place.type == "cuda" and torch.cuda.device_count() > 1:
-            everything = ",".join(map(str, range(torch.cuda.device_count())))
+    if gpus is not None and device is not None:
+        raise BudgetError("both --device and --gpus say where to run: give only one of them")
+    devices = [find_device(name) for name in ([device] if gpus is None else _names(gpus))]
+    if len(devices) == 1:
+        count = torch.cuda.device_count() if devices[0].type == "cuda" else 1
+        if gpus is None and device in (None, "cuda") and count > 1:
             logger.warning(
                 "using GPU %d of %d; the others stay idle: use them with --gpus %s",
                 torch.cuda.current_device(),
-                torch.cuda.device_count(),
-                everything,
+                count,
+                ",".join(map(str, range(count))),
             )
-        return Place(place, Memory.of(place, vram, ram))
-    if device is not None:
-        raise BudgetError("both --device and --gpus say where to run: give only one of them")
-    devices = [find_device(name) for name in _names(gpus)]
-    if len(devices) == 1:
         return Place(devices[0], Memory.of(devices[0], vram, ram))
-    given, sizes = parse_bytes(ram), _sizes(vram, len(devices))
+    sizes = _sizes(vram, len(devices))
+    host = available_bytes(torch.device("cpu"), parse_bytes(ram))
     cards = tuple(
-        Card(
-            place.index if place.index is not None else number,
-            place,
-            available_bytes(place, size, given) // (1 if place.type == "cuda" else len(devices)),
-        )
+        Card(place.index, place, available_bytes(place, size))
+        if place.type == "cuda"
+        else Card(number, place, host // len(devices))
         for number, (place, size) in enumerate(zip(devices, sizes, strict=True))
     )
-    host = available_bytes(torch.device("cpu"), None, given)
     return Place(devices[0], Memory(sum(card.memory for card in cards), host), cards)
 
 

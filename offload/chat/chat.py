@@ -9,13 +9,17 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from offload.chat.display import Display
-from offload.chat.report import timings, verbose_rows
 from offload.chat.saved import Settings
-from offload.chat.thinking import Voices, marks_are_special
+from offload.chat.thinking import Piece, Voices, marks_are_special
 from offload.engine.handle import offload_of
 from offload.errors import ChatError
 from offload.generation.prompt import Message, PromptCache, encode_prompt
-from offload.generation.stream import GenerationResponse, stream_generate
+from offload.generation.stream import (
+    GenerationResponse,
+    stream_generate,
+    timings,
+    verbose_rows,
+)
 from offload.sampling import Sampling
 
 NEARLY_FULL = 0.85  # share of the context in use at which the user is told that turns will leave
@@ -110,7 +114,10 @@ class Chat:
         If an error ends the answer, the conversation stays as it was and the question can be asked
         again.
         """
-        begin, ids = self._make_room(messages)
+        context = offload_of(self.model).fit.options.context
+        begin, ids = fit(messages, min(self.begin, len(messages) - 1), context, self._encode)
+        if begin > self.begin:
+            self.display.write(f"(the oldest {begin} messages no longer fit into the context)\n")
         special = marks_are_special(self.tokenizer)
         voices = Voices(
             str(self.tokenizer.decode(ids[-16:])),
@@ -120,12 +127,7 @@ class Chat:
         said = {False: "", True: ""}  # is it a thought? -> text so far
         self.stopped = False
         try:
-            for response in self._stream(ids, skip_special_tokens=not special):
-                self.last = response
-                for piece in voices.push(response.text):
-                    said[piece.thought] += piece.text
-                    self.display.show(piece)
-            for piece in voices.finish():
+            for piece in self._pieces(ids, voices, skip_special_tokens=not special):
                 said[piece.thought] += piece.text
                 self.display.show(piece)
         except KeyboardInterrupt:
@@ -158,33 +160,24 @@ class Chat:
                 "--ctx-size makes room, /clear begins anew)\n"
             )
 
-    def _make_room(self, messages: list[Message]) -> tuple[int, list[int]]:
-        """Return the index of the first message that fits and the ids from there on. Tell the user
-        how many messages no longer fit."""
-        context = offload_of(self.model).fit.options.context
-        begin, ids = fit(messages, min(self.begin, len(messages) - 1), context, self._encode)
-        if begin > self.begin:
-            self.display.write(f"(the oldest {begin} messages no longer fit into the context)\n")
-        return begin, ids
-
     def _encode(self, messages: Sequence[Message]) -> list[int]:
         system = [{"role": "system", "content": self.system}] if self.system else []
         said = [{"role": m["role"], "content": m["content"]} for m in messages]
         return encode_prompt(self.tokenizer, [*system, *said], think=self.think)
 
-    def _stream(self, ids: list[int], skip_special_tokens: bool) -> Iterator[GenerationResponse]:
-        return stream_generate(
+    def _pieces(
+        self, ids: list[int], voices: Voices, *, skip_special_tokens: bool
+    ) -> Iterator[Piece]:
+        for response in stream_generate(
             self.model,
             self.tokenizer,
             ids,
             max_new_tokens=self.max_new_tokens or offload_of(self.model).fit.options.context,
             stop_strings=self.stop_strings,
-            temperature=self.sampling.temperature,
-            top_k=self.sampling.top_k,
-            top_p=self.sampling.top_p,
-            min_p=self.sampling.min_p,
-            repetition_penalty=self.sampling.repetition_penalty,
-            seed=self.sampling.seed,
             skip_special_tokens=skip_special_tokens,
             prompt_cache=self.prompt_cache,
-        )
+            **vars(self.sampling),
+        ):
+            self.last = response
+            yield from voices.push(response.text)
+        yield from voices.finish()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from offload.errors import DONE, INTERRUPTED
 from offload.flags import add_model, add_options, option, options_from
 from offload.generation.command import asked_prompt, asked_sampling
-from offload.options import AnswerOptions, LoadOptions, ThreadOptions
+from offload.options import AnswerOptions, LoadOptions, SharedOptions
 from offload.quant.errors import OffloadError
 
 EXAMPLE = "offload chat demo --expert-slots 25%"
@@ -20,16 +20,19 @@ EXAMPLE = "offload chat demo --expert-slots 25%"
 class ChatOptions:
     """Options of `offload chat` alone."""
 
-    single_turn: bool = option("-st --single-turn", False, "answer one prompt (-p or -f) and exit")
+    single_turn: bool = option(
+        "-st --single-turn", "answer one prompt (-p or -f) and exit", default=False
+    )
     hide_thoughts: bool = option(
-        "--hide-thoughts", False, "show only the answer that follows a model's thoughts"
+        "--hide-thoughts", "show only the answer that follows a model's thoughts", default=False
     )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    for kind in (LoadOptions, ThreadOptions, AnswerOptions, ChatOptions):
+    for kind in (LoadOptions, AnswerOptions, ChatOptions):
         add_options(parser, kind)
+    add_options(parser, SharedOptions, ["threads"])
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -40,15 +43,14 @@ def run(arguments: argparse.Namespace) -> int:
         raise OffloadError("--single-turn needs a prompt: give one with -p or -f")
     asked_sampling(asked, None)  # raises for a wrong value before the model is loaded
     from offload.chat.chat import Chat
-    from offload.chat.loop import converse
+    from offload.chat.commands import converse
     from offload.chat.terminal import display, reader
     from offload.engine.handle import offload_of
     from offload.loading import load_and_tell
 
-    threads = options_from(arguments, ThreadOptions).threads
-    model, tokenizer, load_seconds = load_and_tell(
-        arguments.model, options_from(arguments, LoadOptions), threads
-    )
+    options = options_from(arguments, LoadOptions)
+    threads = options_from(arguments, SharedOptions).threads
+    model, tokenizer, load_seconds = load_and_tell(arguments.model, options, threads)
     if tokenizer is None or not tokenizer.chat_template:
         raise OffloadError(f"{arguments.model} has no chat template: use offload generate --raw")
 

@@ -1,21 +1,27 @@
-"""The slash commands of a chat: their help lines, and what each does to a conversation."""
+"""What a user types into a chat: messages, and slash commands with their help lines."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from rich.text import Text
+
+from offload.cache.trace.heatmap import draw_for, of_cache, resident_in, squeezed
 from offload.chat.chat import Chat
-from offload.chat.report import counters, experts_map, live_panel
 from offload.chat.saved import SavedChat
-from offload.engine.handle import offload_of
+from offload.engine.handle import Offload, offload_of
 from offload.errors import ChatError
 from offload.files import read_text, user_path
+from offload.generation.stream import GenerationResponse
+from offload.lines import one_line
 from offload.pack.recipe import bits_name
 from offload.quant.errors import OffloadError
 from offload.sampling import PARAMETERS
 
+QUOTES = '"""'
 # Words in capitals stand for a value that the user types; words joined by | are alternatives.
 USAGE = (
     ("/set system TEXT", "set the system prompt"),
@@ -37,7 +43,7 @@ USAGE = (
     ("/bye", "leave (also Ctrl-D)"),
 )
 KEYS = (
-    ('"""', "begin and end a message of several lines, or one that starts with /"),
+    (QUOTES, "begin and end a message of several lines, or one that starts with /"),
     ("Ctrl-C", "stop the answer"),
 )
 HELP = "\n".join(f"  {usage:<37} {what}" for usage, what in USAGE + KEYS)
@@ -57,6 +63,58 @@ def _words() -> dict[str, tuple[str, ...]]:
 
 
 WORDS = _words()  # words typed so far (without the slash) -> words that may follow, for completion
+
+
+def converse(chat: Chat, read: Callable[[str], str], first: str | None = None) -> None:
+    """Answer `first`, if it is given, then read and answer messages until `/bye` or the end of the
+    input (`EOFError`).
+
+    An error in an answer or a command is shown in one line and the chat goes on. An error in
+    reading or writing ends the chat, because nobody is there to talk to."""
+    waiting = [] if first is None else [(first, True)]
+    while True:
+        try:
+            text, quoted = waiting.pop() if waiting else read_message(read)
+            if not text.strip():
+                continue
+            if not _take(chat, text, quoted):
+                return
+        except EOFError:
+            chat.display.write("\n")
+            return
+        except KeyboardInterrupt:
+            chat.display.write("\n(/bye or Ctrl-D leaves)\n")
+
+
+def read_message(read: Callable[[str], str]) -> tuple[str, bool]:
+    """Read one message with `read(prompt)`. The second value says whether three quotes enclose
+    it."""
+    line = read(">>> ")
+    if not line.startswith(QUOTES):
+        return line, False
+    lines = [line[3:]]
+    while not lines[-1].rstrip().endswith(QUOTES):
+        lines.append(read("... "))
+    lines[-1] = lines[-1].rstrip()[:-3]
+    return "\n".join(lines).strip("\n"), True
+
+
+def _take(chat: Chat, text: str, quoted: bool) -> bool:
+    """Carry out a command or answer a message. Return False if the chat is over.
+
+    A message of several lines, for example a pasted one, is a command only if it sets the system
+    prompt.
+    """
+    several_lines = "\n" in text.strip()
+    try:
+        if not quoted and text.startswith("/set system " if several_lines else "/"):
+            return obey(chat, text.strip())
+        chat.say(text)
+    except Exception as error:
+        if chat.debug and not isinstance(error, OffloadError):
+            raise
+        chat.display.write(f"{one_line(error)}\n")
+    return True
 
 
 def obey(chat: Chat, line: str) -> bool:
@@ -114,7 +172,15 @@ def _load(chat: Chat, rest: str) -> None:
 
 
 def _stats(chat: Chat, _: str) -> None:
-    chat.display.write(counters(offload_of(chat.model).stats()) + "\n")
+    stats = offload_of(chat.model).stats()
+    counts = stats.counts
+    chat.display.write(
+        f"{stats.line()}\n"
+        f"requests {counts.requests}, hits {counts.hits}, misses {counts.misses}, "
+        f"evictions {counts.evictions}, look-ahead loads {counts.lookahead_loads}\n"
+        f"loaded {stats.bytes_loaded / 2**20:.1f} MiB at {stats.link_gb_per_s:.1f} GB/s, "
+        f"waited {counts.wait_seconds:.2f} s, {stats.tokens} tokens\n"
+    )
 
 
 def _set(chat: Chat, rest: str) -> None:
@@ -147,7 +213,22 @@ def _set_panel(chat: Chat, on: bool) -> None:
     if on and not chat.display.live:
         raise ChatError("a panel needs a terminal that can be drawn on")
     handle = offload_of(chat.model)
-    chat.display.panel = (lambda: live_panel(chat.last, handle)) if on else None
+    chat.display.panel = (lambda: _panel(chat.last, handle)) if on else None
+
+
+def _panel(response: GenerationResponse | None, handle: Offload) -> Text:
+    """Speed in tokens/s, hits, MiB loaded a token, and a map of the resident experts. Drawing takes
+    a few milliseconds for thousands of experts."""
+    if response is None:
+        return Text()
+    experts = [layer.num_experts for layer in handle.pack.info.layers]
+    line = (
+        f"{response.generation_tokens} tokens, {response.generation_tps:.1f} t/s, "
+        f"hits {response.experts.counts.hit_rate:.1%}, "
+        f"{response.experts.mib_per_token:.1f} MiB/token"
+    )
+    resident = resident_in(handle.engine.cache, experts)
+    return Text(f"{line}\n{squeezed(resident)}", style="dim")
 
 
 def _switch(name: str, value: str, yes: str, no: str) -> bool:
@@ -180,7 +261,8 @@ def _show(chat: Chat, rest: str) -> None:
     elif rest == "system":
         text = chat.system or "(none: the template's own)"
     elif rest == "experts":
-        text = experts_map(handle.engine.cache, handle.pack.info)
+        experts = [layer.num_experts for layer in handle.pack.info.layers]
+        text = draw_for(sys.stdout, of_cache(handle.engine.cache, experts))
     else:
         raise ChatError("/show info, /show parameters, /show system or /show experts")
     chat.display.write(text + "\n")

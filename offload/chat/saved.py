@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from offload.generation.prompt import Message
 from offload.sampling import PARAMETERS, Sampling
 
 NAME = re.compile(r"[\w.-]+")
-UNUSABLE = (ValueError, OverflowError, RecursionError)  # raised by JSON and number conversion
+# What reading JSON and converting its values raises.
+UNUSABLE = (LookupError, TypeError, AttributeError, ValueError, OverflowError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class SavedChat:
         file = _file(name)
         data: dict[str, Any] = {
             "system": self.system,
-            "parameters": {name: getattr(self.sampling, name) for name in PARAMETERS},
+            "parameters": asdict(self.sampling),
             "messages": self.messages,
         }
         if self.settings is not None:
@@ -87,12 +88,12 @@ class SavedChat:
                 for name, kind in PARAMETERS.items()
             }
             settings = Settings.of(data["settings"]) if "settings" in data else None
-            return cls(str(data["system"]), replace(Sampling(), **given), messages, settings)
+            return cls(str(data["system"]), Sampling(**given), messages, settings)
         except FileNotFoundError:
             raise ChatError(f"there is no saved conversation {name!r} ({file})") from None
         except OSError as error:
             raise ChatError(f"cannot read {file}: {error.strerror or error}") from None
-        except (LookupError, TypeError, AttributeError, *UNUSABLE) as error:
+        except UNUSABLE as error:
             raise ChatError(f"{file} is not a saved conversation ({error!r})") from None
 
 

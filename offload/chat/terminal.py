@@ -7,6 +7,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
@@ -24,9 +25,6 @@ from offload.files import offload_home
 class Slashes(Completer):
     """Completes slash commands, and leaves messages alone."""
 
-    def __init__(self) -> None:
-        self._files = PathCompleter(expanduser=True)
-
     def get_completions(
         self, document: Document, complete_event: CompleteEvent
     ) -> Iterable[Completion]:
@@ -35,7 +33,7 @@ class Slashes(Completer):
             return
         if text.startswith("/read "):  # a file name may contain spaces
             file = Document(text.removeprefix("/read ").lstrip())
-            yield from self._files.get_completions(file, complete_event)
+            yield from PathCompleter(expanduser=True).get_completions(file, complete_event)
             return
         before, _, word = text[1:].rpartition(" ")
         names = before in ("load", "save")
@@ -55,19 +53,14 @@ def reader() -> Callable[[str], str]:
         if isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(errors="surrogateescape")  # invalid UTF-8 must not end the chat
         return _read_plain
-    session: PromptSession[str] = PromptSession(
+    return PromptSession[str](
         history=_history(),
         completer=Slashes(),
         complete_while_typing=False,  # otherwise the arrow keys would choose completions
         multiline=True,
         prompt_continuation="... ",
         key_bindings=_keys(),
-    )
-
-    def read(prompt: str) -> str:
-        return session.prompt(prompt)
-
-    return read
+    ).prompt
 
 
 def is_open(text: str) -> bool:
@@ -100,11 +93,7 @@ def display() -> Display:
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     if console.is_terminal and sys.stdout.isatty() and not plain:
         return Rendered(console)
-    return Plain(_write, safe=sys.stdout.isatty())
-
-
-def _write(text: str) -> None:
-    print(text, end="", flush=True)
+    return Plain(partial(print, end="", flush=True), safe=sys.stdout.isatty())
 
 
 class _History(FileHistory):

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from offload.cache.decision import Use
 from offload.cache.guesses import LookaheadBalance
-from offload.cache.interface import Cache
 from offload.cache.policies import Key
+from offload.cache.sharded import Cache
 from offload.cache.trace.trace import Guess
 from offload.engine.layer import Call, Layer
 from offload.transfer.base import Ticket, Transfer

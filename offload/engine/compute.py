@@ -12,9 +12,8 @@ from torch import Tensor
 
 from offload.cache.cache import ExpertCache
 from offload.cache.decision import Use
-from offload.cache.interface import Cache
 from offload.cache.policies import POLICIES
-from offload.cache.sharded import ShardedCache, card_and_row
+from offload.cache.sharded import Cache, ShardedCache, card_and_row
 from offload.engine.layer import Call
 from offload.fit import Fit
 from offload.quant.experts import block_cells, decode, kernels_work, make_batch, prefill

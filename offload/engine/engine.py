@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from offload.cache.cache import ExpertCache
 from offload.cache.guesses import LookaheadBalance
-from offload.cache.interface import Cache
+from offload.cache.sharded import Cache
 from offload.engine.compute import cache_of, compute_of
 from offload.engine.history import RoutingTrace
 from offload.engine.host import HostPlanned
@@ -80,13 +80,10 @@ class Engine:
                 return
 
     def watch_routers(self, model: nn.Module, routers: Sequence[nn.Module | None]) -> None:
-        """Look ahead with these routers, one for each layer; None where there is none to ask.
-
-        A layer whose router is watched already stays as it is.
-        """
+        """Look ahead with these routers, one for each layer; None where there is none to ask."""
         owned = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         for layer, router in zip(self.layers, routers, strict=True):
-            if router is not None and layer.router is None:
+            if router is not None:
                 self._hooks.append(layer.watch(model, router, owned))
 
     def step(
@@ -284,12 +281,11 @@ def fewer_slots(slots: int, shortage: int, slot_bytes: int) -> int:
     return max(1, slots - max(wanted, -(-slots // 10)))
 
 
-def make_engine(info: PackInfo, fit: Fit, transfer: Transfer, ahead: bool, k: int) -> Engine:
+def make_engine(info: PackInfo, fit: Fit, transfer: Transfer, k: int) -> Engine:
     """The engine of a model each of whose tokens has `k` experts (0: not known).
 
-    The option `engine` is "host", "device", or "auto": the device wherever it can plan. A warning
-    says why it cannot, where that was asked for or to be expected. Raises `OffloadError` where the
-    option is "device" and there is no GPU.
+    `--engine auto` means the device wherever it can plan. A warning says why it cannot, where that
+    was asked for or to be expected. Raises `OffloadError` for `--engine device` without a GPU.
     """
     asked = fit.options.engine
     cache, compute = cache_of(info, fit), compute_of(info, transfer)
@@ -304,7 +300,7 @@ def make_engine(info: PackInfo, fit: Fit, transfer: Transfer, ahead: bool, k: in
             except ImportError as error:
                 device = f"it needs Triton ({error})"
             else:
-                device = make(info, layers, transfer, fit, ahead, k)
+                device = make(info, layers, transfer, fit, k)
     if isinstance(device, str):  # the reason why there is none
         if fit.device.type != "cuda":
             raise OffloadError(f"there is no device-planned engine here: {device}: choose host")
@@ -313,5 +309,7 @@ def make_engine(info: PackInfo, fit: Fit, transfer: Transfer, ahead: bool, k: in
     # On the device a guess costs the host nothing, so it is not weighed.
     weighs = device is None and fit.options.lookahead is None
     balance = LookaheadBalance() if weighs else None
-    host = HostPlanned(info, layers, cache, transfer, compute, balance, ahead, fit.staging)
+    host = HostPlanned(
+        info, layers, cache, transfer, compute, balance, fit.looks_ahead, fit.staging
+    )
     return Engine(host, device)

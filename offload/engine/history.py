@@ -8,11 +8,10 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from offload.cache.errors import TraceError
 from offload.cache.heat import Heat
 from offload.cache.policies import Key
 from offload.cache.trace.file import TraceWriter
-from offload.cache.trace.trace import Event, Guess, TraceHeader
+from offload.cache.trace.trace import Event, Guess, TraceError, TraceHeader
 from offload.engine.layer import Call
 from offload.errors import SourceError
 from offload.files import user_path, write_whole

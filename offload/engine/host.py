@@ -13,12 +13,10 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from offload.cache.decision import Use
-from offload.cache.early import absent, nearly_all
 from offload.cache.guesses import LookaheadBalance
-from offload.cache.interface import Cache
 from offload.cache.policies import Key
-from offload.cache.sharded import staging_of
-from offload.cache.staging import Step
+from offload.cache.sharded import Cache
+from offload.cache.staging import Step, absent, nearly_all, staging_of
 from offload.cache.trace.trace import Guess
 from offload.engine.ahead import Ahead
 from offload.engine.compute import Compute
@@ -70,7 +68,7 @@ class HostPlanned:
         self.layers = layers
         self.tokens = 0  # that went through the first layer
         self._compute = compute
-        self._staging = staging_of(cache, staging)
+        self._staging = staging_of(cache, staging)  # of each layer
         self._ahead = Ahead(layers, cache, transfer, lookahead, balance)
         self._trace: RoutingTrace | None = None
         self._watchers: list[Watcher] = [self._ahead]
@@ -123,7 +121,7 @@ class HostPlanned:
             self.tokens += len(call.hidden)
         admit = call.of_last_token if self._streams(call) else None
         decision = self.cache.decide(at, list(call.cells_of), prompt=call.prompt, admit=admit)
-        steps = self._staging.steps(decision)
+        steps = self._staging[at].steps(decision)
         # Each load is in one step. Loads that were not begun early are in the `begin` of one.
         right = sum(len(step.loads) - len(step.begin) for step in steps)
         self.cache.statistics.layers[at].early_loads_right += right
@@ -131,7 +129,7 @@ class HostPlanned:
 
     def _streams(self, call: Call) -> bool:
         """Whether experts that get no slot pass through rows past the slots."""
-        return call.prompt and self._staging.rows > 0
+        return call.prompt and self._staging[call.layer.index].rows > 0
 
     def _surely_next(self, call: Call) -> list[int]:
         """Experts of the next layer that this prompt will want almost surely."""
@@ -150,7 +148,7 @@ class HostPlanned:
         if not experts:
             return
         layer = call.layer.index + 1
-        for use in self._staging.early(layer, experts, halves):
+        for use in self._staging[layer].early(layer, experts, halves):
             self._start(layer, use, urgent=True)
             self.cache.statistics.layers[layer].early_loads += 1
 
@@ -263,7 +261,8 @@ class HostPlanned:
                 self._kept[layer] -= not ticket.done
         self._tickets.clear()
         self._cold.clear()
-        self._staging.start_over()
+        for staging in self._staging:
+            staging.start_over()
         self.cache.forget()
         for counts, kept in zip(self.cache.statistics.layers, self._kept, strict=True):
             counts.dropped += counts.loads - kept  # decided, and not begun or not finished
@@ -279,9 +278,10 @@ class HostPlanned:
         """Have memory for `slots` from now on. Raises `torch.OutOfMemoryError`; then call again
         with fewer."""
         self._compute.close()  # it has views of the old slots
-        self.transfer.resize(slots, self._staging.rows)
+        rows = self._staging[0].rows
+        self.transfer.resize(slots, rows)
         self.cache.resize(slots)
-        self._staging = staging_of(self.cache, self._staging.rows)
+        self._staging = staging_of(self.cache, rows)
 
     def record(self, trace: RoutingTrace, noted_layers: int) -> None:
         """Write every call to `trace` from now on; `noted_layers` as in `Engine.record`."""

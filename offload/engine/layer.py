@@ -188,7 +188,7 @@ class Call:
                 if 0 <= expert < self.layer.num_experts:
                     cells.setdefault(expert, []).append(cell)
                 cell += 1
-        if len(self.chosen) > 1:  # the same order as `cache.trace.by_last_appearance`
+        if len(self.chosen) > 1:  # the same order as `cache.trace.Event.distinct`
             return dict(sorted(cells.items(), key=lambda item: item[1][-1]))
         return cells
 

@@ -34,14 +34,14 @@ def read_prompt_lines(file: Path) -> list[dict[str, Any]]:
         with user_path(file).open(encoding="utf-8-sig") as handle:
             read_line = partial(handle.readline, MOST_CHARACTERS + 1)
             for number, line in enumerate(iter(read_line, ""), start=1):
+                where = f"{file}, line {number}"
                 if len(line) > MOST_CHARACTERS:
                     raise SourceError(
-                        f"{file}, line {number} has more than {MOST_CHARACTERS} characters: give "
-                        "shorter prompts, one a line"
+                        f"{where} has more than {MOST_CHARACTERS} characters: give shorter "
+                        "prompts, one a line"
                     )
                 if line.strip():
-                    where = f"{file}, line {number}"
-                    prompts.append(_without_answer(_parsed(line, where), where))
+                    prompts.append(_prompt_in(line, where))
     except OSError as error:
         raise SourceError(f"cannot read the prompts from {file}: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -51,31 +51,22 @@ def read_prompt_lines(file: Path) -> list[dict[str, Any]]:
     return prompts
 
 
-def _parsed(line: str, where: str) -> dict[str, Any]:
+def _prompt_in(line: str, where: str) -> dict[str, Any]:
     try:
-        given = json.loads(line)
-        return _checked({"prompt": given} if isinstance(given, str) else given)
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        given: dict[str, Any] = json.loads(line)
+        if isinstance(given, str):
+            given = {"prompt": given}
+        if "messages" in given:
+            texts = [message[key] for message in given["messages"] for key in ("role", "content")]
+        else:
+            texts = [given["prompt"]]
+        if texts in ([], [""]) or not all(isinstance(text, str) for text in texts):
+            raise ValueError("no text")
+    except (ValueError, RecursionError, KeyError, TypeError):
         raise SourceError(
             f'{where}: write a text, {{"prompt": "..."}} or {{"messages": '
             f'[{{"role": "user", "content": "..."}}]}} in JSON, on one line'
         ) from None
-
-
-def _checked(given: dict[str, Any]) -> dict[str, Any]:
-    if "messages" in given:
-        if not given["messages"]:
-            raise ValueError("no messages")
-        for message in given["messages"]:
-            if not (isinstance(message["role"], str) and isinstance(message["content"], str)):
-                raise TypeError("not a text")
-    elif not isinstance(given["prompt"], str) or not given["prompt"]:
-        raise TypeError("not a text")
-    return given
-
-
-def _without_answer(given: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return `given`. Raises `SourceError` if it has a key that an answer adds."""
     for name in ADDED:
         if name in given:
             raise SourceError(
@@ -140,9 +131,11 @@ class AnswersFile:
         A write that fails leaves only whole lines. Raises `OffloadError`, for example if the disk
         is full.
         """
-        line = _encoded(_asked(given) | added)
+        line = _encoded(_asked(given) | added) + b"\n"
+        written = 0
         try:
-            _write(self._file, line + b"\n", self._end)
+            while written < len(line):
+                written += os.pwrite(self._file, line[written:], self._end + written)
             os.fsync(self._file)
         except BaseException as error:  # Ctrl-C may arrive at any point
             os.ftruncate(self._file, self._end)
@@ -152,7 +145,7 @@ class AnswersFile:
                 f"cannot write {self._path}: {error.strerror}; the answers so far are whole, and "
                 "the same command continues from there"
             ) from None
-        self._end += len(line) + 1
+        self._end += len(line)
 
     def close(self) -> None:
         """Let other processes write the file."""
@@ -189,9 +182,3 @@ def _begins(half: bytes, prompts: list[dict[str, Any]]) -> bool:
     """Whether `half` a line is the beginning of an answer to a prompt of `prompts`."""
     heads = [_encoded(_asked(given) | {"answer": ""}).removesuffix(b'"}') for given in prompts]
     return any(half.startswith(head) or head.startswith(half) for head in heads)
-
-
-def _write(file: int, data: bytes, at: int) -> None:
-    while data:
-        size = os.pwrite(file, data, at)
-        data, at = data[size:], at + size

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,13 +14,8 @@ from typing import TYPE_CHECKING, Any
 from offload.errors import DONE
 from offload.files import read_text, user_path
 from offload.flags import add_model, add_options, option, options_from
-from offload.options import (
-    FALLBACK,
-    AnswerOptions,
-    LoadOptions,
-    ThreadOptions,
-    TimelineOptions,
-)
+from offload.lines import printable
+from offload.options import FALLBACK, AnswerOptions, LoadOptions, SharedOptions
 from offload.quant.errors import OffloadError
 from offload.units import between, positive
 
@@ -38,21 +34,20 @@ _several = partial(option, group="several answers")
 class AnswerFileOptions:
     """Options of `offload generate` alone."""
 
-    raw: bool = option("--raw", False, "give the prompt as it is, without the chat template")
+    raw: bool = option(
+        "--raw", "give the prompt as it is, without the chat template", default=False
+    )
     output: Path | None = _several(
         "-o --output FILE",
-        None,
         "answer every line of -f FILE and write the answers to this file. Each line is JSON: a "
         "text, or an object with a prompt or messages. If the command is stopped, running it again "
         "continues; it compares the prompts with those already answered, but not the other options",
-        parse=Path,
     )
     parallel: int = _several(
-        "-np --parallel N", 8, "how many prompts of -o are answered at once", parse=positive
+        "-np --parallel N", "how many prompts of -o are answered at once", default=8, parse=positive
     )
     vote: int | None = _several(
         "--vote N",
-        None,
         "sample N answers and print one whose result is the most frequent; the result of an answer "
         "is what it puts in \\boxed{}, what follows 'answer is', or its last line",
         parse=between(2, 1024),
@@ -61,8 +56,9 @@ class AnswerFileOptions:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    for kind in (LoadOptions, ThreadOptions, AnswerOptions, AnswerFileOptions, TimelineOptions):
+    for kind in (LoadOptions, AnswerOptions, AnswerFileOptions):
         add_options(parser, kind)
+    add_options(parser, SharedOptions, ["threads", "timeline"])
 
 
 def asked_prompt(asked: AnswerOptions) -> str | None:
@@ -103,10 +99,9 @@ class _Job:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.model_name: str = arguments.model
         self.load = options_from(arguments, LoadOptions)
-        self.threads = options_from(arguments, ThreadOptions).threads
+        self.shared = options_from(arguments, SharedOptions)
         self.asked = options_from(arguments, AnswerOptions)
         self.own = options_from(arguments, AnswerFileOptions)
-        self.timeline = options_from(arguments, TimelineOptions).timeline
 
     def answer(self) -> int:
         """Print the answer to one prompt, or with --vote the most frequent of several answers."""
@@ -119,20 +114,15 @@ class _Job:
             raise OffloadError(
                 "--vote needs answers that differ: give a --temp above 0, or leave --temp out"
             )
-        model, tokenizer, load_seconds = self.load_model()
-        from offload.chat.report import timings, verbose_rows
-        from offload.engine.handle import offload_of
-        from offload.generation.stream import stream_generate
-        from offload.lines import printable
-        from offload.trace.timeline import recording
+        with self.loaded() as (model, tokenizer, load_seconds):
+            from offload.generation.stream import stream_generate, timings, verbose_rows
 
-        full = self.full_prompt(tokenizer, {"prompt": prompt})
-        if self.own.vote is not None:
-            return self.vote(model, tokenizer, full, self.own.vote)
-        shown = printable if sys.stdout.isatty() else str  # text for a file is not changed
-        sampling = asked_sampling(self.asked, model)
-        step = None
-        with contextlib.closing(offload_of(model)), recording(model, self.timeline):
+            full = self.full_prompt(tokenizer, {"prompt": prompt})
+            if self.own.vote is not None:
+                return self.vote(model, tokenizer, full, self.own.vote)
+            shown = printable if sys.stdout.isatty() else str  # text for a file is not changed
+            sampling = asked_sampling(self.asked, model)
+            step = None
             for step in stream_generate(
                 model,
                 tokenizer,
@@ -150,11 +140,20 @@ class _Job:
             print(f"\n{timings(step)}\n{step.experts.line()}", file=sys.stderr)
         return DONE
 
-    def load_model(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, float]:
-        asked_sampling(self.asked, None)  # fails on a wrong value before the model is loaded
-        from offload.loading import load_and_tell
+    @contextlib.contextmanager
+    def loaded(self) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase | None, float]]:
+        """The model, its tokenizer, and the seconds that loading took; the model is closed after.
 
-        return load_and_tell(self.model_name, self.load, self.threads)
+        What happens meanwhile is recorded for --timeline.
+        """
+        asked_sampling(self.asked, None)  # fails on a wrong value before the model is loaded
+        from offload.engine.handle import offload_of
+        from offload.loading import load_and_tell
+        from offload.trace.timeline import record_timeline
+
+        model, tokenizer, seconds = load_and_tell(self.model_name, self.load, self.shared.threads)
+        with contextlib.closing(offload_of(model)), record_timeline(model, self.shared.timeline):
+            yield model, tokenizer, seconds
 
     @property
     def most_tokens(self) -> int:
@@ -189,18 +188,13 @@ class _Job:
         prompt: Prompt,
         samples: int,
     ) -> int:
-        from offload.engine.handle import offload_of
         from offload.generation.batch import complete, vote
-        from offload.lines import printable
-        from offload.trace.timeline import recording
 
-        with contextlib.closing(offload_of(model)), recording(model, self.timeline):
-            if tokenizer is None:
-                raise OffloadError("the model has no tokenizer: there are no texts to vote on")
-            made = complete(
-                model, tokenizer, [prompt], num_return_sequences=samples, **self.options(model)
-            )
-        texts = [answer.text for answer in made[0]]
+        if tokenizer is None:
+            raise OffloadError("the model has no tokenizer: there are no texts to vote on")
+        options = self.options(model)
+        (answers,) = complete(model, tokenizer, [prompt], num_return_sequences=samples, **options)
+        texts = [answer.text for answer in answers]
         winner, tally = vote(texts)
         print(printable(texts[winner]) if sys.stdout.isatty() else texts[winner])
         for final, count in tally:
@@ -226,13 +220,10 @@ class _Job:
         return DONE
 
     def answer_rest(self, prompts: list[dict[str, Any]], done: int, file: AnswersFile) -> None:
-        model, tokenizer, _ = self.load_model()
-        from offload.engine.handle import offload_of
-        from offload.generation.batch import complete
-        from offload.generation.prompt import check_length, encode_prompt
-        from offload.trace.timeline import recording
+        with self.loaded() as (model, tokenizer, _):
+            from offload.generation.batch import complete
+            from offload.generation.prompt import check_length, encode_prompt
 
-        with contextlib.closing(offload_of(model)), recording(model, self.timeline):
             if tokenizer is None:
                 raise OffloadError("the model has no tokenizer, so that it cannot read prompts")
             options = self.options(model)
@@ -253,7 +244,7 @@ class _Job:
                         {
                             "answer": answer.text,
                             "finish_reason": answer.finish_reason,
-                            "prompt_tokens": answer.prompt_tokens,
+                            "prompt_tokens": len(answer.request.ids),
                             "generated_tokens": len(answer.tokens),
                         },
                     )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
-import torch
 from transformers.cache_utils import (
     Cache,
     DummyLayer,
@@ -41,9 +41,10 @@ class FixedKV(Cache):  # type: ignore[misc]  # transformers has no types here
             if type(mine) is DummyLayer:
                 continue
             if isinstance(mine, LinearAttentionLayer):
-                for state in range(mine.number_of_states):
-                    _copy(mine.conv_states[state], theirs.conv_states[state])
-                    _copy(mine.recurrent_states[state], theirs.recurrent_states[state])
+                for kind in ("conv_states", "recurrent_states"):
+                    for at, state in getattr(mine, kind).items():
+                        if state is not None:
+                            state.copy_(getattr(theirs, kind)[at])
                 continue
             seen, kept = theirs.get_seq_length(), theirs.keys.shape[-2]
             mine.keys[:, :, seen - kept : seen].copy_(theirs.keys)
@@ -85,44 +86,14 @@ class FixedKV(Cache):  # type: ignore[misc]  # transformers has no types here
         return cache
 
 
-def _copy(to: torch.Tensor | None, what: torch.Tensor | None) -> None:
-    if to is not None and what is not None:
-        to.copy_(what)
-
-
 def _fixed_layer(grown: object, length: int) -> Any:
     kind = type(grown)
-    if isinstance(grown, LinearAttentionLayer) and kind is LinearAttentionLayer:
-        return _fixed_states(grown)
-    if type(grown) is DummyLayer:
-        return DummyLayer()
+    if kind in (LinearAttentionLayer, DummyLayer):  # what they hold is always written in place
+        return copy.deepcopy(grown)
     if isinstance(grown, DynamicLayer) and kind in (DynamicLayer, DynamicSlidingWindowLayer):
         if grown.keys is None:
             raise CannotBeFixed("it keeps states of its own beside the cache")
-        keys, values = grown.keys, grown.values
         layer = StaticLayer(max_cache_len=length)
-        layer.dtype, layer.device = keys.dtype, keys.device
-        layer.batch_size, layer.num_heads = keys.shape[:2]
-        layer.k_head_dim, layer.v_head_dim = keys.shape[-1], values.shape[-1]
-        layer.keys = keys.new_zeros(*keys.shape[:2], length, keys.shape[-1])
-        layer.values = values.new_zeros(*values.shape[:2], length, values.shape[-1])
-        layer.cumulative_length = layer.cumulative_length.to(keys.device)
-        layer.is_initialized = True
+        layer.lazy_initialization(grown.keys, grown.values)
         return layer
     raise CannotBeFixed(f"its cache has layers of type {kind.__name__}")
-
-
-def _fixed_states(grown: LinearAttentionLayer) -> LinearAttentionLayer:
-    """A layer like `grown`, a kind whose states are always written in place."""
-    layer = LinearAttentionLayer(grown.number_of_states)
-    layer.dtype, layer.device = grown.dtype, grown.device
-    layer.has_previous_state = dict(grown.has_previous_state)
-    layer.conv_kernel_size = dict(grown.conv_kernel_size)
-    layer.is_conv_states_initialized = dict(grown.is_conv_states_initialized)
-    layer.is_recurrent_states_initialized = dict(grown.is_recurrent_states_initialized)
-    for mine, theirs in (
-        (layer.conv_states, grown.conv_states),
-        (layer.recurrent_states, grown.recurrent_states),
-    ):
-        mine.update({at: None if t is None else torch.empty_like(t) for at, t in theirs.items()})
-    return layer

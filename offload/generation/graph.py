@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -36,21 +36,17 @@ class Replay:
         self._step, self.generator = step, generator
         self.broke_off, self.spares = broke_off, spares
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self.graph: torch.cuda.CUDAGraph | None = None  # once captured
         self._runs = 0
         self.refused = ""  # why the step could not be captured
 
-    @property
-    def captured(self) -> bool:
-        return self._graph is not None
-
     def __call__(self) -> None:
-        if self._graph is None and self._stream is not None and not self.refused:
+        if self.graph is None and self._stream is not None and not self.refused:
             if self._runs >= WARM_UPS:
                 self._capture(self._stream)
             self._runs += 1
-        if self._graph is not None:
-            self._graph.replay()
+        if self.graph is not None:
+            self.graph.replay()
         elif self._stream is None:
             self._step()
         else:
@@ -77,9 +73,12 @@ class Replay:
         except BaseException as error:  # whatever a model, a library or the driver raises
             self.broke_off()
             torch.cuda.synchronize(stream.device)
-            self._refuse([*_with_causes(error, around)])
+            causes: list[BaseException] = [error]  # the latest first
+            while (cause := causes[-1].__context__) is not None and cause is not around:
+                causes.append(cause)
+            self._refuse(causes)
             return
-        self._graph = graph
+        self.graph = graph
 
     def _refuse(self, causes: Sequence[BaseException]) -> None:
         """Give up on CUDA graphs, but raise Ctrl-C and a shortage of memory that can be had again:
@@ -87,7 +86,9 @@ class Replay:
         for cause in causes:
             if not isinstance(cause, Exception):
                 raise cause
-            if _is_shortage(cause) and self.spares(asked_bytes(cause)):
+            # torch's allocator and the driver raise different errors.
+            shortage = isinstance(cause, torch.OutOfMemoryError) or "out of memory" in str(cause)
+            if shortage and self.spares(asked_bytes(cause)):
                 raise torch.OutOfMemoryError(str(cause))
         # The latest of several says only that ending the failed capture failed, too.
         self.refused = reason(causes[min(1, len(causes) - 1)])
@@ -96,16 +97,3 @@ class Replay:
             "launched by Python, slower (%s)",
             self.refused,
         )
-
-
-def _with_causes(
-    error: BaseException | None, around: BaseException | None
-) -> Iterator[BaseException]:
-    while error is not None and error is not around:
-        yield error
-        error = error.__context__
-
-
-def _is_shortage(error: Exception) -> bool:
-    """Whether memory ran out: torch's allocator and the driver raise different errors."""
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)

@@ -29,8 +29,6 @@ def encode_prompt(
     `GenerationError` if the prompt cannot be encoded or is empty. A template that never ends is
     stopped by Ctrl-C.
     """
-    if isinstance(prompt, str):
-        check_text(prompt)
     if not isinstance(prompt, str) and all(isinstance(item, int) for item in prompt):
         ids = [int(item) for item in prompt]  # type: ignore[arg-type]
     elif tokenizer is None:
@@ -49,7 +47,6 @@ def encode_prompt(
             if is_memory(error):
                 raise
             raise GenerationError(f"the chat template refused the messages: {error}") from None
-        check_text(text)
         ids = _tokens(tokenizer, text, add_special_tokens=False)
     if not ids:
         raise GenerationError("the prompt is empty")
@@ -58,28 +55,19 @@ def encode_prompt(
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, **options: bool) -> list[int]:
     try:
+        text.encode("utf-8")
         return list(tokenizer(text, **options)["input_ids"])
+    except UnicodeEncodeError as error:  # Python keeps bytes that are not UTF-8 as surrogates
+        near = text[max(0, error.start - 20) : error.start]
+        raise GenerationError(
+            f"the prompt is not UTF-8 text (after {near!r}): correct it and send it again"
+        ) from None
     except Exception as error:  # a tokenizer built from damaged files may raise anything
         if is_memory(error):
             raise
         raise GenerationError(
             f"the tokenizer cannot read the prompt ({type(error).__name__}: {reason(error)}): "
             "its files are damaged, fetch them again"
-        ) from None
-
-
-def check_text(text: str) -> None:
-    """Raise `GenerationError` if `text` cannot be encoded as UTF-8.
-
-    Python keeps bytes of a terminal or a command line that are not UTF-8 as surrogates, which no
-    tokenizer accepts.
-    """
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        near = text[max(0, error.start - 20) : error.start]
-        raise GenerationError(
-            f"the prompt is not UTF-8 text (after {near!r}): correct it and send it again"
         ) from None
 
 

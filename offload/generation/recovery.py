@@ -14,45 +14,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from offload.engine.engine import Engine
 from offload.errors import NO_MEMORY, GenerationError
 from offload.transfer.cards import CardsTransfer
-from offload.units import UNITS
-
-
-def can_be_restored(cache: Any) -> bool:
-    """Whether `restore` can handle every layer of `cache`."""
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
-
-
-def keep_past(cache: Any) -> None:
-    """Make sliding-window layers keep the tokens that leave the window, until `settle`."""
-    for layer in cache.layers:
-        if type(layer) is DynamicSlidingWindowLayer:
-            layer.record_past = True
-
-
-def settle(cache: Any) -> None:
-    """End a step: drop the tokens that left a sliding window, so `restore` cannot undo it."""
-    for layer in cache.layers:
-        if type(layer) is DynamicSlidingWindowLayer:
-            layer.crop(0)
-            layer.record_past = False
-
-
-def restore(cache: Any, tokens: int) -> None:
-    """Cut `cache` back to its first `tokens`, after a step that failed at any point.
-
-    transformers' `crop` expects all layers, and the keys and values of a layer, to be equally
-    long. That does not hold after such a step.
-    """
-    for layer in cache.layers:
-        if not layer.is_initialized:
-            continue
-        held = tokens
-        if type(layer) is DynamicSlidingWindowLayer:
-            held = min(tokens, layer.sliding_window - 1)
-            layer.cumulative_length = tokens
-        layer.keys = layer.keys[..., :held, :]
-        layer.values = layer.values[..., :held, :]
-
+from offload.units import parse_bytes
 
 logger = logging.getLogger("offload")
 
@@ -92,7 +54,7 @@ def until_it_fits(
             take_back()
 
 
-def run(
+def read_until_it_fits(
     step: Step, engine: Engine, ids: Tensor, cache: Any, before: Tensor | None
 ) -> tuple[Tensor, Any]:
     """Return `step(ids, cache)`; whenever it runs out of memory, give slots back and repeat it.
@@ -101,15 +63,18 @@ def run(
     reading them again together with `ids`, so the last bits of the result may differ. Raises
     `GenerationError` when no slot is left to give back.
     """
-    restorable = cache is not None and can_be_restored(cache)
+    layers = [] if cache is None else cache.layers
+    kinds = {type(layer) for layer in layers}
+    restorable = cache is not None and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
     tokens = cache.get_seq_length() if restorable else 0
-    if restorable:
-        keep_past(cache)
+    windows = [layer for layer in layers if restorable and type(layer) is DynamicSlidingWindowLayer]
+    for layer in windows:
+        layer.record_past = True  # a layer keeps the tokens that leave its window
 
     def take_back() -> None:
         nonlocal ids, cache
         if restorable:
-            restore(cache, tokens)
+            _cut_back(cache, tokens)
         elif cache is not None:
             if before is None:
                 raise GenerationError(f"out of memory in the middle of a text: {NO_MEMORY}")
@@ -117,16 +82,33 @@ def run(
             ids, cache = torch.cat((before, ids), dim=-1), None
 
     logits, cache = until_it_fits(lambda: step(ids, cache), engine, take_back)
-    if restorable:
-        settle(cache)
+    for layer in windows:
+        layer.crop(0)  # drops the tokens that left the window
+        layer.record_past = False
     return logits, cache
 
 
+def _cut_back(cache: Any, tokens: int) -> None:
+    """Cut `cache` back to its first `tokens`, after a step that failed at any point.
+
+    transformers' `crop` expects all layers, and the keys and values of a layer, to be equally
+    long. That does not hold after such a step.
+    """
+    for layer in cache.layers:
+        if not layer.is_initialized:
+            continue
+        held = tokens
+        if type(layer) is DynamicSlidingWindowLayer:
+            held = min(tokens, layer.sliding_window - 1)
+            layer.cumulative_length = tokens
+        layer.keys = layer.keys[..., :held, :]
+        layer.values = layer.values[..., :held, :]
+
+
 def asked_bytes(error: BaseException) -> int:
-    """Bytes of the failed allocation, read from torch's message; 0 if it does not name them."""
-    match = re.search(r"allocate (\d+(?:\.\d+)?) (\w+)", str(error))
-    unit = UNITS.get(match.group(2).upper()) if match else None
-    return int(float(match.group(1)) * unit) if match and unit else 0
+    """Bytes of the failed allocation, read from torch's message; 0 if below a KiB or unknown."""
+    match = re.search(r"allocate (\d+\.\d+ [KMGT]iB)", str(error))
+    return (parse_bytes(match.group(1)) or 0) if match else 0
 
 
 def asked_gpu(error: torch.OutOfMemoryError) -> int | None:

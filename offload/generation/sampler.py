@@ -40,10 +40,6 @@ class Sampler:
         self.generator = torch.Generator(device)
         self.reseed(sampling.seed)
 
-    def state(self) -> Tensor:
-        """The state of the random numbers, which later draws depend on."""
-        return self.generator.get_state()
-
     def go_back(self, state: Tensor) -> None:
         """Return to `state`, with a new generator: a graph capture that failed leaves the old
         generator unusable."""

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import psutil
 import torch
@@ -15,11 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from offload.engine.handle import TokenSource, offload_of
 from offload.engine.stats import Stats
-from offload.generation import recovery
-from offload.generation.prompt import Prompt, PromptCache, Request, check_request, end_tokens
+from offload.generation.prompt import Prompt, PromptCache, check_request, end_tokens
+from offload.generation.recovery import read_until_it_fits
 from offload.generation.sampler import Sampler
-from offload.generation.text import TextStream
-from offload.sampling import Sampling, resolve_sampling
+from offload.generation.text import Answer
+from offload.sampling import Sampling, SamplingKeywords, resolve_sampling
 from offload.units import READ_WHOLE, UBATCH
 
 
@@ -41,6 +41,38 @@ class GenerationResponse:
     experts: Stats  # counted since this generation began
 
 
+def timings(response: GenerationResponse) -> str:
+    """The line that llama.cpp prints after an answer."""
+    return (
+        f"[ Prompt: {response.prompt_tps:.1f} t/s | Generation: {response.generation_tps:.1f} t/s ]"
+    )
+
+
+def verbose_rows(response: GenerationResponse, load_seconds: float) -> str:
+    """The rows that ollama prints after an answer. As in ollama, the load duration appears only
+    when the answer waited for the model, and the prompt count leaves out tokens from the cache."""
+    cached = response.cached_tokens
+    read = f"{response.prompt_tokens - cached} token(s)" + (
+        f" (+{cached} cached)" if cached else ""
+    )
+    seconds = load_seconds + response.prompt_seconds + response.generation_seconds
+    rows = [
+        ("total duration", _duration(seconds)),
+        *([("load duration", _duration(load_seconds))] if load_seconds else []),
+        ("prompt eval count", read),
+        ("prompt eval duration", _duration(response.prompt_seconds)),
+        ("prompt eval rate", f"{response.prompt_tps:.2f} tokens/s"),
+        ("eval count", f"{response.generation_tokens} token(s)"),
+        ("eval duration", _duration(response.generation_seconds)),
+        ("eval rate", f"{response.generation_tps:.2f} tokens/s"),
+    ]
+    return "\n".join(f"{name + ':':<22}{value}" for name, value in rows)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds * 1e3:.2f}ms" if seconds < 1 else f"{seconds:.2f}s"
+
+
 def stream_generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -48,14 +80,9 @@ def stream_generate(
     *,
     max_new_tokens: int | None = None,
     stop_strings: str | Sequence[str] | None = None,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float | None = None,
-    seed: int | None = None,
     skip_special_tokens: bool = True,
     prompt_cache: PromptCache | None = None,
+    **sampling: Unpack[SamplingKeywords],
 ) -> Iterator[GenerationResponse]:
     """Answer `prompt`, which is a text, a list of `{"role", "content"}` messages, or a list of ids.
 
@@ -66,63 +93,45 @@ def stream_generate(
     prompt that differs from the previous prompt and its answer is read again. Raises
     `GenerationError` before the first step.
     """
-    sampling = resolve_sampling(
-        model.generation_config,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-    )
+    resolved = resolve_sampling(model.generation_config, **sampling)
     request = check_request(model, tokenizer, prompt, max_new_tokens, stop_strings)
-    text = None
-    if tokenizer is not None:
-        text = TextStream(tokenizer, request.stops, skip_special_tokens)
     ends = end_tokens(model, tokenizer)
-    return _stream(model, request, sampling, ends, text, prompt_cache)
+    answer = Answer(request, tokenizer, ends, skip_special_tokens)
+    return _stream(model, answer, resolved, ends, prompt_cache)
 
 
 def _stream(
     model: PreTrainedModel,
-    request: Request,
+    answer: Answer,
     sampling: Sampling,
     ends: frozenset[int],
-    text: TextStream | None,
     kept: PromptCache | None,
 ) -> Iterator[GenerationResponse]:
     handle = offload_of(model)
     before = handle.stats()
     begin = time.perf_counter()
-    prompt, limit = request.ids, request.limit
+    prompt, limit = answer.request.ids, answer.request.limit
     ids = torch.tensor([prompt], device=model.device)
     cache, cached = kept.take(prompt) if kept is not None else (None, 0)
     logits, cache = forward(model, ids[:, cached:], cache, handle.fit.ubatch, ids[:, :cached])
-    answer: TokenSource | None = None
+    source: TokenSource | None = None
     if handle.decoding is not None:
         longest = handle.fit.options.context
-        answer = handle.decoding.begin(model, ids, logits, cache, sampling, limit, longest, ends)
-    if answer is None:
-        answer = StepByStep(model, ids, logits, cache, sampling)
+        source = handle.decoding.begin(model, ids, logits, cache, sampling, limit, longest, ends)
+    if source is None:
+        source = StepByStep(model, ids, logits, cache, sampling)
     del logits, cache
-    said = [value := answer()]
+    token = source()
     decode_begin = time.perf_counter()
     prompt_seconds = decode_begin - begin
-    for count in range(1, limit + 1):
-        piece = "" if text is None or value in ends else text.push(value)
-        reason = None
-        if value in ends or (text is not None and text.stopped):
-            reason = "stop"
-        elif count == limit:
-            reason = "length"
-        if reason and text is not None:
-            piece += text.finish()
-        if reason and kept is not None:
-            kept.keep([*prompt, *said[:-1]], answer.cache())
+    while True:
+        piece, count = answer.push(token), len(answer.tokens)
+        if answer.finish_reason and kept is not None:
+            kept.keep([*prompt, *answer.tokens[:-1]], source.cache())
         seconds = time.perf_counter() - decode_begin
         yield GenerationResponse(
             piece,
-            value,
+            token,
             len(prompt),
             cached,
             prompt_seconds,
@@ -131,12 +140,12 @@ def _stream(
             seconds,
             (count - 1) / seconds if count > 1 else 0.0,
             sum(map(peak_memory, handle.fit.devices)),
-            reason,
+            answer.finish_reason,
             handle.stats() - before,
         )
-        if reason:
+        if answer.finish_reason:
             return
-        said.append(value := answer())
+        token = source()
 
 
 class StepByStep:
@@ -186,7 +195,7 @@ def forward(
             cache = out.cache
         return out.logits[:, -1], cache
 
-    return recovery.run(step, offload_of(model).engine, ids, cache, before)
+    return read_until_it_fits(step, offload_of(model).engine, ids, cache, before)
 
 
 def peak_memory(device: torch.device) -> int:

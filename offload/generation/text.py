@@ -1,10 +1,12 @@
-"""Token ids become text piece by piece, in whole characters and up to the first stop string."""
+"""An answer grows token by token, in whole characters and up to the first stop string."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
+
+from offload.generation.prompt import Request
 
 INCOMPLETE = "\ufffd"  # decoding shows this for bytes that do not (yet) form a character
 
@@ -41,16 +43,15 @@ class TextStream:
         """
         if self.stopped:
             return ""
-        text = self._decode(self._context, len(self._ids))
-        shown = self._decode(self._context, self._shown)
-        rest = self._emit(text[len(shown) :].rstrip(INCOMPLETE))
+        rest = self._emit(self._new_text(at_end=True))
         rest, self._held = rest + self._held, ""
-        self._shown = len(self._ids)
         return rest
 
-    def _new_text(self) -> str:
+    def _new_text(self, *, at_end: bool = False) -> str:
         shown = self._decode(self._context, self._shown)
         text = self._decode(self._context, len(self._ids))
+        if at_end:
+            text = text.rstrip(INCOMPLETE)
         if text.endswith(INCOMPLETE) or len(text) <= len(shown):
             return ""
         self._context, self._shown = self._shown, len(self._ids)
@@ -72,6 +73,40 @@ class TextStream:
         keep = held_back(text, self._stops)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
+
+
+class Answer:
+    """The tokens and the text of an answer, and the reason why it ended."""
+
+    def __init__(
+        self,
+        request: Request,
+        tokenizer: PreTrainedTokenizerBase | None,
+        ends: frozenset[int],
+        skip_special_tokens: bool = True,
+    ) -> None:
+        """A token of `ends` ends the answer. Without a `tokenizer` its text stays empty."""
+        self.request = request
+        self.tokens: list[int] = []  # with the one that ends the sequence
+        self.text = ""
+        self.finish_reason: str | None = None  # "stop" (a token or a stop string) or "length"
+        self._ends = ends
+        self._stream = None
+        if tokenizer is not None:
+            self._stream = TextStream(tokenizer, request.stops, skip_special_tokens)
+
+    def push(self, token: int) -> str:
+        """Add a token and return the text that has become certain; the last token leaves none."""
+        self.tokens.append(token)
+        piece = "" if token in self._ends or self._stream is None else self._stream.push(token)
+        if token in self._ends or (self._stream is not None and self._stream.stopped):
+            self.finish_reason = "stop"
+        elif len(self.tokens) == self.request.limit:
+            self.finish_reason = "length"
+        if self.finish_reason is not None and self._stream is not None:
+            piece += self._stream.finish()
+        self.text += piece
+        return piece
 
 
 def held_back(text: str, marks: Sequence[str]) -> int:

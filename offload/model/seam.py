@@ -1,7 +1,7 @@
-"""Builds transformers models without their experts' weights, at transformers' experts seam.
+"""Builds transformers models without the weights that a pack's records hold.
 
-The seam is `use_experts_implementation` with `ExpertsInterface`: a registered function answers in
-the place of an experts module.
+Experts are replaced at transformers' experts seam, which is `use_experts_implementation` with
+`ExpertsInterface`: a registered function answers in the place of an experts module.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import inspect
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +26,10 @@ from transformers.integrations.moe import ExpertsInterface
 
 from offload.errors import CheckpointError, UnsupportedModelError
 from offload.lines import reason
-from offload.model.quantized import QuantizedEmbedding, QuantizedLinear
 from offload.quant.errors import OffloadError, PackError
+from offload.quant.matmul import dequantize, matmul, take_rows
 from offload.quant.pack import REMAKE
-from offload.quant.record import MatrixSpec
+from offload.quant.record import MatrixSpec, MatrixView
 
 IMPLEMENTATION = "offload"  # the name our function is registered under
 DESCRIBED = "_offload_experts"  # attribute of a model: what its experts were before stripping
@@ -42,21 +42,9 @@ CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "num_expe
 LAYER = re.compile(r"(.*?)\.(\d+)\.")  # of a module's path: "model.layers" and the index
 
 
-class ExpertBlock(Protocol):
-    """Computes one MoE layer's experts."""
-
-    def __call__(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """hidden [T, H], index [T, k], weights [T, k] -> [T, H]."""
-
-
-def _forward(
-    module: nn.Module, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
-    block: ExpertBlock = getattr(module, BLOCK)
-    return block(hidden, top_k_index, top_k_weights)
-
-
-ExpertsInterface.register(IMPLEMENTATION, _forward)
+# Computes one MoE layer's experts: hidden [T, H], top-k index [T, k], weights [T, k] -> [T, H].
+ExpertBlock = Callable[[Tensor, Tensor, Tensor], Tensor]
+ExpertsInterface.register(IMPLEMENTATION, lambda module, *call: getattr(module, BLOCK)(*call))
 
 
 @dataclass(frozen=True)
@@ -100,8 +88,7 @@ def model_class(
         return remote
     for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
         if type(config) in mapping:
-            known: type[PreTrainedModel] = mapping[type(config)]
-            return known
+            return mapping[type(config)]  # type: ignore[no-any-return]
     raise UnsupportedModelError(
         f"{source}: transformers has no text-generating model for {config.model_type!r}: "
         "use a checkpoint of a causal language model"
@@ -109,15 +96,14 @@ def model_class(
 
 
 def own_config(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTrainedConfig:
-    """The part of `config` that `cls` is built from, which is its text part if `cls` is the text
-    model of a composite one."""
+    """The part of `config` that `cls` is built from: a composite's text part for its text model."""
     if cls.config_class is config.sub_configs.get("text_config"):
         return config.get_text_config()
     return config
 
 
 def build_on_meta(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTrainedModel:
-    """The whole model, experts included, without memory for any weight.
+    """The whole model that a config describes, experts included, without memory for any weight.
 
     Raises `CheckpointError` for a config that no model can be built from.
     """
@@ -129,7 +115,7 @@ def build_on_meta(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> PreTr
         )
     try:
         with BUILDING, torch.device("meta"):
-            return cls._from_config(config)
+            return cls._from_config(own_config(config, cls))
     except Exception as error:  # whatever a model class raises on odd values
         raise CheckpointError(
             f"the model's config has values that no {cls.__name__} can be built from "
@@ -219,6 +205,57 @@ def _describe(path: str, module: nn.Module) -> ExpertsModule:
     return ExpertsModule(path, experts, transposed, tuple(matrices))
 
 
+class _FromRecord(nn.Module):
+    """A module whose weight [rows, columns] lies in the record given to `bind`."""
+
+    def bind(self, view: MatrixView, dtype: torch.dtype) -> None:
+        """Compute from `view` from now on, with results in `dtype`."""
+        self.view, self._dtype = view, dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole matrix [rows, columns], unpacked at each use, for code that reads `weight`."""
+        return dequantize(self.view, self._dtype)
+
+
+class QuantizedLinear(_FromRecord):
+    """Takes the place of an `nn.Linear`."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.shape = (linear.out_features, linear.in_features)
+        self.bias = linear.bias  # not in the record: it stays a parameter of the model
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features]."""
+        out = matmul(x.reshape(-1, self.in_features), self.view)
+        if self.bias is not None:
+            out = out + self.bias
+        return out.reshape(*x.shape[:-1], self.out_features)
+
+
+class QuantizedEmbedding(_FromRecord):
+    """Takes the place of an `nn.Embedding`."""
+
+    def __init__(self, table: nn.Embedding) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = table.num_embeddings, table.embedding_dim
+        self.shape = (table.num_embeddings, table.embedding_dim)
+        self.padding_idx = table.padding_idx
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """[...] -> [..., embedding_dim].
+
+        On the CPU, raises `IndexError` for an id that is not in the table.
+        """
+        if ids.device.type == "cpu" and ids.numel():
+            low, high = torch.aminmax(ids)
+            if low < 0 or high >= self.num_embeddings:
+                raise IndexError(f"there is no row {int(high if low >= 0 else low)} in the table")
+        return take_rows(self.view, ids.flatten(), self._dtype).view(*ids.shape, -1)
+
+
 def without_packed_weights(
     cls: type[PreTrainedModel], quantised: Sequence[str]
 ) -> type[PreTrainedModel]:
@@ -231,7 +268,9 @@ def without_packed_weights(
         cls.__init__(self, config, *args, **kwargs)
         setattr(self, DESCRIBED, find_experts(self))
         for module in experts_modules(self):
-            _strip(module)
+            for name, _ in list(module.named_parameters(recurse=False)):
+                delattr(module, name)
+            module._is_hf_initialized = True  # type: ignore[assignment]  # its class would init
         modules = dict(self.named_modules())
         for path in quantised:
             self.set_submodule(path, _from_record(path, modules.get(path)))
@@ -242,13 +281,9 @@ def without_packed_weights(
             "(model.offload.pack.path) instead of saving"
         )
 
-    members = {
-        "__init__": __init__,
-        "__module__": cls.__module__,
-        "__doc__": cls.__doc__,
-        "save_pretrained": save_pretrained,
-    }
-    return type(cls.__name__, (cls,), members)
+    members = {"__init__": __init__, "save_pretrained": save_pretrained}
+    kept = {"__module__": cls.__module__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (cls,), members | kept)
 
 
 def _from_record(path: str, module: nn.Module | None) -> QuantizedLinear | QuantizedEmbedding:
@@ -259,17 +294,9 @@ def _from_record(path: str, module: nn.Module | None) -> QuantizedLinear | Quant
     raise PackError(f"the pack has a matrix for {path!r}, where the model has none: {REMAKE}")
 
 
-def _strip(module: nn.Module) -> None:
-    for name, _ in list(module.named_parameters(recurse=False)):
-        delattr(module, name)
-    module._is_hf_initialized = True  # type: ignore[assignment]  # else its class would fill in weights
-
-
 def described_experts(model: PreTrainedModel) -> list[ExpertsModule]:
-    """What `find_experts` said of a model of `without_packed_weights` before its experts' weights
-    were removed."""
-    described: list[ExpertsModule] = getattr(model, DESCRIBED)
-    return described
+    """What `find_experts` said of the model before `without_packed_weights` took weights away."""
+    return getattr(model, DESCRIBED)  # type: ignore[no-any-return]
 
 
 def experts_modules(model: PreTrainedModel) -> list[nn.Module]:

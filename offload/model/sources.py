@@ -22,13 +22,14 @@ from transformers import (
 from offload.errors import CheckpointError, GenerationError, SourceError
 from offload.files import read_object, user_path
 from offload.lines import reason
-from offload.model.formats.fp8 import FLOAT8, Fp8Source
-from offload.model.formats.gguf import GgufFile, gguf_files, is_gguf, model_name, models_in
+from offload.model import demo
+from offload.model.checkpoint import TensorSource
+from offload.model.formats.gguf import GgufFile, is_gguf, model_name, models_in
 from offload.model.formats.gguf_config import gguf_config
 from offload.model.formats.gguf_model import GgufSource
-from offload.model.formats.mxfp4 import BLOCKS, Mxfp4Source
-from offload.model.formats.safetensors import SafetensorsSource, weight_files
-from offload.model.formats.source import TensorSource
+from offload.model.formats.safetensors import SafetensorsSource
+from offload.model.formats.scaled import BLOCKS, FLOAT8, Fp8Source, Mxfp4Source
+from offload.options import LoadOptions
 from offload.quant.pack import is_pack
 from offload.sampling import is_number, resolve_sampling
 
@@ -53,18 +54,14 @@ class FoundModel:
     commit: str | None = None
 
 
-def find(
-    name: str,
-    *,
-    revision: str | None,
-    local_files_only: bool,
-    trust_remote_code: bool,
-    files: Sequence[str] = TEXT_FILES,
-) -> FoundModel:
-    """The model `name`: a pack, a checkpoint folder, a GGUF file or a hub id, but not "demo".
+def find(name: str, options: LoadOptions, files: Sequence[str] = TEXT_FILES) -> FoundModel:
+    """The model `name`: a pack, a checkpoint folder, a GGUF file, a hub id, or "demo".
 
-    Of a hub model only the files that match the patterns `files` are fetched. Raises `SourceError`.
+    The demo is built if need be. Of a hub model only the files that match the patterns `files` are
+    fetched. Raises `SourceError`.
     """
+    if name == DEMO:
+        return FoundModel(name, demo.checkpoint(), is_pack=False)
     path = user_path(name)
     if path.is_dir():
         if is_pack(path):
@@ -83,8 +80,8 @@ def find(
         raise SourceError(
             f"{name}: there is no such folder, and it is not the form of a hub id (owner/name)"
         )
-    patterns = [*files, *(["*.py"] if trust_remote_code else [])]
-    folder = _snapshot(name, revision, local_files_only, patterns)
+    patterns = [*files, *(["*.py"] if options.trust_remote_code else [])]
+    folder = _snapshot(name, options.revision, options.local_files_only, patterns)
     return FoundModel(name, folder, is_pack=False, commit=folder.name)
 
 
@@ -124,13 +121,6 @@ def _snapshot(name: str, revision: str | None, local_files_only: bool, patterns:
     return Path(folder)
 
 
-def _remote_code(config: dict[str, Any]) -> str | None:
-    """The reference to a config class whose code comes with the checkpoint."""
-    given = config.get("auto_map")
-    reference = given.get("AutoConfig") if isinstance(given, dict) else None
-    return reference if isinstance(reference, str) else None
-
-
 def read_config(source: str, folder: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
     """The config of the checkpoint, GGUF file or pack `folder`, without `quantization_config`.
 
@@ -144,8 +134,9 @@ def read_config(source: str, folder: Path, *, trust_remote_code: bool) -> PreTra
     if not isinstance(kind, str):
         raise CheckpointError(f"{file} has no model_type: fetch it again")
     if kind not in CONFIG_MAPPING:
-        remote = _remote_code(raw)
-        if not remote:
+        given = raw.get("auto_map")
+        remote = given.get("AutoConfig") if isinstance(given, dict) else None
+        if not remote or not isinstance(remote, str):
             raise SourceError(f"{source}: transformers does not know {kind!r}: a newer one may")
         if not trust_remote_code:
             raise SourceError(
@@ -153,12 +144,18 @@ def read_config(source: str, folder: Path, *, trust_remote_code: bool) -> PreTra
                 "folder): read it, then pass --trust-remote-code (trust_remote_code=True) if you "
                 "trust it"
             )
-    _check_quantisation(source, raw)
+    for given in _quantisations(raw):
+        method = given.get("quant_method") if isinstance(given, dict) else given
+        if method not in DEQUANTISED:
+            raise SourceError(
+                f"{source} is already quantised ({method}), which is not read: use the checkpoint "
+                "in bfloat16, float16, float32, fp8 or mxfp4, or a GGUF file"
+            )
     try:
         config = AutoConfig.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
-        for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        for part in (config, config.get_text_config()):
             if hasattr(part, "quantization_config"):
                 del part.quantization_config  # weights are dequantised when they are read
     except Exception as error:  # whatever a config class raises on what is in the file
@@ -168,16 +165,10 @@ def read_config(source: str, folder: Path, *, trust_remote_code: bool) -> PreTra
     return config
 
 
-def _check_quantisation(source: str, raw: dict[str, Any]) -> None:
-    """Raise `SourceError` for a method of quantisation that cannot be read."""
-    for part in (raw, raw.get("text_config")):
-        given = part.get("quantization_config") if isinstance(part, dict) else None
-        method = given.get("quant_method") if isinstance(given, dict) else given
-        if given and method not in DEQUANTISED:
-            raise SourceError(
-                f"{source} is already quantised ({method}), which is not read: use the checkpoint "
-                "in bfloat16, float16, float32, fp8 or mxfp4, or a GGUF file"
-            )
+def _quantisations(config: dict[str, Any]) -> list[Any]:
+    """What a config and its text part say about quantisation."""
+    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
+    return [given for part in parts if (given := part.get("quantization_config"))]
 
 
 def open_weights(path: Path, model: PreTrainedModel) -> TensorSource:
@@ -197,31 +188,19 @@ def open_weights(path: Path, model: PreTrainedModel) -> TensorSource:
     return Mxfp4Source(plain) if packed else plain
 
 
-def files_of(path: Path) -> list[Path]:
-    """The files that `open_weights` reads. Raises `CheckpointError`."""
-    if is_gguf(path):
-        return gguf_files(path)
-    return [path / name for name in weight_files(path)]
-
-
 def _block_size(folder: Path) -> tuple[int, int] | None:
     """The rows and columns that share a scale; None when the checkpoint's config does not say."""
-    config = read_object(folder / "config.json")
-    inner = config.get("text_config")
-    for part in (config, inner if isinstance(inner, dict) else {}):
-        given = part.get("quantization_config")
-        size = given.get("weight_block_size") if isinstance(given, dict) else None
-        if size is not None:
-            if (
-                not isinstance(size, list)
-                or len(size) != 2
-                or any(type(n) is not int or n < 1 for n in size)
-            ):
+    file = folder / "config.json"
+    for given in _quantisations(read_object(file)):
+        match given.get("weight_block_size") if isinstance(given, dict) else None:
+            case None:
+                continue
+            case [int(rows), int(columns)] if rows >= 1 and columns >= 1:
+                return rows, columns
+            case size:
                 raise CheckpointError(
-                    f"{folder / 'config.json'} has weight_block_size {size!r}, which is not two "
-                    "sizes: fetch it again"
+                    f"{file} has weight_block_size {size!r}, which is not two sizes: fetch it again"
                 )
-            return size[0], size[1]
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from offload.files import user_path
 from offload.flags import add_options, options_from
 from offload.options import BITS, BUDGET, HUB, LoadOptions
 from offload.quant.errors import OffloadError
+from offload.units import gib
 
 EXAMPLE = "offload quantize demo ./demo-q4 --bits q4"
 
@@ -28,7 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Make the pack and write its path."""
     from offload.budget.resolve import Resolver, find_place
-    from offload.chat.report import pack_line
     from offload.pack.find import find_or_make_pack
     from offload.pack.recipe import AskedBits
 
@@ -39,14 +40,22 @@ def run(arguments: argparse.Namespace) -> int:
     asked, place = AskedBits.of(options), find_place(options)
     path = find_or_make_pack(
         arguments.model,
-        asked.recipe(),
+        options,
+        destination=destination,
         device=place.device,
         resolver=Resolver(options, place) if asked.fit else None,
-        destination=destination,
-        revision=options.revision,
-        local_files_only=options.local_files_only,
-        trust_remote_code=options.trust_remote_code,
     )
-    print(pack_line(path), file=sys.stderr)
+    print(_summary(path), file=sys.stderr)
     print(path)
     return DONE
+
+
+def _summary(path: Path) -> str:
+    """One line about a new pack: its size, its bits, and the command that opens it."""
+    from offload.pack.recipe import bits_name
+    from offload.quant.pack import Pack
+
+    with contextlib.closing(Pack(path)) as pack:
+        weight = pack.total_bytes * 8 / pack.parameters
+        how = f"{weight:.1f} bits a weight, {bits_name(pack.info)}"
+        return f"{gib(pack.total_bytes)} ({how}); go on with: offload chat {path}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -20,81 +19,59 @@ from offload.quant.record import STORED_DTYPES, MatrixSpec, RecordLayout, fittin
 
 @dataclass(frozen=True)
 class PackSource:
-    """The checkpoint that a pack is made from."""
+    """The checkpoint that packs are made from."""
 
     name: str  # as people know it
     fingerprint: str  # changes when the weights change
-    folder: Path  # the checkpoint's, or its GGUF file
-
-
-class Describer:
-    """Describes the packs of one checkpoint."""
-
-    def __init__(
-        self,
-        source: PackSource,
-        checkpoint: Checkpoint,
-        model: PreTrainedModel,
-        experts: list[ExpertsModule],
-    ) -> None:
-        """`model` is on meta and has its experts."""
-        self._source = source
-        self._checkpoint = checkpoint
-        self._experts = experts
-        self._dense = dense_matrices(model, experts)
+    checkpoint: Checkpoint
+    model: PreTrainedModel  # on meta, with its experts
+    experts: list[ExpertsModule]
 
     def describe(self, recipe: Recipe) -> PackInfo:
         """Everything about a pack that is known before a weight is read. Raises `RecipeError`."""
-        places = [layer_of(module.path) for module in self._experts]
-        places += [matrix.layer for matrix in self._dense]
+        matrices = dense_matrices(self.model, self.experts)
+        places = [layer_of(module.path) for module in self.experts]
+        places += [matrix.layer for matrix in matrices]
         recipe.check_layers(max((layer for layer in places if layer is not None), default=0))
-        layouts: list[RecordLayout] = []
+        layouts: dict[RecordLayout, int] = {}  # each layout once, with its number
         layers = []
-        for module in self._experts:
-            specs = tuple(_as_stored(self._checkpoint, module, spec) for spec in module.matrices)
+        for module in self.experts:
+            specs = tuple(_as_stored(self.checkpoint, module, spec) for spec in module.matrices)
             layout = plan_layout(specs, recipe.scheme("experts", layer_of(module.path)))
-            layers.append(PackLayer(module.path, module.num_experts, _index(layouts, layout)))
-        dense_layouts: list[RecordLayout] = []
-        members = list(self._describe_dense(recipe, dense_layouts))
+            number = layouts.setdefault(layout, len(layouts))
+            layers.append(PackLayer(module.path, module.num_experts, number))
+        dense_layouts: dict[RecordLayout, int] = {}
+        members = list(self._describe_dense(matrices, recipe, dense_layouts))
         return PackInfo(
-            self._source.name,
-            self._source.fingerprint,
+            self.name,
+            self.fingerprint,
             str(recipe),
-            self._checkpoint.dense_parameters(),
+            self.checkpoint.dense_parameters(),
             tuple(layouts),
             tuple(layers),
             tuple(dense_layouts),
             tuple(sorted(members, key=lambda member: member.file)),
         )
 
-    def _describe_dense(self, recipe: Recipe, layouts: list[RecordLayout]) -> Iterator[PackDense]:
-        """The matrices outside the experts that are quantised; adds their layouts to `layouts`."""
+    def _describe_dense(
+        self, matrices: list[DenseMatrix], recipe: Recipe, layouts: dict[RecordLayout, int]
+    ) -> Iterator[PackDense]:
+        """Those of `matrices` that are quantised; adds their layouts to `layouts`."""
         files: dict[int | str, int] = {}  # decoder layer, or matrix outside them -> number of file
-        for matrix in self._dense:
+        for matrix in matrices:
             schemes = (recipe.scheme(part, matrix.layer) for part in matrix.parts)
             scheme = next((scheme for scheme in schemes if scheme.quantised), None)
-            if scheme is not None and _can_be_quantised(self._checkpoint, matrix):
-                dtype = self._checkpoint.plain_dtype(matrix.parameter)
+            # The checkpoint must have the matrix unchanged, and its columns must make groups of 16.
+            plain = matrix.parameter in self.checkpoint.plain
+            if scheme is None or not plain or fitting_group(matrix.columns, 16) != 16:
+                continue
+            dtype = self.checkpoint.plain_dtype(matrix.parameter)
+            if dtype in STORED_DTYPES.values():
                 spec = MatrixSpec("weight", matrix.rows, matrix.columns, False, dtype)
                 place = matrix.parameter if matrix.layer is None else matrix.layer
                 file = files.setdefault(place, len(files))
-                layout = _index(layouts, plan_layout((spec,), scheme))
+                layout = layouts.setdefault(plan_layout((spec,), scheme), len(layouts))
                 yield PackDense(matrix.modules, layout, file)
-
-
-def _index(layouts: list[RecordLayout], layout: RecordLayout) -> int:
-    if layout not in layouts:
-        layouts.append(layout)
-    return layouts.index(layout)
-
-
-def _can_be_quantised(checkpoint: Checkpoint, matrix: DenseMatrix) -> bool:
-    """Whether the checkpoint has the matrix unchanged, and its columns make groups of 16."""
-    return (
-        matrix.parameter in checkpoint.plain
-        and checkpoint.plain_dtype(matrix.parameter) in STORED_DTYPES.values()
-        and fitting_group(matrix.columns, 16) == 16
-    )
 
 
 def _as_stored(checkpoint: Checkpoint, module: ExpertsModule, spec: MatrixSpec) -> MatrixSpec:
@@ -151,17 +128,11 @@ def dense_matrices(model: PreTrainedModel, experts: Sequence[ExpertsModule]) -> 
             continue
         inside = path[match.end() :]
         if match[1] in decoders and not _ROUTES.search(inside):
-            rows, columns = module.weight.shape
-            found.append(DenseMatrix((path,), (_part(inside),), int(match[2]), rows, columns))
+            part = "attention" if _MIXES_TOKENS.search(inside) else "mlp"
+            part = "shared" if "shared" in inside else part
+            found.append(DenseMatrix((path,), (part,), int(match[2]), *module.weight.shape))
     found += _outside_layers(model)
     return [matrix for matrix in found if min(matrix.rows, matrix.columns) >= SMALLEST]
-
-
-def _part(path: str) -> str:
-    """The part of a linear layer, told by its path inside the decoder layer."""
-    if "shared" in path:
-        return "shared"
-    return "attention" if _MIXES_TOKENS.search(path) else "mlp"
 
 
 def _outside_layers(model: PreTrainedModel) -> list[DenseMatrix]:

@@ -10,16 +10,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from offload.budget.resolve import Resolver
 from offload.errors import BudgetError, SourceError
 from offload.files import offload_home, user_path
-from offload.model import demo, sources
-from offload.model.seam import build_on_meta, find_experts, model_class, own_config
+from offload.model import sources
+from offload.model.checkpoint import Checkpoint
+from offload.model.seam import build_on_meta, find_experts, model_class
 from offload.model.sources import check_generation_config
+from offload.options import LoadOptions
 from offload.pack.describe import PackSource
-from offload.pack.make import PackMaker, fingerprint
+from offload.pack.make import fingerprint, make_pack
 from offload.pack.recipe import AskedBits, Recipe, most_bits
 from offload.quant.hqq import CPU
 from offload.quant.pack import VERSION, Pack, is_pack
@@ -27,75 +29,52 @@ from offload.quant.pack import VERSION, Pack, is_pack
 logger = logging.getLogger("offload")
 
 
-def find_source(
-    name: str, *, revision: str | None, local_files_only: bool, trust_remote_code: bool
-) -> sources.FoundModel:
-    """The model that `name` stands for. Builds the demo if need be. Raises `SourceError`."""
-    if name == sources.DEMO:
-        return sources.FoundModel(name, demo.checkpoint(), is_pack=False)
-    return sources.find(
-        name,
-        revision=revision,
-        local_files_only=local_files_only,
-        trust_remote_code=trust_remote_code,
-    )
-
-
 def find_or_make_pack(
     source: str,
-    recipe: Recipe | None,
+    options: LoadOptions,
     *,
-    pack_dir: str | Path | None = None,
     destination: Path | None = None,
-    revision: str | None = None,
-    local_files_only: bool = False,
-    trust_remote_code: bool = False,
     device: torch.device = CPU,
     resolver: Resolver | None = None,
 ) -> Path:
-    """The folder of the pack for `source`, made if need be, at `destination` or under `pack_dir`.
+    """The folder of the pack for `source`, made if need be, at `destination` or where packs are.
 
-    Weights are quantised on `device`. A pack that does not fit, as `resolver` tells, is not made.
-    Without a `recipe`, the one that fits (then `resolver` is needed) is taken.
+    Weights are quantised on `device`. A pack that does not fit, as `resolver` tells, is not made;
+    `--bits fit` needs a `resolver`.
     """
-    found = find_source(
-        source,
-        revision=revision,
-        local_files_only=local_files_only,
-        trust_remote_code=trust_remote_code,
-    )
+    recipe, trusts = AskedBits.of(options).recipe(), options.trust_remote_code
+    found = sources.find(source, options)
     if found.is_pack:
         if destination is not None:
             raise SourceError(f"{source} is a pack already: name the checkpoint it was made from")
         return found.folder
     check_generation_config(found.folder)
-    config = sources.read_config(found.name, found.folder, trust_remote_code=trust_remote_code)
-    cls = model_class(config, str(found.folder), trust_remote_code)
-    model = build_on_meta(own_config(config, cls), cls)
+    config = sources.read_config(found.name, found.folder, trust_remote_code=trusts)
+    model = build_on_meta(config, model_class(config, str(found.folder), trusts))
     experts = find_experts(model)
     mark = found.commit or fingerprint(found.folder)
 
     def place(recipe: Recipe) -> Path:
-        return destination or pack_path(found.name, mark, recipe, pack_dir)
+        return destination or pack_path(found.name, mark, recipe, options.pack_dir)
 
     if recipe is not None and destination is None and is_pack(place(recipe)):
         return place(recipe)
-    sources.fetch_weights(found, local_files_only=local_files_only)
-    maker = PackMaker(PackSource(found.name, mark, found.folder), model, experts)
+    sources.fetch_weights(found, local_files_only=options.local_files_only)
+    checkpoint = Checkpoint(sources.open_weights(found.folder, model), model, experts)
+    subject = PackSource(found.name, mark, checkpoint, model, experts)
     if recipe is None:
         assert resolver is not None, "what fits depends on the machine"
-        recipe = _fitting_recipe(maker, resolver, config, model, place)
+        recipe = _fitting_recipe(subject, resolver, config, place)
     if resolver is not None:
-        resolver.fit(maker.describe(recipe), config, model)
-    maker.make(place(recipe), recipe, device)
+        resolver.fit(subject.describe(recipe), config, model)
+    make_pack(place(recipe), subject, found.folder, recipe, device)
     return place(recipe)
 
 
 def _fitting_recipe(
-    maker: PackMaker,
+    source: PackSource,
     resolver: Resolver,
     config: PreTrainedConfig,
-    model: PreTrainedModel,
     place: Callable[[Recipe], Path],
 ) -> Recipe:
     """The recipe with the most bits at which all experts are resident, else at which they fit RAM.
@@ -107,15 +86,15 @@ def _fitting_recipe(
     device, memory = resolver.place.device, resolver.place.memory
 
     def resident(recipe: Recipe) -> bool:
-        info = maker.describe(recipe)
+        info = source.describe(recipe)
         try:
-            return everything.fit(info, config, model).slots >= info.total_experts
+            return everything.fit(info, config, source.model).slots >= info.total_experts
         except BudgetError:
             return False
 
     def in_ram(recipe: Recipe) -> bool:  # without a GPU, this is what `resident` says
         host = memory.ram if device.type != "cpu" else 0
-        return maker.describe(recipe).expert_bytes < host
+        return source.describe(recipe).expert_bytes < host
 
     def made(recipe: Recipe) -> bool:
         return is_pack(place(recipe)) and resident(recipe)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import itertools
@@ -12,24 +11,21 @@ import os
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 
 import psutil
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from offload.errors import CheckpointError
 from offload.files import read_object, unreadable
 from offload.model.checkpoint import Checkpoint
-from offload.model.formats.gguf import is_gguf
+from offload.model.formats.gguf import gguf_files, is_gguf
 from offload.model.formats.gguf_config import save_config_files
-from offload.model.formats.safetensors import DTYPES, INDEX, SafetensorsSource
-from offload.model.seam import ExpertsModule
-from offload.model.sources import files_of, open_weights
-from offload.pack.describe import Describer, PackSource
+from offload.model.formats.safetensors import DTYPES, INDEX, SafetensorsSource, weight_files
+from offload.pack.describe import PackSource
 from offload.pack.recipe import Recipe
 from offload.progress import Progress
 from offload.quant.encode import (
@@ -46,61 +42,25 @@ from offload.quant.record import RecordLayout
 from offload.units import gib
 
 Matrices = Mapping[str, tuple[Tensor, Tensor | None]]  # what `PendingRecord` takes
-Read = Callable[[], Matrices]
+Part = tuple[RecordLayout, Callable[[], Matrices]]  # one record, and how to read its weights
 WORTH_PROCESSES = 2**26  # with fewer weights, encoding here ends before processes have started
 PROCESS_BYTES = 2**30  # of free RAM for each process, which uses a third of it, mostly for torch
 CHUNKS_AHEAD = 2  # for each process: one is being encoded, one waits for the process
 
 
-@dataclass(frozen=True)
-class Work:
-    """What a new or interrupted run still has to encode."""
-
-    layers: tuple[int, ...]
-    dense_files: tuple[tuple[PackDense, ...], ...]
-    weights: int
-    nbytes: int
-    quantises: bool
-
-    @classmethod
-    def left(cls, info: PackInfo, has: Callable[[str], bool]) -> Work:
-        """Everything in `info` except the files that exist, as `has` says of a file's name."""
-        layers = [i for i in range(len(info.layers)) if not has(PackLayer.file_name(i))]
-        grouped = itertools.groupby(info.dense, key=lambda dense: dense.file_name)
-        dense = [tuple(members) for name, members in grouped if not has(name)]
-        parts = [(info.layout_of(i), info.layers[i].num_experts) for i in layers]
-        parts += [(info.dense_layout(member), 1) for members in dense for member in members]
-        return cls(
-            tuple(layers),
-            tuple(dense),
-            sum(layout.weights * count for layout, count in parts),
-            sum(layout.record_bytes * count for layout, count in parts),
-            any(matrix.group_size for layout, _ in parts for matrix in layout.matrices),
-        )
-
-
-@contextlib.contextmanager
-def make_encoder(weights: int, device: torch.device) -> Iterator[Encoder]:
+def make_encoder(weights: int, device: torch.device) -> AbstractContextManager[Encoder]:
     """The encoder for this many weights: the GPU, or on the CPU a process for each core where there
     are enough weights to be worth the start of processes."""
     if device.type != "cpu":
-        with contextlib.closing(DeviceEncoder(device)) as gpu:
-            yield gpu
-        return
+        return closing(DeviceEncoder(device))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     count = min(cores or 1, psutil.virtual_memory().available // PROCESS_BYTES)
     if weights < WORTH_PROCESSES or count < 2:
-        yield HereEncoder()
-        return
-    with WorkerEncoder(count) as encoder:
-        yield encoder
+        return nullcontext(HereEncoder())
+    return WorkerEncoder(count)
 
 
-def encode_in_turn(
-    parts: Iterable[tuple[RecordLayout, Read]],
-    encoder: Encoder,
-    progress: Progress,
-) -> Iterator[Tensor]:
+def encode_in_turn(parts: Iterable[Part], encoder: Encoder, progress: Progress) -> Iterator[Tensor]:
     """The record [record_bytes] uint8 of each part, in order.
 
     A record is valid until the next one is asked for. Parts are read ahead of it, at least two and
@@ -134,101 +94,96 @@ DENSE_FILE_BYTES = 256 * 2**20  # the non-expert weights are written in files of
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
 
 
-class PackMaker:
-    """Makes packs of one checkpoint."""
+def make_pack(
+    path: Path, source: PackSource, folder: Path, recipe: Recipe, device: torch.device
+) -> None:
+    """Write the pack `path` of `source`, whose `folder` (or GGUF file) has more than weights.
 
-    def __init__(
-        self, source: PackSource, model: PreTrainedModel, experts: list[ExpertsModule]
-    ) -> None:
-        """`model` is on meta with its experts. Raises `CheckpointError`."""
-        self._source = source
-        self._checkpoint = Checkpoint(open_weights(source.folder, model), model, experts)
-        self._experts = experts
-        self._describer = Describer(source, self._checkpoint, model, experts)
+    Weights are quantised on `device`. Continues where an interrupted run stopped, and returns at
+    once when the pack exists. Holds at most the weights of two experts, one record, and two chunks
+    for each process. Raises `PackError` when the disk is too small.
+    """
+    with PackWriter(path, source.describe(recipe)) as writer:
+        if not writer.done:
+            _write(writer, source, folder, device)
+            writer.finish()
 
-    def describe(self, recipe: Recipe) -> PackInfo:
-        """The pack that `make` would write. Raises `RecipeError`."""
-        return self._describer.describe(recipe)
 
-    def make(self, path: Path, recipe: Recipe, device: torch.device) -> None:
-        """Write the pack `path`; weights are quantised on `device`.
+def _write(writer: PackWriter, source: PackSource, folder: Path, device: torch.device) -> None:
+    beside = list(companions(folder))  # before any work: they may be unusable
+    info, checkpoint = writer.info, source.checkpoint
 
-        Continues where an interrupted run stopped, and returns at once when the pack exists. Holds
-        at most the weights of two experts, one record, and two chunks for each process. Raises
-        `PackError` when the disk is too small.
-        """
-        info = self.describe(recipe)
-        with PackWriter(path, info) as writer:
-            if not writer.done:
-                self._write(writer, info, device)
-                writer.finish()
+    def read(dense: PackDense) -> Matrices:
+        return {"weight": (checkpoint.read(checkpoint.plain[f"{dense.modules[0]}.weight"]), None)}
 
-    def _write(self, writer: PackWriter, info: PackInfo, device: torch.device) -> None:
-        beside = list(companions(self._source.folder))  # before any work: they may be unusable
-        work = Work.left(info, writer.has)
-        files = self._dense_files(info)
-        missing = [tensors for file, tensors in files.items() if not writer.has(file)]
-        as_stored = sum(nbytes for tensors in missing for _, nbytes in tensors)
-        _check_space(writer.path, work.nbytes + as_stored)
-        verb = "quantising" if work.quantises else "packing"
-        with (
-            Progress(f"{verb} {info.source}", total=work.weights, unit="weights") as progress,
-            make_encoder(work.weights if work.quantises else 0, device) as encoder,
-        ):
-            for layer in work.layers:
-                reads = self._reads(layer, info.layout_of(layer))
-                writer.write_layer(layer, encode_in_turn(reads, encoder, progress))
-            for members in work.dense_files:
-                self._write_dense_records(writer, members, encoder, progress)
-        self._write_dense(writer, files)
-        for name, data in beside:
-            writer.write_file(name, data)
-
-    def _reads(self, layer: int, layout: RecordLayout) -> Iterator[tuple[RecordLayout, Read]]:
-        module = self._experts[layer]
-        for expert in range(module.num_experts):
-            yield layout, functools.partial(self._checkpoint.expert, module, expert)
-
-    def _write_dense_records(
-        self,
-        writer: PackWriter,
-        members: Sequence[PackDense],
-        encoder: Encoder,
-        progress: Progress,
-    ) -> None:
-        """Write the file that holds `members`, quantised matrices outside the experts."""
-
-        def read(dense: PackDense) -> Matrices:
-            return {"weight": (self._checkpoint.read_plain(f"{dense.modules[0]}.weight"), None)}
-
-        reads = ((writer.info.dense_layout(d), functools.partial(read, d)) for d in members)
-        records = encode_in_turn(reads, encoder, progress)
-        tensors = [
-            (dense.modules[0], "U8", (len(record),), record.clone())
-            for dense, record in zip(members, records, strict=True)
+    layers: dict[int, list[Part]] = {
+        index: [
+            (info.layout_of(index), functools.partial(checkpoint.expert, module, expert))
+            for expert in range(module.num_experts)
         ]
-        writer.write_tensors(members[0].file_name, tensors)
+        for index, module in enumerate(source.experts)
+        if not writer.has(PackLayer.file_name(index))
+    }
+    matrices: dict[tuple[PackDense, ...], list[Part]] = {
+        members: [(info.dense_layout(dense), functools.partial(read, dense)) for dense in members]
+        for file, group in itertools.groupby(info.dense, key=lambda dense: dense.file_name)
+        if not writer.has(file) and (members := tuple(group))
+    }
+    layouts = [layout for parts in (*layers.values(), *matrices.values()) for layout, _ in parts]
+    files = _dense_files(checkpoint, info)
+    missing = [tensors for file, tensors in files.items() if not writer.has(file)]
+    needed = sum(layout.record_bytes for layout in layouts)
+    needed += sum(nbytes for tensors in missing for _, nbytes in tensors)
+    place = writer.path.parent
+    if needed > (free := shutil.disk_usage(place).free):
+        raise PackError(
+            f"the pack needs {gib(needed)} and {place} has {gib(free)} free: free some space, or "
+            f"choose {ELSEWHERE}"
+        )
+    weights = sum(layout.weights for layout in layouts)
+    quantises = any(matrix.group_size for layout in layouts for matrix in layout.matrices)
+    verb = "quantising" if quantises else "packing"
+    with (
+        Progress(f"{verb} {info.source}", total=weights, unit="weights") as progress,
+        make_encoder(weights if quantises else 0, device) as encoder,
+    ):
+        for index, parts in layers.items():
+            writer.write_layer(index, encode_in_turn(parts, encoder, progress))
+        for members, parts in matrices.items():
+            records = encode_in_turn(parts, encoder, progress)
+            tensors = [
+                (dense.modules[0], "U8", (len(record),), record.clone())
+                for dense, record in zip(members, records, strict=True)
+            ]
+            writer.write_tensors(members[0].file_name, tensors)
+    _write_dense(writer, checkpoint, files)
+    for name, data in beside:
+        writer.write_file(name, data)
 
-    def _dense_files(self, info: PackInfo) -> dict[str, list[tuple[str, int]]]:
-        """For each file of tensors that are kept as stored, their names and sizes in bytes."""
-        quantised = {f"{module}.weight" for dense in info.dense for module in dense.modules}
-        files: list[list[tuple[str, int]]] = [[]]
-        for name, nbytes in self._checkpoint.dense(quantised):
-            if sum(size for _, size in files[-1]) >= DENSE_FILE_BYTES:
-                files.append([])
-            files[-1].append((name, nbytes))
-        return {f"model-{n:05d}.safetensors": tensors for n, tensors in enumerate(files, start=1)}
 
-    def _write_dense(self, writer: PackWriter, files: dict[str, list[tuple[str, int]]]) -> None:
-        """Write `files` and their index, as any loader of sharded checkpoints reads them."""
-        weight_map: dict[str, str] = {}
-        for file, tensors in files.items():
-            weight_map.update((name, file) for name, _ in tensors)
-            if not writer.has(file):
-                loaded = [_as_bytes(name, self._checkpoint.read(name)) for name, _ in tensors]
-                writer.write_tensors(file, loaded)
-        index = {"metadata": {}, "weight_map": weight_map}
-        writer.write_file(INDEX, json.dumps(index, indent=1).encode())
+def _dense_files(checkpoint: Checkpoint, info: PackInfo) -> dict[str, list[tuple[str, int]]]:
+    """For each file of tensors that are kept as stored, their names and sizes in bytes."""
+    quantised = {f"{module}.weight" for dense in info.dense for module in dense.modules}
+    files: list[list[tuple[str, int]]] = [[]]
+    for name, nbytes in checkpoint.dense(quantised):
+        if sum(size for _, size in files[-1]) >= DENSE_FILE_BYTES:
+            files.append([])
+        files[-1].append((name, nbytes))
+    return {f"model-{n:05d}.safetensors": tensors for n, tensors in enumerate(files, start=1)}
+
+
+def _write_dense(
+    writer: PackWriter, checkpoint: Checkpoint, files: dict[str, list[tuple[str, int]]]
+) -> None:
+    """Write `files` and their index, as any loader of sharded checkpoints reads them."""
+    weight_map: dict[str, str] = {}
+    for file, tensors in files.items():
+        weight_map.update((name, file) for name, _ in tensors)
+        if not writer.has(file):
+            loaded = [_as_bytes(name, checkpoint.read(name)) for name, _ in tensors]
+            writer.write_tensors(file, loaded)
+    index = {"metadata": {}, "weight_map": weight_map}
+    writer.write_file(INDEX, json.dumps(index, indent=1).encode())
 
 
 def companions(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -257,25 +212,13 @@ def _plain_config(file: Path, content: bytes) -> bytes:
     """A config without word of quantisation, since a pack's dense weights are not quantised so."""
     config = read_object(file)
     parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
-    if not any("quantization_config" in part for part in parts):
-        return content
-    for part in parts:
-        part.pop("quantization_config", None)
-    return json.dumps(config, indent=2).encode()
+    said = [part.pop("quantization_config") for part in parts if "quantization_config" in part]
+    return json.dumps(config, indent=2).encode() if said else content
 
 
 def _as_bytes(name: str, tensor: Tensor) -> tuple[str, str, tuple[int, ...], Tensor]:
     kind = SAFETENSORS_NAMES[tensor.dtype]
     return name, kind, tuple(tensor.shape), tensor.contiguous().view(-1).view(torch.uint8)
-
-
-def _check_space(path: Path, needed: int) -> None:
-    free = shutil.disk_usage(path.parent).free
-    if needed > free:
-        raise PackError(
-            f"the pack needs {gib(needed)} and {path.parent} has {gib(free)} "
-            f"free: free some space, or choose {ELSEWHERE}"
-        )
 
 
 def fingerprint(path: Path) -> str:
@@ -288,7 +231,10 @@ def fingerprint(path: Path) -> str:
     if path.is_dir():
         digest.update((path / "config.json").read_bytes())
         SafetensorsSource(path)  # raises unless the lengths of the headers can be believed
-    for file in files_of(path):
+        files = [path / name for name in weight_files(path)]
+    else:
+        files = gguf_files(path)
+    for file in files:
         size, changed = file.stat().st_size, file.stat().st_mtime_ns
         digest.update(f"{file.name} {size} {changed}".encode())
         with file.open("rb") as handle:

@@ -11,6 +11,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from types import MappingProxyType
 
 from offload.errors import RecipeError
@@ -70,10 +71,7 @@ class Recipe:
 
         `group_size` is for rules that name none. Raises `RecipeError`.
         """
-        recipe = cls()
-        for rule in text.split(","):
-            recipe = recipe.with_rule(rule.strip(), group_size)
-        return recipe
+        return cls().with_rules(text, group_size)
 
     def scheme(self, part: str, layer: int | None) -> Scheme:
         """How `part` is stored in decoder layer `layer`, which is None outside of the layers."""
@@ -102,41 +100,33 @@ class Recipe:
         presets = (name for name in PRESETS if Recipe.parse(name) == self)
         return next(presets, str(self))
 
-    def with_rule(self, rule: str, group_size: int = 64) -> Recipe:
-        """This recipe, changed by one rule or a preset. Raises `RecipeError`."""
-        if rule in PRESETS:
-            recipe = self
-            for part in PRESETS[rule].split(","):
-                recipe = recipe.with_rule(part, group_size)
-            return recipe
+    def with_rules(self, text: str, group_size: int = 64) -> Recipe:
+        """This recipe, changed by rules or presets. Raises `RecipeError`."""
+        rule = PRESETS.get(text.strip(), text.strip())
+        if "," in rule:
+            rules = rule.split(",")
+            return reduce(lambda recipe, part: recipe.with_rules(part, group_size), rules, self)
         match = _RULE.fullmatch(rule)
         if match is None:
             raise RecipeError(_no_rule(rule))
-        part = match[3]
+        first, last, part, how = match.groups()
         if part not in (*PARTS, "dense"):
             raise RecipeError(
                 f"{rule}: there is no part {part!r}{_like(part, PARTS)}: the parts are "
                 f"{', '.join(PARTS)}, and dense for all but experts and embeddings"
             )
         try:
-            scheme = Scheme.parse(match[4], group_size)
+            scheme = Scheme.parse(how, group_size)
         except ValueError as error:
             raise RecipeError(f"{rule}: {error}") from None
-        recipe = self
-        for name in DENSE if part == "dense" else (part,):
-            recipe = recipe._with_scheme(match[1], match[2], name, scheme)
-        return recipe
-
-    def _with_scheme(
-        self, first: str | None, last: str | None, part: str, scheme: Scheme
-    ) -> Recipe:
-        if first is not None:
-            rule = LayerRule(int(first), int(last or first), part, scheme)
-            if rule.first > rule.last:
-                raise RecipeError(f"layers.{first}-{last} has no layers: write the lower one first")
-            return replace(self, layer_rules=(*self.layer_rules, rule))
-        kept = tuple(rule for rule in self.layer_rules if rule.part != part)
-        return Recipe({**self.parts, part: scheme}, kept)
+        parts = DENSE if part == "dense" else (part,)
+        if first is None:
+            kept = tuple(rule for rule in self.layer_rules if rule.part not in parts)
+            return Recipe({**self.parts, **dict.fromkeys(parts, scheme)}, kept)
+        if int(first) > int(last or first):
+            raise RecipeError(f"layers.{first}-{last} has no layers: write the lower one first")
+        new = (LayerRule(int(first), int(last or first), name, scheme) for name in parts)
+        return replace(self, layer_rules=(*self.layer_rules, *new))
 
     def regrouped(self, group_size: int) -> Recipe:
         """This recipe with another group size for everything that is quantised."""
@@ -206,7 +196,7 @@ class AskedBits:
             recipe = recipe.regrouped(self.group_size)
         for part, given in (("experts", self.expert_bits), ("dense", self.dense_bits)):
             if given is not None:
-                recipe = recipe.with_rule(f"{part}={given}", self.group_size or 64)
+                recipe = recipe.with_rules(f"{part}={given}", self.group_size or 64)
         return recipe
 
     def recipe(self) -> Recipe | None:

@@ -16,7 +16,6 @@ from offload.units import positive
 
 if TYPE_CHECKING:
     from offload.plan.plan import Plan
-    from offload.plan.target import Target
 
 EXAMPLE = "offload plan mistralai/Mixtral-8x7B-v0.1 --gpu 4090 --ram 64GiB"
 SIZES = ("device", "vram", "ram", "context", "ubatch_size", "expert_slots")
@@ -29,19 +28,19 @@ class PlanOptions:
 
     gpu: str | None = _machine(
         "--gpu NAME",
-        None,
         "plan for another machine that has this GPU, like 3060 or 4090; --vram and --ram are then "
         "the sizes of its memory, of which 90% is used",
         unset="this machine",
     )
-    cards: int | None = _machine("--gpus N", None, "number of GPUs", unset="1", parse=positive)
+    cards: int | None = _machine("--gpus N", "number of GPUs", unset="1", parse=positive)
     routing: str | None = _machine(
         "--trace FILE",
-        None,
         "forecast the speed for the routing that --trace recorded in FILE",
         unset="made-up routing",
     )
-    output: str = option("-o --output", "text", "format of the output", choices=("text", "json"))
+    output: str = option(
+        "-o --output", "format of the output", default="text", choices=("text", "json")
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,19 +56,21 @@ def run(arguments: argparse.Namespace) -> int:
     from offload.plan.outline import outline
     from offload.plan.plan import make_plan
     from offload.plan.report import lines, to_json
+    from offload.plan.target import named_machine, this_machine
     from offload.trace.show import open_trace
 
     asked = options_from(arguments, PlanOptions)
     options = options_from(arguments, LoadOptions)
     AskedBits.of(options)  # raises for wrong bits before anything is read
     trace = open_trace(asked.routing) if asked.routing else None
-    model = outline(
-        arguments.model,
-        revision=options.revision,
-        local_files_only=options.local_files_only,
-        trust_remote_code=options.trust_remote_code,
-    )
-    plan = make_plan(model, _target(asked, options), options, trace)
+    model = outline(arguments.model, options)
+    if asked.gpu is None:
+        target = this_machine(options, asked.cards)
+    elif options.device is not None:
+        raise BudgetError("--device names a device of this machine: leave out --device or --gpu")
+    else:
+        target = named_machine(asked.gpu, options, asked.cards)
+    plan = make_plan(model, target, options, trace)
     command = _command(arguments.model, plan)
     if asked.output == "json":
         print(json.dumps(to_json(plan, command, trace is not None), indent=2, ensure_ascii=False))
@@ -80,16 +81,6 @@ def run(arguments: argparse.Namespace) -> int:
             raise BudgetError(f"nothing fits: plan with {plan.remedy}, which does fit")
         raise BudgetError(f"nothing fits: {plan.rows[-1].refusal}")
     return DONE
-
-
-def _target(asked: PlanOptions, options: LoadOptions) -> Target:
-    from offload.plan.target import named_machine, this_machine
-
-    if asked.gpu is None:
-        return this_machine(options, asked.cards)
-    if options.device is not None:
-        raise BudgetError("--device names a device of this machine: leave out --device or --gpu")
-    return named_machine(asked.gpu, options, asked.cards)
 
 
 def _command(model: str, plan: Plan) -> str:

@@ -36,7 +36,7 @@ import math
 from dataclasses import dataclass, replace
 
 from offload.cache.decision import Decision
-from offload.cache.interface import Cache
+from offload.cache.sharded import Cache
 from offload.cache.trace.replay import Setup, replay
 from offload.cache.trace.trace import Event, Trace
 from offload.machine.hardware import Hardware

@@ -10,13 +10,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from offload.errors import CheckpointError
 from offload.files import read_object
 from offload.model import demo, sources
-from offload.model.checkpoint import Checkpoint
+from offload.model.checkpoint import Checkpoint, ExpectedSource
 from offload.model.formats.gguf import is_gguf
 from offload.model.formats.safetensors import INDEX, SINGLE, weight_files
-from offload.model.formats.source import ExpectedSource
-from offload.model.seam import build_on_meta, chosen_experts, find_experts, model_class, own_config
+from offload.model.seam import build_on_meta, chosen_experts, find_experts, model_class
 from offload.model.sources import open_weights
-from offload.pack.describe import Describer, PackSource
+from offload.options import LoadOptions
+from offload.pack.describe import PackSource
 from offload.pack.recipe import Recipe
 from offload.quant.pack import PackInfo, read_info
 
@@ -35,13 +35,13 @@ class Outline:
     table_weights: int
     download_bytes: int | None  # of weights that are not here; None if they are, or if unknown
     from_config: bool  # dtypes are those of the config, because no weight file's header was read
-    describer: Describer
+    source: PackSource
 
     def describe(self, recipe: Recipe) -> PackInfo:
         """The manifest of the pack that `recipe` would make. Raises `RecipeError`."""
         if self.made is not None and Recipe.parse(self.made.bits) == recipe:
             return self.made
-        return self.describer.describe(recipe)
+        return self.source.describe(recipe)
 
     def read_bytes(self, info: PackInfo, itemsize: int) -> int:
         """Bytes of the weights that each token reads beside the experts.
@@ -61,40 +61,21 @@ class Outline:
         return chosen + info.dense_parameters - self.table_weights
 
 
-def outline(
-    name: str, *, revision: str | None, local_files_only: bool, trust_remote_code: bool
-) -> Outline:
+def outline(name: str, options: LoadOptions) -> Outline:
     """The model `name`: a pack, a folder, a GGUF file, a hub id or the demo.
 
     Of a hub model only config.json and the weights' index are fetched. Raises `OffloadError`.
     """
-    if name == sources.DEMO and not demo.demo_folder().is_dir():
-        return _outline(name, demo.planned_config(), None, None, trust_remote_code)
-    found = (
-        sources.FoundModel(name, demo.demo_folder(), is_pack=False)
-        if name == sources.DEMO
-        else sources.find(
-            name,
-            revision=revision,
-            local_files_only=local_files_only,
-            trust_remote_code=trust_remote_code,
-            files=sources.SHAPE_FILES,
-        )
-    )
-    config = sources.read_config(found.name, found.folder, trust_remote_code=trust_remote_code)
-    made = read_info(found.folder) if found.is_pack else None
-    return _outline(found.name, config, found.folder, made, trust_remote_code)
-
-
-def _outline(
-    name: str,
-    config: PreTrainedConfig,
-    folder: Path | None,
-    made: PackInfo | None,
-    trust_remote_code: bool,
-) -> Outline:
-    cls = model_class(config, str(folder or name), trust_remote_code)
-    model = build_on_meta(own_config(config, cls), cls)
+    trusts, folder, made = options.trust_remote_code, None, None
+    if name == sources.DEMO and not (demo.demo_folder() / "config.json").is_file():
+        config = demo.planned_config()
+    else:
+        found = sources.find(name, options, sources.SHAPE_FILES)
+        name, folder = found.name, found.folder
+        config = sources.read_config(name, folder, trust_remote_code=trusts)
+        made = read_info(folder) if found.is_pack else None
+    cls = model_class(config, str(folder or name), trusts)
+    model = build_on_meta(config, cls)
     experts = find_experts(model)
     here = folder is not None and made is None and _has_weights(folder)
     source = open_weights(folder, model) if here and folder else ExpectedSource(model)
@@ -113,7 +94,7 @@ def _outline(
         weights,
         None if here or folder is None else _index_bytes(folder),
         not here,
-        Describer(PackSource(name, "", folder or Path(name)), checkpoint, model, experts),
+        PackSource(name, "", checkpoint, model, experts),
     )
 
 

@@ -21,13 +21,16 @@ from offload.quant.pack import PackInfo
 from offload.quant.scheme import Scheme
 from offload.units import parse_slots
 
+BITS = (8, 6, 5, 4, 3, 2)
+DENSE_BITS = (8, 6, 5, 4)
+GOOD_BITS = 4  # fewer cost much quality; they are advised only where 4 bits would wait for a disk
+
 
 @dataclass(frozen=True)
 class PlanRow:
     """The model with its experts at some bits, on the machine."""
 
     recipe: Recipe
-    bits: Scheme  # of most experts
     info: PackInfo
     budget: Budget  # of one card; of several cards the most that any of them has
     chunk: int  # tokens of a prompt that go through the model at once
@@ -41,7 +44,13 @@ class PlanRow:
     forecast: Forecast | None = None  # None if it does not fit
 
     @property
+    def bits(self) -> Scheme:
+        """How most experts are stored."""
+        return self.recipe.parts["experts"]
+
+    @property
     def resident(self) -> bool:
+        """Whether every expert has a slot."""
         return self.slots >= self.info.total_experts
 
     @property
@@ -55,11 +64,6 @@ class PlanRow:
         return self.info.dense_bytes(2) + self.info.expert_bytes
 
 
-def experts_scheme(recipe: Recipe) -> Scheme:
-    """How most experts are stored."""
-    return recipe.parts["experts"]
-
-
 def make_row(
     outline: Outline,
     target: Target,
@@ -71,21 +75,26 @@ def make_row(
 
     Raises `OffloadError`.
     """
-    info = outline.describe(recipe)
-    resolver = _resolver(target, options)
+    info, config = outline.describe(recipe), outline.config
+    cards = tuple[Card, ...]()
+    if target.cards > 1:
+        devices = [torch.device(target.device.type, number) for number in range(target.cards)]
+        cards = tuple(Card(at, each, target.memory.device) for at, each in enumerate(devices))
+    resolver = Resolver(options, Place(target.device, target.memory, cards))
     slots, shares, refusal = 0, tuple[Share, ...](), ""
     try:
-        fit = resolver.fit(info, outline.config, outline.model)
+        fit = resolver.fit(info, config, outline.model)
         slots, shares = fit.slots, fit.shares
     except BudgetError as error:
         refusal = str(error)
-    fixed_cache = resolver.keeps_fixed_cache(info)
+    budget, fixed_cache = resolver.budget(info, config), resolver.keeps_fixed_cache(info)
+    dense = [share.dense for share in shares] or [-(-budget.dense // target.cards)]
+    kv_cache = [share.kv_cache for share in shares] or [-(-budget.kv_cache // target.cards)]
     row = PlanRow(
         recipe,
-        experts_scheme(recipe),
         info,
-        _of_a_card(resolver.budget(info, outline.config), target.cards, shares),
-        resolver.chunk(outline.config),
+        replace(budget, dense=max(dense), kv_cache=max(kv_cache)),
+        resolver.chunk(config),
         shares,
         slots,
         fixed_cache,
@@ -94,69 +103,40 @@ def make_row(
     )
     if refusal:
         return row
-    held = _held_in_ram(target, row)
+    if trace is not None:
+        _check_trace(trace, outline, info)
+    itemsize = resolver.dtype(config).itemsize
+    return _with_forecast(row, outline, target, outline.read_bytes(info, itemsize), trace)
+
+
+def _with_forecast(
+    row: PlanRow, outline: Outline, target: Target, dense_bytes: int, trace: Trace | None
+) -> PlanRow:
+    """`row` with its speed, where each token reads `dense_bytes` beside the experts."""
+    info, budget, on_cpu = row.info, row.budget, target.device.type == "cpu"
+    held = target.spare_bytes  # in RAM, of experts beside those in slots
+    if on_cpu:
+        used = budget.dense + budget.kv_cache + budget.workspace + row.slots * budget.slot
+        held = max(0, held - used)
+    if row.resident:
+        rest = "RAM" if on_cpu else "VRAM"
+    else:
+        rest = "RAM" if info.expert_bytes <= held else "disk"
     # RAM holds as large a part of the misses as of all experts, because experts that have a slot
     # take up their part of it too (docs/log/host-tier.md).
     disk_share = 0.0 if row.resident else max(0.0, 1 - held / info.expert_bytes)
-    row = replace(row, rest=_rest(target, row, held), disk_share=disk_share)
-    itemsize = resolver.dtype(outline.config).itemsize
-    return replace(row, forecast=_forecast(outline, target, row, itemsize, trace))
-
-
-def _resolver(target: Target, options: LoadOptions) -> Resolver:
-    cards = tuple(
-        Card(number, torch.device(target.device.type, number), target.memory.device)
-        for number in range(target.cards)
-    )
-    return Resolver(options, Place(target.device, target.memory, cards if len(cards) > 1 else ()))
-
-
-def _of_a_card(whole: Budget, cards: int, shares: tuple[Share, ...]) -> Budget:
-    """The most of each part that a card has; equal parts if the layers do not fit on the cards."""
-    return replace(
-        whole,
-        dense=max((share.dense for share in shares), default=-(-whole.dense // cards)),
-        kv_cache=max((share.kv_cache for share in shares), default=-(-whole.kv_cache // cards)),
-        total_experts=max(
-            (share.experts for share in shares), default=-(-whole.total_experts // cards)
-        ),
-    )
-
-
-def _held_in_ram(target: Target, row: PlanRow) -> int:
-    """Bytes of experts that RAM holds beside those in slots."""
-    if target.device.type != "cpu":
-        return target.spare_bytes
-    budget = row.budget
-    used = budget.dense + budget.kv_cache + budget.workspace + row.slots * budget.slot
-    return max(0, target.spare_bytes - used)
-
-
-def _rest(target: Target, row: PlanRow, held: int) -> str:
-    if row.resident:
-        return "RAM" if target.device.type == "cpu" else "VRAM"
-    return "RAM" if row.info.expert_bytes <= held else "disk"
-
-
-def _forecast(
-    outline: Outline, target: Target, row: PlanRow, itemsize: int, trace: Trace | None
-) -> Forecast:
-    """`itemsize`: bytes of a weight that is kept as stored, when it is computed with."""
-    info = row.info
     work = Workload(
         layers=len(info.layers),
         experts=info.total_experts,
         top_k=outline.top_k,
         expert_bytes=info.expert_bytes // info.total_experts,
-        dense_bytes=outline.read_bytes(info, itemsize),
+        dense_bytes=dense_bytes,
         slots=row.slots,
         hardware=target.hardware,
-        disk_share=row.disk_share,
+        disk_share=disk_share,
         on_device=row.on_device,
     )
-    if trace is not None:
-        _check_trace(trace, outline, info)
-    return forecast(work, trace)
+    return replace(row, rest=rest, disk_share=disk_share, forecast=forecast(work, trace))
 
 
 def _check_trace(trace: Trace, outline: Outline, info: PackInfo) -> None:
@@ -169,11 +149,6 @@ def _check_trace(trace: Trace, outline: Outline, info: PackInfo) -> None:
             f"experts, top-{header.top_k}; {outline.name} has {len(counts)} of {max(counts)}, "
             f"top-{outline.top_k}: record one of it"
         )
-
-
-BITS = (8, 6, 5, 4, 3, 2)
-DENSE_BITS = (8, 6, 5, 4)
-GOOD_BITS = 4  # fewer cost much quality; they are advised only where 4 bits would wait for a disk
 
 
 @dataclass(frozen=True)
@@ -245,13 +220,10 @@ def _recipes(outline: Outline, bits: AskedBits, asked: Recipe | None) -> list[Re
         return [Recipe.parse(text) for text in FITTING]
     base = asked or bits.on(Recipe())
     group = bits.group_size or 64
-    recipes = [base.with_rule(f"experts={count}", group) for count in BITS]
+    recipes = {count: base.with_rules(f"experts={count}", group) for count in BITS}
     if asked is not None:
-        recipes = [
-            asked,
-            *(r for r in recipes if experts_scheme(r).bits != experts_scheme(asked).bits),
-        ]
-    return sorted(recipes, key=lambda recipe: -experts_scheme(recipe).bits)
+        recipes[asked.parts["experts"].bits] = asked
+    return [recipes[count] for count in sorted(recipes, reverse=True)]
 
 
 def _fitting(rows: Sequence[PlanRow]) -> PlanRow | None:

@@ -9,16 +9,8 @@ from dataclasses import asdict
 from typing import Any
 
 from offload.files import offload_home
-from offload.fit import Share
 from offload.machine.measure import existing
-from offload.plan.forecast import (
-    LOCAL,
-    RATES,
-    SLOW_PYTHON,
-    UNIFORM,
-    USUAL,
-    hit_rate,
-)
+from offload.plan.forecast import LOCAL, RATES, SLOW_PYTHON, UNIFORM, USUAL, hit_rate
 from offload.plan.plan import GOOD_BITS, Plan, PlanRow
 from offload.units import gib
 
@@ -56,21 +48,16 @@ def _heading(plan: Plan) -> Iterator[str]:
         f"{len(info.layers)} layers of {'/'.join(map(str, counts))} experts, of which a token uses "
         f"{outline.top_k}"
     )
-    yield f"on {target.name}: {_memory(plan)}"
-    machine = target.hardware
+    machine, memory = target.hardware, target.memory
     if target.device.type == "cpu":
+        usable = f"{gib(memory.device)} of RAM"
         rates = f"RAM {machine.memory_gb_per_s:.1f} GB/s, copies {machine.link_gb_per_s:.1f} GB/s"
     else:
+        each = " each" if target.cards > 1 else ""
+        usable = f"{gib(memory.device)} of VRAM{each} and {gib(memory.ram)} of RAM"
         rates = f"VRAM {machine.memory_gb_per_s:.0f} GB/s, link {machine.link_gb_per_s:.1f} GB/s"
+    yield f"on {target.name}: {usable} to use"
     yield f"{rates}, disk {machine.disk_gb_per_s:.1f} GB/s"
-
-
-def _memory(plan: Plan) -> str:
-    memory, cards = plan.target.memory, plan.target.cards
-    if plan.target.device.type == "cpu":
-        return f"{gib(memory.device)} of RAM to use"
-    each = " each" if cards > 1 else ""
-    return f"{gib(memory.device)} of VRAM{each} and {gib(memory.ram)} of RAM to use"
 
 
 def _table(plan: Plan) -> Iterator[str]:
@@ -86,7 +73,7 @@ def _table(plan: Plan) -> Iterator[str]:
 
 def _cells(row: PlanRow, chosen: bool) -> list[str]:
     bits = f"{'>' if chosen else ''}{_bits(row)}"
-    cells = [bits, _gib(row.info.expert_bytes), _gib(row.pack_bytes)]
+    cells = [bits, gib(row.info.expert_bytes, 1), gib(row.pack_bytes, 1)]
     if row.forecast is None:
         return [*cells, "does not fit"]
     return [
@@ -110,10 +97,6 @@ def _bits(row: PlanRow) -> str:
     return str(row.bits).removesuffix("g64")
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"
-
-
 def _speed(tokens_per_s: float) -> str:
     return f"{tokens_per_s:.0f}" if tokens_per_s >= 99.5 else f"{tokens_per_s:.2g}"
 
@@ -131,10 +114,12 @@ def _sizes(plan: Plan, row: PlanRow) -> Iterator[str]:
     yield f"  workspace  {gib(budget.workspace):>10}{each}"
     if row.chunk < min(plan.options.ubatch_size, plan.options.context):
         yield f"  prompts    {row.chunk} tokens at once: attention's scores take what is left"
+    download = plan.outline.download_bytes
+    made = f", made from {gib(download)} of weights" if download else ""
     if row.staging_bytes:
         yield f"  staging    {gib(row.staging_bytes):>10}{each}, prompts are streamed through it"
     yield f"  experts    {gib(info.expert_bytes):>10}, {gib(info.slot_bytes)} each: {where}"
-    yield f"  pack       {gib(row.pack_bytes):>10} on the disk{_download(plan)}"
+    yield f"  pack       {gib(row.pack_bytes):>10} on the disk{made}"
     for share in row.shares:
         beside = f"dense {gib(share.dense)}, KV {gib(share.kv_cache)}"
         held = f"{share.slots}/{share.experts} experts"
@@ -145,11 +130,6 @@ def _source(row: PlanRow) -> str:
     if row.rest == "RAM":
         return "RAM"
     return "RAM or on disk" if row.disk_share < 1 else "files on disk"
-
-
-def _download(plan: Plan) -> str:
-    size = plan.outline.download_bytes
-    return f", made from {gib(size)} of weights" if size else ""
 
 
 def notes(plan: Plan, traced: bool) -> Iterator[str]:
@@ -275,20 +255,19 @@ def _row_json(row: PlanRow) -> dict[str, Any]:
         "staging_bytes": row.staging_bytes,
         "prompt_tokens_at_once": row.chunk,
         "slots": row.slots,
-        "cards": [_share_json(share) for share in row.shares],
+        "cards": [
+            {
+                "layers": len(share.blocks),
+                "experts": share.experts,
+                "slots": share.slots,
+                "dense_bytes": share.dense,
+                "kv_cache_bytes": share.kv_cache,
+            }
+            for share in row.shares
+        ],
         "engine": "device" if row.on_device else "host",
         "rest_in": row.rest,
         "disk_share": row.disk_share,
         "refusal": row.refusal or None,
         "tokens_per_s": None if row.forecast is None else asdict(row.forecast),
-    }
-
-
-def _share_json(share: Share) -> dict[str, Any]:
-    return {
-        "layers": len(share.blocks),
-        "experts": share.experts,
-        "slots": share.slots,
-        "dense_bytes": share.dense,
-        "kv_cache_bytes": share.kv_cache,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 
 import psutil
@@ -59,19 +60,13 @@ def this_machine(options: LoadOptions, cards: int | None) -> Target:
             f"there are {torch.cuda.device_count()} GPUs here, not {count}: name them with --gpu"
         )
     memory = Memory.of(place, options.vram, options.ram)
-    hardware = _with_disk(replace(measure(place), cards=count))
+    hardware = replace(measure(place), cards=count)
+    with contextlib.suppress(OSError):  # the disk of the packs cannot always be measured
+        rate = read_rate(offload_home(), DISK_BYTES)
+        hardware = replace(hardware, disk_gb_per_s=rate.gb_per_s)
     free = int(psutil.virtual_memory().available * SHARE)  # what is left serves as page cache
     spare = memory.ram if place.type == "cuda" else max(free, memory.ram)
     return Target(hardware, place, memory, spare, here=True)
-
-
-def _with_disk(hardware: Hardware) -> Hardware:
-    """`hardware` with the rate of the disk where packs are kept, if it can be measured."""
-    try:
-        rate = read_rate(offload_home(), DISK_BYTES)
-    except OSError:
-        return hardware
-    return replace(hardware, disk_gb_per_s=rate.gb_per_s)
 
 
 def named_machine(gpu: str, options: LoadOptions, cards: int | None) -> Target:
@@ -100,22 +95,17 @@ def named_machine(gpu: str, options: LoadOptions, cards: int | None) -> Target:
     size = found.memory_bytes if given is None else given
     if size is None:
         raise BudgetError(f"it is not known how much memory {found.name} has: give it with --vram")
-    count = _checked(cards or found.cards)
-    plain = found if found.cards == 1 else _one_of(found)
+    # The name of a profile of several cards tells their number, which may be another here.
+    name = next(p.name for p in PROFILES.values() if replace(found, name=p.name, cards=1) == p)
     memory = Memory(int(size * SHARE), int(host * SHARE))
     return Target(
-        replace(plain, cards=count),
+        replace(found, name=name, cards=_checked(cards or found.cards)),
         torch.device("cuda"),
         memory,
         memory.ram,
         here=False,
         notes=tuple(notes),
     )
-
-
-def _one_of(several: Hardware) -> Hardware:
-    """The card of a profile that stands for several, under the card's own name."""
-    return next(p for p in PROFILES.values() if replace(several, name=p.name, cards=1) == p)
 
 
 def _checked(cards: int) -> int:

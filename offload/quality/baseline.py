@@ -86,18 +86,29 @@ AGAIN = "make it again with --save-baseline"
 SAME_REFERENCE = 0.01  # relative difference; rounding on other processors makes far less
 
 
+def _conditions(data: dict[str, Any]) -> dict[tuple[str, str], object]:
+    """What two checks must share for their figures to be comparable, from their JSON objects.
+
+    The keys are the words that a message uses.
+    """
+    found: dict[tuple[str, str], object] = {}
+    for what in ("model", "reference"):
+        identity = dict(data[what])
+        del identity["settings"]  # the same model may be run with other settings
+        found |= {(what, f"{name} "): repr(value) for name, value in identity.items()}
+    found["set of prompts", ""] = str(data["prompts"]["sha256"])[:12]  # 48 bits tell sets apart
+    found["window and stride", ""] = (int(data["window"]), int(data["stride"]))
+    found["number of tokens", ""] = int(data["figures"]["tokens"])
+    return found
+
+
 @dataclass(frozen=True)
 class Baseline:
-    """Figures with their tolerances, and the models and prompts they were measured on."""
+    """Figures with their tolerances, and what they were measured on."""
 
-    model: dict[str, Any]  # `MeasuredModel.identity`
-    reference: dict[str, Any]
-    prompts_sha256: str
-    window: int
-    stride: int
-    tokens: int
+    conditions: dict[tuple[str, str], object]
     reference_perplexity: float
-    settings: dict[str, Any]  # the model's, for people; a check may be run with other settings
+    settings: dict[str, Any]  # the model's, for people
     figures: dict[str, float]
     tolerances: dict[str, Tolerance]
 
@@ -106,41 +117,28 @@ class Baseline:
 
         Raises `QualityError` if `result` is of other models, prompts, windows or tokens.
         """
-        self._check_comparable(result)
-        now = result.overall.figures()
+        conditions = _conditions(result.to_json())
+        for what, name in self.conditions | conditions:
+            before, now = (made.get((what, name)) for made in (self.conditions, conditions))
+            if before != now:
+                raise _differ(what, f"{name}{before}", now)
+        figures = result.overall.figures()
+        perplexity = figures["reference_perplexity"]
+        if not math.isclose(self.reference_perplexity, perplexity, rel_tol=SAME_REFERENCE):
+            before = f"perplexity {self.reference_perplexity:.3f}"
+            raise _differ("reference", before, f"{perplexity:.3f}")
         changes = [
-            Change(name, self.figures[name], now[name], tolerance.limit(name, self.figures[name]))
-            for name, tolerance in self.tolerances.items()
+            Change(name, before, figures[name], self.tolerances[name].limit(name, before))
+            for name, before in self.figures.items()
         ]
         return tuple(change for change in changes if change.is_worse)
 
-    def _check_comparable(self, result: CheckResult) -> None:
-        def differ(what: str, before: object, now: object) -> QualityError:
-            return QualityError(
-                f"the baseline is of another {what} ({before}, not {now}): compare like with like, "
-                f"or {AGAIN}"
-            )
 
-        pairs = (
-            ("model", self.model, result.model.identity),
-            ("reference", self.reference, result.reference.identity),
-        )
-        for what, before, now in pairs:
-            for key in sorted({*before, *now}):
-                if before.get(key) != now.get(key):
-                    raise differ(what, f"{key} {before.get(key)!r}", f"{now.get(key)!r}")
-        if self.prompts_sha256 != result.prompts.sha256:
-            raise differ("set of prompts", self.prompts_sha256[:12], result.prompts.sha256[:12])
-        sliding = (result.sliding.window, result.sliding.stride)
-        if (self.window, self.stride) != sliding:
-            raise differ("window and stride", (self.window, self.stride), sliding)
-        if self.tokens != result.overall.tokens:
-            raise differ("number of tokens", self.tokens, result.overall.tokens)
-        perplexity = result.overall.reference_perplexity.value
-        if not math.isclose(self.reference_perplexity, perplexity, rel_tol=SAME_REFERENCE):
-            raise differ(
-                "reference", f"perplexity {self.reference_perplexity:.3f}", f"{perplexity:.3f}"
-            )
+def _differ(what: str, before: str, now: object) -> QualityError:
+    return QualityError(
+        f"the baseline is of another {what} ({before}, not {now}): compare like with like, or "
+        f"{AGAIN}"
+    )
 
 
 def baseline_of(
@@ -206,22 +204,12 @@ def _parse(data: dict[str, Any]) -> Baseline:
         if min(parts.values()) < 0:
             raise ValueError(f"the tolerance of {name} is negative")
         tolerances[name] = Tolerance(**parts)
-    model, reference = dict(data["model"]), dict(data["reference"])
-    settings = dict(model.pop("settings"))
-    reference.pop("settings")
     return Baseline(
-        model=model,
-        reference=reference,
-        prompts_sha256=str(data["prompts"]["sha256"]),
-        window=int(data["window"]),
-        stride=int(data["stride"]),
-        tokens=int(data["figures"]["tokens"]),
-        reference_perplexity=_number(
-            "reference_perplexity", data["figures"]["reference_perplexity"]
-        ),
-        settings=settings,
-        figures=figures,
-        tolerances=tolerances,
+        _conditions(data),
+        _number("reference_perplexity", data["figures"]["reference_perplexity"]),
+        dict(data["model"]["settings"]),
+        figures,
+        tolerances,
     )
 
 

@@ -1,12 +1,15 @@
-"""A model is compared with a reference on the same tokens; the two are never in memory together."""
+"""A model is compared with a reference on the same prompts, and only one is in memory at a time."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import hashlib
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,18 +25,57 @@ from transformers import (
 from offload.budget.resolve import find_device
 from offload.engine.handle import Offload
 from offload.errors import QualityError, SourceError
+from offload.files import read_text
 from offload.lines import reason
 from offload.model import sources
-from offload.pack.find import find_source
+from offload.options import LoadOptions
 from offload.progress import without_bars
 from offload.quality.comparison import Comparison, Positions, kl_divergence
-from offload.quality.prompts import Prompts
-from offload.quality.scoring import Report, Scores, Sliding, Text, encode_text, finite, score
+from offload.quality.scoring import Report, Scores, Sliding, Text, encode_text, finite, score_all
 from offload.quant.pack import is_pack
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase | None]
 FLOAT_BYTES = 4
 UNQUANTISED = "experts=16,dense=16"
+
+
+BUILT_IN = Path(__file__).with_name("prompts.txt")
+HEADING = re.compile(r"^--- +(\S.*?) *$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Named texts; `sha256` depends on the names and the texts, but not on the file's layout."""
+
+    names: tuple[str, ...]
+    texts: tuple[str, ...]
+
+    @property
+    def sha256(self) -> str:
+        parts = chain.from_iterable(zip(self.names, self.texts, strict=True))
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def read_prompts(file: Path | None = None) -> Prompts:
+    """Read the prompts of `file`. None stands for prose, code, maths, dialogue and Hebrew, which
+    this project wrote itself.
+
+    A line `--- NAME` begins the prompt NAME; text before the first such line is the prompt "1".
+    Raises `QualityError`.
+    """
+    try:
+        with (file or BUILT_IN).open(encoding="utf-8") as handle:
+            text = read_text(handle, "it")
+    except (OSError, SourceError) as error:
+        raise QualityError(f"cannot read the prompts from {file}: {error}") from None
+    first, *rest = HEADING.split(text)
+    pairs = [("1", first), *zip(rest[::2], rest[1::2], strict=True)]
+    named = {name: body.strip("\n") for name, body in pairs if body.strip()}
+    if not named:
+        raise QualityError(f"{file} holds no prompts: write texts, each under a line `--- NAME`")
+    if len(named) < sum(bool(body.strip()) for _, body in pairs):
+        raise QualityError(f"{file} has two prompts with the same name: names must differ")
+    return Prompts(tuple(named), tuple(named.values()))
 
 
 @dataclass(frozen=True)
@@ -47,11 +89,6 @@ class MeasuredModel:
     vocabulary: int
     settings: dict[str, Any]  # bits, dtype, device, and which library ran it
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What must be equal for the figures of two checks to be comparable: all but settings."""
-        return {name: value for name, value in asdict(self).items() if name != "settings"}
-
 
 def measured_model(model: PreTrainedModel, source: str) -> MeasuredModel:
     """Describe `model`, which was loaded from `source`.
@@ -60,23 +97,21 @@ def measured_model(model: PreTrainedModel, source: str) -> MeasuredModel:
     """
     text = model.config.get_text_config()
     handle = getattr(model, "offload", None)
-    settings = {
+    settings: dict[str, Any] = {
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
         "runner": "transformers",
     }
     if isinstance(handle, Offload):
-        info = handle.pack.info
-        source = info.source
-        settings["runner"] = "offload"
-        settings["bits"] = info.bits
+        source = handle.pack.info.source
+        settings |= {"runner": "offload", "bits": handle.pack.info.bits}
     return MeasuredModel(
-        name=source,
-        model_type=model.config.model_type,
-        layers=text.num_hidden_layers,
-        hidden_size=text.hidden_size,
-        vocabulary=text.vocab_size,
-        settings=settings,
+        source,
+        model.config.model_type,
+        text.num_hidden_layers,
+        text.hidden_size,
+        text.vocab_size,
+        settings,
     )
 
 
@@ -92,12 +127,9 @@ class ModelLoader:
 def opened(loader: ModelLoader) -> Iterator[Loaded]:
     """Load a model and its tokenizer, and close the model afterwards."""
     model, tokenizer = loader.load()
-    try:
+    handle = getattr(model, "offload", None)
+    with contextlib.closing(handle) if isinstance(handle, Offload) else contextlib.nullcontext():
         yield model, tokenizer
-    finally:
-        handle = getattr(model, "offload", None)
-        if isinstance(handle, Offload):
-            handle.close()
 
 
 def reference_bits(name: str) -> str | None:
@@ -106,36 +138,24 @@ def reference_bits(name: str) -> str | None:
     return None if is_pack(Path(name).expanduser()) else UNQUANTISED
 
 
-def load_plain(
-    source: str,
-    *,
-    device: str | torch.device | None = None,
-    revision: str | None = None,
-    local_files_only: bool = False,
-    trust_remote_code: bool = False,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_plain(source: str, options: LoadOptions) -> Loaded:
     """Load the checkpoint `source` (folder, hub id or "demo") with transformers alone.
 
     Nothing is quantised or offloaded, so the whole model must fit into memory. Raises
     `SourceError`, also for a pack.
     """
-    found = find_source(
-        source,
-        revision=revision,
-        local_files_only=local_files_only,
-        trust_remote_code=trust_remote_code,
-    )
+    found = sources.find(source, options)
     if found.is_pack:
         raise SourceError(f"{source} is a pack, which transformers cannot run: omit --plain")
-    sources.fetch_weights(found, local_files_only=local_files_only)
-    folder = found.folder
-    options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    sources.fetch_weights(found, local_files_only=options.local_files_only)
+    own: dict[str, Any] = {"local_files_only": True, "trust_remote_code": options.trust_remote_code}
+    where = {"": find_device(options.device)}
     try:
         with without_bars():
             model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype="auto", device_map={"": find_device(device)}, **options
+                found.folder, dtype="auto", device_map=where, **own
             )
-        return model, AutoTokenizer.from_pretrained(folder, **options)
+        return model, AutoTokenizer.from_pretrained(found.folder, **own)
     except (OSError, ValueError, KeyError) as error:  # of a config class or a tokenizer class
         raise SourceError(f"transformers cannot run {source} alone ({reason(error)})") from None
 
@@ -155,10 +175,6 @@ class LogitsRecord:
     prompts: Prompts
     texts: tuple[Text, ...]
     sliding: Sliding
-
-    @property
-    def tokens(self) -> int:
-        return sum(text.scored for text in self.texts)
 
     def read(self, count: int) -> Tensor:
         """Read the next `count` rows [count, V]."""
@@ -187,14 +203,9 @@ def _recorded(
     with opened(loader) as (model, tokenizer):
         texts = encode(tokenizer, prompts)
         record = LogitsRecord(file, measured_model(model, loader.name), prompts, texts, sliding)
-        done = 0
-        for text in texts:
-            for scores in score(model, text, sliding):
-                finite(scores.nll, done, "the reference's negative log-likelihood")
-                _write(file, scores.log_probs)
-                done += len(scores.targets)
-                if report is not None:
-                    report(done, record.tokens)
+        for _, done, scores in score_all(model, texts, sliding, report):
+            finite(scores.nll, done, "the reference's negative log-likelihood")
+            _write(file, scores.log_probs)
         return record
 
 
@@ -271,16 +282,10 @@ def compare_with_record(
                 f"({measured.vocabulary} and {reference.vocabulary} tokens): their next-token "
                 "distributions cannot be compared"
             )
-        done = 0
-        by_prompt = []
-        for text in record.texts:
-            parts = []
-            for scores in score(model, text, record.sliding):
-                parts.append(_positions(scores, record, done))
-                done += len(scores.targets)
-                if report is not None:
-                    report(done, record.tokens)
-            by_prompt.append(Positions.joined(parts))
+        parts: list[list[Positions]] = [[] for _ in record.texts]
+        for at, done, scores in score_all(model, record.texts, record.sliding, report):
+            parts[at].append(_positions(scores, record, done))
+    by_prompt = [Positions.joined(part) for part in parts]
     return CheckResult(
         measured,
         reference,

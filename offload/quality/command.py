@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING
 from offload.errors import DONE
 from offload.files import read_text, user_path
 from offload.flags import add_model, add_options, option, options_from
-from offload.options import JsonOptions, LoadOptions, ThreadOptions
+from offload.options import LoadOptions, SharedOptions
 from offload.quant.errors import OffloadError
-from offload.units import positive
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,26 +26,10 @@ _comparison = partial(option, group="comparison")
 
 
 @dataclass(frozen=True, kw_only=True)
-class WindowOptions:
-    """The option of both commands, which read a text in windows of --ctx-size tokens."""
-
-    stride: int | None = option(
-        "--stride N",
-        None,
-        "how many tokens of each window are scored; those before them are only read as context",
-        unit="tokens",
-        unset="half of --ctx-size",
-        parse=positive,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
 class PerplexityOptions:
     """Options of `offload ppl` alone."""
 
-    file: Path | None = option(
-        "-f --file FILE", None, "the text, in UTF-8", unset="what is piped in", parse=Path
-    )
+    file: Path | None = option("-f --file FILE", "the text, in UTF-8", unset="what is piped in")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,34 +38,31 @@ class CheckOptions:
 
     against: str = _comparison(
         "--against REFERENCE",
-        None,
         "the reference: a checkpoint, a pack, a hub id, or demo. A checkpoint is run at 16 bits, "
         "for which a pack as large as the checkpoint is written",
         unset="required",
     )
     plain: bool = _comparison(
-        "--plain", False, "run the reference with transformers alone, all of it in memory"
+        "--plain", "run the reference with transformers alone, all of it in memory", default=False
     )
     prompts: Path | None = _comparison(
         "--prompts FILE",
-        None,
         "texts to compare on, each below a line `--- NAME`",
         unset="prose, code, maths, dialogue and Hebrew",
-        parse=Path,
     )
     baseline: Path | None = _comparison(
-        "--baseline FILE", None, "fail if a figure is worse than FILE allows", parse=Path
+        "--baseline FILE", "fail if a figure is worse than FILE allows"
     )
     save_baseline: Path | None = _comparison(
-        "--save-baseline FILE", None, "write the figures to FILE, for --baseline", parse=Path
+        "--save-baseline FILE", "write the figures to FILE, for --baseline"
     )
 
 
 def _add_arguments(parser: argparse.ArgumentParser, own: type) -> None:
     add_model(parser)
     add_options(parser, LoadOptions, context=512)
-    for kind in (ThreadOptions, own, WindowOptions, JsonOptions):
-        add_options(parser, kind)
+    add_options(parser, own)
+    add_options(parser, SharedOptions, ["threads", "stride", "json"])
 
 
 class PerplexityCommand:
@@ -99,6 +79,7 @@ class PerplexityCommand:
         """Print the perplexity as a line or as JSON, and return the exit code."""
         file = options_from(arguments, PerplexityOptions).file
         options = options_from(arguments, LoadOptions)
+        shared = options_from(arguments, SharedOptions)
         text = _asked_text(file)
         from offload.engine.handle import offload_of
         from offload.loading import load_and_tell
@@ -106,15 +87,14 @@ class PerplexityCommand:
         from offload.quality.check import measured_model
         from offload.quality.scoring import Sliding, encode_text, measure_perplexity
 
-        threads = options_from(arguments, ThreadOptions).threads
-        model, tokenizer, _ = load_and_tell(arguments.model, options, threads)
-        sliding = Sliding.asked(options.context, options_from(arguments, WindowOptions).stride)
+        model, tokenizer, _ = load_and_tell(arguments.model, options, shared.threads)
+        sliding = Sliding.asked(options.context, shared.stride)
         encoded = encode_text(tokenizer, text, str(file or "the piped text"))
         begin = time.perf_counter()
         with Ticker("perplexity") as ticker:
             result = measure_perplexity(model, encoded, sliding, ticker)
         seconds = time.perf_counter() - begin
-        if options_from(arguments, JsonOptions).json:
+        if shared.json:
             report = {
                 "perplexity": result.perplexity.value,
                 "perplexity_error": result.perplexity.error,
@@ -168,14 +148,19 @@ class CheckCommand:
         from offload.loading import load_and_tell
         from offload.progress import Ticker
         from offload.quality.baseline import TOLERANCES, read_baseline, save_baseline
-        from offload.quality.check import ModelLoader, compare_models, load_plain, reference_bits
+        from offload.quality.check import (
+            ModelLoader,
+            compare_models,
+            load_plain,
+            read_prompts,
+            reference_bits,
+        )
         from offload.quality.comparison import table
-        from offload.quality.prompts import read_prompts
         from offload.quality.scoring import Sliding
 
         asked = options_from(arguments, CheckOptions)
         options = options_from(arguments, LoadOptions)
-        threads = options_from(arguments, ThreadOptions).threads
+        shared = options_from(arguments, SharedOptions)
         prompts = read_prompts(asked.prompts)
         # A file that cannot be used is an error before two models are run.
         baseline = read_baseline(asked.baseline) if asked.baseline else None
@@ -191,32 +176,25 @@ class CheckCommand:
         )
 
         def load_model() -> Loaded:
-            return load_and_tell(arguments.model, options, threads)[:2]
+            return load_and_tell(arguments.model, options, shared.threads)[:2]
 
         def load_reference() -> Loaded:
-            return load_and_tell(asked.against, reference, threads)[:2]
-
-        def load_reference_plain() -> Loaded:
-            return load_plain(
-                asked.against,
-                device=reference.device,
-                revision=reference.revision,
-                local_files_only=reference.local_files_only,
-                trust_remote_code=reference.trust_remote_code,
-            )
+            if not asked.plain:
+                return load_and_tell(asked.against, reference, shared.threads)[:2]
+            return load_plain(asked.against, reference)
 
         with Ticker("check") as ticker:
             result = compare_models(
                 ModelLoader(arguments.model, load_model),
-                ModelLoader(asked.against, load_reference_plain if asked.plain else load_reference),
+                ModelLoader(asked.against, load_reference),
                 prompts,
-                Sliding.asked(options.context, options_from(arguments, WindowOptions).stride),
+                Sliding.asked(options.context, shared.stride),
                 ticker,
             )
         changes = baseline.worse(result) if baseline else ()
         if baseline and baseline.settings != result.model.settings:
             print(f"the baseline was measured with {baseline.settings}", file=sys.stderr)
-        if options_from(arguments, JsonOptions).json:
+        if shared.json:
             worse = None if baseline is None else [asdict(change) for change in changes]
             whole = {**result.to_json(), "worse": worse}
             print(json.dumps(whole, indent=2, ensure_ascii=False))

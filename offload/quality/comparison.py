@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from offload.quality.scoring import Estimate, exp_of, mean_of, share_of
+from offload.quality.scoring import Estimate, exp_of, mean_of
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Comparison:
             kl_median=float(kl.quantile(0.5)),
             kl_p99=float(kl.quantile(0.99)),
             kl_max=float(kl.max()),
-            top1_agreement=share_of(positions.same_top),
+            top1_agreement=mean_of(positions.same_top),
             perplexity=exp_of(mean_of(positions.nll)),
             perplexity_ratio=exp_of(mean_of(positions.nll - positions.reference_nll)),
             reference_perplexity=exp_of(mean_of(positions.reference_nll)),
@@ -64,10 +64,10 @@ class Comparison:
 
     def figures(self) -> dict[str, float]:
         """Every figure by its name, without the standard errors."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)[1:]}
         return {
             name: value.value if isinstance(value, Estimate) else value
-            for name, value in values.items()
+            for name, value in vars(self).items()
+            if name != "tokens"
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -99,10 +99,9 @@ def table(rows: Sequence[tuple[str, Comparison]]) -> str:
     The last row, which stands for all prompts, is repeated below the table with standard errors.
     """
     cells = [HEADINGS, *(_cells(name, comparison) for name, comparison in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(HEADINGS))]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [
-        "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in pairs)
-        for pairs in (list(enumerate(zip(row, widths, strict=True))) for row in cells)
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells
     ]
     total = rows[-1][1]
     return "\n".join(

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -34,17 +35,12 @@ def mean_of(samples: Tensor) -> Estimate:
     """The mean of `samples` [n], n > 1, with the error sqrt((E[x^2] - E[x]^2) / (n - 1)).
 
     This is `mean_and_uncertainty` of llama.cpp's perplexity tool. It treats the samples as
-    independent, although neighbouring tokens are not quite.
+    independent, although neighbouring tokens are not quite. The mean of booleans is the share p of
+    true ones, with the error sqrt(p (1 - p) / (n - 1)).
     """
     values = samples.double()
     variance = float(values.var(correction=0))
     return Estimate(float(values.mean()), math.sqrt(variance / (len(values) - 1)))
-
-
-def share_of(hits: Tensor) -> Estimate:
-    """The share p of true `hits` [n], n > 1, with the error sqrt(p (1 - p) / (n - 1))."""
-    share = float(hits.double().mean())
-    return Estimate(share, math.sqrt(share * (1 - share) / (len(hits) - 1)))
 
 
 def exp_of(estimate: Estimate) -> Estimate:
@@ -57,6 +53,8 @@ WINDOW = 512  # tokens, as in llama.cpp's perplexity tool; half of them are cont
 DECODED = 16  # tokens at a window's end that are given one by one, so that decode kernels run too
 PIECE = 512  # tokens given to the model at once, which bounds the logits [PIECE, V]
 SLICE = 64  # rows of logits that are converted to float32 at once
+
+Report = Callable[[int, int], None]  # tokens scored, tokens to score
 
 
 @dataclass(frozen=True)
@@ -165,6 +163,7 @@ def cut(text: Text, sliding: Sliding) -> Iterator[Window]:
         scored = end
 
 
+@torch.inference_mode()
 def score(
     model: PreTrainedModel, text: Text, sliding: Sliding, piece: int = PIECE, rows: int = SLICE
 ) -> Iterator[Scores]:
@@ -184,15 +183,37 @@ def score(
         row = text.prefix + text.ids[window.begin : window.end]
         ids = torch.tensor([row], device=model.device)  # [1, T]
         first = len(text.prefix) + window.scored - window.begin  # index in `row`: first scored
-        cache = None
+        cache: Any = None
         # The last token is not read, because the token after it is not scored.
         for begin, end in pieces(len(row) - 1, at_once):
             keep = end - max(begin, first - 1)  # the logits at i predict token i + 1
-            logits, cache = _forward(model, ids[:, begin:end], cache, max(1, keep))
+            out = model(
+                input_ids=ids[:, begin:end],
+                cache=cache,
+                use_cache=True,
+                logits_to_keep=max(1, keep),
+            )
+            cache = out.cache
             for at in range(end - keep, end, rows):  # empty if keep < 1
                 stop = min(at + rows, end)
-                some = logits[at - end : stop - end or None].float()
+                some = out.logits[0, at - end : stop - end or None].float()
                 yield Scores(ids[0, at + 1 : stop + 1], some.log_softmax(-1))
+
+
+def score_all(
+    model: PreTrainedModel, texts: Sequence[Text], sliding: Sliding, report: Report | None
+) -> Iterator[tuple[int, int, Scores]]:
+    """Yield the scores of `texts`, with the index of the text and how many tokens came before.
+
+    `report` is called with the progress. Raises `QualityError`.
+    """
+    total, done = sum(text.scored for text in texts), 0
+    for index, text in enumerate(texts):
+        for scores in score(model, text, sliding):
+            yield index, done, scores
+            done += len(scores.targets)
+            if report is not None:
+                report(done, total)
 
 
 def tokens_at_once(model: PreTrainedModel, piece: int = PIECE) -> int:
@@ -209,20 +230,7 @@ def tokens_at_once(model: PreTrainedModel, piece: int = PIECE) -> int:
 def pieces(count: int, at_once: int) -> Iterator[tuple[int, int]]:
     """Begin and end of each call of the model: a prefill in pieces, then the last tokens singly."""
     bulk = max(0, count - DECODED)
-    for begin in range(0, bulk, at_once):
-        yield begin, min(begin + at_once, bulk)
-    for begin in range(bulk, count):
-        yield begin, begin + 1
-
-
-@torch.inference_mode()
-def _forward(model: PreTrainedModel, ids: Tensor, cache: Any, keep: int) -> tuple[Tensor, Any]:
-    """The logits [keep, V] of the last `keep` tokens, and the KV cache."""
-    out = model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=keep)
-    return out.logits[0], out.cache
-
-
-Report = Callable[[int, int], None]  # tokens scored, tokens to score
+    return pairwise([*range(0, bulk, at_once), *range(bulk, count + 1)])
 
 
 @dataclass(frozen=True)
@@ -248,14 +256,11 @@ def measure_perplexity(
     Its error is the error of the mean log-likelihood times the perplexity, as llama.cpp's
     perplexity tool prints it. Raises `QualityError`.
     """
-    samples: list[Tensor] = []
-    done = 0
-    for scores in score(model, text, sliding):
-        samples.append(finite(scores.nll, done, "the negative log-likelihood"))
-        done += len(samples[-1])
-        if report is not None:
-            report(done, text.scored)
-    return PerplexityResult(mean_of(torch.cat(samples)), done)
+    samples = [
+        finite(scores.nll, done, "the negative log-likelihood")
+        for _, done, scores in score_all(model, [text], sliding, report)
+    ]
+    return PerplexityResult(mean_of(torch.cat(samples)), text.scored)
 
 
 def finite(values: Tensor, at: int, what: str) -> Tensor:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from offload.errors import DONE, USAGE
-from offload.flags import add_options, option, options_from
+from offload.flags import add_command, add_options, option, options_from
 from offload.options import POLICIES, POLICY_HELP
 from offload.units import listed
 
@@ -22,26 +21,28 @@ class ReplayOptions:
 
     policy: tuple[str, ...] = option(
         "--policy NAMES",
-        (),
         "which expert to evict: lru, lfru, lfu, or belady (the optimum, which knows the future)",
+        default=(),
         unset="as recorded",
         parse=listed(str),
     )
     expert_slots: tuple[str, ...] = option(
         "--expert-slots N,..",
-        (),
         "how many experts are resident: numbers, or shares like 25%",
+        default=(),
         unset="as recorded",
         parse=listed(str),
     )
     lookahead: tuple[str, ...] = option(
         "--lookahead NAMES",
-        ("live",),
         "which experts are loaded early: none, those of the recorded run (live), or those that the "
         "next layer's router would choose (router)",
+        default=("live",),
         parse=listed(str),
     )
-    per_layer: bool = option("--per-layer", False, "show the hits and guesses of each layer")
+    per_layer: bool = option(
+        "--per-layer", "show the hits and guesses of each layer", default=False
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,65 +51,12 @@ class PlotOptions:
 
     expert_slots: str = option(
         "--expert-slots N",
-        "25%",
         "how many experts are resident: a number or a share",
+        default="25%",
         unit="experts",
     )
-    policy: str = option("--policy NAME", POLICIES[0], POLICY_HELP)
-    output: Path | None = option(
-        "-o --output PNG", None, "draw to a file", unset="the terminal", parse=Path
-    )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.set_defaults(print_help=parser.print_help)
-    actions = parser.add_subparsers(dest="action", metavar="ACTION", title="actions")
-
-    def add(
-        name: str, run: Callable[[argparse.Namespace], int], line: str, example: str
-    ) -> argparse.ArgumentParser:
-        action = actions.add_parser(
-            name,
-            help=line,
-            description=f"{line[0].upper()}{line[1:]}.",
-            epilog=f"example: {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        action.set_defaults(run=run)
-        action.add_argument(
-            "trace", metavar="FILE", help="a file that --trace recorded, or synthetic:MODEL"
-        )
-        action.add_argument(
-            "--debug", action="store_true", help="show a traceback when something fails"
-        )
-        return action
-
-    add(
-        "show",
-        _show,
-        "show the text and the use of experts in each layer",
-        "offload trace show run.trace",
-    )
-    replay = add(
-        "replay",
-        _replay,
-        "replay a run with other policies, expert slots or look-ahead",
-        "offload trace replay run.trace --policy lru,lfru --expert-slots 25%",
-    )
-    add_options(replay, ReplayOptions)
-    plot = add(
-        "plot",
-        _plot,
-        "draw the experts of each layer: resident, hits, misses",
-        "offload trace plot chat.trace --expert-slots 25% -o experts.png",
-    )
-    add_options(plot, PlotOptions)
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Show the help, because no action was named."""
-    arguments.print_help(sys.stderr)
-    return USAGE
+    policy: str = option("--policy NAME", POLICY_HELP, default=POLICIES[0])
+    output: Path | None = option("-o --output PNG", "draw to a file", unset="the terminal")
 
 
 def _show(arguments: argparse.Namespace) -> int:
@@ -135,10 +83,46 @@ def _replay(arguments: argparse.Namespace) -> int:
 
 
 def _plot(arguments: argparse.Namespace) -> int:
-    from offload.trace.picture import plot
+    from offload.trace.show import plot
 
     asked = options_from(arguments, PlotOptions)
     drawn = plot(arguments.trace, asked.expert_slots, asked.policy, asked.output)
     if drawn:
         print(drawn)
     return DONE
+
+
+# Name -> its function, one line of help, the rest of an example, and its options.
+ACTIONS = {
+    "show": (_show, "show the text and the use of experts in each layer", "run.trace", None),
+    "replay": (
+        _replay,
+        "replay a run with other policies, expert slots or look-ahead",
+        "run.trace --policy lru,lfru --expert-slots 25%",
+        ReplayOptions,
+    ),
+    "plot": (
+        _plot,
+        "draw the experts of each layer: resident, hits, misses",
+        "chat.trace --expert-slots 25% -o experts.png",
+        PlotOptions,
+    ),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(print_help=parser.print_help)
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", title="actions")
+    for name, (run_action, line, words, options) in ACTIONS.items():
+        action = add_command(actions, name, line, run_action, f"offload trace {name} {words}")
+        action.add_argument(
+            "trace", metavar="FILE", help="a file that --trace recorded, or synthetic:MODEL"
+        )
+        if options is not None:
+            add_options(action, options)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Show the help, because no action was named."""
+    arguments.print_help(sys.stderr)
+    return USAGE

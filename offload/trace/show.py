@@ -1,21 +1,27 @@
-"""A routing trace and its replays as tables in text."""
+"""A routing trace as tables in text: the run itself, its replays, and a heat map of a replay."""
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
-from offload.cache.errors import CacheError
-from offload.cache.statistics import LayerCounts
-from offload.cache.trace.analysis import LayerShape, shapes, total
 from offload.cache.trace.file import read
+from offload.cache.trace.heatmap import HeatMap, collect, draw_for
 from offload.cache.trace.replay import BELADY, NONE, Outcome, Setup, recorded_setup, replay
 from offload.cache.trace.synthetic import SHAPES, Routing, synthesize
-from offload.cache.trace.trace import Trace
+from offload.cache.trace.trace import CacheError, CardSlots, LayerShape, Trace, shapes
 from offload.errors import SourceError
 from offload.files import user_path
+from offload.quant.errors import OffloadError
+from offload.units import parse_slots
 
 SYNTHETIC = "synthetic:"
 TOKENS = 300  # length of a synthetic trace
+DPI = 120
+MOST_INCHES = 20.0
 
 
 def open_trace(name: str) -> Trace:
@@ -50,22 +56,15 @@ def show(name: str) -> Iterator[str]:
     yield _row(names)
     yield _row(["---:"] * len(names))
     for index, shape in enumerate(found):
-        yield _row([str(index), *_shape(shape, header.experts[index], header.top_k, aheads)])
-    whole = total(found)
-    mean = [whole.locality, *(whole.hits_within(header.top_k * n) for n in (1, 2, 4))]
-    yield _row(["all", "", "", *map(_percent, mean), *(_recall(whole, a) for a in aheads)])
+        used = _percent(len(shape.chosen) / header.experts[index])
+        effective = f"{shape.effective_experts:.1f}"
+        yield _row([str(index), used, effective, *_shares(shape, header.top_k, aheads)])
+    yield _row(["all", "", "", *_shares(sum(found, LayerShape()), header.top_k, aheads)])
 
 
-def _shape(shape: LayerShape, experts: int, k: int, aheads: Sequence[int]) -> list[str]:
-    used = len(shape.chosen) / experts
-    hits = [_percent(shape.hits_within(k * n)) for n in (1, 2, 4)]
-    return [
-        _percent(used),
-        f"{shape.effective_experts:.1f}",
-        _percent(shape.locality),
-        *hits,
-        *(_recall(shape, ahead) for ahead in aheads),
-    ]
+def _shares(shape: LayerShape, k: int, aheads: Sequence[int]) -> list[str]:
+    shares = [shape.locality, *(shape.hits_within(k * n) for n in (1, 2, 4))]
+    return [*map(_percent, shares), *(_recall(shape, ahead) for ahead in aheads)]
 
 
 def _recall(shape: LayerShape, ahead: int) -> str:
@@ -83,7 +82,7 @@ def replays(
 ) -> Iterator[str]:
     """Lines of a table: every combination, and Belady's optimum for each number of slots.
 
-    What is left out of `policies` and `slots` is as it was recorded. Raises `SourceError`.
+    What is left out of `policies` and `slots` is as it was recorded. Raises `OffloadError`.
     """
     trace = open_trace(name)
     try:
@@ -98,8 +97,13 @@ def replays(
                 yield _line(trace, ceilings[setup.slots], ceilings[setup.slots])
             outcome = replay(trace, setup)
             yield _line(trace, outcome, ceilings[setup.slots])
-            if per_layer:
-                yield from _layers(outcome.layers)
+            if not per_layer:
+                continue
+            for index, counts in enumerate(outcome.layers):
+                yield (
+                    f"    layer {index:>3}: hits {counts.hit_rate:.1%}, look-ahead precision "
+                    f"{counts.lookahead_precision:.1%}, recall {counts.lookahead_recall:.1%}"
+                )
     except CacheError as error:
         raise SourceError(str(error)) from None
 
@@ -110,30 +114,27 @@ def _setups(
     slots: Sequence[str],
     lookaheads: Sequence[str],
 ) -> Iterator[Setup]:
-    recorded = None if policies and slots else recorded_setup(trace)
-    for size in slots or [str(recorded.slots if recorded else 1)]:
-        for policy in policies or [recorded.policy if recorded else BELADY]:
-            for lookahead in lookaheads:
-                count = parse_share(size, trace.header.total_experts)
-                cards = recorded.cards if recorded and not slots else ()
-                yield Setup(count, policy, lookahead=lookahead, cards=cards)
+    cards: tuple[CardSlots, ...] = ()
+    if not (policies and slots):
+        recorded = recorded_setup(trace)
+        policies = policies or [recorded.policy]
+        cards = () if slots else recorded.cards
+        slots = slots or [str(recorded.slots)]
+    for size, policy, lookahead in itertools.product(slots, policies, lookaheads):
+        yield Setup(_slots(size, trace), policy, lookahead=lookahead, cards=cards)
 
 
-def parse_share(text: str, whole: int) -> int:
-    """A number of slots, or a share of all experts like "25%"; at least one."""
-    try:
-        if text.endswith("%"):
-            return max(1, round(float(text[:-1]) / 100 * whole))
-        return int(text)
-    except (ValueError, OverflowError):
-        raise CacheError(f"{text!r} is not a number of slots nor a share like 25%") from None
+def _slots(text: str, trace: Trace) -> int:
+    slots = parse_slots(text, trace.header.total_experts)
+    assert slots is not None  # only None gives None
+    return slots
 
 
 def _line(trace: Trace, outcome: Outcome, ceiling: Outcome) -> str:
     setup, counts = outcome.setup, outcome.counts
     looked = setup.lookahead != NONE
     share = setup.slots / trace.header.total_experts
-    best = ceiling.counts.hit_rate
+    best, tokens = ceiling.counts.hit_rate, max(1, trace.tokens)
     return _row(
         [
             str(setup.slots),
@@ -142,20 +143,12 @@ def _line(trace: Trace, outcome: Outcome, ceiling: Outcome) -> str:
             f"{setup.lookahead}" if looked else "",
             _percent(counts.hit_rate),
             _percent(counts.hit_rate / best) if best else "",
-            f"{outcome.loads_per_token:.2f}",
-            f"{outcome.bytes_per_token / 2**20:.2f}",
+            f"{counts.loads / tokens:.2f}",
+            f"{outcome.bytes_loaded / tokens / 2**20:.2f}",
             _percent(counts.lookahead_precision) if looked else "",
             _percent(counts.lookahead_recall) if looked else "",
         ]
     )
-
-
-def _layers(layers: Sequence[LayerCounts]) -> Iterator[str]:
-    for index, counts in enumerate(layers):
-        yield (
-            f"    layer {index:>3}: hits {counts.hit_rate:.1%}, look-ahead precision "
-            f"{counts.lookahead_precision:.1%}, recall {counts.lookahead_recall:.1%}"
-        )
 
 
 def _percent(share: float) -> str:
@@ -164,3 +157,72 @@ def _percent(share: float) -> str:
 
 def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+def plot(name: str, expert_slots: str, policy: str, file: Path | None) -> str:
+    """Draw the heat map of a replayed trace to `file`, or return it as text where that is None.
+
+    Raises `OffloadError`.
+    """
+    trace = open_trace(name)
+    slots = _slots(expert_slots, trace)
+    try:
+        heat = collect(trace, Setup(slots, policy))
+    except CacheError as error:
+        raise SourceError(str(error)) from None
+    if file is None:
+        return draw_for(sys.stdout, heat)
+    hits, misses = sum(map(sum, heat.hits)), sum(map(sum, heat.misses))
+    _save_png(
+        heat,
+        file,
+        f"{trace.header.model}: {slots} slots for {trace.header.total_experts} experts, "
+        f"{policy}, hits {hits / max(1, hits + misses):.1%}",
+    )
+    return ""
+
+
+def _save_png(heat: HeatMap, file: Path, title: str) -> None:
+    """Draw three panels of experts by layers: resident, hits, misses.
+
+    Raises `OffloadError` if matplotlib is missing or `file` cannot be written.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise OffloadError(
+            "drawing a PNG needs matplotlib: pip install matplotlib, or leave out -o for "
+            "a picture in the terminal"
+        ) from None
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    layers, experts = len(heat.resident), max(map(len, heat.resident))
+    wide = experts > 2 * layers  # then the panels lie one below the other
+    grid = (3, 1) if wide else (1, 3)
+    side = (min(MOST_INCHES, 3 + experts * 0.09), 1 + layers * 0.09)
+    size = (
+        (side[0], 3 * side[1]) if wide else (3 * max(2.6, 1 + experts * 0.09), 1.2 + layers * 0.16)
+    )
+    figure = Figure(figsize=size, layout="constrained", dpi=DPI)
+    figure.suptitle(title)
+    panels: list[tuple[str, Sequence[Sequence[float]], str, float | None]] = [
+        ("resident at the end", heat.resident, "Greens", 1.25),
+        ("hits", heat.hits, "viridis", None),
+        ("misses", heat.misses, "inferno", None),
+    ]
+    for at, (name, counts, colors, most) in enumerate(panels, start=1):
+        axes: Any = figure.add_subplot(*grid, at)
+        rows = [[*map(float, row), *[float("nan")] * (experts - len(row))] for row in counts]
+        image = axes.imshow(
+            rows, cmap=colors, aspect="auto", interpolation="nearest", vmin=0, vmax=most
+        )
+        axes.set(title=name, xlabel="expert", ylabel="MoE layer")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.get_major_locator().set_params(integer=True)
+        if most is None:  # yes or no needs no scale
+            figure.colorbar(image, ax=axes)
+    try:
+        figure.savefig(file, format="png")
+    except OSError as error:
+        raise OffloadError(f"cannot write {file} ({error.strerror}): name another -o") from None

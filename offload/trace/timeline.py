@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from offload.quant.errors import OffloadError
 
 
 @contextlib.contextmanager
-def recording(model: PreTrainedModel, file: Path | None) -> Iterator[None]:
+def record_timeline(model: PreTrainedModel, file: Path | None) -> Iterator[None]:
     """Record what `model` does meanwhile and write it to `file`, also when it breaks off.
 
     None: record nothing. The profiler keeps every operation of torch, which are thousands a token
@@ -59,30 +59,26 @@ def recording(model: PreTrainedModel, file: Path | None) -> Iterator[None]:
 @contextlib.contextmanager
 def _dense_ranges(engine: Engine) -> Iterator[None]:
     """A range for the work between two layers' experts."""
-    under_way: list[AbstractContextManager[object]] = []
+    under_way: list[contextlib.AbstractContextManager[object]] = []
 
     def end(*_: Any) -> None:
         while under_way:
             under_way.pop().__exit__(None, None, None)
 
-    def begin(layer: int) -> None:
+    def begin(layer: int, *_: Any) -> None:
         under_way.append(ranges.work("dense", layer))
         under_way[-1].__enter__()
 
-    hooks = []
-    for layer in engine.layers:
-        following = (layer.index + 1) % len(engine.layers)
-        hooks.append(layer.module.register_forward_pre_hook(end))
-        hooks.append(
-            layer.module.register_forward_hook(lambda *_, following=following: begin(following))
-        )
-    begin(0)
-    try:
+    with contextlib.ExitStack() as undo:
+        for layer in engine.layers:
+            following = (layer.index + 1) % len(engine.layers)
+            ends = layer.module.register_forward_pre_hook(end)
+            begins = layer.module.register_forward_hook(partial(begin, following))
+            undo.callback(ends.remove)
+            undo.callback(begins.remove)
+        undo.callback(end)
+        begin(0)
         yield
-    finally:
-        end()
-        for hook in hooks:
-            hook.remove()
 
 
 def _write(profiler: profile, file: Path) -> None:

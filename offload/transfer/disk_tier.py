@@ -13,7 +13,7 @@ from queue import SimpleQueue
 from torch import Tensor
 
 from offload.cache.policies import LFRU, Key
-from offload.cache.pool import RecordPool
+from offload.cache.slots import RecordPool
 from offload.quant.pack import Pack, as_buffer
 from offload.transfer.order import UrgentFirst
 

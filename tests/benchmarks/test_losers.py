@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from offload.cache.cache import ExpertCache
 from offload.cache.decision import Decision
-from offload.cache.interface import Cache
 from offload.cache.policies import LRU, Policy
+from offload.cache.sharded import Cache
 from offload.cache.trace.replay import Setup, replay_with
 from offload.cache.trace.synthetic import Routing, Shape, synthesize
 from offload.cache.trace.trace import Event

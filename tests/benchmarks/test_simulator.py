@@ -8,10 +8,9 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from offload.cache.errors import CacheError
 from offload.cache.trace.replay import LIVE, Setup, replay
 from offload.cache.trace.synthetic import MIXTRAL, QWEN3_30B, Routing, Shape, synthesize
-from offload.cache.trace.trace import Event, Guess, Trace, TraceHeader
+from offload.cache.trace.trace import CacheError, Event, Guess, Trace, TraceHeader
 
 from benchmarks.simulator.outcome import SimulatedRun
 from benchmarks.simulator.simulator import HOST_PLANNED, Scenario, Software, simulate

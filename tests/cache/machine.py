@@ -179,7 +179,7 @@ class Machine:
             self.warm_loads += 1
 
     def start_over(self) -> None:
-        self.cache.clear()
+        self.cache.forget()
         self.guessed.clear()
         self.in_use = {}
         assert not self.resident()

@@ -322,10 +322,10 @@ def test_look_ahead_keeps_every_guess_that_is_resident(
     assert known.isdisjoint(use.expert for use in loads), "evicted and loaded again"
 
 
-def test_cleared_cache_loads_again_and_keeps_its_counts() -> None:
+def test_emptied_cache_loads_again_and_keeps_its_counts() -> None:
     cache = lru(2)
     cache.decide(0, (0, 1))
-    cache.clear()
+    cache.forget()
     assert not cache.is_resident(0, 0)
     (wave,) = cache.decide(0, (0, 1)).waves
     assert len(wave.loads) == 2

@@ -6,10 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from offload.cache.cache import ExpertCache
 from offload.cache.decision import Decision, Use, Wave
-from offload.cache.early import absent, nearly_all
 from offload.cache.policies import LRU
-from offload.cache.sharded import ShardedCache, ShardedStaging, card_and_row
-from offload.cache.staging import Kept, Staging
+from offload.cache.sharded import ShardedCache, card_and_row
+from offload.cache.staging import Kept, Staging, absent, nearly_all, staging_of
 from offload.cache.statistics import LayerCounts
 
 SLOTS = 4
@@ -82,19 +81,16 @@ def test_what_came_early_for_another_layer_or_is_not_asked_for_is_forgotten() ->
 
 
 def test_after_a_step_that_broke_off_nothing_is_in_the_rows() -> None:
-    for staging in (
-        Staging(SLOTS, 2),
-        ShardedStaging(ShardedCache([ExpertCache(SLOTS, 2, LRU)]), 2),
-    ):
-        staging.early(1, [7])
-        staging.start_over()
-        (step,) = staging.steps(Decision(1, (), (7,)))
-        assert [use.expert for use in step.begin] == [7]
+    staging = Staging(SLOTS, 2)
+    staging.early(1, [7])
+    staging.start_over()
+    (step,) = staging.steps(Decision(1, (), (7,)))
+    assert [use.expert for use in step.begin] == [7]
 
 
 def test_a_card_begins_early_in_rows_of_its_own() -> None:
     cache = ShardedCache([ExpertCache(3, 2, LRU), ExpertCache(5, 1, LRU)])
-    staging = ShardedStaging(cache, 2)
+    staging = staging_of(cache, 2)[2]
     uses = staging.early(2, [1, 6])
     assert [card_and_row(use.slot, 2) for use in uses] == [(1, 5), (1, 6)]
     (first, second) = staging.steps(Decision(2, (), (1, 6)))

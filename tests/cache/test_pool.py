@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from offload.cache.cache import ExpertCache
 from offload.cache.policies import LFRU, LRU, Key
-from offload.cache.pool import RecordPool
+from offload.cache.slots import RecordPool
 from offload.cache.trace.synthetic import Routing, Shape, synthesize
 
 BUFFERS = 3

@@ -10,12 +10,19 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from offload.cache.errors import CacheError
-from offload.cache.trace.analysis import shapes, total
 from offload.cache.trace.file import read, write
 from offload.cache.trace.heatmap import collect
 from offload.cache.trace.replay import BELADY, LIVE, REPLAYED, ROUTER, Setup, recorded_setup, replay
-from offload.cache.trace.trace import CardSlots, Event, Guess, Trace, TraceHeader
+from offload.cache.trace.trace import (
+    CacheError,
+    CardSlots,
+    Event,
+    Guess,
+    LayerShape,
+    Trace,
+    TraceHeader,
+    shapes,
+)
 
 LAYERS, EXPERTS = 4, 6
 
@@ -92,11 +99,11 @@ def test_shapes_count_repetitions_and_reuse() -> None:
     rows = [(0, 1), (1, 2), (1, 2), (0, 3)]
     events = [Event(0, True, ((5, 4),))] + [Event(0, False, (row,)) for row in rows]
     (shape,) = shapes(Trace(TraceHeader("x", (6,), 2, (1,)), events))
-    assert (shape.tokens, shape.choices, shape.repeated) == (4, 8, 3)
+    assert (shape.choices, shape.repeated) == (8, 3)
     assert shape.hits_within(2) == 3 / 8
     assert shape.hits_within(3) == 4 / 8
     assert 3.5 < shape.effective_experts < 4
-    recall = total(shapes(made_up(20, 3, "right")))
+    recall = sum(shapes(made_up(20, 3, "right")), LayerShape())
     assert recall.right[1] == recall.asked[1] > 0
 
 

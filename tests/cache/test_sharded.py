@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from offload.cache.cache import ExpertCache
 from offload.cache.decision import Decision
-from offload.cache.errors import CacheError
 from offload.cache.policies import POLICIES
-from offload.cache.sharded import ShardedCache, ShardedStaging, card_and_row, divided
+from offload.cache.sharded import ShardedCache, card_and_row, divided
+from offload.cache.staging import staging_of
 from offload.cache.trace.replay import BELADY, Setup, card_trace, recorded_setup, replay
 from offload.cache.trace.synthetic import Routing, Shape, synthesize
-from offload.cache.trace.trace import CardSlots, Trace, cards_text
+from offload.cache.trace.trace import CacheError, CardSlots, Trace, cards_text
 
 EXPERTS = 6
 SHAPE = Shape("tiny", 5, 8, 2, record_bytes=1000, dense_bytes=0, expert_bits=4.5)
@@ -64,7 +64,7 @@ def test_a_card_decides_as_its_cache_alone_would(
             assert resident == alone[card].is_resident(local, expert)
     assert len(whole.table) == sum(len(cache.table) for cache in alone)
     assert whole.statistics.layers == [c for cache in alone for c in cache.statistics.layers]
-    parts = [cache.heat.of(at, 1) for cache in alone for at in range(len(cache.heat))]
+    parts = [cache.heat.of(at, 1) for cache in alone for at in range(len(cache.heat.layers))]
     assert [whole.heat.of(layer, 1) for layer in range(5)] == parts
 
 
@@ -125,10 +125,14 @@ def test_cards_that_cannot_be_are_refused(text: str) -> None:
 
 
 def test_each_card_streams_through_rows_of_its_own() -> None:
-    staging = ShardedStaging(ShardedCache(_caches()), 2)
+    staging = staging_of(ShardedCache(_caches()), 2)
     for layer, (card, first) in enumerate([(0, 3), (0, 3), (1, 7), (1, 7), (1, 7)]):
         decision = Decision(layer, (), (1, 2, 3))
-        rows = [card_and_row(use.slot, 2) for step in staging.steps(decision) for use in step.begin]
+        rows = [
+            card_and_row(use.slot, 2)
+            for step in staging[layer].steps(decision)
+            for use in step.begin
+        ]
         assert len(rows) == 3
         assert {at for at, _ in rows} == {card}
         assert {row for _, row in rows} == {first, first + 1}

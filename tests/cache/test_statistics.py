@@ -42,7 +42,7 @@ def test_adding_leaves_the_operands_alone() -> None:
 
 
 def test_total_is_a_sum_that_later_counting_does_not_change() -> None:
-    statistics = Statistics(3)
+    statistics = Statistics([LayerCounts() for _ in range(3)])
     statistics.layers[0].requests = 2
     statistics.layers[2].requests = 5
     total = statistics.total()
@@ -51,7 +51,7 @@ def test_total_is_a_sum_that_later_counting_does_not_change() -> None:
 
 
 def test_total_of_one_layer_is_a_copy() -> None:
-    statistics = Statistics(1)
+    statistics = Statistics([LayerCounts()])
     total = statistics.total()
     statistics.layers[0].hits += 1
     assert total.hits == 0

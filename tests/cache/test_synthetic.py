@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from offload.cache.errors import CacheError
 from offload.cache.trace.replay import Setup, replay
 from offload.cache.trace.synthetic import MIXTRAL, SHAPES, Routing, synthesize
-from offload.cache.trace.trace import Trace
+from offload.cache.trace.trace import CacheError, Trace
 
 
 def hit_rate(trace: Trace, slots: int) -> float:

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from offload.cache.errors import CacheError
 from offload.cache.trace.file import TraceWriter, read
 from offload.cache.trace.synthetic import SHAPES, Routing, synthesize
+from offload.cache.trace.trace import CacheError
 from offload.quant.errors import OffloadError
 from offload.quant.pack import MANIFEST, Pack, manifest_check
 from offload.quant.scheme import Scheme
@@ -27,11 +27,11 @@ from offload.chat.chat import Chat
 from offload.chat.commands import obey
 from offload.chat.display import Plain
 from offload.chat.terminal import _History
-from offload.commands import build_parser
 from offload.engine.history import read_hot
 from offload.generation.answers import AnswersFile, read_prompt_lines
 from offload.generation.prompt import encode_prompt
 from offload.loading import load_tokenizer
+from offload.main import build_parser
 from offload.model import sources
 from offload.model.formats.gguf import GgufFile
 from offload.model.formats.gguf_config import gguf_config

@@ -18,9 +18,9 @@ import torch
 import offload
 from offload import options
 from offload.bench.command import SWEPT, BenchOptions, combinations
-from offload.commands import COMMANDS, build_parser
 from offload.flags import add_options, default_text, options_from, options_of, words_of
 from offload.loading import load_and_tell, load_with
+from offload.main import COMMANDS, build_parser
 from offload.options import LoadKeywords, LoadOptions
 from offload.quality.command import CheckOptions
 from tests import options_page

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from offload.cache.decision import CacheState
+from offload.cache.cache import CacheState
 from offload.cache.statistics import LayerCounts
 from offload.engine.device.gather import gather
 from offload.engine.device.table import Places, Table, add_counters

@@ -69,7 +69,7 @@ DEVICES = ("cuda",)  # on a CPU the kernels are interpreted: for tests
 
 
 def make(
-    info: PackInfo, layers: Sequence[Layer], transfer: Transfer, fit: Fit, lookahead: bool, k: int
+    info: PackInfo, layers: Sequence[Layer], transfer: Transfer, fit: Fit, k: int
 ) -> DevicePlanned | str:
     """What plans on the device, or why the host has to plan.
 
@@ -92,5 +92,5 @@ def make(
     experts = max(layer.num_experts for layer in info.layers)
     places = Places(len(info.layers), experts, k, fit.slots, fit.options.policy)
     return DevicePlanned(
-        layers, transfer, looks_ahead=lookahead, places=places, addresses=addresses
+        layers, transfer, looks_ahead=fit.looks_ahead, places=places, addresses=addresses
     )

@@ -15,9 +15,9 @@ import torch
 import triton
 from torch import Tensor
 
-from offload.cache.decision import CacheState, HeatState
+from offload.cache.cache import CacheState
 from offload.cache.eviction import pace
-from offload.cache.heat import GROWTH
+from offload.cache.heat import GROWTH, LayerHeat
 from offload.cache.policies import (
     HALF_LIFE,
     MOST,
@@ -232,7 +232,7 @@ class Table:
             }
             pools.append(PoolState(now[layer], unit[layer], known))
             uses = {key % at.experts: heat[key] for key in keys if heat[key]}
-            heats.append(HeatState(heat_unit[layer], uses))
+            heats.append(LayerHeat(heat_unit[layer], uses))
         return CacheState(
             tuple(None if key < 0 else self._key(key) for key in held),
             tuple(pools),

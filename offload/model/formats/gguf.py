@@ -22,8 +22,7 @@ from transformers.integrations.gguf.dequant import GGML_BLOCK, dequantize
 
 from offload.errors import CheckpointError
 from offload.files import unreadable
-from offload.model.formats.mxfp4 import VALUES
-from offload.model.formats.source import CHUNK_WEIGHTS
+from offload.model.formats.scaled import CHUNK_WEIGHTS, VALUES
 
 _FORMATS = {
     0: "<B",
@@ -54,58 +53,37 @@ class StoredTensor:
     begin: int  # the first byte's position in the file
 
 
-@dataclass(frozen=True)
-class GgufHeader:
-    """A file's metadata and its table of tensors."""
+class _Header:
+    """A file's metadata and its table of tensors.
 
-    fields: dict[str, Any]  # a list of strings or a very long list is given as its length
-    tensors: dict[str, StoredTensor]
-
-
-def read_header(file: Path) -> GgufHeader:
-    """Raises `CheckpointError` when `file` is not a GGUF file, or not a whole one."""
-    try:
-        return _HeaderReader(file).header()
-    except PermissionError:
-        raise unreadable(file) from None
-    except (OSError, ValueError, struct.error, OverflowError) as error:
-        raise CheckpointError(
-            f"{file} is not a whole GGUF file ({error}): fetch it again"
-        ) from None
-
-
-class _HeaderReader:
-    """Reads a file's bytes in order, and raises `ValueError` for whatever lies outside the file."""
+    The file's bytes are read in order, with a `ValueError` for whatever lies outside the file.
+    """
 
     def __init__(self, file: Path) -> None:
-        self._file = file
         self._data = np.memmap(file, mode="r", dtype=np.uint8).data
         self._at = 0
-
-    def header(self) -> GgufHeader:
+        self.fields: dict[str, Any] = {}  # a list of strings or a very long list: its length
+        self.tensors: dict[str, StoredTensor] = {}
         if bytes(self._take(4)) != b"GGUF":
             raise ValueError("it does not begin with GGUF")
         version = self._number("<I")
         if version not in (2, 3):
             raise ValueError(f"its version is {version}, 2 and 3 are read")
         tensor_count, field_count = self._number("<Q"), self._number("<Q")
-        fields: dict[str, Any] = {}
         for _ in range(field_count):
             name = self._string()
-            if name in fields:
+            if name in self.fields:
                 raise ValueError(f"{name} is there twice")
-            fields[name] = self._value(self._number("<I"))
+            self.fields[name] = self._value(self._number("<I"))
         found = [self._tensor() for _ in range(tensor_count)]
-        alignment = fields.get("general.alignment", _ALIGNMENT)
+        alignment = self.fields.get("general.alignment", _ALIGNMENT)
         if type(alignment) is not int or alignment < 1:
             raise ValueError(f"its alignment is {alignment!r}")
         start = -(-self._at // alignment) * alignment
-        tensors: dict[str, StoredTensor] = {}
         for name, shape, kind, offset in found:
-            if name in tensors:
+            if name in self.tensors:
                 raise ValueError(f"{name} is there twice")
-            tensors[name] = StoredTensor(self._file, shape, kind, start + offset)
-        return GgufHeader(fields, tensors)
+            self.tensors[name] = StoredTensor(file, shape, kind, start + offset)
 
     def _tensor(self) -> tuple[str, tuple[int, ...], int, int]:
         name, dimensions = self._string(), self._number("<I")
@@ -199,8 +177,7 @@ def _nibbles(packed: Tensor) -> Tensor:
 
 
 def _five_bits(low: Tensor, high: Tensor) -> Tensor:
-    """The numbers [n, 32] whose low four bits are in `low` [n, 16] and whose fifth is in `high`
-    [n, 4]."""
+    """Numbers [n, 32], of which `low` [n, 16] has four bits each and `high` [n, 4] the fifth."""
     fifth = (high[:, :, None] >> torch.arange(8, dtype=torch.uint8)) & 1
     return _nibbles(low) | (fifth.flatten(1) << 4)
 
@@ -277,7 +254,14 @@ class GgufFile:
         self.tensors: dict[str, StoredTensor] = {}
         self.fields: dict[str, Any] = {}
         for file in gguf_files(path):
-            header = read_header(file)
+            try:
+                header = _Header(file)
+            except PermissionError:
+                raise unreadable(file) from None
+            except (OSError, ValueError, struct.error, OverflowError) as error:
+                raise CheckpointError(
+                    f"{file} is not a whole GGUF file ({error}): fetch it again"
+                ) from None
             self.fields = {**header.fields, **self.fields}  # the first part has most of it
             if twice := self.tensors.keys() & header.tensors.keys():
                 raise CheckpointError(f"{file} has {min(twice)} again: its parts do not belong")

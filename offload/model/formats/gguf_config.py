@@ -261,19 +261,14 @@ def _rope(values: _Metadata, known: Architecture) -> dict[str, Any]:
     return rope
 
 
-class _Metadata:
+class _Metadata(dict[str, Any]):
     """The metadata under an architecture's name."""
 
     def __init__(self, file: GgufFile) -> None:
         self.path = file.path
-        self._fields = file.fields
         self._prefix = file.fields["general.architecture"]
-
-    def __contains__(self, key: str) -> bool:
-        return f"{self._prefix}.{key}" in self._fields
-
-    def get(self, key: str) -> Any:
-        return self._fields.get(f"{self._prefix}.{key}")
+        parts = ((*key.partition("."), value) for key, value in file.fields.items())
+        super().__init__((key, value) for name, _, key, value in parts if name == self._prefix)
 
     def number(self, key: str) -> int:
         value = self.get(key)

@@ -10,6 +10,7 @@ import functools
 import math
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +37,7 @@ from offload.errors import CheckpointError, UnsupportedModelError
 from offload.lines import reason
 from offload.model.formats.gguf import GgufFile
 from offload.model.formats.gguf_config import ARCHITECTURES, has_rules
-from offload.model.seam import is_experts_module
+from offload.model.seam import experts_modules
 
 _NAMES = {  # in a layer: llama.cpp's name -> transformers', beyond DENSE_DECODER_RENAMINGS
     "attn_norm.": "input_layernorm.",
@@ -77,7 +78,7 @@ def _transforms(file: GgufFile, model: PreTrainedModel) -> list[WeightTransform]
         theirs: list[WeightTransform] = get_gguf_conversion_mapping(architecture, model.config)
         return theirs
     known = ARCHITECTURES[architecture]
-    experts = next((m for m in model.modules() if is_experts_module(m)), None)
+    experts = next(iter(experts_modules(model)), None)
     names = {**_NAMES, **known.names}
     block = names["ffn_gate_inp."].partition(".")[0]  # the module that has the router and experts
     for projection in ("gate", "up", "gate_up", "down"):
@@ -199,36 +200,35 @@ class GgufSource:
         return functools.reduce(torch.promote_types, map(self._file.dtype, stored))
 
     def read(self, name: str) -> Tensor:
-        parts = {pattern: part.read(self._file) for pattern, part in self._tensors[name].items()}
-        return self._convert(name, parts).reshape(self._shapes[name])
+        made = self._convert(name, lambda part: part.read(self._file))
+        return made.reshape(self._shapes[name])
 
     def read_slice(self, name: str, index: int) -> Tensor:
         """The rules join the parts of experts along other dimensions than the experts'."""
         if len(self._shapes[name]) < 2 or ".experts." not in name:
             return self.read(name)[index : index + 1]
-        parts = {
-            pattern: part.read_slice(self._file, index)
-            for pattern, part in self._tensors[name].items()
-        }
-        return self._convert(name, parts).reshape(1, *self._shapes[name][1:])
+        made = self._convert(name, lambda part: part.read_slice(self._file, index))
+        return made.reshape(1, *self._shapes[name][1:])
 
     def _check_shape(self, name: str) -> None:
         """Raise `CheckpointError` unless the stored tensors make one of the model's shape."""
-        parts = {pattern: part.shape(self._file) for pattern, part in self._tensors[name].items()}
+        parts = [part.shape(self._file) for part in self._tensors[name].values()]
         wanted = self._shapes[name]
-        empty = {pattern: torch.empty(shape, device="meta") for pattern, shape in parts.items()}
-        made = self._convert(name, empty).shape
+        empty = functools.partial(torch.empty, device="meta")
+        made = self._convert(name, lambda part: empty(part.shape(self._file))).shape
         fits = (
             [n for n in made if n > 1] == [n for n in wanted if n > 1]
-            and sum(map(math.prod, parts.values())) == math.prod(wanted)  # a rule drops no numbers
-            and len(set(parts.values())) == 1  # gates are as large as ups
+            and sum(map(math.prod, parts)) == math.prod(wanted)  # a rule drops no numbers
+            and len(set(parts)) == 1  # gates are as large as ups
         )
         if not fits:
             tensors = " and ".join(part.names[0] for part in self._tensors[name].values())
-            shapes = " and ".join(map(str, parts.values()))
+            shapes = " and ".join(map(str, parts))
             raise self._mismatch(f"{tensors}: shape {shapes} where the model asks for {wanted}")
 
-    def _convert(self, name: str, tensors: dict[str, Tensor]) -> Tensor:
+    def _convert(self, name: str, read: Callable[[_Stored], Tensor]) -> Tensor:
+        """What the rule for the parameter `name` makes of its tensors, as `read` gives them."""
+        tensors = {pattern: read(part) for pattern, part in self._tensors[name].items()}
         converter = self._converters[name]
         if converter is None:
             return next(iter(tensors.values()))

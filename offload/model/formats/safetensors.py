@@ -33,8 +33,7 @@ class SafetensorsSource:
 
     def __init__(self, folder: Path) -> None:
         """Open every file's header. Raises `CheckpointError`."""
-        self._handles: dict[str, Any] = {}
-        self._file_of: dict[str, str] = {}
+        self._handles: dict[str, Any] = {}  # tensor -> its file, opened
         for file in weight_files(folder):
             try:
                 with (folder / file).open("rb"):  # safe_open would say no more than "I/O error"
@@ -45,11 +44,10 @@ class SafetensorsSource:
                 raise CheckpointError(
                     f"{folder / file} is not a whole safetensors file ({error}): fetch it again"
                 ) from None
-            self._handles[file] = handle
-            self._file_of.update(dict.fromkeys(handle.keys(), file))
+            self._handles.update(dict.fromkeys(handle.keys(), handle))
 
     def names(self) -> list[str]:
-        return list(self._file_of)
+        return list(self._handles)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._slice(name).get_shape())
@@ -69,13 +67,13 @@ class SafetensorsSource:
         return DTYPES.get(str(self._slice(name).get_dtype()))
 
     def read(self, name: str) -> Tensor:
-        return self._handles[self._file_of[name]].get_tensor(name)  # type: ignore[no-any-return]
+        return self._handles[name].get_tensor(name)  # type: ignore[no-any-return]
 
     def read_slice(self, name: str, index: int) -> Tensor:
         return self._slice(name)[index : index + 1]  # type: ignore[no-any-return]
 
     def _slice(self, name: str) -> Any:
-        return self._handles[self._file_of[name]].get_slice(name)
+        return self._handles[name].get_slice(name)
 
 
 def weight_files(folder: Path) -> list[str]:

@@ -14,9 +14,9 @@ from offload.quant.pack import Pack
 
 import cli
 from offload import GenerationError, load, stream_generate
-from offload.bench.run import measure_link
+from offload.bench.row import Test
+from offload.bench.run import measure_link, take_sample
 from offload.bench.run import run as run_tests
-from offload.bench.sample import Test, take_sample
 from offload.engine.handle import offload_of
 from offload.engine.history import read_hot
 from offload.machine.measure import processor_name

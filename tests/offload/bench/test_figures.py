@@ -8,8 +8,8 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from offload import load
-from offload.bench.row import bytes_read, dense_bytes, percentiles
-from offload.bench.sample import Test, make_tests, random_tokens, real_text, stretches, take_sample
+from offload.bench.row import Test, bytes_read, dense_bytes, make_tests, percentiles
+from offload.bench.run import random_tokens, real_text, stretches, take_sample
 from offload.engine.handle import offload_of
 from tests.offload.bench.rows import row
 

@@ -14,10 +14,16 @@ import pytest
 from offload.quant.errors import OffloadError
 
 from offload.bench.compare import EarlierRun, read_earlier
-from offload.bench.output import WRITERS, write_csv, write_json, write_jsonl, write_tables
-from offload.bench.picture import check_picture, save_picture
-from offload.bench.row import BenchRow
-from offload.bench.sample import Test
+from offload.bench.output import (
+    WRITERS,
+    check_picture,
+    save_picture,
+    write_csv,
+    write_json,
+    write_jsonl,
+    write_tables,
+)
+from offload.bench.row import BenchRow, Test
 from offload.options import LoadOptions
 from tests.offload.bench.rows import row
 

@@ -197,19 +197,19 @@ def test_what_is_granted_always_fits(
 
 
 def test_the_budget_is_what_was_given_for_the_device() -> None:
-    assert available_bytes(torch.device("cpu"), vram=1, ram=2) == 2
-    assert available_bytes(torch.device("cuda"), vram=1, ram=2) == 1
+    assert Memory.of(torch.device("cpu"), vram=1, ram=2) == Memory(device=2, ram=2)
+    assert Memory.of(torch.device("cuda"), vram=1, ram=2) == Memory(device=1, ram=2)
 
 
 def test_without_a_budget_a_share_of_free_ram_is_taken() -> None:
     free = psutil.virtual_memory().available
-    assert available_bytes(torch.device("cpu"), None, None) == pytest.approx(0.9 * free, rel=0.1)
+    assert available_bytes(torch.device("cpu"), None) == pytest.approx(0.9 * free, rel=0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kv_cache_is_two_vectors_a_head_a_layer_a_token(dtype: torch.dtype) -> None:
     config = tiny_config("mixtral")  # 3 layers of 2 KV heads of 16
-    assert kv_cache_bytes(config, 100, dtype) == 2 * 3 * 2 * 16 * 100 * dtype.itemsize
+    assert sum(kv_cache_bytes(config, 100, dtype)) == 2 * 3 * 2 * 16 * 100 * dtype.itemsize
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "deepseek_v3", "qwen3_next"])
@@ -224,7 +224,7 @@ def test_kv_cache_is_never_counted_too_small(model_type: str) -> None:
         cache = model(input_ids=ids, use_cache=True).cache
     states = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
     held = sum(s.nbytes for s in states if isinstance(s, torch.Tensor))
-    assert 0 < held <= kv_cache_bytes(config, length, torch.float32)
+    assert 0 < held <= sum(kv_cache_bytes(config, length, torch.float32))
 
 
 def test_a_longer_context_leaves_room_for_fewer_experts(mixtral: Path, tmp_path: Path) -> None:
@@ -287,7 +287,7 @@ def test_the_kv_cache_of_unusual_layers_is_counted_as_it_is(model_type: str, len
         ids = torch.randint(3, 120, (1, length))
         layers = model(input_ids=ids, use_cache=True).cache.layers
     held = sum(_held(layer, set()) for layer in layers)
-    counted = kv_cache_bytes(config, length, torch.float32)
+    counted = sum(kv_cache_bytes(config, length, torch.float32))
     assert held <= counted * 1.02 + 4096, "counted too small"
     assert counted <= held * 1.35 + 4096, "counted far too large"
 
@@ -296,7 +296,7 @@ def test_kimi_linears_states_are_counted() -> None:
     """Its attention is latent, its other layers keep a matrix a head: far more than it says."""
     config = tiny_config("kimi_linear")
     states = 2 * 32 * 128 * 128 * 4  # two layers of 32 heads
-    assert states < kv_cache_bytes(config, 40, torch.float32) < 2 * states
+    assert states < sum(kv_cache_bytes(config, 40, torch.float32)) < 2 * states
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "deepseek_v3", "qwen3_next"])
@@ -309,7 +309,7 @@ def test_the_cache_of_fixed_size_is_counted_as_it_is(model_type: str) -> None:
     with torch.inference_mode():
         grown = model(input_ids=torch.randint(3, 120, (1, 300)), use_cache=True).cache
     held = sum(_held(layer, set()) for layer in FixedKV(grown, 400).layers)
-    counted = kv_cache_bytes(config, 400, torch.float32, ubatch=64, fixed=True)
+    counted = sum(kv_cache_bytes(config, 400, torch.float32, ubatch=64, fixed=True))
     assert counted <= held <= counted + 64 * len(grown.layers), "but for a few counters"
 
 
@@ -332,8 +332,8 @@ def test_a_gpus_budget_has_room_for_the_cache_of_fixed_size(
 def test_a_window_holds_no_more_than_itself_and_what_is_read_at_once() -> None:
     config = tiny_config("mixtral")  # 3 layers of 2 KV heads of 16, a window of 64
     a_token = 2 * 3 * 2 * 16 * 4
-    assert kv_cache_bytes(config, 4096, torch.float32, ubatch=32) == a_token * (63 + 32)
-    assert kv_cache_bytes(config, 4096, torch.float32) == a_token * 4096
+    assert sum(kv_cache_bytes(config, 4096, torch.float32, ubatch=32)) == a_token * (63 + 32)
+    assert sum(kv_cache_bytes(config, 4096, torch.float32)) == a_token * 4096
 
 
 def test_a_model_that_does_not_run_without_memory_is_estimated(
@@ -342,9 +342,9 @@ def test_a_model_that_does_not_run_without_memory_is_estimated(
     def fails(*_: Any) -> int:
         raise RuntimeError("no meta kernel")
 
-    monkeypatch.setattr(offload.budget.budget, "cache_bytes", fails)
+    monkeypatch.setattr(offload.budget.budget, "build_on_meta", fails)
     config = tiny_config("mixtral", max_position_embeddings=333)  # another than those seen before
-    assert kv_cache_bytes(config, 100, torch.float32) == 2 * 3 * 2 * 16 * 100 * 4
+    assert sum(kv_cache_bytes(config, 100, torch.float32)) == 2 * 3 * 2 * 16 * 100 * 4
 
 
 def test_vram_without_a_gpu_is_told_to_have_no_effect(caplog: pytest.LogCaptureFixture) -> None:

@@ -12,9 +12,8 @@ from offload.quant.pack import Pack, read_info
 
 import offload
 import offload.budget.budget
-from offload.budget.blocks import Layers, demand, device_of
 from offload.budget.budget import Memory, kv_cache_bytes, staging_rows
-from offload.budget.placement import place
+from offload.budget.placement import Layers, demand, device_of, place
 from offload.budget.resolve import Place, Resolver, find_place
 from offload.errors import BudgetError
 from offload.fit import Card, Fit
@@ -114,7 +113,7 @@ def test_a_model_in_parts_needs_what_the_whole_needs(
     needs = demand(whole, pack.info, config, 128, torch.float32, 128, 77)
     layers = needs.blocks
     assert needs.first + needs.last + sum(b.dense for b in layers) == pack.info.dense_bytes(4)
-    assert sum(b.kv_cache for b in layers) == kv_cache_bytes(config, 128, torch.float32)
+    assert sum(b.kv_cache for b in layers) == sum(kv_cache_bytes(config, 128, torch.float32))
     assert sum(b.experts for b in layers) == pack.info.total_experts
     assert len({block.dense for block in layers}) == 1
     table = model.get_input_embeddings().weight.nbytes if dense_bits == 16 else 0

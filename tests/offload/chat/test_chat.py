@@ -17,9 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import offload
 from offload.chat.chat import Chat
-from offload.chat.commands import COMMANDS, WORDS, obey
+from offload.chat.commands import COMMANDS, WORDS, converse, obey, read_message
 from offload.chat.display import Plain
-from offload.chat.loop import converse, read_message
 from offload.errors import ChatError
 from offload.sampling import Sampling
 from tests.conftest import Script

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
-from offload.budget.blocks import Layers, device_of
+from offload.budget.placement import Layers, device_of
 from offload.engine.hooks import Crossing
 from offload.fit import Share
 from offload.model.seam import (

@@ -219,8 +219,9 @@ def test_on_gpus_the_warning_also_comes_if_the_choice_was_left_open(
     save_tiny("mixtral", tmp_path / "checkpoint")
     handle = offload_of(_load(tmp_path, gpus=CPUS))
     options = replace(handle.fit.options, engine=engine)
-    fit = replace(handle.fit, options=options, device=torch.device("cuda", 0))
-    made = make_engine(handle.pack.info, fit, handle.engine.transfer, False, handle.top_k)
+    fit = replace(handle.fit, device=torch.device("cuda", 0), options=options)
+    info, transfer = handle.pack.info, handle.engine.transfer
+    made = make_engine(info, fit, transfer, handle.top_k)
     assert made.device is None
     assert caplog.messages == ON_SEVERAL * (engine != "host")
     handle.close()

@@ -16,12 +16,11 @@ from offload.budget.resolve import Place, Resolver
 from offload.engine.handle import offload_of
 from offload.errors import BudgetError
 from offload.generation.batch import generate
-from offload.model.quantized import QuantizedEmbedding, QuantizedLinear
-from offload.model.seam import find_experts
+from offload.model.seam import QuantizedEmbedding, QuantizedLinear, find_experts
 from offload.options import LoadOptions
 from offload.pack.describe import dense_matrices
 from offload.pack.find import find_or_make_pack
-from offload.pack.recipe import PRESETS, Recipe
+from offload.pack.recipe import PRESETS
 from tests.offload.engine.test_parity import NAMED, OTHERS
 from tests.tiny import EXPERTS, K, save_tiny
 
@@ -38,7 +37,7 @@ def load(folder: Path, bits: str) -> PreTrainedModel:
 
 def made(folder: Path, bits: str) -> PackInfo:
     """Describes the pack made of the checkpoint in `folder`."""
-    path = find_or_make_pack(str(folder / "checkpoint"), Recipe.parse(bits), pack_dir=folder)
+    path = find_or_make_pack(str(folder / "checkpoint"), LoadOptions(bits=bits, pack_dir=folder))
     return Pack(path).info
 
 
@@ -151,7 +150,7 @@ def test_fit_takes_the_most_bits_that_are_all_resident(preset: str, tmp_path: Pa
         + info.dense_bytes(4)
         + workspace_bytes(model.config, info, 64, 64, torch.float32)
     )
-    needed += kv_cache_bytes(model.config, 64, torch.float32)
+    needed += sum(kv_cache_bytes(model.config, 64, torch.float32))
     packs = tmp_path / "fitting"
     ours, _ = offload.load(
         tmp_path / "checkpoint", device="cpu", bits="fit", ram=needed, context=64, pack_dir=packs
@@ -172,7 +171,7 @@ def test_fit_streams_the_fewest_bits_where_none_are_all_resident(
     model = save_tiny("mixtral", tmp_path / "checkpoint", hidden_size=256, intermediate_size=256)
     info = made(tmp_path, "q2")
     needed = info.dense_bytes(4) + workspace_bytes(model.config, info, 64, 64, torch.float32)
-    needed += kv_cache_bytes(model.config, 64, torch.float32) + 3 * info.slot_bytes
+    needed += sum(kv_cache_bytes(model.config, 64, torch.float32)) + 3 * info.slot_bytes
     ours, _ = offload.load(
         tmp_path / "checkpoint", device="cpu", bits="fit", ram=needed, context=64, pack_dir=tmp_path
     )
@@ -186,9 +185,10 @@ def test_fit_streams_the_fewest_bits_where_none_are_all_resident(
 def test_fit_does_not_get_around_the_budget(tmp_path: Path) -> None:
     save_tiny("mixtral", tmp_path / "checkpoint")
     folder = str(tmp_path / "checkpoint")
-    resolver = Resolver(LoadOptions(), Place(torch.device("cpu"), Memory(1, 1)))
+    options = LoadOptions(bits="fit", pack_dir=tmp_path / "new")
+    resolver = Resolver(options, Place(torch.device("cpu"), Memory(1, 1)))
     with pytest.raises(BudgetError):  # not one slot fits: told before anything is made
-        find_or_make_pack(folder, None, pack_dir=tmp_path / "new", resolver=resolver)
+        find_or_make_pack(folder, options, resolver=resolver)
     assert not list((tmp_path / "new").glob("*"))
 
 

@@ -161,9 +161,7 @@ def test_several_cards_are_planned_as_load_shares_a_model_out(
         capsys, mixtral, "--gpu", "4090", "--gpus", 2, "--vram", ram, "-c", 300, "--expert-bits", 4
     )
     row = plan["rows"][plan["chosen"]]
-    model = outline.outline(
-        str(mixtral), revision=None, local_files_only=True, trust_remote_code=False
-    )
+    model = outline.outline(str(mixtral), LoadOptions(local_files_only=True))
     info = model.describe(Recipe.parse("experts=4"))
     size = int(ram * SHARE)
     cards = tuple(Card(number, torch.device("cuda", number), size) for number in range(2))
@@ -289,9 +287,7 @@ def test_the_demo_is_planned_before_it_is_built(
 @pytest.mark.demo
 def test_the_demo_has_the_shapes_that_are_planned() -> None:
     checkpoint = demo.checkpoint()
-    built = outline.outline(
-        str(checkpoint), revision=None, local_files_only=True, trust_remote_code=False
-    )
+    built = outline.outline(str(checkpoint), LoadOptions(local_files_only=True))
     config, expected = built.config, demo.planned_config()
     for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"):
         assert getattr(config, name) == getattr(expected, name)

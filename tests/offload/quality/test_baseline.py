@@ -19,9 +19,8 @@ from offload.quality.baseline import (
     read_baseline,
     save_baseline,
 )
-from offload.quality.check import CheckResult, MeasuredModel
+from offload.quality.check import CheckResult, MeasuredModel, Prompts
 from offload.quality.comparison import Comparison
-from offload.quality.prompts import Prompts
 from offload.quality.scoring import Estimate, Sliding
 
 MODEL = MeasuredModel("tiny", "mixtral", 3, 64, 320, {"expert_bits": 4})

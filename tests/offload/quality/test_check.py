@@ -7,6 +7,7 @@ import math
 import shutil
 import tempfile
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,24 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from offload import PackError, QualityError, SourceError, load
+from offload.options import LoadOptions
 from offload.quality.check import (
+    BUILT_IN,
     CheckResult,
     ModelLoader,
+    Prompts,
     compare_models,
     load_plain,
+    read_prompts,
     reference_bits,
 )
 from offload.quality.comparison import Comparison, Positions, kl_divergence, table
-from offload.quality.prompts import BUILT_IN, Prompts, read_prompts
 from offload.quality.scoring import Sliding
 from tests.conftest import make_tokenizer
 
 PROMPTS = Prompts(("one", "two"), ("The quick brown fox.", "def f(x):\n    return x\n"))
 SLIDING = Sliding(16, 8)
+CPU = LoadOptions(device="cpu")
 
 
 def source(path: Path, **options: Any) -> ModelLoader:
@@ -74,18 +79,19 @@ def test_a_model_does_not_differ_from_itself(bits: int, mixtral: Path, tmp_path:
 def test_unquantised_experts_agree_with_transformers(mixtral: Path, tmp_path: Path) -> None:
     result = run(
         source(mixtral, expert_bits=16, pack_dir=tmp_path),
-        ModelLoader("plain", lambda: load_plain(str(mixtral), device="cpu")),
+        ModelLoader("plain", lambda: load_plain(str(mixtral), CPU)),
     )
     assert result.overall.kl_max < 1e-9
     assert result.overall.top1_agreement.value == 1
-    assert result.model.identity | {"name": "plain"} == result.reference.identity
+    settings = result.reference.settings
+    assert replace(result.model, name="plain", settings=settings) == result.reference
 
 
 def test_figures_agree_with_whole_logits_of_both_models(mixtral: Path, mixtral_pack: Path) -> None:
     """The figures are computed again from whole logits, without windows and slices."""
     result = compare_models(
         source(mixtral_pack),
-        ModelLoader("plain", lambda: load_plain(str(mixtral), device="cpu")),
+        ModelLoader("plain", lambda: load_plain(str(mixtral), CPU)),
         PROMPTS,
         Sliding.asked(),
     )
@@ -237,7 +243,7 @@ def test_nan_in_the_model_or_the_reference_is_an_error(mixtral: Path, tmp_path: 
         save_file(tensors, file, {"format": "pt"})
 
     def plain(path: Path) -> ModelLoader:
-        return ModelLoader(path.name, lambda: load_plain(str(path), device="cpu"))
+        return ModelLoader(path.name, lambda: load_plain(str(path), CPU))
 
     with pytest.raises(QualityError, match=r"the model's .* is nan"):
         run(plain(broken), plain(mixtral))
@@ -247,7 +253,7 @@ def test_nan_in_the_model_or_the_reference_is_an_error(mixtral: Path, tmp_path: 
 
 def test_a_pack_cannot_be_run_by_transformers_alone(mixtral_pack: Path) -> None:
     with pytest.raises(SourceError, match="--plain"):
-        load_plain(str(mixtral_pack))
+        load_plain(str(mixtral_pack), CPU)
 
 
 def test_a_damaged_expert_is_an_error_and_gives_no_figures(

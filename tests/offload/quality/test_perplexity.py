@@ -33,7 +33,6 @@ from offload.quality.scoring import (
     measure_perplexity,
     pieces,
     score,
-    share_of,
     tokens_at_once,
 )
 from tests.conftest import BEGIN, make_tokenizer
@@ -199,7 +198,7 @@ def test_the_error_of_a_mean_by_hand() -> None:
 
 
 def test_the_error_of_a_share_by_hand() -> None:
-    assert share_of(torch.tensor([True, True, True, False])) == Estimate(
+    assert mean_of(torch.tensor([True, True, True, False])) == Estimate(
         0.75, math.sqrt(0.75 * 0.25 / 3)
     )
 

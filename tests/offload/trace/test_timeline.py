@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 import offload
 from offload.engine.handle import offload_of
 from offload.ranges import recorded, work
-from offload.trace.timeline import recording
+from offload.trace.timeline import record_timeline
 from tests.tiny import LAYERS, save_tiny
 
 PROMPT = torch.arange(5, 25)[None]
@@ -68,7 +68,7 @@ def model(tmp_path: Path) -> Iterator[PreTrainedModel]:
 def test_every_copy_and_every_layer_is_in_it(where: dict[str, Any], tmp_path: Path) -> None:
     model, file = load(tmp_path, **where), tmp_path / "timeline.json"
     before = offload_of(model).stats()
-    with recording(model, file):
+    with record_timeline(model, file):
         model.generate(PROMPT, max_new_tokens=6, do_sample=False)
     counts = (offload_of(model).stats() - before).counts
     found = ranges_in(file)
@@ -86,7 +86,7 @@ def test_ranges_come_in_the_order_of_the_work(model: PreTrainedModel, tmp_path: 
     """In each call of a layer: dense, decision, then waits and experts; an expert is computed after
     the copy of its record has ended."""
     file = tmp_path / "timeline.json"
-    with recording(model, file):
+    with record_timeline(model, file):
         model.generate(PROMPT, max_new_tokens=6, do_sample=False)
     found = ranges_in(file)
     main = [at for at in found if at.name not in ("copy", "guess")]
@@ -113,18 +113,18 @@ def test_a_run_that_breaks_off_is_written_too(
     file = tmp_path / "timeline.json"
     with monkeypatch.context() as patch:
         patch.setattr(offload_of(model).engine.layers[1], "expert", interrupt)
-        with pytest.raises(KeyboardInterrupt), recording(model, file):
+        with pytest.raises(KeyboardInterrupt), record_timeline(model, file):
             model.generate(PROMPT, max_new_tokens=2, do_sample=False)
     assert {at.layer for at in ranges_in(file) if at.name == "decision"} == {0, 1}
     assert not recorded()
     again = tmp_path / "again.json"
-    with recording(model, again):
+    with record_timeline(model, again):
         model.generate(PROMPT, max_new_tokens=2, do_sample=False)
     assert {at.layer for at in ranges_in(again) if at.name == "decision"} == set(range(LAYERS))
 
 
 def test_nothing_is_recorded_unasked(model: PreTrainedModel) -> None:
-    with recording(model, None):
+    with record_timeline(model, None):
         assert not recorded()
         assert work("copy", 0, 1) is work("wait", 2)
 
@@ -132,7 +132,7 @@ def test_nothing_is_recorded_unasked(model: PreTrainedModel) -> None:
 def test_the_profiler_writes_nothing_to_the_terminal(
     model: PreTrainedModel, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with recording(model, tmp_path / "timeline.json"):
+    with record_timeline(model, tmp_path / "timeline.json"):
         model.generate(PROMPT, max_new_tokens=2, do_sample=False)
     assert capfd.readouterr() == ("", "")
 
@@ -142,7 +142,7 @@ def test_only_the_file_that_was_named_is_left(model: PreTrainedModel, tmp_path: 
     for name in ("timeline.json", "timeline", "timeline.gz"):
         file = tmp_path / "out" / name
         file.write_text("an earlier one")
-        with recording(model, file):
+        with record_timeline(model, file):
             model.generate(PROMPT, max_new_tokens=2, do_sample=False)
         assert ranges_in(file)
     assert len(list((tmp_path / "out").iterdir())) == 3
@@ -152,5 +152,5 @@ def test_a_place_that_cannot_be_written_is_told_first(
     model: PreTrainedModel, tmp_path: Path
 ) -> None:
     for file in (tmp_path, tmp_path / "missing" / "a.json"):
-        with pytest.raises(OffloadError, match="cannot write"), recording(model, file):
+        with pytest.raises(OffloadError, match="cannot write"), record_timeline(model, file):
             pytest.fail("nothing may run")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.cuda_check.seam import queued_ahead
-from offload.bench.sample import Test, take_sample
+from offload.bench.row import Test
+from offload.bench.run import take_sample
 from offload.engine.handle import offload_of
-from offload.generation.step import DecodeLoop
+from offload.generation.decode import DecodeLoop
 from offload.generation.stream import stream_generate
 from tests.offload.engine.device.conftest import Load
 

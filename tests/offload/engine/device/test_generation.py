@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from offload.cache.cache import ExpertCache
-from offload.cache.decision import CacheState
+from offload.cache.cache import CacheState, ExpertCache
 from offload.cache.statistics import LayerCounts
 from transformers import PreTrainedModel
 
@@ -16,8 +15,8 @@ from offload.engine.device.table import Table
 from offload.engine.engine import Engine
 from offload.engine.handle import offload_of
 from offload.errors import GenerationError
+from offload.generation.decode import DecodeLoop
 from offload.generation.prompt import PromptCache
-from offload.generation.step import DecodeLoop
 from offload.generation.stream import GenerationResponse, forward, stream_generate
 from tests.offload.engine.device.conftest import Load
 

@@ -73,7 +73,7 @@ def test_a_step_is_captured_after_warming_up() -> None:
     replay = replay_of(step, broken)
     for _ in range(WARM_UPS + 3):
         replay()
-    assert replay.captured
+    assert replay.graph is not None
     assert step.runs == WARM_UPS + 1  # the last one was captured, not run
     assert FakeGraph.replays == 3
     assert not broken
@@ -85,7 +85,7 @@ def test_a_step_that_cannot_be_captured_runs_from_python(caplog: pytest.LogCaptu
     replay = replay_of(step, broken)
     for _ in range(WARM_UPS + 3):
         replay()
-    assert not replay.captured
+    assert replay.graph is None
     assert step.runs == WARM_UPS + 1 + 3  # the capture that failed ran nothing
     assert broken == [1]
     assert len(caplog.records) == 1
@@ -99,7 +99,7 @@ def test_a_cpu_runs_a_step_from_python() -> None:
     for _ in range(5):
         replay()
     assert step.runs == 5
-    assert not replay.captured
+    assert replay.graph is None
 
 
 class Starved(Step):
@@ -158,7 +158,7 @@ def test_a_capture_that_lacks_memory_asks_for_it_and_is_made_later(
     assert asked == [size]
     assert not replay.refused
     replay()
-    assert replay.captured
+    assert replay.graph is not None
 
 
 @pytest.mark.usefixtures("cuda")
@@ -170,7 +170,7 @@ def test_a_step_whose_capture_finds_no_memory_runs_from_python(
     for _ in range(WARM_UPS + 3):
         replay()
     assert asked == [1 << 20]
-    assert not replay.captured
+    assert replay.graph is None
     assert "cannot be captured" in caplog.text
 
 

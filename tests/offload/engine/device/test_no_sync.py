@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from offload.engine.handle import offload_of
-from offload.generation.step import DecodeLoop
+from offload.generation.decode import DecodeLoop
 from offload.generation.stream import stream_generate
 from tests.offload.engine.device.conftest import Load
 

@@ -11,16 +11,16 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-import offload.generation.step as step_module
+import offload.generation.decode as decode_module
 from offload.engine.device.engine import DevicePlanned
 from offload.engine.engine import Engine
 from offload.engine.handle import offload_of
 from offload.errors import GenerationError
+from offload.generation.decode import DecodeLoop
 from offload.generation.fixed_kv import FixedKV
 from offload.generation.graph import Replay
 from offload.generation.prompt import PromptCache
 from offload.generation.sampler import Sampler
-from offload.generation.step import DecodeLoop
 from offload.generation.stream import GenerationResponse, stream_generate
 from tests.offload.engine.device.conftest import Load
 
@@ -143,7 +143,7 @@ def test_a_token_that_was_drawn_already_is_drawn_again(
             def __getattr__(self, name: str) -> Any:
                 return shortage.after(torch.cat) if name == "cat" else getattr(torch, name)
 
-        monkeypatch.setattr(step_module, "torch", Torch())
+        monkeypatch.setattr(decode_module, "torch", Torch())
     assert said(model, **SAMPLED) == expected
     assert not shortage.left
     assert slots_of(model) < SLOTS
@@ -251,7 +251,7 @@ def test_slots_given_back_between_two_tokens_are_not_used_any_more(load: Load) -
     assert tokens == expected
     check(model)
     after = engine_of(model).stats().counts
-    assert loops_of(model).loop.step.table is device_of(model).table
+    assert loops_of(model).loop.table is device_of(model).table
     assert after.requests - before.requests == 3 * 3 * 2  # tokens, layers, experts: all seen
 
 
@@ -294,7 +294,7 @@ def test_a_loop_that_is_not_used_any_more_holds_no_memory(load: Load) -> None:
     model = load("mixtral", "device", expert_slots=SLOTS)
     loops = loops_of(model)
     said(model, **SAMPLED)
-    keys = weakref.ref(loops.loop.step.kv.layers[0].keys)
+    keys = weakref.ref(loops.loop.kv.layers[0].keys)
     gc.collect()
     gc.disable()
     try:

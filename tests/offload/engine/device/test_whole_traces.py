@@ -9,8 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from offload.cache.cache import ExpertCache
-from offload.cache.decision import CacheState
+from offload.cache.cache import CacheState, ExpertCache
 from offload.cache.policies import POLICIES
 from offload.cache.statistics import LayerCounts
 from offload.cache.trace.synthetic import Routing, Shape, synthesize

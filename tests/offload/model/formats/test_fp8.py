@@ -16,9 +16,9 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 import offload
 from offload import CheckpointError, OffloadError
-from offload.model.formats import fp8
-from offload.model.formats.fp8 import Fp8Source
+from offload.model.formats import scaled
 from offload.model.formats.safetensors import SafetensorsSource
+from offload.model.formats.scaled import Fp8Source
 from offload.model.sources import read_config
 from tests.tiny import save_tiny
 
@@ -175,7 +175,7 @@ def test_large_tensors_are_dequantised_in_pieces(
     weight, scale = quantise(torch.randn(72, 50), BLOCK)
     source = _source(tmp_path, weight=weight, weight_scale_inv=scale)
     whole = source.read("weight")
-    monkeypatch.setattr(fp8, "CHUNK_WEIGHTS", 50 * 33)
+    monkeypatch.setattr(scaled, "CHUNK_WEIGHTS", 50 * 33)
     assert torch.equal(source.read("weight"), whole)
 
 

@@ -16,9 +16,9 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import offload
 from offload import CheckpointError
-from offload.model.formats import mxfp4
-from offload.model.formats.mxfp4 import Mxfp4Source
+from offload.model.formats import scaled
 from offload.model.formats.safetensors import SafetensorsSource
+from offload.model.formats.scaled import Mxfp4Source
 from tests.tiny import EXPERTS, LAYERS, save_tiny
 
 FILE = "model.safetensors"
@@ -90,9 +90,9 @@ def test_every_code_and_exponent_is_what_the_standard_says() -> None:
     codes = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(1, 254, 1, 1)
     scales = torch.arange(1, 255, dtype=torch.uint8).view(1, 254, 1).repeat(1, 1, 16)
     theirs = convert_moe_packed_tensors(codes, scales, dtype=torch.float32).transpose(1, 2)
-    assert torch.equal(mxfp4.dequantise(codes, scales).float(), theirs.to(torch.bfloat16).float())
+    assert torch.equal(scaled.dequantise(codes, scales).float(), theirs.to(torch.bfloat16).float())
     nothing = torch.full((1, 1, 1), 255, dtype=torch.uint8)
-    assert mxfp4.dequantise(codes[:, :1, :1], nothing).isnan().all()
+    assert scaled.dequantise(codes[:, :1, :1], nothing).isnan().all()
 
 
 class Counted(SafetensorsSource):
