@@ -1,11 +1,11 @@
 """The pack: a quantised model on disk, opened by mapping its files.
 
-The manifest is written last, and makes a folder a pack.
+A folder becomes a pack with its manifest, which is therefore written last.
 
     manifest.json                what this module reads
     experts-00007.safetensors    a MoE layer: `records` [E, record_bytes] uint8, `crc32` [E] int64
-    dense-00003.safetensors      quantised matrices that are not experts': a record each
-    model-00001.safetensors ...  everything else, named as the checkpoint names it
+    dense-00003.safetensors      quantised matrices outside the experts, one record each
+    model-00001.safetensors ...  all other tensors, under the checkpoint's names
     config.json, tokenizer ...   copied from the checkpoint
 
 Letters: E experts of a layer.
@@ -40,7 +40,7 @@ _SEEKING = threading.Lock()
 
 
 def read_at(file: int, begin: int, into: memoryview) -> int:
-    """Fill `into` with the bytes of `file` from `begin` on, as far as there are any.
+    """Fill `into` with the bytes of `file` from `begin` on, as far as the file reaches.
 
     Returns how many bytes were read. Raises `OSError`.
     """
@@ -78,10 +78,10 @@ class PackLayer:
 
 @dataclass(frozen=True)
 class PackDense:
-    """A quantised matrix that is not an expert's, and where its record is."""
+    """A quantised matrix outside the experts, and where its record is."""
 
-    # Paths of the modules that use it: two for a token table that is also the head. The first one
-    # names the record.
+    # Paths of the modules that use the matrix; a token table that is also the head has two. The
+    # first path names the record.
     modules: tuple[str, ...]
     layout: int  # index into `PackInfo.dense_layouts`
     file: int
@@ -97,7 +97,7 @@ class PackInfo:
 
     source: str
     fingerprint: str
-    bits: str  # the recipe's text, which says what is stored how
+    bits: str  # the recipe as text, which tells how each part of the model is stored
     dense_parameters: int  # weights that are not experts
     layouts: tuple[RecordLayout, ...]
     layers: tuple[PackLayer, ...]
@@ -187,7 +187,7 @@ class PackInfo:
 
 
 def as_buffer(data: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, which are not copied."""
+    """The bytes of a contiguous CPU tensor, without a copy."""
     return memoryview(data.numpy())  # type: ignore[arg-type]  # numpy's arrays are buffers
 
 
@@ -235,8 +235,8 @@ class Pack:
     def __init__(self, path: Path) -> None:
         """Open and check the pack at `path`.
 
-        This checks the size of every file, and the checksum of each but the expert files, whose
-        records `check_record` checks. Raises `PackError`.
+        Every file's size is checked, and every file's checksum except those of the expert files,
+        whose records `check_record` checks. Raises `PackError`.
         """
         self.path = path
         manifest = _read_manifest(path)
@@ -255,7 +255,7 @@ class Pack:
         for name, (size, sha256) in files.items():
             _check_file(path, name, size, sha256 if name not in expert_files else None)
         self._files_open: list[BinaryIO] = []  # one for each layer
-        self._stamps: list[tuple[int, int]] = []  # of each file when it was opened
+        self._stamps: list[tuple[int, int]] = []  # each file's `_stamp` when it was opened
         self._maps: list[mmap.mmap] = []
         self._records: list[Tensor] = []
         self._checksums: list[list[int]] = []
@@ -287,7 +287,7 @@ class Pack:
             )
 
     def descriptor(self, layer: int) -> int:
-        """A layer's open file: the mapped one, even if its name now belongs to another."""
+        """The descriptor of a layer's mapped file, even if its name now belongs to another file."""
         return self._files_open[layer].fileno()
 
     def read_at(self, layer: int, begin: int, into: memoryview) -> int:
@@ -309,7 +309,7 @@ class Pack:
     def check_record(self, layer: int, expert: int, record: Tensor | None = None) -> None:
         """Raise `PackError` if a record's bytes are not those that were written.
 
-        `record` is a copy of them to check; without it the mapped bytes are checked.
+        If given, `record` is a copy that is checked in place of the mapped bytes.
         """
         record = self.record(layer, expert) if record is None else record
         if zlib.crc32(as_buffer(record)) != self._checksums[layer][expert]:
@@ -320,10 +320,10 @@ class Pack:
             )
 
     def dense_records(self) -> Iterator[tuple[PackDense, Tensor]]:
-        """Yield every quantised matrix that is not an expert's, and its record.
+        """Yield every quantised matrix outside the experts, and its record.
 
         A record is [record_bytes] uint8, read when its turn comes. Raises `PackError` if a file
-        lacks what the manifest says.
+        lacks a record that the manifest names.
         """
         for _, group in itertools.groupby(self.info.dense, key=lambda dense: dense.file):
             members = list(group)
@@ -388,7 +388,7 @@ class Pack:
 
 
 def _short(error: Exception) -> str:
-    """An error's type and message, cut off because some quote all of their input."""
+    """An error's type and message, cut off because some messages quote all of their input."""
     return f"{type(error).__name__}: {error}"[:200]
 
 

@@ -15,7 +15,7 @@ import llvmlite.binding as llvm
 from offload.quant.kernels.emit import Emitter
 from offload.quant.kernels.kernel import Kernel
 
-KernelCall = Callable[["ctypes.Array[ctypes.c_int64]"], None]  # takes `kernel.WORDS`
+KernelCall = Callable[["ctypes.Array[ctypes.c_int64]"], None]  # the array holds `kernel.WORDS`
 
 OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 
@@ -29,7 +29,7 @@ class Processor:
 
     @property
     def wide(self) -> bool:
-        """Whether it has 32 registers of 16 floats."""
+        """Whether the processor has 32 registers of 16 floats."""
         return "+avx512f" in self.features.split(",")
 
 

@@ -29,7 +29,7 @@ WORDS = (
 
 @dataclass(frozen=True)
 class Kernel:
-    """What a kernel is compiled for; it learns sizes when it is called."""
+    """What a kernel is compiled for; the kernel learns sizes when it is called."""
 
     bits: int
     scale_bits: int

@@ -1,6 +1,6 @@
 """Writes LLVM IR that reads a record's matrix: loops and vectors, codes and scales, results.
 
-The order of a record's bytes is that of `quant.codes`.
+`quant.codes` describes the order of a record's bytes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from llvmlite import ir
 from offload.quant.codes import PLANES, TILE_ROWS
 from offload.quant.kernels.kernel import WORDS, Kernel
 
-LANES = 16  # of a vector; LLVM splits vectors to fit the machine
+LANES = 16  # numbers in a vector; LLVM splits vectors to fit the machine
 BYTE, SHORT, INT, LONG = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 FLOAT = ir.FloatType()
 POINTER = ir.PointerType()
@@ -31,7 +31,7 @@ def vector(kind: Value) -> Value:
 
 
 def every(kind: Value, values: float | Sequence[int]) -> Value:
-    """A constant vector with one value for all lanes, or one for each."""
+    """A constant vector with one value for all lanes, or one value for each lane."""
     lanes = [values] * LANES if isinstance(values, int | float) else values
     return ir.Constant(vector(kind), [ir.Constant(kind, value) for value in lanes])
 
@@ -46,14 +46,14 @@ class Writer:
     def __init__(self) -> None:
         self.module = ir.Module("kernel")
         self.b: Value = None
-        # `fmuladd` is fused only where the machine can; `llvm.fma` would call a function elsewhere.
+        # `fmuladd` is fused only on machines that can; on others `llvm.fma` would call a function.
         fused = ir.FunctionType(vector(FLOAT), [vector(FLOAT)] * 3)
         self._fused = ir.Function(self.module, fused, f"llvm.fmuladd.v{LANES}f32")
         fetch = ir.FunctionType(VOID, [POINTER, INT, INT, INT])
         self._fetch = ir.Function(self.module, fetch, "llvm.prefetch.p0")
 
     def function(self, name: str, *arguments: Value) -> Value:
-        """Begin a function with these types of arguments."""
+        """Begin a function whose arguments have these types."""
         function = ir.Function(self.module, ir.FunctionType(VOID, arguments), name)
         function.attributes.add("nounwind")
         self.b = ir.IRBuilder(function.append_basic_block("entry"))
@@ -61,7 +61,7 @@ class Writer:
 
     @contextmanager
     def loop(self, end: Index, start: Index = 0) -> Iterator[Value]:
-        """Write what the context writes as the body of `for index in range(start, end)`."""
+        """Make what is written in this context the body of `for index in range(start, end)`."""
         b = self.b
         head, body, after = (b.append_basic_block(name) for name in ("head", "body", "after"))
         before = b.block
@@ -122,7 +122,7 @@ class Writer:
         return self.b.bitcast(self.b.and_(value, every(INT, 0xFFFF0000)), vector(FLOAT))
 
     def to_bfloat16(self, value: Value) -> Value:
-        """float32 values rounded to nearest even bfloat16, as 16-bit integers."""
+        """float32 values rounded to the nearest bfloat16 (ties to even), as 16-bit integers."""
         b = self.b
         whole = b.bitcast(value, vector(INT))
         odd = b.and_(b.lshr(whole, every(INT, 16)), every(INT, 1))
@@ -136,10 +136,10 @@ class Reader(Writer):
     def __init__(self, kernel: Kernel) -> None:
         super().__init__()
         self.kernel = kernel
-        self.word: dict[str, Value] = {}  # of the function that is being written
+        self.word: dict[str, Value] = {}  # the words of the function that is being written
 
     def begin(self, name: str, *more: Value) -> Value:
-        """Begin a function that takes the words and `more`."""
+        """Begin a function that takes a pointer to the words, and arguments of types `more`."""
         function = self.function(name, POINTER, *more)
         self.word = {
             word: self.b.load(self.at(function.args[0], LONG, n), typ=LONG)
@@ -157,7 +157,7 @@ class Reader(Writer):
         return self.add(self.times(outer, size), inner)
 
     def codes(self, tile: Value, column: Value, index: int) -> Value:
-        """The codes of one column, of the tile's vector `index`, as float32."""
+        """The codes in one column of the tile's vector of rows number `index`, as float32."""
         b = self.b
         start = self.times(tile, self.times(self.word["columns"], 8 * self.kernel.bits))
         codes = None
@@ -183,7 +183,7 @@ class Reader(Writer):
         return b.sitofp(codes, vector(FLOAT))
 
     def scale(self, tile: Value, group: Value, index: int) -> tuple[Value, Value]:
-        """The scales and offsets of one group, of the tile's vector `index`."""
+        """The scales and offsets in one group of the tile's vector of rows number `index`."""
         b = self.b
         row = self.cell(tile, TILE_ROWS, index * LANES)
         pair = self.cell(group, self.word["rows"], row)
@@ -203,8 +203,7 @@ class Reader(Writer):
         return values[0], values[1]
 
     def prefetch_scales(self, tile: Value, group: Value) -> None:
-        """Prefetch a group's scales: groups lie `rows` pairs apart, too far for the processor to
-        guess."""
+        """Prefetch a group's scales, because the processor cannot guess such distant addresses."""
         size = self.kernel.scale_bits // 4  # bytes of a pair
         pair = self.cell(group, self.word["rows"], self.times(tile, TILE_ROWS))
         at = self.place("scales", BYTE, self.times(pair, size))
@@ -212,7 +211,7 @@ class Reader(Writer):
             self.prefetch(self.at(at, BYTE, line))
 
     def store(self, value: Value, outer: Value, tile: Value, index: int) -> None:
-        """Store the results of the tile's vector `index` in `out[outer]`, which has all rows."""
+        """Store the results of the tile's vector `index` in `out[outer]`, which holds all rows."""
         rows = self.times(self.word["tiles"], TILE_ROWS)
         at = self.cell(outer, rows, self.cell(tile, TILE_ROWS, index * LANES))
         if self.kernel.bfloat16:
