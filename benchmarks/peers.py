@@ -46,8 +46,8 @@ from transformers import AutoTokenizer
 from offload.bench.run import real_text, stretches
 from offload.files import offload_home
 from offload.model import demo
+from offload.options import LoadOptions
 from offload.pack.find import find_or_make_pack
-from offload.pack.recipe import AskedBits
 from offload.units import parse_slots
 
 MIXES = ("BF16", "Q8_0", "Q4_1")
@@ -89,7 +89,7 @@ def _with_memory(spec: Spec) -> Spec:
     """With the bytes that dense weights and slots of ours take."""
     if spec.memory_of is None:
         return spec
-    path = find_or_make_pack("demo", AskedBits(spec.memory_of, None, None, None).recipe())
+    path = find_or_make_pack("demo", LoadOptions(bits=spec.memory_of))
     with contextlib.closing(Pack(path)) as pack:
         info = pack.info
         slots = parse_slots(QUARTER, info.total_experts)

@@ -32,9 +32,9 @@ SHAPES = {  # hidden, inner
 MAKE = """
 import sys
 from pathlib import Path
+from offload.options import LoadOptions
 from offload.pack.find import find_or_make_pack
-from offload.pack.recipe import Recipe
-find_or_make_pack(sys.argv[1], Recipe.parse(sys.argv[2]), destination=Path(sys.argv[3]))
+find_or_make_pack(sys.argv[1], LoadOptions(bits=sys.argv[2]), destination=Path(sys.argv[3]))
 """
 
 

@@ -19,8 +19,15 @@ from pathlib import Path
 
 import torch
 from offload.quant.codes import encode_scales
-from offload.quant.pack import MANIFEST, PackInfo, PackLayer, as_buffer, file_sha256, manifest_check
-from offload.quant.pack_writer import DATA_ALIGNMENT
+from offload.quant.pack import (
+    MANIFEST,
+    PackInfo,
+    PackLayer,
+    as_buffer,
+    file_sha256,
+    manifest_check,
+    safetensors_header,
+)
 from offload.quant.record import MatrixSpec, MatrixView, RecordLayout, plan_layout, view_record
 from offload.quant.scheme import Scheme
 from torch import Tensor
@@ -149,13 +156,7 @@ def _write_tensors(
     chunks: Iterable[bytes | memoryview],
 ) -> str:
     """Write a safetensors file of `parts`, name -> dtype, shape and bytes; returns its checksum."""
-    header, end = {}, 0
-    for name, (dtype, shape, size) in parts.items():
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + size]}
-        end += size
-    text = json.dumps(header).encode()
-    padding = -(8 + len(text)) % DATA_ALIGNMENT
-    begin = struct.pack("<Q", len(text) + padding) + text + b" " * padding
+    begin = safetensors_header((name, *part) for name, part in parts.items())
     digest = hashlib.sha256()
     with file.open("wb") as out:
         for chunk in chain([begin], chunks):

@@ -94,16 +94,7 @@ def load_with(
     for card in place.cards or (Card(0, place.device, place.memory.device),):
         if card.device.type == "cuda":
             hold_vram(card.device, card.memory)
-    path = find_or_make_pack(
-        str(source),
-        asked.recipe(),
-        pack_dir=options.pack_dir,
-        revision=options.revision,
-        local_files_only=options.local_files_only,
-        trust_remote_code=options.trust_remote_code,
-        device=place.device,
-        resolver=resolver,
-    )
+    path = find_or_make_pack(str(source), options, device=place.device, resolver=resolver)
     trusts = options.trust_remote_code
     with contextlib.ExitStack() as undo:  # closes what was opened if anything below fails
         pack = Pack(path)

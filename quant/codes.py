@@ -14,6 +14,8 @@ Letters: N rows, K columns, g columns of a group, s groups that share a step, T 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -43,35 +45,34 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return torch.cat(planes, dim=1)
 
 
+def _planes(packed: Tensor, bits: int) -> Iterator[tuple[int, int, Tensor]]:
+    """Yield each plane's width, its lowest bit in a code, and its bytes [N / 64, K, 8 * width]."""
+    tiles, size = packed.shape
+    low = 0
+    for width in PLANES[bits]:
+        plane = packed[:, size * low // bits : size * (low + width) // bits]
+        yield width, low, plane.view(tiles, -1, 8 * width)
+        low += width
+
+
 def unpack(packed: Tensor, bits: int) -> Tensor:
     """The codes [N, K] uint8 that `pack` made into bytes [N / 64, K * bits * 8]."""
     tiles, size = packed.shape
-    columns = size // (8 * bits)
-    codes = packed.new_zeros(tiles, columns, TILE_ROWS)
-    low = start = 0
-    for width in PLANES[bits]:
-        end = start + columns * 8 * width
-        plane = packed[:, start:end].view(tiles, columns, 8 * width)
+    codes = packed.new_zeros(tiles, size // (8 * bits), TILE_ROWS)
+    for width, low, plane in _planes(packed, bits):
         parts = [(plane >> (part * width)) & (2**width - 1) for part in range(8 // width)]
         codes |= torch.cat(parts, dim=2) << low
-        start, low = end, low + width
-    return codes.transpose(1, 2).reshape(tiles * TILE_ROWS, columns)
+    return codes.transpose(1, 2).flatten(0, 1)
 
 
 def unpack_rows(packed: Tensor, bits: int, rows: Tensor) -> Tensor:
     """The codes [T, K] uint8 of only those rows whose numbers are in `rows` [T]."""
-    tiles, size = packed.shape
-    columns = size // (8 * bits)
     tile, place = rows // TILE_ROWS, rows % TILE_ROWS
-    codes = packed.new_zeros(len(rows), columns)
-    low = start = 0
-    for width in PLANES[bits]:
-        end = start + columns * 8 * width
-        plane = packed[:, start:end].view(tiles, columns, 8 * width)
+    codes = packed.new_zeros(len(rows), packed.shape[1] // (8 * bits))
+    for width, low, plane in _planes(packed, bits):
         shift = place // (8 * width) * width
         parts = plane[tile, :, place % (8 * width)] >> shift.to(torch.uint8).unsqueeze(1)
         codes |= (parts & (2**width - 1)) << low
-        start, low = end, low + width
     return codes
 
 
@@ -93,9 +94,7 @@ def encode_scales(pairs: Tensor) -> tuple[Tensor, Tensor]:
     groups, rows, _ = pairs.shape
     spans = pairs.reshape(-1, shared_steps(groups), rows, 2)  # [K/g/s, s, N, 2]
     low, high = spans.aminmax(dim=1)  # [K/g/s, N, 2] each
-    steps = torch.stack(((high - low) / 255, low), dim=-1).to(
-        torch.bfloat16
-    )  # rounded as they are stored, before the codes are chosen
+    steps = torch.stack(((high - low) / 255, low), dim=-1).bfloat16()  # as stored
     step, base = steps.float().unsqueeze(1).unbind(-1)
     codes = ((spans - base) / step.clamp(min=1e-30)).round_().clamp_(0, 255)
     return codes.to(torch.uint8).view(groups, rows, 2), steps.flatten(2)

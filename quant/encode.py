@@ -16,14 +16,13 @@ import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import BrokenExecutor, Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection, Pipe
-from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from offload.quant.codes import TILE_ROWS, encode_scales, pack, padded_rows
 from offload.quant.errors import PackError
 from offload.quant.hqq import CPU, quantize
-from offload.quant.record import MatrixView, RecordLayout, view_record
+from offload.quant.record import RecordLayout, view_record, view_rows
 from offload.quant.scheme import Scheme
 from torch import Tensor
 
@@ -144,12 +143,7 @@ class WorkerEncoder:
     def __enter__(self) -> WorkerEncoder:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, value: BaseException | None, trace: object) -> None:
         self.close()
         if isinstance(value, BrokenExecutor):
             raise PackError(
@@ -228,21 +222,17 @@ class PendingRecord:
             weight, bias = self._matrices[name]
             if view.scales is None:
                 view.weight.copy_(weight)
-            else:
-                _put_chunks(view, self._chunks[name])
+            row = 0
+            for chunk in self._chunks.get(name, ()):
+                encoded = chunk.result()
+                end = row + encoded.scales.shape[1]
+                part = view_rows(view, row, end)
+                for place, data in zip(
+                    (part.weight, part.scales, part.steps), encoded, strict=True
+                ):
+                    if place is not None and data is not None:
+                        place.copy_(data)
+                row = end
             if view.bias is not None:
                 assert bias is not None, f"layout has a bias for {name}, the checkpoint has none"
                 view.bias.copy_(bias)
-
-
-def _put_chunks(view: MatrixView, chunks: list[Future[EncodedRows]]) -> None:
-    assert view.scales is not None
-    tile = row = 0
-    for chunk in chunks:
-        encoded = chunk.result()
-        tiles, rows = encoded.weight.shape[0], encoded.scales.shape[1]
-        view.weight[tile : tile + tiles] = encoded.weight
-        view.scales[:, row : row + rows] = encoded.scales
-        if view.steps is not None and encoded.steps is not None:
-            view.steps[:, row : row + rows] = encoded.steps
-        tile, row = tile + tiles, row + rows

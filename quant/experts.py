@@ -61,11 +61,9 @@ def make_batch(
     order: list[int] = []
     blocks: list[tuple[int, int, int]] = []
     for slot, cells in cells_of_slot.items():
-        first = len(order)
+        first, end = len(order), len(order) + len(cells)
         order.extend(cells)
-        blocks.extend(
-            (slot, at, min(at + size, len(order))) for at in range(first, len(order), size)
-        )
+        blocks.extend((slot, at, min(at + size, end)) for at in range(first, end, size))
     return Batch(
         torch.tensor(order, dtype=torch.int32).to(device, non_blocking=True),
         torch.tensor(blocks, dtype=torch.int32).view(-1, 3).to(device, non_blocking=True),
@@ -88,9 +86,8 @@ def decode(
 
 def prefill(hidden: Tensor, slots: Tensor, batch: Batch, program: Program, cells: Tensor) -> None:
     """Fill the cells in `batch` as `decode` would, in a way that is quicker for many tokens."""
-    way = (
-        prefill_kernels if kernels_work(program, hidden.dtype, slots.device) else prefill_reference
-    )
+    works = kernels_work(program, hidden.dtype, slots.device)
+    way = prefill_kernels if works else prefill_reference
     way(hidden, slots, batch, program, cells)
 
 
@@ -185,13 +182,10 @@ def kernels_work(program: Program, dtype: torch.dtype, device: torch.device) -> 
             way(got)
             close = torch.allclose(got.float(), expected.float(), rtol=0.05, atol=0.05 * scale)
         except Exception as error:  # compilers and drivers may raise anything
-            logger.warning("no %s kernels here, experts will be slow: %s", name, _line(error))
+            what = f"{type(error).__name__}: " + " ".join(str(error).split())[:200]
+            logger.warning("no %s kernels here, experts will be slow: %s", name, what)
             return False
         if not close:
             logger.warning("the %s kernels are wrong here, experts will be slow", name)
             return False
     return True
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: " + " ".join(str(error).split())[:200]

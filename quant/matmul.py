@@ -87,13 +87,14 @@ def dequantize(view: MatrixView, dtype: torch.dtype) -> Tensor:
     if view.scales is None:
         return view.weight.to(dtype)
     layout = view.layout
-    rows, groups = layout.stored_rows, layout.groups
-    codes = unpack(view.weight, layout.bits).view(rows, groups, layout.group_size)  # [N, K/g, g]
+    codes = unpack(view.weight, layout.bits).view(
+        -1, layout.groups, layout.group_size
+    )  # [N, K/g, g]
     pairs = view.scales.float() if view.steps is None else decode_scales(view.scales, view.steps)
     scale, offset = pairs.permute(2, 1, 0).unsqueeze(-1)  # [N, K/g, 1] each
     centred = codes.to(torch.float32).sub_(2 ** (layout.bits - 1))
-    weight = centred.mul_(scale).add_(offset).to(dtype)
-    return weight.view(rows, layout.columns)[: layout.rows]
+    weight = centred.mul_(scale).add_(offset).to(dtype).view(-1, layout.columns)
+    return weight[: layout.rows]
 
 
 def take_rows(view: MatrixView, rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -151,15 +152,14 @@ def matmul_gpu(x: Tensor, view: MatrixView) -> Tensor:
     count, layout = len(x), view.layout
     x, slots = x.contiguous(), _record_of(view)
     out = x.new_empty(count, layout.rows)
-    if count <= MOST_GEMV_TOKENS:
-        with launching_on(x.device):
-            gpu.gemv(x, slots, _zeros(x.device)[:count], layout, out, tokens=count)
-        return out
-    cells = torch.arange(count + GPU_BLOCK, dtype=torch.int32, device=x.device)
-    first = cells[:count:GPU_BLOCK]
-    blocks = torch.stack((first * 0, first, (first + GPU_BLOCK).clamp(max=count)), dim=1)
     with launching_on(x.device):
-        gpu.gemm(x, slots, blocks, cells, GPU_BLOCK, layout, out)
+        if count <= MOST_GEMV_TOKENS:
+            gpu.gemv(x, slots, _zeros(x.device)[:count], layout, out, tokens=count)
+        else:
+            cells = torch.arange(count + GPU_BLOCK, dtype=torch.int32, device=x.device)
+            first = cells[:count:GPU_BLOCK]
+            blocks = torch.stack((first * 0, first, (first + GPU_BLOCK).clamp(max=count)), dim=1)
+            gpu.gemm(x, slots, blocks, cells, GPU_BLOCK, layout, out)
     return out
 
 
@@ -220,24 +220,33 @@ def cpu_kernel_works(way: Matmul, bits: int, scale_bits: int, dtype: torch.dtype
 
     Every number of tokens that has its own kernel is tried, with one thread and with all.
     """
+    scheme = Scheme(bits, 32, scale_bits)
+    return all(
+        _agrees(
+            way, sample_matrix(rows, columns, scheme), tokens, dtype, f"CPU kernel for {bits} bits"
+        )
+        for rows, columns, tokens in ((128, 64, 1), (256, 256, 2), (256, 256, 3), (256, 256, 8))
+    )
+
+
+def _agrees(way: Matmul, view: MatrixView, tokens: int, dtype: torch.dtype, kernel: str) -> bool:
+    """Whether `way` runs here and agrees with the reference, up to rounding in half precision.
+
+    If not, a warning says what is wrong; `kernel` names the kernel in it.
+    """
     random = torch.Generator().manual_seed(1)
-    for rows, columns, tokens in ((128, 64, 1), (256, 256, 2), (256, 256, 3), (256, 256, 8)):
-        view = sample_matrix(rows, columns, Scheme(bits, 32, scale_bits))
-        x = torch.randn(tokens, columns, generator=random, dtype=torch.float32).to(dtype)
-        try:
-            quick = way(x, view).float()
-        except (ImportError, OSError, RuntimeError) as error:
-            logger.warning("no CPU kernel for %d bits, products will be slow: %s", bits, error)
-            return False
-        if not _agrees(quick, matmul_reference(x.float(), view)):
-            logger.warning("the CPU kernel for %d bits is wrong here, products will be slow", bits)
-            return False
-    return True
-
-
-def _agrees(quick: Tensor, exact: Tensor) -> bool:
-    """Whether two results differ by no more than half precision's rounding explains."""
-    return torch.allclose(quick, exact, rtol=0.02, atol=0.02 * float(exact.abs().max()))
+    x = torch.randn(tokens, view.layout.columns, generator=random, dtype=torch.float32)
+    x = x.to(view.weight.device, dtype)
+    try:
+        quick = way(x, view).float()
+    except Exception as error:  # compilers and drivers may raise anything
+        logger.warning("no %s, products will be slow: %s", kernel, error)
+        return False
+    exact = matmul_reference(x.float(), view)
+    if torch.allclose(quick, exact, rtol=0.02, atol=0.02 * float(exact.abs().max())):
+        return True
+    logger.warning("the %s is wrong here, products will be slow", kernel)
+    return False
 
 
 @functools.cache
@@ -245,28 +254,24 @@ def gpu_kernel_works(scheme: Scheme, dtype: torch.dtype, device: torch.device) -
     """Whether the GPU's kernels compile here and agree with the reference."""
     if gpu_kernels(device) is None:
         return False
-    layout = plan_layout((MatrixSpec("sample", 200, 512, True, torch.bfloat16),), scheme)
-    view = view_record(sample_record(layout).to(device), layout)["sample"]
-    random = torch.Generator().manual_seed(1)
-    for tokens in (1, MOST_GEMV_TOKENS + 1):
-        x = torch.randn(tokens, 512, generator=random, dtype=torch.float32).to(device, dtype)
-        try:
-            quick = matmul_gpu(x, view).float()
-        except Exception as error:  # compilers and drivers may raise anything
-            logger.warning("no GPU kernel for %s, products will be slow: %s", scheme, error)
-            return False
-        if not _agrees(quick, matmul_reference(x.float(), view)):
-            logger.warning("the GPU kernel for %s is wrong here, products will be slow", scheme)
-            return False
-    return True
+    view = sample_matrix(200, 512, scheme, bias=True, device=device)
+    return all(
+        _agrees(matmul_gpu, view, tokens, dtype, f"GPU kernel for {scheme}")
+        for tokens in (1, MOST_GEMV_TOKENS + 1)
+    )
 
 
 def sample_matrix(
-    rows: int, columns: int, scheme: Scheme, *, bias: bool = False, seed: int = 0
+    rows: int,
+    columns: int,
+    scheme: Scheme,
+    *,
+    bias: bool = False,
+    device: torch.device | None = None,
 ) -> MatrixView:
     """A matrix of random codes, for trying kernels and for measuring."""
     layout = plan_layout((MatrixSpec("sample", rows, columns, bias, torch.bfloat16),), scheme)
-    return view_record(sample_record(layout, seed), layout)["sample"]
+    return view_record(sample_record(layout).to(device), layout)["sample"]
 
 
 def sample_record(layout: RecordLayout, seed: int = 0) -> Tensor:
@@ -282,10 +287,9 @@ def sample_record(layout: RecordLayout, seed: int = 0) -> Tensor:
             if view.steps is None:
                 view.scales.copy_(pairs)
             else:
-                for place, encoded in zip(
-                    (view.scales, view.steps), encode_scales(pairs), strict=True
-                ):
-                    place.copy_(encoded)
+                codes, steps = encode_scales(pairs)
+                view.scales.copy_(codes)
+                view.steps.copy_(steps)
         if view.bias is not None:
             view.bias.normal_(generator=random)
     return record

@@ -18,12 +18,14 @@ import itertools
 import json
 import mmap
 import os
+import struct
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from offload.quant.errors import PackError
@@ -35,6 +37,7 @@ FORMAT = "moe-offload pack"
 VERSION = 2
 MANIFEST = "manifest.json"
 REMAKE = "delete the folder and load the model again to remake it"
+DATA_ALIGNMENT = 4096  # bytes; records begin at a page, so that their mapping can be pinned
 
 _SEEKING = threading.Lock()
 
@@ -45,10 +48,7 @@ def read_at(file: int, begin: int, into: memoryview) -> int:
     Returns how many bytes were read. Raises `OSError`.
     """
     done = 0
-    while done < len(into):
-        count = _read_some(file, begin + done, into[done:])
-        if not count:
-            break
+    while done < len(into) and (count := _read_some(file, begin + done, into[done:])):
         done += count
     return done
 
@@ -131,23 +131,18 @@ class PackInfo:
 
     def _check(self) -> None:
         for members, layouts in ((self.layers, self.layouts), (self.dense, self.dense_layouts)):
-            if any(
-                type(member.layout) is not int or not 0 <= member.layout < len(layouts)
-                for member in members
-            ):
-                raise ValueError("a layout that is not there")
+            for number in (member.layout for member in members):
+                if type(number) is not int or not 0 <= number < len(layouts):
+                    raise ValueError("a layout that is not there")
         counts = [*(layer.num_experts for layer in self.layers), *(d.file + 1 for d in self.dense)]
         if any(type(count) is not int or count < 1 for count in counts):
             raise ValueError("a layer without experts, or a file without a number")
         modules = [path for dense in self.dense for path in dense.modules]
         if len(set(modules)) < len(modules) or not all(dense.modules for dense in self.dense):
             raise ValueError("a matrix of two records, or a record of no matrix")
-        if any(
-            [(matrix.name, matrix.group_size > 0) for matrix in layout.matrices]
-            != [("weight", True)]
-            for layout in self.dense_layouts
-        ):
-            raise ValueError("a record beside the experts' that is not of one quantised matrix")
+        for layout in self.dense_layouts:
+            if [(m.name, m.group_size > 0) for m in layout.matrices] != [("weight", True)]:
+                raise ValueError("a record beside the experts' that is not of one quantised matrix")
         if self.dense_parameters < sum(self.dense_layout(d).weights for d in self.dense):
             raise ValueError("more quantised weights than there are")
 
@@ -170,15 +165,13 @@ class PackInfo:
     @property
     def expert_bytes(self) -> int:
         """The bytes of all experts' records."""
-        return sum(
-            n.num_experts * self.layout_of(i).record_bytes for i, n in enumerate(self.layers)
-        )
+        return sum(n.num_experts * self.layouts[n.layout].record_bytes for n in self.layers)
 
     @property
     def parameters(self) -> int:
         """How many weights the whole model has."""
-        experts = sum(n.num_experts * self.layout_of(i).weights for i, n in enumerate(self.layers))
-        return experts + self.dense_parameters
+        experts = (n.num_experts * self.layouts[n.layout].weights for n in self.layers)
+        return sum(experts) + self.dense_parameters
 
     @property
     def slot_bytes(self) -> int:
@@ -223,10 +216,53 @@ def read_info(path: Path) -> PackInfo:
 
     Raises `PackError`.
     """
-    try:
-        return PackInfo.from_json(_read_manifest(path))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise PackError(f"{path / MANIFEST} is damaged ({error!r}): {REMAKE}") from None
+    return _read_manifest(path)[0]
+
+
+def safetensors_header(tensors: Iterable[tuple[str, str, Sequence[int], int]]) -> bytes:
+    """The header of a file with `tensors`, each a name, safetensors dtype, shape and size in bytes.
+
+    The header is padded so that the data behind it begins at a multiple of `DATA_ALIGNMENT`.
+    """
+    header, end = {}, 0
+    for name, dtype, shape, size in tensors:
+        offsets = [end, end + size]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
+        end += size
+    text = json.dumps(header).encode()
+    padding = -(8 + len(text)) % DATA_ALIGNMENT
+    return struct.pack("<Q", len(text) + padding) + text + b" " * padding
+
+
+def layer_header(experts: int, record_bytes: int) -> bytes:
+    """The header of the file of a layer with `experts` experts; records and checksums follow."""
+    records = ("records", "U8", (experts, record_bytes), experts * record_bytes)
+    return safetensors_header([records, ("crc32", "I64", (experts,), 8 * experts)])
+
+
+class LayerFile(NamedTuple):
+    """The opened and mapped file of a layer."""
+
+    file: BinaryIO
+    stamp: tuple[int, int]  # the file's `_stamp` when it was opened
+    begin: int  # the byte at which the records begin
+    records: Tensor  # [E, record_bytes] uint8, mapped
+    checksums: list[int]
+
+    @classmethod
+    def map(cls, file: BinaryIO, experts: int, record_bytes: int) -> LayerFile:
+        """Map an opened file. Raises `PackError` unless `layer_header` and the size fit it."""
+        stamp = _stamp(file.fileno())
+        header, size = layer_header(experts, record_bytes), experts * record_bytes
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        begin = len(header)
+        if mapping[:begin] != header or len(mapping) != begin + size + 8 * experts:
+            raise PackError(
+                f"{file.name} does not hold {experts} records as the manifest says: {REMAKE}"
+            )
+        data = torch.frombuffer(mapping, dtype=torch.uint8)[begin:]  # keeps the file mapped
+        records, checksums = data[:size].view(experts, record_bytes), data[size:].view(torch.int64)
+        return cls(file, stamp, begin, records, checksums.tolist())
 
 
 class Pack:
@@ -239,34 +275,23 @@ class Pack:
         whose records `check_record` checks. Raises `PackError`.
         """
         self.path = path
-        manifest = _read_manifest(path)
-        try:
-            self.info = PackInfo.from_json(manifest)
-            self._files = files = {
-                str(name): (int(entry["bytes"]), str(entry["sha256"]))
-                for name, entry in manifest["files"].items()
-            }
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise PackError(f"{path / MANIFEST} is damaged ({_short(error)}): {REMAKE}") from None
-        expert_files = {PackLayer.file_name(i) for i in range(len(self.info.layers))}
-        dense_files = {dense.file_name for dense in self.info.dense}
-        if not self.info.layers or not expert_files | dense_files <= files.keys():
+        self.info, self._files = _read_manifest(path)
+        expert_files = [PackLayer.file_name(i) for i in range(len(self.info.layers))]
+        dense_files = [dense.file_name for dense in self.info.dense]
+        if not expert_files or not self._files.keys() >= {*expert_files, *dense_files}:
             raise PackError(f"{path / MANIFEST} does not list its own files: {REMAKE}")
-        for name, (size, sha256) in files.items():
+        for name, (size, sha256) in self._files.items():
             _check_file(path, name, size, sha256 if name not in expert_files else None)
-        self._files_open: list[BinaryIO] = []  # one for each layer
-        self._stamps: list[tuple[int, int]] = []  # each file's `_stamp` when it was opened
-        self._maps: list[mmap.mmap] = []
-        self._records: list[Tensor] = []
-        self._checksums: list[list[int]] = []
-        self._begins: list[int] = []  # where each layer's records begin in its file
-        try:
-            for index, layer in enumerate(self.info.layers):
-                file = path / PackLayer.file_name(index)
-                self._map_layer(file, layer, self.info.layout_of(index))
-        except BaseException:
-            self.close()
-            raise
+        with ExitStack() as opened:
+            self._layers = [
+                LayerFile.map(
+                    opened.enter_context((path / name).open("rb")),
+                    self.info.layers[index].num_experts,
+                    self.info.layout_of(index).record_bytes,
+                )
+                for index, name in enumerate(expert_files)
+            ]
+            self._opened = opened.pop_all()
 
     def record(self, layer: int, expert: int) -> Tensor:
         """The mapped record [record_bytes] uint8 of one expert. Do not write to it.
@@ -275,27 +300,26 @@ class Pack:
         other bytes, and reading beyond the file's new end would kill this process.
         """
         self.check_unchanged(layer)
-        return self._records[layer][expert]
+        return self._layers[layer].records[expert]
 
     def check_unchanged(self, layer: int) -> None:
         """Raise `PackError` if a layer's file was written to since it was opened."""
-        if _stamp(self.descriptor(layer)) != self._stamps[layer]:
-            name = PackLayer.file_name(layer)
+        if _stamp(self.descriptor(layer)) != self._layers[layer].stamp:
             raise PackError(
-                f"{self.path / name} was changed while it was in use: leave packs alone while a "
-                f"model runs; load it again, and if that fails, {REMAKE}"
+                f"{self._layers[layer].file.name} was changed while it was in use: leave packs "
+                f"alone while a model runs; load it again, and if that fails, {REMAKE}"
             )
 
     def descriptor(self, layer: int) -> int:
         """The descriptor of a layer's mapped file, even if its name now belongs to another file."""
-        return self._files_open[layer].fileno()
+        return self._layers[layer].file.fileno()
 
     def read_at(self, layer: int, begin: int, into: memoryview) -> int:
         """Read a layer's file as the function `read_at` does. Raises `PackError`."""
         try:
             return read_at(self.descriptor(layer), begin, into)
         except OSError as error:
-            file = self.path / PackLayer.file_name(layer)
+            file = self._layers[layer].file.name
             raise PackError(
                 f"cannot read {file} ({error.strerror or error}): look after the disk it is on; "
                 f"if that is well, {REMAKE}"
@@ -303,8 +327,8 @@ class Pack:
 
     def place(self, layer: int, expert: int) -> tuple[Path, int]:
         """The file that holds a record, and the byte at which the record begins."""
-        record_bytes = self.info.layout_of(layer).record_bytes
-        return self.path / PackLayer.file_name(layer), self._begins[layer] + expert * record_bytes
+        file = self._layers[layer]
+        return Path(file.file.name), file.begin + expert * file.records.shape[1]
 
     def check_record(self, layer: int, expert: int, record: Tensor | None = None) -> None:
         """Raise `PackError` if a record's bytes are not those that were written.
@@ -312,11 +336,10 @@ class Pack:
         If given, `record` is a copy that is checked in place of the mapped bytes.
         """
         record = self.record(layer, expert) if record is None else record
-        if zlib.crc32(as_buffer(record)) != self._checksums[layer][expert]:
-            name = PackLayer.file_name(layer)
+        if zlib.crc32(as_buffer(record)) != self._layers[layer].checksums[expert]:
             raise PackError(
-                f"{self.path / name}: the bytes of expert {expert} do not match their checksum: "
-                f"{REMAKE}"
+                f"{self._layers[layer].file.name}: the bytes of expert {expert} do not match their "
+                f"checksum: {REMAKE}"
             )
 
     def dense_records(self) -> Iterator[tuple[PackDense, Tensor]]:
@@ -331,7 +354,11 @@ class Pack:
             try:
                 with safe_open(file, framework="pt") as handle:
                     for dense in members:
-                        yield dense, _whole_record(handle, dense, self.info.dense_layout(dense))
+                        name, size = dense.modules[0], self.info.dense_layout(dense).record_bytes
+                        record = handle.get_tensor(name)
+                        if record.dtype != torch.uint8 or record.shape != (size,):
+                            raise ValueError(f"{name} has not {size} bytes")
+                        yield dense, record
             except (SafetensorError, ValueError) as error:
                 raise PackError(f"{file} is damaged ({error}): {REMAKE}") from None
 
@@ -347,49 +374,8 @@ class Pack:
 
     def close(self) -> None:
         """Unmap and close the files; no record may be used afterwards."""
-        self._records.clear()
-        self._maps.clear()  # a mapping ends with its last view
-        for file in self._files_open:
-            file.close()
-        self._files_open.clear()
-
-    def _map_layer(self, file: Path, layer: PackLayer, layout: RecordLayout) -> None:
-        handle = file.open("rb")
-        self._files_open.append(handle)
-        self._stamps.append(_stamp(handle.fileno()))
-        mapping = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
-        try:
-            header_bytes = int.from_bytes(mapping[:8], "little")
-            header = json.loads(mapping[8 : 8 + header_bytes])
-            begin, end = header["records"]["data_offsets"]
-            crc_begin, crc_end = header["crc32"]["data_offsets"]
-            if (
-                any(type(n) is not int or n < 0 for n in (begin, end, crc_begin, crc_end))
-                or (8 + header_bytes + crc_begin) % 8
-            ):
-                raise ValueError("offsets")
-        except (ValueError, KeyError, TypeError) as error:
-            raise PackError(f"{file} is damaged ({_short(error)}): {REMAKE}") from None
-        data, experts = 8 + header_bytes, layer.num_experts
-        sizes_fit = (
-            end - begin == experts * layout.record_bytes and crc_end - crc_begin == 8 * experts
-        )
-        if not sizes_fit or begin < 0 or data + max(end, crc_end) > len(mapping):
-            raise PackError(
-                f"{file} does not hold {experts} records as the manifest says: {REMAKE}"
-            )
-        everything = torch.frombuffer(mapping, dtype=torch.uint8)
-        records = everything[data + begin : data + end].view(experts, layout.record_bytes)
-        checksums = everything[data + crc_begin : data + crc_end].view(torch.int64)
-        self._maps.append(mapping)
-        self._records.append(records)
-        self._checksums.append(checksums.tolist())
-        self._begins.append(data + begin)
-
-
-def _short(error: Exception) -> str:
-    """An error's type and message, cut off because some messages quote all of their input."""
-    return f"{type(error).__name__}: {error}"[:200]
+        self._layers.clear()  # a mapping ends with its last view
+        self._opened.close()
 
 
 def _stamp(file: int) -> tuple[int, int]:
@@ -398,14 +384,8 @@ def _stamp(file: int) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _whole_record(handle: Any, dense: PackDense, layout: RecordLayout) -> Tensor:
-    record: Tensor = handle.get_tensor(dense.modules[0])
-    if record.dtype != torch.uint8 or record.shape != (layout.record_bytes,):
-        raise ValueError(f"{dense.modules[0]} has not {layout.record_bytes} bytes")
-    return record
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
+def _read_manifest(path: Path) -> tuple[PackInfo, dict[str, tuple[int, str]]]:
+    """What the manifest says: how the pack was made, and each file's size and SHA-256."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -421,7 +401,14 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         )
     if manifest.pop("check", None) != manifest_check(manifest):
         raise PackError(f"{path / MANIFEST} does not match its checksum: {REMAKE}")
-    return manifest
+    try:
+        return PackInfo.from_json(manifest), {
+            str(name): (int(entry["bytes"]), str(entry["sha256"]))
+            for name, entry in manifest["files"].items()
+        }
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        reason = repr(error)[:200]  # some messages quote all of their input
+        raise PackError(f"{path / MANIFEST} is damaged ({reason}): {REMAKE}") from None
 
 
 def _check_file(path: Path, name: str, size: int, sha256: str | None) -> None:

@@ -15,10 +15,9 @@ import os
 import shutil
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 
 from filelock import FileLock, Timeout
 from offload.quant.errors import PackError
@@ -30,7 +29,9 @@ from offload.quant.pack import (
     as_buffer,
     file_sha256,
     is_pack,
+    layer_header,
     manifest_check,
+    safetensors_header,
 )
 from torch import Tensor
 
@@ -53,7 +54,6 @@ def take_turn(file: Path, what: str) -> FileLock:
     return lock
 
 
-DATA_ALIGNMENT = 4096  # bytes; records begin at a page, so that their mapping can be pinned
 SETTINGS = ".settings"
 ELSEWHERE = "another place (--pack-dir or OFFLOAD_HOME; for quantize, another DST)"
 
@@ -79,50 +79,41 @@ class PackWriter:
             lock_file = self.path.with_name(self.path.name + ".lock")
             self._lock = take_turn(lock_file, str(self.path))
         try:
-            self.done = self._is_made(self.path)
-            if not self.done and self.path.exists():
-                raise PackError(
-                    f"{self.path} exists and is not a pack: remove it or name another place"
-                )
-            if not self.done:
-                with _disk_errors(self.path):
-                    self._prepare()
+            self._prepare()
         except BaseException:
             self._lock.release()
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._lock.release()
 
-    def _is_made(self, path: Path) -> bool:
-        if not is_pack(path):
-            return False
-        if Pack(path).info != self.info:
-            raise PackError(f"{path} is a pack of something else: remove it or name another place")
-        return True
-
     def _prepare(self) -> None:
-        if is_pack(self._partial):  # a run was killed between its last two steps
-            (self._partial / SETTINGS).unlink(missing_ok=True)
-            self._partial.rename(self.path)
-            self.done = self._is_made(self.path)
-            return
-        if self.path.exists():
+        if not self.path.exists():
+            with _disk_errors(self.path):
+                if not is_pack(self._partial):
+                    self._begin()
+                    return
+                # An earlier run was killed between its last two steps.
+                (self._partial / SETTINGS).unlink(missing_ok=True)
+                self._partial.rename(self.path)
+        if not is_pack(self.path):
             raise PackError(
                 f"{self.path} exists and is not a pack: remove it or name another place"
             )
-        settings = json.dumps(self.info.to_json(), sort_keys=True)
+        if Pack(self.path).info != self.info:
+            raise PackError(
+                f"{self.path} is a pack of something else: remove it or name another place"
+            )
+        self.done = True
+
+    def _begin(self) -> None:
+        settings = json.dumps(self.info.to_json(), sort_keys=True).encode()
         file = self._partial / SETTINGS
-        if not file.is_file() or file.read_bytes() != settings.encode():
+        if not file.is_file() or file.read_bytes() != settings:
             self._remove_partial()
             self._partial.mkdir()
-            _write_whole(file, [settings.encode()], self.path)
+            _write_whole(file, [settings], self.path)
 
     def _remove_partial(self) -> None:
         """Remove the folder of an interrupted run that had other settings and finished no layer.
@@ -154,14 +145,9 @@ class PackWriter:
         """Write one MoE layer from the records [record_bytes] uint8 of its experts, in order."""
         experts = self.info.layers[layer].num_experts
         record_bytes = self.info.layout_of(layer).record_bytes
-        end = experts * record_bytes
-        header = {
-            "records": {"dtype": "U8", "shape": [experts, record_bytes], "data_offsets": [0, end]},
-            "crc32": {"dtype": "I64", "shape": [experts], "data_offsets": [end, end + 8 * experts]},
-        }
 
         def chunks() -> Iterator[bytes | memoryview]:
-            yield _safetensors_header(header)
+            yield layer_header(experts, record_bytes)
             checksums = []
             for record in records:
                 data = as_buffer(record)
@@ -181,19 +167,9 @@ class PackWriter:
         self, name: str, tensors: Iterable[tuple[str, str, tuple[int, ...], Tensor]]
     ) -> None:
         """Write a safetensors file of tensors given as name, safetensors dtype, shape and bytes."""
-        header, start, parts = {}, 0, []
-        for tensor_name, dtype, shape, data in tensors:
-            end = start + data.numel()
-            header[tensor_name] = {
-                "dtype": dtype,
-                "shape": list(shape),
-                "data_offsets": [start, end],
-            }
-            parts.append(data)
-            start = end
-        head: list[bytes | memoryview] = [_safetensors_header(header)]
-        chunks = itertools.chain(head, map(as_buffer, parts))
-        self._write(name, chunks)
+        parts = list(tensors)
+        header = safetensors_header((*part[:3], part[3].numel()) for part in parts)
+        self._write(name, itertools.chain([header], (as_buffer(part[3]) for part in parts)))
 
     def _write(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
         _write_whole(self._partial / name, chunks, self.path)
@@ -210,22 +186,15 @@ class PackWriter:
                 for file in sorted(self._partial.iterdir())
                 if file.name != SETTINGS
             }
-            manifest = json.loads(json.dumps({**self.info.to_json(), "files": files}))
+            manifest = {**self.info.to_json(), "files": files}
             manifest["check"] = manifest_check(manifest)
-            _write_whole(
-                self._partial / MANIFEST, [json.dumps(manifest, indent=1).encode()], self.path
-            )
+            data = json.dumps(manifest, indent=1).encode()
+            _write_whole(self._partial / MANIFEST, [data], self.path)
             (self._partial / SETTINGS).unlink()
             _sync(self._partial)  # a power cut must not spare the manifest and lose its files
             self._partial.rename(self.path)
             _sync(self.path.parent)
         self.done = True
-
-
-def _safetensors_header(header: Mapping[str, object]) -> bytes:
-    text = json.dumps(header).encode()
-    padding = -(8 + len(text)) % DATA_ALIGNMENT
-    return struct.pack("<Q", len(text) + padding) + text + b" " * padding
 
 
 def _write_whole(file: Path, chunks: Iterable[bytes | memoryview], pack: Path) -> None:

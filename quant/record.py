@@ -9,8 +9,9 @@ Letters: N rows, K columns, g columns of a group, s groups that share a step, E 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,10 +21,6 @@ from torch import Tensor
 
 ALIGNMENT = 256  # bytes; more than any vector load or copy engine asks for
 STORED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -49,14 +46,8 @@ class MatrixLayout:
     @property
     def spec(self) -> MatrixSpec:
         """The spec that this layout was planned from."""
-        return MatrixSpec(
-            self.name,
-            self.rows,
-            self.columns,
-            self.bias_offset >= 0,
-            STORED_DTYPES[self.dtype],
-            STORED_DTYPES[self.bias_dtype],
-        )
+        dtypes = STORED_DTYPES[self.dtype], STORED_DTYPES[self.bias_dtype]
+        return MatrixSpec(self.name, self.rows, self.columns, self.bias_offset >= 0, *dtypes)
 
     @property
     def stored_rows(self) -> int:
@@ -65,10 +56,6 @@ class MatrixLayout:
     @property
     def groups(self) -> int:
         return self.columns // self.group_size
-
-    @property
-    def weight_bytes(self) -> int:
-        return self.stored_rows * self.columns * self.bits // 8
 
 
 @dataclass(frozen=True)
@@ -82,20 +69,28 @@ class RecordLayout:
     def weights(self) -> int:
         return sum(matrix.rows * matrix.columns for matrix in self.matrices)
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> RecordLayout:
-        """Read what `to_json` wrote.
+        """The layout whose fields `data` holds.
 
         Raises `KeyError`, `TypeError` or `ValueError` on anything that `plan_layout` would not
         make, because kernels trust offsets and sizes, and would read or write outside the record.
         """
         matrices = tuple(MatrixLayout(**matrix) for matrix in data["matrices"])
-        given = cls(matrices, data["record_bytes"])
-        for planned in _plans(matrices):
-            if planned == given:
+        for matrix in matrices:
+            sizes = (matrix.rows, matrix.columns, matrix.bits, matrix.scale_bits)
+            if any(type(size) is not int for size in sizes) or min(sizes[:3]) < 1:
+                raise ValueError(f"{matrix.name} has sizes {sizes}")
+        specs = tuple(matrix.spec for matrix in matrices)
+        schemes = {Scheme(16)} if matrices else set()
+        schemes |= {
+            Scheme(matrix.bits, group_size, matrix.scale_bits)
+            for matrix in matrices
+            if matrix.group_size
+            for group_size in GROUP_SIZES
+        }
+        for planned in (plan_layout(specs, scheme) for scheme in schemes):
+            if planned == cls(matrices, data["record_bytes"]):
                 return planned
         raise ValueError("a layout that makes no sense")
 
@@ -146,50 +141,21 @@ def plan_layout(specs: tuple[MatrixSpec, ...], scheme: Scheme) -> RecordLayout:
         bias_dtype = spec.bias_dtype or spec.dtype
         group = fitting_group(spec.columns, scheme.group_size) if scheme.quantised else 0
         if group:
-            bits, rows = scheme.bits, padded_rows(spec.rows)
-            pairs = rows * spec.columns // group * 2
+            bits, rows, scale_bits = scheme.bits, padded_rows(spec.rows), scheme.scale_bits
+            groups = spec.columns // group
         else:
-            bits, rows, pairs = spec.dtype.itemsize * 8, spec.rows, 0
-        scale_bits = scheme.scale_bits if pairs else 0
+            bits, rows, scale_bits, groups = spec.dtype.itemsize * 8, spec.rows, 0, 0
         weight = place(rows * spec.columns * bits // 8)
-        scale = place(pairs * scale_bits // 8) if pairs else -1
+        scale = place(groups * rows * 2 * scale_bits // 8) if group else -1
         step = -1
         if scale_bits == 8:
-            shared = shared_steps(spec.columns // group)
-            step = place(spec.columns // group // shared * rows * STEP_VALUES * 2)
+            step = place(groups // shared_steps(groups) * rows * STEP_VALUES * 2)
         bias = place(spec.rows * bias_dtype.itemsize) if spec.has_bias else -1
-        matrices.append(
-            MatrixLayout(
-                spec.name,
-                spec.rows,
-                spec.columns,
-                bits,
-                group,
-                scale_bits,
-                _dtype_name(spec.dtype),
-                _dtype_name(bias_dtype),
-                weight,
-                scale,
-                step,
-                bias,
-            )
-        )
+        sizes = spec.rows, spec.columns, bits, group, scale_bits
+        dtype, stored_bias = (str(kind).removeprefix("torch.") for kind in (spec.dtype, bias_dtype))
+        offsets = weight, scale, step, bias
+        matrices.append(MatrixLayout(spec.name, *sizes, dtype, stored_bias, *offsets))
     return RecordLayout(tuple(matrices), end)
-
-
-def _plans(matrices: tuple[MatrixLayout, ...]) -> Iterator[RecordLayout]:
-    """Yield every layout that could be planned for matrices of these sizes and bits."""
-    for matrix in matrices:
-        sizes = (matrix.rows, matrix.columns, matrix.bits, matrix.scale_bits)
-        if any(type(size) is not int for size in sizes) or min(sizes[:3]) < 1:
-            raise ValueError(f"{matrix.name} has sizes {sizes}")
-    specs = tuple(matrix.spec for matrix in matrices)
-    first = next((matrix for matrix in matrices if matrix.group_size), None)
-    if first is not None:
-        for group_size in GROUP_SIZES:
-            yield plan_layout(specs, Scheme(first.bits, group_size, first.scale_bits))
-    elif matrices:
-        yield plan_layout(specs, Scheme(16))
 
 
 @dataclass(frozen=True)
@@ -209,27 +175,24 @@ def view_record(record: Tensor, layout: RecordLayout) -> dict[str, MatrixView]:
 
 
 def _view_matrix(record: Tensor, matrix: MatrixLayout) -> MatrixView:
-    weight = record.narrow(0, matrix.weight_offset, matrix.weight_bytes)
+    def part(offset: int, dtype: torch.dtype, *shape: int) -> Tensor:
+        size = math.prod(shape) * dtype.itemsize
+        return record.narrow(0, offset, size).view(dtype).view(shape)
+
+    rows, columns = matrix.stored_rows, matrix.columns
     scales = steps = bias = None
-    rows = matrix.stored_rows
     if matrix.group_size:
-        weight = weight.view(rows // TILE_ROWS, -1)
-        size = matrix.groups * rows * 2 * matrix.scale_bits // 8
-        scales = record.narrow(0, matrix.scale_offset, size)
+        tile = columns * matrix.bits * TILE_ROWS // 8
+        weight = part(matrix.weight_offset, torch.uint8, rows // TILE_ROWS, tile)
+        kind = torch.uint8 if matrix.scale_bits == 8 else torch.bfloat16
+        scales = part(matrix.scale_offset, kind, matrix.groups, rows, 2)
         if matrix.scale_bits == 8:
             spans = matrix.groups // shared_steps(matrix.groups)
-            size = spans * rows * STEP_VALUES * 2
-            steps = record.narrow(0, matrix.step_offset, size).view(torch.bfloat16)
-            steps = steps.view(spans, rows, STEP_VALUES)
-        else:
-            scales = scales.view(torch.bfloat16)
-        scales = scales.view(matrix.groups, rows, 2)
+            steps = part(matrix.step_offset, torch.bfloat16, spans, rows, STEP_VALUES)
     else:
-        weight = weight.view(STORED_DTYPES[matrix.dtype]).view(matrix.rows, matrix.columns)
+        weight = part(matrix.weight_offset, STORED_DTYPES[matrix.dtype], rows, columns)
     if matrix.bias_offset >= 0:
-        bias_dtype = STORED_DTYPES[matrix.bias_dtype]
-        size = matrix.rows * bias_dtype.itemsize
-        bias = record.narrow(0, matrix.bias_offset, size).view(bias_dtype)
+        bias = part(matrix.bias_offset, STORED_DTYPES[matrix.bias_dtype], matrix.rows)
     return MatrixView(matrix, weight, scales, steps, bias)
 
 

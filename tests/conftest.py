@@ -34,6 +34,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import offload.generation.stream
 from offload.files import offload_home
+from offload.options import LoadOptions
 from tests.rounding import round_to_codes
 from tests.tiny import save_tiny
 
@@ -158,10 +159,9 @@ def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def mixtral_pack(mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Mixtral as a 4-bit pack. Copy it before changing it."""
     from offload.pack.find import find_or_make_pack
-    from offload.pack.recipe import Recipe
 
     destination = tmp_path_factory.mktemp("packs") / "tiny-mixtral-q4"
-    return find_or_make_pack(str(mixtral), Recipe(), destination=destination)
+    return find_or_make_pack(str(mixtral), LoadOptions(), destination=destination)
 
 
 class ScriptCache:

@@ -15,8 +15,8 @@ import offload
 from offload.budget.budget import hold_vram
 from offload.engine.handle import offload_of
 from offload.generation.decode import Loops
+from offload.options import LoadOptions
 from offload.pack.find import find_or_make_pack
-from offload.pack.recipe import Recipe
 from offload.transfer.cuda import CudaLink, CudaTicket, CudaTransfer
 from offload.transfer.host_tier import HostTier
 from offload.transfer.memory import PAGE, CudaPinner, own_memory
@@ -76,9 +76,13 @@ def test_unquantised_logits_are_transformers_own(tmp_path: Path) -> None:
 
 def test_records_arrive_from_pinned_and_from_mapped_memory(tmp_path: Path) -> None:
     save_tiny("mixtral", tmp_path / "checkpoint")
-    pack = Pack(find_or_make_pack(str(tmp_path / "checkpoint"), Recipe(), pack_dir=tmp_path))
+    pack = Pack(find_or_make_pack(str(tmp_path / "checkpoint"), LoadOptions(pack_dir=tmp_path)))
     layer_bytes = EXPERTS * pack.info.slot_bytes
-    for ram in (None, layer_bytes, 0):  # all in pinned memory; a part, the rest on disk; the least
+    for ram in (
+        1 << 40,
+        layer_bytes,
+        0,
+    ):  # all pinned; a part, the rest on disk; the least
         transfer = CudaTransfer(pack, 4, torch.device("cuda"), ram)
         for slot, (layer, expert) in enumerate([(0, 1), (2, 7), (1, 0), (2, 3)]):
             ticket = transfer.start(layer, expert, slot, urgent=True)
@@ -91,7 +95,7 @@ def test_records_arrive_from_pinned_and_from_mapped_memory(tmp_path: Path) -> No
 @pytest.fixture
 def pack(tmp_path: Path) -> Iterator[Pack]:
     save_tiny("mixtral", tmp_path / "checkpoint")
-    opened = Pack(find_or_make_pack(str(tmp_path / "checkpoint"), Recipe(), pack_dir=tmp_path))
+    opened = Pack(find_or_make_pack(str(tmp_path / "checkpoint"), LoadOptions(pack_dir=tmp_path)))
     yield opened
     opened.close()
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import cli
 from offload.engine.history import HOT
+from offload.options import LoadOptions
 from tests.tiny import save_tiny
 
 WEIGHTS = "model.safetensors"
@@ -474,10 +475,9 @@ def test_a_text_without_an_end(flags: tuple[str, ...], fails: Fails, mixtral_pac
 def whole_pack(mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pack whose dense part is quantised too. Copy it before changing it."""
     from offload.pack.find import find_or_make_pack
-    from offload.pack.recipe import Recipe
 
     destination = tmp_path_factory.mktemp("packs") / "whole"
-    return find_or_make_pack(str(mixtral), Recipe.parse("q4"), destination=destination)
+    return find_or_make_pack(str(mixtral), LoadOptions(bits="q4"), destination=destination)
 
 
 def _transpose(matrix: dict[str, Any]) -> None:

@@ -71,7 +71,7 @@ def test_making_a_pack_holds_at_most_a_layer(form: Callable[[Path], Path], tmp_p
         """
 import sys, threading, time
 from offload.pack.find import find_or_make_pack
-from offload.pack.recipe import Recipe
+from offload.options import LoadOptions
 from offload.quant.hqq import quantize
 import torch
 quantize(torch.randn(128, 512), 4, 64)  # what libraries take when first used is theirs
@@ -83,7 +83,7 @@ def watch():
         peak = max(peak, anonymous())
 thread = threading.Thread(target=watch)
 thread.start()
-find_or_make_pack(sys.argv[1], Recipe(), pack_dir=sys.argv[2])
+find_or_make_pack(sys.argv[1], LoadOptions(pack_dir=sys.argv[2]))
 done.set()
 thread.join()
 print(before, peak)

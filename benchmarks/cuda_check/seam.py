@@ -89,7 +89,7 @@ def make_transfer(pack: Pack, fit: Fit, tier: HostTier | None) -> Transfer:
     """Slots on the device, filled from `tier`."""
     if fit.device.type == "cpu":
         return HostTransfer(pack, fit.slots)
-    return CudaTransfer(pack, rows(fit), fit.device, None, tier=tier)
+    return CudaTransfer(pack, rows(fit), fit.device, fit.ram, tier=tier)
 
 
 def is_captured(handle: Offload) -> bool:

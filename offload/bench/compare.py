@@ -105,20 +105,16 @@ def read_earlier(file: str | Path) -> EarlierRun:
         if not rows or not all(isinstance(row, dict) for row in rows):
             raise ValueError("it has no rows")
         for row in rows:
-            _check(row)
+            if missing := [key for key in (*SAME, *FIGURES) if key not in row]:
+                raise ValueError(f"a row has no {missing[0]}")
+            figures = [row[key] for key in FIGURES]
+            if not all(type(each) in (int, float) and math.isfinite(each) for each in figures):
+                raise ValueError("a speed is not a number")
+            if figures[0] <= 0 or figures[1] < 0:
+                raise ValueError("a speed is not above 0")
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise OffloadError(
             f"cannot compare with {file} ({reason}): name a file that offload bench -o json wrote"
         ) from None
     return EarlierRun(tuple(rows))
-
-
-def _check(row: dict[str, Any]) -> None:
-    if missing := [key for key in (*SAME, *FIGURES) if key not in row]:
-        raise ValueError(f"a row has no {missing[0]}")
-    speed, spread = (row[key] for key in FIGURES)
-    if not all(type(value) in (int, float) and math.isfinite(value) for value in (speed, spread)):
-        raise ValueError("a speed is not a number")
-    if speed <= 0 or spread < 0:
-        raise ValueError("a speed is not above 0")

@@ -213,7 +213,12 @@ def save_picture(rows: Sequence[BenchRow], file: Path) -> None:
         speed, hits = panels[0][at], panels[1][at]
         for name in lines:
             chosen = [r for r in rows if r.test.name == test and _name(r) == name]
-            _line(speed, hits, name, sorted(chosen, key=lambda row: row.resident))
+            chosen.sort(key=lambda row: row.resident)
+            if chosen:
+                resident = [100 * row.resident for row in chosen]
+                rates, spreads = [r.avg_ts for r in chosen], [r.stddev_ts for r in chosen]
+                speed.errorbar(resident, rates, yerr=spreads, marker="o", capsize=3, label=name)
+                hits.plot(resident, [100 * r.hit_rate for r in chosen], marker="o", label=name)
         speed.set_title(test)
         speed.set_ylim(bottom=0)
         hits.set_ylim(0, 102)
@@ -229,15 +234,6 @@ def save_picture(rows: Sequence[BenchRow], file: Path) -> None:
         figure.savefig(file, format="png")
     except OSError as error:
         raise _unwritable(file, error) from None
-
-
-def _line(speed: Any, hits: Any, name: str, rows: Sequence[BenchRow]) -> None:
-    if not rows:
-        return
-    resident = [100 * row.resident for row in rows]
-    rates, spreads = [r.avg_ts for r in rows], [r.stddev_ts for r in rows]
-    speed.errorbar(resident, rates, yerr=spreads, marker="o", capsize=3, label=name)
-    hits.plot(resident, [100 * r.hit_rate for r in rows], marker="o", label=name)
 
 
 def _name(row: BenchRow) -> str:

@@ -7,15 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-import torch
 from transformers import PreTrainedModel
 
 from offload.budget.budget import kv_cache_bytes
 from offload.engine.handle import offload_of
 from offload.engine.stats import Stats
-from offload.machine.measure import processor_name
-from offload.pack.recipe import bits_name
-from offload.version import __version__
 
 
 @dataclass(frozen=True)
@@ -78,14 +74,6 @@ class Sample:
         return self.prompt_ns + sum(self.token_ns)
 
 
-@dataclass(frozen=True)
-class Bandwidths:
-    """What this machine was measured to do, in 10^9 bytes a second."""
-
-    link_gb_per_s: float  # copies of expert records to their slots
-    memory_gb_per_s: float  # reads of the compute device's memory
-
-
 @dataclass(frozen=True, kw_only=True)
 class BenchRow:
     """One test of one model. The fields are the keys of a JSON row, in its order.
@@ -123,14 +111,14 @@ class BenchRow:
     wait_seconds: float
     lookahead_precision: float | None
     lookahead_recall: float | None
-    link_gb_per_s: float
+    link_gb_per_s: float  # at which expert records are copied to their slots; 10^9 bytes a second
     link_share: float  # bytes copied per second of the test, over link_gb_per_s
     first_token_ns: float | None  # from the prompt to the first logits; None without a prompt
     token_p50_ns: float | None  # percentiles over all decoded tokens; None if there are none
     token_p95_ns: float | None
     token_p99_ns: float | None
     peak_memory: int  # bytes
-    memory_gb_per_s: float
+    memory_gb_per_s: float  # at which the compute device reads its memory
     link_bytes: int
     read_bytes: int
     bound_ts: float  # tokens/s if only the time for these bytes at these bandwidths counted
@@ -158,32 +146,10 @@ class BenchRow:
         return {True: "on", False: "off", None: "auto"}[self.lookahead]
 
 
-def subject_of_rows(model: PreTrainedModel, *, random: bool) -> dict[str, Any]:
-    """The fields that all rows of a loaded model share; `random`: it reads random tokens."""
-    offload = offload_of(model)
-    device, options = offload.fit.device, offload.fit.options
-    return {
-        "build": __version__,
-        "cpu_info": processor_name(),
-        "gpu_info": torch.cuda.get_device_name(device) if device.type == "cuda" else "",
-        "backends": device.type.upper(),
-        "n_threads": torch.get_num_threads(),
-        "model": offload.pack.info.source,
-        "model_type": str(model.config.model_type),
-        "model_size": offload.pack.total_bytes,
-        "model_n_params": offload.pack.parameters,
-        "bits": bits_name(offload.pack.info),
-        "policy": options.policy,
-        "lookahead": options.lookahead,
-        "text": "random" if random else "real",
-    }
-
-
 def row_of(
     subject: dict[str, Any],
     test: Test,
     samples: Sequence[Sample],
-    bandwidths: Bandwidths,
     *,
     test_time: str,
     read_bytes: int,
@@ -191,6 +157,7 @@ def row_of(
 ) -> BenchRow:
     """The row of `test`, from one or more samples of it.
 
+    `subject` has the fields that all rows of a loaded model share, the bandwidths among them.
     `read_bytes` counts what all samples together read from memory, as `bytes_read` does.
     """
     times = [sample.ns for sample in samples]
@@ -199,14 +166,13 @@ def row_of(
     experts = sum(rest, first)
     seconds = sum(times) / 1e9
     p50, p95, p99 = percentiles([ns for sample in samples for ns in sample.token_ns])
-    copied, link = experts.bytes_copied, bandwidths.link_gb_per_s
+    copied, link = experts.bytes_copied, subject["link_gb_per_s"]
     link_seconds = copied / 1e9 / link if copied else 0.0
-    memory_seconds = read_bytes / 1e9 / bandwidths.memory_gb_per_s
+    memory_seconds = read_bytes / 1e9 / subject["memory_gb_per_s"]
     bound_seconds = link_seconds + memory_seconds
     return BenchRow(
         **subject,
         **asdict(test),
-        **asdict(bandwidths),
         test_time=test_time,
         avg_ns=round(statistics.fmean(times)),
         stddev_ns=round(spread(times)),

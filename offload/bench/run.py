@@ -16,23 +16,18 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from offload.bench.row import (
-    Bandwidths,
-    BenchRow,
-    Sample,
-    Test,
-    bytes_read,
-    row_of,
-    subject_of_rows,
-)
+from offload.bench.row import BenchRow, Sample, Test, bytes_read, row_of
 from offload.engine.engine import Engine
 from offload.engine.handle import TokenSource, offload_of
 from offload.errors import GenerationError
 from offload.generation.stream import forward, peak_memory
 from offload.loading import load_and_tell
+from offload.machine.measure import processor_name
 from offload.options import LoadOptions
+from offload.pack.recipe import bits_name
 from offload.sampling import Sampling
 from offload.trace.timeline import record_timeline
+from offload.version import __version__
 
 BLOCK_BYTES = 256 * 2**20  # more than the caches of most processors
 ROUNDS = 8
@@ -176,6 +171,29 @@ def measure_memory(device: torch.device) -> float:
     return block.nbytes / 1e9 / min(seconds)
 
 
+def _subject(model: PreTrainedModel, random: bool) -> dict[str, Any]:
+    """The fields that all rows of a loaded model share; `random`: it reads random tokens."""
+    offload = offload_of(model)
+    device, options = offload.fit.device, offload.fit.options
+    return {
+        "build": __version__,
+        "cpu_info": processor_name(),
+        "gpu_info": torch.cuda.get_device_name(device) if device.type == "cuda" else "",
+        "backends": device.type.upper(),
+        "n_threads": torch.get_num_threads(),
+        "model": offload.pack.info.source,
+        "model_type": str(model.config.model_type),
+        "model_size": offload.pack.total_bytes,
+        "model_n_params": offload.pack.parameters,
+        "bits": bits_name(offload.pack.info),
+        "policy": options.policy,
+        "lookahead": options.lookahead,
+        "text": "random" if random else "real",
+        "link_gb_per_s": measure_link(offload.engine),
+        "memory_gb_per_s": measure_memory(model.device),
+    }
+
+
 def run(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -197,9 +215,7 @@ def run(
         ids = random_tokens(model.config.get_text_config().vocab_size, count)
     else:
         ids = real_text(tokenizer, count)
-    offload, subject = offload_of(model), subject_of_rows(model, random=random)
-    bandwidths = Bandwidths(measure_link(offload.engine), measure_memory(model.device))
-    devices = offload.fit.devices
+    subject, devices = _subject(model, random), offload_of(model).fit.devices
     for test in tests:
         texts = stretches(ids, test.context)
         if warmup:
@@ -212,7 +228,6 @@ def run(
             subject,
             test,
             samples,
-            bandwidths,
             test_time=when,
             read_bytes=bytes_read(model, test, samples),
             peak_memory=sum(map(peak_since, devices)),

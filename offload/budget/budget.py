@@ -85,10 +85,9 @@ class Memory:
         """The sizes that the user gave, or a share of the free memory. Raises `BudgetError`."""
         if vram is not None and device.type == "cpu":
             logger.warning("--vram has no effect without a GPU: --ram is the limit here")
-        host = available_bytes(torch.device("cpu"), parse_bytes(ram))
-        return cls(
-            host if device.type == "cpu" else available_bytes(device, parse_bytes(vram)), host
-        )
+        card_bytes, ram_bytes = parse_bytes(vram), parse_bytes(ram)
+        host = available_bytes(torch.device("cpu"), ram_bytes)
+        return cls(host if device.type == "cpu" else available_bytes(device, card_bytes), host)
 
 
 def available_bytes(device: torch.device, given: int | None) -> int:

@@ -10,7 +10,6 @@ import functools
 import time
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Protocol
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
@@ -28,42 +27,25 @@ DRAWING_SHARE = 0.1  # at most this share of the time goes into drawing; long bl
 DEEPEST = 12  # deepest nesting, as markdown-it counts it (two a list or quote), that is drawn
 THINKING, THOUGHT = "Thinking...", "...done thinking."  # ollama's words
 
-Panel = Callable[[], RenderableType]
-
-
-class Display(Protocol):
-    """Shows answers, one after the other."""
-
-    thoughts: bool  # whether thoughts are shown
-    live: bool  # whether a panel can be shown
-    panel: Panel | None  # draws the lines below an answer while it arrives
-
-    def write(self, text: str) -> None:
-        """Write text that is not part of an answer, unchanged."""
-
-    def show(self, piece: Piece) -> None:
-        """Show the next piece of the answer."""
-
-    def finish(self) -> None:
-        """End the answer, which may have been interrupted at any point, and show all of its
-        text."""
+Panel = Callable[[], RenderableType]  # draws the lines below an answer while it arrives
 
 
 class Plain:
     """Plain text, for a file, a pipe, or a terminal without colours."""
 
-    live = False
+    live = False  # whether a panel can be shown
     panel: Panel | None = None
 
     def __init__(self, write: Callable[[str], None], *, safe: bool = True) -> None:
         """`safe`: make control characters visible, because `write` reaches a terminal that would
         obey them."""
-        self.thoughts = True
-        self.write = write
+        self.thoughts = True  # whether thoughts are shown
+        self.write = write  # writes text that is not part of an answer, unchanged
         self._safe = safe
         self._thinking = False
 
     def show(self, piece: Piece) -> None:
+        """Show the next piece of the answer."""
         if piece.thought and not self.thoughts:
             return
         if piece.thought != self._thinking:
@@ -72,6 +54,7 @@ class Plain:
         self.write(printable(piece.text) if self._safe else piece.text)
 
     def finish(self) -> None:
+        """End the answer, which may have been interrupted at any point, and show all of it."""
         if self._thinking:
             self._thinking = False
             self.write(f"\n{THOUGHT}\n")
@@ -172,6 +155,9 @@ class Rendered:
                 growing = Group(Text(""), growing)
         parts = [growing] if self.panel is None else [growing, Text(""), self.panel()]
         self._live.update(_Lines(Group(*parts), most=self._console.height - 1), refresh=True)
+
+
+Display = Plain | Rendered
 
 
 class _Lines:

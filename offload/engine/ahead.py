@@ -13,36 +13,35 @@ from offload.cache.decision import Use
 from offload.cache.guesses import LookaheadBalance
 from offload.cache.policies import Key
 from offload.cache.sharded import Cache
-from offload.cache.statistics import Statistics
 from offload.cache.trace.trace import Guess
 from offload.engine.layer import Call, Layer
 from offload.transfer.base import Ticket, Transfer
 
 
 class Ahead:
-    """Guesses for the layer that follows the one at work."""
+    """Guesses for the layer that follows the one at work, while that pays.
+
+    It watches the engine (`engine.host.Watcher`), to tell the balance what waiting costs.
+    """
 
     def __init__(
         self,
         layers: Sequence[Layer],
         cache: Cache,
+        transfer: Transfer,
         lookahead: bool,
         balance: LookaheadBalance | None,
     ) -> None:
         """Without `lookahead` nothing is guessed. With `balance` look-ahead stops while it does not
         pay; with None it never stops."""
-        self._layers = layers
-        self._cache = cache
+        self._layers, self._cache, self._transfer = layers, cache, transfer
         self._lookahead = lookahead
-        self._balance = balance
+        self._balance = balance if lookahead else None
+        self._needed = [0] * len(cache.statistics.layers)  # useful loads before a layer's call
         # Copies of guesses that may not have landed, for each device: each has a link of its own.
         self._guessed: dict[torch.device | None, deque[Ticket]] = defaultdict(deque)
         self._since: float | None = None  # when guessing began for the layer at work
         self.noted_layers = 0  # routers of so many later layers are asked for a routing trace
-
-    def start_over(self) -> None:
-        """No copy is under way."""
-        self._guessed.clear()
 
     def dropped(self, copy: Ticket) -> None:
         """`copy`, which may be that of a guess, will never land."""
@@ -53,8 +52,8 @@ class Ahead:
     def look(self, call: Call) -> tuple[list[Guess], list[tuple[Layer, Use]]]:
         """What was guessed for the next layer, and the copies to begin for it.
 
-        Report the copies by `begun`, then call `end`. Of a call of many tokens nothing is guessed,
-        since nearly all experts of the next layer will be wanted.
+        Report the copies by `begun`. Of a call of many tokens nothing is guessed, since nearly all
+        experts of the next layer will be wanted.
         """
         layer = call.layer
         hidden, layer.asked = layer.asked, None
@@ -87,12 +86,10 @@ class Ahead:
             copies.popleft()
         return len(copies) >= most
 
-    def begun(self, later: Layer, copy: Ticket) -> None:
-        """`copy` of an expert of the layer `later` was begun."""
-        self._guessed[later.device].append(copy)
-
-    def end(self) -> None:
-        """All copies were begun that the last `look` wanted: so long did guessing take."""
+    def begun(self, copies: Sequence[tuple[Layer, Ticket]]) -> None:
+        """The copies that the last `look` wanted were begun, so this guess is complete."""
+        for later, copy in copies:
+            self._guessed[later.device].append(copy)
         if self._since is not None and self._balance is not None:
             self._balance.guessed(time.perf_counter() - self._since)
         self._since = None
@@ -103,25 +100,18 @@ class Ahead:
         said = ((at.index, at.guess(layer.as_seen_by(at, hidden))) for at in later if at != guessed)
         return [Guess(index, tuple(experts), live=False) for index, experts in said]
 
-
-class Weigher:
-    """Tells the balance after each call what waiting costs, so that it can weigh guessing."""
-
-    def __init__(
-        self, balance: LookaheadBalance, statistics: Statistics, transfer: Transfer
-    ) -> None:
-        self._balance, self._statistics, self._transfer = balance, statistics, transfer
-        self._needed = [0] * len(statistics.layers)  # loads of use to each layer before its call
-
     def served(self, call: Call, guesses: Sequence[Guess], copies: int) -> None:
-        """As `engine.host.Watcher` says."""
-        at = call.layer.index
-        before, self._needed[at] = self._needed[at], self._statistics.layers[at].useful_loads
-        self._balance.step(self._needed[at] - before, copies, self._transfer.busy_seconds)
+        """Tell the balance how many loads this call needed, and what a copy takes."""
+        if self._balance is not None:
+            at = call.layer.index
+            before = self._needed[at]
+            self._needed[at] = self._cache.statistics.layers[at].useful_loads
+            self._balance.step(self._needed[at] - before, copies, self._transfer.busy_seconds)
 
     def warmed(self, key: Key) -> None:
         """Nobody waited for a warm load."""
 
     def started_over(self) -> None:
-        """What a call that broke off needed is not weighed."""
-        self._needed = [counts.useful_loads for counts in self._statistics.layers]
+        """No copy is under way, and what a call that broke off needed is not weighed."""
+        self._guessed.clear()
+        self._needed = [counts.useful_loads for counts in self._cache.statistics.layers]

@@ -1,6 +1,6 @@
 """How the experts of a step are computed, once their slots are ready."""
 
-# T tokens, k experts a token, S = T * k cells, H hidden
+# T tokens, k experts a token, S = T * k cells, M rows of one expert, H hidden
 
 from __future__ import annotations
 
@@ -53,8 +53,13 @@ class OneByOne:
         layer, k = call.layer, call.index.shape[1]
         for use in uses:
             where = call.cells_of[use.expert]
-            rows = _rows(call.hidden, where, k)
-            _put(cells, where, layer.expert(rows, self._matrices(layer.index, use.slot)))
+            one_token = len(call.hidden) == 1
+            rows = call.hidden if one_token else call.hidden[[cell // k for cell in where]]
+            out = layer.expert(rows, self._matrices(layer.index, use.slot))  # [M, H]
+            if len(where) == 1:
+                cells[where[0]] = out[0]
+            else:
+                cells[where] = out
 
     def _matrices(self, layer: int, slot: int) -> dict[str, MatrixView]:
         if slot >= len(self._transfer.slots):  # a streamed record is in another place each time
@@ -107,20 +112,6 @@ class Grouped:
 
     def close(self) -> None:
         self._one_by_one.close()
-
-
-def _rows(hidden: Tensor, cells: Sequence[int], k: int) -> Tensor:
-    """The hidden states [M, H] of the tokens that `cells` belong to."""
-    if hidden.shape[0] == 1:
-        return hidden
-    return hidden[[cell // k for cell in cells]]
-
-
-def _put(cells: Tensor, where: Sequence[int], out: Tensor) -> None:
-    if len(where) == 1:
-        cells[where[0]] = out[0]
-    else:
-        cells[list(where)] = out
 
 
 class CardsCompute:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from offload.cache.statistics import LayerCounts
@@ -18,7 +17,6 @@ from offload.engine.hooks import OneTokenLinear
 from offload.engine.stats import CardStats, Stats
 from offload.fit import Fit
 from offload.quant.pack import Pack
-from offload.sampling import Sampling
 from offload.transfer.cards import CardsTransfer
 from offload.version import __version__
 
@@ -37,42 +35,21 @@ class TokenSource(Protocol):
 class Decoding(Protocol):
     """Gives tokens while the steps after them already run."""
 
-    def begin(
-        self,
-        model: PreTrainedModel,
-        prompt: Tensor,
-        logits: Tensor,
-        grown: object,
-        sampling: Sampling,
-        limit: int,
-        longest: int,
-        ends: frozenset[int],
-    ) -> TokenSource | None:
-        """What gives at most `limit` tokens after `prompt` [1, T]; None: it cannot.
-
-        The last token of the prompt has `logits` [1, V], and the prompt left the KV cache `grown`.
-        """
+    def begin(self, *args: Any, **kwargs: Any) -> TokenSource | None:
+        """What gives the tokens after a prompt, as `generation.tokens.Loops.begin`; None: it cannot
+        now."""
 
 
+@dataclass(eq=False)
 class Offload:
     """A model's experts: `model.offload`."""
 
-    def __init__(
-        self,
-        pack: Pack,
-        engine: Engine,
-        fit: Fit,
-        one_token: OneTokenLinear | None,
-        top_k: int,
-        decoding: Decoding | None = None,
-    ) -> None:
-        """`decoding` gives tokens without waiting for each; None: they are had one by one."""
-        self.decoding = decoding
-        self.pack = pack
-        self.engine = engine
-        self.fit = fit
-        self.top_k = top_k
-        self._one_token = one_token
+    pack: Pack
+    engine: Engine
+    fit: Fit
+    one_token: OneTokenLinear | None
+    top_k: int  # experts of a token
+    decoding: Decoding | None = None  # gives tokens without waiting for each; None: one by one
 
     def stats(self) -> Stats:
         """Hits, misses, bytes, waiting and look-ahead since the model was loaded."""
@@ -82,18 +59,15 @@ class Offload:
     def _cards(self, whole: Stats) -> Iterator[CardStats]:
         transfer, first = self.engine.transfer, 0
         links = transfer.transfers if isinstance(transfer, CardsTransfer) else (transfer,)
+        copied = [
+            (n.loads - n.loads_beside * transfer.streams_in_place) * self.engine.record_bytes(layer)
+            for layer, n in enumerate(whole.layers)
+        ]  # bytes
         for (_, share), link in zip(self.fit.caching, links, strict=True):
-            layers = range(first, first + share.moe_layers)
+            layers = slice(first, first + share.moe_layers)
             first = layers.stop
-            yield CardStats(
-                share,
-                sum((whole.layers[i] for i in layers), LayerCounts()),
-                sum(self._copied(whole.layers[i]) * self.engine.record_bytes(i) for i in layers),
-                link.busy_seconds,
-            )
-
-    def _copied(self, counts: LayerCounts) -> int:
-        return counts.loads - counts.loads_beside * self.engine.transfer.streams_in_place
+            counts = sum(whole.layers[layers], LayerCounts())
+            yield CardStats(share, counts, sum(copied[layers]), link.busy_seconds)
 
     def record(self, path: str | Path, noted_layers: int = 0) -> None:
         """Write a trace of what the routers choose from now on to `path`, until `close` or another
@@ -133,8 +107,8 @@ class Offload:
         """Free the slots, the mapping and the copy thread. The model cannot be used afterwards."""
         if self.fit.options.warm_start and not self.engine.closed:
             write_hot(self.pack.path, self.engine.cache.heat)
-        if self._one_token is not None:
-            self._one_token.close()
+        if self.one_token is not None:
+            self.one_token.close()
         self.engine.close()
         self.pack.close()
 

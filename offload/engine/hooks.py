@@ -108,8 +108,7 @@ class OneTokenLinear:
         self._leave()  # torch skips the leaving hook when Ctrl-C ends a forward
         ids = args[0] if args else kwargs.get("input_ids")
         if isinstance(ids, Tensor) and ids.numel() == 1:
-            self._before = torch.backends.mkldnn.set_flags()[0]
-            torch.backends.mkldnn.set_flags(False)
+            self._before = torch.backends.mkldnn.set_flags(False)[0]
 
     def _leave(self, *_: Any) -> None:
         if self._before is not None:

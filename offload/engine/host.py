@@ -18,7 +18,7 @@ from offload.cache.policies import Key
 from offload.cache.sharded import Cache
 from offload.cache.staging import Step, absent, nearly_all, staging_of
 from offload.cache.trace.trace import Guess
-from offload.engine.ahead import Ahead, Weigher
+from offload.engine.ahead import Ahead
 from offload.engine.compute import Compute
 from offload.engine.history import RoutingTrace
 from offload.engine.layer import Call, Layer
@@ -31,7 +31,7 @@ WARM_AT_ONCE = 4  # warm copies begun per step on a link where an urgent copy ca
 
 
 class Watcher(Protocol):
-    """Is told what the host-planned engine did, and changes nothing."""
+    """Is told what the host-planned engine did."""
 
     def served(self, call: Call, guesses: Sequence[Guess], copies: int) -> None:
         """`call` is served; `guesses` were made meanwhile, and `copies` were begun so far."""
@@ -69,11 +69,9 @@ class HostPlanned:
         self.tokens = 0  # that went through the first layer
         self._compute = compute
         self._staging = staging_of(cache, staging)  # of each layer
-        self._ahead = Ahead(self.layers, cache, lookahead, balance)
+        self._ahead = Ahead(layers, cache, transfer, lookahead, balance)
         self._trace: RoutingTrace | None = None
-        self._watchers: list[Watcher] = []
-        if balance is not None and lookahead:
-            self._watchers.append(Weigher(balance, cache.statistics, transfer))
+        self._watchers: list[Watcher] = [self._ahead]
         # slot -> (copy that nobody has waited for, layer to charge its wait to). The layer is None
         # if the load was already counted while the record sat in a staging row.
         self._tickets: dict[int, tuple[Ticket, int | None]] = {}
@@ -157,9 +155,9 @@ class HostPlanned:
     def _look_ahead(self, call: Call) -> list[Guess]:
         """Begin the copies that later layers will probably want."""
         guesses, wanted = self._ahead.look(call)
-        for later, use in wanted:
-            self._ahead.begun(later, self._start(later.index, use, urgent=False))
-        self._ahead.end()
+        self._ahead.begun(
+            [(later, self._start(later.index, use, urgent=False)) for later, use in wanted]
+        )
         return guesses
 
     def _start(self, layer: int, use: Use, *, urgent: bool) -> Ticket:
@@ -263,7 +261,6 @@ class HostPlanned:
                 self._kept[layer] -= not ticket.done
         self._tickets.clear()
         self._cold.clear()
-        self._ahead.start_over()
         for staging in self._staging:
             staging.start_over()
         self.cache.forget()

@@ -42,9 +42,6 @@ class NormFinder:
             if out.data_ptr() == hidden.data_ptr():
                 self.norm = module
                 break
-        self.close()
-
-    def close(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -57,24 +54,12 @@ def scale_between(norm: nn.Module | None, later: nn.Module | None, like: Tensor)
     if norm is None or later is None:
         return None
     generator = torch.Generator().manual_seed(0)
-    found: Tensor | None = None
-    for _ in range(2):
-        probe = torch.randn(1, like.shape[-1], generator=generator).to(like.device, like.dtype)
-        theirs = later.forward(probe.to(_device(later, probe))).float().to(like.device)
-        scale: Tensor = (theirs / norm.forward(probe).float())[0]
-        if not bool(scale.isfinite().all()):
-            return None
-        if found is not None and not torch.allclose(scale, found, rtol=0.05, atol=1e-3):
-            return None
-        found = scale
-    assert found is not None
-    return found.to(like.dtype)
-
-
-def _device(norm: nn.Module, like: Tensor) -> torch.device:
-    """Where `norm` is: a later layer may be on another card."""
-    weight = next(norm.parameters(), None)
-    return like.device if weight is None else weight.device
+    probes = torch.randn(2, like.shape[-1], generator=generator).to(like.device, like.dtype)
+    there = next(later.parameters(), probes).device  # a later layer may be on another card
+    theirs = later.forward(probes.to(there)).float().to(like.device)
+    first, second = theirs / norm.forward(probes).float()
+    same = torch.allclose(first, second, rtol=0.05, atol=1e-3) and bool(second.isfinite().all())
+    return second.to(like.dtype) if same else None
 
 
 # layer, hidden [T, H], top-k index and weights [T, k] -> what the experts add [T, H]

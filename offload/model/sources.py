@@ -29,6 +29,7 @@ from offload.model.formats.gguf_config import gguf_config
 from offload.model.formats.gguf_model import GgufSource
 from offload.model.formats.safetensors import SafetensorsSource
 from offload.model.formats.scaled import BLOCKS, FLOAT8, Fp8Source, Mxfp4Source
+from offload.options import LoadOptions
 from offload.quant.pack import is_pack
 from offload.sampling import is_number, resolve_sampling
 
@@ -53,14 +54,7 @@ class FoundModel:
     commit: str | None = None
 
 
-def find(
-    name: str,
-    *,
-    revision: str | None,
-    local_files_only: bool,
-    trust_remote_code: bool,
-    files: Sequence[str] = TEXT_FILES,
-) -> FoundModel:
+def find(name: str, options: LoadOptions, files: Sequence[str] = TEXT_FILES) -> FoundModel:
     """The model `name`: a pack, a checkpoint folder, a GGUF file, a hub id, or "demo".
 
     The demo is built if need be. Of a hub model only the files that match the patterns `files` are
@@ -86,8 +80,8 @@ def find(
         raise SourceError(
             f"{name}: there is no such folder, and it is not the form of a hub id (owner/name)"
         )
-    patterns = [*files, *(["*.py"] if trust_remote_code else [])]
-    folder = _snapshot(name, revision, local_files_only, patterns)
+    patterns = [*files, *(["*.py"] if options.trust_remote_code else [])]
+    folder = _snapshot(name, options.revision, options.local_files_only, patterns)
     return FoundModel(name, folder, is_pack=False, commit=folder.name)
 
 

@@ -40,13 +40,10 @@ def run(arguments: argparse.Namespace) -> int:
     asked, place = AskedBits.of(options), find_place(options)
     path = find_or_make_pack(
         arguments.model,
-        asked.recipe(),
+        options,
+        destination=destination,
         device=place.device,
         resolver=Resolver(options, place) if asked.fit else None,
-        destination=destination,
-        revision=options.revision,
-        local_files_only=options.local_files_only,
-        trust_remote_code=options.trust_remote_code,
     )
     print(_summary(path), file=sys.stderr)
     print(path)

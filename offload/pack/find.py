@@ -19,6 +19,7 @@ from offload.model import sources
 from offload.model.checkpoint import Checkpoint
 from offload.model.seam import build_on_meta, find_experts, model_class
 from offload.model.sources import check_generation_config
+from offload.options import LoadOptions
 from offload.pack.describe import PackSource
 from offload.pack.make import fingerprint, make_pack
 from offload.pack.recipe import AskedBits, Recipe, most_bits
@@ -30,43 +31,35 @@ logger = logging.getLogger("offload")
 
 def find_or_make_pack(
     source: str,
-    recipe: Recipe | None,
+    options: LoadOptions,
     *,
-    pack_dir: str | Path | None = None,
     destination: Path | None = None,
-    revision: str | None = None,
-    local_files_only: bool = False,
-    trust_remote_code: bool = False,
     device: torch.device = CPU,
     resolver: Resolver | None = None,
 ) -> Path:
-    """The folder of the pack for `source`, made if need be, at `destination` or under `pack_dir`.
+    """The folder of the pack for `source`, made if need be, at `destination` or where packs are.
 
-    Weights are quantised on `device`. A pack that does not fit, as `resolver` tells, is not made.
-    Without a `recipe`, the one that fits (then `resolver` is needed) is taken.
+    Weights are quantised on `device`. A pack that does not fit, as `resolver` tells, is not made;
+    `--bits fit` needs a `resolver`.
     """
-    found = sources.find(
-        source,
-        revision=revision,
-        local_files_only=local_files_only,
-        trust_remote_code=trust_remote_code,
-    )
+    recipe, trusts = AskedBits.of(options).recipe(), options.trust_remote_code
+    found = sources.find(source, options)
     if found.is_pack:
         if destination is not None:
             raise SourceError(f"{source} is a pack already: name the checkpoint it was made from")
         return found.folder
     check_generation_config(found.folder)
-    config = sources.read_config(found.name, found.folder, trust_remote_code=trust_remote_code)
-    model = build_on_meta(config, model_class(config, str(found.folder), trust_remote_code))
+    config = sources.read_config(found.name, found.folder, trust_remote_code=trusts)
+    model = build_on_meta(config, model_class(config, str(found.folder), trusts))
     experts = find_experts(model)
     mark = found.commit or fingerprint(found.folder)
 
     def place(recipe: Recipe) -> Path:
-        return destination or pack_path(found.name, mark, recipe, pack_dir)
+        return destination or pack_path(found.name, mark, recipe, options.pack_dir)
 
     if recipe is not None and destination is None and is_pack(place(recipe)):
         return place(recipe)
-    sources.fetch_weights(found, local_files_only=local_files_only)
+    sources.fetch_weights(found, local_files_only=options.local_files_only)
     checkpoint = Checkpoint(sources.open_weights(found.folder, model), model, experts)
     subject = PackSource(found.name, mark, checkpoint, model, experts)
     if recipe is None:

@@ -70,13 +70,7 @@ def outline(name: str, options: LoadOptions) -> Outline:
     if name == sources.DEMO and not (demo.demo_folder() / "config.json").is_file():
         config = demo.planned_config()
     else:
-        found = sources.find(
-            name,
-            revision=options.revision,
-            local_files_only=options.local_files_only,
-            trust_remote_code=trusts,
-            files=sources.SHAPE_FILES,
-        )
+        found = sources.find(name, options, sources.SHAPE_FILES)
         name, folder = found.name, found.folder
         config = sources.read_config(name, folder, trust_remote_code=trusts)
         made = read_info(folder) if found.is_pack else None

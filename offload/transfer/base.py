@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,8 @@ class Ticket(Protocol):
 
 class Transfer(Protocol):
     """Copies records into numbered slots. Not for use by several threads at once.
+
+    A transfer is given only tickets of its own, which `start` or `keep` returned.
 
     Rows past the cache's slots are for experts that are streamed, which are used once and not kept.
     """
@@ -46,7 +48,7 @@ class Transfer(Protocol):
         An urgent copy goes before the guesses that have not begun, where the link can do that.
         """
 
-    def wait(self, ticket: Ticket) -> None:
+    def wait(self, ticket: Any) -> None:
         """Return when compute on `device` may use the slot. Raises what the copy raised."""
 
     def keep(self, layer: int, expert: int, row: int, slot: int) -> Ticket | None:
@@ -55,7 +57,7 @@ class Transfer(Protocol):
         The record in `row` was waited for. None: compute from now on may use the slot.
         """
 
-    def drop(self, ticket: Ticket) -> bool:
+    def drop(self, ticket: Any) -> bool:
         """Give up a copy whose slot is needed for another record; whether it never began."""
 
     def drain(self) -> None:

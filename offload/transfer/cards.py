@@ -61,8 +61,7 @@ class CardsTransfer:
         ticket = self.transfers[card].start(layer, expert, row, urgent=urgent)
         return CardTicket(card, ticket)
 
-    def wait(self, ticket: Ticket) -> None:
-        assert isinstance(ticket, CardTicket)
+    def wait(self, ticket: CardTicket) -> None:
         self.transfers[ticket.card].wait(ticket.ticket)
 
     def keep(self, layer: int, expert: int, row: int, slot: int) -> CardTicket | None:
@@ -70,8 +69,7 @@ class CardsTransfer:
         ticket = self.transfers[card].keep(layer, expert, at, self._place(slot)[1])
         return None if ticket is None else CardTicket(card, ticket)
 
-    def drop(self, ticket: Ticket) -> bool:
-        assert isinstance(ticket, CardTicket)
+    def drop(self, ticket: CardTicket) -> bool:
         return self.transfers[ticket.card].drop(ticket.ticket)
 
     def drain(self) -> None:

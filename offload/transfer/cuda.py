@@ -6,18 +6,16 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import psutil
 import torch
 from torch import Tensor
 
 from offload.quant.pack import Pack
 from offload.ranges import work
-from offload.transfer.base import Ticket, addresses_of
+from offload.transfer.base import addresses_of
 from offload.transfer.disk_tier import Read
 from offload.transfer.host_tier import HostTier
 from offload.transfer.memory import CudaPinner
 from offload.transfer.order import CopyOrder
-from offload.units import SHARE
 
 
 class CudaLink:
@@ -52,8 +50,7 @@ class CudaLink:
 
     def computed(self) -> torch.cuda.Event:
         """When the compute queued so far is done."""
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.device))
+        event: torch.cuda.Event = torch.cuda.current_stream(self.device).record_event()
         return event
 
     def compute_waits(self, event: torch.cuda.Event) -> None:
@@ -114,13 +111,13 @@ class CudaTransfer:
         pack: Pack,
         slots: int,
         device: torch.device,
-        ram: int | None,
+        ram: int,
         *,
         tier: HostTier | None = None,
         link: CudaLink | None = None,
     ) -> None:
-        """`tier` is shared with other transfers; None: one of `ram` bytes (None: a share of the
-        free RAM). Where this raises, nothing stays allocated or pinned."""
+        """`tier` is shared with other transfers; None: one of `ram` bytes is made. Where this
+        raises, nothing stays allocated or pinned."""
         if link is None:
             link = CudaLink(device)
         self.device = device
@@ -129,8 +126,7 @@ class CudaTransfer:
         self.slots = link.allocate(slots, pack.info.slot_bytes)
         link.synchronize()  # compute may still use the tensors that had this memory before
         if tier is None:
-            budget = int(psutil.virtual_memory().available * SHARE) if ram is None else ram
-            tier = HostTier(pack, budget, CudaPinner(device), link.rate)
+            tier = HostTier(pack, ram, CudaPinner(device), link.rate)
         self.tier = tier
         self._busy_seconds = 0.0
         self._last_end: torch.cuda.Event | None = None  # of the copy counted last
@@ -167,8 +163,7 @@ class CudaTransfer:
         self._go_on()
         return ticket
 
-    def wait(self, ticket: Ticket) -> None:
-        assert isinstance(ticket, CudaTicket)
+    def wait(self, ticket: CudaTicket) -> None:
         if ticket in self._order:
             self._order.urge(ticket)
             if ticket.read is not None and self.tier.disk is not None:
@@ -204,8 +199,7 @@ class CudaTransfer:
         self._link.move(self.slots[slot, :size], self.slots[row, :size])
         self.release([row, slot])
 
-    def drop(self, ticket: Ticket) -> bool:
-        assert isinstance(ticket, CudaTicket)
+    def drop(self, ticket: CudaTicket) -> bool:
         if not self._order.drop(ticket):
             return False  # the link has the copy, and does it before the one that follows
         self._let_go(ticket)

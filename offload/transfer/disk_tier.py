@@ -222,19 +222,16 @@ class DiskTier:
             shelf = self._shelf
             read = self._locked(shelf, shelf.next)
             while read is not None:
-                self._fill(read)
+                assert read.buffer is not None
+                try:
+                    self._files.read(*read.key, self._buffers[read.buffer], cached=False)
+                except Exception as error:  # handed to whoever waits
+                    read.error = error
                 self._locked(shelf, functools.partial(shelf.over, read))
                 read.ready = True
                 read.bell.release()
                 read = self._locked(shelf, shelf.next)
             self._busy[number] = False
-
-    def _fill(self, read: Read) -> None:
-        assert read.buffer is not None
-        try:
-            self._files.read(*read.key, self._buffers[read.buffer], cached=False)
-        except Exception as error:  # handed to whoever waits
-            read.error = error
 
     @staticmethod
     def _locked(shelf: _Shelf, call: Callable[[], Read | None]) -> Read | None:

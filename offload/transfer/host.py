@@ -18,7 +18,7 @@ from torch import Tensor
 from offload.errors import TransferError
 from offload.quant.pack import Pack
 from offload.ranges import work
-from offload.transfer.base import Ticket, addresses_of
+from offload.transfer.base import addresses_of
 from offload.transfer.disk_tier import RecordFiles
 from offload.transfer.memory import PAGE, pages_of
 from offload.transfer.order import UrgentFirst
@@ -47,8 +47,6 @@ class PageIn:
         `between` is called now and then, and may bring in another record.
         """
         missing = self._missing(layer, expert)
-        if not missing:
-            return
         while missing:
             some, missing = missing[:AT_ONCE], missing[AT_ONCE:]
             for _ in self._threads.map(lambda at: self._read(layer, at), some):
@@ -156,8 +154,7 @@ class HostTransfer:
         self._wake.put(True)
         return ticket
 
-    def wait(self, ticket: Ticket) -> None:
-        assert isinstance(ticket, HostTicket)
+    def wait(self, ticket: HostTicket) -> None:
         if not ticket.done:
             if self.waiting.urge(ticket):
                 self._wake.put(True)  # the thread may have looked while the ticket was in neither
@@ -171,8 +168,7 @@ class HostTransfer:
     def keep(self, layer: int, expert: int, row: int, slot: int) -> HostTicket:
         return self.start(layer, expert, slot, urgent=True)  # the row is the mapped record
 
-    def drop(self, ticket: Ticket) -> bool:
-        assert isinstance(ticket, HostTicket)
+    def drop(self, ticket: HostTicket) -> bool:
         ticket.dropped = True  # a copy under way stops, and the one that follows begins
         return self.waiting.remove(ticket)
 

@@ -37,16 +37,10 @@ class HostTier:
     """
 
     def __init__(
-        self,
-        pack: Pack,
-        ram: int,
-        pinner: CudaPinner,
-        rate: Callable[[Tensor], float] | None = None,
+        self, pack: Pack, ram: int, pinner: CudaPinner, rate: Callable[[Tensor], float]
     ) -> None:
         """`rate` measures how many bytes/s are copied to the GPU from given memory, to choose the
-        quicker of the two ways by; None: the first that is allowed is chosen. Raises `PackError`,
-        and then nothing stays pinned.
-        """
+        quicker of the two ways by. Raises `PackError`, and then nothing stays pinned."""
         self._pack, self._pinner, self._rate = pack, pinner, rate
         self._files = RecordFiles(pack)
         self._users: list[Callable[[], None] | None] = []
@@ -54,7 +48,7 @@ class HostTier:
         self.disk: DiskTier | None = None  # None: RAM holds every record
         self._records: list[Tensor] = []  # [E, record_bytes] of a layer
         self._in_place: list[bool] = []  # of a layer: the files' own pages, which others may write
-        self._pinned: list[bool] = []  # of a layer, or of pieces of buffers
+        self.pinned = False  # whether a GPU can fetch every record that is in memory by itself
         with contextlib.ExitStack() as undo:
             self._undo = undo
             if pack.info.expert_bytes <= ram:
@@ -62,11 +56,6 @@ class HostTier:
             else:
                 self._hold_some(ram)
             self._undo = undo.pop_all()
-
-    @property
-    def pinned(self) -> bool:
-        """Whether a GPU can fetch every record that is in memory by itself."""
-        return bool(self._pinned) and all(self._pinned)
 
     def want(self, layer: int, expert: int, *, urgent: bool) -> Read | None:
         """Ask for a record; None: it is in memory already. Release what is not None."""
@@ -107,7 +96,6 @@ class HostTier:
         """End the threads, unpin, free."""
         self._undo.close()
         self._records.clear()
-        self._pinned.clear()
 
     def _hold_all(self) -> None:
         in_place, refused_in_place = self._try_way(mapped=True)
@@ -115,21 +103,20 @@ class HostTier:
         layers = self._pack.info.layers
         if in_place or copied:
             better = in_place >= ENOUGH * copied
-            self.description = "pinned " + ("in the files' own pages" if better else "as a copy")
-            if self._rate is not None:
-                self.description += (
-                    f" ({_way('in place', in_place, refused_in_place)}, "
-                    f"{_way('copied', copied, refused_copied)})"
-                )
+            where = "in the files' own pages" if better else "as a copy"
+            self.description = (
+                f"pinned {where} ({_way('in place', in_place, refused_in_place)}, "
+                f"{_way('copied', copied, refused_copied)})"
+            )
             refused = self._fill(mapped=better)
         else:
             self.description, refused = "not pinned", refused_copied
+        self.pinned = not refused
         if refused:
             self._warn_unpinned(sum(records.nbytes for records in self._records), refused)
         for layer in range(len(self._records), len(layers)):
             self._records.append(self._memory(layer, layers[layer].num_experts, mapped=True))
             self._in_place.append(True)
-            self._pinned.append(False)
         logger.info("%s of experts in RAM, %s", gib(self._pack.info.expert_bytes), self.description)
 
     def _try_way(self, *, mapped: bool) -> tuple[float, str]:
@@ -140,7 +127,7 @@ class HostTier:
         if refused := self._pinner.pin(*pages_of(sample), read_only=mapped):
             return 0.0, refused
         try:
-            return (1.0 if self._rate is None else self._rate(sample.view(-1))), ""
+            return self._rate(sample.view(-1)), ""
         finally:
             self._pinner.unpin(*pages_of(sample))
 
@@ -166,7 +153,6 @@ class HostTier:
                     pass
                 self._records.append(records)
                 self._in_place.append(mapped)
-                self._pinned.append(True)
         return None
 
     def _hold_some(self, ram: int) -> None:
@@ -178,10 +164,10 @@ class HostTier:
         refused: str | None = None
         while len(buffers) < count:
             piece = own_memory(min(per_piece, count - len(buffers)) * stride)
-            refused = refused or self._pin(piece, read_only=False)
-            if refused and all(self._pinned):
-                self._warn_unpinned(len(buffers) * stride, refused)
-            self._pinned.append(not refused)
+            if refused is None:
+                refused = self._pin(piece, read_only=False)
+                if refused is not None:
+                    self._warn_unpinned(len(buffers) * stride, refused)
             buffers += piece.view(-1, stride)
         logger.warning(
             "RAM holds %d of %d experts (%s of %s), the others are read from disk when they are "
@@ -192,6 +178,7 @@ class HostTier:
             gib(info.expert_bytes),
         )
         self.description = f"{count} of {info.total_experts} experts in RAM"
+        self.pinned = refused is None
         self.disk = DiskTier(self._files, buffers)
         self._undo.callback(self.disk.close)
 

@@ -19,9 +19,6 @@ class UrgentFirst(Generic[T]):
         self.urgent: deque[T] = deque()
         self.guesses: deque[T] = deque()
 
-    def __len__(self) -> int:
-        return len(self.urgent) + len(self.guesses)
-
     def __contains__(self, item: T) -> bool:
         return item in self.urgent or item in self.guesses
 

@@ -5,13 +5,11 @@ Letters: M tokens, N outputs (rows of the matrix), K inputs (its columns).
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from typing import TYPE_CHECKING
 
 import torch
 from offload.quant.codes import STEP_VALUES, TILE_ROWS
-from offload.quant.kernels.kernel import WORDS, Kernel
 from offload.quant.record import MatrixView
 from torch import Tensor
 
@@ -21,14 +19,13 @@ if TYPE_CHECKING:
 MOST_TOKENS = 4  # in a block; the sums of more would not fit into the registers
 ALONE = 2**16  # weights times tokens; with less work, waking other threads costs more than it saves
 
-Words = ctypes.c_int64 * len(WORDS)
-
 # One product of the demo model takes 30 us, so the code around each call avoids every extra step.
 
 
 @functools.cache
 def code_for(bits: int, scale_bits: int, dtype: torch.dtype, block: int) -> KernelCall:
     from offload.quant.kernels.compiler import compiled, this_processor
+    from offload.quant.kernels.reader import Kernel
 
     assert dtype in (torch.bfloat16, torch.float32)
     return compiled(Kernel(bits, scale_bits, dtype == torch.bfloat16, block), this_processor())
@@ -49,7 +46,7 @@ def multiply(x: Tensor, view: MatrixView) -> Tensor:
     floats = torch.empty(padded, columns + layout.groups, dtype=torch.float32)
     place = floats.data_ptr()
     sums = place + 4 * padded * columns
-    words = _words(view, out, 0, rows, x.data_ptr(), place, sums, count, blocks)
+    words = _words(view, out, 0, rows, count, (x.data_ptr(), place, sums, count, blocks))
     code_for(layout.bits, layout.scale_bits, x.dtype, block)(words)
     if padded != count or rows != layout.rows:
         return out[:count, : layout.rows].contiguous()
@@ -69,12 +66,10 @@ def _words(
     out: Tensor,
     start: int,
     end: int,
-    x: int = 0,
-    floats: int = 0,
-    sums: int = 0,
-    tokens: int = 0,
-    blocks: int = 0,
-) -> ctypes.Array[ctypes.c_int64]:
+    passes: int = 1,
+    tokens: tuple[int, int, int, int, int] = (0, 0, 0, 0, 0),
+) -> tuple[int, ...]:
+    """The arguments of a kernel, in the order of `quant.kernels.reader.WORDS`."""
     assert view.scales is not None
     assert view.scales.is_contiguous(), "kernels cannot read a part of a matrix"
     layout = view.layout
@@ -83,21 +78,16 @@ def _words(
     if view.steps is not None:
         steps = view.steps.data_ptr() + start * STEP_VALUES * view.steps.itemsize
         shared = groups // view.steps.shape[0]
-    work = (end - start) * columns * (tokens or 1)
-    return Words(
-        x,
+    return (
+        *tokens,
         view.weight.data_ptr() + start * columns * layout.bits // 8,
         view.scales.data_ptr() + start * 2 * view.scales.itemsize,
         steps,
         out.data_ptr(),
-        floats,
-        sums,
-        tokens,
-        blocks,
         (end - start) // TILE_ROWS,
         layout.stored_rows,
         groups,
         layout.group_size,
         shared,
-        1 if work < ALONE else torch.get_num_threads(),
+        1 if (end - start) * columns * passes < ALONE else torch.get_num_threads(),
     )

@@ -86,15 +86,12 @@ def spans(matrix: MatrixLayout) -> tuple[int, int]:
     """
     width = PLANES[matrix.bits][0]
     lanes = max(1, WARPS * 32 * WORDS_A_THREAD[width] // (COLUMNS * 2 * width))
-    best, least = 0, 0.0
-    for span in (LONGEST_SPAN, 32, 16):
-        if matrix.group_size % span == 0:
-            count = matrix.columns // span
-            walked = -(-count // lanes) * lanes * span  # columns, idle ones included
-            cost = walked * (1 + 6 / span)
-            if not best or cost < least:
-                best, least = span, cost
-    return best, lanes
+
+    def cost(span: int) -> float:
+        walked = -(-(matrix.columns // span) // lanes) * lanes * span  # columns, idle ones included
+        return walked * (1 + 6 / span)
+
+    return min((n for n in (LONGEST_SPAN, 32, 16) if matrix.group_size % n == 0), key=cost), lanes
 
 
 def splits(matrix: MatrixLayout, matrices: int) -> int:
@@ -136,9 +133,8 @@ def _registers(matrix: MatrixLayout, dtype: torch.dtype) -> Constants:
 
 def capability(device: torch.device) -> tuple[int, int]:
     """The compute capability for which launch parameters are chosen."""
-    if device.type != "cuda":
-        return TENSOR_CORES_BF16
-    return torch.cuda.get_device_capability(device)
+    cuda = device.type == "cuda"
+    return torch.cuda.get_device_capability(device) if cuda else TENSOR_CORES_BF16
 
 
 def _tile(
@@ -151,12 +147,8 @@ def _tile(
     """
     new = capability(device) >= TENSOR_CORES_BF16
     if dtype == torch.float16 or (dtype == torch.bfloat16 and new):
-        tiles = 2 if block_cells <= 32 else 1
-        return {
-            "TILES": tiles,
-            "COLS": min(matrix.group_size or 32, 32 if new else 16),
-            "num_warps": WARPS,
-        }
+        columns = min(matrix.group_size or 32, 32 if new else 16)
+        return {"TILES": 2 if block_cells <= 32 else 1, "COLS": columns, "num_warps": WARPS}
     return {"TILES": 1, "COLS": 16, "num_warps": 4 * WARPS if block_cells > 32 else 2 * WARPS}
 
 

@@ -1,17 +1,19 @@
 """Writes LLVM IR that reads a record's matrix: loops and vectors, codes and scales, results.
 
 `quant.codes` describes the order of a record's bytes.
+
+Letters: M tokens, B tokens of a block, K columns, g columns of a group, s groups that share a step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import ir
 from offload.quant.codes import PLANES, TILE_ROWS
-from offload.quant.kernels.kernel import WORDS, Kernel
 
 LANES = 16  # numbers in a vector; LLVM splits vectors to fit the machine
 BYTE, SHORT, INT, LONG = (ir.IntType(bits) for bits in (8, 16, 32, 64))
@@ -21,6 +23,25 @@ VOID = ir.VoidType()
 VECTORS = TILE_ROWS // LANES
 AHEAD = 64  # columns; how far ahead of its use a weight is prefetched
 CACHE_LINE = 64
+
+# A kernel's only argument points at these 64-bit words, which `quant.kernels.cpu` fills.
+WORDS = (
+    "x",  # [M, K]
+    "floats",  # scratch [blocks * B, K]: x in float32
+    "sums",  # scratch [blocks * B, K/g]: x summed over each group
+    "tokens",  # M
+    "blocks",
+    "weight",  # [tiles, K * bits * 8]
+    "scales",  # [K/g, rows, 2], from the first row of the first tile on
+    "steps",  # [K/g/s, rows, 4], from the same row on
+    "out",  # [blocks * B, tiles * 64], or [K, tiles * 64] when unpacking
+    "tiles",
+    "rows",
+    "groups",
+    "group_size",
+    "shared",  # s: groups that share a step
+    "threads",
+)
 
 Value = Any  # a value in the program being written; llvmlite has no types
 Index = Any  # a value, or a number that is known while the program is written
@@ -40,23 +61,43 @@ def number(value: Index) -> Value:
     return ir.Constant(LONG, value) if isinstance(value, int) else value
 
 
-class Writer:
-    """Writes an LLVM module; its builder `b` appends to the current block."""
+@dataclass(frozen=True)
+class Kernel:
+    """What a kernel is compiled for; the kernel learns sizes when it is called."""
 
-    def __init__(self) -> None:
+    bits: int
+    scale_bits: int
+    bfloat16: bool  # dtype of tokens and results; else float32
+    tokens: int  # B, 1 to 4; 0 for the kernel that dequantises the matrix, transposed
+
+
+class Reader:
+    """Writes an LLVM module of functions whose first argument points at `WORDS`.
+
+    Its builder `b` appends to the current block.
+    """
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
         self.module = ir.Module("kernel")
         self.b: Value = None
+        self.word: dict[str, Value] = {}  # the words of the function that is being written
         # `fmuladd` is fused only on machines that can; on others `llvm.fma` would call a function.
         fused = ir.FunctionType(vector(FLOAT), [vector(FLOAT)] * 3)
         self._fused = ir.Function(self.module, fused, f"llvm.fmuladd.v{LANES}f32")
         fetch = ir.FunctionType(VOID, [POINTER, INT, INT, INT])
         self._fetch = ir.Function(self.module, fetch, "llvm.prefetch.p0")
 
-    def function(self, name: str, *arguments: Value) -> Value:
-        """Begin a function whose arguments have these types."""
-        function = ir.Function(self.module, ir.FunctionType(VOID, arguments), name)
+    def begin(self, name: str, *more: Value) -> Value:
+        """Begin a function that takes a pointer to the words, and arguments of types `more`."""
+        function = ir.Function(self.module, ir.FunctionType(VOID, [POINTER, *more]), name)
         function.attributes.add("nounwind")
         self.b = ir.IRBuilder(function.append_basic_block("entry"))
+        self.word = {
+            word: self.b.load(self.at(function.args[0], LONG, n), typ=LONG)
+            for n, word in enumerate(WORDS)
+        }
+        self.word["columns"] = self.times(self.word["groups"], self.word["group_size"])
         return function
 
     @contextmanager
@@ -129,25 +170,6 @@ class Writer:
         rounded = b.add(whole, b.add(odd, every(INT, 0x7FFF)))
         return b.trunc(b.lshr(rounded, every(INT, 16)), vector(SHORT))
 
-
-class Reader(Writer):
-    """Writes functions whose first argument points at `WORDS`."""
-
-    def __init__(self, kernel: Kernel) -> None:
-        super().__init__()
-        self.kernel = kernel
-        self.word: dict[str, Value] = {}  # the words of the function that is being written
-
-    def begin(self, name: str, *more: Value) -> Value:
-        """Begin a function that takes a pointer to the words, and arguments of types `more`."""
-        function = self.function(name, POINTER, *more)
-        self.word = {
-            word: self.b.load(self.at(function.args[0], LONG, n), typ=LONG)
-            for n, word in enumerate(WORDS)
-        }
-        self.word["columns"] = self.times(self.word["groups"], self.word["group_size"])
-        return function
-
     def place(self, word: str, kind: Value, index: Index) -> Value:
         """The address `&word[index]` of an array of `kind`."""
         return self.at(self.b.inttoptr(self.word[word], POINTER), kind, index)
@@ -171,9 +193,8 @@ class Reader(Writer):
             lanes = min(size, LANES)
             value = b.zext(self.load(at, BYTE, lanes), ir.VectorType(INT, lanes))
             if lanes < LANES:
-                value = b.shuffle_vector(
-                    value, value, every(INT, [n % lanes for n in range(LANES)])
-                )
+                repeated = every(INT, [n % lanes for n in range(LANES)])
+                value = b.shuffle_vector(value, value, repeated)
             shifts = [width * (part + n // lanes) for n in range(LANES)]
             value = b.and_(b.lshr(value, every(INT, shifts)), every(INT, 2**width - 1))
             value = b.shl(value, every(INT, low))
@@ -193,14 +214,14 @@ class Reader(Writer):
         pairs = b.zext(self.load(self.place("scales", SHORT, pair), SHORT), vector(INT))
         span = self.cell(b.sdiv(group, self.word["shared"]), self.word["rows"], row)
         steps = self.load(self.place("steps", LONG, span), LONG)
-        codes = b.and_(pairs, every(INT, 255)), b.lshr(pairs, every(INT, 8))
-        halves = steps, b.lshr(steps, every(LONG, 32))
-        values = []
-        for code, half in zip(codes, halves, strict=True):
-            counted = b.trunc(half, vector(INT))
-            product = b.fmul(b.sitofp(code, vector(FLOAT)), self.low_bfloat16(counted))
-            values.append(b.fadd(product, self.high_bfloat16(counted)))
-        return values[0], values[1]
+
+        def counted(code: Value, half: Value) -> Value:
+            step = b.trunc(half, vector(INT))
+            product = b.fmul(b.sitofp(code, vector(FLOAT)), self.low_bfloat16(step))
+            return b.fadd(product, self.high_bfloat16(step))
+
+        scale = counted(b.and_(pairs, every(INT, 255)), steps)
+        return scale, counted(b.lshr(pairs, every(INT, 8)), b.lshr(steps, every(LONG, 32)))
 
     def prefetch_scales(self, tile: Value, group: Value) -> None:
         """Prefetch a group's scales, because the processor cannot guess such distant addresses."""

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.readme import BLOCK, HUB, PAGES, output, write_cache
 from offload.model.sources import SHAPE_FILES, find
+from offload.options import LoadOptions
 
 
 def models() -> list[str]:
@@ -36,13 +37,7 @@ def test_the_hub_finds_the_models_in_the_cache_that_is_made_for_them(
         lambda name, **options: real(name, cache_dir=tmp_path, **options),
     )
     for hub_id in HUB.values():
-        found = find(
-            hub_id,
-            revision=None,
-            local_files_only=True,
-            trust_remote_code=False,
-            files=SHAPE_FILES,
-        )
+        found = find(hub_id, LoadOptions(local_files_only=True), SHAPE_FILES)
         assert found.name == hub_id
         assert (found.folder / "config.json").is_file()
 

@@ -157,12 +157,12 @@ def run(targets: Targets, name: str, cases: range) -> dict[str, int]:
 
 def make_targets(folder: Path) -> Targets:
     """The targets, with the input of a tiny Mixtral made in `folder`."""
+    from offload.options import LoadOptions
     from offload.pack.find import find_or_make_pack
-    from offload.pack.recipe import Recipe
     from tests.conftest import make_tokenizer, save_with_tokenizer
 
     checkpoint = save_with_tokenizer("mixtral", folder / "made")
-    pack = find_or_make_pack(str(checkpoint), Recipe(), destination=folder / "made-pack")
+    pack = find_or_make_pack(str(checkpoint), LoadOptions(), destination=folder / "made-pack")
     return Targets(folder, pack, checkpoint, make_tokenizer())
 
 

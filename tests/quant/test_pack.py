@@ -8,6 +8,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -304,7 +305,7 @@ def test_dense_matrix_that_lies_is_refused(
     pack: Path, dense: list[dict[str, Any]], layout: RecordLayout
 ) -> None:
     entries = [{**entry, "layout": 0} for entry in dense]
-    more = {"dense": entries, "dense_layouts": [layout.to_json()], "dense_parameters": 10**6}
+    more = {"dense": entries, "dense_layouts": [asdict(layout)], "dense_parameters": 10**6}
     lie(pack, lambda manifest: manifest.update(more))
     assert "damaged" in assert_refused(pack, MANIFEST)
 

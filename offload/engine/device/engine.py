@@ -48,11 +48,7 @@ class Lanes:
 
     def mark(self) -> torch.cuda.Event | None:
         """A point in the link's lane, to be asked for inside `link()`."""
-        if self._link is None:
-            return None
-        event = torch.cuda.Event()
-        event.record(self._link)
-        return event
+        return None if self._link is None else self._link.record_event()
 
     def come_together(self) -> None:
         """Compute goes on when the link's lane is idle.

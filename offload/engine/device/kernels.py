@@ -35,14 +35,46 @@ def decide_kernel(
     `loads` what has to be copied there first; -1 elsewhere.
     """
     at = tl.arange(0, KB)
-    expert = _experts(index, at, k, num_experts)
-    if tl.load(ints + P.halted) != 0:
-        expert = tl.full([KB], -1, tl.int64)
+    expert = _experts(index, at, k, num_experts, ints, P)
     wanted = (expert >= 0) & _first_of_equals(expert, at)
     key = layer * P.experts + tl.maximum(expert, 0)
     before = tl.load(ints + P.slot_of + key, mask=expert >= 0, other=-1)
     if tl.load(ints + P.halted) == 0:
-        _decide(layer, expert, wanted, key, before, ints, reals, P, KB, CHUNK)
+        counters = ints + P.counters + layer * P.counts
+        step = tl.load(ints + P.steps) + 1
+        guessing = tl.load(ints + P.guessing + layer)
+        _all_have_read()
+        tl.store(ints + P.steps, step)
+        if layer == 0:
+            _add(ints + P.tokens, 1)
+        _heat(layer, key, wanted, reals, P, CHUNK)
+        if guessing != 0:
+            _judge(layer, expert, wanted, ints, reals, P, KB)
+        unit = _step(layer, ints, reals, P, CHUNK)
+        _all_have_written()
+        now = tl.load(ints + P.now + layer)
+
+        hit = wanted & (before >= 0)
+        tl.store(ints + P.useless + before, tl.zeros_like(before), mask=hit)
+        tl.store(ints + P.in_use + before, tl.full([KB], 0, tl.int64) + step, mask=hit)
+        if P.lfru:
+            score = tl.load(reals + P.score + key, mask=hit, other=0.0)
+            tl.store(reals + P.score + key, score + unit, mask=hit)
+        tl.store(ints + P.used + key, tl.full([KB], 0, tl.int64) + now, mask=hit)
+
+        missing = wanted & (before < 0)
+        _add(counters, _count(wanted))
+        _add(counters + 1, _count(hit))
+        _add(counters + 2, _count(missing))
+        _all_have_written()
+        if _count(missing) > 0:
+            slot = _take(layer, step, missing, INF, ints, reals, P, KB, CHUNK)
+            put = missing & (slot >= 0)
+            _put(key, slot, put, now, ints, P)
+            tl.store(ints + P.in_use + slot, tl.full([KB], 0, tl.int64) + step, mask=put)
+            if P.lfru:
+                score = tl.load(reals + P.score + key, mask=put, other=0.0)
+                tl.store(reals + P.score + key, score + unit, mask=put)
     _all_have_written()
     after = tl.load(ints + P.slot_of + key, mask=expert >= 0, other=-1)
     tl.store(hits + at, before, mask=at < k)
@@ -61,22 +93,46 @@ def look_ahead_kernel(
     Writes the guessed `experts` [k] and the slots they are to be copied to, -1 for none.
     """
     at = tl.arange(0, KB)
-    expert = _experts(index, at, k, num_experts)
-    if tl.load(ints + P.halted) != 0:
-        expert = tl.full([KB], -1, tl.int64)
+    expert = _experts(index, at, k, num_experts, ints, P)
     wanted = (expert >= 0) & _first_of_equals(expert, at)
     slot = tl.full([KB], -1, tl.int64)
-    if tl.sum(wanted.to(tl.int32), 0) > 0:
-        slot = _look_ahead(layer, expert, wanted, ints, reals, P, KB, CHUNK)
+    if _count(wanted) > 0:
+        key = layer * P.experts + tl.maximum(expert, 0)
+        before = tl.load(ints + P.slot_of + key, mask=wanted, other=-1)
+        absent = wanted & (before < 0)
+        guess = ints + P.guess + layer * 3 * P.k
+        within = at < P.k
+        tl.store(guess + at, tl.where(wanted, expert, -1), mask=within)
+        tl.store(guess + P.k + at, absent.to(tl.int64), mask=within)
+        tl.store(ints + P.guessing + layer, 1)
+        trust = tl.load(reals + P.trust + layer)
+        if trust >= 0.5:  # cache.guesses.ENOUGH
+            step = tl.load(ints + P.steps)
+            ones = tl.full([KB], 1, tl.int64)
+            _all_have_read()
+            tl.store(ints + P.guessed + before, ones, mask=wanted & (before >= 0))
+            _all_have_written()
+            if _count(absent) > 0:
+                limit = tl.where(trust > 0.5, INF, 0.0)  # else only useless keys may leave
+                slot = _take(layer, step, absent, limit, ints, reals, P, KB, CHUNK)
+                put = absent & (slot >= 0)
+                now = tl.load(ints + P.now + layer)
+                if P.lfru:
+                    now = tl.full([], -1, tl.int64)  # it was not used
+                _put(key, slot, put, now, ints, P)
+                tl.store(ints + P.guessed + slot, ones, mask=put)
+                _add(ints + P.counters + layer * P.counts + 6, _count(put))
+        tl.store(guess + 2 * P.k + at, (slot >= 0).to(tl.int64), mask=within)
     tl.store(experts + at, expert, mask=at < k)
     tl.store(loads + at, slot, mask=at < k)
 
 
 @triton.jit
-def _experts(index, at, k, num_experts):
-    """The experts [KB] a token is routed to, -1 for what is none: a sentinel, or padding."""
+def _experts(index, at, k, num_experts, ints, P: tl.constexpr):
+    """The experts [KB] a token is routed to; -1 for a sentinel or padding, and all -1 if halted."""
     expert = tl.load(index + at, mask=at < k, other=-1).to(tl.int64)
-    return tl.where((expert >= 0) & (expert < num_experts), expert, -1)
+    asked = (expert >= 0) & (expert < num_experts) & (tl.load(ints + P.halted) == 0)
+    return tl.where(asked, expert, -1)
 
 
 @triton.jit
@@ -111,84 +167,6 @@ def _all_have_read():
 @triton.jit
 def _all_have_written():
     tl.debug_barrier()
-
-
-@triton.jit
-def _decide(
-    layer, expert, wanted, key, slot, ints, reals,
-    P: tl.constexpr, KB: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    counters = ints + P.counters + layer * P.counts
-    step = tl.load(ints + P.steps) + 1
-    guessing = tl.load(ints + P.guessing + layer)
-    _all_have_read()
-    tl.store(ints + P.steps, step)
-    if layer == 0:
-        _add(ints + P.tokens, 1)
-    _heat(layer, key, wanted, reals, P, CHUNK)
-    if guessing != 0:
-        _judge(layer, expert, wanted, ints, reals, P, KB)
-    unit = _step(layer, ints, reals, P, CHUNK)
-    _all_have_written()
-    now = tl.load(ints + P.now + layer)
-
-    hit = wanted & (slot >= 0)
-    tl.store(ints + P.useless + slot, tl.zeros_like(slot), mask=hit)
-    tl.store(ints + P.in_use + slot, tl.full([KB], 0, tl.int64) + step, mask=hit)
-    if P.lfru:
-        score = tl.load(reals + P.score + key, mask=hit, other=0.0)
-        tl.store(reals + P.score + key, score + unit, mask=hit)
-    tl.store(ints + P.used + key, tl.full([KB], 0, tl.int64) + now, mask=hit)
-
-    missing = wanted & (slot < 0)
-    _add(counters, _count(wanted))
-    _add(counters + 1, _count(hit))
-    _add(counters + 2, _count(missing))
-    _all_have_written()
-    if _count(missing) > 0:
-        slot = _take(layer, step, missing, INF, ints, reals, P, KB, CHUNK)
-        put = missing & (slot >= 0)
-        _put(key, slot, put, now, ints, P)
-        tl.store(ints + P.in_use + slot, tl.full([KB], 0, tl.int64) + step, mask=put)
-        if P.lfru:
-            score = tl.load(reals + P.score + key, mask=put, other=0.0)
-            tl.store(reals + P.score + key, score + unit, mask=put)
-
-
-@triton.jit
-def _look_ahead(
-    layer, expert, wanted, ints, reals,
-    P: tl.constexpr, KB: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    at = tl.arange(0, KB)
-    key = layer * P.experts + tl.maximum(expert, 0)
-    before = tl.load(ints + P.slot_of + key, mask=wanted, other=-1)
-    absent = wanted & (before < 0)
-    guess = ints + P.guess + layer * 3 * P.k
-    within = at < P.k
-    tl.store(guess + at, tl.where(wanted, expert, -1), mask=within)
-    tl.store(guess + P.k + at, absent.to(tl.int64), mask=within)
-    tl.store(ints + P.guessing + layer, 1)
-    slot = tl.full([KB], -1, tl.int64)
-    trust = tl.load(reals + P.trust + layer)
-    if trust >= 0.5:  # cache.guesses.ENOUGH
-        step = tl.load(ints + P.steps)
-        ones = tl.full([KB], 1, tl.int64)
-        _all_have_read()
-        tl.store(ints + P.guessed + before, ones, mask=wanted & (before >= 0))
-        _all_have_written()
-        if _count(absent) > 0:
-            limit = tl.where(trust > 0.5, INF, 0.0)  # else only useless keys may leave
-            slot = _take(layer, step, absent, limit, ints, reals, P, KB, CHUNK)
-            put = absent & (slot >= 0)
-            now = tl.load(ints + P.now + layer)
-            if P.lfru:
-                now = tl.full([], -1, tl.int64)  # it was not used
-            _put(key, slot, put, now, ints, P)
-            tl.store(ints + P.guessed + slot, ones, mask=put)
-            _add(ints + P.counters + layer * P.counts + 6, _count(put))
-    tl.store(guess + 2 * P.k + at, (slot >= 0).to(tl.int64), mask=within)
-    return slot
 
 
 @triton.jit
@@ -306,13 +284,6 @@ def _take(
 
 
 @triton.jit
-def _stays(at, step, ints, P: tl.constexpr):
-    """Which slots are in use or guessed."""
-    in_use = tl.load(ints + P.in_use + at, mask=at < P.slots, other=0) == step
-    return in_use | (tl.load(ints + P.guessed + at, mask=at < P.slots, other=0) != 0)
-
-
-@triton.jit
 def _weigh(layer, step, ints, reals, P: tl.constexpr, CHUNK: tl.constexpr):
     """Store what each slot is worth when `layer` needs one, as `cache.eviction.LayerPools` does.
 
@@ -336,7 +307,9 @@ def _weigh(layer, step, ints, reals, P: tl.constexpr, CHUNK: tl.constexpr):
         worth = worth * tl.load(reals + P.pace + ahead)
         order = tl.load(ints + P.useless + at, mask=at < P.slots, other=0)
         worth = tl.where(order > 0, order.to(tl.float64) - USELESS, worth)
-        leaves = held & ~_stays(at, step, ints, P)
+        in_use = tl.load(ints + P.in_use + at, mask=at < P.slots, other=0) == step
+        guessed = tl.load(ints + P.guessed + at, mask=at < P.slots, other=0) != 0
+        leaves = held & ~in_use & ~guessed
         tl.store(reals + P.worth + at, tl.where(leaves, worth, INF), mask=at < P.slots)
     _all_have_written()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from offload.cache.statistics import LayerCounts
 
-from offload.bench.row import Bandwidths, BenchRow, Sample, Test, row_of
+from offload.bench.row import BenchRow, Sample, Test, row_of
 from offload.engine.stats import Stats
 
 MS = 10**6  # ns
@@ -44,6 +44,8 @@ def row(
         "policy": policy,
         "lookahead": lookahead,
         "text": "real",
+        "link_gb_per_s": 10.0,
+        "memory_gb_per_s": 20.0,
     }
     times = tuple(round(ms * MS) for ms in token_ms) if test.n_gen else ()
     sample = Sample(5 * MS if test.n_prompt else 0, times, stats(slots, hits))
@@ -51,7 +53,6 @@ def row(
         subject,
         test,
         (sample,) * repetitions,
-        Bandwidths(link_gb_per_s=10.0, memory_gb_per_s=20.0),
         test_time="2026-01-01T00:00:00Z",
         read_bytes=10**7,
         peak_memory=2**20,

@@ -33,7 +33,7 @@ class Guesses:
         ]
         self._landed = landed
         cache = ExpertCache(20, len(devices), POLICIES["lru"])
-        self._ahead = Ahead(self.layers, cache, True, None)
+        self._ahead = Ahead(self.layers, cache, SimpleNamespace(busy_seconds=0.0), True, None)
 
     def of(self, layer: int) -> list[int]:
         """Layers that copies are begun for at the step of `layer`."""
@@ -41,8 +41,7 @@ class Guesses:
         index = torch.arange(K)[None]
         call = Call(self.layers[layer], hidden, index, torch.ones(1, K), False)
         _, wanted = self._ahead.look(call)
-        for later, _ in wanted:
-            self._ahead.begun(later, SimpleNamespace(done=self._landed))
+        self._ahead.begun([(later, SimpleNamespace(done=self._landed)) for later, _ in wanted])
         return [later.index for later, _ in wanted]
 
 

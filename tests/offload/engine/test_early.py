@@ -27,7 +27,7 @@ from offload.generation.stream import forward
 from offload.transfer.cuda import CudaTransfer
 from offload.transfer.host_tier import HostTier
 from tests.fake_link import FakeLink
-from tests.offload.transfer.test_host_tier import EVERYTHING, Limited
+from tests.offload.transfer.test_host_tier import EVERYTHING, Limited, same_rate
 from tests.tiny import EXPERTS, LAYERS
 
 FEW = 0  # RAM for the fewest buffers a disk tier has
@@ -51,7 +51,7 @@ class Watched(CudaTransfer):
 @pytest.fixture
 def load(mixtral_pack: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
     def played(pack: Pack, fit: Fit, ram: int) -> CudaTransfer:
-        link, tier = FakeLink(fit.slots), HostTier(pack, ram, Limited())
+        link, tier = FakeLink(fit.slots), HostTier(pack, ram, Limited(), same_rate)
         rows = fit.slots + fit.staging
         return Watched(pack, rows, torch.device("cpu"), None, tier=tier, link=link)
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from offload.errors import CheckpointError, GenerationError
 from offload.model.sources import NUMBERS, WHOLE_NUMBERS, check_generation_config, end_ids
+from offload.options import LoadOptions
 from offload.pack.find import find_or_make_pack
-from offload.pack.recipe import Recipe
 
 NESTED = "[" * 300 + "]" * 300
 
@@ -96,7 +96,7 @@ def test_it_is_refused_before_anything_is_quantised(mixtral: Path, tmp_path: Pat
         (checkpoint / file.name).write_bytes(file.read_bytes())
     _write(checkpoint, {"temperature": "hot"})
     with pytest.raises(CheckpointError, match="'hot'"):
-        find_or_make_pack(str(checkpoint), Recipe(), pack_dir=tmp_path / "packs")
+        find_or_make_pack(str(checkpoint), LoadOptions(pack_dir=tmp_path / "packs"))
     assert not (tmp_path / "packs").exists()
 
 

@@ -24,7 +24,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def _find(name: str) -> object:
-    return find(name, revision=None, local_files_only=False, trust_remote_code=False)
+    return find(name, LoadOptions())
 
 
 @pytest.fixture
@@ -51,13 +51,13 @@ def cached(hub_cache: Path, mixtral: Path) -> Path:
 
 
 def test_a_folder_with_a_config_is_a_checkpoint(mixtral: Path) -> None:
-    found = find(str(mixtral), revision=None, local_files_only=False, trust_remote_code=False)
+    found = find(str(mixtral), LoadOptions())
     assert (found.folder, found.is_pack, found.commit) == (mixtral, False, None)
     assert found.name == "tiny-mixtral"
 
 
 def test_a_folder_with_a_manifest_is_a_pack(mixtral_pack: Path) -> None:
-    found = find(str(mixtral_pack), revision=None, local_files_only=False, trust_remote_code=False)
+    found = find(str(mixtral_pack), LoadOptions())
     assert (found.folder, found.is_pack) == (mixtral_pack, True)
 
 
@@ -65,7 +65,7 @@ def test_a_folder_may_be_named_from_the_home_directory(
     mixtral: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(mixtral.parent))
-    found = find("~/tiny-mixtral", revision=None, local_files_only=False, trust_remote_code=False)
+    found = find("~/tiny-mixtral", LoadOptions())
     assert found.folder == mixtral
 
 
@@ -75,7 +75,7 @@ def test_a_local_folder_is_preferred_to_the_hub(
     (tmp_path / "somebody").mkdir()
     (tmp_path / HUB_ID).symlink_to(mixtral)
     monkeypatch.chdir(tmp_path)
-    found = find(HUB_ID, revision=None, local_files_only=False, trust_remote_code=False)
+    found = find(HUB_ID, LoadOptions())
     assert found.commit is None
 
 
@@ -101,16 +101,16 @@ def test_a_path_that_does_not_exist_is_not_looked_for_on_the_hub(name: str) -> N
 
 
 def test_a_hub_id_is_found_in_the_local_cache_offline(cached: Path) -> None:
-    found = find(HUB_ID, revision=None, local_files_only=False, trust_remote_code=False)
+    found = find(HUB_ID, LoadOptions())
     assert (found.name, found.folder, found.commit) == (HUB_ID, cached, COMMIT)
 
 
 def test_a_revision_is_found_by_its_name(cached: Path) -> None:
     (cached.parents[1] / "refs" / "v2").write_text(COMMIT)
-    found = find(HUB_ID, revision="v2", local_files_only=True, trust_remote_code=False)
+    found = find(HUB_ID, LoadOptions(revision="v2", local_files_only=True))
     assert found.commit == COMMIT
     with pytest.raises(SourceError, match="check the name"):
-        find(HUB_ID, revision="v3", local_files_only=True, trust_remote_code=False)
+        find(HUB_ID, LoadOptions(revision="v3", local_files_only=True))
 
 
 def test_a_hub_id_that_is_not_cached_is_refused_offline(hub_cache: Path) -> None:

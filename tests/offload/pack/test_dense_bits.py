@@ -20,7 +20,7 @@ from offload.model.seam import QuantizedEmbedding, QuantizedLinear, find_experts
 from offload.options import LoadOptions
 from offload.pack.describe import dense_matrices
 from offload.pack.find import find_or_make_pack
-from offload.pack.recipe import PRESETS, Recipe
+from offload.pack.recipe import PRESETS
 from tests.offload.engine.test_parity import NAMED, OTHERS
 from tests.tiny import EXPERTS, K, save_tiny
 
@@ -37,7 +37,7 @@ def load(folder: Path, bits: str) -> PreTrainedModel:
 
 def made(folder: Path, bits: str) -> PackInfo:
     """Describes the pack made of the checkpoint in `folder`."""
-    path = find_or_make_pack(str(folder / "checkpoint"), Recipe.parse(bits), pack_dir=folder)
+    path = find_or_make_pack(str(folder / "checkpoint"), LoadOptions(bits=bits, pack_dir=folder))
     return Pack(path).info
 
 
@@ -185,9 +185,10 @@ def test_fit_streams_the_fewest_bits_where_none_are_all_resident(
 def test_fit_does_not_get_around_the_budget(tmp_path: Path) -> None:
     save_tiny("mixtral", tmp_path / "checkpoint")
     folder = str(tmp_path / "checkpoint")
-    resolver = Resolver(LoadOptions(), Place(torch.device("cpu"), Memory(1, 1)))
+    options = LoadOptions(bits="fit", pack_dir=tmp_path / "new")
+    resolver = Resolver(options, Place(torch.device("cpu"), Memory(1, 1)))
     with pytest.raises(BudgetError):  # not one slot fits: told before anything is made
-        find_or_make_pack(folder, None, pack_dir=tmp_path / "new", resolver=resolver)
+        find_or_make_pack(folder, options, resolver=resolver)
     assert not list((tmp_path / "new").glob("*"))
 
 

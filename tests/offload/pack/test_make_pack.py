@@ -14,9 +14,9 @@ import pytest
 import torch
 from offload.quant.pack import Pack, is_pack
 
+from offload.options import LoadOptions
 from offload.pack import make as making
 from offload.pack.find import find_or_make_pack
-from offload.pack.recipe import Recipe
 from tests.children import children
 from tests.quant.packs import FORK, contents, needs_fork
 from tests.tiny import save_tiny
@@ -33,7 +33,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make(checkpoint: Path, destination: Path, recipe: str) -> None:
-    find_or_make_pack(str(checkpoint), Recipe.parse(recipe), destination=destination)
+    find_or_make_pack(str(checkpoint), LoadOptions(bits=recipe), destination=destination)
 
 
 def partial_files(destination: Path) -> dict[str, int]:

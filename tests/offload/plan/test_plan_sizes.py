@@ -88,9 +88,9 @@ def test_a_pack_has_the_size_that_was_planned(
     published: Published, tmp_path: Path, quick_encoding: None
 ) -> None:
     checkpoint = save_empty(published, tmp_path / "checkpoint")
-    recipe = Recipe.parse("experts=4,layers.0.attention=6")
-    planned = config_alone(checkpoint, tmp_path / "config").describe(recipe)
-    pack = find_or_make_pack(str(checkpoint), recipe, destination=tmp_path / "pack")
+    bits = "experts=4,layers.0.attention=6"
+    planned = config_alone(checkpoint, tmp_path / "config").describe(Recipe.parse(bits))
+    pack = find_or_make_pack(str(checkpoint), LoadOptions(bits=bits), destination=tmp_path / "pack")
     made = sum(file.stat().st_size for file in pack.iterdir())
     assert planned.expert_bytes + planned.dense_bytes(2) == pytest.approx(made, rel=1e-2)
     info = Pack(pack).info

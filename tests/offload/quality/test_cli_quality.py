@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import cli
+from offload.options import LoadOptions
 from offload.pack.find import find_or_make_pack
-from offload.pack.recipe import Recipe
 from tests.offload.quality.test_check import perturbed
 from tests.test_cli import Done, Run
 from tests.test_cli import run as run  # a fixture
@@ -161,7 +161,7 @@ def test_check_passes_a_good_pack_and_fails_a_damaged_one(
     assert "the baseline was measured with {" in better.err
 
     checkpoint = perturbed(mixtral, tmp_path / mixtral.name, 0.5)
-    damaged = find_or_make_pack(str(checkpoint), Recipe(), destination=tmp_path / "damaged")
+    damaged = find_or_make_pack(str(checkpoint), LoadOptions(), destination=tmp_path / "damaged")
     bad = run(
         "check", damaged, *common, "--baseline", baseline, "--save-baseline", tmp_path / "new.json"
     )

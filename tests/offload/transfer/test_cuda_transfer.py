@@ -20,7 +20,7 @@ from offload.fit import Fit
 from offload.transfer.cuda import CudaTicket, CudaTransfer
 from offload.transfer.host_tier import HostTier
 from tests.fake_link import FakeLink
-from tests.offload.transfer.test_host_tier import EVERYTHING, Limited, damaged
+from tests.offload.transfer.test_host_tier import EVERYTHING, Limited, damaged, same_rate
 from tests.tiny import EXPERTS, LAYERS
 
 CPU = torch.device("cpu")
@@ -35,8 +35,8 @@ def pack(mixtral_pack: Path) -> Iterator[Pack]:
 
 
 def transfer_of(pack: Pack, slots: int, ram: int, link: FakeLink) -> CudaTransfer:
-    tier = HostTier(pack, ram, Limited())
-    return CudaTransfer(pack, slots, CPU, None, tier=tier, link=link)
+    tier = HostTier(pack, ram, Limited(), same_rate)
+    return CudaTransfer(pack, slots, CPU, 0, tier=tier, link=link)
 
 
 @pytest.mark.parametrize("ram", [EVERYTHING, FEW])
@@ -200,18 +200,17 @@ def test_resized_slots_are_filled_anew(pack: Pack, ram: int) -> None:
 
 
 def test_without_room_for_the_slots_nothing_is_pinned(pack: Pack) -> None:
-    link, pinner = FakeLink(), Limited()
+    link = FakeLink()
     link.memory_left = 10
     with pytest.raises(torch.OutOfMemoryError):
-        CudaTransfer(pack, 4, CPU, None, tier=None, link=link)
-    assert not pinner.most
+        CudaTransfer(pack, 4, CPU, 0, link=link)  # a CPU has no CUDA to pin memory with
 
 
 def test_closing_unpins_when_the_last_transfer_closes(pack: Pack) -> None:
     pinner = Limited()
-    tier = HostTier(pack, EVERYTHING, pinner)
+    tier = HostTier(pack, EVERYTHING, pinner, same_rate)
     first, second = (
-        CudaTransfer(pack, 2, CPU, None, tier=tier, link=FakeLink(seed)) for seed in (1, 2)
+        CudaTransfer(pack, 2, CPU, 0, tier=tier, link=FakeLink(seed)) for seed in (1, 2)
     )
     first.start(0, 0, 0, urgent=True)
     first.close()
@@ -286,11 +285,9 @@ def test_slots_that_were_computed_together_are_released_by_one_event(
 
 
 def test_a_buffer_that_another_card_is_done_with_is_had(pack: Pack) -> None:
-    tier = HostTier(pack, FEW, Limited())
+    tier = HostTier(pack, FEW, Limited(), same_rate)
     assert tier.disk is not None
-    one, other = (
-        CudaTransfer(pack, EXPERTS, CPU, None, tier=tier, link=FakeLink()) for _ in range(2)
-    )
+    one, other = (CudaTransfer(pack, EXPERTS, CPU, 0, tier=tier, link=FakeLink()) for _ in range(2))
     guesses = [one.start(0, expert, expert, urgent=False) for expert in range(EXPERTS)]
     for _ in range(3):  # their copies hold every buffer, and nobody calls `one` again
         other.wait(other.start(1, 0, 0, urgent=True))
@@ -326,8 +323,8 @@ def test_two_of_them_over_one_host_tier_give_the_logits_of_one(
     ) -> CudaTransfer:
         if tier is None:
             pinners.append(Limited())
-            tier = HostTier(pack, ram, pinners[-1])
-        return CudaTransfer(pack, slots + fit.staging, CPU, None, tier=tier, link=FakeLink(slots))
+            tier = HostTier(pack, ram, pinners[-1], same_rate)
+        return CudaTransfer(pack, slots + fit.staging, CPU, 0, tier=tier, link=FakeLink(slots))
 
     monkeypatch.setattr(offload.transfer.cards, "_transfer_to", played)
     model, _ = offload.load(mixtral_pack, gpus=("cpu", "cpu"), **options)

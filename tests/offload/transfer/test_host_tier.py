@@ -25,6 +25,11 @@ from tests.tiny import EXPERTS, LAYERS
 EVERYTHING = 1 << 40
 
 
+def same_rate(sample: Tensor) -> float:
+    """Stands in for measuring: no way of holding records is faster than another."""
+    return 1e9
+
+
 class Limited:
     """Refuses to pin more than `limit` bytes in all, and mapped files if told to."""
 
@@ -89,7 +94,7 @@ def at_address(address: int, size: int) -> Tensor:
 @pytest.mark.parametrize("files", [True, False])
 def test_every_record_is_pinned_in_place_or_as_a_copy(pack: Pack, files: bool) -> None:
     pinner = Limited(files=files)
-    tier = HostTier(pack, EVERYTHING, pinner)
+    tier = HostTier(pack, EVERYTHING, pinner, same_rate)
     assert tier.pinned
     assert ("own pages" in tier.description) is files
     for layer, expert in keys(pack):
@@ -128,7 +133,7 @@ def test_the_description_has_a_refusal_beside_the_rate_of_the_other_way(pack: Pa
 def test_without_any_pinning_a_warning_comes_and_records_come_from_the_files(
     pack: Pack, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tier = HostTier(pack, EVERYTHING, Limited(0))
+    tier = HostTier(pack, EVERYTHING, Limited(0), same_rate)
     assert not tier.pinned
     (line,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert "CUDA error 2, out of memory" in line
@@ -144,7 +149,7 @@ def test_a_limit_reached_half_way_keeps_what_was_pinned(
 ) -> None:
     layer_bytes = -(-EXPERTS * pack.info.slot_bytes // PAGE) * PAGE
     pinner = Limited(2 * layer_bytes + PAGE, files=files)
-    tier = HostTier(pack, EVERYTHING, pinner)
+    tier = HostTier(pack, EVERYTHING, pinner, same_rate)
     assert not tier.pinned
     pinned = [
         any(begin <= tier.record(layer, 0).data_ptr() < begin + size for begin, size in ranges)
@@ -178,7 +183,7 @@ def test_a_damaged_record_is_refused_and_nothing_stays_pinned(
 ) -> None:
     pack, pinner = damaged(mixtral_pack, tmp_path / "pack"), Limited(files=files)
     with pytest.raises(PackError, match=r"experts-00001.*expert 0"):
-        HostTier(pack, EVERYTHING, pinner)
+        HostTier(pack, EVERYTHING, pinner, same_rate)
     assert not pinner.held
 
 
@@ -190,7 +195,7 @@ def test_a_file_written_to_afterwards_is_noticed_unless_all_was_copied(
     import shutil
 
     pack = Pack(Path(shutil.copytree(mixtral_pack, tmp_path / "pack")))
-    tier = HostTier(pack, EVERYTHING, Limited(limit, files=files))
+    tier = HostTier(pack, EVERYTHING, Limited(limit, files=files), same_rate)
     before = tier.record(1, 0).clone()
     file, begin = pack.place(1, 0)
     with file.open("r+b") as handle:
@@ -210,7 +215,7 @@ def test_a_record_is_checked_once(pack: Pack, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(
         Pack, "check_record", lambda _, layer, e, record=None: checked.append((layer, e))
     )
-    tier = HostTier(pack, EVERYTHING, Limited(0))
+    tier = HostTier(pack, EVERYTHING, Limited(0), same_rate)
     for _ in range(3):
         for key in keys(pack):
             tier.record(*key)
@@ -220,7 +225,7 @@ def test_a_record_is_checked_once(pack: Pack, monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_last_user_to_leave_frees_everything(pack: Pack) -> None:
     pinner = Limited()
-    tier = HostTier(pack, EVERYTHING, pinner)
+    tier = HostTier(pack, EVERYTHING, pinner, same_rate)
     tier.join()
     tier.join()
     tier.leave()
@@ -230,7 +235,7 @@ def test_the_last_user_to_leave_frees_everything(pack: Pack) -> None:
 
 
 def test_memory_is_locked_where_there_is_no_gpu(pack: Pack) -> None:
-    tier = HostTier(pack, EVERYTHING, LockPinner())
+    tier = HostTier(pack, EVERYTHING, LockPinner(), same_rate)
     if not tier.pinned:
         pytest.skip("this system locks no memory")
     assert locked_bytes() > 0
@@ -263,7 +268,7 @@ def test_with_little_ram_every_record_comes_from_the_disk(
     pack: Pack, caplog: pytest.LogCaptureFixture, ram: int
 ) -> None:
     pinner = Limited()
-    tier = HostTier(pack, ram * (pack.info.slot_bytes + 256), pinner)
+    tier = HostTier(pack, ram * (pack.info.slot_bytes + 256), pinner, same_rate)
     assert tier.disk is not None
     buffers = max(ram, LEAST_BUFFERS)
     assert tier.disk.pool.table.slots == buffers
@@ -281,7 +286,7 @@ def test_with_little_ram_every_record_comes_from_the_disk(
 def test_buffers_that_cannot_be_pinned_are_used_all_the_same(
     pack: Pack, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tier = HostTier(pack, 0, Limited(0))
+    tier = HostTier(pack, 0, Limited(0), same_rate)
     assert not tier.pinned
     assert "three times slower" in caplog.text
     assert torch.equal(brought(tier, 1, 2), pack.record(1, 2))
@@ -396,7 +401,7 @@ def test_a_damaged_record_is_reported_to_whoever_wants_it_and_reading_goes_on(
     mixtral_pack: Path, tmp_path: Path
 ) -> None:
     pack = damaged(mixtral_pack, tmp_path / "pack")
-    tier = HostTier(pack, 0, Limited())
+    tier = HostTier(pack, 0, Limited(), same_rate)
     for _ in range(2):
         with pytest.raises(PackError, match=r"experts-00001.*expert 0"):
             brought(tier, 1, 0)
@@ -410,7 +415,7 @@ def test_a_damaged_record_is_reported_to_whoever_wants_it_and_reading_goes_on(
 
 def test_after_ctrl_c_anywhere_starting_over_works(pack: Pack) -> None:
     """Before every instruction of asking and releasing; a lock left taken would hang."""
-    tier = HostTier(pack, 0, Limited())
+    tier = HostTier(pack, 0, Limited(), same_rate)
     disk = tier.disk
     assert disk is not None
     at, interrupted = 0, True
@@ -441,7 +446,7 @@ def test_after_ctrl_c_anywhere_starting_over_works(pack: Pack) -> None:
 
 def test_closing_ends_the_threads(pack: Pack) -> None:
     before = threading.active_count()
-    tier = HostTier(pack, 0, Limited())
+    tier = HostTier(pack, 0, Limited(), same_rate)
     for expert in range(3):
         tier.want(0, expert, urgent=False)
     tier.close()

@@ -14,8 +14,8 @@ from offload.quant.errors import PackError
 from offload.quant.pack import Pack, PackLayer
 
 from offload.errors import TransferError
+from offload.options import LoadOptions
 from offload.pack.find import find_or_make_pack
-from offload.pack.recipe import Recipe
 from offload.transfer.host import NOWHERE, HostTicket, HostTransfer
 from tests.interrupt import interrupt_before
 from tests.tiny import EXPERTS, save_tiny
@@ -24,7 +24,7 @@ from tests.tiny import EXPERTS, save_tiny
 @pytest.fixture
 def pack(tmp_path: Path) -> Iterator[Pack]:
     save_tiny("mixtral", tmp_path / "checkpoint")
-    opened = Pack(find_or_make_pack(str(tmp_path / "checkpoint"), Recipe(), pack_dir=tmp_path))
+    opened = Pack(find_or_make_pack(str(tmp_path / "checkpoint"), LoadOptions(pack_dir=tmp_path)))
     yield opened
     opened.close()
 
@@ -89,7 +89,7 @@ def test_waiting_for_a_guess_makes_it_urgent(pack: Pack, gated: Gated) -> None:
 
 def test_damaged_record_is_reported_to_whoever_waits(tmp_path: Path) -> None:
     save_tiny("mixtral", tmp_path / "checkpoint")
-    path = find_or_make_pack(str(tmp_path / "checkpoint"), Recipe(), pack_dir=tmp_path)
+    path = find_or_make_pack(str(tmp_path / "checkpoint"), LoadOptions(pack_dir=tmp_path))
     file = path / PackLayer.file_name(1)
     data = bytearray(file.read_bytes())
     data[4096 + 5] ^= 1  # in the first record: data begins on a page

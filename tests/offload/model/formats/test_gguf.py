@@ -26,6 +26,7 @@ from offload.model.formats import gguf as gguf_module
 from offload.model.formats.gguf import PLAIN, GgufFile, block_size
 from offload.model.formats.gguf_model import GgufSource
 from offload.model.sources import find, read_config
+from offload.options import LoadOptions
 from tests.gguf_files import (
     ARCHITECTURES,
     BPE_VOCABULARY,
@@ -157,7 +158,7 @@ def test_a_file_is_found_by_its_name_or_its_folder(parts: int, tmp_path: Path) -
     files = sorted((tmp_path / "here").iterdir())
     assert len(files) == parts
     for name in (tmp_path / "here", files[-1]):
-        found = find(str(name), revision=None, local_files_only=False, trust_remote_code=False)
+        found = find(str(name), LoadOptions())
         assert (found.name, found.is_pack) == ("tiny", False)
         assert (_ours(name) - _logits(model)).abs().max() < 1e-5
 
