@@ -1,4 +1,4 @@
-"""Paths and texts that a user names, standard streams, and files that are whole or not there."""
+"""Reads what users name, writes files whole or not at all, and takes care of standard streams."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import psutil
 from offload.errors import CheckpointError, SourceError
 from offload.quant.errors import OffloadError
 
-MOST_CHARACTERS = 2**24  # of a prompt; more than any context holds, and little beside any RAM
+MOST_CHARACTERS = 2**24  # in a prompt; more than any context holds, but little beside any RAM
 
 
 def read_text(file: TextIO, name: str) -> str:
@@ -33,7 +33,7 @@ def read_text(file: TextIO, name: str) -> str:
 
 def user_path(text: str | Path) -> Path:
     """The path that a user wrote, with `~` replaced. Raises `SourceError` if it cannot be one."""
-    if not str(text).strip():  # Python would take it for the current folder
+    if not str(text).strip():  # Python would take an empty name for the current folder
         raise SourceError("a name is empty: give the name of a file, a folder or a model")
     try:
         path = Path(text).expanduser()
@@ -80,7 +80,7 @@ def write_whole(file: Path, data: bytes) -> None:
 
 
 def short(path: Path) -> str:
-    """`path` as people write it, with `~` for their home."""
+    """`path` as people write it, with `~` for the home folder."""
     home = Path.home()
     return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
 
@@ -137,7 +137,7 @@ def check_streams() -> None:
 def give_up_unwritable() -> list[TextIO]:
     """Discard the buffers of stdout and stderr if they cannot be written; return these streams.
 
-    Otherwise Python would try to write them again when it ends, and print an error.
+    Otherwise Python would try again to write the buffers when it ends, and print an error.
     """
     given_up = []
     for stream in (sys.stdout, sys.stderr):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from offload.errors import NO_MEMORY
 from offload.quant.errors import OffloadError
 
-# C0 but for tab and newline, DEL, and C1 could tell a terminal to move, to erase, or to answer.
+# These control characters (C0 except tab and newline, DEL, C1) could make a terminal move the
+# cursor, erase text or send an answer.
 _SHOWN = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"}
 _SHOWN |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 
@@ -15,7 +16,7 @@ def printable(text: str) -> str:
     return text.translate(_SHOWN)
 
 
-LONGEST = 1000  # characters of a line, which may quote a file
+LONGEST = 1000  # characters in a line, because a message may quote a whole file
 
 
 def one_line(error: BaseException) -> str:
@@ -26,7 +27,7 @@ def one_line(error: BaseException) -> str:
         text = f"{error}: is the place readable and writable? OFFLOAD_HOME names another"
     elif is_memory(error):
         text = f"out of memory: {NO_MEMORY}"
-    elif type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+    elif type(error).__name__ == "OutOfMemoryError":  # a class of torch, which is not imported here
         text = f"out of GPU memory: {NO_MEMORY}"
     else:
         text = f"{type(error).__name__}: {error} (a bug: --debug shows where)"
@@ -34,8 +35,8 @@ def one_line(error: BaseException) -> str:
 
 
 def is_memory(error: BaseException) -> bool:
-    """Whether `error` is a lack of memory, as Python, torch, threads or Rust libraries put it."""
-    # CPython's SystemError stands for a MemoryError for which there was no memory either.
+    """Whether `error`, raised by Python, torch or a Rust library, means that memory ran out."""
+    # CPython raises a SystemError when there is no memory left for a MemoryError either.
     words = (
         "can't allocate memory",
         "can't start new thread",

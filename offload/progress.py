@@ -1,4 +1,4 @@
-"""Shows on stderr how far long work is: a bar at a terminal, elsewhere lines."""
+"""Shows on stderr how far long work has come, as a bar at a terminal and as lines elsewhere."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 
 class _Written(ProgressColumn):
-    """Mebibytes written, and millions of units a second."""
+    """A column that shows mebibytes written, and millions of units a second."""
 
     def render(self, task: Task) -> Text:
         rate = _rate(task.speed or 0.0, task.fields["unit"])
@@ -35,7 +35,7 @@ def _rate(speed: float, unit: str) -> str:
 
 
 def _bar(*columns: ProgressColumn) -> Bar | None:
-    """A bar that vanishes when it ends; None if stderr is not a terminal."""
+    """A bar that vanishes when the work ends; None if stderr is not a terminal."""
     if not sys.stderr.isatty():
         return None
     return Bar(*columns, console=Console(stderr=True), transient=True)

@@ -1,9 +1,9 @@
 """Packs codes [N, K] and scales into bytes, and unpacks them.
 
 Rows are stored in *tiles* of 64, so N is padded to whole tiles. A tile holds its codes column by
-column: a vector unit reads one column of 64 outputs with one load. Codes of 3, 5 and 6 bits are
-split into *planes* whose widths divide a byte (3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2), low bits first. A
-tile is its planes one after the other, and no bit is wasted.
+column, so that a vector unit reads one column of 64 outputs with one load. Codes of 3, 5 and 6 bits
+are split into *planes* whose widths divide a byte (3 = 2 + 1, 5 = 4 + 1, 6 = 4 + 2), low bits
+first. A tile consists of its planes, one after the other, and wastes no bit.
 
 A plane of `p` bits holds `8 * p` bytes for each column: byte `j` holds rows `j`, `j + 8p`,
 `j + 16p`, ... from its lowest bits upwards. For 4 bits this is also the order that
@@ -24,7 +24,7 @@ PLANES: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6:
 
 
 def padded_rows(rows: int) -> int:
-    """The rows stored for a quantised matrix of `rows` rows: whole tiles."""
+    """How many rows are stored for a quantised matrix: `rows`, rounded up to whole tiles."""
     return -(-rows // TILE_ROWS) * TILE_ROWS
 
 
@@ -76,8 +76,8 @@ def unpack_rows(packed: Tensor, bits: int, rows: Tensor) -> Tensor:
     return codes
 
 
-MOST_SHARED = 256  # groups that share a step; mixtral-offloading shares among as many
-STEP_VALUES = 4  # of a row's step: step and base of its scales, step and base of its offsets
+MOST_SHARED = 256  # the most groups that share a step, as many as in mixtral-offloading
+STEP_VALUES = 4  # step and base of a row's scales, then step and base of its offsets
 
 
 def shared_steps(groups: int) -> int:
@@ -94,7 +94,7 @@ def encode_scales(pairs: Tensor) -> tuple[Tensor, Tensor]:
     groups, rows, _ = pairs.shape
     spans = pairs.reshape(-1, shared_steps(groups), rows, 2)  # [K/g/s, s, N, 2]
     low, high = spans.aminmax(dim=1)  # [K/g/s, N, 2] each
-    steps = torch.stack(((high - low) / 255, low), dim=-1).bfloat16()  # rounded as stored
+    steps = torch.stack(((high - low) / 255, low), dim=-1).bfloat16()  # as stored
     step, base = steps.float().unsqueeze(1).unbind(-1)
     codes = ((spans - base) / step.clamp(min=1e-30)).round_().clamp_(0, 255)
     return codes.to(torch.uint8).view(groups, rows, 2), steps.flatten(2)

@@ -1,7 +1,7 @@
-"""Turning a matrix's weights into packed bytes, in chunks of rows, here, on a GPU or in processes.
+"""Turns a matrix's weights into packed bytes, in the calling thread, on a GPU or in processes.
 
-A matrix's shape alone decides where its chunks are cut, so its bytes are the same however many
-processes encode it.
+A matrix is cut into chunks of rows. Its shape alone decides where, so its bytes are the same
+however many processes encode it.
 
 Letters: N rows of a matrix, R rows of a chunk (padded to whole tiles), K columns, g columns of a
 group, s groups that share a step.
@@ -26,7 +26,7 @@ from offload.quant.record import RecordLayout, view_record, view_rows
 from offload.quant.scheme import Scheme
 from torch import Tensor
 
-CHUNK_WEIGHTS = 2**20  # of a chunk, about: one CPU core needs 0.1 s for them
+CHUNK_WEIGHTS = 2**20  # a chunk has about this many weights; one CPU core needs 0.1 s for them
 
 
 class EncodedRows(NamedTuple):
@@ -43,7 +43,7 @@ class Encoder(Protocol):
     width: int
 
     def submit(self, weight: Tensor, scheme: Scheme) -> Future[EncodedRows]:
-        """Begin `encode_rows(weight, scheme)`; `weight` must not change until that is done."""
+        """Begin `encode_rows(weight, scheme)`; `weight` must not change before the result."""
 
 
 def encode_rows(weight: Tensor, scheme: Scheme, device: torch.device = CPU) -> EncodedRows:
@@ -103,20 +103,21 @@ class WorkerEncoder:
     """Encodes in `count` processes; use as a context manager.
 
     Threads would gain nothing, because hqq's solver is many small operations with Python between
-    them. If a process ended, which makes results raise, leaving the context raises `PackError`.
+    them. Results raise `BrokenExecutor` if a process has died, and if that error leaves the
+    context, the context raises `PackError` in its place.
     """
 
     def __init__(self, count: int) -> None:
         from loky import ProcessPoolExecutor  # imported here: running a model does not need it
 
         self.width = count
-        # The system closes our end when this process ends, even if it is killed.
+        # The system closes this process's end of the pipe when the process ends, even by a kill.
         theirs, self._ours = Pipe(duplex=False)
         self._pool = ProcessPoolExecutor(
             count,
             initializer=_prepare_process,
             initargs=(theirs,),
-            # A safe path keeps Python from running a `quant.py` of the folder it is started in.
+            # PYTHONSAFEPATH keeps Python from importing a `quant.py` in the current folder.
             env={"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"},
         )
         try:
@@ -127,7 +128,7 @@ class WorkerEncoder:
             raise
 
     def submit(self, weight: Tensor, scheme: Scheme) -> Future[EncodedRows]:
-        # Pickling a tensor would send all that its storage holds; an array sends itself.
+        # Pickling a tensor would send its whole storage; a numpy array sends only its own values.
         data = weight.contiguous().view(-1).view(torch.uint8).numpy()
         future: Future[EncodedRows] = self._pool.submit(
             _encode_array, data, weight.dtype, weight.shape, scheme
@@ -135,7 +136,7 @@ class WorkerEncoder:
         return future
 
     def close(self) -> None:
-        """End all processes at once, whatever they do."""
+        """End all processes at once, whatever they are doing."""
         self._pool.shutdown(kill_workers=True)
         self._ours.close()
 
@@ -156,9 +157,9 @@ def _encode_array(data: Any, dtype: torch.dtype, shape: torch.Size, scheme: Sche
 
 
 def _prepare_process(parent: Connection) -> None:
-    """Let this quantising process end with its parent: loky's would outlive one that is killed.
+    """Make this quantising process end with its parent; loky would let it outlive a killed parent.
 
-    Nothing is ever sent through `parent`, so reading it ends when the parent's end closes.
+    Nothing is ever sent through `parent`, so a read ends only when the parent's end is closed.
     """
     torch.set_num_threads(1)
 
@@ -172,9 +173,10 @@ def _prepare_process(parent: Connection) -> None:
 
 @contextlib.contextmanager
 def _children_ignore_interrupts() -> Iterator[None]:
-    """Let processes that are started in this context inherit that Ctrl-C is blocked.
+    """Block Ctrl-C in processes that are started in this context; they inherit the block.
 
-    The process that asked for them handles it; they would print tracebacks while importing torch.
+    The process that starts them handles Ctrl-C. The others would print tracebacks if it came while
+    they import torch.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
@@ -198,7 +200,7 @@ class PendingRecord:
         matrices: Mapping[str, tuple[Tensor, Tensor | None]],
         encoder: Encoder,
     ) -> None:
-        """Begin to encode `matrices`: each name in `layout` -> `(weight [N, K], bias [N])`."""
+        """Begin to encode `matrices`, which has `(weight [N, K], bias [N])` for each name."""
         self._layout = layout
         self._matrices = matrices
         self._chunks: dict[str, list[Future[EncodedRows]]] = {}
@@ -214,8 +216,8 @@ class PendingRecord:
         return sum(map(len, self._chunks.values()))
 
     def write(self, out: Tensor) -> None:
-        """Wait until all is encoded and write the record into `out` [record_bytes] uint8."""
-        out.zero_()  # also between matrices: equal experts give equal bytes
+        """Wait until all is encoded, then write the record into `out` [record_bytes] uint8."""
+        out.zero_()  # gaps between matrices are zero, so that equal experts give equal bytes
         for name, view in view_record(out, self._layout).items():
             weight, bias = self._matrices[name]
             if view.scales is None:

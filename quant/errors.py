@@ -1,4 +1,7 @@
-"""The root of the project's errors, and those about bytes on disk; `offload.errors` has more."""
+"""The base class of the project's errors, and the error about packs.
+
+`offload.errors` has the other errors.
+"""
 
 
 class OffloadError(Exception):

@@ -1,10 +1,10 @@
 """Computes all experts of a layer at once, from records in expert slots.
 
-The reference runs on any device; the GPU's kernels have its signature and are used where they give
-its results.
+The reference runs on any device. The GPU's kernels have the same signatures, and are used where
+they give the same results.
 
-Letters: T tokens, k experts a token, S = T * k cells (cell // k is its token), H hidden, I inner,
-C cells of a batch, B blocks.
+Letters: T tokens, k experts a token, S = T * k cells (a cell is one token at one of its experts;
+cell // k is the token), H hidden, I inner, C cells of a batch, B blocks.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Batch:
 
 
 def block_cells(cells: int, experts: int) -> int:
-    """How many cells of one expert are computed together if `cells` of a call fall on `experts`.
+    """How many cells of one expert are computed together in a call of `cells` over `experts`.
 
     Pass totals for the whole call and layer, never for one wave: block size affects rounding, and
     rounding must not depend on which experts were resident.
@@ -57,7 +57,7 @@ def block_cells(cells: int, experts: int) -> int:
 def make_batch(
     cells_of_slot: Mapping[int, Sequence[int]], size: int, device: torch.device
 ) -> Batch:
-    """A batch of the cells that the record in each expert slot is for, in blocks of `size`."""
+    """A batch of the cells of each expert slot, in blocks of at most `size` cells."""
     order: list[int] = []
     blocks: list[tuple[int, int, int]] = []
     for slot, cells in cells_of_slot.items():
@@ -74,9 +74,9 @@ def make_batch(
 def decode(
     hidden: Tensor, slots: Tensor, slot_of_cell: Tensor, program: Program, cells: Tensor
 ) -> None:
-    """Fill `cells` [S, H] for few tokens `hidden` [T, H].
+    """Fill `cells` [S, H] with what the experts make of a few tokens `hidden` [T, H].
 
-    A record begins at each of `slots` [n, slot_bytes] uint8. Cells whose entry in `slot_of_cell`
+    Each of `slots` [n, slot_bytes] uint8 begins with a record. Cells whose entry in `slot_of_cell`
     [S] int32 is negative stay as they are. A cell's result depends only on its token and its
     record. The host does not wait for the device.
     """
@@ -85,7 +85,7 @@ def decode(
 
 
 def prefill(hidden: Tensor, slots: Tensor, batch: Batch, program: Program, cells: Tensor) -> None:
-    """Fill the cells in `batch` as `decode` would, for many tokens."""
+    """Fill the cells in `batch` as `decode` would, in a way that is quicker for many tokens."""
     works = kernels_work(program, hidden.dtype, slots.device)
     way = prefill_kernels if works else prefill_reference
     way(hidden, slots, batch, program, cells)
@@ -161,7 +161,7 @@ def prefill_kernels(
 def kernels_work(program: Program, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the kernels for `program` compile here and agree with the reference.
 
-    Both are tried on records of random codes.
+    The kernels for decode and for prefill are both tried on records of random codes.
     """
     if dtype not in KERNEL_DTYPES or gpu_kernels(device) is None:
         return False
@@ -181,7 +181,7 @@ def kernels_work(program: Program, dtype: torch.dtype, device: torch.device) -> 
         try:
             way(got)
             close = torch.allclose(got.float(), expected.float(), rtol=0.05, atol=0.05 * scale)
-        except Exception as error:  # whatever a compiler or a driver raises
+        except Exception as error:  # compilers and drivers may raise anything
             what = f"{type(error).__name__}: " + " ".join(str(error).split())[:200]
             logger.warning("no %s kernels here, experts will be slow: %s", name, what)
             return False

@@ -1,6 +1,6 @@
-"""Half-Quadratic Quantization of one matrix, by hqq's solver in a way that is fast on a CPU.
+"""Quantises a matrix by Half-Quadratic Quantization, with hqq's solver called to suit CPU caches.
 
-Everything else uses the affine form `w ~ (code - 2**(bits-1)) * scale + offset`.
+The rest of the project uses the affine form `w ~ (code - 2**(bits-1)) * scale + offset`.
 Source: https://github.com/dropbox/hqq, `Quantizer.quantize`, axis=1 (groups run along a row).
 
 Letters: N rows, K columns, g columns of a group.
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 # hqq's solver passes over its input twenty times, so blocks that stay in the caches are ten times
-# faster. It stops early by a block's mean error, so the block size is part of the result. Below
-# 32768 values torch sums in one thread, so the number of threads does not change the result.
+# faster. A block's mean error tells the solver when to stop, so the block size affects the result.
+# Below 32768 values torch sums in one thread, so the number of threads does not affect the result.
 BLOCK_WEIGHTS = 32000
 CPU = torch.device("cpu")
-# The smallest step between codes that hqq takes; it takes 1 for groups with a range below 1e-4.
+# hqq's smallest step between codes; for groups with a range below 1e-4, hqq uses a step of 1.
 SMALLEST_STEP = 5e-5
 
 
@@ -34,9 +34,9 @@ class Quantized(NamedTuple):
 
 @functools.cache
 def _solver() -> Any:
-    """hqq's solver, imported on first use: running a finished pack does not need it."""
+    """hqq's solver, imported on first use because running a finished pack does not need it."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # importing hqq emits 14 deprecation warnings of torch's
+        warnings.simplefilter("ignore")  # importing hqq causes 14 deprecation warnings of torch
         from hqq.core.quantize import Quantizer
     return Quantizer.quantize
 
@@ -78,9 +78,9 @@ def quantize(weight: Tensor, bits: int, group_size: int, device: torch.device = 
 def _quantize_flat_groups(
     groups: Tensor, bits: int, codes: Tensor, scale: Tensor, offset: Tensor
 ) -> None:
-    """Overwrite the groups of `groups` [N, K/g, g] that need finer steps than hqq can take.
+    """Encode those groups of `groups` [N, K/g, g] anew that need finer steps than hqq can take.
 
-    They are rounded to equal steps between their smallest and largest weight.
+    A group's weights are rounded to equal steps between its smallest and its largest weight.
     """
     low, high = groups.float().aminmax(dim=-1)
     flat = high - low <= SMALLEST_STEP * (2**bits - 1)

@@ -1,7 +1,7 @@
 """Multiplies by a matrix that lies in a record.
 
-The reference dequantises and calls `linear`, on any device. Kernels are used for as many tokens as
-they are quicker for, where they compile and agree with the reference.
+The reference dequantises and calls `linear`, on any device. Kernels are used where they compile and
+agree with the reference, for those numbers of tokens for which they are quicker.
 
 Letters: M tokens, N outputs (rows of the matrix), K inputs (its columns), g columns of a group,
 T rows asked for.
@@ -36,24 +36,29 @@ Matmul = Callable[[Tensor, MatrixView], Tensor]
 
 logger = logging.getLogger(__name__)
 
-# With more tokens than this, unpacking once and multiplying densely is quicker; slabs of this size
-# stay in the caches. Both are measured constants (docs/log), not timed at run time: the ways round
-# differently, and logits must not depend on how busy the machine was.
+# With more than MOST_PACKED_TOKENS, unpacking once and multiplying densely is quicker. Slabs of
+# SLAB_WEIGHTS weights stay in the caches. Both were measured once (docs/log/cpu-kernels.md) and are
+# not timed at run time: the two ways round differently, and logits must not depend on how busy the
+# machine is.
 MOST_PACKED_TOKENS = 24
 SLAB_WEIGHTS = 2**22
-REFERENCE_WEIGHTS = 2**26  # that the reference dequantises at once: a head can have 600 M
-# On a GPU, up to so many tokens each read the matrix for themselves; more share reads in blocks.
+REFERENCE_WEIGHTS = 2**26  # the most that the reference dequantises at once; a head can have 600 M
+# On a GPU, up to MOST_GEMV_TOKENS tokens each read the matrix for themselves. More tokens share
+# reads in blocks of GPU_BLOCK.
 MOST_GEMV_TOKENS, GPU_BLOCK = 4, 64
 # oneDNN compiles a kernel for each new number of tokens, which takes 2 ms where multiplying takes
-# 0.3 ms. Any number of tokens can choose an expert, so in bfloat16 they are padded to multiples.
+# 0.3 ms. Any number of tokens can choose an expert, so in bfloat16 that number is rounded up to a
+# multiple of FEW_SHAPES.
 FEW_SHAPES = 32
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-SMALLEST_CAPABILITY = (7, 5)  # of a GPU that kernels are made for
+SMALLEST_CAPABILITY = (7, 5)  # the lowest compute capability that kernels are made for
 
 
 def launching_on(device: torch.device) -> AbstractContextManager[object]:
-    """A context in which kernels are launched on `device`: Triton asks for the thread's current
-    device, not where tensors are."""
+    """A context in which kernels are launched on `device`.
+
+    Triton launches on the thread's current device, wherever the tensors are.
+    """
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
@@ -61,7 +66,7 @@ def launching_on(device: torch.device) -> AbstractContextManager[object]:
 def gpu_kernels(device: torch.device) -> ModuleType | None:
     """`quant.kernels.gpu` if it can run on `device`, else None; on CUDA a warning says why.
 
-    On the CPU it runs for tests that set TRITON_INTERPRET=1 before Triton is first imported.
+    On the CPU the module runs only in tests that set TRITON_INTERPRET=1 before Triton is imported.
     """
     if device.type != "cuda":
         if device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1":
@@ -119,7 +124,7 @@ def matmul_reference(x: Tensor, view: MatrixView) -> Tensor:
 
 
 def matmul_packed(x: Tensor, view: MatrixView) -> Tensor:
-    """Do what `matmul_reference` does on the CPU straight from packed weights: for few tokens."""
+    """Do what `matmul_reference` does, for few tokens on the CPU, directly from packed weights."""
     if x.dtype == torch.float16:
         return matmul_packed(x.float(), view).to(x.dtype)
     out = cpu.multiply(x, view)
@@ -127,7 +132,7 @@ def matmul_packed(x: Tensor, view: MatrixView) -> Tensor:
 
 
 def matmul_unpacked(x: Tensor, view: MatrixView) -> Tensor:
-    """Do what `matmul_reference` does on the CPU, slab by slab of rows: for many tokens."""
+    """Do what `matmul_reference` does, for many tokens on the CPU, one slab of rows at a time."""
     layout = view.layout
     if x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and not bfloat16_is_quick()):
         return matmul_unpacked(x.float(), view).to(x.dtype)
@@ -141,7 +146,7 @@ def matmul_unpacked(x: Tensor, view: MatrixView) -> Tensor:
 
 
 def matmul_gpu(x: Tensor, view: MatrixView) -> Tensor:
-    """Do what `matmul_reference` does on a GPU: a record of one matrix is the only "expert"."""
+    """Do what `matmul_reference` does on a GPU, as if the matrix were the only expert."""
     gpu = gpu_kernels(x.device)
     assert gpu is not None
     count, layout = len(x), view.layout
@@ -159,7 +164,7 @@ def matmul_gpu(x: Tensor, view: MatrixView) -> Tensor:
 
 
 def _record_of(view: MatrixView) -> Tensor:
-    """The bytes [1, n] uint8 from the begin of the record that `view` is part of."""
+    """The bytes [1, n] uint8 from the start of the record that `view` is part of."""
     weight = view.weight
     begin = weight.storage_offset() * weight.itemsize - view.layout.weight_offset
     size = weight.untyped_storage().nbytes() - begin
@@ -169,7 +174,10 @@ def _record_of(view: MatrixView) -> Tensor:
 
 @functools.cache
 def _zeros(device: torch.device) -> Tensor:
-    """Each token's expert slot, 0. Made when kernels are tried, so before a graph is captured."""
+    """The expert slot of each token, which is always 0.
+
+    Kernels are tried before a CUDA graph is captured, so this tensor exists by then.
+    """
     return torch.zeros(MOST_GEMV_TOKENS, dtype=torch.int32, device=device)
 
 
@@ -210,7 +218,7 @@ def bfloat16_is_quick() -> bool:
 def cpu_kernel_works(way: Matmul, bits: int, scale_bits: int, dtype: torch.dtype) -> bool:
     """Whether `way`'s kernels compile here and agree with the reference on small products.
 
-    Every number of tokens with a kernel of its own is tried, by one thread and by all.
+    Every number of tokens that has its own kernel is tried, with one thread and with all.
     """
     scheme = Scheme(bits, 32, scale_bits)
     return all(
@@ -222,16 +230,16 @@ def cpu_kernel_works(way: Matmul, bits: int, scale_bits: int, dtype: torch.dtype
 
 
 def _agrees(way: Matmul, view: MatrixView, tokens: int, dtype: torch.dtype, kernel: str) -> bool:
-    """Whether `way` differs from the reference by no more than half precision's rounding explains.
+    """Whether `way` runs here and agrees with the reference, up to rounding in half precision.
 
-    Otherwise a warning says what is wrong with `kernel`.
+    If not, a warning says what is wrong; `kernel` names the kernel in it.
     """
     random = torch.Generator().manual_seed(1)
     x = torch.randn(tokens, view.layout.columns, generator=random, dtype=torch.float32)
     x = x.to(view.weight.device, dtype)
     try:
         quick = way(x, view).float()
-    except Exception as error:  # whatever a compiler or a driver raises
+    except Exception as error:  # compilers and drivers may raise anything
         logger.warning("no %s, products will be slow: %s", kernel, error)
         return False
     exact = matmul_reference(x.float(), view)
@@ -268,7 +276,7 @@ def sample_matrix(
 
 def sample_record(layout: RecordLayout, seed: int = 0) -> Tensor:
     """A record of random codes and small scales, for trying kernels and for measuring."""
-    random = torch.Generator().manual_seed(seed)  # a wrong order of equal rows would not show
+    random = torch.Generator().manual_seed(seed)  # equal rows would hide a wrong order
     record = torch.randint(0, 256, (layout.record_bytes,), generator=random, dtype=torch.uint8)
     for view in view_record(record, layout).values():
         if view.scales is None:

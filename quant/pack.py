@@ -1,11 +1,11 @@
 """The pack: a quantised model on disk, opened by mapping its files.
 
-The manifest is written last, and makes a folder a pack.
+A folder becomes a pack with its manifest, which is therefore written last.
 
     manifest.json                what this module reads
     experts-00007.safetensors    a MoE layer: `records` [E, record_bytes] uint8, `crc32` [E] int64
-    dense-00003.safetensors      quantised matrices that are not experts': a record each
-    model-00001.safetensors ...  everything else, named as the checkpoint names it
+    dense-00003.safetensors      quantised matrices outside the experts, one record each
+    model-00001.safetensors ...  all other tensors, under the checkpoint's names
     config.json, tokenizer ...   copied from the checkpoint
 
 Letters: E experts of a layer.
@@ -43,7 +43,7 @@ _SEEKING = threading.Lock()
 
 
 def read_at(file: int, begin: int, into: memoryview) -> int:
-    """Fill `into` with the bytes of `file` from `begin` on, as far as there are any.
+    """Fill `into` with the bytes of `file` from `begin` on, as far as the file reaches.
 
     Returns how many bytes were read. Raises `OSError`.
     """
@@ -78,10 +78,10 @@ class PackLayer:
 
 @dataclass(frozen=True)
 class PackDense:
-    """A quantised matrix that is not an expert's, and where its record is."""
+    """A quantised matrix outside the experts, and where its record is."""
 
-    # Paths of the modules that use it: two for a token table that is also the head. The first one
-    # names the record.
+    # Paths of the modules that use the matrix; a token table that is also the head has two. The
+    # first path names the record.
     modules: tuple[str, ...]
     layout: int  # index into `PackInfo.dense_layouts`
     file: int
@@ -97,7 +97,7 @@ class PackInfo:
 
     source: str
     fingerprint: str
-    bits: str  # the recipe's text, which says what is stored how
+    bits: str  # the recipe as text, which tells how each part of the model is stored
     dense_parameters: int  # weights that are not experts
     layouts: tuple[RecordLayout, ...]
     layers: tuple[PackLayer, ...]
@@ -180,7 +180,7 @@ class PackInfo:
 
 
 def as_buffer(data: Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor, which are not copied."""
+    """The bytes of a contiguous CPU tensor, without a copy."""
     return memoryview(data.numpy())  # type: ignore[arg-type]  # numpy's arrays are buffers
 
 
@@ -220,7 +220,10 @@ def read_info(path: Path) -> PackInfo:
 
 
 def safetensors_header(tensors: Iterable[tuple[str, str, Sequence[int], int]]) -> bytes:
-    """The start of a file with these tensors, given as name, safetensors dtype, shape and bytes."""
+    """The header of a file with `tensors`, each a name, safetensors dtype, shape and size in bytes.
+
+    The header is padded so that the data behind it begins at a multiple of `DATA_ALIGNMENT`.
+    """
     header, end = {}, 0
     for name, dtype, shape, size in tensors:
         offsets = [end, end + size]
@@ -232,7 +235,7 @@ def safetensors_header(tensors: Iterable[tuple[str, str, Sequence[int], int]]) -
 
 
 def layer_header(experts: int, record_bytes: int) -> bytes:
-    """The start of the file of a layer with so many experts; records and checksums follow."""
+    """The header of the file of a layer with `experts` experts; records and checksums follow."""
     records = ("records", "U8", (experts, record_bytes), experts * record_bytes)
     return safetensors_header([records, ("crc32", "I64", (experts,), 8 * experts)])
 
@@ -241,14 +244,14 @@ class LayerFile(NamedTuple):
     """The opened and mapped file of a layer."""
 
     file: BinaryIO
-    stamp: tuple[int, int]  # of the file when it was opened
-    begin: int  # byte at which the records begin
+    stamp: tuple[int, int]  # the file's `_stamp` when it was opened
+    begin: int  # the byte at which the records begin
     records: Tensor  # [E, record_bytes] uint8, mapped
     checksums: list[int]
 
     @classmethod
     def map(cls, file: BinaryIO, experts: int, record_bytes: int) -> LayerFile:
-        """Raises `PackError` if the file does not begin as `layer_header` says."""
+        """Map an opened file. Raises `PackError` unless `layer_header` and the size fit it."""
         stamp = _stamp(file.fileno())
         header, size = layer_header(experts, record_bytes), experts * record_bytes
         mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -268,8 +271,8 @@ class Pack:
     def __init__(self, path: Path) -> None:
         """Open and check the pack at `path`.
 
-        This checks the size of every file, and the checksum of each but the expert files, whose
-        records `check_record` checks. Raises `PackError`.
+        Every file's size is checked, and every file's checksum except those of the expert files,
+        whose records `check_record` checks. Raises `PackError`.
         """
         self.path = path
         self.info, self._files = _read_manifest(path)
@@ -308,7 +311,7 @@ class Pack:
             )
 
     def descriptor(self, layer: int) -> int:
-        """A layer's open file: the mapped one, even if its name now belongs to another."""
+        """The descriptor of a layer's mapped file, even if its name now belongs to another file."""
         return self._layers[layer].file.fileno()
 
     def read_at(self, layer: int, begin: int, into: memoryview) -> int:
@@ -330,7 +333,7 @@ class Pack:
     def check_record(self, layer: int, expert: int, record: Tensor | None = None) -> None:
         """Raise `PackError` if a record's bytes are not those that were written.
 
-        `record` is a copy of them to check; without it the mapped bytes are checked.
+        If given, `record` is a copy that is checked in place of the mapped bytes.
         """
         record = self.record(layer, expert) if record is None else record
         if zlib.crc32(as_buffer(record)) != self._layers[layer].checksums[expert]:
@@ -340,10 +343,10 @@ class Pack:
             )
 
     def dense_records(self) -> Iterator[tuple[PackDense, Tensor]]:
-        """Yield every quantised matrix that is not an expert's, and its record.
+        """Yield every quantised matrix outside the experts, and its record.
 
         A record is [record_bytes] uint8, read when its turn comes. Raises `PackError` if a file
-        lacks what the manifest says.
+        lacks a record that the manifest names.
         """
         for _, group in itertools.groupby(self.info.dense, key=lambda dense: dense.file):
             members = list(group)
@@ -382,7 +385,7 @@ def _stamp(file: int) -> tuple[int, int]:
 
 
 def _read_manifest(path: Path) -> tuple[PackInfo, dict[str, tuple[int, str]]]:
-    """What a pack is, and the size and the SHA-256 of each of its files."""
+    """What the manifest says: how the pack was made, and each file's size and SHA-256."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -404,7 +407,7 @@ def _read_manifest(path: Path) -> tuple[PackInfo, dict[str, tuple[int, str]]]:
             for name, entry in manifest["files"].items()
         }
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        reason = repr(error)[:200]  # some errors quote all of their input
+        reason = repr(error)[:200]  # some messages quote all of their input
         raise PackError(f"{path / MANIFEST} is damaged ({reason}): {REMAKE}") from None
 
 

@@ -1,6 +1,6 @@
-"""Makes a pack, a layer at a time, so that a kill at any moment loses at most one layer.
+"""Writes a pack one layer at a time, so that a kill at any moment loses at most one layer.
 
-Everything is written in `<pack>.partial`, each file under a `.part` name until it is whole. The
+Everything is written into `<pack>.partial`, each file under a `.part` name until it is whole. The
 manifest is the last file, and renaming the folder is the last step. Two processes that make the
 same pack take turns.
 """
@@ -62,8 +62,8 @@ class PackWriter:
     """Writes the pack `path` that `info` describes; use as a context manager.
 
     Entering waits for another process that makes the same pack. `done` says whether the pack is
-    there, so that nothing is left to write. Files that an interrupted run with the same `info`
-    finished are kept.
+    finished, so that nothing is left to write. Files that were finished by an interrupted run with
+    the same `info` are kept.
     """
 
     def __init__(self, path: Path, info: PackInfo) -> None:
@@ -71,7 +71,7 @@ class PackWriter:
         self.info = info
         self._partial = path.with_name(path.name + ".partial")
         self.done = False
-        self._names: set[str] = set()  # of the files that belong to the pack
+        self._names: set[str] = set()  # names of the files that belong to the pack
 
     def __enter__(self) -> PackWriter:
         with _disk_errors(self.path):
@@ -94,7 +94,7 @@ class PackWriter:
                 if not is_pack(self._partial):
                     self._begin()
                     return
-                # A run was killed between its last two steps.
+                # An earlier run was killed between its last two steps.
                 (self._partial / SETTINGS).unlink(missing_ok=True)
                 self._partial.rename(self.path)
         if not is_pack(self.path):
@@ -202,14 +202,14 @@ def _write_whole(file: Path, chunks: Iterable[bytes | memoryview], pack: Path) -
     with _disk_errors(pack):
         handle = part.open("wb")
     try:
-        for chunk in chunks:  # an error while a chunk is made is not the disk's
+        for chunk in chunks:  # an error in making a chunk is not the disk's fault
             with _disk_errors(pack):
                 handle.write(chunk)
         with _disk_errors(pack):
             handle.flush()
             os.fsync(handle.fileno())
     finally:
-        with suppress(OSError):  # closing writes again what failed to be written before
+        with suppress(OSError):  # closing tries again to write what failed before
             handle.close()
     with _disk_errors(pack):
         part.rename(file)

@@ -67,7 +67,7 @@ def recognise(
     x = torch.randn(16, 32, generator=random, dtype=torch.float32) * 8
     try:
         expected = [function(x.to(dtype)) for dtype in (torch.float32, torch.bfloat16)]
-    except Exception:  # it takes other arguments than an activation
+    except Exception:  # the function takes other arguments than an activation
         return None
     for gate in _candidates(gated, sorted({abs(float(n)) for n in numbers if 0 < abs(n) < 1e4})):
         if all(torch.equal(gate(x.to(e.dtype), gated, interleaved), e) for e in expected):

@@ -1,8 +1,8 @@
 """The expert record: one expert as one contiguous, aligned run of bytes.
 
-A `RecordLayout` says where an expert's codes, scales and biases lie; nothing follows from a model's
-name. Every matrix is stored as [out, in], whatever the checkpoint's orientation. Scales are pairs
-`(scale, offset)` of shape [K/g, N, 2]: bfloat16, or bytes that count steps (`quant.codes`).
+A `RecordLayout` says where an expert's codes, scales and biases lie; a model's name plays no part.
+Every matrix is stored as [out, in], whatever the checkpoint's orientation. Scales are pairs
+`(scale, offset)` of shape [K/g, N, 2], as bfloat16 or as bytes that count steps (`quant.codes`).
 
 Letters: N rows, K columns, g columns of a group, s groups that share a step, E experts.
 """
@@ -71,10 +71,10 @@ class RecordLayout:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> RecordLayout:
-        """The layout whose fields are `data`.
+        """The layout whose fields `data` holds.
 
         Raises `KeyError`, `TypeError` or `ValueError` on anything that `plan_layout` would not
-        make: kernels trust offsets and sizes, and wrong ones would let them read or write outside.
+        make, because kernels trust offsets and sizes, and would read or write outside the record.
         """
         matrices = tuple(MatrixLayout(**matrix) for matrix in data["matrices"])
         for matrix in matrices:
@@ -97,14 +97,14 @@ class RecordLayout:
 
 @dataclass(frozen=True)
 class MatrixSpec:
-    """One matrix of an expert before it has a place: what a layout is planned from."""
+    """One matrix of an expert before it has a place; a layout is planned from such specs."""
 
     name: str
     rows: int
     columns: int
     has_bias: bool
     dtype: torch.dtype
-    bias_dtype: torch.dtype | None = None  # None means the weight's
+    bias_dtype: torch.dtype | None = None  # None means the weight's dtype
 
     @property
     def shape(self) -> tuple[str, int, int, bool]:
@@ -115,7 +115,8 @@ class MatrixSpec:
 def fitting_group(columns: int, group_size: int) -> int:
     """The largest group that divides `columns`, found by halving `group_size`.
 
-    0 if it would be smaller than `SMALLEST_GROUP`: scales would take more than is saved.
+    Returns 0 if that group is smaller than `SMALLEST_GROUP`, because its scales would take more
+    bytes than its codes save.
     """
     while columns % group_size:
         group_size //= 2

@@ -15,9 +15,9 @@ SCALE_BITS = (8, 16)
 class Scheme:
     """Weights of `bits` bits; `group_size` weights of a row share a scale and an offset.
 
-    Scale and offset take `scale_bits` bits each. 16 bits mean the weights as the checkpoint stores
-    them. The text of a scheme is like `4`, `4g64` or `2g16s8`. Raises `ValueError` on numbers that
-    no kernel knows.
+    Scale and offset take `scale_bits` bits each. With 16 `bits`, weights stay as the checkpoint
+    stores them. A scheme is written like `4`, `4g64` or `2g16s8`. Raises `ValueError` on numbers
+    that no kernel supports.
     """
 
     bits: int
@@ -45,7 +45,7 @@ class Scheme:
 
     @classmethod
     def parse(cls, text: str, group_size: int = 64) -> Scheme:
-        """The scheme called `text`, with `group_size` if it names none. Raises `ValueError`."""
+        """The scheme called `text`, with `group_size` if `text` has none. Raises `ValueError`."""
         match = re.fullmatch(r"(\d{1,4})(?:g(\d{1,4}))?(?:s(\d{1,4}))?", text)
         if match is None:
             raise ValueError(f"{text!r} is not a way to store weights: write bits like 4 or 2g16s8")

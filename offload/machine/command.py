@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write every finding as soon as it is made."""
+    """Print every finding as soon as it is made, or all of them at the end as JSON."""
     from offload.machine.doctor import examine
 
     as_json = options_from(arguments, SharedOptions).json

@@ -1,4 +1,4 @@
-"""Looks at everything but GPUs: software, processor, memory, pin limit and disk."""
+"""Examines software, processor, memory, pin limit and disk; `graphics.py` examines GPUs."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def memory() -> Iterator[Finding]:
 
 
 def _slow_copies() -> str:
-    """The remedy for slow copies; other programs are to blame before the memory modules are."""
+    """The remedy for slow copies; other programs cause them more often than memory modules."""
     modules = "fill both memory channels, set the profile in the BIOS"
     if programs_a_core() > BUSY:
         return f"the machine is busy: look again when it is idle; if copies stay slow, {modules}"
@@ -78,7 +78,7 @@ def pin_limit(has_gpu: bool) -> Iterator[Finding]:
     """Findings about how much memory the system lets a program lock."""
     try:
         import resource
-    except ImportError:  # Windows has none
+    except ImportError:  # Windows lacks this module
         return
     limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     unlimited = limit == resource.RLIM_INFINITY
@@ -98,7 +98,7 @@ def pin_limit(has_gpu: bool) -> Iterator[Finding]:
 
 
 def disk(home: Path) -> Iterator[Finding]:
-    """Findings about the disk of `home`, where packs are kept."""
+    """Findings about the disk that holds `home`, where packs are kept."""
     place = existing(home)
     free = shutil.disk_usage(place).free
     yield Finding(
@@ -267,7 +267,7 @@ Look = Callable[[], Iterator[Finding]]
 
 
 def looks() -> dict[str, Look]:
-    """All looks by the name that is shown if they fail."""
+    """All examinations, each under the name that is shown if it fails."""
     return {
         "software": software,
         "processor": processor,
@@ -283,6 +283,6 @@ def examine() -> Iterator[Finding]:
     for name, look in looks().items():
         try:
             yield from look()
-        except Exception as error:  # whatever a driver or a library raises
+        except Exception as error:  # drivers and libraries may raise anything
             remedy = "report it, with offload doctor --json"
             yield Finding(name, f"could not be looked at: {reason(error)}", MISSING, remedy)

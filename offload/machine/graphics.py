@@ -1,4 +1,4 @@
-"""Looks at GPUs: their driver, CUDA, PCIe ports, and the rate of copies to them."""
+"""Examines GPUs: their driver, CUDA, PCIe ports, and the rate of copies to them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class PciePort:
 
     @property
     def gb_per_s(self) -> float:
-        """The rate of its lanes at the highest generation."""
+        """The rate of the card's lanes at the highest generation."""
         return LANE_GB_PER_S.get(self.most_generation, 0.0) * self.width
 
 
@@ -80,7 +80,7 @@ def graphics(devices: Path = PCI_DEVICES) -> Iterator[Finding]:
         )
     for index in range(count):
         yield from _card(index)
-    if ports:  # asked again, because copies have woken the links
+    if ports:  # read again, because copies have woken the links
         _, ports = nvml_ports(nvml)
     for port in ports or linux_ports(devices):
         yield _pcie(port)

@@ -1,8 +1,8 @@
-"""What machines move a second: published rates of graphics cards, and the form of measured ones.
+"""How fast machines are: published rates of graphics cards, and the class that measuring fills.
 
-Bandwidths and memory sizes are the makers': NVIDIA's Ampere GA102, Ada and Blackwell architecture
-papers (RTX 3080, 3090, 4080, 4090, 5070 Ti, 5080, 5090), its product pages (RTX 3060, 3080 Laptop)
-and data sheets (T4, A100). PCIe rates are the lanes' raw ones after 128b/130b coding (PCI-SIG).
+Bandwidths and memory sizes are from NVIDIA's Ampere GA102, Ada and Blackwell architecture papers
+(RTX 3080, 3090, 4080, 4090, 5070 Ti, 5080, 5090), product pages (RTX 3060, 3080 Laptop) and data
+sheets (T4, A100). PCIe rates are the raw rates of the lanes after 128b/130b coding (PCI-SIG).
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 PCIE3_X16, PCIE4_X16, PCIE5_X16 = 15.75, 31.51, 63.02  # GB/s one way
-# Share of the raw rate that copies from pinned memory reach: 26.7 GB/s of 31.5 were measured on an
-# RTX 4090, 56 of 63 on an RTX 5090.
+# The share of the raw rate that copies from pinned memory reach. 26.7 GB/s of 31.5 were measured on
+# an RTX 4090, and 56 of 63 on an RTX 5090.
 PINNED_SHARE = 0.85
-MEMORY_SHARE = 0.85  # of a memory's published rate, reached by kernels that stream weights
+MEMORY_SHARE = 0.85  # the share of a memory's published rate that kernels reach on weights
 DDR4_3200_X2, DDR4_3200_X8, DDR5_6000_X2 = 51.2, 204.8, 96.0  # GB/s, JEDEC: 8 bytes a transfer
 NVME_PCIE4_X4 = 7.0  # GB/s of sequential reads, as most data sheets say
 LINK_LATENCY = 10e-6  # seconds of one copy: enqueueing, start of the DMA engine, event
@@ -35,7 +35,7 @@ class Hardware:
     launch_seconds: float = LAUNCH
     tflops: float = 1e3  # half precision, dense; it can only limit the reading of a prompt
     cards: int = 1
-    runs_ahead: bool = True  # the host queues work for a GPU and goes on; False: it computes itself
+    runs_ahead: bool = True  # whether the host queues work and goes on; a CPU computes it itself
     memory_bytes: int | None = None  # of one card; None if unknown
 
     def copy_seconds(self, size: int, *, from_disk: bool = False) -> float:
@@ -61,7 +61,7 @@ def _gpu(
     )
 
 
-# For GeForce cards TFLOPS are those of dense FP16 tensor operations with FP32 accumulation.
+# TFLOPS of GeForce cards are those of dense FP16 tensor operations with FP32 accumulation.
 PROFILES: dict[str, Hardware] = {
     profile.name: profile
     for profile in (
@@ -82,8 +82,10 @@ PROFILES: dict[str, Hardware] = {
 
 
 def find_hardware(name: str) -> Hardware | None:
-    """The profile called `name`, or None. Case, spaces and hyphens make no difference, and
-    "NVIDIA", "GeForce" and "RTX" may be left out."""
+    """The profile called `name`, or None if there is none.
+
+    Case, spaces and hyphens make no difference, and "NVIDIA", "GeForce" and "RTX" may be left out.
+    """
 
     def plain(text: str) -> str:
         words = text.casefold().replace(" ", "").replace("-", "")

@@ -21,8 +21,8 @@ import torch
 from offload.machine.hardware import Hardware
 
 FILE_BYTES = 256 * 2**20
-DISK_BLOCK_BYTES = 4 * 2**20  # about an expert
-READERS = 4  # an NVMe disk needs several requests at a time
+DISK_BLOCK_BYTES = 4 * 2**20  # about the size of an expert
+READERS = 4  # an NVMe disk reaches its speed only with several requests at a time
 MOST_SECONDS = 3.0
 
 
@@ -44,7 +44,7 @@ def existing(folder: Path) -> Path:
 def read_rate(folder: Path, size: int = FILE_BYTES) -> DiskRate:
     """Time several threads that read a new file of `size` bytes in blocks. Raises `OSError`."""
     with tempfile.NamedTemporaryFile(dir=existing(folder), prefix=".offload-doctor-") as file:
-        block = os.urandom(DISK_BLOCK_BYTES)  # zeros would be compressed away
+        block = os.urandom(DISK_BLOCK_BYTES)  # some disks would compress zeros
         for _ in range(size // DISK_BLOCK_BYTES):
             file.write(block)
         file.flush()
@@ -53,7 +53,7 @@ def read_rate(folder: Path, size: int = FILE_BYTES) -> DiskRate:
             flags = os.O_RDONLY | os.O_DIRECT
             handle, how = os.open(file.name, flags), "past the page cache (O_DIRECT)"
             os.preadv(handle, [mmap.mmap(-1, 4096)], 0)
-        except (OSError, AttributeError):  # tmpfs, some network file systems, not Linux
+        except (OSError, AttributeError):  # tmpfs, some network file systems, other systems
             handle, how = os.open(file.name, os.O_RDONLY), _drop(file.fileno())
         try:
             return DiskRate(_timed(handle, size) / 1e9, how)
@@ -62,7 +62,7 @@ def read_rate(folder: Path, size: int = FILE_BYTES) -> DiskRate:
 
 
 def _drop(handle: int) -> str:
-    """Ask the system to drop a file from the page cache; return how sure its success is."""
+    """Ask the system to drop a file from the page cache; return how the file is read then."""
     if not hasattr(os, "posix_fadvise"):
         return "perhaps from the page cache: it cannot be dropped here"
     os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -87,14 +87,14 @@ def _timed(handle: int, size: int) -> float:
     return done / (time.perf_counter() - begin)
 
 
-BLOCK_BYTES = 128 * 2**20  # beyond any cache
-RECORD_BYTES = 2 * 2**20  # a usual expert
+BLOCK_BYTES = 128 * 2**20  # larger than any cache
+RECORD_BYTES = 2 * 2**20  # a typical expert
 ROUNDS = 5
 NAME = "this machine"
 
 
 def measure(device: torch.device | None = None) -> Hardware:
-    """This machine's rates on `device`, by default a GPU if there is one. Takes about a second.
+    """Measure the rates on `device`, by default a GPU if there is one, in about a second.
 
     The disk is not measured, because the page cache would answer in its place.
     """
@@ -104,12 +104,12 @@ def measure(device: torch.device | None = None) -> Hardware:
 
 
 def _measure_cpu() -> Hardware:
-    """The rates if expert slots are in RAM and one thread fills them from RAM."""
+    """Measure the rates for expert slots in RAM that one thread fills from RAM."""
     source = torch.ones(BLOCK_BYTES, dtype=torch.uint8)
     slot = torch.empty(RECORD_BYTES, dtype=torch.uint8)
     turns = itertools.cycle(range(0, BLOCK_BYTES, RECORD_BYTES))
 
-    def copy() -> None:  # as `offload.transfer` does: one thread, a record that no cache holds
+    def copy() -> None:  # like `offload.transfer`, in one thread, a record that no cache holds
         ctypes.memmove(slot.data_ptr(), source.data_ptr() + next(turns), RECORD_BYTES)
 
     copy_seconds = _median(copy, 8 * ROUNDS)
@@ -129,7 +129,7 @@ def _measure_cpu() -> Hardware:
         memory_gb_per_s=weights.nbytes / read / 1e9,
         link_gb_per_s=RECORD_BYTES / copy_seconds / 1e9,
         ram_gb_per_s=RECORD_BYTES / copy_seconds / 1e9,
-        link_latency_seconds=launch,  # handing a copy to the copy thread
+        link_latency_seconds=launch,  # what it takes to hand a copy to the copy thread
         launch_seconds=launch,
         tflops=2 * 64 * weights.numel() / product / 1e12,
         runs_ahead=False,
@@ -137,7 +137,7 @@ def _measure_cpu() -> Hardware:
 
 
 def _measure_gpu(device: torch.device) -> Hardware:
-    """The rates if expert slots are in GPU memory and are filled from pinned RAM."""
+    """Measure the rates for expert slots in GPU memory that are filled from pinned RAM."""
     host = torch.ones(BLOCK_BYTES, dtype=torch.uint8, pin_memory=True)
     block = torch.ones(BLOCK_BYTES, dtype=torch.uint8, device=device)
 
@@ -164,7 +164,7 @@ def _measure_gpu(device: torch.device) -> Hardware:
         f"{NAME} ({torch.cuda.get_device_name(device)})",
         memory_gb_per_s=BLOCK_BYTES / (read - min(latency, read / 2)) / 1e9,
         link_gb_per_s=BLOCK_BYTES / (copy - min(latency, copy / 2)) / 1e9,
-        ram_gb_per_s=2 * BLOCK_BYTES / ram_copy / 1e9,  # read and written
+        ram_gb_per_s=2 * BLOCK_BYTES / ram_copy / 1e9,  # a copy reads and writes
         link_latency_seconds=latency,
         launch_seconds=launch,
         tflops=2 * 512 * weights.numel() / product / 1e12,
@@ -172,7 +172,7 @@ def _measure_gpu(device: torch.device) -> Hardware:
 
 
 def _median(run: Callable[[], object], rounds: int) -> float:
-    """The median of the seconds of `rounds` runs, after one run that is not counted."""
+    """The median time in seconds of `rounds` runs, after one run that is not counted."""
     run()
     seconds = []
     for _ in range(rounds):
@@ -183,7 +183,7 @@ def _median(run: Callable[[], object], rounds: int) -> float:
 
 
 CPUINFO = Path("/proc/cpuinfo")
-BUSY = 0.5  # running programs a core; with more, measured rates are too low
+BUSY = 0.5  # running programs per core; with more of them, measured rates are too low
 
 
 def about_processor() -> dict[str, str]:
@@ -197,10 +197,10 @@ def about_processor() -> dict[str, str]:
 
 
 def processor_name() -> str:
-    """The processor's usual name if the system tells it, else its kind, like x86_64."""
+    """The processor's usual name if the system tells it, else its architecture, like x86_64."""
     return about_processor().get("model name") or platform.processor() or platform.machine()
 
 
 def programs_a_core() -> float:
-    """How many programs a core were running in the last minute, on average."""
+    """How many programs per core were running in the last minute, on average."""
     return psutil.getloadavg()[0] / (psutil.cpu_count() or 1)

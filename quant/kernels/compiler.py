@@ -1,8 +1,7 @@
 """Writes the CPU's kernels as LLVM IR and compiles them in memory when they are first asked for.
 
-A kernel runs over tiles of 64 rows, in vectors of 16 rows. One thread sums a row in a fixed order,
-whatever else is computed beside it, so results depend neither on the number of threads nor on that
-of tokens.
+A kernel runs over tiles of 64 rows, in vectors of 16 rows. Each row is summed by one thread in a
+fixed order, so results depend neither on the number of threads nor on the number of tokens.
 
 LLVM comes with llvmlite, so no compiler needs to be installed. Compiling takes 0.1 s, so nothing is
 kept on disk.
@@ -33,7 +32,7 @@ from offload.quant.kernels.reader import (
     number,
 )
 
-KernelCall = Callable[[tuple[int, ...]], None]  # takes `reader.WORDS`
+KernelCall = Callable[[tuple[int, ...]], None]  # the tuple holds `reader.WORDS`
 
 OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
 
@@ -59,7 +58,7 @@ class Emitter(Reader):
         if self.kernel.tokens:
             with self.loop(end, first) as tile, self.loop(self.word["blocks"]) as block:
                 self._multiply(tile, block)
-        else:  # groups in the outer loop, so that neighbouring results are written together
+        else:  # the outer loop runs over groups, so that neighbouring results are written together
             with self.loop(self.word["groups"]) as group, self.loop(end, first) as tile:
                 self._unpack(tile, group)
         self.b.ret_void()
@@ -68,8 +67,8 @@ class Emitter(Reader):
     def _multiply(self, tile: Value, block: Value) -> None:
         """Multiply one tile by a block of tokens.
 
-        With codes c and their middle m, the sum of ((c - m) * scale + offset) * x over a group is
-        scale * sum(c * x) + (offset - m * scale) * sum(x).
+        With codes c and the middle code m, the sum of ((c - m) * scale + offset) * x over a group
+        is scale * sum(c * x) + (offset - m * scale) * sum(x).
         """
         count = self.kernel.tokens
         middle = every(FLOAT, -float(2 ** (self.kernel.bits - 1)))
@@ -115,8 +114,8 @@ class Emitter(Reader):
     def _unpack(self, tile: Value, group: Value) -> None:
         """Dequantise one tile's weights of one group.
 
-        Product and sum are not fused, so the weights are those of `quant.matmul.dequantize` to the
-        bit.
+        Product and sum are not fused, so the weights equal those of `quant.matmul.dequantize` to
+        the last bit.
         """
         b = self.b
         middle = every(FLOAT, float(2 ** (self.kernel.bits - 1)))
@@ -129,7 +128,7 @@ class Emitter(Reader):
                 self.store(weight, column, tile, index)
 
     def _prepare(self) -> None:
-        """Fill "floats" and "sums"; a block that is not full repeats the last token."""
+        """Fill "floats" and "sums"; the last token is repeated until its block is full."""
         b, word = self.b, self.word
         total = b.alloca(FLOAT)
         last = self.add(word["tokens"], -1)
@@ -192,7 +191,7 @@ class Processor:
 
     @property
     def wide(self) -> bool:
-        """Whether it has 32 registers of 16 floats."""
+        """Whether the processor has 32 registers of 16 floats."""
         return "+avx512f" in self.features.split(",")
 
 

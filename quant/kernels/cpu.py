@@ -16,10 +16,10 @@ from torch import Tensor
 if TYPE_CHECKING:
     from offload.quant.kernels.compiler import KernelCall
 
-MOST_TOKENS = 4  # of a block; more would not fit into the registers
+MOST_TOKENS = 4  # in a block; the sums of more would not fit into the registers
 ALONE = 2**16  # weights times tokens; with less work, waking other threads costs more than it saves
 
-# A product of the demo's takes 30 us, so the code around each call avoids every extra step.
+# One product of the demo model takes 30 us, so the code around each call avoids every extra step.
 
 
 @functools.cache
@@ -41,8 +41,8 @@ def multiply(x: Tensor, view: MatrixView) -> Tensor:
     block = -(-count // blocks)
     rows, padded = layout.stored_rows, blocks * block
     out = x.new_empty(padded, rows)
-    # The sums of groups follow the floats. The dtype is given because a user may change torch's
-    # default.
+    # This buffer holds the floats and, behind them, the sums of groups. The dtype is given because
+    # a user may change torch's default.
     floats = torch.empty(padded, columns + layout.groups, dtype=torch.float32)
     place = floats.data_ptr()
     sums = place + 4 * padded * columns
@@ -54,7 +54,7 @@ def multiply(x: Tensor, view: MatrixView) -> Tensor:
 
 
 def dequantize_rows(view: MatrixView, dtype: torch.dtype, start: int, end: int) -> Tensor:
-    """The weights [K, end - start] of rows `start` to `end`, transposed; both bound whole tiles."""
+    """The transposed weights [K, end - start] of rows `start` to `end`, which are whole tiles."""
     layout = view.layout
     out = torch.empty(layout.columns, end - start, dtype=dtype)
     code_for(layout.bits, layout.scale_bits, dtype, 0)(_words(view, out, start, end))
@@ -69,7 +69,7 @@ def _words(
     passes: int = 1,
     tokens: tuple[int, int, int, int, int] = (0, 0, 0, 0, 0),
 ) -> tuple[int, ...]:
-    """The arguments of a kernel, as `quant.kernels.reader.WORDS` names them."""
+    """The arguments of a kernel, in the order of `quant.kernels.reader.WORDS`."""
     assert view.scales is not None
     assert view.scales.is_contiguous(), "kernels cannot read a part of a matrix"
     layout = view.layout

@@ -1,7 +1,7 @@
 """Launches the GPU's kernels: products with matrices in records, and activations.
 
-Launch parameters follow from a matrix's shape and from how many matrices a token has, so results do
-not depend on anything else.
+Launch parameters depend only on a matrix's shape and on how many matrices each token is multiplied
+by, so that nothing else affects how results are rounded.
 
 Letters: S cells (a cell is one token at one of its experts), T tokens, k cells of a token, N rows,
 K columns, I inner, B blocks of cells.
@@ -26,22 +26,22 @@ from torch import Tensor
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 WARPS = 4
-# 32-bit words that a thread loads at once, by width of a plane. They are 16 bytes; for planes of 2
-# bits these would need as many sums as a thread has registers.
+# How many 32-bit words a thread loads at once, by the width of a plane. Four words (16 bytes) are
+# the widest load; for planes of 2 bits they would need as many sums as a thread has registers.
 WORDS_A_THREAD = {8: 4, 4: 4, 2: 2}
-# Columns of a span that threads read at a time: 128 bytes of a 4-bit tile. The interpreter's time
-# goes by operations, not elements, so tests read more.
+# How many columns of a span threads read at a time; 4 columns are 128 bytes of a 4-bit tile. The
+# interpreter's time depends on operations, not on elements, so more columns make tests faster.
 COLUMNS = 16 if INTERPRETED.value else 4
 LONGEST_SPAN = 64  # columns between two scalings
-# Loads that a thread begins before it uses the first, by width of a plane.
+# How many loads a thread begins before it uses the first, by the width of a plane.
 MOST_STEPS = {8: 4, 4: 8, 2: 8}
 MOST_STEPS_FLOAT32 = {8: 4, 4: 4, 2: 2}
-MOST_REGISTERS = 255  # a thread
+MOST_REGISTERS = 255  # of one thread
 FEW_BLOCKS = 96  # fewer thread blocks than this leave many processors of a large GPU idle
-ENOUGH_BLOCKS = 384  # as many keep its memory busy, which is worth another launch for long rows
-LONG_STEPS = 3  # a row is long if each of its parts still takes at least so many steps
+ENOUGH_BLOCKS = 384  # this many keep its memory busy; for long rows that is worth another launch
+LONG_STEPS = 3  # a row is long if each of its parts still takes at least this many steps
 MOST_SPLITS = 8
-TENSOR_CORES_BF16 = (8, 0)  # the lowest compute capability whose tensor cores know bfloat16
+TENSOR_CORES_BF16 = (8, 0)  # the lowest compute capability whose tensor cores support bfloat16
 
 Constants = dict[str, Any]
 
@@ -95,7 +95,7 @@ def spans(matrix: MatrixLayout) -> tuple[int, int]:
 
 
 def splits(matrix: MatrixLayout, matrices: int) -> int:
-    """Into how many parts the columns are cut if each token has so many `matrices`."""
+    """Into how many parts the columns are cut if a token is multiplied by `matrices` matrices."""
     span, lanes = spans(matrix)
     blocks = matrix.stored_rows // TILE_ROWS * matrices
     steps = -(-matrix.columns // (span * lanes))
@@ -109,9 +109,9 @@ def splits(matrix: MatrixLayout, matrices: int) -> int:
     return split
 
 
-@functools.cache  # every launch asks for it
+@functools.cache  # every launch calls this
 def _walk(matrix: MatrixLayout, matrices: int, dtype: torch.dtype) -> Constants:
-    """The constants of `quantised_gemv` but for dtypes and activations."""
+    """The constants of `quantised_gemv`, except those for dtypes and activations."""
     span, lanes = spans(matrix)
     columns = min(COLUMNS, span)
     most = MOST_STEPS_FLOAT32 if dtype == torch.float32 else MOST_STEPS
@@ -126,7 +126,7 @@ def _walk(matrix: MatrixLayout, matrices: int, dtype: torch.dtype) -> Constants:
 
 
 def _registers(matrix: MatrixLayout, dtype: torch.dtype) -> Constants:
-    """Let a thread have all registers where ptxas would use 128 or 168 and spill up to 24 bytes."""
+    """Allow a thread all registers where ptxas would use 128 or 168 and spill up to 24 bytes."""
     spills = dtype == torch.float32 or (matrix.bits, matrix.group_size) == (4, 32)
     return {"maxnreg": MOST_REGISTERS} if spills else {}
 
@@ -142,8 +142,8 @@ def _tile(
 ) -> Constants:
     """The tiles, columns and warps of a block of cells.
 
-    They are small where no tensor cores know `dtype`: a product then keeps its operands in
-    registers.
+    Tiles and columns are few where tensor cores do not support `dtype`, because a product then
+    keeps its operands in registers.
     """
     new = capability(device) >= TENSOR_CORES_BF16
     if dtype == torch.float16 or (dtype == torch.bfloat16 and new):
@@ -164,8 +164,8 @@ def gemv(
 ) -> None:
     """Fill `out` [S, N] with each cell's row of `x` times the matrix in its expert slot.
 
-    `x` has a row for each of T `tokens`, or for each cell. Cells whose slot is negative stay as
-    they are.
+    `x` has one row for each of T `tokens`, or one for each cell. Cells whose slot is negative stay
+    as they are.
     """
     count = out.shape[0]
     cells_a_row = count // x.shape[0]
@@ -206,10 +206,10 @@ def gemm(
     matrix: MatrixLayout,
     out: Tensor,
 ) -> None:
-    """Fill `out` [S, N]: for the cells in `order`, their row of `x` times their block's matrix.
+    """Fill `out` [S, N] for the cells in `order` with their row of `x` times their block's matrix.
 
-    `x` has a row for each token, or for each cell. A row of `blocks` [B, 3] is an expert slot, and
-    where the block's cells, at most `block_cells`, begin and end in `order`.
+    `x` has one row for each token, or one for each cell. A row of `blocks` [B, 3] holds an expert
+    slot, and where the block's cells (at most `block_cells`) begin and end in `order`.
     """
     cells_a_row = out.shape[0] // x.shape[0]
     bias_at, rows = matrix.bias_offset, matrix.rows

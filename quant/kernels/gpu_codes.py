@@ -1,8 +1,8 @@
 """Pieces that the GPU's kernels share: codes, scales, biases and activations, in registers.
 
-Triton's interpreter truncates to bfloat16 where a GPU rounds, and multiplies bfloat16 as if it were
-integers; code behind `INTERPRETED` makes up for that. Every function returns at its end, because
-Triton also compiles what follows an earlier `return`, even where a constant led to that.
+Triton's interpreter truncates to bfloat16 where a GPU rounds, and multiplies bfloat16 numbers as if
+they were integers; code behind `INTERPRETED` makes up for that. Every function has one `return`, at
+its end, because Triton compiles code behind an earlier one even if constants make it unreachable.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from triton.language import tensor
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 MANTISSA = tl.constexpr(23)  # bits of a float32
-MAGIC = tl.constexpr(0x4B000000)  # 2**23 as a float: bits OR-ed into its low end are added to it
+MAGIC = tl.constexpr(0x4B000000)  # the float 2**23; OR-ing bits into its low end adds them to it
 
 
 @triton.jit
 def rounded(x: tensor, DTYPE: tl.constexpr) -> Any:
-    """float32 `x` rounded to DTYPE, still as float32."""
+    """The float32 `x`, rounded to DTYPE but still stored as float32."""
     if INTERPRETED and DTYPE == tl.bfloat16:  # noqa: SIM300
         bits = x.to(tl.uint32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
@@ -36,8 +36,8 @@ def centred(
 ) -> Any:
     """(code - CENTRE) / `code_weight` for the codes at bit AT of 32-bit `words`, as float32.
 
-    OR-ing a code into `magic` makes a float of it, and one subtraction removes the excess. That
-    avoids conversions, which GPUs do at a quarter of the rate.
+    OR-ing a code into `magic` makes a float of it, and one subtraction removes the excess. This
+    avoids conversions, which GPUs do at a quarter of the rate of other operations.
     """
     PLACE: tl.constexpr = AT if AT + WIDTH <= MANTISSA else AT - 16
     shifted = words >> (AT - PLACE)
@@ -71,7 +71,7 @@ def scale_pairs(
     SCALE_BITS: tl.constexpr,
     SHARED: tl.constexpr,
 ) -> Any:
-    """(scale, offset) of `group` and `row`, which broadcast to one shape, where `live`."""
+    """(scale, offset) of `group` and `row`, which broadcast to one shape; 0 where not `live`."""
     place = group * stored_rows + row
     if SCALE_BITS == 16:
         words = (record + scale_at).to(tl.pointer_type(tl.uint32))
@@ -104,7 +104,7 @@ def activated(
     CLAMPED: tl.constexpr,
     DTYPE: tl.constexpr,
 ) -> Any:
-    """What `quant.program.Gate` gives for float32 values, rounded to DTYPE where torch would."""
+    """What `quant.program.Gate` gives for float32 values, rounded to DTYPE where torch rounds."""
     if CLAMPED:
         gate = tl.minimum(gate, limit)
         up = tl.minimum(tl.maximum(up, -limit), limit)
@@ -143,7 +143,7 @@ def load_inputs(
     CLAMPED: tl.constexpr,
     DTYPE: tl.constexpr,
 ) -> Any:
-    """The inputs numbered `k` of the row at `x` as float32, after the activation GATE if given."""
+    """The inputs number `k` of the row at `x` as float32, after the activation GATE if given."""
     if GATED:
         first = 2 * k if INTERLEAVED else k
         second = first + 1 if INTERLEAVED else K + k

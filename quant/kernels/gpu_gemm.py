@@ -1,8 +1,8 @@
 """GPU kernels that multiply many tokens by matrices in records, in blocks of cells of one expert.
 
-A thread block has a few tiles of 64 rows and one block of cells. Codes of one plane that lie in the
-same bits of their bytes make an operand of their own, with a sum of its own, so nothing is
-shuffled. Codes of two planes are gathered. A cell's sum does not depend on the other cells of its
+A thread block has a few tiles of 64 rows and one block of cells. If codes have one plane, those in
+the same bits of their bytes become a separate operand with a separate sum, so nothing is shuffled.
+If codes have two planes, they are gathered. A cell's sum does not depend on the other cells of its
 block.
 
 Letters: M cells of a block, S cells, N rows, K columns, I inner.
@@ -17,7 +17,7 @@ import triton.language as tl
 from offload.quant.kernels.gpu_codes import INTERPRETED, load_inputs, scale_pairs, with_bias
 from triton.language import tensor
 
-# A row of `blocks` is an expert slot, and where its cells begin and end in `order`.
+# A row of `blocks` holds an expert slot, and where the block's cells begin and end in `order`.
 BLOCK_FIELDS = tl.constexpr(3)
 
 
@@ -115,7 +115,7 @@ def plain_gemm(
     K: tl.constexpr, STORED: tl.constexpr, BIAS: tl.constexpr, DTYPE: tl.constexpr,
     ROWS: tl.constexpr, CELLS: tl.constexpr, COLS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Fill out [S, N] by matrices [N, K] that are not quantised, of dtype STORED."""
+    """Fill out [S, N] from unquantised matrices [N, K] of dtype STORED."""
     block = blocks + tl.program_id(1) * BLOCK_FIELDS
     slot = tl.load(block)
     first = tl.load(block + 1)

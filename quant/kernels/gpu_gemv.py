@@ -1,12 +1,12 @@
-"""GPU kernels that multiply single tokens by matrices in records: a cell is a token and a matrix.
+"""GPU kernels that multiply single tokens by matrices in records.
 
 A thread block has a tile of 64 rows. Its threads walk *spans* of columns that share a scale. Eight
 threads read 128 neighbouring bytes, which are four columns of a 4-bit tile; the other threads of
-the warps do the same in other spans. So scales are applied once a span, and threads exchange
+the warps do the same in other spans. Scales are therefore applied once a span, and threads exchange
 nothing until the end. Each plane of codes is summed by itself. Sums are float32, in an order that
 depends only on the shape.
 
-Letters: S cells, N rows, K columns.
+Letters: S cells (a cell is one token and one matrix), N rows, K columns.
 """
 
 from __future__ import annotations
@@ -36,10 +36,14 @@ def plane_sums(
     DTYPE: tl.constexpr, SPAN: tl.constexpr, COLUMNS: tl.constexpr, LANES: tl.constexpr,
     SPLIT: tl.constexpr, STEPS: tl.constexpr,
 ) -> Any:  # fmt: skip
-    """For each code of a word, the sums [2 * WIDTH] of a tile's words of one plane."""
+    """Multiply one plane of a tile by the inputs.
+
+    A column of the plane has 2 * WIDTH words. Returns one tensor [2 * WIDTH] for each code of a
+    word, with the sums of the rows whose codes lie there.
+    """
     WORDS: tl.constexpr = 2 * WIDTH
     SPANS: tl.constexpr = K // SPAN
-    CODES: tl.constexpr = 32 // WIDTH  # in a word
+    CODES: tl.constexpr = 32 // WIDTH  # codes in a word
     span_lane = tl.arange(0, LANES)
     column = tl.arange(0, COLUMNS)
     word = tl.arange(0, WORDS)
@@ -64,7 +68,7 @@ def plane_sums(
         begin = span[:, None] * SPAN + column[None, :]
         column_words = plane + (begin[:, :, None] * WORDS + word[None, None, :])
         for step in range(0, SPAN, COLUMNS * STEPS):
-            # All loads of weights come first: loading inputs and summing hide their latency.
+            # All weights are requested first, so that loading inputs and summing hide the latency.
             words = ()
             for u in tl.static_range(STEPS):
                 at = column_words + (step + u * COLUMNS) * WORDS
@@ -104,7 +108,7 @@ def store_sums(
     totals: tl.tuple, place: tensor, tile: tensor, rows: tensor, record: tensor, bias_at: tensor,
     WIDTH: tl.constexpr, FINAL: tl.constexpr, BIAS: tl.constexpr, DTYPE: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Store a tile's sums of each code: results if FINAL, else summands for `add_parts`."""
+    """Store the sums from `plane_sums`, as results if FINAL, else as summands for `add_parts`."""
     word = tl.arange(0, 2 * WIDTH)
     for c in tl.static_range(32 // WIDTH):
         row = tile * 64 + word * 4 + (c * WIDTH // 8 + (c * WIDTH % 8) // WIDTH * (8 * WIDTH))
@@ -133,8 +137,8 @@ def quantised_gemv(
     slot = tl.load(slot_of_cell + cell)
     if slot < 0:
         return
-    # `slot >> 30` is 0, which the compiler cannot know. It keeps MAGIC in a register, so that
-    # masking and OR-ing become one instruction.
+    # `slot >> 30` is 0, but the compiler cannot know that. It therefore keeps MAGIC in a register,
+    # and masking and OR-ing become one instruction.
     magic = ((slot >> 30) | MAGIC).to(tl.uint32)
     record = slots + slot.to(tl.int64) * slot_bytes
     row_x = x + (cell // cells_a_row).to(tl.int64) * x_stride
@@ -191,7 +195,7 @@ def plain_gemv(
     GATED: tl.constexpr, INTERLEAVED: tl.constexpr, CLAMPED: tl.constexpr, DTYPE: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Fill out [S, N] by matrices [N, K] that are not quantised, of dtype STORED."""
+    """Fill out [S, N] from unquantised matrices [N, K] of dtype STORED."""
     cell = tl.program_id(1)
     slot = tl.load(slot_of_cell + cell)
     if slot < 0:

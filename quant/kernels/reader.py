@@ -1,6 +1,6 @@
 """Writes LLVM IR that reads a record's matrix: loops and vectors, codes and scales, results.
 
-The order of a record's bytes is that of `quant.codes`.
+`quant.codes` describes the order of a record's bytes.
 
 Letters: M tokens, B tokens of a block, K columns, g columns of a group, s groups that share a step.
 """
@@ -15,7 +15,7 @@ from typing import Any
 from llvmlite import ir
 from offload.quant.codes import PLANES, TILE_ROWS
 
-LANES = 16  # of a vector; LLVM splits vectors to fit the machine
+LANES = 16  # numbers in a vector; LLVM splits vectors to fit the machine
 BYTE, SHORT, INT, LONG = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 FLOAT = ir.FloatType()
 POINTER = ir.PointerType()
@@ -24,7 +24,7 @@ VECTORS = TILE_ROWS // LANES
 AHEAD = 64  # columns; how far ahead of its use a weight is prefetched
 CACHE_LINE = 64
 
-# A kernel's only argument points at these 64-bit words, as `quant.kernels.cpu` orders them.
+# A kernel's only argument points at these 64-bit words, which `quant.kernels.cpu` fills.
 WORDS = (
     "x",  # [M, K]
     "floats",  # scratch [blocks * B, K]: x in float32
@@ -52,7 +52,7 @@ def vector(kind: Value) -> Value:
 
 
 def every(kind: Value, values: float | Sequence[int]) -> Value:
-    """A constant vector with one value for all lanes, or one for each."""
+    """A constant vector with one value for all lanes, or one value for each lane."""
     lanes = [values] * LANES if isinstance(values, int | float) else values
     return ir.Constant(vector(kind), [ir.Constant(kind, value) for value in lanes])
 
@@ -63,7 +63,7 @@ def number(value: Index) -> Value:
 
 @dataclass(frozen=True)
 class Kernel:
-    """What a kernel is compiled for; it learns sizes when it is called."""
+    """What a kernel is compiled for; the kernel learns sizes when it is called."""
 
     bits: int
     scale_bits: int
@@ -81,15 +81,15 @@ class Reader:
         self.kernel = kernel
         self.module = ir.Module("kernel")
         self.b: Value = None
-        self.word: dict[str, Value] = {}  # of the function that is being written
-        # `fmuladd` is fused only where the machine can; `llvm.fma` would call a function elsewhere.
+        self.word: dict[str, Value] = {}  # the words of the function that is being written
+        # `fmuladd` is fused only on machines that can; on others `llvm.fma` would call a function.
         fused = ir.FunctionType(vector(FLOAT), [vector(FLOAT)] * 3)
         self._fused = ir.Function(self.module, fused, f"llvm.fmuladd.v{LANES}f32")
         fetch = ir.FunctionType(VOID, [POINTER, INT, INT, INT])
         self._fetch = ir.Function(self.module, fetch, "llvm.prefetch.p0")
 
     def begin(self, name: str, *more: Value) -> Value:
-        """Begin a function that takes the words and arguments of the types `more`."""
+        """Begin a function that takes a pointer to the words, and arguments of types `more`."""
         function = ir.Function(self.module, ir.FunctionType(VOID, [POINTER, *more]), name)
         function.attributes.add("nounwind")
         self.b = ir.IRBuilder(function.append_basic_block("entry"))
@@ -102,7 +102,7 @@ class Reader:
 
     @contextmanager
     def loop(self, end: Index, start: Index = 0) -> Iterator[Value]:
-        """Write what the context writes as the body of `for index in range(start, end)`."""
+        """Make what is written in this context the body of `for index in range(start, end)`."""
         b = self.b
         head, body, after = (b.append_basic_block(name) for name in ("head", "body", "after"))
         before = b.block
@@ -163,7 +163,7 @@ class Reader:
         return self.b.bitcast(self.b.and_(value, every(INT, 0xFFFF0000)), vector(FLOAT))
 
     def to_bfloat16(self, value: Value) -> Value:
-        """float32 values rounded to nearest even bfloat16, as 16-bit integers."""
+        """float32 values rounded to the nearest bfloat16 (ties to even), as 16-bit integers."""
         b = self.b
         whole = b.bitcast(value, vector(INT))
         odd = b.and_(b.lshr(whole, every(INT, 16)), every(INT, 1))
@@ -179,7 +179,7 @@ class Reader:
         return self.add(self.times(outer, size), inner)
 
     def codes(self, tile: Value, column: Value, index: int) -> Value:
-        """The codes of one column, of the tile's vector `index`, as float32."""
+        """The codes in one column of the tile's vector of rows number `index`, as float32."""
         b = self.b
         start = self.times(tile, self.times(self.word["columns"], 8 * self.kernel.bits))
         codes = None
@@ -204,7 +204,7 @@ class Reader:
         return b.sitofp(codes, vector(FLOAT))
 
     def scale(self, tile: Value, group: Value, index: int) -> tuple[Value, Value]:
-        """The scales and offsets of one group, of the tile's vector `index`."""
+        """The scales and offsets in one group of the tile's vector of rows number `index`."""
         b = self.b
         row = self.cell(tile, TILE_ROWS, index * LANES)
         pair = self.cell(group, self.word["rows"], row)
@@ -224,8 +224,7 @@ class Reader:
         return scale, counted(b.lshr(pairs, every(INT, 8)), b.lshr(steps, every(LONG, 32)))
 
     def prefetch_scales(self, tile: Value, group: Value) -> None:
-        """Prefetch a group's scales: groups lie `rows` pairs apart, too far for the processor to
-        guess."""
+        """Prefetch a group's scales, because the processor cannot guess such distant addresses."""
         size = self.kernel.scale_bits // 4  # bytes of a pair
         pair = self.cell(group, self.word["rows"], self.times(tile, TILE_ROWS))
         at = self.place("scales", BYTE, self.times(pair, size))
@@ -233,7 +232,7 @@ class Reader:
             self.prefetch(self.at(at, BYTE, line))
 
     def store(self, value: Value, outer: Value, tile: Value, index: int) -> None:
-        """Store the results of the tile's vector `index` in `out[outer]`, which has all rows."""
+        """Store the results of the tile's vector `index` in `out[outer]`, which holds all rows."""
         rows = self.times(self.word["tiles"], TILE_ROWS)
         at = self.cell(outer, rows, self.cell(tile, TILE_ROWS, index * LANES))
         if self.kernel.bfloat16:
