@@ -22,12 +22,13 @@ from typing import Any
 import llvmlite
 import torch
 from machine import RESULTS, machine
+from torch import Tensor
+from torch.nn.functional import linear
+
 from offload.quant.kernels.compiler import this_processor
 from offload.quant.matmul import matmul, sample_matrix
 from offload.quant.record import MatrixView
 from offload.quant.scheme import Scheme
-from torch import Tensor
-from torch.nn.functional import linear
 
 SHAPES = {  # N x K
     "demo gate_up": (3072, 576),

@@ -36,7 +36,6 @@ from pathlib import Path
 
 import psutil
 from machine import RESULTS, machine
-from offload.quant.pack import Pack
 from peer_process import Spec
 from peers_check import check
 from peers_report import tables
@@ -48,6 +47,7 @@ from offload.files import offload_home
 from offload.model import demo
 from offload.options import LoadOptions
 from offload.pack.find import find_or_make_pack
+from offload.quant.pack import Pack
 from offload.units import parse_slots
 
 MIXES = ("BF16", "Q8_0", "Q4_1")

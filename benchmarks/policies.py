@@ -17,6 +17,7 @@ from statistics import fmean
 from typing import Any
 
 from losers import FIFO, MOST_AHEAD, PREDICTORS, SLRU, Guesser, QuotaCache
+
 from offload.cache.cache import ExpertCache
 from offload.cache.policies import HALF_LIFE, LFRU, Policy
 from offload.cache.sharded import Cache

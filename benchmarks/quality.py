@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from machine import RESULTS, machine
-from offload.quant.pack import PackInfo
 from transformers import PreTrainedModel
 
 import offload
@@ -38,6 +37,7 @@ from offload.quality.check import (
     record_logits,
 )
 from offload.quality.scoring import Sliding, Text, measure_perplexity, prefix_of
+from offload.quant.pack import PackInfo
 
 REFERENCE = "experts=16,dense=16"
 WIDTHS = (16, 8, 6, 5, 4, 3, 2)

@@ -13,11 +13,11 @@ import argparse
 from pathlib import Path
 
 import torch
-from offload.cache.trace.file import read, write
-from offload.cache.trace.trace import Trace
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import offload
+from offload.cache.trace.file import read, write
+from offload.cache.trace.trace import Trace
 from offload.engine.handle import offload_of
 from offload.generation.stream import forward
 from offload.loading import routers

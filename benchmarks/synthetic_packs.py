@@ -18,6 +18,11 @@ from itertools import chain, cycle, islice
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from offload.model.seam import ExpertsModule, build_on_meta, find_experts, model_class, own_config
+from offload.pack.recipe import Recipe
 from offload.quant.codes import encode_scales
 from offload.quant.pack import (
     MANIFEST,
@@ -30,11 +35,6 @@ from offload.quant.pack import (
 )
 from offload.quant.record import MatrixSpec, MatrixView, RecordLayout, plan_layout, view_record
 from offload.quant.scheme import Scheme
-from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
-
-from offload.model.seam import ExpertsModule, build_on_meta, find_experts, model_class, own_config
-from offload.pack.recipe import Recipe
 
 DISTINCT = 3  # random records of a layer; the others are the same ones again
 FILE_BYTES = 2**30  # of dense weights, about

@@ -1,7 +1,5 @@
 """What the cache says about one MoE layer's step, as values."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 

@@ -1,7 +1,5 @@
 """Which resident expert leaves when a layer needs a slot."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from math import inf
 from operator import mul

@@ -1,7 +1,5 @@
 """When guessing the next layer's experts pays, and which guesses may load or evict."""
 
-from __future__ import annotations
-
 WINDOW = 256  # steps, each of one MoE layer
 
 

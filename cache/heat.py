@@ -1,7 +1,5 @@
 """How much each expert was used lately, for warm starts and heat maps."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """Eviction policies: what it is worth to keep each resident expert of one layer."""
 
-from __future__ import annotations
-
 from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence

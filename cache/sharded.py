@@ -5,8 +5,6 @@ Row r of card c, of n cards, is slot r * n + c, so a slot keeps its number when 
 fewer rows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import pairwise
 

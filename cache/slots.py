@@ -1,7 +1,5 @@
 """Which key is in which slot, and which records lie in RAM if it cannot hold all of them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 
 from offload.cache.decision import Use

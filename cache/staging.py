@@ -1,7 +1,5 @@
 """Rows beside the slots for streamed and early experts, and the steps that carry out a decision."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """The errors that users meet, each with a remedy in its message, and the exit codes."""
 
-from __future__ import annotations
-
 from offload.quant.errors import OffloadError
 
 

@@ -1,7 +1,5 @@
 """Reads what users name, writes files whole or not at all, and takes care of standard streams."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

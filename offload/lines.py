@@ -1,7 +1,5 @@
 """Text from models, files and errors, made fit for a terminal."""
 
-from __future__ import annotations
-
 from offload.errors import NO_MEMORY
 from offload.quant.errors import OffloadError
 

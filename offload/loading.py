@@ -1,7 +1,5 @@
 """`load`: from a name to a model that generates."""
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 import logging

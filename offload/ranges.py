@@ -1,7 +1,5 @@
 """Named ranges of work for the timeline; they cost next to nothing while none is recorded."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from contextlib import AbstractContextManager

@@ -1,7 +1,5 @@
 """Numbers as people write them: sizes, counts, shares and lists."""
 
-from __future__ import annotations
-
 import argparse
 import re
 from collections.abc import Callable

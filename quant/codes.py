@@ -12,8 +12,6 @@ A plane of `p` bits holds `8 * p` bytes for each column: byte `j` holds rows `j`
 Letters: N rows, K columns, g columns of a group, s groups that share a step, T rows asked for.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

@@ -19,12 +19,13 @@ from multiprocessing.connection import Connection, Pipe
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
+
 from offload.quant.codes import TILE_ROWS, encode_scales, pack, padded_rows
 from offload.quant.errors import PackError
 from offload.quant.hqq import CPU, quantize
 from offload.quant.record import RecordLayout, view_record, view_rows
 from offload.quant.scheme import Scheme
-from torch import Tensor
 
 CHUNK_WEIGHTS = 2**20  # a chunk has about this many weights; one CPU core needs 0.1 s for them
 

@@ -7,14 +7,14 @@ Letters: T tokens, k experts a token, S = T * k cells (a cell is one token at on
 cell // k is the token), H hidden, I inner, C cells of a batch, B blocks.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from offload.quant.matmul import (
     KERNEL_DTYPES,
     Matmul,
@@ -26,7 +26,6 @@ from offload.quant.matmul import (
 )
 from offload.quant.program import Program
 from offload.quant.record import view_record
-from torch import Tensor
 
 logger = logging.getLogger(__name__)
 

@@ -6,8 +6,6 @@ Source: https://github.com/dropbox/hqq, `Quantizer.quantize`, axis=1 (groups run
 Letters: N rows, K columns, g columns of a group.
 """
 
-from __future__ import annotations
-
 import functools
 import warnings
 from typing import Any, NamedTuple

@@ -7,8 +7,6 @@ Letters: M tokens, N outputs (rows of the matrix), K inputs (its columns), g col
 T rows asked for.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import logging
@@ -18,6 +16,9 @@ from contextlib import AbstractContextManager
 from types import ModuleType
 
 import torch
+from torch import Tensor
+from torch.nn.functional import linear, pad
+
 from offload.quant.codes import TILE_ROWS, decode_scales, encode_scales, unpack, unpack_rows
 from offload.quant.kernels import cpu
 from offload.quant.record import (
@@ -29,8 +30,6 @@ from offload.quant.record import (
     view_rows,
 )
 from offload.quant.scheme import Scheme
-from torch import Tensor
-from torch.nn.functional import linear, pad
 
 Matmul = Callable[[Tensor, MatrixView], Tensor]
 

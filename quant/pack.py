@@ -28,10 +28,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
-from offload.quant.errors import PackError
-from offload.quant.record import RecordLayout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from offload.quant.errors import PackError
+from offload.quant.record import RecordLayout
 
 FORMAT = "moe-offload pack"
 VERSION = 2

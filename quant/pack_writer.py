@@ -20,6 +20,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from torch import Tensor
+
 from offload.quant.errors import PackError
 from offload.quant.pack import (
     MANIFEST,
@@ -33,7 +35,6 @@ from offload.quant.pack import (
     manifest_check,
     safetensors_header,
 )
-from torch import Tensor
 
 logger = logging.getLogger("offload")
 

@@ -3,16 +3,15 @@
 Letters: S cells (a cell is one token at one of its experts), H hidden, I inner.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from offload.quant.record import MatrixLayout, RecordLayout
 from torch import Tensor
 from torch.nn import functional
+
+from offload.quant.record import MatrixLayout, RecordLayout
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,

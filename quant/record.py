@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from offload.quant.codes import STEP_VALUES, TILE_ROWS, padded_rows, shared_steps
 from offload.quant.scheme import GROUP_SIZES, SMALLEST_GROUP, Scheme
-from torch import Tensor
 
 ALIGNMENT = 256  # bytes; more than any vector load or copy engine asks for
 STORED_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

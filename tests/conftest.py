@@ -26,13 +26,13 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-import offload.quant.encode
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import offload.generation.stream
+import offload.quant.encode
 from offload.files import offload_home
 from offload.options import LoadOptions
 from tests.rounding import round_to_codes

@@ -6,8 +6,9 @@ Knows: plain rounding between a group's extremes. Does not know: whether the res
 from __future__ import annotations
 
 import torch
-from offload.quant.hqq import CPU, Quantized
 from torch import Tensor
+
+from offload.quant.hqq import CPU, Quantized
 
 
 def round_to_codes(

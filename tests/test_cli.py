@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from offload.quant.pack import Pack
 
 import cli
 from offload.main import COMMANDS
+from offload.quant.pack import Pack
 from tests.conftest import Script
 
 ROOT = Path(__file__).parents[1]

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from offload.quant.pack import Pack
 from transformers import AutoModelForCausalLM
 
 import offload
@@ -17,6 +16,7 @@ from offload.engine.handle import offload_of
 from offload.generation.decode import Loops
 from offload.options import LoadOptions
 from offload.pack.find import find_or_make_pack
+from offload.quant.pack import Pack
 from offload.transfer.cuda import CudaLink, CudaTicket, CudaTransfer
 from offload.transfer.host_tier import HostTier
 from offload.transfer.memory import PAGE, CudaPinner, own_memory

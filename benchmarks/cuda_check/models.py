@@ -11,8 +11,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from offload.cache.trace.synthetic import Shape, synthesize
-
 from benchmarks.cuda_check.attempt import attempt, need_time
 from benchmarks.cuda_check.bounds import Rates, rates_of
 from benchmarks.cuda_check.comparison import logits_rows, need_equal, tokens_rows
@@ -34,6 +32,7 @@ from benchmarks.cuda_check.sizes import SCHEME, Sizes, sizes_of
 from benchmarks.cuda_check.store import Part, Row
 from benchmarks.cuda_check.subject import Run, Subject
 from benchmarks.synthetic_packs import write_synthetic_pack
+from offload.cache.trace.synthetic import Shape, synthesize
 
 RESIDENT = (0.25, 0.5, 1.0, 0.1, 0.75)
 WAYS = ((DEVICE, False), (DEVICE, True), (HOST, False), (HOST, True))  # at every residency

@@ -9,9 +9,9 @@ from __future__ import annotations
 import time
 
 import torch
-from offload.quant.pack import Pack
 from torch import Tensor
 
+from offload.quant.pack import Pack
 from offload.transfer.base import Ticket
 
 HOST_BYTES = 2**30  # of host memory that records are copied from, in turn: beyond any CPU's cache

@@ -11,15 +11,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from offload.cache.cache import CacheState, ExpertCache
-from offload.cache.policies import POLICIES
-from offload.cache.trace.synthetic import Shape, synthesize
 
 from benchmarks.cuda_check.attempt import NotBuiltError
 from benchmarks.cuda_check.setting import Setting
 from benchmarks.cuda_check.shapes import QWEN3
 from benchmarks.cuda_check.store import Row
 from benchmarks.cuda_check.timing import captured, median_seconds
+from offload.cache.cache import CacheState, ExpertCache
+from offload.cache.policies import POLICIES
+from offload.cache.trace.synthetic import Shape, synthesize
 
 RESIDENT = 0.5
 POLICIES_TIMED = ("lfru", "lru")

@@ -9,17 +9,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from offload.quant import experts
-from offload.quant.experts import Batch
-from offload.quant.program import Program
-from offload.quant.record import RecordLayout
-from offload.quant.scheme import Scheme
 from torch import Tensor
 
 from benchmarks.cuda_check.attempt import NotBuiltError
 from benchmarks.cuda_check.shapes import Case
 from benchmarks.synthetic_packs import first_layer, random_record
 from offload.engine.layer import program_of
+from offload.quant import experts
+from offload.quant.experts import Batch
+from offload.quant.program import Program
+from offload.quant.record import RecordLayout
+from offload.quant.scheme import Scheme
 
 
 @dataclass(frozen=True)

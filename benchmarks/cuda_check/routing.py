@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from offload.cache.trace.trace import Trace
 from torch import Tensor, nn
+
+from offload.cache.trace.trace import Trace
 
 
 @dataclass(frozen=True)

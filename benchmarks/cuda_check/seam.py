@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from offload.quant.errors import OffloadError
-from offload.quant.pack import Pack
 from transformers import PreTrainedModel
 
 from benchmarks.cuda_check.attempt import NotBuiltError
 from offload import loading
 from offload.engine.handle import Offload, offload_of
 from offload.fit import Fit
+from offload.quant.errors import OffloadError
+from offload.quant.pack import Pack
 from offload.transfer.base import Transfer
 from offload.transfer.cuda import CudaTransfer
 from offload.transfer.host import HostTransfer

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from offload.cache.trace.synthetic import Routing
 from transformers import GptOssConfig, MixtralConfig, PreTrainedConfig, Qwen3MoeConfig
+
+from offload.cache.trace.synthetic import Routing
 
 TINY = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128}
 RECALL = 0.85  # of guesses one layer ahead: 80-90% in arXiv 2312.17238, figure 2

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import psutil
 import torch
-from offload.quant.scheme import Scheme
 
 from benchmarks.cuda_check.setting import Setting
 from benchmarks.cuda_check.shapes import Case
 from benchmarks.synthetic_packs import pack_bytes
+from offload.quant.scheme import Scheme
 
 SCHEME = Scheme(4)
 RAM_SHARE = 0.7  # of what is free: a record is in pinned memory, and a layer in the page cache

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from offload.cache.trace.trace import Trace
 
 from benchmarks.cuda_check.naive import NaiveTransfer
 from benchmarks.cuda_check.routing import Routes, drive
@@ -28,6 +27,7 @@ from benchmarks.cuda_check.seam import (
 from benchmarks.cuda_check.setting import Setting
 from offload.budget.budget import Memory
 from offload.budget.resolve import Place, Resolver
+from offload.cache.trace.trace import Trace
 from offload.engine.handle import Offload, offload_of
 from offload.fit import Fit
 from offload.loading import routers

@@ -11,15 +11,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from offload.cache.trace.replay import Setup
-from offload.cache.trace.trace import CacheError, Trace
-from offload.quant.errors import OffloadError
-
 from benchmarks.simulator.outcome import SimulatedRun
 from benchmarks.simulator.simulator import SOFTWARE, Scenario, simulate
 from benchmarks.simulator.timeline import Timeline
 from offload import files
+from offload.cache.trace.replay import Setup
+from offload.cache.trace.trace import CacheError, Trace
 from offload.machine.hardware import PROFILES, Hardware, find_hardware
+from offload.quant.errors import OffloadError
 from offload.trace.show import open_trace
 from offload.units import parse_bytes, parse_slots
 

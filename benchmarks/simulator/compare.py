@@ -12,10 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from offload.cache.trace.replay import Setup
-from offload.cache.trace.synthetic import MIXTRAL, QWEN3_30B, Routing, Shape, synthesize
-from offload.cache.trace.trace import Event, Trace
-
 from benchmarks.simulator.simulator import (
     DEVICE_PLANNED,
     HOST_PLANNED,
@@ -23,6 +19,9 @@ from benchmarks.simulator.simulator import (
     Software,
     simulate,
 )
+from offload.cache.trace.replay import Setup
+from offload.cache.trace.synthetic import MIXTRAL, QWEN3_30B, Routing, Shape, synthesize
+from offload.cache.trace.trace import Event, Trace
 from offload.machine.hardware import PROFILES, Hardware
 from offload.plan.forecast import RATES, SLOW_PYTHON, Forecast, Workload, at_share, forecast
 

@@ -15,15 +15,14 @@ from __future__ import annotations
 from collections import Counter, deque
 from dataclasses import dataclass, field, replace
 
+from benchmarks.simulator.outcome import Phase, SimulatedRun
+from benchmarks.simulator.timeline import Span, Timeline
 from offload.cache.cache import ExpertCache
 from offload.cache.decision import Use
 from offload.cache.staging import Kept, Staging, absent, nearly_all
 from offload.cache.statistics import LayerCounts
 from offload.cache.trace.replay import Setup, admitted, card_trace, guesses, make_one, warmed
 from offload.cache.trace.trace import CacheError, Event, Trace
-
-from benchmarks.simulator.outcome import Phase, SimulatedRun
-from benchmarks.simulator.timeline import Span, Timeline
 from offload.machine.hardware import Hardware
 from offload.plan.forecast import GUESS, KERNEL_STARTS, LAUNCHES, LAYER
 

@@ -19,12 +19,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.simulator.outcome import SimulatedRun
+from benchmarks.simulator.simulator import Scenario, Software, simulate
 from offload.cache.trace.replay import LIVE, NONE, Setup
 from offload.cache.trace.synthetic import MIXTRAL, Routing, synthesize
 from offload.cache.trace.trace import Trace
-
-from benchmarks.simulator.outcome import SimulatedRun
-from benchmarks.simulator.simulator import Scenario, Software, simulate
 from offload.machine.hardware import PCIE3_X16, PINNED_SHARE, PROFILES, Hardware
 
 RESULTS = Path(__file__).parents[1] / "results"

@@ -4,8 +4,6 @@ Blocks stand for experts that are resident, points for experts that are not. The
 the more the expert was asked for.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import shutil

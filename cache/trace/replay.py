@@ -3,8 +3,6 @@
 Seconds play no part: when a copy lands does not change what a cache decides.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace

@@ -5,8 +5,6 @@ other experts are drawn by the layer's own popularity, in which ranks weigh 1 / 
 stickiness 0 and skew 0 routing is uniform, the worst case for any cache.
 """
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass
 from itertools import accumulate

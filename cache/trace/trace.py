@@ -3,8 +3,6 @@
 Letters: T tokens of a call, k experts of a token.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """`--compare`: this run's tokens/s beside those of an earlier run, row by row."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterable

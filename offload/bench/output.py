@@ -1,7 +1,5 @@
 """Rows as Markdown tables, CSV, JSON or JSON lines, written one by one, and as a picture."""
 
-from __future__ import annotations
-
 import csv
 import itertools
 import json

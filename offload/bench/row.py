@@ -1,7 +1,5 @@
 """A test of `offload bench`, its timed runs, and the row of figures that follows from them."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass

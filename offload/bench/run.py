@@ -1,7 +1,5 @@
 """Times the tests of `offload bench`: for each setting the model is loaded, run and freed."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import gc

@@ -7,8 +7,6 @@ misses of all of them. The hit rate grows ever more slowly with the resident sha
 gives room away loses more hits than another card gains.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache

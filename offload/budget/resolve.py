@@ -1,7 +1,5 @@
 """Turns options into numbers for one machine, before anything is made or allocated."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

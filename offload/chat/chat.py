@@ -1,7 +1,5 @@
 """The state of one conversation, and how its next answer is made and shown."""
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """What a user types into a chat: messages, and slash commands with their help lines."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -87,8 +85,7 @@ def converse(chat: Chat, read: Callable[[str], str], first: str | None = None) -
 
 
 def read_message(read: Callable[[str], str]) -> tuple[str, bool]:
-    """Read one message with `read(prompt)`. The second value says whether three quotes enclose
-    it."""
+    """Read one message with `read(prompt)`, and whether three quotes enclose it."""
     line = read(">>> ")
     if not line.startswith(QUOTES):
         return line, False

@@ -4,8 +4,6 @@ Markdown is drawn block by block: a finished block is printed once and stays, an
 growing block is drawn again, so that nothing above it moves or flickers.
 """
 
-from __future__ import annotations
-
 import functools
 import time
 from collections.abc import Callable
@@ -37,8 +35,7 @@ class Plain:
     panel: Panel | None = None
 
     def __init__(self, write: Callable[[str], None], *, safe: bool = True) -> None:
-        """`safe`: make control characters visible, because `write` reaches a terminal that would
-        obey them."""
+        """`safe`: make control characters visible that a terminal would obey."""
         self.thoughts = True  # whether thoughts are shown
         self.write = write  # writes text that is not part of an answer, unchanged
         self._safe = safe
@@ -161,8 +158,7 @@ Display = Plain | Rendered
 
 
 class _Lines:
-    """Draws something without the blank lines that rich puts around some blocks, or only its last
-    `most` lines."""
+    """Draws something without blank lines around it, or only its last `most` lines."""
 
     def __init__(self, what: RenderableType, most: int | None = None) -> None:
         self._what = what

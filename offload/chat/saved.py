@@ -29,8 +29,7 @@ class Settings:
 
     @classmethod
     def of(cls, data: dict[str, Any]) -> Settings:
-        """Check and convert the dictionary from a saved file. Raises `KeyError`, `TypeError` or
-        `ValueError`."""
+        """Check and convert a saved dictionary. Raises `KeyError`, `TypeError` or `ValueError`."""
         made = cls(data["num_predict"], data["think"], data["thoughts"], tuple(data["stop"]))
         count = made.num_predict
         if (

@@ -1,7 +1,5 @@
 """The terminal of a chat, or the pipe in its place: where lines come from and where answers go."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os

@@ -1,7 +1,4 @@
-"""Tells a reasoning model's thoughts from its answer by the marks that models put around
-thoughts."""
-
-from __future__ import annotations
+"""Tells a reasoning model's thoughts from its answer by the marks around them."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -72,8 +69,7 @@ class Voices:
         yield from self._piece(rest)
 
     def _first_mark(self) -> tuple[int, str] | None:
-        """Return the position and text of the first mark, unless it may still become a longer
-        one."""
+        """Return position and text of the first mark, unless it may still become a longer one."""
         marks = self._awaited()
         found = [
             (at, -len(mark), mark)

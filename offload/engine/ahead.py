@@ -1,7 +1,5 @@
 """Look-ahead: guesses what the next layer will want, one more wait for the device per layer."""
 
-from __future__ import annotations
-
 import time
 from collections import defaultdict, deque
 from collections.abc import Sequence

@@ -2,8 +2,6 @@
 
 # T tokens, k experts a token, S = T * k cells, M rows of one expert, H hidden
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Protocol
 

@@ -1,7 +1,5 @@
 """What hangs on a loaded model as `model.offload`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path

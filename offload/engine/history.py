@@ -1,7 +1,5 @@
 """What a run leaves behind: a routing trace, and its hot experts for the next warm start."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

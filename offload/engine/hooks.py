@@ -1,7 +1,5 @@
 """Hooks on a model: tensors cross to the card of each part, and one token gets quicker products."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Mapping
 from typing import Any

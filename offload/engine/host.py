@@ -2,8 +2,6 @@
 
 # T tokens, k experts a token, S = T * k cells, H hidden
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence

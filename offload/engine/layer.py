@@ -1,9 +1,8 @@
 """One MoE layer: its experts, its calls, and its router where somebody else asks it."""
 
-# T tokens, k experts a token, S = T * k cells, M rows of one expert, H hidden, I inner
-
 from __future__ import annotations
 
+# T tokens, k experts a token, S = T * k cells, M rows of one expert, H hidden, I inner
 import functools
 from collections.abc import Callable, Set
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What a user reads about the experts: counts, bytes, waiting, use of the PCIe port."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

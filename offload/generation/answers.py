@@ -5,8 +5,6 @@ file, and an attempt to continue it with different prompts is noticed. A differe
 or model is not noticed, because the file does not hold them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Several answers are made together, so that a step loads each expert once for all of them."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Sequence

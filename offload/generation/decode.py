@@ -1,7 +1,5 @@
 """The decode loop: each step is queued before the token of the step before it is read."""
 
-from __future__ import annotations
-
 import logging
 import weakref
 from collections.abc import Callable

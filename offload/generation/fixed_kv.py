@@ -1,7 +1,5 @@
 """A KV cache whose tensors stay where they are, so that a captured step finds them."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A step captured as one CUDA graph, once it has run a few times."""
 
-from __future__ import annotations
-
 import logging
 import sys
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """A prompt becomes token ids and a checked request, and reuses the KV cache of the previous one."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral

@@ -1,7 +1,5 @@
 """A step that ran out of memory is undone, and repeated after expert slots were given back."""
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Callable

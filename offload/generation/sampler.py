@@ -1,7 +1,5 @@
 """Draws tokens from logits according to the sampling parameters, with transformers' processors."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from transformers import (

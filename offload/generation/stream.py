@@ -1,7 +1,5 @@
 """One prompt is answered token by token, with the timings of every step."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Iterator, Sequence

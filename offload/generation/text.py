@@ -1,7 +1,5 @@
 """An answer grows token by token, in whole characters and up to the first stop string."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase

@@ -1,7 +1,5 @@
 """Examines software, processor, memory, pin limit and disk; `graphics.py` examines GPUs."""
 
-from __future__ import annotations
-
 import os
 import platform
 import shutil

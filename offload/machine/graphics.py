@@ -1,7 +1,5 @@
 """Examines GPUs: their driver, CUDA, PCIe ports, and the rate of copies to them."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass

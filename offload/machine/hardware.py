@@ -5,8 +5,6 @@ Bandwidths and memory sizes are from NVIDIA's Ampere GA102, Ada and Blackwell ar
 sheets (T4, A100). PCIe rates are the raw rates of the lanes after 128b/130b coding (PCI-SIG).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 PCIE3_X16, PCIE4_X16, PCIE5_X16 = 15.75, 31.51, 63.02  # GB/s one way

@@ -1,7 +1,5 @@
 """Measures this machine's rates of copies, products, kernel launches and disk reads."""
 
-from __future__ import annotations
-
 import ctypes
 import itertools
 import mmap

@@ -1,7 +1,5 @@
 """Sorts a checkpoint's tensors into experts and the rest, by transformers' own conversion rules."""
 
-from __future__ import annotations
-
 import functools
 import math
 import re

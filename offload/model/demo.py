@@ -7,8 +7,6 @@ weights sum to one, and so the unquantised demo answers exactly as the dense mod
 the runtime, not what MoE models can do.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import shutil

@@ -4,8 +4,6 @@ Experts are replaced at transformers' experts seam, which is `use_experts_implem
 `ExpertsInterface`: a registered function answers in the place of an experts module.
 """
 
-from __future__ import annotations
-
 import inspect
 import re
 import threading

@@ -1,7 +1,5 @@
 """Finds the model that a name stands for, and opens its config, generation config and weights."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

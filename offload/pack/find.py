@@ -1,7 +1,5 @@
 """Finds the pack of a model, or has it made from the model's checkpoint."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import re

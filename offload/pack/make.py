@@ -1,7 +1,5 @@
 """Makes a pack from a checkpoint, a layer at a time."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import itertools

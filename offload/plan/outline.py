@@ -1,7 +1,5 @@
 """A model's shapes without its weights, from a manifest, from headers of files or from a config."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What a model takes at each number of bits on a machine, and which of them to run."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 

@@ -1,7 +1,5 @@
 """A plan as lines for a terminal, or as JSON."""
 
-from __future__ import annotations
-
 import shutil
 import textwrap
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The machine to plan for, this one or one that is named, resolved to numbers."""
 
-from __future__ import annotations
-
 import contextlib
 from dataclasses import dataclass, replace
 

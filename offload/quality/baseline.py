@@ -6,8 +6,6 @@ worse each may become. A figure is too bad if it is worse than
     before + absolute + relative * before      (or before minus both, where more is better).
 """
 
-from __future__ import annotations
-
 import json
 import math
 import platform

@@ -1,7 +1,5 @@
 """A model is compared with a reference on the same prompts, and only one is in memory at a time."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import hashlib

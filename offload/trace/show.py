@@ -1,7 +1,5 @@
 """A routing trace as tables in text: the run itself, its replays, and a heat map of a replay."""
 
-from __future__ import annotations
-
 import itertools
 import sys
 from collections.abc import Iterator, Sequence

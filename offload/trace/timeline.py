@@ -1,7 +1,5 @@
 """`--timeline FILE`: torch's profiler records who was busy when, for ui.perfetto.dev."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Iterator

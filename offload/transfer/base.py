@@ -1,7 +1,5 @@
 """The protocol of moving expert records into slots."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 

@@ -1,7 +1,5 @@
 """One transfer for each card, behind the interface of one; no copy waits for another card's."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Sequence
 from typing import NamedTuple, NoReturn

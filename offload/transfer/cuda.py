@@ -1,7 +1,5 @@
 """Records into slots in GPU memory; every call gives the link the copies that became ready."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass

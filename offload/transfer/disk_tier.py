@@ -1,7 +1,5 @@
 """The tier before the disk, for models larger than RAM: host buffers that threads fill."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os

@@ -1,7 +1,5 @@
 """Records into slots in host memory, copied from the mapped pack by one thread."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os

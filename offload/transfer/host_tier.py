@@ -1,7 +1,5 @@
 """Where each expert's record is in host memory, for a GPU to fetch."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import logging

@@ -1,7 +1,5 @@
 """Host memory of our own and mapped files, and how their pages are pinned for a GPU."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import mmap

@@ -1,7 +1,5 @@
 """In which order copies begin: urgent ones before guesses, and guesses a few at a time."""
 
-from __future__ import annotations
-
 from collections import deque
 from typing import Generic, NamedTuple, TypeVar
 

@@ -7,8 +7,6 @@ LLVM comes with llvmlite, so no compiler needs to be installed. Compiling takes 
 kept on disk.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 from collections.abc import Callable
@@ -16,6 +14,7 @@ from dataclasses import dataclass
 
 import llvmlite.binding as llvm
 from llvmlite import ir
+
 from offload.quant.kernels.reader import (
     FLOAT,
     INT,

@@ -9,9 +9,10 @@ import functools
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
+
 from offload.quant.codes import STEP_VALUES, TILE_ROWS
 from offload.quant.record import MatrixView
-from torch import Tensor
 
 if TYPE_CHECKING:
     from offload.quant.kernels.compiler import KernelCall

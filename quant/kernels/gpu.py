@@ -15,13 +15,14 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from offload.quant.codes import PLANES, TILE_ROWS, shared_steps
 from offload.quant.kernels.gpu_codes import INTERPRETED
 from offload.quant.kernels.gpu_gemm import gate_rows, plain_gemm, quantised_gemm
 from offload.quant.kernels.gpu_gemv import add_parts, plain_gemv, quantised_gemv
 from offload.quant.program import Gate
 from offload.quant.record import STORED_DTYPES, MatrixLayout
-from torch import Tensor
 
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 

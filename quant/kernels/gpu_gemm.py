@@ -14,8 +14,9 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from offload.quant.kernels.gpu_codes import INTERPRETED, load_inputs, scale_pairs, with_bias
 from triton.language import tensor
+
+from offload.quant.kernels.gpu_codes import INTERPRETED, load_inputs, scale_pairs, with_bias
 
 # A row of `blocks` holds an expert slot, and where the block's cells begin and end in `order`.
 BLOCK_FIELDS = tl.constexpr(3)

@@ -15,6 +15,8 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from triton.language import tensor
+
 from offload.quant.kernels.gpu_codes import (
     MAGIC,
     centred,
@@ -23,7 +25,6 @@ from offload.quant.kernels.gpu_codes import (
     scale_pairs,
     with_bias,
 )
-from triton.language import tensor
 
 
 @triton.jit

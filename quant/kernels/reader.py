@@ -5,14 +5,13 @@
 Letters: M tokens, B tokens of a block, K columns, g columns of a group, s groups that share a step.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import ir
+
 from offload.quant.codes import PLANES, TILE_ROWS
 
 LANES = 16  # numbers in a vector; LLVM splits vectors to fit the machine

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from offload.cache.trace.synthetic import Routing, Shape, synthesize
 from torch import nn
 
 from benchmarks.cuda_check import __main__ as command
@@ -29,6 +28,7 @@ from benchmarks.cuda_check.store import Part as Results
 from benchmarks.cuda_check.store import Store
 from benchmarks.cuda_check.table import lines
 from benchmarks.synthetic_packs import pack_bytes
+from offload.cache.trace.synthetic import Routing, Shape, synthesize
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is something to measure")

@@ -3,13 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from offload.cache.cache import ExpertCache
-from offload.cache.decision import Decision
-from offload.cache.policies import LRU, Policy
-from offload.cache.sharded import Cache
-from offload.cache.trace.replay import Setup, replay_with
-from offload.cache.trace.synthetic import Routing, Shape, synthesize
-from offload.cache.trace.trace import Event
 
 from benchmarks.losers import (
     FIFO,
@@ -22,6 +15,13 @@ from benchmarks.losers import (
     Union,
     merged,
 )
+from offload.cache.cache import ExpertCache
+from offload.cache.decision import Decision
+from offload.cache.policies import LRU, Policy
+from offload.cache.sharded import Cache
+from offload.cache.trace.replay import Setup, replay_with
+from offload.cache.trace.synthetic import Routing, Shape, synthesize
+from offload.cache.trace.trace import Event
 
 SHAPE = Shape("tiny", 5, 8, 2, record_bytes=1000, dense_bytes=0, expert_bits=4.5)
 

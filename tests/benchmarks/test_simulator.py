@@ -8,13 +8,13 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from offload.cache.trace.replay import LIVE, Setup, replay
-from offload.cache.trace.synthetic import MIXTRAL, QWEN3_30B, Routing, Shape, synthesize
-from offload.cache.trace.trace import CacheError, Event, Guess, Trace, TraceHeader
 
 from benchmarks.simulator.outcome import SimulatedRun
 from benchmarks.simulator.simulator import HOST_PLANNED, Scenario, Software, simulate
 from benchmarks.simulator.timeline import Timeline
+from offload.cache.trace.replay import LIVE, Setup, replay
+from offload.cache.trace.synthetic import MIXTRAL, QWEN3_30B, Routing, Shape, synthesize
+from offload.cache.trace.trace import CacheError, Event, Guess, Trace, TraceHeader
 from offload.machine.hardware import PROFILES, Hardware
 
 # A byte takes a second in device memory, two on the link, eight from disk; nothing else costs.

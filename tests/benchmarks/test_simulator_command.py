@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from benchmarks.simulator.__main__ import main
 from offload.cache.trace.file import write
 from offload.cache.trace.synthetic import MIXTRAL, Routing, synthesize
 from offload.cache.trace.trace import Trace
-
-from benchmarks.simulator.__main__ import main
 from tests.benchmarks.chrome import check_chrome_trace
 
 

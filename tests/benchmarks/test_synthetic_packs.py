@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from offload.quant.pack import Pack, PackLayer
-from offload.quant.record import MatrixSpec, plan_layout, view_record
-from offload.quant.scheme import Scheme
 
 import offload
 from benchmarks.synthetic_packs import pack_bytes, random_record, write_synthetic_pack
 from offload.engine.handle import offload_of
 from offload.generation.stream import forward
+from offload.quant.pack import Pack, PackLayer
+from offload.quant.record import MatrixSpec, plan_layout, view_record
+from offload.quant.scheme import Scheme
 from tests.tiny import tiny_config
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hypothesis import strategies as st
+
 from offload.cache.cache import ExpertCache
 from offload.cache.decision import Decision, Use
 from offload.cache.policies import Key

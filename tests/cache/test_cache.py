@@ -8,12 +8,12 @@ from collections import Counter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from offload.cache.cache import ExpertCache
 from offload.cache.decision import Use, Wave
 from offload.cache.eviction import LayerPools
 from offload.cache.policies import LFRU, LRU
 from offload.cache.trace.replay import REPLAYED, OnePool
-
 from tests.cache.machine import DecideStep, LookAhead, Machine, Size, Step, Warm, runs
 from tests.cache.naive import LFRU_HALF_LIFE, NaiveCache
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
+
 from offload.cache.cache import ExpertCache
 from offload.cache.decision import Decision, Use, Wave
 from offload.cache.policies import LRU

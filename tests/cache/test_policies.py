@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from offload.cache.policies import LFRU, LRU, Key, Policy, to_26_bits
 from offload.cache.trace.replay import LFU, REPLAYED
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
 from offload.cache.cache import ExpertCache
 from offload.cache.policies import LFRU, LRU, Key
 from offload.cache.slots import RecordPool

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from offload.cache.trace.file import read, write
 from offload.cache.trace.heatmap import collect
 from offload.cache.trace.replay import BELADY, LIVE, REPLAYED, ROUTER, Setup, recorded_setup, replay

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from offload.cache.cache import ExpertCache
 from offload.cache.decision import Decision
 from offload.cache.policies import POLICIES

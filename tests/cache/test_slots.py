@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from offload.cache.policies import Key
 from offload.cache.slots import SlotTable
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from offload.cache.statistics import Figures, LayerCounts, Statistics
 
 whole = st.integers(0, 10**9)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from offload.cache.cache import ExpertCache
 from offload.cache.decision import Decision, Use, Wave
 from offload.cache.policies import LRU, POLICIES

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+
 from offload.cache.trace.replay import Setup, replay
 from offload.cache.trace.synthetic import MIXTRAL, SHAPES, Routing, synthesize
 from offload.cache.trace.trace import CacheError, Trace

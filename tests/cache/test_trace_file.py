@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from offload.cache.trace.file import TraceWriter, read, write
 from offload.cache.trace.trace import Event, Guess, Trace, TraceError, TraceHeader
-
 from tests.full_disk import full_beyond
 from tests.interrupt import interrupt_before
 

@@ -15,14 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+
 from offload.cache.trace.file import TraceWriter, read
 from offload.cache.trace.synthetic import SHAPES, Routing, synthesize
 from offload.cache.trace.trace import CacheError
-from offload.quant.errors import OffloadError
-from offload.quant.pack import MANIFEST, Pack, manifest_check
-from offload.quant.scheme import Scheme
-from transformers import GenerationConfig, PreTrainedTokenizerFast
-
 from offload.chat.chat import Chat
 from offload.chat.commands import obey
 from offload.chat.display import Plain
@@ -39,6 +36,9 @@ from offload.model.formats.safetensors import INDEX, SafetensorsSource, weight_f
 from offload.model.sources import check_generation_config
 from offload.pack.recipe import Recipe
 from offload.quality.baseline import FORMAT, TOLERANCES, VERSION, read_baseline
+from offload.quant.errors import OffloadError
+from offload.quant.pack import MANIFEST, Pack, manifest_check
+from offload.quant.scheme import Scheme
 from offload.sampling import PARAMETERS, Sampling
 from offload.units import parse_bytes, parse_slots
 from tests.fuzz.choices import NASTY, Choices, harmed_bytes, harmed_json, harmed_text, harmed_value

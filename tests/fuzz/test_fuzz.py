@@ -15,9 +15,8 @@ from hypothesis import strategies as st
 if not sys.platform.startswith("linux"):
     pytest.skip("needs Linux's limits and signals", allow_module_level=True)
 
-from offload.quant.errors import OffloadError
-
 import tests.fuzz.run
+from offload.quant.errors import OffloadError
 from tests.fuzz.choices import Choices
 from tests.fuzz.run import MOST_KEPT, MOST_MEMORY, case, make_targets, memory, run
 from tests.fuzz.targets import Targets

@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
+
 from offload.quant.kernels import gpu
 from offload.quant.program import Gate
 from offload.quant.record import MatrixSpec, plan_layout
 from offload.quant.scheme import Scheme
-
 from tests.launches import caught, tell
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

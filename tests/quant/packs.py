@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
+
 from offload.quant.pack import PackInfo, PackLayer
 from offload.quant.pack_writer import PackWriter
 from offload.quant.record import MatrixSpec, plan_layout
 from offload.quant.scheme import Scheme
-from torch import Tensor
 
 DENSE = "model-00001.safetensors"
 CONFIG = "config.json"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from torch import Tensor
+
 from offload.quant.encode import HereEncoder, PendingRecord
 from offload.quant.record import RecordLayout
-from torch import Tensor
 
 
 def encode_record(

@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from offload.quant.codes import PLANES, TILE_ROWS, pack, padded_rows, unpack, unpack_rows
 from torch import Tensor
+
+from offload.quant.codes import PLANES, TILE_ROWS, pack, padded_rows, unpack, unpack_rows
 
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+
 from offload.quant.encode import (
     DeviceEncoder,
     PendingRecord,
@@ -23,7 +24,6 @@ from offload.quant.encode import (
 from offload.quant.errors import PackError
 from offload.quant.record import MatrixSpec, plan_layout
 from offload.quant.scheme import Scheme
-
 from tests.children import children
 from tests.quant.records import encode_record
 

@@ -10,6 +10,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
+
 from offload.quant import experts as module
 from offload.quant.experts import (
     SMALLEST_BLOCK,
@@ -25,8 +27,6 @@ from offload.quant.matmul import sample_record
 from offload.quant.program import FUNCTIONS, OAI, Gate, Program, recognise
 from offload.quant.record import MatrixSpec, plan_layout
 from offload.quant.scheme import Scheme
-from torch import Tensor
-
 from tests.interpreter import quicken
 
 quicken()

@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from offload.quant.hqq import Quantized, quantize
 from torch import Tensor
+
+from offload.quant.hqq import Quantized, quantize
 
 
 def restore(solved: Quantized, bits: int) -> Tensor:

@@ -16,6 +16,9 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
 from offload.quant import matmul as module
 from offload.quant.codes import PLANES
 from offload.quant.hqq import quantize
@@ -37,9 +40,6 @@ from offload.quant.matmul import (
 )
 from offload.quant.record import MatrixSpec, MatrixView, plan_layout, view_record
 from offload.quant.scheme import BITS, Scheme
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-
 from tests.interpreter import quicken
 from tests.quant.records import encode_record
 

@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 import torch
-from offload.quant.errors import PackError
-from offload.quant.pack import MANIFEST, Pack, PackInfo, PackLayer, is_pack
-from offload.quant.pack_writer import PackWriter
 from safetensors import safe_open
 from torch import Tensor
 
+from offload.quant.errors import PackError
+from offload.quant.pack import MANIFEST, Pack, PackInfo, PackLayer, is_pack
+from offload.quant.pack_writer import PackWriter
 from tests.quant.packs import (
     CONFIG,
     DENSE,

@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
 from offload.quant.codes import STEP_VALUES, decode_scales, unpack
 from offload.quant.hqq import quantize
 from offload.quant.matmul import dequantize
@@ -21,8 +23,6 @@ from offload.quant.record import (
     view_record,
 )
 from offload.quant.scheme import BITS, GROUP_SIZES, Scheme
-from torch import Tensor
-
 from tests.quant.records import encode_record
 
 Matrices = dict[str, tuple[Tensor, Tensor | None]]

@@ -2,8 +2,6 @@
 
 # k experts a token, H hidden
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Whether decode steps can be planned on this device, and what plans them there."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Sequence
 

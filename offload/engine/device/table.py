@@ -4,8 +4,6 @@ Letters: L layers, E experts of the layer that has most, K experts a token, S sl
 number layer * E + expert.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property

@@ -5,8 +5,6 @@ header is not read by transformers: its reader refuses the later files of a mode
 and all tensors of those types, and builds a list of any length that a damaged file asks for.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import struct

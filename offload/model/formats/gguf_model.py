@@ -4,8 +4,6 @@ The rules of `transformers.integrations.gguf` say how, for the architectures it 
 `ARCHITECTURES` are made here of the same parts, because transformers has none for them.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import re

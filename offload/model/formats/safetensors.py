@@ -1,7 +1,5 @@
 """Reads the safetensors files of a checkpoint folder, single or sharded."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

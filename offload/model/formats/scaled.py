@@ -1,7 +1,5 @@
 """Reads weights that share scales, in float8 or MXFP4, and gives them as bfloat16."""
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from offload.cache.statistics import LayerCounts
-
 from offload.bench.row import BenchRow, Sample, Test, row_of
+from offload.cache.statistics import LayerCounts
 from offload.engine.stats import Stats
 
 MS = 10**6  # ns

@@ -10,7 +10,6 @@ from typing import Any
 
 import jsonschema
 import pytest
-from offload.quant.pack import Pack
 
 import cli
 from offload import GenerationError, load, stream_generate
@@ -20,6 +19,7 @@ from offload.bench.run import run as run_tests
 from offload.engine.handle import offload_of
 from offload.engine.history import read_hot
 from offload.machine.measure import processor_name
+from offload.quant.pack import Pack
 from tests.test_cli import Run
 from tests.test_cli import run as run  # a fixture
 

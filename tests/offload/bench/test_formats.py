@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from offload.quant.errors import OffloadError
 
 from offload.bench.compare import EarlierRun, read_earlier
 from offload.bench.output import (
@@ -25,6 +24,7 @@ from offload.bench.output import (
 )
 from offload.bench.row import BenchRow, Test
 from offload.options import LoadOptions
+from offload.quant.errors import OffloadError
 from tests.offload.bench.rows import row
 
 TESTS = [Test(8, 0), Test(0, 4)]

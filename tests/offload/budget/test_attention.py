@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from offload.quant.pack import Pack
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GptOssConfig, PreTrainedConfig
 
@@ -17,6 +16,7 @@ import offload
 from offload.budget.budget import ALIVE, Memory, chunk_tokens, keeps_scores, score_bytes
 from offload.budget.resolve import Place, Resolver
 from offload.options import LoadOptions
+from offload.quant.pack import Pack
 from tests.tiny import tiny_config
 
 GIB = 2**30

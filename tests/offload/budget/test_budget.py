@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from offload.quant.pack import Pack
 
 import offload
 from offload.budget.budget import (
@@ -25,6 +24,7 @@ from offload.budget.resolve import Place, Resolver, find_device
 from offload.errors import BudgetError
 from offload.generation.fixed_kv import FixedKV
 from offload.options import LoadOptions
+from offload.quant.pack import Pack
 from offload.units import parse_bytes, parse_slots
 from tests.tiny import EXPERTS, LAYERS, tiny_config
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from offload.quant.pack import Pack, read_info
 
 import offload
 import offload.budget.budget
@@ -20,6 +19,7 @@ from offload.fit import Card, Fit
 from offload.model import sources
 from offload.model.seam import build_on_meta, model_class, own_config
 from offload.options import LoadOptions
+from offload.quant.pack import Pack, read_info
 from tests.tiny import save_tiny
 
 GIB = 2**30

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from offload.cache.trace.heatmap import BLOCKS, PLAIN_BLOCKS, POINTS
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import offload
+from offload.cache.trace.heatmap import BLOCKS, PLAIN_BLOCKS, POINTS
 from offload.chat.chat import Chat
 from offload.chat.commands import COMMANDS, WORDS, converse, obey, read_message
 from offload.chat.display import Plain

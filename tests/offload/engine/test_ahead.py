@@ -6,9 +6,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+
 from offload.cache.cache import ExpertCache
 from offload.cache.policies import POLICIES
-
 from offload.engine.ahead import Ahead
 from offload.engine.layer import Call
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from offload.quant.pack import Pack
 from torch import Tensor
 
 import offload
@@ -16,6 +15,7 @@ import offload.engine.compute as module
 import offload.engine.engine
 from offload.engine.compute import Grouped, OneByOne
 from offload.engine.handle import offload_of
+from offload.quant.pack import Pack
 from offload.transfer import cards as per_card
 from offload.transfer.host import HostTransfer
 from tests.interpreter import quicken

@@ -9,9 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from offload.cache.decision import Use
-from offload.cache.staging import Step
-from offload.quant.pack import Pack
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -19,11 +16,14 @@ import offload
 import offload.engine.host
 import offload.loading
 import offload.transfer.cards
+from offload.cache.decision import Use
+from offload.cache.staging import Step
 from offload.engine.compute import OneByOne
 from offload.engine.handle import offload_of
 from offload.engine.layer import Call
 from offload.fit import Fit
 from offload.generation.stream import forward
+from offload.quant.pack import Pack
 from offload.transfer.cuda import CudaTransfer
 from offload.transfer.host_tier import HostTier
 from tests.fake_link import FakeLink

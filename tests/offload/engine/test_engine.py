@@ -11,16 +11,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import offload.cache.cache as cache_module
-import offload.cache.slots as slots_module
 import psutil
 import pytest
 import torch
-from offload.quant.errors import OffloadError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import offload
+import offload.cache.cache as cache_module
+import offload.cache.slots as slots_module
 import offload.engine.ahead as ahead_module
 import offload.engine.engine as engine_module
 import offload.engine.host as host_module
@@ -28,6 +27,7 @@ import offload.engine.layer as layer_module
 from offload.engine.handle import offload_of
 from offload.engine.hooks import OneTokenLinear
 from offload.engine.layer import Layer
+from offload.quant.errors import OffloadError
 from tests.tiny import EXPERTS, LAYERS, save_tiny
 
 PROMPT = torch.arange(5, 25)[None]

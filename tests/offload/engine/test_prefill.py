@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from offload.cache.trace.file import read
-from offload.cache.trace.replay import recorded_setup, replay
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import offload
+from offload.cache.trace.file import read
+from offload.cache.trace.replay import recorded_setup, replay
 from offload.engine.handle import offload_of
 from offload.errors import BudgetError
 from offload.generation.stream import forward, stream_generate

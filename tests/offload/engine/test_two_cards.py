@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from offload.cache.sharded import ShardedCache
-from offload.cache.trace.file import read
-from offload.cache.trace.replay import recorded_setup, replay
 from transformers import PreTrainedModel
 
 import offload
+from offload.cache.sharded import ShardedCache
+from offload.cache.trace.file import read
+from offload.cache.trace.replay import recorded_setup, replay
 from offload.engine.engine import make_engine
 from offload.engine.handle import offload_of
 from offload.errors import GenerationError

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from offload.quant.errors import OffloadError
 
 from cli import main
 from offload.files import MOST_CHARACTERS
 from offload.generation.answers import AnswersFile, messages_of, read_prompt_lines
+from offload.quant.errors import OffloadError
 
 GIVEN = [{"prompt": f"number {i}", "id": i} for i in range(6)]
 

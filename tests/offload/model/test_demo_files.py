@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from offload.quant.pack_writer import take_turn
 
 from offload.errors import SourceError
 from offload.model import demo
+from offload.quant.pack_writer import take_turn
 
 ROOT = Path(__file__).parents[3]
 GGUF = b"the weights" * 1000

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from offload.quant.pack import is_pack
 from safetensors.torch import load_file, save_file
 
 import cli
 import offload
 from offload import CheckpointError, OffloadError
 from offload.files import read_object
+from offload.quant.pack import is_pack
 
 WEIGHTS = "model.safetensors"
 DEEP = "[" * 100_000 + "]" * 100_000

@@ -9,7 +9,6 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
-from offload.quant.pack import Pack, is_pack
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -18,6 +17,7 @@ from offload import OffloadError, SourceError, generate
 from offload.files import offload_home
 from offload.model.sources import find, read_config
 from offload.options import LoadOptions
+from offload.quant.pack import Pack, is_pack
 
 HUB_ID = "somebody/tiny-mixtral"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

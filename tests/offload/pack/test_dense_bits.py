@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from offload.quant.pack import Pack, PackInfo
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -21,6 +20,7 @@ from offload.options import LoadOptions
 from offload.pack.describe import dense_matrices
 from offload.pack.find import find_or_make_pack
 from offload.pack.recipe import PRESETS
+from offload.quant.pack import Pack, PackInfo
 from tests.offload.engine.test_parity import NAMED, OTHERS
 from tests.tiny import EXPERTS, K, save_tiny
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from offload.quant.pack import Pack, is_pack
 
 from offload.options import LoadOptions
 from offload.pack import make as making
 from offload.pack.find import find_or_make_pack
+from offload.quant.pack import Pack, is_pack
 from tests.children import children
 from tests.quant.packs import FORK, contents, needs_fork
 from tests.tiny import save_tiny

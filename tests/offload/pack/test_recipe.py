@@ -7,10 +7,10 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from offload.quant.scheme import BITS, GROUP_SIZES, SCALE_BITS, Scheme
 
 from offload.errors import RecipeError
 from offload.pack.recipe import DENSE, FIT, FITTING, PARTS, PRESETS, AskedBits, Recipe, most_bits
+from offload.quant.scheme import BITS, GROUP_SIZES, SCALE_BITS, Scheme
 
 schemes = st.builds(
     Scheme, st.sampled_from(BITS), st.sampled_from(GROUP_SIZES), st.sampled_from(SCALE_BITS)

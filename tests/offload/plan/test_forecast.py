@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+
+from benchmarks.simulator.compare import GPT_OSS_20B, simulated, workload
 from offload.cache.trace.replay import Setup, replay
 from offload.cache.trace.synthetic import MIXTRAL, QWEN3_30B, Routing, Shape, synthesize
 from offload.cache.trace.trace import Trace
-
-from benchmarks.simulator.compare import GPT_OSS_20B, simulated, workload
 from offload.machine.hardware import Hardware, find_hardware
 from offload.plan.forecast import (
     CPU_PASSES,

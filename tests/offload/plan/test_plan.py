@@ -11,13 +11,13 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from offload.cache.trace.file import write
-from offload.cache.trace.synthetic import Routing, Shape, synthesize
 
 import cli
 import offload
 from offload.budget.budget import Memory
 from offload.budget.resolve import Place, Resolver
+from offload.cache.trace.file import write
+from offload.cache.trace.synthetic import Routing, Shape, synthesize
 from offload.engine.handle import offload_of
 from offload.fit import Card
 from offload.machine.measure import DiskRate

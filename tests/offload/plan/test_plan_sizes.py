@@ -12,10 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from offload.quant import encode
-from offload.quant.encode import HereEncoder
-from offload.quant.hqq import Quantized
-from offload.quant.pack import Pack
 from torch import Tensor
 
 from offload.model.seam import build_on_meta, model_class
@@ -24,6 +20,10 @@ from offload.pack import make as make_pack
 from offload.pack.find import find_or_make_pack
 from offload.pack.recipe import Recipe
 from offload.plan.outline import Outline, outline
+from offload.quant import encode
+from offload.quant.encode import HereEncoder
+from offload.quant.hqq import Quantized
+from offload.quant.pack import Pack
 from tests.offload.engine.test_parity import NAMED, OTHERS
 from tests.published import PUBLISHED, Published
 from tests.tiny import save_tiny

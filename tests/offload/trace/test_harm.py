@@ -9,13 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from offload.cache.statistics import LayerCounts
-from offload.cache.trace.file import read
-from offload.cache.trace.trace import Trace
 from torch import Tensor
 
 import offload
 import offload.transfer.host as transfer_module
+from offload.cache.statistics import LayerCounts
+from offload.cache.trace.file import read
+from offload.cache.trace.trace import Trace
 from offload.engine.engine import Engine
 from offload.engine.handle import offload_of
 from offload.engine.layer import Layer

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+import cli
 from offload.cache.trace.file import write
 from offload.cache.trace.heatmap import BLOCKS, PLAIN_BLOCKS, HeatMap, draw, draw_for
 from offload.cache.trace.synthetic import MIXTRAL, Routing, synthesize
-
-import cli
 
 HEAT = HeatMap(
     uses=((9.0, 3.0, 0.0, 1.0), (0.0, 5.0, 5.0, 0.0)),

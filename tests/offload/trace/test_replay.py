@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from offload.cache.statistics import LayerCounts
-from offload.cache.trace.file import read
-from offload.cache.trace.replay import recorded_setup, replay
 from transformers import PreTrainedModel
 
 import offload
+from offload.cache.statistics import LayerCounts
+from offload.cache.trace.file import read
+from offload.cache.trace.replay import recorded_setup, replay
 from offload.engine.handle import offload_of
 from offload.engine.history import MOST_USES, read_hot
 from offload.options import POLICIES

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from offload.quant.errors import OffloadError
 from transformers import PreTrainedModel
 
 import offload
 from offload.engine.handle import offload_of
+from offload.quant.errors import OffloadError
 from offload.ranges import recorded, work
 from offload.trace.timeline import record_timeline
 from tests.tiny import LAYERS, save_tiny

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from offload.cache.trace.file import read
 
 import cli
 import offload
 import offload.generation.stream
+from offload.cache.trace.file import read
 from offload.engine.handle import offload_of
 from offload.generation.stream import GenerationResponse
 from tests.tiny import LAYERS, save_tiny

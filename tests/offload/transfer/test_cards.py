@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from offload.cache.guesses import Trust
-from offload.quant.pack import Pack
 
 import offload
+from offload.cache.guesses import Trust
 from offload.engine.handle import offload_of
+from offload.quant.pack import Pack
 from offload.transfer.cards import CardsTransfer
 from offload.transfer.host import HostTicket, HostTransfer
 from tests.tiny import save_tiny

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from offload.quant.errors import PackError
-from offload.quant.pack import Pack
 
 import offload
 import offload.loading
 import offload.transfer.cards
 import offload.transfer.cuda as cuda_module
 from offload.fit import Fit
+from offload.quant.errors import PackError
+from offload.quant.pack import Pack
 from offload.transfer.cuda import CudaTicket, CudaTransfer
 from offload.transfer.host_tier import HostTier
 from tests.fake_link import FakeLink

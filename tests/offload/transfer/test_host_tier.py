@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from offload.quant.errors import PackError
-from offload.quant.pack import Pack, PackLayer
 from torch import Tensor
 
+from offload.quant.errors import PackError
+from offload.quant.pack import Pack, PackLayer
 from offload.transfer.disk_tier import DiskTier, Read, RecordFiles
 from offload.transfer.host_tier import LEAST_BUFFERS, HostTier
 from offload.transfer.memory import PAGE, own_memory

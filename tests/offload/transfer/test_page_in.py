@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from offload.quant.errors import PackError
 from offload.quant.pack import Pack, read_at
-
 from offload.transfer.host import PIECE, HostTransfer, PageIn
 from offload.transfer.memory import PAGE
 from tests.tiny import EXPERTS

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from offload.quant.errors import OffloadError, PackError
-from offload.quant.pack import Pack
 from torch import Tensor
 
 from offload.lines import one_line
+from offload.quant.errors import OffloadError, PackError
+from offload.quant.pack import Pack
 from offload.transfer.disk_tier import DiskTier, RecordFiles
 from offload.transfer.memory import own_memory
 

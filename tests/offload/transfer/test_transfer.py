@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from offload.quant.errors import PackError
-from offload.quant.pack import Pack, PackLayer
 
 from offload.errors import TransferError
 from offload.options import LoadOptions
 from offload.pack.find import find_or_make_pack
+from offload.quant.errors import PackError
+from offload.quant.pack import Pack, PackLayer
 from offload.transfer.host import NOWHERE, HostTicket, HostTransfer
 from tests.interrupt import interrupt_before
 from tests.tiny import EXPERTS, save_tiny

@@ -12,9 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from offload.quant.matmul import matmul
-from offload.quant.program import Program
-from offload.quant.record import view_record
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -22,6 +19,9 @@ import offload
 from offload.engine.ahead import Ahead
 from offload.engine.device import engine as planned
 from offload.engine.device import make as making
+from offload.quant.matmul import matmul
+from offload.quant.program import Program
+from offload.quant.record import view_record
 from tests.interpreter import quicken
 from tests.tiny import save_tiny
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from offload.cache import policies
-from offload.quant.errors import OffloadError
 
+from offload.cache import policies
 from offload.engine.handle import offload_of
 from offload.options import POLICIES
+from offload.quant.errors import OffloadError
 from tests.offload.engine.device.conftest import Load
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import offload.cache.heat as heat_module
-import offload.cache.policies as lfru_module
 import pytest
 import torch
+
+import offload.cache.heat as heat_module
+import offload.cache.policies as lfru_module
+import offload.engine.device.table as table_module
 from offload.cache.cache import ExpertCache
 from offload.cache.policies import POLICIES
 from offload.cache.statistics import LayerCounts
 from offload.cache.trace.synthetic import Routing, Shape, synthesize
-
-import offload.engine.device.table as table_module
 from offload.engine.device.table import Places, Table, add_counters
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from offload.cache.cache import CacheState, ExpertCache
-from offload.cache.statistics import LayerCounts
 from transformers import PreTrainedModel
 
+from offload.cache.cache import CacheState, ExpertCache
+from offload.cache.statistics import LayerCounts
 from offload.engine.device.engine import DevicePlanned
 from offload.engine.device.table import Table
 from offload.engine.engine import Engine

@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
+
 from offload.cache.cache import CacheState, ExpertCache
 from offload.cache.policies import POLICIES
 from offload.cache.statistics import LayerCounts
 from offload.cache.trace.synthetic import Routing, Shape, synthesize
 from offload.cache.trace.trace import Trace
-from torch import Tensor
-
 from offload.engine.device.table import Places, Table, add_counters
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
