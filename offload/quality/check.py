@@ -144,15 +144,11 @@ def load_plain(source: str, options: LoadOptions) -> Loaded:
     Nothing is quantised or offloaded, so the whole model must fit into memory. Raises
     `SourceError`, also for a pack.
     """
-    local = options.local_files_only
-    trust = options.trust_remote_code
-    found = sources.find(
-        source, revision=options.revision, local_files_only=local, trust_remote_code=trust
-    )
+    found = sources.find(source, options)
     if found.is_pack:
         raise SourceError(f"{source} is a pack, which transformers cannot run: omit --plain")
-    sources.fetch_weights(found, local_files_only=local)
-    own: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust}
+    sources.fetch_weights(found, local_files_only=options.local_files_only)
+    own = {"local_files_only": True, "trust_remote_code": options.trust_remote_code}
     where = {"": find_device(options.device)}
     try:
         with without_bars():
