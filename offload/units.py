@@ -53,7 +53,7 @@ def parse_slots(text: str | int | None, total: int) -> int | None:
 
 
 def gib(size: int, digits: int = 2) -> str:
-    """A size in GiB with `digits` behind the point, or in MiB with one less."""
+    """A size in GiB with `digits` after the point, or a smaller one in MiB with one digit less."""
     if size >= 2**30:
         return f"{size / 2**30:.{digits}f} GiB"
     return f"{size / 2**20:.{digits - 1}f} MiB"

@@ -157,7 +157,7 @@ def test_a_pack_that_is_replaced_in_use_goes_on_as_it_was(
         if file.name.startswith("experts"):
             file.write_bytes(bytes(file.stat().st_size))
         file.replace(pack / file.name)
-    offload_of(loaded[0]).engine.cache.clear()  # so that all is read anew
+    offload_of(loaded[0]).engine.cache.forget()  # so that all is read anew
     chat = _chat(loaded)
     chat.say("one")
     assert chat.messages[-1]["content"] == expected

@@ -53,12 +53,12 @@ class PlanRow:
 
     @property
     def staging_bytes(self) -> int:
-        """On a card: of the rows through which a prompt's experts are streamed."""
+        """Bytes of the rows on a card through which a prompt's experts are streamed."""
         return 0 if self.resident else self.budget.staging * self.budget.slot
 
     @property
     def pack_bytes(self) -> int:
-        """On disk, where weights that keep their stored width have 16 bits."""
+        """Bytes on disk, where weights that keep their stored width have 16 bits."""
         return self.info.dense_bytes(2) + self.info.expert_bytes
 
 
