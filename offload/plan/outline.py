@@ -28,7 +28,7 @@ class Outline:
     model: PreTrainedModel  # the whole model, on the meta device
     made: PackInfo | None  # the manifest, if it is a pack already
     top_k: int
-    # The module of the token table, of which a token reads a single row; None if it is the head too.
+    # The module of the token table, of which a token reads one row; None if it is the head too.
     table: str | None
     table_weights: int
     download_bytes: int | None  # of weights that are not here; None if they are, or if unknown
@@ -119,7 +119,7 @@ def _index_bytes(folder: Path) -> int | None:
 
 
 def _table(model: PreTrainedModel) -> tuple[str | None, int]:
-    """The module of the token table and how many weights it has; (None, 0) if it is the head too."""
+    """The module of the token table and its number of weights; (None, 0) if it is the head too."""
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     paths = {id(module): path for path, module in model.named_modules()}
     tied = {name.rpartition(".")[0] for name in model.all_tied_weights_keys}

@@ -145,16 +145,8 @@ def load_plain(source: str, options: LoadOptions) -> Loaded:
     found = sources.find(source, options)
     if found.is_pack:
         raise SourceError(f"{source} is a pack, which transformers cannot run: omit --plain")
-<<<<<<< HEAD
-    sources.fetch_weights(found, local_files_only=options.local_files_only)
-    own: dict[str, Any] = {"local_files_only": True, "trust_remote_code": options.trust_remote_code}
-||||||| 0bd57af
-    sources.fetch_weights(found, local_files_only=local)
-    own: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust}
-=======
     sources.fetch_weights(found, local_files_only=options.local_files_only)
     own = {"local_files_only": True, "trust_remote_code": options.trust_remote_code}
->>>>>>> s4
     where = {"": find_device(options.device)}
     try:
         with without_bars():
