@@ -84,9 +84,9 @@ def native_is_quicker() -> bool:
 
     A decode step calls a linear layer hundreds of times with one row, and oneDNN's overhead a call
     can exceed the product of a small layer. With AVX-512 torch's own kernel is then quicker
-    (docs/log/cpu-kernels.md); with less it can be many times slower. The answer follows the processor, never a
-    stopwatch: the two libraries round differently, and logits must not depend on the load.
-    """
+    (docs/log/cpu-kernels.md); with less it can be many times slower. The answer follows the
+    processor, never a stopwatch: the two libraries round differently, and logits must not depend on
+    the load."""
     return torch.backends.mkldnn.is_available() and (
         torch.backends.cpu.get_cpu_capability() == "AVX512"
     )
