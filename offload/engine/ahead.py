@@ -36,13 +36,13 @@ class Ahead:
         self._lookahead = lookahead
         self._balance = balance if lookahead else None
         self._needed = [0] * len(cache.statistics.layers)  # useful loads before a layer's call
-        # Copies of guesses that may not have landed, for each device: each has a link of its own.
+        # Copies of guesses that may not have landed, by device, since each device has its own link.
         self._guessed: dict[torch.device | None, deque[Ticket]] = defaultdict(deque)
         self._since: float | None = None  # when guessing began for the layer at work
-        self.noted_layers = 0  # routers of so many later layers are asked for a routing trace
+        self.noted_layers = 0  # how many later layers' routers are asked for a routing trace
 
     def dropped(self, copy: Ticket) -> None:
-        """`copy`, which may be that of a guess, will never land."""
+        """Note that `copy`, which may belong to a guess, will never land."""
         for copies in self._guessed.values():
             if copy in copies:
                 copies.remove(copy)
@@ -50,7 +50,7 @@ class Ahead:
     def look(self, call: Call) -> tuple[list[Guess], list[tuple[Layer, Use]]]:
         """What was guessed for the next layer, and the copies to begin for it.
 
-        Report the copies by `begun`. Of a call of many tokens nothing is guessed, since nearly all
+        Report the copies by `begun`. A call of many tokens gets no guess, since nearly all
         experts of the next layer will be wanted.
         """
         layer = call.layer
@@ -107,7 +107,7 @@ class Ahead:
             self._balance.step(self._needed[at] - before, copies, self._transfer.busy_seconds)
 
     def warmed(self, key: Key) -> None:
-        """Nobody waited for a warm load."""
+        """Ignore a warm load, since nobody waited for it."""
 
     def started_over(self) -> None:
         """No copy is under way, and what a call that broke off needed is not weighed."""

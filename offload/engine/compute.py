@@ -20,7 +20,7 @@ from offload.quant.record import MatrixView, view_record
 from offload.transfer.base import Transfer
 from offload.transfer.cards import CardsTransfer
 
-FEW_TOKENS = 4  # up to which each cell reads its expert's weights for itself
+FEW_TOKENS = 4  # with at most so many tokens, each cell reads its expert's weights for itself
 
 
 class Compute(Protocol):
@@ -39,7 +39,7 @@ class Compute(Protocol):
 
 
 class OneByOne:
-    """An expert after the other, by the layer's own functions and the fastest product."""
+    """Computes one expert after the other, by the layer's own functions and the fastest product."""
 
     together = False
 
@@ -72,7 +72,7 @@ class OneByOne:
 
 
 class Grouped:
-    """All experts in two launches, by kernels that read records through a table of slots.
+    """Computes all experts in two launches of kernels that read records through a table of slots.
 
     A layer for which `quant.experts` finds no kernels that work here is computed one by one.
     """
@@ -95,7 +95,7 @@ class Grouped:
                 for cell in cells_of[use.expert]:
                     table[cell] = use.slot
             slot_of_cell = torch.tensor(table, dtype=torch.int32)
-            # So small a tensor is copied at once. A blocking copy would wait for everything that
+            # A tensor this small is copied at once. A blocking copy would wait for everything that
             # was queued before it, record copies included.
             there = slot_of_cell.to(slots.device, non_blocking=True)
             decode(hidden, slots, there, program, cells)
@@ -141,7 +141,7 @@ def cache_of(info: PackInfo, fit: Fit) -> Cache:
 
 
 def compute_of(info: PackInfo, transfer: Transfer) -> Compute:
-    """What computes experts from the slots of `transfer`."""
+    """The `Compute` for the slots of `transfer`."""
     if isinstance(transfer, CardsTransfer):
         return CardsCompute([compute_of(info, card) for card in transfer.transfers])
     return (OneByOne if transfer.device.type == "cpu" else Grouped)(info, transfer)

@@ -1,4 +1,4 @@
-"""A model's experts, served a call at a time; here and nowhere else it is decided who plans one."""
+"""A model's experts, served a call at a time; only this module decides who plans a call."""
 
 # T tokens, k experts a token, H hidden
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # it loads Triton
 
 logger = logging.getLogger("offload")
 
-SLACK = 64 << 20  # bytes given back beyond those that were missing, or a quarter of them
+SLACK = 64 << 20  # bytes given back beyond the shortage, or a quarter of the shortage
 
 
 class Engine:
@@ -46,7 +46,7 @@ class Engine:
     def __init__(self, host: HostPlanned, device: DevicePlanned | None = None) -> None:
         """Without `device` the host plans everything."""
         self.host, self.device = host, device
-        self._on_device = False  # whether the device's table is what holds, and not the cache
+        self._on_device = False  # whether the device's table is valid, and not the cache
         self.transfer = host.transfer
         self.layers = host.layers
         self._reads_prompt: bool | None = None  # the model's present call; None: not known
@@ -54,12 +54,12 @@ class Engine:
         # One call at a time, whichever thread uses the model. Ctrl-C cannot leave the lock taken:
         # Python looks for signals after the call that releases it, not before.
         self._lock = threading.RLock()
-        self._broken_off = False  # the call before did not come to its end
+        self._broken_off = False  # the previous call did not finish
         self.closed = False
 
     @property
     def cache(self) -> Cache:
-        """Who is resident. Waits for the device, if that decides."""
+        """Which experts are resident. Waits for the device if the device decides."""
         self.plan_on_host()
         return self.host.cache
 
@@ -158,7 +158,7 @@ class Engine:
             raise GenerationError("the model was closed: load it again")
 
     def never_happened(self) -> None:
-        """What the device was given last did not run: a capture failed."""
+        """The work queued last on the device did not run, because a capture failed."""
         assert self.device is not None
         self.device.forget_queued()
         self._broken_off = False
@@ -229,7 +229,7 @@ class Engine:
             self.device.resize(slots)
 
     def _start_over(self) -> None:
-        """Believe nothing about the slots any more, and empty them."""
+        """Empty the slots, because their recorded contents can no longer be trusted."""
         before, self._broken_off = self._broken_off, True  # Ctrl-C may come in here, too
         if self.device is not None:
             if self._on_device:

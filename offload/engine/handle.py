@@ -1,4 +1,4 @@
-"""What hangs on a loaded model as `model.offload`."""
+"""The object that a loaded model carries as `model.offload`."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ class TokenSource(Protocol):
         memory ran out and there is nothing to give back."""
 
     def cache(self) -> Any:
-        """The KV cache of the prompt and of every given token but the last; None: it is lost."""
+        """The KV cache of the prompt and of all given tokens but the last; None if it is lost."""
 
 
 @dataclass(eq=False)
@@ -70,7 +70,7 @@ class Offload:
         self.engine.record(RoutingTrace(path, self.trace_header()), noted_layers)
 
     def trace_header(self) -> TraceHeader:
-        """What a trace says of this model and this run."""
+        """The header that describes this model and this run in a trace."""
         info, options = self.pack.info, self.fit.options
         layouts = [info.layout_of(i) for i in range(len(info.layers))]
         stored = sum(8 * layout.record_bytes for layout in layouts)

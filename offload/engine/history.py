@@ -98,7 +98,7 @@ def read_hot(pack: Path, info: PackInfo) -> list[tuple[int, int, float]]:
             return []
         hot = [(int(layer), int(expert), float(uses)) for layer, expert, uses in found["hot"]]
     except (OSError, ValueError, TypeError, KeyError, RecursionError, OverflowError):
-        return []  # without the file the first tokens are slower, and that is all
+        return []  # a missing file only makes the first tokens slower
     sizes = [layer.num_experts for layer in info.layers]
     known = {
         (layer, expert): min(uses, MOST_USES)
@@ -110,7 +110,7 @@ def read_hot(pack: Path, info: PackInfo) -> list[tuple[int, int, float]]:
 
 
 def write_hot(pack: Path, heat: Heat) -> None:
-    """Save the present heat. Of two processes the last one's stays; a failure is ignored."""
+    """Save the present heat. The last of two processes to save wins; a failure is ignored."""
     hot = [(*key, round(heat.of(*key), 4)) for key in heat.hottest()]
     if hot:
         with contextlib.suppress(OSError):  # a pack may be in a folder that is read-only

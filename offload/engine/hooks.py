@@ -25,7 +25,7 @@ class Crossing:
     ) -> None:
         """`devices` has the path and device of each part; logits are brought to `home`."""
         self._home = home
-        self._moved: Moved = {}  # in this call
+        self._moved: Moved = {}  # tensors moved in this call
         model.register_forward_pre_hook(self._begin)
         parts = dict(model.named_modules())
         for path, device in devices.items():
@@ -35,7 +35,7 @@ class Crossing:
         model.register_forward_hook(self._end)
 
     def _begin(self, *_: Any) -> None:
-        self._moved.clear()  # the call before may have broken off
+        self._moved.clear()  # the previous call may have broken off
         _make_current(self._home)
 
     def _enter(

@@ -29,7 +29,7 @@ WARM_AT_ONCE = 4  # warm copies begun per step on a link where an urgent copy ca
 
 
 class Watcher(Protocol):
-    """Is told what the host-planned engine did."""
+    """An object that the host-planned engine tells what it did."""
 
     def served(self, call: Call, guesses: Sequence[Guess], copies: int) -> None:
         """`call` is served; `guesses` were made meanwhile, and `copies` were begun so far."""
@@ -107,13 +107,13 @@ class HostPlanned:
         return call.reduced(cells)
 
     def _parts(self) -> tuple[Callable[[Call], list[Step]], Callable[..., None]]:
-        """What decides and what computes, each as a range of the timeline if one is recorded."""
+        """The parts that decide and compute, each a range of the timeline if one is recorded."""
         if not recorded():
             return self._decide, self._compute.run
         return _in_range("decision", self._decide), _in_range("experts", self._compute.run)
 
     def _decide(self, call: Call) -> list[Step]:
-        """Ask the cache who is loaded where, and put that into steps."""
+        """Ask the cache which expert is loaded where, and divide the answer into steps."""
         at = call.layer.index
         if at == 0:
             self.tokens += len(call.hidden)
@@ -167,7 +167,7 @@ class HostPlanned:
         return ticket
 
     def _give_up(self, slot: int) -> None:
-        """Nobody waits any more for the copy that may be on its way into `slot`."""
+        """Give up the copy that may be on its way into `slot`: nobody waits for it any more."""
         ticket, layer = self._tickets.pop(slot, (None, None))
         if ticket is None or ticket.done or not self.transfer.drop(ticket):
             return
@@ -227,7 +227,7 @@ class HostPlanned:
         self._warm_some()
 
     def warm_again(self) -> None:
-        """Load what is hottest by now, after the slots were emptied."""
+        """After the slots were emptied, load the experts that are hottest by now."""
         self._cold.extend(self.cache.heat.hottest(self.cache.table.slots))
 
     def _warm_some(self) -> None:
@@ -263,7 +263,7 @@ class HostPlanned:
             staging.start_over()
         self.cache.forget()
         for counts, kept in zip(self.cache.statistics.layers, self._kept, strict=True):
-            counts.dropped += counts.loads - kept  # decided, and not begun or not finished
+            counts.dropped += counts.loads - kept  # loads never begun or never finished
         for watcher in self._watchers:
             watcher.started_over()
 

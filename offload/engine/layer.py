@@ -36,7 +36,7 @@ class NormFinder:
             self._last[module] = out
 
     def asked(self, hidden: Tensor) -> None:
-        """The router is asked about `hidden`: find the norm whose output that is."""
+        """Find the norm whose output is `hidden`, about which the router is asked."""
         for module, out in reversed(self._last.items()):
             if out.data_ptr() == hidden.data_ptr():
                 self.norm = module
@@ -95,7 +95,7 @@ class Layer:
     def watch(
         self, model: nn.Module, router: nn.Module, owned: Set[int]
     ) -> torch.utils.hooks.RemovableHandle:
-        """Be told what the router is asked; `owned` are the ids of the model's parameters and
+        """Note what the router is asked; `owned` are the ids of the model's parameters and
         buffers."""
         self.router = router
         self.device = next(router.parameters()).device
@@ -123,7 +123,7 @@ class Layer:
         return index
 
     def _asked(self, owned: Set[int], _: nn.Module, args: tuple[Any, ...]) -> None:
-        """The router is asked: keep the hidden state of one token, and nothing of many.
+        """When the router is asked, keep the hidden state of a single token, and nothing of many.
 
         With many tokens nearly every expert is chosen, so that guessing is no help.
         """

@@ -89,7 +89,7 @@ class DecodeLoop:
         self._begin_anew()
 
     def _begin_anew(self) -> None:
-        """Run with the table and the slots that there are now."""
+        """Start again with the present table and the present slots."""
         self.table = self._device.table
         self.replay = Replay(
             self._step,
@@ -148,7 +148,7 @@ class DecodeLoop:
         self._sampler.go_back(self._before)
 
     def go_back(self, length: int) -> None:
-        """Undo the step queued last, which broke off anywhere.
+        """Undo the step queued last, which may have broken off at any point.
 
         `length` tokens are in the KV cache, and one is chosen to be read next.
         """
@@ -214,7 +214,7 @@ class Loops:
         self._engine, self._device = engine, device
         self.loop: DecodeLoop | None = None
         self._answer: weakref.ref[LoopTokens] | None = None
-        self.refused = ""  # why there is none for this model
+        self.refused = ""  # why this model has no decode loop
 
     @torch.inference_mode()
     def begin(
@@ -283,8 +283,8 @@ class Loops:
 def if_spared(make: Callable[[], Made | None], engine: Engine, lost: str) -> Made | None:
     """The result of `make`, for which slots are given back while memory runs out.
 
-    Never so many that the host would have to plan: then the result is None, and a warning says that
-    there is no memory `lost`.
+    Once giving back more would leave the planning to the host, the result is None, and a warning
+    says that there is no memory `lost`.
     """
     try:
         return until_it_fits(make, engine, spares=engine.spares)

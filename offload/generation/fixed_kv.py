@@ -50,9 +50,9 @@ class FixedKV(Cache):  # type: ignore[misc]  # transformers has no types here
             mine.cumulative_length.fill_(seen)
 
     def cut(self, length: int) -> bool:
-        """Hold only the first `length` tokens, wherever a step broke off.
+        """Keep only the first `length` tokens, at whatever point a step broke off.
 
-        False: that is impossible, since a layer keeps a sum to which more may have been added.
+        False if that is impossible, since a layer keeps a sum to which more may have been added.
         """
         if any(isinstance(layer, LinearAttentionLayer) for layer in self.layers):
             return False

@@ -11,7 +11,7 @@ from offload.lines import reason
 
 logger = logging.getLogger("offload")
 
-WARM_UPS = 3  # kernels are compiled, workspaces taken, in the first runs
+WARM_UPS = 3  # the first runs compile kernels and take workspaces
 
 
 class Replay:

@@ -50,19 +50,19 @@ class Transfer(Protocol):
         """Return when compute on `device` may use the slot. Raises what the copy raised."""
 
     def keep(self, layer: int, expert: int, row: int, slot: int) -> Ticket | None:
-        """Copy a record inside the device, from `row`, past the slots, into `slot`.
+        """Copy a record inside the device, from `row`, which is past the slots, into `slot`.
 
-        The record in `row` was waited for. None: compute from now on may use the slot.
+        Wait for the record in `row` first. None: compute may use the slot from now on.
         """
 
     def drop(self, ticket: Any) -> bool:
-        """Give up a copy whose slot is needed for another record; whether it never began."""
+        """Give up a copy whose slot another record needs; return whether the copy never began."""
 
     def drain(self) -> None:
         """Drop the copies not yet begun and return when none is under way."""
 
     def release(self, slots: Sequence[int]) -> None:
-        """Later copies may overwrite `slots` when the compute queued so far is done with them."""
+        """Let later copies overwrite `slots` once the compute queued so far is done with them."""
 
     @property
     def busy_seconds(self) -> float:

@@ -31,7 +31,7 @@ class CudaLink:
     def copy(
         self, target: Tensor, source: Tensor, *, urgent: bool, after: Sequence[torch.cuda.Event]
     ) -> tuple[torch.cuda.Event, torch.cuda.Event]:
-        """Give a copy to one of the queues, where it waits for `after`; when it begins and ends."""
+        """Queue a copy that waits for `after`; return the events of its begin and its end."""
         stream = self._urgent if urgent else self._guesses
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with torch.cuda.stream(stream):
@@ -47,12 +47,12 @@ class CudaLink:
         target.copy_(source, non_blocking=True)
 
     def computed(self) -> torch.cuda.Event:
-        """When the compute queued so far is done."""
+        """The event that occurs when the compute queued so far is done."""
         event: torch.cuda.Event = torch.cuda.current_stream(self.device).record_event()
         return event
 
     def compute_waits(self, event: torch.cuda.Event) -> None:
-        """Compute queued from now on comes after `event`."""
+        """Make compute queued from now on wait for `event`."""
         torch.cuda.current_stream(self.device).wait_event(event)
 
     def synchronize(self) -> None:

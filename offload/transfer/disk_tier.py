@@ -50,7 +50,7 @@ class RecordFiles:
             self._checked[layer][expert] = 1
 
 
-READERS = 4  # reads a disk has to do at once: docs/log/host-tier.md
+READERS = 4  # reads at a time that keep a disk busy (docs/log/host-tier.md)
 
 
 class Read:
@@ -96,7 +96,7 @@ class _Shelf:
         return self.waiting.pop()
 
     def over(self, read: Read) -> None:
-        """The reader is done with `read`."""
+        """Note that the reader is done with `read`."""
         del self.reading[read.key]
         if read.error is None:
             self.pool.release(read.key)
@@ -104,7 +104,7 @@ class _Shelf:
             self.pool.forget(read.key)
 
     def urge(self, read: Read) -> None:
-        """Somebody waits for a guess now; it matters if no reader has begun it."""
+        """Make a guess urgent, since somebody waits for it, unless a reader has begun it."""
         if not read.urgent and read.buffer is None:
             self.waiting.urge(read)
             read.urgent = True
@@ -171,7 +171,7 @@ class DiskTier:
         return self._buffers[read.buffer][: self._files.size(read.key[0])]
 
     def release(self, read: Read) -> None:
-        """One of those who wanted the record is done with it, or wants it no more."""
+        """Note that one of those who wanted the record is done with it or no longer wants it."""
         shelf = self._shelf
         with shelf.lock:
             read.wanted -= 1
@@ -185,7 +185,7 @@ class DiskTier:
         self._wake.put(True)  # a read may have found every buffer held
 
     def wait(self, read: Read, seconds: float) -> bool:
-        """Return when the read is over, or after so many seconds; whether it is over."""
+        """Wait until the read is over or so many seconds passed; return whether it is over."""
         if not read.ready:
             read.bell.acquire(timeout=seconds)
             if not read.ready and not any(thread.is_alive() for thread in self._threads):

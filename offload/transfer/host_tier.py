@@ -16,7 +16,7 @@ from offload.units import gib
 
 logger = logging.getLogger("offload")
 
-SAMPLE = 64 << 20  # bytes that the ways are tried with
+SAMPLE = 64 << 20  # bytes of the sample that each way of holding records is tried with
 ENOUGH = 0.95  # of a copy's rate: from then on the files' own pages are better, being free
 LEAST_BUFFERS = 4  # of the disk tier, however little RAM was given
 ALIGNMENT = 256  # of a buffer: what a GPU loads in one go begins there
@@ -81,7 +81,7 @@ class HostTier:
             self.close()
 
     def go_on(self) -> None:
-        """Somebody waits for a buffer: let every user release the buffers it is done with."""
+        """Let every user release the buffers it is done with, since somebody waits for one."""
         for user in self._users:
             if user is not None:
                 user()
@@ -114,7 +114,7 @@ class HostTier:
         logger.info("%s of experts in RAM, %s", gib(self._pack.info.expert_bytes), self.description)
 
     def _try_way(self, *, mapped: bool) -> tuple[float, str]:
-        """How fast a sample held in this way is copied, or 0 and why it cannot be pinned."""
+        """The rate at which a sample held this way is copied, or 0 and why it cannot be pinned."""
         experts = self._pack.info.layers[0].num_experts
         count = min(experts, max(1, SAMPLE // self._files.size(0)))
         sample = self._memory(0, count, mapped=mapped)

@@ -69,7 +69,7 @@ class CudaPinner:
         self._runtime = torch.cuda.cudart()
 
     def pin(self, address: int, size: int, *, read_only: bool) -> str | None:
-        """Pin `size` bytes from `address` on, the begin of a page; None, or why that is refused."""
+        """Pin `size` bytes from `address`, the start of a page; None, or why pinning is refused."""
         with torch.cuda.device(self._device):
             code = self._runtime.cudaHostRegister(address, size, SHARED | READ_ONLY * read_only)
             if int(code) == 0:

@@ -1,4 +1,4 @@
-"""In which order copies begin: urgent ones before guesses, and guesses a few at a time."""
+"""The order in which copies begin: urgent ones before guesses, and few guesses at a time."""
 
 from collections import deque
 from typing import Generic, NamedTuple, TypeVar
@@ -25,8 +25,8 @@ class UrgentFirst(Generic[T]):
         (self.urgent if urgent else self.guesses).append(item)
 
     def urge(self, item: T) -> bool:
-        """Somebody waits for a guess now: make it the last of the urgent ones. False: it is no
-        guess that still waits."""
+        """Make a guess the last urgent item, since somebody waits for it now. Returns False if
+        `item` is not a guess that still waits."""
         if not _removed(self.guesses, item):
             return False
         self.urgent.append(item)
@@ -42,7 +42,7 @@ class UrgentFirst(Generic[T]):
         return queue[0] if queue else None
 
     def pop(self) -> T | None:
-        """Take the item out whose turn is next; another thread may add or remove meanwhile."""
+        """Take out the item whose turn is next; another thread may add or remove meanwhile."""
         for queue in (self.urgent, self.guesses):
             try:
                 return queue.popleft()
@@ -77,9 +77,9 @@ class CopyOrder(Generic[T]):
 
     A stream works in order, so with one stream an urgent copy would wait for every guess before it,
     and with two alone guesses could take half the link. Here a guess begins on its own stream when
-    the urgent copies given before it are complete, which the device sees to without the host. No
-    more than `most` bytes of guesses are under way at a time: so much a later urgent copy may have
-    to share the link with.
+    the urgent copies given before it are complete, which the device sees to without the host. At
+    most `most` bytes of guesses are under way at a time, so a later urgent copy shares the link
+    with no more than that.
     """
 
     def __init__(self, most: int) -> None:
@@ -91,7 +91,7 @@ class CopyOrder(Generic[T]):
         self._last: T | None = None  # urgent copy under way
 
     def add(self, job: T, size: int, *, urgent: bool, ready: bool) -> None:
-        """A copy is asked for; with `ready` its bytes are in host memory."""
+        """Add a copy that is asked for; `ready` says that its bytes are in host memory."""
         self._sizes[job] = size
         self._waiting.add(job, urgent=urgent)
         if ready:
@@ -107,7 +107,7 @@ class CopyOrder(Generic[T]):
         self._waiting.urge(job)
 
     def drop(self, job: T) -> bool:
-        """Forget `job`, if it has not begun; whether that is so."""
+        """Forget `job` if it has not begun, and return whether it was forgotten."""
         found = self._waiting.remove(job)
         if found:
             del self._sizes[job]

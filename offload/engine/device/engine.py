@@ -40,7 +40,7 @@ class Lanes:
         return contextlib.nullcontext() if self._link is None else torch.cuda.stream(self._link)
 
     def fork(self) -> None:
-        """Whatever the link's lane is given from now on comes after all that compute was given."""
+        """Make later work on the link's lane wait for all work queued on compute so far."""
         if self._link is not None:
             self._link.wait_stream(torch.cuda.current_stream(self._link.device))
 
@@ -49,10 +49,10 @@ class Lanes:
         return None if self._link is None else self._link.record_event()
 
     def come_together(self) -> None:
-        """Compute goes on when the link's lane is idle.
+        """Make compute wait until the link's lane is idle.
 
-        For a step that broke off between forking and joining. A capture that the lane was not
-        forked into does not learn of the lane.
+        This is for a step that broke off between forking and joining. A capture that the lane
+        was not forked into leaves the lane out.
         """
         if self._link is None:
             return
@@ -63,7 +63,7 @@ class Lanes:
                 torch.cuda.current_stream().wait_stream(self._link)
 
     def join(self, point: torch.cuda.Event | None) -> None:
-        """Compute goes on when the link's lane has come to `point`."""
+        """Make compute wait until the link's lane has come to `point`."""
         if self._link is not None and point is not None:
             torch.cuda.current_stream(self._link.device).wait_event(point)
 
@@ -87,10 +87,10 @@ class DevicePlanned:
         """`addresses` [L, E] int64 say where each record is in memory that `transfer.device` can
         read. `layers` is filled later."""
         self.table = Table(places, transfer.device)
-        self.fewest_slots = 2 * places.k  # with which steps can be planned here
+        self.fewest_slots = 2 * places.k  # fewer slots cannot be planned for here
         self.computes: bool | None = None  # whether kernels compute every layer; None: not known
-        self.looping = False  # steps are those of a decode loop, which says when it is over
-        self.counts_come = False  # a decode loop brings the counts: nobody needs to wait for them
+        self.looping = False  # a decode loop runs the steps, and says when it is over
+        self.counts_come = False  # a decode loop brings the counts, so nobody has to wait for them
         self._layers, self._transfer = layers, transfer
         self._addresses = addresses.to(transfer.device)
         self._lanes = Lanes(transfer.device)
@@ -167,20 +167,20 @@ class DevicePlanned:
         self._held = (hidden, index)
 
     def come_together(self) -> None:
-        """A step broke off: what is queued from now on comes after all that it had queued."""
+        """After a step broke off, make later work wait for all that the step had queued."""
         self._lanes.come_together()
 
     def forget_queued(self) -> None:
-        """No guess is under way, or what was queued last never happened."""
+        """Forget the guess: none is under way, or the work queued last never ran."""
         self._guess_decided = self._guess_here = None
         self._held = ()
 
     def take_over(self, state: CacheState) -> None:
-        """Go on from what the cache knows."""
+        """Continue from the state of the cache."""
         self.table.upload(state, self._counted)
 
     def counts(self) -> list[int]:
-        """The table's counts of this moment. Waits for the device."""
+        """The table's present counts. Waits for the device."""
         counts: list[int] = self.table.counts.tolist()
         return counts
 
@@ -194,7 +194,7 @@ class DevicePlanned:
         return new[0]
 
     def resize(self, slots: int) -> None:
-        """There are `slots` now, all of them empty."""
+        """Note that there are `slots` now, all of them empty."""
         self.table = Table(replace(self.table.places, slots=slots), self._transfer.device)
         if slots < self.fewest_slots and self.computes:
             self.computes = False

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 INF = tl.constexpr(float("inf"))
-NOBODY = tl.constexpr(1 << 30)  # a slot beyond all
+NOBODY = tl.constexpr(1 << 30)  # a slot number above every real one
 USELESS = tl.constexpr(float(1 << 52))  # less the place of a useless key: below every other worth
 
 
@@ -147,14 +147,14 @@ def _count(mask):
 
 @triton.jit
 def _rank(mask):
-    """How many of `mask` come before each."""
+    """For each place, how many places before it are set in `mask`."""
     ones = mask.to(tl.int32)
     return tl.cumsum(ones, 0) - ones
 
 
 @triton.jit
 def _add(counter, number):
-    """Only who stores it needs what it loads: no barrier."""
+    """Add without a barrier, since only the thread that stores needs the value it loads."""
     tl.store(counter, tl.load(counter) + number)
 
 
@@ -286,8 +286,8 @@ def _take(
 def _weigh(layer, step, ints, reals, P: tl.constexpr, CHUNK: tl.constexpr):
     """Store what each slot is worth when `layer` needs one, as `cache.eviction.LayerPools` does.
 
-    A useless key is worth less than 0, the longer it is useless the less. A key that stays is worth
-    infinitely much.
+    A useless key is worth less than 0, and the less the longer it is useless. The worth of a key
+    that stays is infinite.
     """
     for start in range(0, P.slots, CHUNK):
         at = start + tl.arange(0, CHUNK)
@@ -322,7 +322,7 @@ def _to_26_bits(score):
 
 @triton.jit
 def _least_worth(limit, reals, P: tl.constexpr, CHUNK: tl.constexpr):
-    """The slot of the least worth, of equals the lowest; -1 if none is worth less than `limit`."""
+    """The slot worth least, the lowest among equals; -1 if none is worth less than `limit`."""
     lowest = tl.full([CHUNK], INF, tl.float64)
     slot = tl.full([CHUNK], NOBODY, tl.int32)
     for start in range(0, P.slots, CHUNK):

@@ -73,7 +73,7 @@ class Places:
         keys = self.layers * self.experts
         ints = (
             ("steps", 1),  # of layers so far; a key in use bears the number of the last one
-            ("taken", 1),  # slots that are not free any more, which are the first ones
+            ("taken", 1),  # how many slots are no longer free; they are the first ones
             ("ordered", 1),  # the highest number given to a useless key
             ("halted", 1),  # not 0: the sequence is over and nothing is to be decided any more
             ("slot_of", keys),  # -1: not resident
@@ -211,7 +211,7 @@ class Table:
         self.reals.copy_(reals)
 
     def download(self) -> CacheState:
-        """The state that the kernels came to. Waits for them."""
+        """The state that the kernels arrived at. Waits for the kernels."""
         at, part, ints, reals = self.places, self.places.parts, self.ints.cpu(), self.reals.cpu()
         held = ints[part["key_in"]].tolist()
         resident = {key for key in held if key >= 0}
