@@ -15,7 +15,7 @@ from offload.cache.policies import Key, Policy, PoolState
 from offload.cache.slots import SlotTable
 from offload.cache.statistics import LayerCounts, Statistics
 
-PROMPT_WEIGHT = 0.25  # what a use by a prompt counts; one by a generated token counts 1
+PROMPT_WEIGHT = 0.25  # weight of a use by a prompt; a use by a generated token counts 1
 
 
 class CacheState(NamedTuple):
@@ -46,7 +46,7 @@ class ExpertCache:
         """Raises `ValueError` for fewer than one slot. `pools` is another than `LayerPools` only in
         replays that compare ways to choose a victim."""
         self.table = SlotTable(slots)
-        self.least_slots = 1  # with fewer nothing can be computed
+        self.least_slots = 1  # without a slot nothing can be computed
         self.statistics = Statistics([LayerCounts() for _ in range(layers)])
         self.heat = Heat([LayerHeat() for _ in range(layers)])
         self._new_pools = functools.partial(pools, layers, policy)
@@ -68,8 +68,8 @@ class ExpertCache:
     ) -> Decision:
         """Decide how the distinct `experts` of `layer` are served.
 
-        Residents come first. Of the misses those among the last `admit` of `experts` may evict
-        others; the rest get free slots as long as there are any, and are streamed otherwise. With
+        Residents come first. Misses among the last `admit` of `experts` may evict other experts;
+        the rest get free slots as long as there are any, and are streamed otherwise. With
         `admit` None all misses may evict, and misses that do not fit wait for a later wave, which
         takes over the slots of the wave before it.
         """
@@ -124,7 +124,7 @@ class ExpertCache:
         return self._place(layer, taken, slots, weight)
 
     def _release(self) -> None:
-        """The step before is over, so the keys it used may leave again."""
+        """End the step before: the keys that it used may leave again."""
         if self._in_use:
             self._keep.difference_update(self._in_use)
             self._pools.changed(self._in_use[0][0])
@@ -193,7 +193,7 @@ class ExpertCache:
         """Choose which guessed `experts` of a later `layer` to load now, at most `most` of them.
 
         Keys that are in use or guessed are not evicted, and one slot is always left that `decide`
-        can have at once. For a layer whose guesses do not come true nothing useful is evicted.
+        can have at once. A layer whose guesses rarely come true evicts nothing useful.
         """
         guess = _Guess(experts)
         self._replace_guess(layer, guess)
@@ -206,7 +206,7 @@ class ExpertCache:
         for expert in experts:
             key = (layer, expert)
             if spare > 0 and key in self.table and key not in self._keep:
-                self._keep.add(key)  # it must not leave before its step
+                self._keep.add(key)  # the expert must not leave before its step
                 spare -= 1
         count = min(most, len(absent), spare)
         if count < 1:

@@ -45,7 +45,7 @@ class LayerPools:
         self._changed.add(key[0])
 
     def clear(self) -> None:
-        """Nothing is resident any more."""
+        """Forget all keys: nothing is resident any more."""
         for pool in self.pools:
             pool.clear()
         self._changed.update(range(len(self.pools)))

@@ -39,7 +39,7 @@ class LookaheadBalance:
             seconds = copy_seconds - self._copy_seconds_before
             a_copy = seconds / (copies - self._copies_before)
             self.worthwhile = self._needed / self._steps * a_copy > self._cost
-        elif not self._needed:  # nobody waited, so a guess can spare nothing
+        elif not self._needed:  # no step waited, so a guess can save nothing
             self.worthwhile = False
         self._copies_before, self._copy_seconds_before = copies, copy_seconds
         self._steps = self._guesses = self._needed = 0
@@ -65,7 +65,7 @@ class Trust:
         return self.mean[layer] > ENOUGH
 
     def learn(self, layer: int, right: int, wrong: int) -> None:
-        """Of the absent experts guessed for a step `right` were asked for and `wrong` were not."""
+        """Note how many absent guessed experts a step asked for (`right`) and did not (`wrong`)."""
         mean = self.mean[layer]
         for came_true in [1.0] * right + [0.0] * wrong:
             mean += RATE * (came_true - mean)

@@ -13,7 +13,7 @@ GROWTH = growth_of(HALF_LIFE)
 class LayerHeat:
     """Decayed uses of one layer's experts."""
 
-    unit: float = 1.0  # what a use counts now
+    unit: float = 1.0  # weight of a use made now
     uses: dict[int, float] = field(default_factory=dict)  # by expert
 
 

@@ -46,7 +46,7 @@ class KeyState(NamedTuple):
     """What a policy knows of a key."""
 
     score: float  # the uses that the policy counts, 0 where it counts none
-    used: int  # the pool's step at the last use, or any other number if that was not lately
+    used: int  # the pool's step at the last use, or any other number if the last use was not recent
 
 
 class PoolState(NamedTuple):
@@ -78,7 +78,7 @@ class Ranking:
         self._entries: dict[Key, Victim] = {}
 
     def __iter__(self) -> Iterator[Victim]:
-        """The entries in their order."""
+        """The entries, lowest first."""
         return iter(self._order)
 
     def add(self, key: Key, slot: int, score: float) -> None:
@@ -145,7 +145,7 @@ class Scored:
 
 
 class LRU(Scored):
-    """Least recently used: a key is worth less the more steps it was not used."""
+    """Least recently used: a key is worth less the longer ago its last use was."""
 
     def __init__(self) -> None:
         super().__init__()

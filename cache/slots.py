@@ -13,7 +13,7 @@ class SlotTable:
         if slots < 1:
             raise ValueError(f"a cache needs at least one slot, not {slots}")
         self.slots = slots
-        self._uses: dict[Key, Use] = {}  # made at a load, handed out at every hit
+        self._uses: dict[Key, Use] = {}  # an object is made at a load and handed out at every hit
         self._key_in: list[Key | None] = [None] * slots
         self._free = list(range(slots - 1, -1, -1))
 
@@ -95,7 +95,7 @@ class RecordPool:
 
     def find(self, key: Key, weight: float) -> int | None:
         """The buffer of `key`, which is held from now on; None if the key has to be placed."""
-        if key[0] < self._layer:  # a new token begins
+        if key[0] < self._layer:  # so a new token begins
             self._policy.step()
         self._layer = key[0]
         if key not in self.table:

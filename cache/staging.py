@@ -145,7 +145,7 @@ def staging_of(cache: Cache, rows: int) -> list[Staging]:
 
 
 def nearly_all(chosen: int, experts: int) -> bool:
-    """Whether enough of a layer's `experts` were `chosen` to begin the next layer's early.
+    """Whether so many of a layer's `experts` were `chosen` that the next layer's begin early.
 
     Between two layers' experts lie attention, a router and a wait for its answer; the PCIe port
     rests meanwhile unless copies were begun early. Were routers even, T tokens would leave

@@ -41,7 +41,7 @@ class _Written(NamedTuple):
 class TraceWriter:
     """Appends events to a new file; every call of layer 0 closes the block before it.
 
-    Ctrl-C may come anywhere: a block that was not noted as written is written again.
+    After Ctrl-C at any point, a block that was not noted as written is written again.
     Raises `TraceError` where the file cannot be written.
     """
 

@@ -30,7 +30,7 @@ Resident = tuple[tuple[bool, ...], ...]  # [layer][expert]
 class HeatMap:
     """Counts [layer][expert]; layers need not have the same number of experts."""
 
-    uses: tuple[tuple[float, ...], ...]  # how often an expert was asked for, lately or in all
+    uses: tuple[tuple[float, ...], ...]  # how often each expert was asked for, lately or in all
     resident: Resident
     hit_rates: tuple[float, ...]  # of each layer
     hits: tuple[tuple[int, ...], ...] = ()  # empty where they are not counted for each expert
@@ -152,7 +152,7 @@ def draw_for(stream: TextIO, heat: HeatMap) -> str:
     """`heat` as text for `stream`, in colours where a terminal has them and NO_COLOR is not set."""
     terminal = stream.isatty()
     color = terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    width = shutil.get_terminal_size().columns if terminal else 10**6  # a file has no edge
+    width = shutil.get_terminal_size().columns if terminal else 10**6  # a file has no right edge
     try:
         "░█".encode(stream.encoding or "ascii")
         blocks = True

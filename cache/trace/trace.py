@@ -29,7 +29,7 @@ class Guess(NamedTuple):
 
     layer: int
     experts: tuple[int, ...]
-    live: bool = True  # the cache was told and may have loaded them; False: only noted
+    live: bool = True  # True: the cache was told and may have loaded them; False: only noted
 
 
 class Event(NamedTuple):
@@ -51,7 +51,7 @@ class Event(NamedTuple):
     def admit(self) -> int | None:
         """How many experts at the end of `distinct` may evict others (`ExpertCache.decide`).
 
-        Of a prompt these are the choices of its last token, which the next token often repeats.
+        For a prompt, these are its last token's choices, which the next token often repeats.
         None means all.
         """
         return len(set(self.experts[-1])) if self.prompt and self.experts else None

@@ -57,7 +57,7 @@ def write_json(rows: Iterable[BenchRow], out: TextIO, earlier: EarlierRun | None
 
 WRITERS = {"csv": write_csv, "json": write_json, "jsonl": write_jsonl}
 
-RATIO, SPEED = "0.00 ± 0.00", "000.00 ± 0.00"  # as wide as most
+RATIO, SPEED = "0.00 ± 0.00", "000.00 ± 0.00"  # as wide as most values
 NONE = "-"
 DPI = 120
 

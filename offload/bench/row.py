@@ -90,7 +90,7 @@ class BenchRow:
     model_n_params: int
     bits: str
     policy: str
-    lookahead: bool | None  # None: as long as it pays
+    lookahead: bool | None  # None: guessing goes on as long as it pays
     text: str  # "real" or "random"
     n_prompt: int
     n_gen: int

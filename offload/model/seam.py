@@ -293,7 +293,7 @@ def _from_record(path: str, module: nn.Module | None) -> QuantizedLinear | Quant
 
 
 def described_experts(model: PreTrainedModel) -> list[ExpertsModule]:
-    """What `find_experts` said of the model before `without_packed_weights` took weights away."""
+    """What `find_experts` returned for the model before `without_packed_weights` stripped it."""
     return getattr(model, DESCRIBED)  # type: ignore[no-any-return]
 
 

@@ -55,7 +55,7 @@ class FoundModel:
 def find(name: str, options: LoadOptions, files: Sequence[str] = TEXT_FILES) -> FoundModel:
     """The model `name`: a pack, a checkpoint folder, a GGUF file, a hub id, or "demo".
 
-    The demo is built if need be. Of a hub model only the files that match the patterns `files` are
+    The demo is built if need be. For a hub model, only files that match the patterns `files` are
     fetched. Raises `SourceError`.
     """
     if name == DEMO:

@@ -21,7 +21,7 @@ from offload.quant.record import STORED_DTYPES, MatrixSpec, RecordLayout, fittin
 class PackSource:
     """The checkpoint that packs are made from."""
 
-    name: str  # as people know it
+    name: str  # the name that people know it by
     fingerprint: str  # changes when the weights change
     checkpoint: Checkpoint
     model: PreTrainedModel  # on meta, with its experts

@@ -90,7 +90,7 @@ def _fitting_recipe(
         except BudgetError:
             return False
 
-    def in_ram(recipe: Recipe) -> bool:  # without a GPU, this is what `resident` says
+    def in_ram(recipe: Recipe) -> bool:  # without a GPU, `resident` decides this
         host = memory.ram if device.type != "cpu" else 0
         return source.describe(recipe).expert_bytes < host
 

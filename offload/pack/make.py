@@ -43,7 +43,7 @@ Matrices = Mapping[str, tuple[Tensor, Tensor | None]]  # what `PendingRecord` ta
 Part = tuple[RecordLayout, Callable[[], Matrices]]  # one record, and how to read its weights
 WORTH_PROCESSES = 2**26  # with fewer weights, encoding here ends before processes have started
 PROCESS_BYTES = 2**30  # of free RAM for each process, which uses a third of it, mostly for torch
-CHUNKS_AHEAD = 2  # for each process: one is being encoded, one waits for the process
+CHUNKS_AHEAD = 2  # chunks for each process: one is being encoded, one waits for the process
 
 
 def make_encoder(weights: int, device: torch.device) -> AbstractContextManager[Encoder]:
@@ -108,7 +108,7 @@ def make_pack(
 
 
 def _write(writer: PackWriter, source: PackSource, folder: Path, device: torch.device) -> None:
-    beside = list(companions(folder))  # before any work: they may be unusable
+    beside = list(companions(folder))  # first, because these files may be unusable
     info, checkpoint = writer.info, source.checkpoint
 
     def read(dense: PackDense) -> Matrices:
@@ -207,7 +207,7 @@ def companions(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _plain_config(file: Path, content: bytes) -> bytes:
-    """A config without word of quantisation, since a pack's dense weights are not quantised so."""
+    """A config that mentions no quantisation: a pack's dense weights are not quantised that way."""
     config = read_object(file)
     parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
     said = [part.pop("quantization_config") for part in parts if "quantization_config" in part]

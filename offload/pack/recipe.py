@@ -31,7 +31,7 @@ PRESETS = MappingProxyType(
         "q4": "experts=4,dense=6",
         "q3": "experts=3g32,dense=6",
         "q2": "experts=2g16s8,dense=6",
-        "mixtral-offloading": "experts=2g16s8,attention=4g64s8",  # arXiv 2312.17238, its default
+        "mixtral-offloading": "experts=2g16s8,attention=4g64s8",  # the default of arXiv 2312.17238
     }
 )
 FIT = "fit"  # the budget chooses the first of `FITTING` at which all experts are resident
@@ -207,7 +207,7 @@ class AskedBits:
 def most_bits(*conditions: Callable[[Recipe], bool]) -> Recipe:
     """Of `FITTING`, the recipe with the most bits that meets the first condition that any meets.
 
-    The one with the fewest bits if none meets any condition.
+    If none meets any condition, this is the recipe with the fewest bits.
     """
     recipes = [Recipe.parse(text) for text in FITTING]
     return next(

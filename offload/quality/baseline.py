@@ -34,7 +34,7 @@ class Tolerance:
     def limit(self, figure: str, before: float) -> float:
         """The worst value that `figure` may have if it was `before`."""
         if figure == "perplexity_ratio":
-            before = max(before, 1.0)  # to be better than the reference is luck, not a standard
+            before = max(before, 1.0)  # a model better than the reference is luck, not a standard
         allowed = self.absolute + self.relative * abs(before)
         return before - allowed if figure in MORE_IS_BETTER else before + allowed
 

@@ -196,7 +196,7 @@ def _save_png(heat: HeatMap, file: Path, title: str) -> None:
     from matplotlib.figure import Figure
 
     layers, experts = len(heat.resident), max(map(len, heat.resident))
-    wide = experts > 2 * layers  # then the panels lie one below the other
+    wide = experts > 2 * layers  # the panels then lie one below the other
     grid = (3, 1) if wide else (1, 3)
     side = (min(MOST_INCHES, 3 + experts * 0.09), 1 + layers * 0.09)
     size = (
@@ -218,7 +218,7 @@ def _save_png(heat: HeatMap, file: Path, title: str) -> None:
         axes.set(title=name, xlabel="expert", ylabel="MoE layer")
         for axis in (axes.xaxis, axes.yaxis):
             axis.get_major_locator().set_params(integer=True)
-        if most is None:  # yes or no needs no scale
+        if most is None:  # a panel of yes and no needs no scale
             figure.colorbar(image, ax=axes)
     try:
         figure.savefig(file, format="png")

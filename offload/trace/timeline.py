@@ -42,13 +42,13 @@ def record_timeline(model: PreTrainedModel, file: Path | None) -> Iterator[None]
     profiler = profile(
         activities=activities, experimental_config=_ExperimentalConfig(profile_all_threads=True)
     )
-    engine.plan_on_host()  # the steps that the device plans have no ranges
+    engine.plan_on_host()  # steps that the device plans have no ranges
     profiler.start()
     try:
         with ranges.switched_on(), _dense_ranges(engine):
             yield
     finally:
-        with contextlib.suppress(OffloadError):  # of a copy that failed and nobody waited for
+        with contextlib.suppress(OffloadError):  # from a copy that failed and nobody waited for
             engine.settle()  # the range of a copy has to end before the profiler does
         profiler.stop()
         _write(profiler, file)

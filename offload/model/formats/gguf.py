@@ -38,7 +38,7 @@ _FORMATS = {
 _STRING, _ARRAY = 8, 9
 _MOST_DIMENSIONS = 4  # GGML_MAX_DIMS
 _LONGEST_LIST = 4096  # numbers; a config has one for each layer, a vocabulary has many more
-_ALIGNMENT = 32  # of the tensors, where the metadata does not say
+_ALIGNMENT = 32  # alignment of the tensors, where the metadata does not say
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class StoredTensor:
     """Where and how a file stores a tensor."""
 
     file: Path
-    shape: tuple[int, ...]  # of its weights, the fastest dimension last
+    shape: tuple[int, ...]  # shape of the weights, the fastest dimension last
     kind: int  # ggml's type
     begin: int  # the first byte's position in the file
 

@@ -97,7 +97,7 @@ ARCHITECTURES = {
 
 
 def _architecture(file: GgufFile) -> Architecture:
-    """Raises `UnsupportedModelError` for an architecture that is not read."""
+    """The architecture of a file. Raises `UnsupportedModelError` for one that is not read."""
     name = file.fields.get("general.architecture")
     if name == "llama" and not file.fields.get("llama.expert_count"):
         raise UnsupportedModelError(
@@ -165,7 +165,7 @@ def _own_config(file: GgufFile) -> dict[str, Any]:
     config |= {name: values.real(key) for key, name in reals.items() if key in values}
     for ending, name in known.present.items():
         config[name] = any(tensor.endswith(f".{ending}") for tensor in file.tensors)
-    predicting = values.get("nextn_predict_layers")  # layers behind the model's own
+    predicting = values.get("nextn_predict_layers")  # layers after the model's own
     if type(predicting) is int and predicting > 0:
         config["num_hidden_layers"] -= predicting
     heads, hidden = config["num_attention_heads"], config["hidden_size"]
