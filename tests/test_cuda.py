@@ -218,7 +218,7 @@ def test_when_memory_runs_out_the_answer_is_the_same_with_fewer_slots(
 
     expected = tokens()
     if handle.decoding is not None:
-        handle.decoding = Loops(handle.engine)  # which captures again
+        handle.decoding = Loops(handle.engine, handle.engine.device)  # which captures again
     model.model.layers[1].self_attn.register_forward_hook(hook)
     assert tokens() == expected
     assert not left
