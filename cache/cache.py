@@ -233,6 +233,7 @@ class ExpertCache:
         self._keep.update(self._in_use)
         guess.absent = before.absent
         guess.loaded = before.loaded & guess.experts
+        self._keep.update((layer, expert) for expert in guess.loaded)
         self._useless.update(before.useless(layer, before.loaded - guess.experts))
 
     def warm(self, layer: int, expert: int) -> Use | None:

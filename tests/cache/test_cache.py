@@ -235,6 +235,15 @@ def test_guess_is_not_evicted_before_its_step_and_is_the_first_to_leave_when_it_
     assert cache.is_resident(0, 3)
 
 
+def test_what_a_guess_loaded_is_kept_before_other_residents_when_it_is_guessed_again() -> None:
+    cache = lru(2, layers=2)
+    cache.look_ahead(1, (0,), most=1)
+    cache.warm(1, 2)
+    cache.look_ahead(1, (2, 0), most=0)  # one slot must stay free to decide with
+    cache.decide(0, (0,))
+    assert cache.is_resident(1, 0)
+
+
 def test_guesses_evict_only_after_they_proved_right() -> None:
     cache = lru(2, layers=2)
     for expert in (0, 1):
