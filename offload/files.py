@@ -8,8 +8,6 @@ from errno import EISDIR, ELOOP, ENAMETOOLONG
 from pathlib import Path
 from typing import Any, TextIO
 
-import psutil
-
 from offload.errors import CheckpointError, SourceError
 from offload.quant.errors import OffloadError
 
@@ -27,6 +25,20 @@ def read_text(file: TextIO, name: str) -> str:
     if len(text) > MOST_CHARACTERS:
         raise SourceError(f"{name} has more than {MOST_CHARACTERS} characters: give a shorter one")
     return text
+
+
+def asked_text(file: Path | None, what: str) -> str:
+    """The text in the file that a user named, or on stdin if that is None; it is a `what`.
+
+    Raises `OffloadError`.
+    """
+    try:
+        if file is None:
+            return read_text(sys.stdin, f"the piped {what}")
+        with user_path(file).open(encoding="utf-8") as handle:
+            return read_text(handle, f"the {what}")
+    except (OSError, OffloadError) as error:
+        raise OffloadError(f"cannot read the {what} from {file or 'stdin'}: {error}") from None
 
 
 def user_path(text: str | Path) -> Path:
@@ -61,6 +73,8 @@ def write_whole(file: Path, data: bytes) -> None:
     If two processes write it, the later one wins. Unfinished files of killed processes are removed.
     Raises `OSError`.
     """
+    import psutil  # imported here because every --help imports this file
+
     for left in file.parent.glob(f".{file.name}.*.part"):
         pid = left.name.split(".")[-2]
         if not (pid.isdecimal() and psutil.pid_exists(int(pid))):
@@ -127,9 +141,8 @@ def check_streams() -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
         raise OffloadError("stdout is closed: there is nowhere to write to, open it")
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="replace"
-        )  # a character that its encoding lacks must not end an answer
+        # A character that the encoding of stdout lacks must not end an answer.
+        sys.stdout.reconfigure(errors="replace")
 
 
 def give_up_unwritable() -> list[TextIO]:

@@ -25,6 +25,7 @@ from offload.engine.history import read_hot
 from offload.engine.hooks import Crossing, OneTokenLinear, native_is_quicker
 from offload.errors import CheckpointError
 from offload.fit import Card, Fit
+from offload.lines import reason
 from offload.model import sources
 from offload.model.demo import NOTE
 from offload.model.seam import (
@@ -269,8 +270,7 @@ def load_tokenizer(path: Path, trust_remote_code: bool) -> PreTrainedTokenizerBa
             path, trust_remote_code=trust_remote_code, local_files_only=True
         )
     except Exception as error:  # a tokenizer class may raise anything when its files are wrong
-        reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"the tokenizer in {path} cannot be used ({reason}): fetch it again, or pass "
+            f"the tokenizer in {path} cannot be used ({reason(error)}): fetch it again, or pass "
             "--trust-remote-code if it brings code that you trust"
         ) from None

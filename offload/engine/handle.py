@@ -39,8 +39,8 @@ class Offload:
     fit: Fit
     one_token: OneTokenLinear | None
     top_k: int  # experts of a token
-    # The `Loops` of `offload.generation.tokens`, which give tokens without waiting for each; None:
-    # tokens are had one by one.
+    # The `Loops` of `offload.generation.decode`, which queue a step before the token of the one
+    # before it is read. With None, each token is waited for.
     decoding: Any = None
 
     def stats(self) -> Stats:

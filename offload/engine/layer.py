@@ -78,9 +78,8 @@ class Layer:
         self.router: nn.Module | None = None  # of this layer
         self.device: torch.device | None = None  # where its router is; None: not asked
         self.asked: Tensor | None = None  # what this layer's router was just asked about
-        self.constants: tuple[Any, ...] | None = (
-            None  # the router's other arguments; None: never called
-        )
+        # The other arguments of the router; None if it was never called.
+        self.constants: tuple[Any, ...] | None = None
         self.finder: NormFinder | None = None  # of the norm that feeds the router
         self.scales: dict[int, Tensor | None] = {}  # later layer -> what its norm makes of ours
 
@@ -187,7 +186,7 @@ class Call:
                 if 0 <= expert < self.layer.num_experts:
                     cells.setdefault(expert, []).append(cell)
                 cell += 1
-        if len(self.chosen) > 1:  # the same order as `cache.trace.Event.distinct`
+        if len(self.chosen) > 1:  # the same order as `cache.trace.trace.Event.distinct`
             return dict(sorted(cells.items(), key=lambda item: item[1][-1]))
         return cells
 
@@ -198,7 +197,7 @@ class Call:
 
     @property
     def of_last_token(self) -> int:
-        """How many experts the last token chose (as `cache.trace.Event.admit`)."""
+        """How many experts the last token chose (as `cache.trace.trace.Event.admit`)."""
         return len(self.cells_of.keys() & set(self.chosen[-1]))
 
     def reduced(self, cells: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offload.errors import DONE
-from offload.files import read_text, user_path
+from offload.files import asked_text, read_text
 from offload.flags import add_model, add_options, option, options_from
 from offload.lines import printable
 from offload.options import FALLBACK, AnswerOptions, LoadOptions, SharedOptions
@@ -65,11 +65,7 @@ def asked_prompt(asked: AnswerOptions) -> str | None:
     """The prompt of -p or -f, or None if neither is given. Raises `OffloadError`."""
     if asked.prompt is not None or asked.file is None:
         return asked.prompt
-    try:
-        with user_path(asked.file).open(encoding="utf-8") as handle:
-            return read_text(handle, "the prompt")
-    except (OSError, OffloadError) as error:
-        raise OffloadError(f"cannot read the prompt from {asked.file}: {error}") from None
+    return asked_text(asked.file, "prompt")
 
 
 def asked_sampling(asked: AnswerOptions, model: PreTrainedModel | None) -> Sampling:

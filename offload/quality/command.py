@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offload.errors import DONE
-from offload.files import read_text, user_path
+from offload.files import asked_text
 from offload.flags import add_model, add_options, option, options_from
 from offload.options import LoadOptions, SharedOptions
 from offload.quant.errors import OffloadError
@@ -80,7 +80,7 @@ class PerplexityCommand:
         file = options_from(arguments, PerplexityOptions).file
         options = options_from(arguments, LoadOptions)
         shared = options_from(arguments, SharedOptions)
-        text = _asked_text(file)
+        text = _scored_text(file)
         from offload.engine.handle import offload_of
         from offload.loading import load_and_tell
         from offload.progress import Ticker
@@ -113,18 +113,11 @@ class PerplexityCommand:
         return DONE
 
 
-def _asked_text(file: Path | None) -> str:
+def _scored_text(file: Path | None) -> str:
     """The text of -f or of a piped stdin. Raises `OffloadError`."""
     if file is None and sys.stdin.isatty():
         raise OffloadError("there is no text: give one with -f or a pipe")
-    try:
-        if file is None:
-            text = read_text(sys.stdin, "the piped text")
-        else:
-            with user_path(file).open(encoding="utf-8") as handle:
-                text = read_text(handle, "the text")
-    except (OSError, OffloadError) as error:
-        raise OffloadError(f"cannot read the text from {file or 'stdin'}: {error}") from None
+    text = asked_text(file, "text")
     if not text:  # checked before the model is loaded
         raise OffloadError(f"the text from {file or 'stdin'} is empty: give one of a page or more")
     return text
