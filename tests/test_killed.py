@@ -9,7 +9,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from offload.chat.display import Plain
 from offload.chat.saved import SavedChat
 from offload.engine.handle import offload_of
 from offload.errors import NO_MEMORY
+from offload.generation.prompt import Message
 from offload.sampling import Sampling
 from tests.conftest import Script
 from tests.quant.packs import FORK, needs_fork
@@ -103,8 +104,19 @@ def test_the_history_loses_one_line_at_most_to_a_kill(home: Path) -> None:
 # --- memory that is refused -----------------------------------------------------------------------
 
 QUESTION = "tell me all of it " * 100
-ROOMS = (0, 128, 256, 512, 768, 1024, 1536, 102400)  # KiB beyond what the process has
+ROOMS = (0, 256, 512, 1024, 2048, 4096, 8192, 102400)  # KiB beyond what the process has
 KEEP_NOTHING = (-3, 1 << 16)  # mallopt's M_MMAP_THRESHOLD: what is freed goes to the system at once
+
+
+def _rest_of_heap() -> list[bytearray]:
+    """All pieces of 64 KiB or more that the process has free and need not ask the system for."""
+    held, size = [], 1 << 24
+    while size >= 1 << 16:
+        try:
+            held.append(bytearray(size))
+        except MemoryError:
+            size //= 2
+    return held
 
 
 def _answer_with_little_memory(pack: Path, results: Connection) -> None:
@@ -120,6 +132,17 @@ def _answer_with_little_memory(pack: Path, results: Connection) -> None:
     assert isinstance(tokenizer, PreTrainedTokenizerFast)
     told: list[str] = []
     chat = Chat(model, tokenizer, Sampling(), Plain(told.append), max_new_tokens=4, timings=False)
+
+    encoded, encode = dict[str, list[int]](), chat._encode
+
+    def remember(messages: Sequence[Message]) -> list[int]:
+        """What was encoded once is not again: without memory, the tokenizers library aborts."""
+        key = str(messages)
+        if key not in encoded:
+            encoded[key] = encode(messages)
+        return encoded[key]
+
+    chat._encode = remember  # type: ignore[method-assign]
 
     def ask(text: str) -> str:
         """What a chat writes that is asked one question, in its loop."""
@@ -140,15 +163,25 @@ def _answer_with_little_memory(pack: Path, results: Connection) -> None:
     expected, expected_next = ask(QUESTION), ask("and now")
     for room in ROOMS:
         before = resource.getrlimit(resource.RLIMIT_AS)
-        most = psutil.Process().memory_info().vms + (room << 10)
+        most = psutil.Process().memory_info().vms
         resource.setrlimit(resource.RLIMIT_AS, (most, before[1]))
         try:
+            held = _rest_of_heap()
+            resource.setrlimit(resource.RLIMIT_AS, (most + (room << 10), before[1]))
             short = ask(QUESTION)
         finally:
             resource.setrlimit(resource.RLIMIT_AS, before)
+            del held
         results.send((room, short, short == expected, ask("and now") == expected_next))
     offload_of(model).engine.cache.check_integrity()
     results.send(None)
+
+
+# If CPython cannot get the next chunk of its own stack, it releases the function that it would have
+# called once too often, and later calls whatever lies there. This chunk is enough for all of ask's.
+_answer_with_little_memory.__code__ = _answer_with_little_memory.__code__.replace(
+    co_stacksize=1 << 16
+)
 
 
 @needs_fork

@@ -17,9 +17,6 @@ Message = dict[str, str]  # with the keys "role" and "content"
 Prompt = str | Sequence[Message] | Sequence[int]
 DEFAULT_NEW_TOKENS = 256
 
-# Refused memory must show before Jinja is in the middle of a template, which it can leave broken.
-ROOM_BYTES = 8 << 20
-
 
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt, *, think: bool | None = None
@@ -40,7 +37,6 @@ def encode_prompt(
         raise GenerationError("the model has no chat template: give the prompt as a text")
     else:
         thinking = {} if think is None else {"enable_thinking": think}
-        bytearray(ROOM_BYTES)
         try:
             text = tokenizer.apply_chat_template(
                 list(prompt), tokenize=False, add_generation_prompt=True, **thinking
