@@ -19,7 +19,7 @@ from offload.cache.trace.replay import recorded_setup, replay
 from offload.engine.handle import offload_of
 from offload.errors import BudgetError
 from offload.generation.stream import forward, stream_generate
-from offload.transfer.host import NOWHERE, HostTicket, HostTransfer
+from offload.transfer.host import HostTicket, HostTransfer
 from tests.tiny import EXPERTS, LAYERS, K, save_tiny
 
 TOTAL = EXPERTS * LAYERS
