@@ -53,6 +53,7 @@ def _fails(folder: Path, match: str, kind: type[OffloadError] = CheckpointError)
         "head_dim",
     ],
 )
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
 def test_an_impossible_number_in_a_config_is_refused_in_one_line(
     name: str, value: Any, checkpoint: Path, capsys: pytest.CaptureFixture[str], home: Path
 ) -> None:
