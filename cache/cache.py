@@ -117,7 +117,7 @@ class ExpertCache:
         Where slots are few, keys of `last` come before the others, and later keys before earlier.
         """
         slots = self._take_slots(layer, len(missing), evict=sum(key in last for key in missing))
-        wanted = sorted(missing, key=last.__contains__)  # a stable sort: `last` comes last
+        wanted = sorted(missing, key=last.__contains__)  # those of `last` come last
         taken = wanted[len(wanted) - len(slots) :]
         self._in_use += taken
         self._keep.update(taken)

@@ -11,9 +11,9 @@ from typing import Any, ClassVar, Self
 class Figures:
     """For dataclasses of what happened in some time.
 
-    `a + b` is what happened in both times, and of two moments `later - earlier` is what happened
-    between them. Tuples count place by place. The fields named in `FIXED` say whose figures these
-    are, and stay.
+    `a + b` sums two stretches of time, and `later - earlier` is what happened between two moments.
+    Tuples are added element by element. The fields named in `FIXED` say whose figures these are and
+    keep their values.
     """
 
     FIXED: ClassVar[frozenset[str]] = frozenset()
@@ -94,7 +94,7 @@ class LayerCounts(Figures):
         return self.lookahead_right / self.lookahead_asked if self.lookahead_asked else 0.0
 
     def decisions(self) -> LayerCounts:
-        """What a cache decided, which is the same in a replay: there nothing waits or is early."""
+        """These counts without those of waiting and of early loads, which a replay cannot have."""
         return replace(self, early_loads=0, early_loads_right=0, dropped=0, wait_seconds=0.0)
 
 

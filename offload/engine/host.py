@@ -64,7 +64,7 @@ class HostPlanned:
         """
         self.info, self.cache, self.transfer = info, cache, transfer
         self.layers = layers
-        self.tokens = 0  # that went through the first layer
+        self.tokens = 0  # how many went through the first layer
         self._compute = compute
         self._staging = staging_of(cache, staging)  # of each layer
         self._ahead = Ahead(layers, cache, transfer, lookahead, balance)

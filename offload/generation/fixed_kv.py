@@ -58,7 +58,7 @@ class FixedKV(Cache):  # type: ignore[misc]  # transformers has no types here
             return False
         for layer in self.layers:
             if type(layer) is not DummyLayer:
-                layer.cumulative_length.fill_(length)  # later places are masked, and written again
+                layer.cumulative_length.fill_(length)  # what follows is masked
         return True
 
     def grown(self, length: int) -> Cache | None:

@@ -42,7 +42,7 @@ from offload.units import gib
 Matrices = Mapping[str, tuple[Tensor, Tensor | None]]  # what `PendingRecord` takes
 Part = tuple[RecordLayout, Callable[[], Matrices]]  # one record, and how to read its weights
 WORTH_PROCESSES = 2**26  # with fewer weights, encoding here ends before processes have started
-PROCESS_BYTES = 2**30  # of free RAM for each process, which uses a third of it, mostly for torch
+PROCESS_BYTES = 2**30  # free RAM asked for each process; torch alone takes a third of it
 CHUNKS_AHEAD = 2  # chunks for each process: one is being encoded, one waits for the process
 
 

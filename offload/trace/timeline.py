@@ -19,10 +19,10 @@ from offload.quant.errors import OffloadError
 
 @contextlib.contextmanager
 def record_timeline(model: PreTrainedModel, file: Path | None) -> Iterator[None]:
-    """Record what `model` does meanwhile and write it to `file`, also when it breaks off.
+    """Record what `model` does inside the `with` block and write it to `file`, even after an error.
 
-    None: record nothing. The profiler keeps every operation of torch, which are thousands a token
-    and about a quarter of a megabyte per thousand in the file, so a short run is recorded best.
+    If `file` is None, nothing is recorded. The profiler keeps every operation of torch: thousands
+    for each token, and a quarter of a megabyte in the file per thousand. Record a short run.
     Raises `OffloadError` before anything runs where `file` cannot be written.
     """
     if file is None:

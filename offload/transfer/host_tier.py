@@ -17,9 +17,9 @@ from offload.units import gib
 logger = logging.getLogger("offload")
 
 SAMPLE = 64 << 20  # bytes of the sample that each way of holding records is tried with
-ENOUGH = 0.95  # of a copy's rate: from then on the files' own pages are better, being free
+ENOUGH = 0.95  # of a copy's rate: if the files' own pages reach it, they are used; they cost no RAM
 LEAST_BUFFERS = 4  # of the disk tier, however little RAM was given
-ALIGNMENT = 256  # of a buffer: what a GPU loads in one go begins there
+ALIGNMENT = 256  # bytes; a buffer begins at a multiple of it, as memory of CUDA does
 PIECE = 1 << 30  # bytes pinned at a time, of the disk tier's buffers
 
 

@@ -20,7 +20,7 @@ import triton.language as tl
 
 INF = tl.constexpr(float("inf"))
 NOBODY = tl.constexpr(1 << 30)  # a slot number above every real one
-USELESS = tl.constexpr(float(1 << 52))  # less the place of a useless key: below every other worth
+USELESS = tl.constexpr(float(1 << 52))  # taken off the worth of a useless key: it leaves first
 
 
 # One compilation for all layers, whatever a layer's number and where its rows of cells begin.

@@ -89,11 +89,11 @@ class Places:
             ("counters", self.layers * self.counts),  # [L, COUNTS]
         )
         reals = (
-            ("growth", 1),  # of what a use counts, a step
+            ("growth", 1),  # factor by which a use counts more with each step
             ("bonus", 1),  # what a use at the last step is worth, in uses
             ("most", 1),  # what a use may count before scores are scaled down
             ("heat_growth", 1),
-            ("pace", self.layers + 1),  # [L + 1], by layers until the owner of a slot is asked
+            ("pace", self.layers + 1),  # by the number of layers until the slot's layer is asked
             ("trust", self.layers),
             ("unit", self.layers),  # what a use counts now
             ("inverse", self.layers),  # 1 / unit
@@ -108,7 +108,7 @@ class Places:
             for name, length in parts:
                 found[name] = slice(begin, begin + length)
                 begin += length
-            found[whole] = slice(begin, begin)  # so that `places.ints` is how many there are
+            found[whole] = slice(begin, begin)  # `places.ints` and `places.reals` are whole lengths
         return found
 
     def __getattr__(self, name: str) -> int:

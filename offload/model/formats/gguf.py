@@ -37,7 +37,7 @@ _FORMATS = {
 }  # metadata type -> how `struct` calls it; strings and arrays have no fixed size
 _STRING, _ARRAY = 8, 9
 _MOST_DIMENSIONS = 4  # GGML_MAX_DIMS
-_LONGEST_LIST = 4096  # numbers; a config has one for each layer, a vocabulary has many more
+_LONGEST_LIST = 4096  # longer lists of numbers are a vocabulary's and are skipped
 _ALIGNMENT = 32  # alignment of the tensors, where the metadata does not say
 
 
@@ -60,7 +60,7 @@ class _Header:
     def __init__(self, file: Path) -> None:
         self._data = np.memmap(file, mode="r", dtype=np.uint8).data
         self._at = 0
-        self.fields: dict[str, Any] = {}  # a list of strings or a very long list: its length
+        self.fields: dict[str, Any] = {}  # of lists that are skipped, the length
         self.tensors: dict[str, StoredTensor] = {}
         if bytes(self._take(4)) != b"GGUF":
             raise ValueError("it does not begin with GGUF")

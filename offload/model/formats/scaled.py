@@ -12,7 +12,7 @@ from offload.model.formats.safetensors import SafetensorsSource
 
 CHUNK_WEIGHTS = 2**22  # weights of a large tensor that are dequantised at a time
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-SUFFIXES = ("_scale_inv", "_scale")  # both are multiplied with; "inv" is the quantiser's view
+SUFFIXES = ("_scale_inv", "_scale")  # either name: weight = stored value * scale
 BLOCKS, SCALES = "_blocks", "_scales"
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 VALUES = torch.tensor([*_E2M1, *(-value for value in _E2M1)], dtype=torch.float32)  # by code
