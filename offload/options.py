@@ -225,7 +225,7 @@ class AnswerOptions:
     system_prompt: str = _answer("-sys --system-prompt TEXT", "the system prompt", default="")
     n_predict: int = _answer(
         "-n --n-predict N",
-        "most new tokens in an answer; -1 means no limit",
+        "most new tokens in an answer; -1 means as many as the context holds",
         default=-1,
         unit="tokens",
     )

@@ -131,9 +131,7 @@ def test_a_home_that_is_no_path_is_told(
 
 def test_a_model_that_is_nowhere(fails: Fails) -> None:
     message = fails("generate", "nobody/nothing", *HI)
-    assert message.startswith(
-        "nobody/nothing is neither a folder here nor in the hub's local cache"
-    )
+    assert message.startswith("there is no folder nobody/nothing, ")
     assert "check the name" in message
 
 

@@ -25,7 +25,7 @@ USAGE = (
     ("/set system TEXT", "set the system prompt"),
     ("/set NAME VALUE", "set a sampling parameter (/show parameters)"),
     ("/set seed random", "use a new random seed for every answer again"),
-    ("/set num_predict COUNT", "longest answer in tokens; -1 means as long as fits"),
+    ("/set num_predict COUNT", "most new tokens in an answer; -1 means all that fit"),
     ("/set verbose|quiet", "show all timings after an answer, or none"),
     ("/set think|nothink", "switch thinking on or off, if the model has such a switch"),
     ("/set thoughts show|hide", "show or hide what a model thinks before it answers"),

@@ -22,7 +22,7 @@ UNUSABLE = (LookupError, TypeError, AttributeError, ValueError, OverflowError, R
 class Settings:
     """The settings of a conversation other than sampling."""
 
-    num_predict: int | None  # longest answer in tokens; None: as long as fits
+    num_predict: int | None  # most new tokens; None: all that fit
     think: bool | None  # passed to the chat template; None leaves the template's default
     thoughts: bool  # whether thoughts are shown
     stop: tuple[str, ...]

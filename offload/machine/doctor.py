@@ -146,7 +146,9 @@ def processor() -> Iterator[Finding]:
         "processor",
         f"{processor_name()}, {cores} cores, {threads} thread{'s' * (threads != 1)} used",
         SLOW if busy else OK,
-        f"{load:.1f} programs a core are running: rates found here are too low" if busy else "",
+        f"stop the other programs (load {load:.1f} a core): the rates below are too low"
+        if busy
+        else "",
         {"cores": cores, "threads": threads, "load": load},
     )
     yield _instruction_sets(about_processor())

@@ -106,12 +106,12 @@ def _snapshot(name: str, revision: str | None, local_files_only: bool, patterns:
         )
     except LocalEntryNotFoundError:
         raise SourceError(
-            f"{name} is neither a folder here nor in the hub's local cache, and the hub cannot be "
-            "asked: check the name, the connection, or HF_HUB_OFFLINE"
+            f"there is no folder {name}, the hub's local cache has no such model, and the hub "
+            "cannot be reached: check the name and the connection, or unset HF_HUB_OFFLINE"
         ) from None
     except Exception as error:  # huggingface_hub raises its transport's errors too
         raise SourceError(
-            f"{name} is neither a folder here nor a model the hub gives out ({reason(error)}): "
+            f"there is no folder {name}, and the hub gives out no such model ({reason(error)}): "
             "check the name, the revision, and HF_TOKEN for a gated model"
         ) from None
     if not (Path(folder) / "config.json").is_file():

@@ -77,8 +77,8 @@ def named_machine(gpu: str, options: LoadOptions, cards: int | None) -> Target:
     if found is None:
         known = ", ".join(PROFILES)
         raise BudgetError(
-            f"there is no profile of a card {gpu!r}: choose {known}, or the one most like it with "
-            "its --vram"
+            f"no GPU is known by the name {gpu!r}: choose one of {known}; for another card, choose "
+            "the most similar one and give the memory with --vram"
         )
     notes = [ASSUMED]
     for text in (options.vram, options.ram):

@@ -119,7 +119,7 @@ def _scored_text(file: Path | None) -> str:
         raise OffloadError("there is no text: give one with -f or a pipe")
     text = asked_text(file, "text")
     if not text:  # checked before the model is loaded
-        raise OffloadError(f"the text from {file or 'stdin'} is empty: give one of a page or more")
+        raise OffloadError(f"the text from {file or 'stdin'} is empty: give a page or more")
     return text
 
 

@@ -31,7 +31,9 @@ def open_trace(name: str) -> Trace:
             raise SourceError(str(error)) from None
     shape = SHAPES.get(name.removeprefix(SYNTHETIC))
     if shape is None:
-        raise SourceError(f"there is no model {name}: write {SYNTHETIC}{' or '.join(SHAPES)}")
+        raise SourceError(
+            f"{name} is not known: choose one of {', '.join(SYNTHETIC + each for each in SHAPES)}"
+        )
     return synthesize(shape, Routing(recall=0.85), TOKENS)
 
 

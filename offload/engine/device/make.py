@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from offload.cache.cache import ExpertCache
-from offload.cache.policies import LFRU
+from offload.cache.policies import POLICIES
 from offload.cache.trace.synthetic import Routing, Shape, synthesize
 from offload.engine.device.engine import DevicePlanned
 from offload.engine.device.gather import gather
@@ -24,11 +24,11 @@ SLOTS, TOKENS = 5, 8
 
 
 @functools.cache
-def kernels_decide_rightly(device: torch.device) -> str:
+def kernels_decide_rightly(device: torch.device, policy: str) -> str:
     """Why the kernels cannot be used on `device`, or ""."""
     try:
         with launching_on(device):
-            if not _decides(device):
+            if not _decides(device, policy):
                 return "its kernels decide otherwise than the host on this machine"
             if not _fetches(device):
                 return "its kernels copy wrongly on this machine"
@@ -37,9 +37,9 @@ def kernels_decide_rightly(device: torch.device) -> str:
     return ""
 
 
-def _decides(device: torch.device) -> bool:
-    cache = ExpertCache(SLOTS, SHAPE.layers, LFRU)
-    table = Table(Places(SHAPE.layers, SHAPE.experts, SHAPE.top_k, SLOTS, "lfru"), device)
+def _decides(device: torch.device, policy: str) -> bool:
+    cache = ExpertCache(SLOTS, SHAPE.layers, POLICIES[policy])
+    table = Table(Places(SHAPE.layers, SHAPE.experts, SHAPE.top_k, SLOTS, policy), device)
     table.upload(cache.state())
     for event in synthesize(SHAPE, Routing(recall=0.7), TOKENS).events:
         cache.decide(event.layer, event.experts[0])
@@ -82,7 +82,7 @@ def make(
         return f"it needs {2 * k} expert slots and there are {fit.slots}"
     if device.type == "cuda" and not kernels_read_registered(device):
         return "this driver shows pinned memory to kernels at other addresses"
-    if refused := kernels_decide_rightly(device):
+    if refused := kernels_decide_rightly(device, fit.options.policy):
         return refused
     addresses = transfer.addresses()
     if addresses is None:

@@ -335,7 +335,7 @@ def test_a_model_that_does_not_fit_is_reported_with_a_remedy(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--gpu", "Voodoo 2"], "there is no profile of a card 'Voodoo 2': choose RTX 3060"),
+        (["--gpu", "Voodoo 2"], "no GPU is known by the name 'Voodoo 2': choose one of RTX 3060"),
         (["--gpus", "2"], "there are no 2 GPUs here: name one with --gpu"),
         (["--gpu", "4090", "--gpus", "65"], "at most 64"),
         (["--gpu", "4090", "--device", "cpu"], "--device names a device of this machine"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
+from offload.cache.policies import LFRU, POLICIES
 from offload.engine.device.gather import gather
 from offload.engine.device.make import kernels_decide_rightly
 
@@ -27,6 +29,14 @@ def test_missing_records_land_in_their_slots_and_nothing_else_changes() -> None:
     assert not slots[:, SIZE:].any()
 
 
-def test_the_check_finds_the_kernels_right() -> None:
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_check_finds_the_kernels_right(policy: str) -> None:
     kernels_decide_rightly.cache_clear()
-    assert kernels_decide_rightly(DEVICE) == ""
+    assert kernels_decide_rightly(DEVICE, policy) == ""
+
+
+def test_a_policy_that_the_kernels_do_not_know_is_left_to_the_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(POLICIES, "new", lambda: LFRU(half_life=1.0))
+    assert "decide otherwise" in kernels_decide_rightly(DEVICE, "new")
