@@ -94,7 +94,7 @@ def write_whole(file: Path, data: bytes) -> None:
 def short(path: Path) -> str:
     """`path` as people write it, with `~` for the home folder."""
     home = Path.home()
-    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
+    return str(Path("~", path.relative_to(home)) if path.is_relative_to(home) else path)
 
 
 def offload_home() -> Path:
