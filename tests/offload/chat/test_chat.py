@@ -543,6 +543,12 @@ def test_set_a_parameter(
     chat.say("one")
 
 
+@pytest.mark.parametrize("name", ["top_k", "num_predict", "seed"])
+def test_a_fraction_is_refused_where_a_whole_number_belongs(name: str, chat: Chat) -> None:
+    with pytest.raises(ChatError, match="must be a whole number"):
+        obey(chat, f"/set {name} 0.5")
+
+
 def test_show_parameters_tells_all_that_can_be_set(chat: Chat, terminal: Terminal) -> None:
     def rows() -> list[list[str]]:
         obey(chat, "/show parameters")
