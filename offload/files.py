@@ -28,7 +28,7 @@ def read_text(file: TextIO, name: str) -> str:
 
 
 def asked_text(file: Path | None, what: str) -> str:
-    """The text in the file that a user named, or on stdin if that is None; it is a `what`.
+    """The text in `file`, or on stdin if that is None; messages call it the `what`.
 
     Raises `OffloadError`.
     """

@@ -36,7 +36,7 @@ class PlanOptions:
     routing: str | None = _machine(
         "--trace FILE",
         "forecast the speed for the routing that --trace recorded in FILE",
-        unset="made-up routing",
+        unset="assumed hit rates",
     )
     output: str = option(
         "-o --output", "format of the output", default="text", choices=("text", "json")
