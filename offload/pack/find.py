@@ -23,6 +23,7 @@ from offload.pack.make import fingerprint, make_pack
 from offload.pack.recipe import AskedBits, Recipe, most_bits
 from offload.quant.hqq import CPU
 from offload.quant.pack import VERSION, Pack, is_pack
+from offload.units import gib
 
 logger = logging.getLogger("offload")
 
@@ -98,7 +99,7 @@ def _fitting_recipe(
         return is_pack(place(recipe)) and resident(recipe)
 
     chosen, best = most_bits(made, resident, in_ram), most_bits(resident, in_ram)
-    space = f"{memory.device / 2**30:.1f} GiB"
+    space = gib(memory.device, 1)
     if chosen != best:
         logger.warning("%s is here and fits %s; --bits %s would too", chosen.name, space, best.name)
     elif resident(chosen):
