@@ -210,7 +210,7 @@ class DiskTier:
 
     def _run(self, number: int) -> None:
         while self._wake.get():
-            # Set before reading self._shelf: start_over() swaps the shelf, then waits until no
+            # Set before the shelf is asked: start_over() abandons it, and replaces it only when no
             # reader is busy.
             self._busy[number] = True
             shelf = self._shelf

@@ -242,6 +242,24 @@ def test_time_on_both_streams_at_once_is_counted_once(pack: Pack) -> None:
     transfer.close()
 
 
+@pytest.mark.parametrize(
+    ("order", "busy"), [("gugu", 3), ("ugug", 3), ("gguu", 2), ("uugg", 2), ("guug", 3)]
+)
+def test_time_on_either_stream_is_counted_whichever_copy_began_first(
+    pack: Pack, order: str, busy: int
+) -> None:
+    link = FakeLink(eager=False)
+    link.stands_still = True
+    transfer = transfer_of(pack, 2, EVERYTHING, link)
+    for slot, urgent in enumerate((False, True)):
+        transfer.start(0, slot, slot, urgent=urgent)
+    for stream in order:  # begins or ends its copy
+        link._clock += 1.0
+        link.queues["guesses" if stream == "g" else "urgent"].popleft()[1]()
+    assert transfer.busy_seconds == pytest.approx(busy / 1e3)
+    transfer.close()
+
+
 @pytest.mark.parametrize("ram", [EVERYTHING, FEW])
 def test_an_engine_over_it_gives_the_same_logits(
     mixtral_pack: Path, monkeypatch: pytest.MonkeyPatch, ram: int
