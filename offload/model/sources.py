@@ -22,13 +22,14 @@ from offload.files import read_object, user_path
 from offload.lines import reason
 from offload.model import demo
 from offload.model.checkpoint import TensorSource
-from offload.model.formats.gguf import GgufFile, is_gguf, model_name, models_in
+from offload.model.formats.gguf import GgufFile
 from offload.model.formats.gguf_config import gguf_config
 from offload.model.formats.gguf_model import GgufSource
 from offload.model.formats.safetensors import SafetensorsSource
 from offload.model.formats.scaled import BLOCKS, FLOAT8, Fp8Source, Mxfp4Source
+from offload.model.layout import is_gguf, model_name, models_in
 from offload.options import LoadOptions
-from offload.quant.pack import is_pack
+from offload.quant.manifest import is_pack
 from offload.sampling import is_number, resolve_sampling
 
 DEMO = "demo"

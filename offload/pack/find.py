@@ -22,7 +22,8 @@ from offload.pack.describe import PackSource
 from offload.pack.make import fingerprint, make_pack
 from offload.pack.recipe import AskedBits, Recipe, most_bits
 from offload.quant.hqq import CPU
-from offload.quant.pack import VERSION, Pack, is_pack
+from offload.quant.manifest import VERSION, is_pack
+from offload.quant.pack import Pack
 
 logger = logging.getLogger("offload")
 
