@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -81,11 +81,12 @@ class _Compiler(MetaPathFinder, Loader):
     ) -> ModuleSpec | None:
         if not name.startswith(f"{DYNAMO}."):
             return None
-        folder = os.path.join(os.path.dirname(sys.modules["torch"].__file__ or ""), "_dynamo")
-        if name == MARK:
-            return PathFinder.find_spec(name, [folder])
-        _import_compiler()
-        return ModuleSpec(name, self) if name in sys.modules else PathFinder.find_spec(name, [folder])
+        if name != MARK:
+            _import_compiler()
+            if name in sys.modules:
+                return ModuleSpec(name, self)
+        torch = Path(sys.modules["torch"].__file__ or "")
+        return PathFinder.find_spec(name, [str(torch.with_name("_dynamo"))])
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         return sys.modules[spec.name]  # the compiler has imported it already

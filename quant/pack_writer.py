@@ -23,16 +23,13 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from offload.quant.errors import PackError
+from offload.quant.manifest import MANIFEST, file_sha256, is_pack, manifest_check
 from offload.quant.pack import (
-    MANIFEST,
     Pack,
     PackInfo,
     PackLayer,
     as_buffer,
-    file_sha256,
-    is_pack,
     layer_header,
-    manifest_check,
     safetensors_header,
 )
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from offload.budget.resolve import Resolver
 from offload.errors import BudgetError, SourceError
 from offload.files import offload_home, user_path
-from offload.model import sources
+from offload.model import names, sources
 from offload.model.checkpoint import Checkpoint
 from offload.model.seam import build_on_meta, find_experts, model_class
 from offload.model.sources import check_generation_config
@@ -22,7 +22,8 @@ from offload.pack.describe import PackSource
 from offload.pack.make import fingerprint, make_pack
 from offload.pack.recipe import AskedBits, Recipe, most_bits
 from offload.quant.hqq import CPU
-from offload.quant.pack import VERSION, Pack, is_pack
+from offload.quant.manifest import VERSION, is_pack
+from offload.quant.pack import Pack
 from offload.units import gib
 
 logger = logging.getLogger("offload")
@@ -42,7 +43,7 @@ def find_or_make_pack(
     `--bits fit` needs a `resolver`.
     """
     recipe, trusts = AskedBits.of(options).recipe(), options.trust_remote_code
-    found = sources.find(source, options)
+    found = names.find(source, options)
     if found.is_pack:
         if destination is not None:
             raise SourceError(f"{source} is a pack already: name the checkpoint it was made from")
@@ -58,7 +59,7 @@ def find_or_make_pack(
 
     if recipe is not None and destination is None and is_pack(place(recipe)):
         return place(recipe)
-    sources.fetch_weights(found, local_files_only=options.local_files_only)
+    names.fetch_weights(found, local_files_only=options.local_files_only)
     checkpoint = Checkpoint(sources.open_weights(found.folder, model), model, experts)
     subject = PackSource(found.name, mark, checkpoint, model, experts)
     if recipe is None:

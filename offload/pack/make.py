@@ -20,9 +20,9 @@ from torch import Tensor
 from offload.errors import CheckpointError
 from offload.files import read_object, unreadable
 from offload.model.checkpoint import Checkpoint
-from offload.model.formats.gguf import gguf_files, is_gguf
 from offload.model.formats.gguf_config import save_config_files
-from offload.model.formats.safetensors import DTYPES, INDEX, SafetensorsSource, weight_files
+from offload.model.formats.safetensors import DTYPES, SafetensorsSource
+from offload.model.layout import INDEX, gguf_files, is_gguf, weight_files
 from offload.pack.describe import PackSource
 from offload.pack.recipe import Recipe
 from offload.progress import Progress

@@ -10,8 +10,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from offload.errors import DONE, BudgetError
+from offload.files import check_readable
 from offload.flags import add_model, add_options, option, options_from, words_of
+from offload.model.names import SHAPE_FILES
 from offload.options import BITS, HUB, LoadOptions
+from offload.pack.asked import begin_loading
 from offload.units import positive
 
 if TYPE_CHECKING:
@@ -52,16 +55,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the plan. Raises `BudgetError` when nothing fits."""
-    from offload.pack.recipe import AskedBits
+    asked = options_from(arguments, PlanOptions)
+    options = options_from(arguments, LoadOptions)
+    check_readable(asked.routing)
+    # RAM may be planned that this machine does not have.
+    begin_loading(arguments.model, replace(options, ram=None), SHAPE_FILES)
     from offload.plan.outline import outline
     from offload.plan.plan import make_plan
     from offload.plan.report import lines, to_json
     from offload.plan.target import named_machine, this_machine
     from offload.trace.show import open_trace
 
-    asked = options_from(arguments, PlanOptions)
-    options = options_from(arguments, LoadOptions)
-    AskedBits.of(options)  # raises for wrong bits before anything is read
     trace = open_trace(asked.routing) if asked.routing else None
     model = outline(arguments.model, options)
     if asked.gpu is None:

@@ -20,7 +20,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from offload.quant.errors import PackError
-from offload.quant.pack import MANIFEST, Pack, PackInfo, PackLayer, is_pack
+from offload.quant.manifest import MANIFEST, is_pack
+from offload.quant.pack import Pack, PackInfo, PackLayer
 from offload.quant.pack_writer import PackWriter
 from tests.quant.packs import (
     CONFIG,

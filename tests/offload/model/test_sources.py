@@ -15,9 +15,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import offload
 from offload import OffloadError, SourceError, generate
 from offload.files import offload_home
-from offload.model.sources import find, read_config
+from offload.model.names import find
+from offload.model.sources import read_config
 from offload.options import LoadOptions
-from offload.quant.pack import Pack, is_pack
+from offload.quant.manifest import is_pack
+from offload.quant.pack import Pack
 
 HUB_ID = "somebody/tiny-mixtral"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
