@@ -65,6 +65,8 @@ def find_here(name: str) -> FoundModel | None:
             f"{path} is a file: name the folder of a safetensors checkpoint or a pack, or a .gguf "
             "file"
         )
+    if is_gguf(path):
+        raise SourceError(f"there is no file {name}: check its path")
     if not HUB_ID.fullmatch(name):
         raise SourceError(
             f"{name}: there is no such folder, and it is not the form of a hub id (owner/name)"
