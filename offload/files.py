@@ -28,7 +28,7 @@ def read_text(file: TextIO, name: str) -> str:
 
 
 def asked_text(file: Path | None, what: str) -> str:
-    """The text in the file that a user named, or on stdin if that is None; it is a `what`.
+    """The text in `file`, or on stdin if that is None; messages call it the `what`.
 
     Raises `OffloadError`.
     """
@@ -94,7 +94,7 @@ def write_whole(file: Path, data: bytes) -> None:
 def short(path: Path) -> str:
     """`path` as people write it, with `~` for the home folder."""
     home = Path.home()
-    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
+    return str(Path("~", path.relative_to(home)) if path.is_relative_to(home) else path)
 
 
 def offload_home() -> Path:

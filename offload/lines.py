@@ -22,7 +22,7 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, OffloadError):
         text = str(error)
     elif isinstance(error, OSError):
-        text = f"{error}: is the place readable and writable? OFFLOAD_HOME names another"
+        text = f"{error}: make it usable, or name another place with OFFLOAD_HOME"
     elif is_memory(error):
         text = f"out of memory: {NO_MEMORY}"
     elif type(error).__name__ == "OutOfMemoryError":  # a class of torch, which is not imported here

@@ -27,7 +27,7 @@ POLICY_HELP = (
     "which expert to evict: the one used least by recency and frequency (lfru), or the one used "
     "longest ago (lru)"
 )
-# The sampling values where neither the user nor the model's files give any.
+# The sampling values that the user does not give, for a model whose files do not ask for sampling.
 FALLBACK = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
 SHARE_TEXT = f"{SHARE:.0%} of what is free"
 
@@ -89,7 +89,7 @@ class LoadOptions:
     lookahead: bool | None = _memory(
         "--lookahead",
         "load experts early, those that the router of the next layer will probably choose",
-        unset="as long as it pays; always when the GPU plans",
+        unset="as long as it pays; always if the GPU decides (see --engine)",
     )
     engine: str = _memory(
         "--engine NAME",
@@ -200,7 +200,10 @@ class SharedOptions:
     """Options that several commands have; each command names those that it takes."""
 
     threads: int | None = _memory(
-        "-t --threads N", "CPU threads", unset="torch's choice", parse=between(1, 1024)
+        "-t --threads N",
+        "CPU threads",
+        unset="torch's choice; fewer in chat and generate while other programs use the cores",
+        parse=between(1, 1024),
     )
     stride: int | None = option(
         "--stride N",

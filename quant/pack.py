@@ -232,12 +232,12 @@ class LayerFile(NamedTuple):
         """Map an opened file. Raises `PackError` unless `layer_header` and the size fit it."""
         stamp = _stamp(file.fileno())
         header, size = layer_header(experts, record_bytes), experts * record_bytes
-        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         begin = len(header)
-        if mapping[:begin] != header or len(mapping) != begin + size + 8 * experts:
+        if stamp[0] != begin + size + 8 * experts or file.read(begin) != header:
             raise PackError(
                 f"{file.name} does not hold {experts} records as the manifest says: {REMAKE}"
             )
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # an empty file has none
         data = torch.frombuffer(mapping, dtype=torch.uint8)[begin:]  # keeps the file mapped
         records, checksums = data[:size].view(experts, record_bytes), data[size:].view(torch.int64)
         return cls(file, stamp, begin, records, checksums.tolist())

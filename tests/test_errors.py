@@ -120,6 +120,7 @@ def test_what_is_no_path_is_told_wherever_a_path_is_asked_for(
         assert NO_PATHS[name] in fails("generate", mixtral, *HI, "--pack-dir", name)
         assert NO_PATHS[name] in fails("generate", mixtral_pack, "-f", name)
         assert NO_PATHS[name] in fails("quantize", mixtral, name)
+        assert NO_PATHS[name] in fails("check", mixtral_pack, "--against", name)
 
 
 def test_a_home_that_is_no_path_is_told(

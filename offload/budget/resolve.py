@@ -181,10 +181,10 @@ def find_place(options: LoadOptions) -> Place:
     sizes = _sizes(vram, len(devices))
     host = available_bytes(torch.device("cpu"), parse_bytes(ram))
     cards = tuple(
-        Card(place.index, place, available_bytes(place, size))
-        if place.type == "cuda"
-        else Card(number, place, host // len(devices))
-        for number, (place, size) in enumerate(zip(devices, sizes, strict=True))
+        Card(each.index, each, available_bytes(each, size))
+        if each.type == "cuda"
+        else Card(number, each, host // len(devices))
+        for number, (each, size) in enumerate(zip(devices, sizes, strict=True))
     )
     return Place(devices[0], Memory(sum(card.memory for card in cards), host), cards)
 

@@ -154,8 +154,8 @@ class Chat:
         used = last.prompt_tokens + last.generation_tokens
         if used > NEARLY_FULL * context:
             self.display.write(
-                f"({used} of {context} tokens of context are used: the oldest turns will leave; "
-                "--ctx-size makes room, /clear begins anew)\n"
+                f"({used} of {context} tokens of context are used: the oldest turns will soon be "
+                "left out; raise --ctx-size, or begin anew with /clear)\n"
             )
 
     def _encode(self, messages: Sequence[Message]) -> list[int]:

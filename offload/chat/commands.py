@@ -25,7 +25,7 @@ USAGE = (
     ("/set system TEXT", "set the system prompt"),
     ("/set NAME VALUE", "set a sampling parameter (/show parameters)"),
     ("/set seed random", "use a new random seed for every answer again"),
-    ("/set num_predict COUNT", "most new tokens in an answer; -1 means all that fit"),
+    ("/set num_predict COUNT", "most new tokens in an answer; -1 means as many as fit"),
     ("/set verbose|quiet", "show all timings after an answer, or none"),
     ("/set think|nothink", "switch thinking on or off, if the model has such a switch"),
     ("/set thoughts show|hide", "show or hide what a model thinks before it answers"),
@@ -238,7 +238,8 @@ def _number(name: str, value: str, kind: type[int] | type[float]) -> Any:
     try:
         return kind(value)
     except (ValueError, OverflowError):
-        allowed = "a number or random" if name == "seed" else "a number"
+        allowed = "a number" if kind is float else "a whole number"
+        allowed += " or random" if name == "seed" else ""
         raise ChatError(f"{name} must be {allowed}, not {value!r}") from None
 
 

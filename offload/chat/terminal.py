@@ -63,7 +63,7 @@ def reader() -> Callable[[str], str]:
 
 def is_open(text: str) -> bool:
     """Whether a message was opened with three quotes and is not closed yet."""
-    return text.startswith('"""') and not (len(text) > 5 and text.rstrip().endswith('"""'))
+    return text.startswith('"""') and not text.rstrip()[3:].endswith('"""')
 
 
 def _keys() -> KeyBindings:

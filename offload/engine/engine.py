@@ -164,8 +164,8 @@ class Engine:
         self._broken_off = False
 
     def count(self, counts: list[int]) -> None:
-        """Add what the device counted since it was asked last: `Table.counts` of some moment, maybe
-        of one before the host was told."""
+        """Add what is new in `counts`, which are `Table.counts` of some moment; nothing is new in
+        those of a moment before the counts added last."""
         assert self.device is not None
         layers = self.host.cache.statistics.layers
         before = [layer.loads for layer in layers]
@@ -216,6 +216,8 @@ class Engine:
                 slots = max(least, fewer_slots(slots, shortage, host.info.slot_bytes))
                 try:
                     host.resize(slots)
+                    if self.device is not None:
+                        self.device.resize(slots)
                     break
                 except torch.OutOfMemoryError:  # somebody else took the memory meanwhile
                     shortage = 0
@@ -225,8 +227,6 @@ class Engine:
             before,
             gib((before - slots) * host.info.slot_bytes),
         )
-        if self.device is not None:
-            self.device.resize(slots)
 
     def _start_over(self) -> None:
         """Empty the slots, because their recorded contents can no longer be trusted."""

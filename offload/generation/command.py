@@ -76,7 +76,9 @@ def asked_sampling(asked: AnswerOptions, model: PreTrainedModel | None) -> Sampl
     from offload.sampling import PARAMETERS, Sampling, resolve_sampling
 
     if asked.n_predict == 0:
-        raise OffloadError("--n-predict is 0: give at least 1, or -1 for no limit")
+        raise OffloadError(
+            "--n-predict is 0: give at least 1, or -1 for as many as the context holds"
+        )
     given: dict[str, Any] = {name: getattr(asked, name) for name in PARAMETERS}
     config = None if model is None else model.generation_config
     fallback: dict[str, Any] = FALLBACK

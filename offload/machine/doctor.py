@@ -66,10 +66,10 @@ def memory() -> Iterator[Finding]:
 
 def _slow_copies() -> str:
     """The remedy for slow copies; other programs cause them more often than memory modules."""
-    modules = "fill both memory channels, set the profile in the BIOS"
+    modules = "fill both memory channels, choose the XMP or EXPO profile in the BIOS"
     if programs_a_core() > BUSY:
         return f"the machine is busy: look again when it is idle; if copies stay slow, {modules}"
-    return f"{modules}, close what else runs"
+    return modules
 
 
 def pin_limit(has_gpu: bool) -> Iterator[Finding]:
@@ -144,7 +144,7 @@ def processor() -> Iterator[Finding]:
     busy = load > BUSY
     yield Finding(
         "processor",
-        f"{processor_name()}, {cores} cores, {threads} thread{'s' * (threads != 1)} used",
+        f"{processor_name()}, {cores or '?'} cores, {threads} thread{'s' * (threads != 1)} used",
         SLOW if busy else OK,
         f"stop the other programs (load {load:.1f} a core): the rates below are too low"
         if busy

@@ -64,7 +64,7 @@ def graphics(devices: Path = PCI_DEVICES) -> Iterator[Finding]:
     elif listed:
         yield Finding(
             "driver",
-            f"none answers, though {len(listed)} NVIDIA cards are plugged in",
+            f"none answers; NVIDIA cards that are plugged in: {len(listed)}",
             MISSING,
             "install NVIDIA's driver, then see whether nvidia-smi answers",
         )

@@ -137,7 +137,7 @@ def read_config(source: str, folder: Path, *, trust_remote_code: bool) -> PreTra
         given = raw.get("auto_map")
         remote = given.get("AutoConfig") if isinstance(given, dict) else None
         if not remote or not isinstance(remote, str):
-            raise SourceError(f"{source}: transformers does not know {kind!r}: a newer one may")
+            raise SourceError(f"{source}: transformers does not know {kind!r}: try a newer one")
         if not trust_remote_code:
             raise SourceError(
                 f"{source} wants to run its own code ({remote.partition('.')[0]}.py in its "

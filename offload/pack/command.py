@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shlex
 import sys
 from pathlib import Path
 
@@ -58,4 +59,4 @@ def _summary(path: Path) -> str:
     with contextlib.closing(Pack(path)) as pack:
         weight = pack.total_bytes * 8 / pack.parameters
         how = f"{weight:.1f} bits a weight, {bits_name(pack.info)}"
-        return f"{gib(pack.total_bytes)} ({how}); go on with: offload chat {path}"
+        return f"{gib(pack.total_bytes)} ({how}); go on with: offload chat {shlex.quote(str(path))}"

@@ -22,6 +22,7 @@ from offload.pack.recipe import AskedBits, Recipe, most_bits
 from offload.pack.shelf import KeptPack, Origin, kept_packs, new_place, packs_folder
 from offload.quant.hqq import CPU
 from offload.quant.pack import Pack
+from offload.units import gib
 
 logger = logging.getLogger("offload")
 
@@ -128,13 +129,13 @@ def _fitting_recipe(
         return str(recipe) in kept and resident(recipe)
 
     chosen, best = most_bits(made, resident, in_ram), most_bits(resident, in_ram)
-    space = f"{memory.device / 2**30:.1f} GiB"
+    space = gib(memory.device, 1)
     if chosen != best:
         logger.warning("%s is here and fits %s; --bits %s would too", chosen.name, space, best.name)
     elif resident(chosen):
         logger.warning("bits that fit %s: %s", space, chosen.name)
     else:
-        logger.warning("no bits fit %s: %s, and experts are streamed", space, chosen.name)
+        logger.warning("even q2 does not fit %s: experts will be streamed", space)
     return chosen
 
 

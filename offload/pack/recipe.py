@@ -192,14 +192,14 @@ class AskedBits:
         """`base`, changed by the options that were given. Raises `RecipeError`."""
         if self.fit:
             return base
-        recipe = base
+        recipe, group_size = base, 64 if self.group_size is None else self.group_size
         if self.bits is not None:
-            recipe = Recipe.parse(self.bits, self.group_size or 64)
+            recipe = Recipe.parse(self.bits, group_size)
         elif self.group_size is not None:
             recipe = recipe.regrouped(self.group_size)
         for part, given in (("experts", self.expert_bits), ("dense", self.dense_bits)):
             if given is not None:
-                recipe = recipe.with_rules(f"{part}={given}", self.group_size or 64)
+                recipe = recipe.with_rules(f"{part}={given}", group_size)
         return recipe
 
     def recipe(self) -> Recipe | None:

@@ -36,7 +36,7 @@ class PlanOptions:
     routing: str | None = _machine(
         "--trace FILE",
         "forecast the speed for the routing that --trace recorded in FILE",
-        unset="made-up routing",
+        unset="assumed hit rates",
     )
     output: str = option(
         "-o --output", "format of the output", default="text", choices=("text", "json")
@@ -92,7 +92,8 @@ def _command(model: str, plan: Plan) -> str:
     if plan.chosen is not None and plan.outline.made is None and not settled:
         options = replace(options, expert_bits=plan.chosen.bits.bits)
     if plan.target.cards > 1:
-        options = replace(options, gpus=",".join(map(str, range(plan.target.cards))))
+        gpus = ",".join(map(str, range(plan.target.cards)))
+        options = replace(options, device=None, gpus=gpus)
     first = (*BITS, "expert_slots", "revision")
     rest = ("ubatch_size", "device", "vram", "ram", "gpus", "local_files_only", "trust_remote_code")
     words = [*words_of(options, first), "-c", str(options.context), *words_of(options, rest)]

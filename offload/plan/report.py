@@ -8,7 +8,7 @@ from typing import Any
 
 from offload.files import offload_home
 from offload.machine.measure import existing
-from offload.plan.forecast import LOCAL, RATES, SLOW_PYTHON, UNIFORM, USUAL, hit_rate
+from offload.plan.forecast import CPU_PASSES, LOCAL, RATES, SLOW_PYTHON, UNIFORM, USUAL, hit_rate
 from offload.plan.plan import GOOD_BITS, Plan, PlanRow
 from offload.units import gib
 
@@ -111,7 +111,7 @@ def _sizes(plan: Plan, row: PlanRow) -> Iterator[str]:
     yield f"  KV cache   {gib(budget.kv_cache):>10}{each}, {plan.options.context} tokens{twice}"
     yield f"  workspace  {gib(budget.workspace):>10}{each}"
     if row.chunk < min(plan.options.ubatch_size, plan.options.context):
-        yield f"  prompts    {row.chunk} tokens at once: attention's scores take what is left"
+        yield f"  prompts    {row.chunk} tokens at once: more take too much memory"
     download = plan.outline.download_bytes
     made = f", made from {gib(download)} of weights" if download else ""
     if row.staging_bytes:
@@ -180,7 +180,7 @@ def _assumptions(plan: Plan, traced: bool) -> Iterator[str]:
         low_end += ", steps planned by the host"
     low_end += f" and {SLOW_PYTHON:g} times the usual Python"
     if plan.target.device.type == "cpu":  # it may have been busy when it was measured
-        low_end += f"; the high end assumes {1 / RATES:.0%} of these rates"
+        low_end += f", weights read {CPU_PASSES:g} times; the high end {1 / RATES:.0%} of the rates"
     yield low_end
 
 

@@ -49,27 +49,26 @@ def this_machine(options: LoadOptions, cards: int | None) -> Target:
 
     Raises `BudgetError`.
     """
-    place = find_device(options.device)
+    device = find_device(options.device)
     count = _checked(cards or 1)
-    if place.type != "cuda" and count > 1:
+    if device.type != "cuda" and count > 1:
         raise BudgetError(f"there are no {count} GPUs here: name one with --gpu, like 4090")
-    if place.type == "cuda" and count > torch.cuda.device_count():
+    if device.type == "cuda" and count > torch.cuda.device_count():
         raise BudgetError(
             f"there are {torch.cuda.device_count()} GPUs here, not {count}: name them with --gpu"
         )
-    memory = Memory.of(place, options.vram, options.ram)
-    hardware = replace(measure(place), cards=count)
+    memory = Memory.of(device, options.vram, options.ram)
+    hardware = replace(measure(device), cards=count)
     with contextlib.suppress(OSError):  # the disk of the packs cannot always be measured
         rate = read_rate(offload_home(), DISK_BYTES)
         hardware = replace(hardware, disk_gb_per_s=rate.gb_per_s)
     free = int(psutil.virtual_memory().available * SHARE)  # what is left serves as page cache
-    spare = memory.ram if place.type == "cuda" else max(free, memory.ram)
-    return Target(hardware, place, memory, spare, here=True)
+    spare = memory.ram if device.type == "cuda" else max(free, memory.ram)
+    return Target(hardware, device, memory, spare, here=True)
 
 
 def named_machine(gpu: str, options: LoadOptions, cards: int | None) -> Target:
-    """A machine with cards called `gpu`. As `load` takes a share of the memory that is free, so
-    this takes a share of all of it.
+    """A machine with cards called `gpu`, which may use the same share of its memory as `load`.
 
     Raises `BudgetError`.
     """
@@ -91,8 +90,7 @@ def named_machine(gpu: str, options: LoadOptions, cards: int | None) -> Target:
         notes.append(f"RAM is this machine's, {host / 2**30:.0f} GiB: --ram gives another")
     given = parse_bytes(options.vram)
     size = found.memory_bytes if given is None else given
-    if size is None:
-        raise BudgetError(f"it is not known how much memory {found.name} has: give it with --vram")
+    assert size is not None, "a profile without the size of its memory"
     # The name of a profile of several cards tells their number, which may be another here.
     name = next(p.name for p in PROFILES.values() if replace(found, name=p.name, cards=1) == p)
     memory = Memory(int(size * SHARE), int(host * SHARE))

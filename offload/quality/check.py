@@ -23,7 +23,7 @@ from transformers import (
 from offload.budget.resolve import find_device
 from offload.engine.handle import Offload
 from offload.errors import QualityError, SourceError
-from offload.files import read_text
+from offload.files import read_text, user_path
 from offload.lines import reason
 from offload.model import sources
 from offload.options import LoadOptions
@@ -133,7 +133,7 @@ def opened(loader: ModelLoader) -> Iterator[Loaded]:
 def reference_bits(name: str) -> str | None:
     """The `bits` that the reference `name` is loaded with: all 16, but None for a pack, which has
     its own."""
-    return None if is_pack(Path(name).expanduser()) else UNQUANTISED
+    return None if is_pack(user_path(name)) else UNQUANTISED
 
 
 def load_plain(source: str, options: LoadOptions) -> Loaded:

@@ -18,9 +18,7 @@ from offload.options import LoadOptions, SharedOptions
 from offload.quant.errors import OffloadError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase | None]
+    from offload.quality.check import Loaded
 
 _comparison = partial(option, group="comparison")
 
@@ -138,6 +136,8 @@ class CheckCommand:
 
         Raises `OffloadError` if a figure is worse than the baseline allows.
         """
+        import torch
+
         from offload.loading import load_and_tell
         from offload.progress import Ticker
         from offload.quality.baseline import TOLERANCES, read_baseline, save_baseline
@@ -157,6 +157,8 @@ class CheckCommand:
         prompts = read_prompts(asked.prompts)
         # A file that cannot be used is an error before two models are run.
         baseline = read_baseline(asked.baseline) if asked.baseline else None
+        if asked.save_baseline and asked.save_baseline.is_dir():
+            raise OffloadError(f"{asked.save_baseline} is a folder: name a file")
         if asked.save_baseline and not asked.save_baseline.resolve().parent.is_dir():
             raise OffloadError(f"the folder of {asked.save_baseline} does not exist: make it first")
         reference = replace(
@@ -169,13 +171,15 @@ class CheckCommand:
         )
 
         def load_model() -> Loaded:
-            return load_and_tell(arguments.model, options, shared.threads)[:2]
+            return load_and_tell(arguments.model, options)[:2]
 
         def load_reference() -> Loaded:
             if not asked.plain:
-                return load_and_tell(asked.against, reference, shared.threads)[:2]
+                return load_and_tell(asked.against, reference)[:2]
             return load_plain(asked.against, reference)
 
+        if shared.threads is not None:
+            torch.set_num_threads(shared.threads)
         with Ticker("check") as ticker:
             result = compare_models(
                 ModelLoader(arguments.model, load_model),

@@ -80,7 +80,7 @@ def _dense_ranges(engine: Engine) -> Iterator[None]:
 
 
 def _write(profiler: profile, file: Path) -> None:
-    """Write the trace; an earlier file gives way only to a whole one. Raises `OffloadError`."""
+    """Write the trace; an earlier file is only replaced by a whole one. Raises `OffloadError`."""
     part = file.with_name(file.name + ".part.json")  # a name in .gz would be compressed
     profiler.export_chrome_trace(str(part))
     try:

@@ -469,6 +469,12 @@ def test_expert_file_whose_header_has_an_odd_length_is_refused(pack: Path) -> No
     assert_refused(pack, EXPERTS)
 
 
+def test_expert_file_without_a_byte_is_refused_though_the_manifest_says_so(pack: Path) -> None:
+    (pack / EXPERTS).write_bytes(b"")
+    lie(pack, lambda manifest: manifest["files"][EXPERTS].update(bytes=0))
+    assert_refused(pack, EXPERTS)
+
+
 def test_expert_file_of_another_layer_is_refused(pack: Path) -> None:
     shutil.copy(pack / PackLayer.file_name(0), pack / EXPERTS)
     assert_refused(pack, EXPERTS)

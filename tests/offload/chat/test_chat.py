@@ -19,6 +19,7 @@ from offload.cache.trace.heatmap import BLOCKS, PLAIN_BLOCKS, POINTS
 from offload.chat.chat import Chat
 from offload.chat.commands import COMMANDS, WORDS, converse, obey, read_message
 from offload.chat.display import Plain
+from offload.chat.terminal import is_open
 from offload.errors import ChatError
 from offload.sampling import Sampling
 from tests.conftest import Script
@@ -183,6 +184,13 @@ def test_messages_are_read_whole(lines: list[str], message: str, terminal: Termi
     terminal.lines = list(lines)
     assert read_message(terminal.read)[0] == message
     assert terminal.lines == []
+
+
+@pytest.mark.parametrize("text", ['"""', '"""  \t ', '"""a', '"""a\n"" '])
+def test_enter_does_not_send_a_message_that_is_still_open(text: str) -> None:
+    assert is_open(text)
+    assert not is_open(text.rstrip() + '"""' + " ")
+    assert not is_open(text[1:])
 
 
 def test_a_message_of_several_lines_is_never_a_command(chat: Chat, terminal: Terminal) -> None:
@@ -533,6 +541,12 @@ def test_set_a_parameter(
         "seed",
     ]
     chat.say("one")
+
+
+@pytest.mark.parametrize("name", ["top_k", "num_predict", "seed"])
+def test_a_fraction_is_refused_where_a_whole_number_belongs(name: str, chat: Chat) -> None:
+    with pytest.raises(ChatError, match="must be a whole number"):
+        obey(chat, f"/set {name} 0.5")
 
 
 def test_show_parameters_tells_all_that_can_be_set(chat: Chat, terminal: Terminal) -> None:

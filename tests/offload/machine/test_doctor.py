@@ -155,6 +155,15 @@ def test_a_place_that_cannot_be_written_is_told(
     assert found.value == f"not measured: {tmp_path} cannot be written (Permission denied)"
 
 
+def test_the_home_folder_is_told_as_people_write_it(
+    rates: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert named(doctor.disk(tmp_path / "not yet"), "disk space").value.endswith(" free at ~")
+    (tmp_path / "packs").mkdir()
+    assert named(doctor.disk(tmp_path / "packs"), "disk space").value.endswith(" free at ~/packs")
+
+
 @pytest.mark.parametrize("limit", [8 * MIB, -1])
 def test_the_pin_limit_matters_with_a_gpu_only(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     import resource

@@ -188,6 +188,16 @@ def test_two_cards_hold_more_than_one(
     assert two["command"].endswith("--gpus 0,1")
 
 
+def test_a_command_for_several_cards_here_can_be_run(
+    mixtral_config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("is_available", True), ("device_count", 2), ("current_device", 0)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (24 * GIB, 24 * GIB))
+    plan = planned(capsys, mixtral_config, "--device", "cuda", "--gpus", 2)
+    assert plan["command"].endswith("-c 4096 --gpus 0,1")  # `load` takes one of the two options
+
+
 def test_the_second_kv_cache_is_mentioned_where_it_is_counted(
     mixtral_config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -413,7 +423,7 @@ def test_only_config_and_index_of_a_hub_model_are_fetched(
 def test_a_hub_model_that_is_not_here_is_reported_in_one_line_when_offline(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert "the hub cannot be asked" in told(capsys, "nobody/nothing")
+    assert "the hub cannot be reached" in told(capsys, "nobody/nothing")
 
 
 def test_a_checkpoint_with_its_weights_is_read_from_their_headers(
