@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from offload.errors import CheckpointError, GenerationError, SourceError
-from offload.files import read_object, user_path
+from offload.files import packs_folder, read_object, user_path
 from offload.lines import reason
 from offload.model import demo
 from offload.model.checkpoint import TensorSource
@@ -57,12 +57,16 @@ class FoundModel:
 def find(name: str, options: LoadOptions, files: Sequence[str] = TEXT_FILES) -> FoundModel:
     """The model `name`: a pack, a checkpoint folder, a GGUF file, a hub id, or "demo".
 
+    A pack may be given by its name in the folder that packs are kept in.
+
     The demo is built if need be. For a hub model, only files that match the patterns `files` are
     fetched. Raises `SourceError`.
     """
     if name == DEMO:
         return FoundModel(name, demo.checkpoint(), is_pack=False)
     path = user_path(name)
+    if not path.exists() and is_pack(by_name := packs_folder(options.pack_dir) / name):
+        path = by_name
     if path.is_dir():
         if is_pack(path):
             return FoundModel(name, path, is_pack=True)
