@@ -7,13 +7,14 @@ import contextlib
 import logging
 import os
 import pkgutil
+import re
 import signal
 import sys
 import threading
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from offload.errors import DONE, FAILED, INTERRUPTED, USAGE
 from offload.flags import add_command
@@ -50,6 +51,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(USAGE, f"offload: error: {shortened(message)} (see {self.prog} --help)\n")
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Parse like `ArgumentParser`, to which `--temp=--` would give an empty list."""
+        for word in args or ():
+            if re.fullmatch(r"(--[\w-]+=|-\w+=?)--", word):
+                self.error(f"{word} has no value: give one")
+        return super().parse_known_args(args, namespace)
+
 
 def build_parser(wanted: Container[str] = COMMANDS) -> argparse.ArgumentParser:
     """A parser that knows every command, and the options of those that are `wanted`."""
@@ -80,7 +88,8 @@ def _ending_in_order() -> Iterator[None]:
     with contextlib.ExitStack() as undo:
         if threading.current_thread() is threading.main_thread():
             for number in (getattr(signal, name) for name in names):
-                undo.callback(signal.signal, number, signal.signal(number, _end))
+                if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
+                    undo.callback(signal.signal, number, signal.signal(number, _end))
         yield
 
 

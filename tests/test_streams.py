@@ -175,6 +175,20 @@ def test_a_command_whose_messages_nobody_reads_fails(mixtral: Path, tmp_path: Pa
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
+def test_a_command_under_nohup_goes_on_when_the_terminal_is_closed(
+    mixtral_pack: Path, script: Script, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script.say("yes")
+    script.at = lambda _: os.kill(os.getpid(), signal.SIGHUP)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert cli.main(["generate", str(mixtral_pack), "-p", "hi", "--no-show-timings"]) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert capsys.readouterr().out == "yes\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
 def test_a_terminated_chat_exits_cleanly(mixtral_pack: Path, home: Path) -> None:
     command = [sys.executable, "-m", "cli", "chat", str(mixtral_pack)]
     child = subprocess.Popen(
