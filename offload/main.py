@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import logging
 import os
 import pkgutil
+import re
 import signal
 import sys
 import threading
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from offload.errors import DONE, FAILED, INTERRUPTED, USAGE
 from offload.flags import add_command
@@ -50,6 +52,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(USAGE, f"offload: error: {shortened(message)} (see {self.prog} --help)\n")
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Parse like `ArgumentParser`, to which `--temp=--` would give an empty list."""
+        for word in args or ():
+            if re.fullmatch(r"(--[\w-]+=|-\w+=?)--", word):
+                self.error(f"{word} has no value: give one")
+        return super().parse_known_args(args, namespace)
+
 
 def build_parser(wanted: Container[str] = COMMANDS) -> argparse.ArgumentParser:
     """A parser that knows every command, and the options of those that are `wanted`."""
@@ -74,18 +83,36 @@ def build_parser(wanted: Container[str] = COMMANDS) -> argparse.ArgumentParser:
 def _ending_in_order() -> Iterator[None]:
     """Let SIGTERM and SIGHUP end the program as `sys.exit` does, which restores the terminal.
 
+    Python drops an exception in a destructor. If it was a signal's, the signal comes again.
     Signals can only be handled on the main thread; on any other, nothing changes.
     """
     names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     with contextlib.ExitStack() as undo:
         if threading.current_thread() is threading.main_thread():
             for number in (getattr(signal, name) for name in names):
-                undo.callback(signal.signal, number, signal.signal(number, _end))
+                if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
+                    undo.callback(signal.signal, number, signal.signal(number, _end))
+            undo.callback(setattr, sys, "unraisablehook", sys.unraisablehook)
+            sys.unraisablehook = functools.partial(_send_again, sys.unraisablehook)
         yield
 
 
 def _end(number: int, _: FrameType | None) -> None:
     sys.exit(128 + number)
+
+
+def _send_again(otherwise: Callable[[Any], object], dropped: Any) -> None:
+    error = dropped.exc_value
+    if isinstance(error, KeyboardInterrupt):
+        number: int = signal.SIGINT
+    elif isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128:
+        number = error.code - 128
+    else:
+        otherwise(dropped)
+        return
+    later = threading.Timer(0.01, signal.raise_signal, [number])  # by then the destructor is over
+    later.daemon = True
+    later.start()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

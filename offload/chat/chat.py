@@ -134,11 +134,12 @@ class Chat:
             if said[False] or said[True]:
                 self.display.finish()
             raise
-        self.display.finish()
         answer = {"role": "assistant", "content": said[False]}
         if said[True]:
             answer["thinking"] = said[True]
+        # First, because one more Ctrl-C may come while the rest is shown.
         self.messages, self.begin = [*messages, answer], begin
+        self.display.finish()
         if self.stopped:
             self.display.write("(stopped)\n")
         if self.last is not None:
