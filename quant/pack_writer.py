@@ -16,7 +16,7 @@ import shutil
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -102,10 +102,11 @@ class PackWriter:
             raise PackError(
                 f"{self.path} exists and is not a pack: remove it or name another place"
             )
-        if Pack(self.path).info != self.info:
-            raise PackError(
-                f"{self.path} is a pack of something else: remove it or name another place"
-            )
+        with closing(Pack(self.path)) as pack:
+            if pack.info != self.info:
+                raise PackError(
+                    f"{self.path} is a pack of something else: remove it or name another place"
+                )
         self.done = True
 
     def _begin(self) -> None:

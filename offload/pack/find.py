@@ -105,7 +105,7 @@ def _fitting_recipe(
     elif resident(chosen):
         logger.warning("bits that fit %s: %s", space, chosen.name)
     else:
-        logger.warning("no bits fit %s: %s, and experts are streamed", space, chosen.name)
+        logger.warning("even q2 does not fit %s: experts will be streamed", space)
     return chosen
 
 
