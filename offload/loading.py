@@ -50,7 +50,8 @@ from offload.pack.find import check_recipe, find_or_make_pack
 from offload.pack.recipe import AskedBits
 from offload.progress import without_bars
 from offload.quant.errors import PackError
-from offload.quant.pack import REMAKE, Pack, PackInfo
+from offload.quant.manifest import REMAKE
+from offload.quant.pack import Pack, PackInfo
 from offload.quant.record import view_record
 from offload.transfer.base import Transfer
 from offload.transfer.cards import transfer_of

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import cli
 from offload.engine.history import HOT
 from offload.options import LoadOptions
-from offload.quant.pack import VERSION, is_pack, manifest_check
+from offload.quant.manifest import VERSION, is_pack, manifest_check
 from tests.tiny import save_tiny
 
 WEIGHTS = "model.safetensors"

@@ -22,21 +22,23 @@ from offload.files import read_object, user_path
 from offload.lines import reason
 from offload.model import demo
 from offload.model.checkpoint import TensorSource
-from offload.model.formats.gguf import GgufFile, is_gguf, model_name, models_in
+from offload.model.formats.gguf import GgufFile
 from offload.model.formats.gguf_config import gguf_config
 from offload.model.formats.gguf_model import GgufSource
 from offload.model.formats.safetensors import SafetensorsSource
 from offload.model.formats.scaled import BLOCKS, FLOAT8, Fp8Source, Mxfp4Source
+from offload.model.layout import is_gguf, model_name, models_in
 from offload.options import LoadOptions
-from offload.quant.pack import is_pack
+from offload.quant.manifest import is_pack
 from offload.sampling import is_number, resolve_sampling
 
 DEMO = "demo"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-TEXT_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
+TEXT_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
 WEIGHT_FILES = ["*.safetensors"]
 SHAPE_FILES = ["config.json", "*.index.json"]  # the files that tell a model's sizes
 DEQUANTISED = ("fp8", "mxfp4")  # the quantisation methods whose weights can be read
+PACKED = "moe-offload"  # the method that the config of a pack names
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ def read_config(source: str, folder: Path, *, trust_remote_code: bool) -> PreTra
             )
     for given in _quantisations(raw):
         method = given.get("quant_method") if isinstance(given, dict) else given
-        if method not in DEQUANTISED:
+        if method not in (*DEQUANTISED, PACKED):
             raise SourceError(
                 f"{source} is already quantised ({method}), which is not read: use the checkpoint "
                 "in bfloat16, float16, float32, fp8 or mxfp4, or a GGUF file"
@@ -154,8 +156,8 @@ def read_config(source: str, folder: Path, *, trust_remote_code: bool) -> PreTra
             folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
         for part in (config, config.get_text_config()):
-            if hasattr(part, "quantization_config"):
-                del part.quantization_config  # weights are dequantised when they are read
+            for name in ("quantization_config", "transformers_weights"):
+                vars(part).pop(name, None)  # weights are dequantised when they are read
     except Exception as error:  # whatever a config class raises on what is in the file
         raise CheckpointError(
             f"{file} is not a usable config ({reason(error)}): fetch it again"

@@ -9,8 +9,7 @@ from offload.errors import CheckpointError
 from offload.files import read_object
 from offload.model import demo, sources
 from offload.model.checkpoint import Checkpoint, ExpectedSource
-from offload.model.formats.gguf import is_gguf
-from offload.model.formats.safetensors import INDEX, SINGLE, weight_files
+from offload.model.layout import INDEX, SINGLE, is_gguf, weight_files
 from offload.model.seam import build_on_meta, chosen_experts, find_experts, model_class
 from offload.model.sources import open_weights
 from offload.options import LoadOptions

@@ -30,7 +30,7 @@ from offload.options import LoadOptions
 from offload.progress import without_bars
 from offload.quality.comparison import Comparison, Positions, kl_divergence
 from offload.quality.scoring import Report, Scores, Sliding, Text, encode_text, finite, score_all
-from offload.quant.pack import is_pack
+from offload.quant.manifest import is_pack
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase | None]
 FLOAT_BYTES = 4
