@@ -10,9 +10,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from offload.errors import DONE, BudgetError
+from offload.files import check_readable
 from offload.flags import add_model, add_options, option, options_from, words_of
 from offload.machine.hardware import Hardware, asked_hardware
+from offload.model.names import SHAPE_FILES
 from offload.options import BITS, HUB, LoadOptions
+from offload.pack.asked import begin_loading
 from offload.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -66,15 +69,16 @@ def run(arguments: argparse.Namespace) -> int:
     asked = options_from(arguments, PlanOptions)
     options = options_from(arguments, LoadOptions)
     named = _named(asked, options)
+    check_readable(asked.routing)
+    # RAM may be planned that this machine does not have.
+    begin_loading(arguments.model, replace(options, ram=None), SHAPE_FILES)
     from offload.budget.resolve import find_place
-    from offload.pack.recipe import AskedBits
     from offload.plan.outline import outline
     from offload.plan.plan import make_plan
     from offload.plan.report import lines, to_json
     from offload.plan.target import named_machine, this_machine
     from offload.trace.show import open_trace
 
-    AskedBits.of(options)  # raises for wrong bits before anything is read
     trace = open_trace(asked.routing) if asked.routing else None
     place = find_place(options) if named is None else None
     model = outline(arguments.model, options)

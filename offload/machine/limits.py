@@ -1,0 +1,16 @@
+"""Refuses sizes that are larger than this machine."""
+
+from offload.errors import BudgetError
+from offload.units import gib, parse_bytes
+
+
+def check_ram(size: str | int | None) -> None:
+    """Raise `BudgetError` if `size` is more RAM than this machine has."""
+    import psutil
+
+    asked, most = parse_bytes(size), psutil.virtual_memory().total
+    if asked is not None and asked > most:
+        raise BudgetError(
+            f"--ram {size} is more than the {gib(most, 1)} of this machine: lower it, or leave "
+            "it out"
+        )
