@@ -8,7 +8,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from offload.chat.display import Display
 from offload.chat.saved import Settings
-from offload.chat.thinking import Piece, Voices, marks_are_special
 from offload.engine.handle import offload_of
 from offload.errors import ChatError
 from offload.generation.prompt import Message, PromptCache, encode_prompt
@@ -18,6 +17,7 @@ from offload.generation.stream import (
     timings,
     verbose_rows,
 )
+from offload.generation.thinking import Piece, Voices, marks_are_special
 from offload.sampling import Sampling
 
 NEARLY_FULL = 0.85  # share of the context in use at which the user is told that turns will leave
