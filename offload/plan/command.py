@@ -80,9 +80,8 @@ def run(arguments: argparse.Namespace) -> int:
     from offload.trace.show import open_trace
 
     trace = open_trace(asked.routing) if asked.routing else None
-    place = find_place(options) if named is None else None
     model = outline(arguments.model, options)
-    target = this_machine(place) if place else named_machine(*named, options)
+    target = named_machine(*named, options) if named else this_machine(find_place(options))
     plan = make_plan(model, target, options, trace)
     command = _command(arguments.model, plan)
     if asked.output == "json":
