@@ -29,6 +29,7 @@ from offload.lines import reason
 from offload.machine.threads import Threads
 from offload.model import sources
 from offload.model.demo import NOTE
+from offload.model.names import DEMO
 from offload.model.seam import (
     BUILDING,
     IMPLEMENTATION,
@@ -140,7 +141,7 @@ def load_and_tell(
         model.offload.threads = None
     for share in model.offload.fit.shares:
         print(share.line(), file=sys.stderr)
-    if note and source == sources.DEMO:
+    if note and source == DEMO:
         print(NOTE, file=sys.stderr)
     return model, tokenizer, time.perf_counter() - begin
 

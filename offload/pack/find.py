@@ -10,10 +10,11 @@ from transformers import PreTrainedConfig
 from offload.budget.resolve import Resolver
 from offload.errors import BudgetError, SourceError
 from offload.files import packs_folder
-from offload.model import sources
+from offload.model import names, sources
 from offload.model.checkpoint import Checkpoint
+from offload.model.names import FoundModel
 from offload.model.seam import build_on_meta, find_experts, model_class
-from offload.model.sources import FoundModel, check_generation_config
+from offload.model.sources import check_generation_config
 from offload.options import LoadOptions
 from offload.pack.companions import follow
 from offload.pack.describe import PackSource
@@ -42,7 +43,7 @@ def find_or_make_pack(
     pack that does not fit, as `resolver` tells, is not made; `--bits fit` needs a `resolver`.
     """
     recipe, trusts = AskedBits.of(options).recipe(), options.trust_remote_code
-    found = sources.find(source, options)
+    found = names.find(source, options)
     if found.is_pack:
         if destination is not None:
             raise SourceError(f"{source} is a pack already: name the checkpoint it was made from")
@@ -64,7 +65,7 @@ def find_or_make_pack(
     mine = [pack for pack in kept if mark in pack.stamps]
     if (pack := _with_bits(mine, recipe)) is not None:
         return _used(pack, found, mark, next((p.weights for p in mine if p.weights), ""))
-    sources.fetch_weights(found, local_files_only=options.local_files_only)
+    names.fetch_weights(found, local_files_only=options.local_files_only)
     checkpoint = Checkpoint(sources.open_weights(found.folder, model), model, experts)
     weights = next((pack.weights for pack in mine if pack.weights), "")
     weights = weights or fingerprint(found.folder)
@@ -95,7 +96,7 @@ def _with_bits(packs: list[KeptPack], recipe: Recipe | None) -> KeptPack | None:
 def _used(pack: KeptPack, found: FoundModel, mark: str, weights: str) -> Path:
     """The folder of `pack`, which is now used for the checkpoint `found` and follows its files."""
     made_from = follow(pack, found.folder, whole=found.commit is None)
-    hub = found.commit is not None or found.name == sources.DEMO
+    hub = found.commit is not None or found.name == names.DEMO
     place = found.name if hub else str(found.folder.resolve())
     pack.note(place, mark, weights, made_from)
     return pack.path

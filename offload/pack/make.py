@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 
+from offload.machine.memory import ram
 from offload.model.checkpoint import Checkpoint
 from offload.model.formats.safetensors import DTYPES
 from offload.model.layout import INDEX
@@ -47,7 +47,7 @@ def make_encoder(weights: int, device: torch.device) -> AbstractContextManager[E
     if device.type != "cpu":
         return closing(DeviceEncoder(device))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    count = min(cores or 1, psutil.virtual_memory().available // PROCESS_BYTES)
+    count = min(cores or 1, ram().available // PROCESS_BYTES)
     if weights < WORTH_PROCESSES or count < 2:
         return nullcontext(HereEncoder())
     return WorkerEncoder(count)

@@ -8,6 +8,7 @@ from typing import Any
 
 from offload.files import packs_folder, read_object, user_path
 from offload.model.layout import is_gguf
+from offload.model.names import find
 from offload.options import LoadOptions
 from offload.pack.at_hand import CHOSEN, EXPERTS, checkpoints, number, stored_as
 from offload.pack.recipe import Recipe
@@ -68,9 +69,7 @@ def _place(model: str, packs: list[KeptPack], options: LoadOptions) -> tuple[Pat
         for each in checkpoints(packs):
             if each.name == model:
                 return each.path, None
-    from offload.model import sources
-
-    return sources.find(model, options, sources.TEXT_FILES).folder, None
+    return find(model, options).folder, None
 
 
 def _bits_of_parts(pack: KeptPack) -> dict[str, str]:

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import offload
 from offload import OffloadError, SourceError, generate
 from offload.files import offload_home
-from offload.model.sources import find, read_config
+from offload.model.names import find
+from offload.model.sources import read_config
 from offload.options import LoadOptions
 from offload.pack.shelf import Origin
 from offload.quant.manifest import is_pack
