@@ -26,6 +26,7 @@ from offload.engine.hooks import Crossing, OneTokenLinear, native_is_quicker
 from offload.errors import CheckpointError
 from offload.fit import Card, Fit
 from offload.lines import reason
+from offload.machine.threads import Threads
 from offload.model import sources
 from offload.model.demo import NOTE
 from offload.model.names import DEMO
@@ -136,6 +137,8 @@ def load_and_tell(
     if threads is not None:
         torch.set_num_threads(threads)
     model, tokenizer = load_with(source, options)
+    if threads is not None:
+        model.offload.threads = None
     for share in model.offload.fit.shares:
         print(share.line(), file=sys.stderr)
     if note and source == DEMO:
@@ -251,7 +254,8 @@ def _connect(model: PreTrainedModel, pack: Pack, fit: Fit, transfer: Transfer) -
         engine.watch_routers(model, routers(model, info))
     single = fit.device.type == "cpu" and fit.dtype == torch.bfloat16
     one_token = OneTokenLinear(model) if single and native_is_quicker() else None
-    model.offload = Offload(pack, engine, fit, one_token, k, decoding)
+    threads = Threads() if fit.device.type == "cpu" else None
+    model.offload = Offload(pack, engine, fit, one_token, k, decoding, threads)
     weakref.finalize(model, model.offload.close)  # also if the user drops the model unclosed
 
 

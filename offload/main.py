@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import logging
 import os
 import pkgutil
+import re
 import signal
 import sys
 import threading
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -36,6 +38,16 @@ COMMANDS = {
         "check this machine: versions, speeds, and what to improve",
     ),
     "quantize": ("offload.pack.command", "write a model's quantised weights to a folder (a pack)"),
+    "list": (
+        "offload.pack.command:ListCommand",
+        "list the models on this machine",
+    ),
+    "show": ("offload.pack.command:ShowCommand", "show what a model is made of"),
+    "rm": ("offload.pack.command:RemoveCommand", "remove a pack or a downloaded model"),
+    "prune": (
+        "offload.pack.command:PruneCommand",
+        "remove unfinished packs, and packs whose checkpoint has changed",
+    ),
     "ppl": ("offload.quality.command:PerplexityCommand", "measure the perplexity of a text"),
     "check": (
         "offload.quality.command:CheckCommand",
@@ -63,6 +75,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(USAGE, f"offload: error: {shortened(message)} (see {self.prog} --help)\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Parse like `ArgumentParser`, to which `--temp=--` would give an empty list."""
+        for word in args or ():
+            if re.fullmatch(r"(--[\w-]+=|-\w+=?)--", word):
+                self.error(f"{word} has no value: give one")
+        return super().parse_known_args(args, namespace)
 
 
 def build_parser(wanted: Container[str] = COMMANDS) -> Parser:
@@ -144,18 +163,36 @@ def _command_first(argv: Sequence[str]) -> list[str]:
 def _ending_in_order() -> Iterator[None]:
     """Let SIGTERM and SIGHUP end the program as `sys.exit` does, which restores the terminal.
 
+    Python drops an exception in a destructor. If it was a signal's, the signal comes again.
     Signals can only be handled on the main thread; on any other, nothing changes.
     """
     names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     with contextlib.ExitStack() as undo:
         if threading.current_thread() is threading.main_thread():
             for number in (getattr(signal, name) for name in names):
-                undo.callback(signal.signal, number, signal.signal(number, _end))
+                if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
+                    undo.callback(signal.signal, number, signal.signal(number, _end))
+            undo.callback(setattr, sys, "unraisablehook", sys.unraisablehook)
+            sys.unraisablehook = functools.partial(_send_again, sys.unraisablehook)
         yield
 
 
 def _end(number: int, _: FrameType | None) -> None:
     sys.exit(128 + number)
+
+
+def _send_again(otherwise: Callable[[Any], object], dropped: Any) -> None:
+    error = dropped.exc_value
+    if isinstance(error, KeyboardInterrupt):
+        number: int = signal.SIGINT
+    elif isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128:
+        number = error.code - 128
+    else:
+        otherwise(dropped)
+        return
+    later = threading.Timer(0.01, signal.raise_signal, [number])  # by then the destructor is over
+    later.daemon = True
+    later.start()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

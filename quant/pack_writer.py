@@ -84,6 +84,8 @@ class PackWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
+        with suppress(OSError):  # Windows removes no open file; who waits for it takes a new one
+            Path(self._lock.lock_file).unlink()
         self._lock.release()
 
     def _prepare(self) -> None:

@@ -794,6 +794,8 @@ def test_an_unexpected_error_is_one_line_too(
         ["generate", "demo", "--temp", "warm"],
         ["generate", "demo", "-c", "-1"],
         ["generate", "demo", "--threads", "0"],
+        ["generate", "demo", "--threads=--"],
+        ["generate", "demo", "-c--"],
         ["generate", "demo", "--threads", "2147483648"],
         ["generate", "demo", "--threads", "100000"],
         ["generate", "demo", "-c", "9" * 400],

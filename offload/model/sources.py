@@ -25,6 +25,7 @@ from offload.model.layout import is_gguf
 from offload.sampling import is_number, resolve_sampling
 
 DEQUANTISED = ("fp8", "mxfp4")  # the quantisation methods whose weights can be read
+PACKED = "moe-offload"  # the method that the config of a pack names
 
 
 def read_config(source: str, folder: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
@@ -52,7 +53,7 @@ def read_config(source: str, folder: Path, *, trust_remote_code: bool) -> PreTra
             )
     for given in _quantisations(raw):
         method = given.get("quant_method") if isinstance(given, dict) else given
-        if method not in DEQUANTISED:
+        if method not in (*DEQUANTISED, PACKED):
             raise SourceError(
                 f"{source} is already quantised ({method}), which is not read: use the checkpoint "
                 "in bfloat16, float16, float32, fp8 or mxfp4, or a GGUF file"
@@ -62,8 +63,8 @@ def read_config(source: str, folder: Path, *, trust_remote_code: bool) -> PreTra
             folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
         for part in (config, config.get_text_config()):
-            if hasattr(part, "quantization_config"):
-                del part.quantization_config  # weights are dequantised when they are read
+            for name in ("quantization_config", "transformers_weights"):
+                vars(part).pop(name, None)  # weights are dequantised when they are read
     except Exception as error:  # whatever a config class raises on what is in the file
         raise CheckpointError(
             f"{file} is not a usable config ({reason(error)}): fetch it again"

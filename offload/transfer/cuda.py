@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from offload.errors import TransferError
 from offload.quant.pack import Pack
 from offload.ranges import work
 from offload.transfer.base import addresses_of
@@ -171,7 +172,9 @@ class CudaTransfer:
             self.tier.go_on()  # others' copies may hold every buffer until they are counted
         if ticket.read is not None and ticket.read.error is not None:
             raise ticket.read.error
-        if not ticket.over and ticket.end is not None:
+        if not ticket.over:
+            if ticket.end is None:  # `_give` failed, for this copy or for one before it
+                raise TransferError("a copy to the GPU could not begin: ask again")
             self._link.compute_waits(ticket.end)
 
     def _wait_for_bytes(self, ticket: CudaTicket) -> None:

@@ -63,9 +63,9 @@ def test_making_a_pack_makes_its_parent_folders(tmp_path: Path) -> None:
     assert is_pack(tmp_path / "a" / "b" / "pack")
 
 
-def test_nothing_is_left_beside_the_pack_but_its_lock(tmp_path: Path) -> None:
+def test_nothing_is_left_beside_the_pack(tmp_path: Path) -> None:
     write_pack(tmp_path / "pack", make_info())
-    assert {entry.name for entry in tmp_path.iterdir()} <= {"pack", "pack.lock"}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["pack"]
 
 
 def test_finished_pack_is_not_made_again(tmp_path: Path) -> None:

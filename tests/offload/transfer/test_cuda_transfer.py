@@ -14,6 +14,7 @@ import offload
 import offload.loading
 import offload.transfer.cards
 import offload.transfer.cuda as cuda_module
+from offload.errors import TransferError
 from offload.fit import Fit
 from offload.quant.errors import PackError
 from offload.quant.pack import Pack
@@ -218,6 +219,32 @@ def test_closing_unpins_when_the_last_transfer_closes(pack: Pack) -> None:
     assert torch.equal(second.slot(1), pack.record(0, 3))
     second.close()
     assert not pinner.held
+
+
+def test_a_copy_that_could_not_begin_is_reported_to_whoever_waits(
+    pack: Pack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transfer = transfer_of(pack, 3, EVERYTHING, FakeLink())
+    given: list[CudaTicket] = []
+    give = CudaTransfer._give
+
+    def noted(transfer: CudaTransfer, ticket: CudaTicket, *more: Any) -> None:
+        given.append(ticket)
+        give(transfer, ticket, *more)
+
+    def changed(*_: object) -> torch.Tensor:
+        raise PackError("experts-00000.bin changed")
+
+    monkeypatch.setattr(CudaTransfer, "_give", noted)
+    with monkeypatch.context() as patch:
+        patch.setattr(transfer.tier, "record", changed)
+        with pytest.raises(PackError, match="changed"):
+            transfer.start(0, 1, 0, urgent=False)
+    with pytest.raises(TransferError, match="ask again"):
+        transfer.wait(given[0])
+    transfer.drain()
+    transfer.wait(transfer.start(0, 1, 0, urgent=True))
+    transfer.close()
 
 
 def test_a_damaged_record_from_the_disk_is_reported_to_whoever_waits(
