@@ -9,6 +9,7 @@ from offload.errors import SourceError
 from offload.files import packs_folder, user_path
 from offload.lines import reason
 from offload.model.layout import is_gguf, model_name, models_in
+from offload.model.odd import check_folder
 from offload.options import LoadOptions
 from offload.quant.manifest import is_pack
 
@@ -60,6 +61,7 @@ def find_here(name: str, pack_dir: str | Path | None = None) -> FoundModel | Non
     if path.is_dir():
         if is_pack(path):
             return FoundModel(name, path, is_pack=True)
+        check_folder(path)
         if (path / "config.json").is_file():
             return FoundModel(path.resolve().name, path, is_pack=False)
         return _gguf_in(path)

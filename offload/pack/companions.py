@@ -13,7 +13,7 @@ from offload.errors import CheckpointError
 from offload.files import read_object, unreadable, write_whole
 from offload.model.formats.gguf_config import save_config_files
 from offload.model.layout import INDEX, is_gguf
-from offload.model.sources import PACKED
+from offload.model.odd import PACKED
 from offload.pack.fingerprint import stamp
 from offload.pack.shelf import KeptPack
 from offload.quant.manifest import MANIFEST, manifest_check

@@ -11,15 +11,17 @@ from offload.budget.resolve import Resolver
 from offload.errors import BudgetError, SourceError
 from offload.files import packs_folder
 from offload.model import names, sources
-from offload.model.checkpoint import Checkpoint
+from offload.model.checkpoint import Checkpoint, ExpectedSource
+from offload.model.layout import is_gguf
 from offload.model.names import FoundModel
 from offload.model.seam import build_on_meta, find_experts, model_class
 from offload.model.sources import check_generation_config
+from offload.model.tokenizer import load_tokenizer
 from offload.options import LoadOptions
 from offload.pack.companions import follow
 from offload.pack.describe import PackSource
 from offload.pack.fingerprint import fingerprint, former_fingerprint, stamp
-from offload.pack.make import make_pack
+from offload.pack.make import check_room, make_pack
 from offload.pack.recipe import AskedBits, Recipe, most_bits
 from offload.pack.shelf import KeptPack, Origin, kept_packs, new_place
 from offload.quant.hqq import CPU
@@ -65,6 +67,16 @@ def find_or_make_pack(
     mine = [pack for pack in kept if mark in pack.stamps]
     if (pack := _with_bits(mine, recipe)) is not None:
         return _used(pack, found, mark, next((p.weights for p in mine if p.weights), ""))
+    if not is_gguf(found.folder):
+        load_tokenizer(found.folder, trusts)  # raises before weights are fetched or quantised
+    if found.commit is not None and recipe is not None and config.dtype is not None:
+        expected = Checkpoint(ExpectedSource(model), model, experts)
+        info = PackSource(found.name, "", expected, model, experts).describe(recipe)
+        check_room(
+            destination or folder, info.expert_bytes + info.dense_bytes(config.dtype.itemsize)
+        )
+        if resolver is not None:
+            resolver.fit(info, config, model)
     names.fetch_weights(found, local_files_only=options.local_files_only)
     checkpoint = Checkpoint(sources.open_weights(found.folder, model), model, experts)
     weights = next((pack.weights for pack in mine if pack.weights), "")
