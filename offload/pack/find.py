@@ -65,6 +65,9 @@ def find_or_make_pack(
     kept = [pack for pack in kept if pack.experts == modules]
     mark = found.commit or stamp(found.folder)
     mine = [pack for pack in kept if mark in pack.stamps]
+    if not mine and any(pack.origin.blobs for pack in kept if pack.origin.place == found.name):
+        blobs = names.weight_blobs(found, local_files_only=options.local_files_only)
+        mine = [pack for pack in kept if blobs and pack.origin.blobs == blobs]
     if (pack := _with_bits(mine, recipe)) is not None:
         return _used(pack, found, mark, next((p.weights for p in mine if p.weights), ""))
     if not is_gguf(found.folder):
@@ -109,8 +112,14 @@ def _used(pack: KeptPack, found: FoundModel, mark: str, weights: str) -> Path:
     """The folder of `pack`, which is now used for the checkpoint `found` and follows its files."""
     made_from = follow(pack, found.folder, whole=found.commit is None)
     hub = found.commit is not None or found.name == names.DEMO
-    place = found.name if hub else str(found.folder.resolve())
-    pack.note(place, mark, weights, made_from)
+    blobs = names.weight_blobs(found, local_files_only=True) if found.commit else ""
+    pack.note(
+        mark,
+        place=found.name if hub else str(found.folder.resolve()),
+        weights=weights,
+        blobs=blobs or pack.origin.blobs,
+        companions=made_from,
+    )
     return pack.path
 
 
