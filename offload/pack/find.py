@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from offload.budget.resolve import Resolver
 from offload.errors import BudgetError, SourceError
-from offload.files import packs_folder
+from offload.files import offload_home, packs_folder
 from offload.model import names, sources
 from offload.model.checkpoint import Checkpoint, ExpectedSource
 from offload.model.layout import is_gguf
@@ -18,7 +18,7 @@ from offload.model.seam import build_on_meta, find_experts, model_class
 from offload.model.sources import check_generation_config
 from offload.model.tokenizer import load_tokenizer
 from offload.options import LoadOptions
-from offload.pack.companions import follow
+from offload.pack.companions import follow, made_from
 from offload.pack.describe import PackSource
 from offload.pack.fingerprint import fingerprint, former_fingerprint, stamp
 from offload.pack.make import check_room, make_pack
@@ -75,9 +75,8 @@ def find_or_make_pack(
     if found.commit is not None and recipe is not None and config.dtype is not None:
         expected = Checkpoint(ExpectedSource(model), model, experts)
         info = PackSource(found.name, "", expected, model, experts).describe(recipe)
-        check_room(
-            destination or folder, info.expert_bytes + info.dense_bytes(config.dtype.itemsize)
-        )
+        dense_bytes = info.dense_bytes(config.dtype.itemsize)
+        check_room(destination or folder, info.expert_bytes + dense_bytes)
         if resolver is not None:
             resolver.fit(info, config, model)
     names.fetch_weights(found, local_files_only=options.local_files_only)
@@ -99,7 +98,7 @@ def find_or_make_pack(
     path = destination or new_place(folder, found.name, recipe, weights)
     make_pack(path, subject, found.folder, recipe, device)
     if (made := KeptPack.read(path)) is not None:
-        _used(made, found, mark, weights)
+        _note(made, found, mark, weights)
     return path
 
 
@@ -110,17 +109,22 @@ def _with_bits(packs: list[KeptPack], recipe: Recipe | None) -> KeptPack | None:
 
 def _used(pack: KeptPack, found: FoundModel, mark: str, weights: str) -> Path:
     """The folder of `pack`, which is now used for the checkpoint `found` and follows its files."""
-    made_from = follow(pack, found.folder, whole=found.commit is None)
-    hub = found.commit is not None or found.name == names.DEMO
+    follow(pack, found.folder, whole=found.commit is None)
+    _note(pack, found, mark, weights)
+    return pack.path
+
+
+def _note(pack: KeptPack, found: FoundModel, mark: str, weights: str) -> None:
+    """Note beside `pack` where its checkpoint is."""
+    named = found.commit is not None or found.folder.is_relative_to(offload_home() / names.DEMO)
     blobs = names.weight_blobs(found, local_files_only=True) if found.commit else ""
     pack.note(
         mark,
-        place=found.name if hub else str(found.folder.resolve()),
+        place=found.name if named else str(found.folder.resolve()),
         weights=weights,
         blobs=blobs or pack.origin.blobs,
-        companions=made_from,
+        companions=made_from(found.folder),
     )
-    return pack.path
 
 
 def _fitting_recipe(

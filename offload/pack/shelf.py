@@ -125,9 +125,10 @@ class KeptPack:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder."""
+    """Bytes of a file, or of all files in a folder; one that has several names counts once."""
     files = [path] if path.is_file() else (file for file in path.rglob("*") if file.is_file())
-    return sum(file.stat().st_size for file in files)
+    stats = [file.stat() for file in files]
+    return sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in stats}.values())
 
 
 def kept_packs(folder: Path) -> list[KeptPack]:

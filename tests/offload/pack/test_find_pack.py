@@ -306,3 +306,17 @@ def test_weights_that_were_removed_are_not_fetched_for_a_new_readme(
     assert found(HUB_ID) == pack
     assert found(HUB_ID) == pack
     assert asked == [(HUB_ID, ["model.safetensors"], "b" * 40)]
+
+
+def test_a_change_that_was_interrupted_is_made_good(checkpoint: Path) -> None:
+    pack = found(checkpoint)
+    (pack / "chat_template.jinja").write_text("half a chan")
+    assert found(checkpoint) == pack
+    Pack(pack).close()
+
+
+def test_a_folder_called_demo_is_not_the_demo(checkpoint: Path) -> None:
+    folder = checkpoint.rename(checkpoint.with_name("demo"))
+    kept = KeptPack.read(found(folder))
+    assert kept is not None
+    assert kept.origin.place == str(folder)
