@@ -64,7 +64,7 @@ def find_or_make_pack(
     mine = [pack for pack in kept if mark in pack.stamps]
     if (pack := _with_bits(mine, recipe)) is not None:
         return _used(pack, found, mark, next((p.weights for p in mine if p.weights), ""))
-    names.fetch_weights(found, local_files_only=options.local_files_only)
+    names.fetch_weights(found)
     checkpoint = Checkpoint(sources.open_weights(found.folder, model), model, experts)
     weights = next((pack.weights for pack in mine if pack.weights), "")
     weights = weights or fingerprint(found.folder)

@@ -63,7 +63,7 @@ def outline(name: str, options: LoadOptions) -> Outline:
 
     Of a hub model only config.json and the weights' index are fetched. Raises `OffloadError`.
     """
-    trusts, folder, made = options.trust_remote_code, None, None
+    trusts, folder, made, found = options.trust_remote_code, None, None, None
     if name == names.DEMO and not (demo.demo_folder() / "config.json").is_file():
         config = demo.planned_config()
     else:
@@ -89,7 +89,7 @@ def outline(name: str, options: LoadOptions) -> Outline:
         top_k,
         table,
         weights,
-        None if here or folder is None else _index_bytes(folder),
+        _download_bytes(found, here),
         not here,
         PackSource(name, "", checkpoint, model, experts),
     )
@@ -106,6 +106,13 @@ def _has_weights(folder: Path) -> bool:
             return False
     known = (SINGLE, "*.bin", "*.pt", "*.gguf")
     return any(True for pattern in known for _ in folder.glob(pattern))
+
+
+def _download_bytes(found: names.FoundModel | None, here: bool) -> int | None:
+    """Bytes of the weights that are not here; None if they are here, or if that is unknown."""
+    if found is not None and found.repository is not None:
+        return names.missing_bytes(found) or None
+    return None if here or found is None else _index_bytes(found.folder)
 
 
 def _index_bytes(folder: Path) -> int | None:

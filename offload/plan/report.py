@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from offload.files import offload_home
-from offload.machine.measure import existing
+from offload.files import existing, offload_home
 from offload.plan.forecast import CPU_PASSES, LOCAL, RATES, SLOW_PYTHON, UNIFORM, USUAL, hit_rate
 from offload.plan.plan import GOOD_BITS, Plan, PlanRow
 from offload.units import gib

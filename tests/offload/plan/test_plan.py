@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
 
@@ -28,6 +27,7 @@ from offload.pack.recipe import Recipe
 from offload.plan import outline, target
 from offload.units import SHARE
 from tests.gguf_files import write_gguf
+from tests.hub import stand_in
 from tests.published import PUBLISHED
 from tests.tiny import EXPERTS, LAYERS, save_tiny
 
@@ -458,27 +458,24 @@ def test_a_gguf_file_is_planned_from_its_header(
 def test_only_config_and_index_of_a_hub_model_are_fetched(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "snapshots" / "0123"
+    folder = tmp_path / "there"
     MIXTRAL.config().save_pretrained(folder)
-    index = {"metadata": {"total_size": 93_405_585_408}, "weight_map": {"x": "model-1.safetensors"}}
+    index = {"metadata": {}, "weight_map": {"x": "model-1.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    fetched: list[list[str]] = []
-
-    def snapshot(name: str, *, allow_patterns: list[str], **_: object) -> str:
-        fetched.append(allow_patterns)
-        return str(folder)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    plan = planned(capsys, "mistralai/Mixtral-8x7B-v0.1", "--gpu", "4090", "--ram", "64GiB")
-    assert fetched == [["config.json", "*.index.json"]] * 2  # before torch is imported, and after
-    assert plan["download_bytes"] == 93_405_585_408
-    assert plan["command"].startswith("offload chat mistralai/Mixtral-8x7B-v0.1 ")
+    for name, size in (("model-1.safetensors", 12345), ("tokenizer.json", 9), ("other.bin", 7)):
+        (folder / name).write_bytes(bytes(size))
+    with stand_in(tmp_path / "cache", monkeypatch) as hub:
+        hub.folders["somebody/mixtral"] = folder
+        plan = planned(capsys, "somebody/mixtral", "--gpu", "4090", "--ram", "64GiB")
+        assert hub.fetched() == {"config.json", "model.safetensors.index.json"}
+    assert plan["download_bytes"] == 12345
+    assert plan["command"].startswith("offload chat somebody/mixtral ")
 
 
 def test_a_hub_model_that_is_not_here_is_reported_in_one_line_when_offline(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert "the hub cannot be reached" in told(capsys, "nobody/nothing")
+    assert "huggingface.co cannot be reached" in told(capsys, "nobody/nothing")
 
 
 def test_a_checkpoint_with_its_weights_is_read_from_their_headers(
