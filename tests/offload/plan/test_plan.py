@@ -20,7 +20,9 @@ from offload.cache.trace.file import write
 from offload.cache.trace.synthetic import Routing, Shape, synthesize
 from offload.engine.handle import offload_of
 from offload.fit import Card
+from offload.machine import limits
 from offload.machine.measure import DiskRate
+from offload.machine.memory import Ram
 from offload.model import demo
 from offload.options import LoadOptions
 from offload.pack.recipe import Recipe
@@ -51,6 +53,7 @@ def quick_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         target, "measure", lambda device: replace(rates, runs_ahead=device.type != "cpu")
     )
+    monkeypatch.setattr(limits, "ram", lambda: Ram(2**40, 2**40))
     monkeypatch.setattr(target, "read_rate", lambda folder, size: DiskRate(3.0, "by a test"))
 
 
@@ -384,7 +387,7 @@ def test_a_model_that_does_not_fit_is_reported_with_a_remedy(
     [
         (["--gpu", "Voodoo 2"], "unknown GPU 'Voodoo 2': write a name like 4070"),
         (["--gpus", "0,1"], "there is no device 'cuda:0' here"),
-        (["--gpu", "4090", "--gpus", "two"], "--gpus 'two' is not a number of GPUs"),
+        (["--gpu", "4090", "--gpus", "two"], "--gpus 'two' is not a list of GPUs"),
         (["--gpu", "4090", "--gpus", "65"], "at most 64"),
         (["--gpu", "4090", "--device", "cpu"], "--device names a device of this machine"),
         (["--gpu", "4090", "--ram", "x"], "is not a size"),
