@@ -34,11 +34,12 @@ class HubName:
         return self.id + (f"/{self.file}" if self.file else f":{self.quant}" * bool(self.quant))
 
 
-def hub_name(text: str) -> HubName:
+def hub_name(text: str, packs: Path | None = None) -> HubName:
     """The model on the hub that `text` names, which is no path here.
 
     `text` is an id, perhaps with `:Q4_K_M` or `/FILE.gguf` behind it; a URL; or a short name from
-    `offload.model.known`. Raises `SourceError`, which says what may have been meant.
+    `offload.model.known`. Raises `SourceError`, which says what may have been meant; that may also
+    be a pack in the folder `packs`.
     """
     if url := _URL.fullmatch(text.strip()):
         return _from_url(text, url["rest"].partition("?")[0])
@@ -49,7 +50,7 @@ def hub_name(text: str) -> HubName:
     match = _IN_REPOSITORY.fullmatch(text)
     if match and _ID.fullmatch(match["id"]):
         return HubName(text, match["id"], match["file"] or "", match["quant"] or "")
-    raise SourceError(_unknown(text))
+    raise SourceError(_unknown(text, packs))
 
 
 def _from_url(text: str, rest: str) -> HubName:
@@ -64,7 +65,7 @@ def _from_url(text: str, rest: str) -> HubName:
     return HubName(text, match["id"], match["file"] or "", match["quant"] or "")
 
 
-def _unknown(text: str) -> str:
+def _unknown(text: str, packs: Path | None) -> str:
     """What is wrong with a name that is neither a path here nor one of the hub's."""
     word = text.casefold()
     if known := BY_OLLAMA.get(word):
@@ -75,7 +76,9 @@ def _unknown(text: str) -> str:
     name, colon, tag = word.partition(":")
     if colon and name in BY_NAME:
         return f"{text!r} names no bits that way: write {name} --bits {tag}"
-    if near := similar_name(name):
+    if near := similar_path(str(packs / text)) if packs else "":
+        near = Path(near).name
+    if near := near or similar_name(name):
         return f"unknown model {text!r}{_instead(near)}"
     return (
         f"unknown model {text!r}: give a folder, a .gguf file, a hub id (owner/name), or a short "

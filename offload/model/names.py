@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offload.errors import SourceError
-from offload.files import user_path
+from offload.files import packs_folder, user_path
 from offload.model.ids import DEMO as DEMO
 from offload.model.ids import HubName, hub_name
 from offload.model.layout import gguf_files, is_gguf, model_name, models_in
@@ -48,12 +48,18 @@ def find(name: str, options: LoadOptions, files: Sequence[str] = TEXT_FILES) -> 
         from offload.model import demo
 
         return FoundModel(name, demo.checkpoint(), is_pack=False)
-    return find_here(name) or find_on_hub(hub_name(name), options, files)
+    here = find_here(name, options.pack_dir)
+    return here or find_on_hub(hub_name(name), options, files)
 
 
-def find_here(name: str) -> FoundModel | None:
-    """The pack, checkpoint folder or GGUF file `name`; None for a hub id. Raises `SourceError`."""
+def find_here(name: str, pack_dir: str | Path | None = None) -> FoundModel | None:
+    """The pack, checkpoint folder or GGUF file `name`; None for a hub id. Raises `SourceError`.
+
+    A pack may be called by its name in `pack_dir`, or in the folder that packs are kept in.
+    """
     path = user_path(name)
+    if not path.exists() and is_pack(kept := packs_folder(pack_dir) / name):
+        return FoundModel(name, kept, is_pack=True)
     if path.is_dir():
         if is_pack(path):
             return FoundModel(name, path, is_pack=True)
@@ -67,7 +73,7 @@ def find_here(name: str) -> FoundModel | None:
             f"{path} is a file: name the folder of a safetensors checkpoint or a pack, or a .gguf "
             "file"
         )
-    hub_name(name)  # raises if it is no name on the hub either
+    hub_name(name, packs_folder(pack_dir))  # raises if it is no name on the hub either
     return None
 
 
