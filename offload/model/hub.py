@@ -141,20 +141,26 @@ def forget() -> None:
 
 def _kept(id: str, revision: str | None) -> Repository | None:
     """What the local cache has of a repository."""
-    reference = _storage(id) / "refs" / (revision or constants.DEFAULT_REVISION)
-    try:
-        commit = reference.read_text(encoding="utf-8").strip()
-    except OSError:
-        commit = revision or ""
-    folder = _storage(id) / "snapshots" / commit
-    if not commit or not folder.is_dir():
+    folder = kept_folder(id, revision)
+    if folder is None:
         return None
     files = [
         HubFile(file.relative_to(folder).as_posix(), file.stat().st_size, "")
         for file in sorted(folder.rglob("*"))
         if file.is_file()
     ]
-    return Repository(id, commit, tuple(files), online=False)
+    return Repository(id, folder.name, tuple(files), online=False)
+
+
+def kept_folder(id: str, revision: str | None) -> Path | None:
+    """The folder of a repository's files in the local cache, if there is one."""
+    reference = _storage(id) / "refs" / (revision or constants.DEFAULT_REVISION)
+    try:
+        commit = reference.read_text(encoding="utf-8").strip()
+    except OSError:
+        commit = revision or ""
+    folder = _storage(id) / "snapshots" / commit
+    return folder if commit and folder.is_dir() else None
 
 
 def _unreachable(error: HfHubHTTPError) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from offload.errors import SourceError
-from offload.model.known import BY_ID, BY_NAME, BY_OLLAMA
+from offload.model.known import BY_ID, BY_NAME, BY_OLLAMA, KNOWN, KnownModel
 
 DEMO = "demo"
 _URL = re.compile(r"(?:https?://[^/]+|huggingface\.co|hf\.co)/(?P<rest>.+)", re.IGNORECASE)
@@ -44,9 +44,11 @@ def hub_name(text: str, packs: Path | None = None) -> HubName:
     if url := _URL.fullmatch(text.strip()):
         return _from_url(text, url["rest"].partition("?")[0])
     word = text.casefold()
-    if known := BY_NAME.get(word) or next((BY_ID[id] for id in BY_ID if _last(id) == word), None):
-        exact = next((id for id in (known.id, *known.also) if _last(id) == word), known.id)
-        return HubName(text, exact)
+    if known := BY_NAME.get(word):
+        return HubName(text, known.id)
+    ids = (id for known in KNOWN for id in (known.id, *known.also))
+    if whole := next((id for id in ids if id.rpartition("/")[2].casefold() == word), None):
+        return HubName(text, whole)
     match = _IN_REPOSITORY.fullmatch(text)
     if match and _ID.fullmatch(match["id"]):
         return HubName(text, match["id"], match["file"] or "", match["quant"] or "")
@@ -76,9 +78,7 @@ def _unknown(text: str, packs: Path | None) -> str:
     name, colon, tag = word.partition(":")
     if colon and name in BY_NAME:
         return f"{text!r} names no bits that way: write {name} --bits {tag}"
-    if near := similar_path(str(packs / text)) if packs else "":
-        near = Path(near).name
-    if near := near or similar_name(name):
+    if near := similar_name(name, packs):
         return f"unknown model {text!r}{_instead(near)}"
     return (
         f"unknown model {text!r}: give a folder, a .gguf file, a hub id (owner/name), or a short "
@@ -90,11 +90,13 @@ def _instead(near: str) -> str:
     return f": did you mean {near}?" if near else ": check the path"
 
 
-def similar_name(text: str) -> str:
-    """The short name or known id that is most like `text`; "" if none is."""
-    names = {DEMO: DEMO} | {name: name for name in BY_NAME}
+def similar_name(text: str, packs: Path | None = None) -> str:
+    """The short name, known id or pack in `packs` that is most like `text`; "" if none is."""
     if "/" in text:
         names = {id.casefold(): id for known in BY_NAME.values() for id in (known.id, *known.also)}
+    else:
+        kept = [path.name for path in packs.glob("*/")] if packs else []
+        names = {name.casefold(): name for name in (*kept, DEMO, *BY_NAME)}
     near = difflib.get_close_matches(text.casefold(), names, 1, cutoff=0.7)
     return names[near[0]] if near else ""
 
@@ -111,5 +113,11 @@ def similar_path(text: str) -> str:
     return str(path.with_name(near[0])) if near else stem
 
 
-def _last(id: str) -> str:
-    return id.rpartition("/")[2].casefold()
+def known_model(text: str) -> KnownModel | None:
+    """The model of `offload.model.known` that `text` names, with all of its weights."""
+    try:
+        asked = hub_name(text)
+    except SourceError:
+        return None
+    whole = not (asked.file or asked.quant or asked.revision)
+    return BY_ID.get(asked.id.casefold()) if whole else None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from offload.errors import SourceError
 from offload.files import packs_folder, user_path
 from offload.model.ids import DEMO as DEMO
-from offload.model.ids import HubName, hub_name
+from offload.model.ids import HubName, hub_name, known_model
 from offload.model.layout import gguf_files, is_gguf, model_name, models_in
 from offload.options import LoadOptions
 from offload.quant.errors import OffloadError
@@ -18,6 +18,7 @@ from offload.quant.manifest import is_pack
 
 if TYPE_CHECKING:
     from offload.model.hub import Repository
+    from offload.model.known import KnownModel
 
 # Small files at the top of a repository; folders in it hold other forms of the model.
 TEXT_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken")
@@ -85,6 +86,17 @@ def _gguf_in(folder: Path) -> FoundModel:
         names = ", ".join(model.name for model in models)
         raise SourceError(f"{folder} has several models: name one of {names}")
     return FoundModel(model_name(models[0]), models[0], is_pack=False)
+
+
+def find_known(name: str, options: LoadOptions) -> KnownModel | None:
+    """The published model `name`, if it can be described without the hub and is not here yet."""
+    known = known_model(name) if options.revision is None and name != DEMO else None
+    if known is None or find_here(name, options.pack_dir) is not None:
+        return None
+    from offload.model.hub import kept_folder
+
+    folder = kept_folder(hub_name(name).id, None)
+    return known if folder is None or not (folder / "config.json").is_file() else None
 
 
 def find_on_hub(asked: HubName, options: LoadOptions, files: Sequence[str]) -> FoundModel:

@@ -24,11 +24,12 @@ def check_asked(model: str, options: LoadOptions) -> bool:
 def begin_loading(model: str, options: LoadOptions, files: Sequence[str] = TEXT_FILES) -> None:
     """Check the model and its options, say that loading begins, and import torch.
 
-    A model of the hub is looked up before the import. Raises `OffloadError`.
+    A model of the hub is looked up before the import, unless `files` is empty. Raises
+    `OffloadError`.
     """
     here = check_asked(model, options)
     if sys.stderr.isatty():
         print(f"Loading {printable(model)}...", file=sys.stderr, flush=True)
-    if not here:
+    if not here and files:
         find(model, options, files)
     import_transformers()

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from offload.errors import CheckpointError
 from offload.files import read_object
@@ -61,11 +61,15 @@ class Outline:
 def outline(name: str, options: LoadOptions) -> Outline:
     """The model `name`: a pack, a folder, a GGUF file, a hub id or the demo.
 
-    Of a hub model only config.json and the weights' index are fetched. Raises `OffloadError`.
+    Of a hub model only config.json and the weights' index are fetched, and nothing of one whose
+    sizes `offload.model.known` has. Raises `OffloadError`.
     """
-    trusts, folder, made, found = options.trust_remote_code, None, None, None
+    trusts, folder, made = options.trust_remote_code, None, None
+    found = known = None
     if name == names.DEMO and not (demo.demo_folder() / "config.json").is_file():
         config = demo.planned_config()
+    elif known := names.find_known(name, options):
+        config = CONFIG_MAPPING[known.model_type](**known.values, dtype="bfloat16")
     else:
         found = names.find(name, options, names.SHAPE_FILES)
         name, folder = found.name, found.folder
@@ -89,7 +93,7 @@ def outline(name: str, options: LoadOptions) -> Outline:
         top_k,
         table,
         weights,
-        _download_bytes(found, here),
+        known.download_bytes if known else _download_bytes(found, here),
         not here,
         PackSource(name, "", checkpoint, model, experts),
     )

@@ -24,9 +24,10 @@ from offload.machine import limits
 from offload.machine.measure import DiskRate
 from offload.machine.memory import Ram
 from offload.model import demo
+from offload.model.known import BY_NAME
 from offload.options import LoadOptions
 from offload.pack.recipe import Recipe
-from offload.plan import outline, target
+from offload.plan import outline, survey, target
 from offload.units import SHARE
 from tests.gguf_files import write_gguf
 from tests.hub import stand_in
@@ -491,3 +492,36 @@ def test_a_checkpoint_with_its_weights_is_read_from_their_headers(
     plan = planned(capsys, tmp_path, "--bits", "experts=16")
     assert plan["rows"][0]["expert_bytes"] >= 2 * plan["parameters"], "stored as float32"
     assert not any("config.json" in note for note in plan["notes"])
+
+
+def test_a_known_model_is_planned_without_the_hub(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = planned(capsys, "mixtral-8x7b", "--gpu", "4090", "--ram", "64GiB")
+    assert plan["parameters"] == MIXTRAL.weights
+    assert plan["download_bytes"] == 2 * MIXTRAL.weights
+    assert plan["command"] == "offload chat mixtral-8x7b --expert-bits 4 -c 4096"
+    by_id = planned(
+        capsys, "mistralai/Mixtral-8x7B-Instruct-v0.1", "--gpu", "4090", "--ram", "64GiB"
+    )
+    assert by_id["rows"] == plan["rows"]
+
+
+def test_without_a_model_there_is_a_table_of_known_ones(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = [BY_NAME[name] for name in ("olmoe", "mixtral-8x7b", "deepseek-v3")]
+    monkeypatch.setattr(survey, "KNOWN", few)
+    machine = ["--gpu", "4090", "--ram", "64GiB"]
+    assert cli.main(["plan", *machine]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    lines = out.splitlines()
+    small, middle, large = (
+        next(line for line in lines if line.startswith(each.name)) for each in few
+    )
+    assert small.split()[1:5] == ["12.9", "GiB", "8", "7.3"]
+    assert middle.split()[1:5] == ["87.0", "GiB", "4", "26.6"]
+    assert "disk" in large
+    assert cli.main(["plan", *machine, "-o", "json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [plan["model"] for plan in told] == [each.name for each in few]
+    assert told[1] == planned(capsys, "mixtral-8x7b", *machine)
