@@ -100,6 +100,13 @@ def write_whole(file: Path, data: bytes) -> None:
         raise
 
 
+def existing(folder: Path) -> Path:
+    """`folder`, or its nearest parent that exists."""
+    while not folder.is_dir():
+        folder = folder.parent
+    return folder
+
+
 def short(path: Path) -> str:
     """`path` as people write it, with `~` for the home folder."""
     home = Path.home()

@@ -19,7 +19,6 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bar
 from rich.text import Text
-from transformers.utils import logging as transformers_logging
 
 
 class _Written(ProgressColumn):
@@ -139,6 +138,8 @@ class Ticker:
 @contextmanager
 def without_bars() -> Iterator[None]:
     """Hide transformers' own progress bars."""
+    from transformers.utils import logging as transformers_logging  # other bars do not need it
+
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

@@ -29,14 +29,15 @@ def begin_loading(
 ) -> None:
     """Check the model and its options, say that loading begins, and import torch.
 
-    A model of the hub is looked up before the import. A model that `chats` needs a chat template.
-    Raises `OffloadError`.
+    A model of the hub is looked up before the import, unless `files` is empty. A model that `chats`
+    needs a chat template. Raises `OffloadError`.
     """
     here = check_asked(model, options)
     if sys.stderr.isatty():
         print(f"Loading {printable(model)}...", file=sys.stderr, flush=True)
     found = find_here(model, options.pack_dir) if here and model != DEMO else None
-    found = found if here else find(model, options, files)
+    if not here and files:
+        found = find(model, options, files)
     if chats and found is not None and not options.trust_remote_code:
         _check_template(model, found.folder)
     import_transformers()
