@@ -60,6 +60,15 @@ def user_path(text: str | Path) -> Path:
     return path
 
 
+def check_readable(file: str | Path | None) -> None:
+    """Raise `SourceError` now if `file`, which a user named, cannot be opened; None is none."""
+    try:
+        if file is not None:
+            user_path(file).open("rb").close()
+    except OSError as error:
+        raise SourceError(f"cannot read {file}: {error.strerror or error}") from None
+
+
 def check_writable(file: Path) -> None:
     """Raise the `OSError` now that writing `file` would raise after long work."""
     if file.is_dir():

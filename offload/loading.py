@@ -35,6 +35,7 @@ from offload.lines import reason
 from offload.machine.threads import Threads
 from offload.model import sources
 from offload.model.demo import NOTE
+from offload.model.names import DEMO
 from offload.model.seam import (
     BUILDING,
     IMPLEMENTATION,
@@ -56,7 +57,8 @@ from offload.pack.find import check_recipe, find_or_make_pack
 from offload.pack.recipe import AskedBits
 from offload.progress import without_bars
 from offload.quant.errors import PackError
-from offload.quant.pack import REMAKE, Pack, PackInfo
+from offload.quant.manifest import REMAKE
+from offload.quant.pack import Pack, PackInfo
 from offload.quant.record import view_record
 from offload.transfer.base import Transfer
 from offload.transfer.cards import transfer_of
@@ -145,7 +147,7 @@ def load_and_tell(
         model.offload.threads = None
     for share in model.offload.fit.shares:
         print(share.line(), file=sys.stderr)
-    if note and source == sources.DEMO:
+    if note and source == DEMO:
         print(NOTE, file=sys.stderr)
     return model, tokenizer, time.perf_counter() - begin
 

@@ -12,6 +12,8 @@ from offload.errors import DONE
 from offload.files import user_path
 from offload.flags import add_options, options_from
 from offload.options import BITS, BUDGET, HUB, LoadOptions
+from offload.pack.asked import begin_loading
+from offload.pack.recipe import AskedBits
 from offload.quant.errors import OffloadError
 from offload.units import gib
 
@@ -30,14 +32,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Make the pack and write its path."""
-    from offload.budget.resolve import Resolver, find_place
-    from offload.pack.find import find_or_make_pack
-    from offload.pack.recipe import AskedBits
-
     destination = user_path(arguments.destination)
     if destination.name in ("", ".."):
         raise OffloadError(f"DST is {destination}: give the name of a new folder")
     options = options_from(arguments, LoadOptions)
+    begin_loading(arguments.model, options)
+    from offload.budget.resolve import Resolver, find_place
+    from offload.pack.find import find_or_make_pack
+
     asked, place = AskedBits.of(options), find_place(options)
     path = find_or_make_pack(
         arguments.model,

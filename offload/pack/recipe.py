@@ -13,11 +13,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from offload.errors import RecipeError
 from offload.options import LoadOptions
-from offload.quant.pack import PackInfo
 from offload.quant.scheme import Scheme
+
+if TYPE_CHECKING:
+    from offload.quant.pack import PackInfo
 
 PARTS = ("experts", "attention", "shared", "mlp", "head", "embeddings")
 # The parts that `dense=` stands for. Embeddings are not among them: few rows are read for a token.
