@@ -14,7 +14,12 @@ import torch
 import transformers
 from accelerate.hooks import remove_hook_from_submodules
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from offload.budget.budget import hold_vram
 from offload.budget.placement import Layers, device_of
@@ -101,7 +106,7 @@ def load_with(
     with contextlib.ExitStack() as undo:  # closes what was opened if anything below fails
         pack = Pack(path)
         undo.callback(pack.close)
-        check_generation_config(path)
+        generation = check_generation_config(path, tell=True)
         check_recipe(pack, asked)
         config = sources.read_config(str(source), path, trust_remote_code=trusts)
         cls = model_class(config, str(path), trusts)
@@ -112,7 +117,7 @@ def load_with(
         if whole is not None:
             devices = Layers(whole).device_map(fit.shares, [card.device for card in fit.cards])
         tokenizer = load_tokenizer(path, trusts)
-        model = _load_dense(pack, own_config(config, cls), cls, fit, devices)
+        model = _load_dense(pack, own_config(config, cls), generation, cls, fit, devices)
         transfer = transfer_of(pack, fit)
         undo.callback(transfer.close)
         _connect(model, pack, fit, transfer)
@@ -162,6 +167,7 @@ def _tell_shorter_chunks(fit: Fit) -> None:
 def _load_dense(
     pack: Pack,
     config: PreTrainedConfig,
+    generation: GenerationConfig | None,
     cls: type[PreTrainedModel],
     fit: Fit,
     devices: dict[str, torch.device],
@@ -179,6 +185,7 @@ def _load_dense(
         loaded = without_packed_weights(cls, quantised).from_pretrained(
             pack.path,
             config=config,
+            generation_config=generation,
             dtype=fit.dtype,
             device_map=devices,
             experts_implementation=IMPLEMENTATION,

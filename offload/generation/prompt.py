@@ -70,12 +70,22 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, **options: bool) -> l
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
-    """Ids that end a sequence: those of `generation_config`, otherwise the tokenizer's."""
-    config = model.generation_config
-    ids = config.eos_token_id if config is not None else None
-    if ids is None and tokenizer is not None:
-        ids = tokenizer.eos_token_id
-    return end_ids(ids)
+    """Ids that end a sequence: those of the generation config, the tokenizer and the config.
+
+    A config's class gives an id even to a file that names none, and it may be an ordinary word of
+    the vocabulary. With a tokenizer, an id of the config only counts if it is a special token.
+    """
+    given = model.generation_config
+    ends = end_ids(given.eos_token_id) if given is not None else frozenset()
+    if tokenizer is None:
+        return ends
+    special = {token for token, text in tokenizer.added_tokens_decoder.items() if text.special}
+    config = frozenset[int]()
+    for part in (model.config, model.config.get_text_config()):
+        config |= end_ids(getattr(part, "eos_token_id", None))
+    if given is not None and given._from_model_config:  # there is no generation_config.json
+        config, ends = config | ends, frozenset()
+    return ends | end_ids(tokenizer.eos_token_id) | (config & special)
 
 
 @dataclass(frozen=True)
