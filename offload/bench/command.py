@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offload.errors import DONE
+from offload.files import TIMELINE, TRACE, check_output
 from offload.flags import (
     add_model,
     add_options,
@@ -23,6 +24,7 @@ from offload.flags import (
     parser_of,
 )
 from offload.options import LoadOptions, SharedOptions
+from offload.pictures import check_picture
 from offload.quant.errors import OffloadError
 from offload.units import count, listed, positive
 
@@ -85,7 +87,9 @@ class BenchOptions:
         "-o --output", "format of the output", default="md", choices=("md", "csv", "json", "jsonl")
     )
     plot: Path | None = _output(
-        "--plot PNG", "draw tokens/s and hit rate over the share of resident experts"
+        "--plot PICTURE",
+        "draw tokens/s and hit rate over the share of resident experts; the file ends in .png, "
+        ".svg or .pdf",
     )
     compare: str | None = _output(
         "--compare FILE", "also show the ratio to an earlier run, whose -o json output is in FILE"
@@ -149,29 +153,29 @@ def combinations(arguments: argparse.Namespace) -> list[LoadOptions]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and write rows. If the command is interrupted, the finished rows remain."""
+    asked, shared = options_from(arguments, BenchOptions), options_from(arguments, SharedOptions)
+    settings = combinations(arguments)
+    check_picture(asked.plot, "--plot")
+    check_output(settings[0].trace, TRACE)
+    check_output(shared.timeline, TIMELINE)
     from offload.bench.compare import read_earlier
-    from offload.bench.output import WRITERS, check_picture, save_picture, write_tables
+    from offload.bench.output import WRITERS, save_picture, write_tables
     from offload.bench.row import make_tests
     from offload.bench.run import check_context, sweep
     from offload.pack.recipe import AskedBits
 
-    asked = options_from(arguments, BenchOptions)
     tests = make_tests(asked.n_prompt, asked.n_gen, asked.pg, asked.n_depth)
     if not tests:
         raise OffloadError("there is nothing to measure: give -p, -n or -pg a number above 0")
-    settings = combinations(arguments)
     for setting in settings:
         AskedBits.of(setting)  # raises for wrong bits before anything is measured
     check_context(tests, settings[0].context)
-    shared = options_from(arguments, SharedOptions)
     for flag, file in (("trace", settings[0].trace), ("timeline", shared.timeline)):
         if len(settings) > 1 and file:
             raise OffloadError(
                 f"--{flag} records one run, and a sweep has several: give each option one value"
             )
     earlier = read_earlier(asked.compare) if asked.compare else None
-    if asked.plot:
-        check_picture(asked.plot)
     rows: list[BenchRow] = []
 
     def measured() -> Iterator[BenchRow]:

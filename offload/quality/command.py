@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offload.errors import DONE
-from offload.files import asked_text
+from offload.files import BASELINE, TRACE, asked_text, check_output
 from offload.flags import add_model, add_options, option, options_from
 from offload.options import LoadOptions, SharedOptions
 from offload.quant.errors import OffloadError
@@ -78,6 +78,7 @@ class PerplexityCommand:
         file = options_from(arguments, PerplexityOptions).file
         options = options_from(arguments, LoadOptions)
         shared = options_from(arguments, SharedOptions)
+        check_output(options.trace, TRACE)
         text = _scored_text(file)
         from offload.engine.handle import offload_of
         from offload.loading import load_and_tell
@@ -136,6 +137,11 @@ class CheckCommand:
 
         Raises `OffloadError` if a figure is worse than the baseline allows.
         """
+        asked = options_from(arguments, CheckOptions)
+        options = options_from(arguments, LoadOptions)
+        shared = options_from(arguments, SharedOptions)
+        check_output(options.trace, TRACE)
+        check_output(asked.save_baseline, BASELINE)
         import torch
 
         from offload.loading import load_and_tell
@@ -151,18 +157,12 @@ class CheckCommand:
         from offload.quality.comparison import table
         from offload.quality.scoring import Sliding
 
-        asked = options_from(arguments, CheckOptions)
-        options = options_from(arguments, LoadOptions)
-        shared = options_from(arguments, SharedOptions)
         prompts = read_prompts(asked.prompts)
         # A file that cannot be used is an error before two models are run.
         baseline = read_baseline(asked.baseline) if asked.baseline else None
-        if asked.save_baseline and asked.save_baseline.is_dir():
-            raise OffloadError(f"{asked.save_baseline} is a folder: name a file")
-        if asked.save_baseline and not asked.save_baseline.resolve().parent.is_dir():
-            raise OffloadError(f"the folder of {asked.save_baseline} does not exist: make it first")
         reference = replace(
             options,
+            trace=None,  # a file holds one run, the model's
             revision=options.revision if asked.against == arguments.model else None,
             bits=reference_bits(asked.against),
             expert_bits=None,
