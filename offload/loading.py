@@ -29,6 +29,7 @@ from offload.engine.handle import Offload
 from offload.engine.history import read_hot
 from offload.engine.hooks import Crossing, OneTokenLinear, native_is_quicker
 from offload.errors import CheckpointError
+from offload.files import TRACE, check_output
 from offload.fit import Card, Fit
 from offload.machine.threads import Threads
 from offload.model import sources
@@ -96,6 +97,7 @@ def load_with(
     source: str | Path, options: LoadOptions
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """`load`, with its options as one value."""
+    check_output(options.trace, TRACE)
     asked, place = AskedBits.of(options), find_place(options)
     resolver = Resolver(options, place)
     for card in place.cards or (Card(0, place.device, place.memory.device),):
@@ -131,7 +133,7 @@ def load_with(
 
 
 def load_and_tell(
-    source: str, options: LoadOptions, threads: int | None = None, *, note: bool = True
+    source: str, options: LoadOptions, threads: int | None = None, *, note: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, float]:
     """`load_with` for commands. Returns the model, its tokenizer and the seconds this took.
 

@@ -24,9 +24,6 @@ class ChatOptions:
     single_turn: bool = option(
         "-st --single-turn", "answer one prompt (-p or -f) and exit", default=False
     )
-    hide_thoughts: bool = option(
-        "--hide-thoughts", "show only the answer that follows a model's thoughts", default=False
-    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,9 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Talk until the user leaves, or answer one prompt with --single-turn."""
     asked, mode = options_from(arguments, AnswerOptions), options_from(arguments, ChatOptions)
-    prompt = asked_prompt(asked)
-    if mode.single_turn and prompt is None:
-        raise OffloadError("--single-turn needs a prompt: give one with -p or -f")
+    prompt = asked_prompt(asked, piped=mode.single_turn)
+    if mode.single_turn and not prompt:
+        raise OffloadError("--single-turn needs a prompt: give one with -p, -f or a pipe")
     asked_sampling(asked, None)  # raises for a wrong value before the model is loaded
     options = options_from(arguments, LoadOptions)
     begin_loading(arguments.model, options, chats=True)
@@ -52,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     from offload.loading import load_and_tell
 
     threads = options_from(arguments, SharedOptions).threads
-    model, tokenizer, load_seconds = load_and_tell(arguments.model, options, threads)
+    model, tokenizer, load_seconds = load_and_tell(arguments.model, options, threads, note=True)
     if tokenizer is None or not tokenizer.chat_template:
         raise OffloadError(f"{arguments.model} has no chat template: use offload generate --raw")
 
@@ -74,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
         f"{stats.slots} slots for {stats.total_experts} experts; /? lists the commands, /bye exits",
         file=sys.stderr,
     )
-    chat.display.thoughts = not mode.hide_thoughts
+    chat.display.thoughts = not asked.hide_thoughts
     with contextlib.closing(offload_of(model)):
         if prompt is None or not mode.single_turn:
             converse(chat, reader(), prompt)

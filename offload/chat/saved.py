@@ -10,7 +10,7 @@ from typing import Any
 
 from offload.errors import ChatError
 from offload.files import offload_home, write_whole
-from offload.generation.prompt import Message
+from offload.generation.conversation import Message
 from offload.sampling import PARAMETERS, Sampling
 
 NAME = re.compile(r"[\w.-]+")
