@@ -81,7 +81,7 @@ model.offload.close()
     [
         (["-c", PYTHON_ANSWERS], ""),
         (["-m", "cli", "generate", "--no-show-timings", "-n", "3"], ""),
-        (["-m", "cli", "chat", "--no-show-timings", "-n", "3"], r"24 slots .* /bye exits\n"),
+        (["-m", "cli", "chat", "--no-show-timings", "-n", "3"], r"24 of 24 .* /bye to quit\n"),
         (["-m", "cli", "ppl"], r"\[ Experts: .* \]\n"),
     ],
     ids=["python", "generate", "chat", "ppl"],
