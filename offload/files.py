@@ -28,7 +28,7 @@ def read_text(file: TextIO, name: str) -> str:
 
 
 def asked_text(file: Path | None, what: str) -> str:
-    """The text in the file that a user named, or on stdin if that is None; it is a `what`.
+    """The text in `file`, or on stdin if that is None; messages call it the `what`.
 
     Raises `OffloadError`.
     """
@@ -58,6 +58,15 @@ def user_path(text: str | Path) -> Path:
         if error.errno in (ELOOP, ENAMETOOLONG):
             raise SourceError(f"{text} is no path ({error.strerror}): correct it") from None
     return path
+
+
+def check_readable(file: str | Path | None) -> None:
+    """Raise `SourceError` now if `file`, which a user named, cannot be opened; None is none."""
+    try:
+        if file is not None:
+            user_path(file).open("rb").close()
+    except OSError as error:
+        raise SourceError(f"cannot read {file}: {error.strerror or error}") from None
 
 
 def check_writable(file: Path) -> None:
@@ -94,7 +103,7 @@ def write_whole(file: Path, data: bytes) -> None:
 def short(path: Path) -> str:
     """`path` as people write it, with `~` for the home folder."""
     home = Path.home()
-    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
+    return str(Path("~", path.relative_to(home)) if path.is_relative_to(home) else path)
 
 
 def offload_home() -> Path:
@@ -103,6 +112,11 @@ def offload_home() -> Path:
         return user_path(home)
     cache = os.environ.get("XDG_CACHE_HOME")
     return user_path(cache or "~/.cache") / "offload"
+
+
+def packs_folder(pack_dir: str | Path | None = None) -> Path:
+    """The folder that packs are kept in: `pack_dir`, else one in `offload_home`."""
+    return user_path(pack_dir) if pack_dir else offload_home() / "packs"
 
 
 def read_object(file: Path) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Text from models, files and errors, made fit for a terminal."""
 
+from collections.abc import Iterable
+
 from offload.errors import NO_MEMORY
 from offload.quant.errors import OffloadError
 
@@ -14,6 +16,14 @@ def printable(text: str) -> str:
     return text.translate(_SHOWN)
 
 
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A hint at the known word that was probably meant, or an empty text."""
+    import difflib  # imported here because every --help imports this file
+
+    close = difflib.get_close_matches(word.lower(), list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
 LONGEST = 1000  # characters in a line, because a message may quote a whole file
 
 
@@ -22,7 +32,7 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, OffloadError):
         text = str(error)
     elif isinstance(error, OSError):
-        text = f"{error}: is the place readable and writable? OFFLOAD_HOME names another"
+        text = f"{error}: make it usable, or name another place with OFFLOAD_HOME"
     elif is_memory(error):
         text = f"out of memory: {NO_MEMORY}"
     elif type(error).__name__ == "OutOfMemoryError":  # a class of torch, which is not imported here

@@ -8,26 +8,38 @@ options of a single command are in its `command.py`.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
-from offload.errors import UnsupportedModelError
+from offload.errors import BudgetError, UnsupportedModelError
 from offload.flags import described, option
-from offload.units import SHARE, UBATCH, between, parse_slots, positive
+from offload.units import (
+    MOST,
+    SHARE,
+    UBATCH,
+    between,
+    parse_bytes,
+    parse_gpus,
+    parse_sizes,
+    parse_slots,
+    positive,
+)
 
 if TYPE_CHECKING:
     import torch
 
 POLICIES = ("lfru", "lru")
 ENGINES = ("auto", "host", "device")
+DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 POLICY_HELP = (
     "which expert to evict: the one used least by recency and frequency (lfru), or the one used "
     "longest ago (lru)"
 )
-# The sampling values where neither the user nor the model's files give any.
+# The sampling values that the user does not give, for a model whose files do not ask for sampling.
 FALLBACK = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
 SHARE_TEXT = f"{SHARE:.0%} of what is free"
 
@@ -39,8 +51,8 @@ _source, _answer = partial(option, group="source"), partial(option, group="promp
 class LoadOptions:
     """Everything that can be asked of `load`.
 
-    Raises `UnsupportedModelError` for an unknown policy or engine, and `BudgetError` for text that
-    is not a number of expert slots.
+    Raises `UnsupportedModelError` for an unknown policy or engine, and `BudgetError` for a device,
+    a size, or a number of GPUs or expert slots that cannot be one.
     """
 
     device: str | torch.device | None = _memory(
@@ -89,7 +101,7 @@ class LoadOptions:
     lookahead: bool | None = _memory(
         "--lookahead",
         "load experts early, those that the router of the next layer will probably choose",
-        unset="as long as it pays; always when the GPU plans",
+        unset="as long as it pays; always if the GPU decides (see --engine)",
     )
     engine: str = _memory(
         "--engine NAME",
@@ -157,7 +169,13 @@ class LoadOptions:
                 raise UnsupportedModelError(
                     f"there is no {what} {name!r}: choose {' or '.join(known)}"
                 )
+        if isinstance(self.device, str) and not DEVICE.fullmatch(self.device):
+            raise BudgetError(
+                f"device {self.device!r} is not supported: use cpu, cuda, or one like cuda:1"
+            )
         parse_slots(self.expert_slots, 1)
+        parse_bytes(self.ram)
+        parse_sizes(self.vram, len(parse_gpus(self.gpus)) if self.gpus is not None else 1)
 
 
 LoadOptions.__doc__ = f"{inspect.cleandoc(LoadOptions.__doc__ or '')}\n\n{described(LoadOptions)}\n"
@@ -200,7 +218,10 @@ class SharedOptions:
     """Options that several commands have; each command names those that it takes."""
 
     threads: int | None = _memory(
-        "-t --threads N", "CPU threads", unset="torch's choice", parse=between(1, 1024)
+        "-t --threads N",
+        "CPU threads",
+        unset="torch's choice; fewer in chat and generate while other programs use the cores",
+        parse=between(1, 1024),
     )
     stride: int | None = option(
         "--stride N",
@@ -228,6 +249,7 @@ class AnswerOptions:
         "most new tokens in an answer; -1 means as many as the context holds",
         default=-1,
         unit="tokens",
+        parse=between(-1, MOST),
     )
     seed: int | None = _answer(
         "-s --seed N", "seed of the sampling; the same seed gives the same answer", unset="random"

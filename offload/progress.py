@@ -81,7 +81,7 @@ class Progress:
         if kind is KeyboardInterrupt:
             share = self._done / self._total if self._total else 0
             _print(
-                f"{self._title}: interrupted at {share:.0%}; run the same again, it goes on there"
+                f"{self._title}: interrupted at {share:.0%}; the same command continues from there"
             )
         if kind is None and self._done:
             seconds = time.perf_counter() - self._begin

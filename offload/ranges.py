@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from torch.profiler import record_function
 
 _NOTHING = contextlib.nullcontext()
-_recorded = False  # torch's profiler, too, is one for the whole process and all of its threads
+_recorded = False  # for the whole process and all of its threads, like torch's profiler
 
 
 def recorded() -> bool:

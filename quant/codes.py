@@ -6,8 +6,7 @@ are split into *planes* whose widths divide a byte (3 = 2 + 1, 5 = 4 + 1, 6 = 4 
 first. A tile consists of its planes, one after the other, and wastes no bit.
 
 A plane of `p` bits holds `8 * p` bytes for each column: byte `j` holds rows `j`, `j + 8p`,
-`j + 16p`, ... from its lowest bits upwards. For 4 bits this is also the order that
-`aten::_weight_int4pack_mm_for_cpu` reads on AVX-512.
+`j + 16p`, ... from its lowest bits upwards.
 
 Letters: N rows, K columns, g columns of a group, s groups that share a step, T rows asked for.
 """

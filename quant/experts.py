@@ -125,6 +125,7 @@ def _expert(x: Tensor, record: Tensor, program: Program, product: Matmul) -> Ten
 def decode_kernels(
     hidden: Tensor, slots: Tensor, slot_of_cell: Tensor, program: Program, cells: Tensor
 ) -> None:
+    """Do what `decode` does, with the GPU's kernels."""
     gpu = gpu_kernels(slots.device)
     assert gpu is not None
     tokens = len(hidden)
@@ -141,6 +142,7 @@ def decode_kernels(
 def prefill_kernels(
     hidden: Tensor, slots: Tensor, batch: Batch, program: Program, cells: Tensor
 ) -> None:
+    """Do what `prefill` does, with the GPU's kernels."""
     gpu = gpu_kernels(slots.device)
     assert gpu is not None
     raw = hidden.new_empty(len(cells), program.up.rows)  # [S, 2I]

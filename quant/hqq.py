@@ -56,7 +56,7 @@ def quantize(weight: Tensor, bits: int, group_size: int, device: torch.device = 
     for start in range(0, rows, block):
         part = slice(start, min(start + block, rows))
         solved, meta = _solver()(
-            weight[part].to(device).float(),
+            weight[part].to(device).float().contiguous(),  # a sum depends on the order of strides
             nbits=bits,
             group_size=group_size,
             axis=1,

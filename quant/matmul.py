@@ -155,8 +155,8 @@ def matmul_gpu(x: Tensor, view: MatrixView) -> Tensor:
         if count <= MOST_GEMV_TOKENS:
             gpu.gemv(x, slots, _zeros(x.device)[:count], layout, out, tokens=count)
         else:
-            cells = torch.arange(count + GPU_BLOCK, dtype=torch.int32, device=x.device)
-            first = cells[:count:GPU_BLOCK]
+            cells = torch.arange(count, dtype=torch.int32, device=x.device)
+            first = cells[::GPU_BLOCK]
             blocks = torch.stack((first * 0, first, (first + GPU_BLOCK).clamp(max=count)), dim=1)
             gpu.gemm(x, slots, blocks, cells, GPU_BLOCK, layout, out)
     return out

@@ -16,23 +16,20 @@ import shutil
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 from torch import Tensor
 
 from offload.quant.errors import PackError
+from offload.quant.manifest import MANIFEST, file_sha256, is_pack, manifest_check
 from offload.quant.pack import (
-    MANIFEST,
     Pack,
     PackInfo,
     PackLayer,
     as_buffer,
-    file_sha256,
-    is_pack,
     layer_header,
-    manifest_check,
     safetensors_header,
 )
 
@@ -87,6 +84,8 @@ class PackWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
+        with suppress(OSError):  # Windows removes no open file; who waits for it takes a new one
+            Path(self._lock.lock_file).unlink()
         self._lock.release()
 
     def _prepare(self) -> None:
@@ -102,10 +101,11 @@ class PackWriter:
             raise PackError(
                 f"{self.path} exists and is not a pack: remove it or name another place"
             )
-        if Pack(self.path).info != self.info:
-            raise PackError(
-                f"{self.path} is a pack of something else: remove it or name another place"
-            )
+        with closing(Pack(self.path)) as pack:
+            if pack.info != self.info:
+                raise PackError(
+                    f"{self.path} is a pack of something else: remove it or name another place"
+                )
         self.done = True
 
     def _begin(self) -> None:

@@ -50,7 +50,7 @@ class Scheme:
         if match is None:
             raise ValueError(f"{text!r} is not a way to store weights: write bits like 4 or 2g16s8")
         bits, group, scale_bits = match.groups()
-        if bits == "16":
+        if int(bits) == 16:
             if group or scale_bits:
                 raise ValueError("16 bits are as stored: they have no groups and no scales")
             return cls(16)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import cli
 from offload.engine.history import HOT
 from offload.options import LoadOptions
-from offload.quant.pack import VERSION, is_pack, manifest_check
+from offload.quant.manifest import VERSION, is_pack, manifest_check
 from tests.tiny import save_tiny
 
 WEIGHTS = "model.safetensors"
@@ -120,6 +120,7 @@ def test_what_is_no_path_is_told_wherever_a_path_is_asked_for(
         assert NO_PATHS[name] in fails("generate", mixtral, *HI, "--pack-dir", name)
         assert NO_PATHS[name] in fails("generate", mixtral_pack, "-f", name)
         assert NO_PATHS[name] in fails("quantize", mixtral, name)
+        assert NO_PATHS[name] in fails("check", mixtral_pack, "--against", name)
 
 
 def test_a_home_that_is_no_path_is_told(
@@ -791,6 +792,8 @@ def test_an_unexpected_error_is_one_line_too(
         ["generate", "demo", "--temp", "warm"],
         ["generate", "demo", "-c", "0"],
         ["generate", "demo", "--threads", "0"],
+        ["generate", "demo", "--threads=--"],
+        ["generate", "demo", "-c--"],
         ["generate", "demo", "--threads", "2147483648"],
         ["generate", "demo", "--threads", "100000"],
         ["generate", "demo", "-c", "9" * 400],

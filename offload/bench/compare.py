@@ -110,7 +110,7 @@ def read_earlier(file: str | Path) -> EarlierRun:
                 raise ValueError("a speed is not a number")
             if figures[0] <= 0 or figures[1] < 0:
                 raise ValueError("a speed is not above 0")
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, OverflowError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise OffloadError(
             f"cannot compare with {file} ({reason}): name a file that offload bench -o json wrote"

@@ -198,9 +198,6 @@ def save_picture(rows: Sequence[BenchRow], file: Path) -> None:
 
     Raises `OffloadError` if `file` cannot be written.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
     tests = list(dict.fromkeys(row.test.name for row in rows))

@@ -107,8 +107,8 @@ class BenchRow:
     hit_rate: float
     mib_per_token: float
     wait_seconds: float
-    lookahead_precision: float | None
-    lookahead_recall: float | None
+    lookahead_precision: float
+    lookahead_recall: float
     link_gb_per_s: float  # at which expert records are copied to their slots; 10^9 bytes a second
     link_share: float  # bytes copied per second of the test, over link_gb_per_s
     first_token_ns: float | None  # from the prompt to the first logits; None without a prompt

@@ -12,6 +12,7 @@ from offload.errors import DONE, INTERRUPTED
 from offload.flags import add_model, add_options, option, options_from
 from offload.generation.command import asked_prompt, asked_sampling
 from offload.options import AnswerOptions, LoadOptions, SharedOptions
+from offload.pack.asked import begin_loading, check_asked, say_loading
 from offload.quant.errors import OffloadError
 
 if TYPE_CHECKING:
@@ -47,8 +48,9 @@ def run(arguments: argparse.Namespace) -> int:
     if mode.single_turn and prompt is None:
         raise OffloadError("--single-turn needs a prompt: give one with -p or -f")
     asked_sampling(asked, None)  # raises for a wrong value before the model is loaded
-    if sys.stderr.isatty():  # the imports below take a while
-        print(f"Loading {arguments.model}...", file=sys.stderr, flush=True)
+    options = options_from(arguments, LoadOptions)
+    check_asked(arguments.model, options)
+    say_loading(arguments.model)
     from offload.chat.commands import converse
     from offload.chat.keyboard import is_interactive, silent
     from offload.chat.opening import Opening
@@ -59,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     with silent(shown.moved), contextlib.ExitStack() as stack:
         read = Opening(shown, prompt) if shown.live and is_interactive() else reader()
         with read if isinstance(read, Opening) else contextlib.nullcontext():
-            chat = _loaded(arguments, asked, shown)
+            chat = _loaded(arguments, options, asked, shown)
         if isinstance(read, Opening) and read.left:
             return DONE
         stack.enter_context(contextlib.closing(chat.offload))
@@ -70,12 +72,14 @@ def run(arguments: argparse.Namespace) -> int:
     return INTERRUPTED if chat.stopped else DONE
 
 
-def _loaded(arguments: argparse.Namespace, asked: AnswerOptions, shown: Display) -> Chat:
+def _loaded(
+    arguments: argparse.Namespace, options: LoadOptions, asked: AnswerOptions, shown: Display
+) -> Chat:
     """A chat with the model, and a line about it on stderr. Raises `OffloadError`."""
+    begin_loading(arguments.model, options, said=True)
     from offload.chat.chat import Chat
     from offload.loading import load_and_tell
 
-    options = options_from(arguments, LoadOptions)
     threads = options_from(arguments, SharedOptions).threads
     model, tokenizer, load_seconds = load_and_tell(arguments.model, options, threads)
     if tokenizer is None or not tokenizer.chat_template:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
@@ -100,7 +101,8 @@ def converse(chat: Chat, read: Callable[[str], str], first: str | None = None) -
             chat.display.write("\n")
             return
         except KeyboardInterrupt:
-            chat.display.note("\n(press Ctrl-D or type /bye to quit)\n")
+            with contextlib.suppress(KeyboardInterrupt):  # some people press it more than once
+                chat.display.note("\n(press Ctrl-D or type /bye to quit)\n")
 
 
 def read_message(read: Callable[[str], str]) -> tuple[str, bool]:

@@ -24,7 +24,7 @@ from offload.chat.markdown import THEME, Lines, drawn, tokens_of
 from offload.lines import printable
 
 if TYPE_CHECKING:
-    from offload.chat.thinking import Piece
+    from offload.generation.thinking import Piece
 
 REFRESH_SECONDS = 0.08  # at least, between two drawings of the growing block
 DRAWING_SHARE = 0.1  # at most this share of the time goes into drawing; long blocks are slow

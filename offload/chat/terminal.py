@@ -97,7 +97,7 @@ def reader() -> Callable[[str], str]:
 
 def is_open(text: str) -> bool:
     """Whether a message was opened with three quotes and is not closed yet."""
-    return text.startswith(QUOTES) and not (len(text) > 5 and text.rstrip().endswith(QUOTES))
+    return text.startswith(QUOTES) and not text.rstrip()[3:].endswith(QUOTES)
 
 
 def _keys() -> KeyBindings:

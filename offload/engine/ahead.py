@@ -1,4 +1,4 @@
-"""Look-ahead: guesses what the next layer will want, one more wait for the device per layer."""
+"""Look-ahead: guesses what the next layer will want; each guess costs a wait for the device."""
 
 import time
 from collections import defaultdict, deque
@@ -112,4 +112,5 @@ class Ahead:
     def started_over(self) -> None:
         """No copy is under way, and what a call that broke off needed is not weighed."""
         self._guessed.clear()
+        self._since = None
         self._needed = [counts.useful_loads for counts in self._cache.statistics.layers]

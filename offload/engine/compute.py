@@ -51,8 +51,7 @@ class OneByOne:
         layer, k = call.layer, call.index.shape[1]
         for use in uses:
             where = call.cells_of[use.expert]
-            one_token = len(call.hidden) == 1
-            rows = call.hidden if one_token else call.hidden[[cell // k for cell in where]]
+            rows = call.hidden if len(call.hidden) == 1 else call.hidden[[n // k for n in where]]
             out = layer.expert(rows, self._matrices(layer.index, use.slot))  # [M, H]
             if len(where) == 1:
                 cells[where[0]] = out[0]

@@ -60,8 +60,9 @@ class Engine:
     @property
     def cache(self) -> Cache:
         """Which experts are resident. Waits for the device if the device decides."""
-        self.plan_on_host()
-        return self.host.cache
+        with self._lock:
+            self.plan_on_host()
+            return self.host.cache
 
     def add_layer(self, module: nn.Module) -> Layer:
         """The next MoE layer of the model."""
@@ -164,8 +165,8 @@ class Engine:
         self._broken_off = False
 
     def count(self, counts: list[int]) -> None:
-        """Add what the device counted since it was asked last: `Table.counts` of some moment, maybe
-        of one before the host was told."""
+        """Add what is new in `counts`, which are `Table.counts` of some moment; nothing is new in
+        those of a moment before the counts added last."""
         assert self.device is not None
         layers = self.host.cache.statistics.layers
         before = [layer.loads for layer in layers]
@@ -216,6 +217,8 @@ class Engine:
                 slots = max(least, fewer_slots(slots, shortage, host.info.slot_bytes))
                 try:
                     host.resize(slots)
+                    if self.device is not None:
+                        self.device.resize(slots)
                     break
                 except torch.OutOfMemoryError:  # somebody else took the memory meanwhile
                     shortage = 0
@@ -225,8 +228,6 @@ class Engine:
             before,
             gib((before - slots) * host.info.slot_bytes),
         )
-        if self.device is not None:
-            self.device.resize(slots)
 
     def _start_over(self) -> None:
         """Empty the slots, because their recorded contents can no longer be trusted."""
@@ -252,7 +253,8 @@ class Engine:
 
     def stop_recording(self) -> None:
         """The routing trace is complete."""
-        self.host.stop_recording()
+        with self._lock:
+            self.host.stop_recording()
 
     def record_bytes(self, layer: int) -> int:
         """Size of one expert's record."""
@@ -260,19 +262,21 @@ class Engine:
 
     def stats(self) -> Stats:
         """The figures of everything so far; subtract two to get what happened between them."""
-        if self._on_device and self.device is not None and not self.device.counts_come:
-            self.count(self.device.counts())
-        return self.host.stats()
+        with self._lock:
+            if self._on_device and self.device is not None and not self.device.counts_come:
+                self.count(self.device.counts())
+            return self.host.stats()
 
     def close(self) -> None:
         """Free the slots and end the copies; the model cannot be used afterwards."""
-        if self.closed:
-            return
-        self.plan_on_host()
-        self.closed = True
-        for hook in self._hooks:
-            hook.remove()
-        self.host.close()
+        with self._lock:
+            if self.closed:
+                return
+            self.plan_on_host()
+            self.closed = True
+            for hook in self._hooks:
+                hook.remove()
+            self.host.close()
 
 
 def fewer_slots(slots: int, shortage: int, slot_bytes: int) -> int:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedModel
 
+from offload.cache.sharded import ShardedCache
 from offload.cache.statistics import LayerCounts
 from offload.cache.trace.trace import CardSlots, TraceHeader, cards_text
 from offload.engine.engine import Engine
@@ -14,6 +15,7 @@ from offload.engine.history import RoutingTrace, write_hot
 from offload.engine.hooks import OneTokenLinear
 from offload.engine.stats import CardStats, Stats
 from offload.fit import Fit
+from offload.machine.threads import Threads
 from offload.quant.pack import Pack
 from offload.transfer.cards import CardsTransfer
 from offload.version import __version__
@@ -42,6 +44,7 @@ class Offload:
     # The `Loops` of `offload.generation.decode`, which queue a step before the token of the one
     # before it is read. With None, each token is waited for.
     decoding: Any = None
+    threads: Threads | None = None  # which follow the load of the CPU; None: their number is fixed
 
     def stats(self) -> Stats:
         """Hits, misses, bytes, waiting and look-ahead since the model was loaded."""
@@ -71,7 +74,8 @@ class Offload:
 
     def trace_header(self) -> TraceHeader:
         """The header that describes this model and this run in a trace."""
-        info, options = self.pack.info, self.fit.options
+        info, options, cache = self.pack.info, self.fit.options, self.engine.cache
+        parts = cache.caches if isinstance(cache, ShardedCache) else ()
         layouts = [info.layout_of(i) for i in range(len(info.layers))]
         stored = sum(8 * layout.record_bytes for layout in layouts)
         return TraceHeader(
@@ -80,10 +84,8 @@ class Offload:
             top_k=self.top_k,
             record_bytes=tuple(self.engine.record_bytes(i) for i in range(len(info.layers))),
             settings={
-                "slots": self.fit.slots,
-                "cards": cards_text(
-                    CardSlots(share.moe_layers, share.slots) for _, share in self.fit.caching
-                ),
+                "slots": cache.table.slots,  # some may have been given back
+                "cards": cards_text(CardSlots(len(n.heat.layers), n.table.slots) for n in parts),
                 "policy": options.policy,
                 "allocation": "shared",
                 "lookahead": options.lookahead,

@@ -183,7 +183,7 @@ class HostPlanned:
             return [(use,) for use in uses]
         if step.beside:  # together
             return [uses]
-        late = [use for use in uses if not self._is_here(use)]
+        late = dict.fromkeys(use for use in uses if not self._is_here(use))
         here = tuple(use for use in uses if use not in late)
         return [*([here] if here else []), *((use,) for use in late)]
 
@@ -277,9 +277,9 @@ class HostPlanned:
         with fewer."""
         self._compute.close()  # it has views of the old slots
         rows = self._staging[0].rows
-        self.transfer.resize(slots, rows)
-        self.cache.resize(slots)
+        self.cache.resize(slots)  # first, so that Ctrl-C leaves it no slot without memory
         self._staging = staging_of(self.cache, rows)
+        self.transfer.resize(slots, rows)
 
     def record(self, trace: RoutingTrace, noted_layers: int) -> None:
         """Write every call to `trace` from now on; `noted_layers` as in `Engine.record`."""

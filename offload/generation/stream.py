@@ -101,7 +101,9 @@ def stream_generate(
     request = check_request(model, tokenizer, prompt, max_new_tokens, stop_strings)
     ends = end_tokens(model, tokenizer)
     answer = Answer(request, tokenizer, ends, skip_special_tokens)
-    return _stream(model, answer, resolved, ends, prompt_cache)
+    steps = _stream(model, answer, resolved, ends, prompt_cache)
+    threads = offload_of(model).threads
+    return steps if threads is None else threads.during(steps)
 
 
 def _stream(

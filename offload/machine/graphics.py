@@ -64,7 +64,7 @@ def graphics(devices: Path = PCI_DEVICES) -> Iterator[Finding]:
     elif listed:
         yield Finding(
             "driver",
-            f"none answers, though {len(listed)} NVIDIA cards are plugged in",
+            f"none answers; NVIDIA cards that are plugged in: {len(listed)}",
             MISSING,
             "install NVIDIA's driver, then see whether nvidia-smi answers",
         )
@@ -72,9 +72,9 @@ def graphics(devices: Path = PCI_DEVICES) -> Iterator[Finding]:
     if not count:
         yield Finding(
             "GPU",
-            "none that torch sees",
+            "no GPU found",
             MISSING,
-            "the CPU computes; a card with CUDA is several times faster",
+            "the CPU computes; an NVIDIA GPU is several times faster",
         )
     for index in range(count):
         yield from _card(index)

@@ -160,7 +160,7 @@ class Checkpoint:
             experts = self._state[name].shape[0]
             for pattern, sources in parameter.sources.items():
                 per_expert = len(sources) == experts
-                fused = len(sources) == 1 and self._source.shape(sources[0])[0] == experts
+                fused = len(sources) == 1 and self._source.shape(sources[0])[:1] == (experts,)
                 if not per_expert and not fused and _splits_by_expert(parameter.converter):
                     raise CheckpointError(
                         f"the checkpoint has {len(sources)} tensors {pattern!r} for the {experts} "
@@ -246,7 +246,7 @@ class Checkpoint:
         model = shapes if one_expert else self._model
         try:
             return converter.convert(name, model=model, config=self._model.config)[name]  # type: ignore[no-any-return]
-        except (KeyError, ValueError, RuntimeError) as error:
+        except (KeyError, ValueError, RuntimeError, IndexError) as error:
             kind = self._model.config.model_type
             raise UnsupportedModelError(
                 f"{kind!r} is not supported: transformers' rule for {name} failed here "

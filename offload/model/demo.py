@@ -9,7 +9,6 @@ the runtime, not what MoE models can do.
 
 import contextlib
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -38,7 +37,7 @@ from offload.model.formats.gguf import GgufFile
 from offload.model.formats.gguf_config import gguf_tokenizer
 from offload.model.formats.gguf_model import GgufSource
 from offload.model.seam import layer_of
-from offload.quant.pack import file_sha256
+from offload.quant.manifest import file_sha256
 from offload.quant.pack_writer import take_turn
 
 NUM_EXPERTS = 8
@@ -203,8 +202,8 @@ def write_checkpoint(dense: PreTrainedModel, folder: Path, dtype: torch.dtype) -
     for file, tensors in files.items():
         copies = {name: value.to(dtype, copy=True).contiguous() for name, value in tensors.items()}
         save_file(copies, folder / file, metadata={"format": "pt"})
-    pairs = [(name, file) for file, tensors in files.items() for name in tensors]
-    index_file = {"metadata": {}, "weight_map": dict(sorted(pairs, key=_place_in_index))}
+    weight_map = {name: file for file, tensors in files.items() for name in tensors}
+    index_file = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index_file, indent=1))
     tokenizer.save_pretrained(folder)
     GenerationConfig(
@@ -212,15 +211,6 @@ def write_checkpoint(dense: PreTrainedModel, folder: Path, dtype: torch.dtype) -
         repetition_penalty=1.1,  # so small a model repeats itself when it decodes greedily
     ).save_pretrained(folder)
     planned_config(dtype).save_pretrained(folder)
-
-
-def _place_in_index(pair: tuple[str, str]) -> tuple[str, int, int]:
-    """Keeps the index's order of names and files, because packs are found by its fingerprint."""
-    name, file = pair
-    parts = ("embed", "self_attn", "norm", "gate", "experts")
-    expert = re.search(r"experts\.(\d+)", name)
-    part = next(at for at, part in enumerate(parts) if part in name)
-    return file, part, int(expert[1]) if expert else 0
 
 
 def planned_config(dtype: torch.dtype = torch.bfloat16) -> MixtralConfig:

@@ -14,7 +14,8 @@ from offload.model.checkpoint import Checkpoint
 from offload.model.seam import LAYER, ExpertsModule, find_router, layer_of
 from offload.pack.recipe import Recipe
 from offload.quant.pack import PackDense, PackInfo, PackLayer
-from offload.quant.record import STORED_DTYPES, MatrixSpec, RecordLayout, fitting_group, plan_layout
+from offload.quant.record import STORED_DTYPES, MatrixSpec, RecordLayout, plan_layout
+from offload.quant.scheme import SMALLEST_GROUP
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,9 @@ class PackSource:
         for matrix in matrices:
             schemes = (recipe.scheme(part, matrix.layer) for part in matrix.parts)
             scheme = next((scheme for scheme in schemes if scheme.quantised), None)
-            # The checkpoint must have the matrix unchanged, and its columns must make groups of 16.
+            # The checkpoint must have the matrix unchanged, and its columns must make whole groups.
             plain = matrix.parameter in self.checkpoint.plain
-            if scheme is None or not plain or fitting_group(matrix.columns, 16) != 16:
+            if scheme is None or not plain or matrix.columns % SMALLEST_GROUP:
                 continue
             dtype = self.checkpoint.plain_dtype(matrix.parameter)
             if dtype in STORED_DTYPES.values():
@@ -87,8 +88,8 @@ def _as_stored(checkpoint: Checkpoint, module: ExpertsModule, spec: MatrixSpec) 
     return replace(spec, dtype=dtype, bias_dtype=bias_dtype)
 
 
-# Routers, norms, convolutions and matrices smaller than a tile are always kept as stored: they take
-# little memory, and an error in a router would change which experts are chosen.
+# Routers, norms, convolutions and small matrices are always kept as stored: they take little
+# memory, and an error in a router would change which experts are chosen.
 SMALLEST = 32  # rows and columns that a matrix needs at least to be worth quantising
 _MIXES_TOKENS = re.compile(r"attn|attention|mamba|mixer|conv|recurrent|temporal")
 _ROUTES = re.compile(r"(^|\.)(gate|router)(\.|$)")

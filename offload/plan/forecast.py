@@ -16,10 +16,10 @@ dense weights that a token reads have D bytes, and S experts over all layers are
     seconds = max(copies, memory + starts + waits, Python)     on a GPU
               copies + memory + Python                         on a CPU, which does all of them
 
-Everything is in bytes and seconds. Rates, latencies and `launch` are those of a `Hardware`,
-`exponent` and `recall` those of a `Locality`. A GPU waits for the share of the copies that was not
-guessed one layer ahead; the others are made while it is busy. Copies of wrong guesses are not
-counted.
+Everything is in bytes and seconds. Rates, latencies and `launch` are those of a `Hardware`, where
+the link is at most as fast as RAM; `exponent` and `recall` are those of a `Locality`. A GPU waits
+for the share of the copies that was not guessed one layer ahead; the others are made while it is
+busy. Copies of wrong guesses are not counted.
 
 The hit rate follows from how routers choose, which no config tells. If experts are ranked by how
 often they are chosen and these frequencies fall like rank ** (exponent - 1), then the share s that
@@ -94,8 +94,8 @@ class Forecast:
 def forecast(work: Workload, trace: Trace | None = None) -> Forecast:
     """Tokens a second of `work`, with the hit rate of `trace` if one of the same model is given.
 
-    The low end of the range stands for `UNIFORM` routing, `RATES` and a host that plans; its high
-    end for `LOCAL` routing.
+    The low end of the range stands for `UNIFORM` routing, `RATES`, `SLOW_PYTHON` and a host that
+    plans, on a CPU also `CPU_PASSES`; its high end for `LOCAL` routing, on a CPU also 1 / `RATES`.
     """
     if trace is None:
         share, experts = work.slots / work.experts, work.experts / work.layers

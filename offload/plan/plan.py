@@ -3,13 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
 from offload.budget.budget import Budget
-from offload.budget.resolve import Place, Resolver
+from offload.budget.resolve import Resolver
 from offload.cache.trace.trace import Trace
 from offload.errors import BudgetError, SourceError
-from offload.fit import Card, Share
+from offload.fit import Share
 from offload.options import LoadOptions
 from offload.pack.recipe import FITTING, AskedBits, Recipe, most_bits
 from offload.plan.forecast import Forecast, Workload, forecast
@@ -37,7 +35,7 @@ class PlanRow:
     fixed_cache: bool  # there is a second KV cache (`Resolver.keeps_fixed_cache`)
     on_device: bool  # steps are planned on the card, as `--engine auto` does where it can
     refusal: str = ""  # why it does not fit
-    rest: str = ""  # where experts without a slot are: RAM, disk, or VRAM if all have one
+    rest: str = ""  # RAM or disk, for experts without a slot; where the slots are if all have one
     disk_share: float = 0.0  # share of expert loads that come from disk instead of RAM
     forecast: Forecast | None = None  # None if it does not fit
 
@@ -74,11 +72,7 @@ def make_row(
     Raises `OffloadError`.
     """
     info, config = outline.describe(recipe), outline.config
-    cards = tuple[Card, ...]()
-    if target.cards > 1:
-        devices = [torch.device(target.device.type, number) for number in range(target.cards)]
-        cards = tuple(Card(at, each, target.memory.device) for at, each in enumerate(devices))
-    resolver = Resolver(options, Place(target.device, target.memory, cards))
+    resolver = Resolver(options, target.place)
     slots, shares, refusal = 0, tuple[Share, ...](), ""
     try:
         fit = resolver.fit(info, config, outline.model)
@@ -145,7 +139,7 @@ def _check_trace(trace: Trace, outline: Outline, info: PackInfo) -> None:
         raise BudgetError(
             f"the trace is of {header.model}, {header.layers} layers of {max(header.experts)} "
             f"experts, top-{header.top_k}; {outline.name} has {len(counts)} of {max(counts)}, "
-            f"top-{outline.top_k}: record one of it"
+            f"top-{outline.top_k}: record a trace of this model"
         )
 
 
@@ -236,7 +230,7 @@ def _fitting(rows: Sequence[PlanRow]) -> PlanRow | None:
 
 
 def _best(rows: Sequence[PlanRow]) -> PlanRow | None:
-    """The row with the most bits at which every expert is resident.
+    """The row with the most bits, `GOOD_BITS` or more, at which every expert is resident.
 
     If there is none: 4 bits unless they wait for the disk; else the most bits that do not wait for
     it; else 4 bits; else the most bits that fit.

@@ -23,14 +23,14 @@ from transformers import (
 from offload.budget.resolve import find_device
 from offload.engine.handle import Offload
 from offload.errors import QualityError, SourceError
-from offload.files import read_text
+from offload.files import read_text, user_path
 from offload.lines import reason
-from offload.model import sources
+from offload.model import names
 from offload.options import LoadOptions
 from offload.progress import without_bars
 from offload.quality.comparison import Comparison, Positions, kl_divergence
 from offload.quality.scoring import Report, Scores, Sliding, Text, encode_text, finite, score_all
-from offload.quant.pack import is_pack
+from offload.quant.manifest import is_pack
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase | None]
 FLOAT_BYTES = 4
@@ -133,7 +133,7 @@ def opened(loader: ModelLoader) -> Iterator[Loaded]:
 def reference_bits(name: str) -> str | None:
     """The `bits` that the reference `name` is loaded with: all 16, but None for a pack, which has
     its own."""
-    return None if is_pack(Path(name).expanduser()) else UNQUANTISED
+    return None if is_pack(user_path(name)) else UNQUANTISED
 
 
 def load_plain(source: str, options: LoadOptions) -> Loaded:
@@ -142,10 +142,10 @@ def load_plain(source: str, options: LoadOptions) -> Loaded:
     Nothing is quantised or offloaded, so the whole model must fit into memory. Raises
     `SourceError`, also for a pack.
     """
-    found = sources.find(source, options)
+    found = names.find(source, options)
     if found.is_pack:
         raise SourceError(f"{source} is a pack, which transformers cannot run: omit --plain")
-    sources.fetch_weights(found, local_files_only=options.local_files_only)
+    names.fetch_weights(found, local_files_only=options.local_files_only)
     own = {"local_files_only": True, "trust_remote_code": options.trust_remote_code}
     where = {"": find_device(options.device)}
     try:

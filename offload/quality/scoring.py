@@ -173,7 +173,7 @@ def score(
     token outside the model's vocabulary.
     """
     vocabulary = model.config.get_text_config().vocab_size
-    if min(text.ids) < 0 or max(text.ids) >= vocabulary:
+    if not all(0 <= token < vocabulary for token in text.prefix + text.ids):
         raise QualityError(
             f"the text has a token outside the model's {vocabulary}: tokenizer and model do not "
             "belong together"

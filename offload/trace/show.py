@@ -140,7 +140,7 @@ def _line(trace: Trace, outcome: Outcome, ceiling: Outcome) -> str:
             str(setup.slots),
             f"{share:.0%}",
             setup.policy,
-            f"{setup.lookahead}" if looked else "",
+            setup.lookahead if looked else "",
             _percent(counts.hit_rate),
             _percent(counts.hit_rate / best) if best else "",
             f"{counts.loads / tokens:.2f}",
@@ -188,15 +188,12 @@ def _save_png(heat: HeatMap, file: Path, title: str) -> None:
     Raises `OffloadError` if matplotlib is missing or `file` cannot be written.
     """
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         raise OffloadError(
             "drawing a PNG needs matplotlib: pip install matplotlib, or leave out -o for "
             "a picture in the terminal"
         ) from None
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
-
     layers, experts = len(heat.resident), max(map(len, heat.resident))
     wide = experts > 2 * layers  # the panels then lie one below the other
     grid = (3, 1) if wide else (1, 3)

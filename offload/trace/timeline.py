@@ -80,7 +80,7 @@ def _dense_ranges(engine: Engine) -> Iterator[None]:
 
 
 def _write(profiler: profile, file: Path) -> None:
-    """Write the trace; an earlier file gives way only to a whole one. Raises `OffloadError`."""
+    """Write the trace; an earlier file is only replaced by a whole one. Raises `OffloadError`."""
     part = file.with_name(file.name + ".part.json")  # a name in .gz would be compressed
     profiler.export_chrome_trace(str(part))
     try:
@@ -89,10 +89,13 @@ def _write(profiler: profile, file: Path) -> None:
             if not written.read().rstrip().endswith(b"}"):
                 raise _unwritable(file, "the disk is full")
         part.replace(file)
+    except FileNotFoundError:  # the profiler renames only what it wrote whole
+        raise _unwritable(file, "the disk is full") from None
     except OSError as error:
         raise _unwritable(file, error.strerror) from None
     finally:
         part.unlink(missing_ok=True)
+        part.with_name(part.name + ".tmp").unlink(missing_ok=True)  # the profiler's own
 
 
 def _unwritable(file: Path, reason: str | None) -> OffloadError:

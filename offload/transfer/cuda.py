@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from offload.errors import TransferError
 from offload.quant.pack import Pack
 from offload.ranges import work
 from offload.transfer.base import addresses_of
@@ -171,7 +172,9 @@ class CudaTransfer:
             self.tier.go_on()  # others' copies may hold every buffer until they are counted
         if ticket.read is not None and ticket.read.error is not None:
             raise ticket.read.error
-        if not ticket.over and ticket.end is not None:
+        if not ticket.over:
+            if ticket.end is None:  # `_give` failed, for this copy or for one before it
+                raise TransferError("a copy to the GPU could not begin: ask again")
             self._link.compute_waits(ticket.end)
 
     def _wait_for_bytes(self, ticket: CudaTicket) -> None:
@@ -251,23 +254,18 @@ class CudaTransfer:
         self._under_way[0 if urgent else 1].append(ticket)
 
     def _collect(self) -> None:
-        """Count the copies that are complete and let their buffers go."""
-        for queue in self._under_way:
-            while queue and queue[0].done:
-                ticket = queue.popleft()
-                self._order.finished(ticket)
-                self._count(ticket)
-                self._let_go(ticket)
+        """Count the copies that are complete, the first to begin first, and release buffers."""
+        while over := [queue for queue in self._under_way if queue and queue[0].done]:
+            ticket = min(over, key=lambda at: _seconds(over[0][0].begin, at[0].begin)).popleft()
+            self._order.finished(ticket)
+            self._count(ticket)
+            self._let_go(ticket)
 
     def _count(self, ticket: CudaTicket) -> None:
-        assert ticket.begin is not None
-        assert ticket.end is not None
-        seconds = ticket.begin.elapsed_time(ticket.end) / 1e3
-        overlap = 0.0  # with the copy before it, on the other stream
-        if self._last_end is not None:
-            overlap = max(0.0, ticket.begin.elapsed_time(self._last_end) / 1e3)
-        if overlap < seconds:
-            self._busy_seconds += seconds - overlap
+        begin = self._last_end or ticket.begin  # the copy counted last may be on the other stream
+        seconds = min(_seconds(ticket.begin, ticket.end), _seconds(begin, ticket.end))
+        if seconds > 0:
+            self._busy_seconds += seconds
             self._last_end = ticket.end
 
     def _let_go(self, ticket: CudaTicket) -> None:
@@ -276,3 +274,9 @@ class CudaTransfer:
             del self._written[ticket.slot]
         if ticket.read is not None and self.tier.disk is not None:
             self.tier.disk.release(ticket.read)
+
+
+def _seconds(begin: torch.cuda.Event | None, end: torch.cuda.Event | None) -> float:
+    assert begin is not None
+    assert end is not None
+    return float(begin.elapsed_time(end)) / 1e3

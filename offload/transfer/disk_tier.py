@@ -12,6 +12,7 @@ from torch import Tensor
 
 from offload.cache.policies import LFRU, Key
 from offload.cache.slots import RecordPool
+from offload.errors import TransferError
 from offload.quant.pack import Pack, as_buffer
 from offload.transfer.order import UrgentFirst
 
@@ -189,7 +190,9 @@ class DiskTier:
         if not read.ready:
             read.bell.acquire(timeout=seconds)
             if not read.ready and not any(thread.is_alive() for thread in self._threads):
-                raise RuntimeError("the reading threads have ended: load the model again")
+                raise TransferError(
+                    "the threads that read from disk have ended: load the model again"
+                )
         return read.ready
 
     def start_over(self) -> None:
@@ -210,7 +213,7 @@ class DiskTier:
 
     def _run(self, number: int) -> None:
         while self._wake.get():
-            # Set before reading self._shelf: start_over() swaps the shelf, then waits until no
+            # Set before the shelf is asked: start_over() abandons it, and replaces it only when no
             # reader is busy.
             self._busy[number] = True
             shelf = self._shelf

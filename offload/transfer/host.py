@@ -24,6 +24,7 @@ from offload.transfer.order import UrgentFirst
 READERS = 8
 PIECE = 256 << 10  # bytes of a read
 AT_ONCE = 32  # reads between two looks for urgent copies
+IN_MEMORY = bytes(answer & 1 for answer in range(256))  # the bit of mincore's answer for a page
 
 
 class PageIn:
@@ -61,9 +62,7 @@ class PageIn:
         pages = ctypes.create_string_buffer(size // PAGE)
         if self._mincore(ctypes.c_void_p(first), ctypes.c_size_t(size), pages):
             return []
-        here = bytes(page & 1 for page in pages.raw)
-        if 0 not in here:
-            return []
+        here = pages.raw.translate(IN_MEMORY)
         begin = self._pack.place(layer, expert)[1] - (record.data_ptr() - first)
         step = PIECE // PAGE
         return [begin + at * PAGE for at in range(0, len(here), step) if 0 in here[at : at + step]]

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from offload.quant.codes import PLANES, TILE_ROWS, pack, padded_rows, unpack, unpack_rows
 
-AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
-
 
 def random_codes(rows: int, columns: int, bits: int, seed: int) -> Tensor:
     torch.manual_seed(seed)
@@ -53,39 +51,6 @@ def test_order_is_the_documented_one(bits: int) -> None:
                 code |= (value >> (part * width) & (2**width - 1)) << low
                 low, start = low + width, start + columns * 8 * width
             assert code == int(codes[row, k])
-
-
-def test_4_bit_tile_holds_rows_0_to_31_in_low_halves_and_32_to_63_in_high_ones() -> None:
-    tiles, columns = 2, 6
-    codes = random_codes(tiles * 64, columns, 4, seed=0)
-    expected = [
-        int(codes[64 * tile + row, k]) | int(codes[64 * tile + 32 + row, k]) << 4
-        for tile in range(tiles)
-        for k in range(columns)
-        for row in range(32)
-    ]
-    assert pack(codes, 4).flatten().tolist() == expected
-
-
-def test_each_code_has_a_half_byte_of_its_own() -> None:
-    """Setting one code at a time sets one half of one byte, a different one each time."""
-    rows, columns = 64, 2
-    seen = set()
-    for row in range(rows):
-        for k in range(columns):
-            codes = torch.zeros(rows, columns, dtype=torch.uint8)
-            codes[row, k] = 15
-            (index,) = (packed := pack(codes, 4).flatten()).nonzero().flatten().tolist()
-            assert int(packed[index]) in (0x0F, 0xF0)
-            seen.add((index, int(packed[index])))
-    assert len(seen) == rows * columns
-
-
-@pytest.mark.skipif(not AVX512, reason="torch's own order of bytes differs without AVX-512")
-def test_4_bit_order_is_that_of_torchs_kernel_on_avx512() -> None:
-    codes = random_codes(128, 64, 4, seed=0)
-    theirs = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1)
-    assert torch.equal(pack(codes, 4).flatten(), theirs.flatten())
 
 
 def test_codes_of_any_memory_layout_pack_alike() -> None:

@@ -20,7 +20,6 @@ from offload.quant.experts import (
     kernels_work,
     make_batch,
     prefill,
-    prefill_reference,
 )
 from offload.quant.kernels import gpu
 from offload.quant.matmul import sample_record
@@ -181,7 +180,6 @@ def test_blocks_of_cells_do_not_show() -> None:
 
 
 def test_parts_of_a_long_row_are_added_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = module.gpu_kernels(DEVICE)
     monkeypatch.setattr(gpu, "splits", lambda *_: 2)
     both_equal_the_reference(program(Scheme(4, 16), 256, 32, bias=True), FP32)
 
@@ -190,11 +188,12 @@ def test_references_are_the_way_without_kernels(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(module, "kernels_work", lambda *_: False)
     made = program(Scheme(3, 16))
     hidden, slots = tokens(made, FP32, 2), slots_of(made)
-    few, many = cells_like(made, FP32, 4), cells_like(made, FP32, 4)
+    expected, few, many = (cells_like(made, FP32, 4) for _ in range(3))
+    decode_reference(hidden, slots, table(0, 1, 2, 0), made, expected)
     decode(hidden, slots, table(0, 1, 2, 0), made, few)
     prefill(hidden, slots, make_batch({0: [0, 3], 1: [1], 2: [2]}, 16, DEVICE), made, many)
-    torch.testing.assert_close(many, few)
-    assert prefill_reference is not decode_reference
+    assert torch.equal(few, expected)
+    torch.testing.assert_close(many, expected)
 
 
 def test_kernels_that_give_the_reference_are_used_and_others_are_not(

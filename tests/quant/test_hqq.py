@@ -117,8 +117,9 @@ def test_quantising_twice_gives_the_same_and_leaves_the_weights_alone() -> None:
     assert torch.equal(weight, before)
 
 
-def test_dtype_and_memory_layout_of_the_weights_do_not_matter() -> None:
-    weight = normal(32, 128).bfloat16()
+@pytest.mark.parametrize("columns", [64, 128])  # a group is a whole row, or half of one
+def test_dtype_and_memory_layout_of_the_weights_do_not_matter(columns: int) -> None:
+    weight = normal(192, columns).bfloat16()
     plain = quantize(weight.float(), 4, 64)
     for same in (weight, weight.t().contiguous().t()):
         for one, two in zip(quantize(same, 4, 64), plain, strict=True):

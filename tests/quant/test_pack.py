@@ -17,7 +17,8 @@ import torch
 from safetensors import safe_open
 
 from offload.quant.errors import OffloadError, PackError
-from offload.quant.pack import MANIFEST, VERSION, Pack, PackInfo, PackLayer, is_pack, manifest_check
+from offload.quant.manifest import MANIFEST, VERSION, is_pack, manifest_check
+from offload.quant.pack import Pack, PackInfo, PackLayer
 from offload.quant.record import MatrixSpec, RecordLayout, plan_layout, view_record
 from offload.quant.scheme import Scheme
 from tests.quant.packs import CONFIG, DENSE, FORK, make_info, needs_fork, record_of, write_pack
@@ -465,6 +466,12 @@ def test_expert_file_whose_header_has_an_odd_length_is_refused(pack: Path) -> No
     size = int.from_bytes(data[:8], "little")
     header = data[8 : 8 + size].rstrip().ljust(size - 1)
     file.write_bytes((size - 1).to_bytes(8, "little") + header + data[8 + size - 1 :])
+    assert_refused(pack, EXPERTS)
+
+
+def test_expert_file_without_a_byte_is_refused_though_the_manifest_says_so(pack: Path) -> None:
+    (pack / EXPERTS).write_bytes(b"")
+    lie(pack, lambda manifest: manifest["files"][EXPERTS].update(bytes=0))
     assert_refused(pack, EXPERTS)
 
 

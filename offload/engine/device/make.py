@@ -52,7 +52,7 @@ def _decides(device: torch.device, policy: str) -> bool:
 
 
 def _fetches(device: torch.device) -> bool:
-    records = torch.arange(3 * 4096, dtype=torch.int32).view(3, -1).to(torch.uint8)
+    records = torch.arange(3 * 4096, dtype=torch.int32).view(3, -1).remainder(251).to(torch.uint8)
     records = records.pin_memory() if device.type == "cuda" else records
     addresses = torch.tensor([record.data_ptr() for record in records], device=device)
     slots = torch.zeros(2, 4352, dtype=torch.uint8, device=device)

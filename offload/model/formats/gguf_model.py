@@ -202,7 +202,7 @@ class GgufSource:
         return made.reshape(self._shapes[name])
 
     def read_slice(self, name: str, index: int) -> Tensor:
-        """The rules join the parts of experts along other dimensions than the experts'."""
+        """`read(name)[index : index + 1]`; no rule joins tensors along the experts' dimension."""
         if len(self._shapes[name]) < 2 or ".experts." not in name:
             return self.read(name)[index : index + 1]
         made = self._convert(name, lambda part: part.read_slice(self._file, index))

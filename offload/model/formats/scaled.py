@@ -90,7 +90,7 @@ class Fp8Source(_ScaledSource):
         """
         scales = self._parts[name][1]
         weight, scale = self.shape(name), self._inner.shape(scales)
-        rows, columns = (1, *weight)[-2:]
+        rows, columns = (max(size, 1) for size in (1, 1, *weight)[-2:])
         if math.prod(scale) == 1 or (
             len(weight) == 3 and scale[:1] == weight[:1] and math.prod(scale) == weight[0]
         ):
@@ -110,11 +110,11 @@ class Fp8Source(_ScaledSource):
     def _dequantise(self, name: str, weights: Tensor, scales: Tensor) -> Tensor:
         """weights [..., N, K] float8, scales [..., n, k] or one for each matrix -> bfloat16."""
         n, k, block_rows, block_columns = self._grid(name)
-        rows, columns = (1, *weights.shape)[-2:]
-        matrices = weights.reshape(-1, rows, columns)
+        rows, columns = (1, 1, *weights.shape)[-2:]
+        matrices = weights.reshape(math.prod(weights.shape[:-2]), rows, columns)
         factors = _as_float(scales).reshape(-1, n, k).expand(len(matrices), n, k)
         out = torch.empty(matrices.shape, dtype=torch.bfloat16)
-        step = max(1, CHUNK_WEIGHTS // (block_rows * columns))  # rows of blocks at a time
+        step = max(1, CHUNK_WEIGHTS // (block_rows * max(columns, 1)))  # rows of blocks at a time
         for matrix, values, grid in zip(out, matrices, factors, strict=True):
             for first in range(0, n, step):
                 begin, end = first * block_rows, min((first + step) * block_rows, rows)

@@ -198,7 +198,10 @@ def test_json_that_was_written_can_be_compared_with(kind: str, tmp_path: Path) -
 @pytest.mark.parametrize(
     "text",
     ["", "[]", "{", "[1]", "[{}]", "\0", '[{"model": 1}]', "[" * 100_000]
-    + [json.dumps([{**as_json(row()), "avg_ts": bad}]) for bad in (0, "fast", None, float("nan"))],
+    + [
+        json.dumps([{**as_json(row()), "avg_ts": bad}])
+        for bad in (0, 10**400, "fast", None, float("nan"))
+    ],
 )
 def test_a_file_of_something_else_is_refused_in_one_line(text: str, tmp_path: Path) -> None:
     file = tmp_path / "rows.json"

@@ -22,6 +22,7 @@ from offload.chat.chat import Chat
 from offload.chat.commands import COMMANDS, SETTINGS, WORDS, converse, obey, read_message
 from offload.chat.display import Plain
 from offload.chat.figures import Panel
+from offload.chat.terminal import is_open
 from offload.errors import ChatError
 from offload.sampling import Sampling
 from tests.conftest import Script
@@ -195,6 +196,13 @@ def test_messages_are_read_whole(lines: list[str], message: str, terminal: Termi
     assert terminal.lines == []
 
 
+@pytest.mark.parametrize("text", ['"""', '"""  \t ', '"""a', '"""a\n"" '])
+def test_enter_does_not_send_a_message_that_is_still_open(text: str) -> None:
+    assert is_open(text)
+    assert not is_open(text.rstrip() + '"""' + " ")
+    assert not is_open(text[1:])
+
+
 def test_a_message_of_several_lines_is_never_a_command(chat: Chat, terminal: Terminal) -> None:
     text = _converse(chat, terminal, '"""', "/bye is how one leaves", '"""', "/clear")
     assert text.startswith("yes\n")
@@ -237,6 +245,26 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_chat(
     roles = [message["role"] for message in chat.messages]
     assert roles == ["user", "assistant"] * 2
     assert "a long answer".startswith(chat.messages[1]["content"])
+
+
+@pytest.mark.parametrize("shown", ["\n", "\n(press Ctrl-D or type /bye to quit)\n"])
+def test_ctrl_c_twice_keeps_the_answer_and_the_chat(
+    shown: str, chat: Chat, terminal: Terminal, script: Script
+) -> None:
+    """The second one comes while the end of the answer is shown, or the words after the first."""
+
+    def interrupt(text: str) -> None:
+        if text in ("l", "\n", shown):
+            if text == shown:
+                terminal.on_write = lambda text: None
+            raise KeyboardInterrupt
+
+    terminal.on_write = interrupt
+    script.say("a long answer")
+    text = _converse(chat, terminal, "one", "two")
+    assert text.endswith("a long answer\n\n")
+    roles = [message["role"] for message in chat.messages]
+    assert roles == ["user", "assistant"] * 2
 
 
 @pytest.mark.parametrize("step", [0, 2])
@@ -562,6 +590,12 @@ def test_set_a_parameter(
         "seed",
     ]
     chat.say("one")
+
+
+@pytest.mark.parametrize("name", ["top_k", "num_predict", "seed"])
+def test_a_fraction_is_refused_where_a_whole_number_belongs(name: str, chat: Chat) -> None:
+    with pytest.raises(ChatError, match="must be a whole number"):
+        obey(chat, f"/set {name} 0.5")
 
 
 def test_show_parameters_tells_all_that_can_be_set(

@@ -15,7 +15,7 @@ import offload.chat.display
 import offload.chat.markdown
 from offload.chat.commands import KEYS, USAGE
 from offload.chat.display import Plain, Rendered
-from offload.chat.thinking import Piece
+from offload.generation.thinking import Piece
 
 HINTS = (
     "(context almost full: 4032 of 4096. Oldest turns will be dropped; use --ctx-size or /clear)\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
 from offload.cache.cache import ExpertCache
@@ -19,7 +20,7 @@ EXPERTS, K = 8, 2
 class Guesses:
     """Layers asked in turn, whose routers all name the first experts."""
 
-    def __init__(self, *devices: torch.device, landed: bool = False) -> None:
+    def __init__(self, *devices: torch.device, landed: bool = False, balance: Any = None) -> None:
         self.layers: list[Any] = [
             SimpleNamespace(
                 index=at,
@@ -33,15 +34,15 @@ class Guesses:
         ]
         self._landed = landed
         cache = ExpertCache(20, len(devices), POLICIES["lru"])
-        self._ahead = Ahead(self.layers, cache, SimpleNamespace(busy_seconds=0.0), True, None)
+        self.ahead = Ahead(self.layers, cache, SimpleNamespace(busy_seconds=0.0), True, balance)
 
     def of(self, layer: int) -> list[int]:
         """Layers that copies are begun for at the step of `layer`."""
         self.layers[layer].asked = hidden = torch.zeros(1, 4)
         index = torch.arange(K)[None]
         call = Call(self.layers[layer], hidden, index, torch.ones(1, K), False)
-        _, wanted = self._ahead.look(call)
-        self._ahead.begun([(later, SimpleNamespace(done=self._landed)) for later, _ in wanted])
+        _, wanted = self.ahead.look(call)
+        self.ahead.begun([(later, SimpleNamespace(done=self._landed)) for later, _ in wanted])
         return [later.index for later, _ in wanted]
 
 
@@ -62,3 +63,22 @@ def test_each_link_is_judged_by_its_own_copies() -> None:
     assert guesses.of(0) == [1, 1]
     assert guesses.of(1) == [2, 2], "the other card's link is not behind"
     assert guesses.of(2) == []
+
+
+def test_the_time_after_a_guess_that_broke_off_is_not_what_a_guess_costs() -> None:
+    costs: list[float] = []
+    balance = SimpleNamespace(worthwhile=True, guessed=costs.append)
+    guesses = Guesses(ONE, ONE, balance=balance)
+    guess, guesses.layers[1].guess = guesses.layers[1].guess, interrupted
+    with pytest.raises(KeyboardInterrupt):
+        guesses.of(0)
+    guesses.layers[1].guess = guess
+    guesses.ahead.started_over()
+    guesses.of(1)  # the last layer guesses nothing
+    assert not costs
+    guesses.of(0)
+    assert len(costs) == 1
+
+
+def interrupted(_: Any) -> list[int]:
+    raise KeyboardInterrupt

@@ -121,6 +121,23 @@ def test_a_replay_does_what_two_cards_did(policy: str, tmp_path: Path) -> None:
     assert live.counts.lookahead_guesses > 0
 
 
+@pytest.mark.parametrize("gpus", [("cpu",), CPUS], ids=["one", "two"])
+def test_a_trace_says_how_many_slots_are_left(gpus: tuple[str, ...], tmp_path: Path) -> None:
+    save_tiny("mixtral", tmp_path / "checkpoint")
+    model = _load(tmp_path, **({"gpus": gpus} if len(gpus) > 1 else {}), expert_slots=7)
+    handle = offload_of(model)
+    handle.engine.give_back(0)
+    before = handle.stats()
+    handle.record(tmp_path / "trace")
+    model.generate(PROMPT, max_new_tokens=12, do_sample=False)
+    handle.close()
+    live = handle.stats() - before
+    trace = read(tmp_path / "trace")
+    assert trace.header.settings["slots"] == 6
+    outcome = replay(trace, recorded_setup(trace))
+    assert [n.decisions() for n in outcome.layers] == [n.decisions() for n in live.layers]
+
+
 def test_a_step_that_broke_off_leaves_both_cards_right(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -168,6 +168,28 @@ def test_fewer_slots_are_tried_when_the_smaller_pool_does_not_fit_either(
     assert asked == sorted(asked, reverse=True)
 
 
+def test_ctrl_c_while_slots_are_given_back_leaves_no_slot_without_memory(
+    models: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resize = HostTransfer.resize
+
+    def interrupted(self: HostTransfer, slots: int, staging: int) -> None:
+        resize(self, slots, staging)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(HostTransfer, "resize", interrupted)
+    folder = models("mixtral")
+    model, _ = offload.load(
+        folder, device="cpu", expert_slots=13, pack_dir=folder.parent / "packs", warm_start=False
+    )
+    engine = offload_of(model).engine
+    with pytest.raises(KeyboardInterrupt):
+        engine.give_back(0)
+    assert engine.cache.table.slots == len(engine.transfer.slots) < 13
+    model.generate(torch.tensor([PROMPT]), max_new_tokens=8, do_sample=False)
+    offload_of(model).close()
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [

@@ -67,10 +67,10 @@ def test_a_look_that_fails_does_not_hide_the_others(
     )
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
-    assert "could not be looked at: the driver is gone" in " ".join(out.split())
+    assert "check failed: the driver is gone" in " ".join(out.split())
     assert "half" in out
     assert "\nok      d" in out
-    assert out.endswith("1 thing to look at\n")
+    assert out.endswith("\n1 warning\n")
 
 
 def test_a_missing_library_is_installed_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +105,7 @@ def test_a_variable_that_moves_things_is_told(name: str, monkeypatch: pytest.Mon
     assert f"{name}=/elsewhere" in named(doctor.software(), "environment").value
 
 
-@pytest.mark.parametrize(("load", "first"), [(3.0, "the machine is busy"), (0.0, "fill both")])
+@pytest.mark.parametrize(("load", "first"), [(3.0, "the CPU is busy"), (0.0, "fill both")])
 def test_a_busy_machine_is_named_before_its_memory_is_blamed(
     load: float, first: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,6 +153,15 @@ def test_a_place_that_cannot_be_written_is_told(
     found = named(doctor.disk(tmp_path), "disk reads")
     assert "OFFLOAD_HOME" in found.remedy
     assert found.value == f"not measured: {tmp_path} cannot be written (Permission denied)"
+
+
+def test_the_home_folder_is_told_as_people_write_it(
+    rates: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert named(doctor.disk(tmp_path / "not yet"), "disk space").value.endswith(" free at ~")
+    (tmp_path / "packs").mkdir()
+    assert named(doctor.disk(tmp_path / "packs"), "disk space").value.endswith(" free at ~/packs")
 
 
 @pytest.mark.parametrize("limit", [8 * MIB, -1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import pytest
@@ -50,12 +49,6 @@ def test_unquantised_demo_answers_exactly_as_the_dense_model(tmp_path: Path) -> 
     routed = offload_of(model).stats().layers
     assert min(layer.requests for layer in routed) > 24 * demo.TOP_K / 2
     offload_of(model).close()
-
-
-def test_the_demo_has_the_fingerprint_of_those_that_were_built_before() -> None:
-    """A pack is found by its checkpoint's index, whose order must therefore never change."""
-    index = demo.checkpoint() / "model.safetensors.index.json"
-    assert hashlib.sha256(index.read_bytes()).hexdigest().startswith("7172ffea1190e1b3")
 
 
 def test_quantised_demo_answers_with_a_quarter_of_its_experts() -> None:

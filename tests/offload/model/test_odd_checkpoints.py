@@ -15,7 +15,7 @@ import cli
 import offload
 from offload import CheckpointError, OffloadError
 from offload.files import read_object
-from offload.quant.pack import is_pack
+from offload.quant.manifest import is_pack
 
 WEIGHTS = "model.safetensors"
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -138,6 +138,18 @@ def test_weights_that_are_nan_or_infinite_are_named(
     with pytest.raises(CheckpointError, match=f"{called} has values that are not numbers"):
         offload.load(checkpoint, device="cpu", expert_bits=bits)
     assert list(home.rglob("manifest.json")) == []
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_experts_that_are_single_numbers_are_refused(fused: bool, checkpoint: Path) -> None:
+    tensors = load_file(checkpoint / WEIGHTS)
+    odd = [name for name in tensors if name.endswith((".w1.weight", ".w3.weight"))]
+    if fused:
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in odd}
+        odd = [f"model.layers.{layer}.mlp.experts.gate_up_proj" for layer in range(3)]
+    tensors.update((name, torch.tensor(1.0)) for name in odd)
+    save_file(tensors, checkpoint / WEIGHTS, metadata={"format": "pt"})
+    _fails(checkpoint, "gate_up_proj", OffloadError)
 
 
 def test_the_largest_finite_numbers_are_accepted(checkpoint: Path) -> None:

@@ -178,7 +178,7 @@ def test_fit_streams_the_fewest_bits_where_none_are_all_resident(
     handle = offload_of(ours)
     assert handle.pack.info.bits == info.bits
     assert handle.fit.slots == 3
-    assert "no bits fit" in caplog.text
+    assert "even q2 does not fit" in caplog.text
     handle.close()
 
 

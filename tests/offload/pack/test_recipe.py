@@ -133,6 +133,7 @@ NO_RULES = (
     *(
         "experts=16g64",
         "experts=16s8",
+        "experts=016g64",
         "layers.1-0.experts=4",
         "layers.a.experts=4",
         "experts=4,,",
@@ -146,6 +147,12 @@ NO_RULES = (
 def test_a_text_that_is_no_rule_is_refused(text: str) -> None:
     with pytest.raises(RecipeError):
         Recipe.parse(text)
+
+
+@pytest.mark.parametrize("bits", [None, "q4"])
+def test_a_group_of_no_weights_is_refused(bits: str | None) -> None:
+    with pytest.raises(RecipeError, match="group size must be"):
+        AskedBits(bits, group_size=0)
 
 
 def test_fit_cannot_be_combined_with_other_options() -> None:

@@ -9,10 +9,13 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import cli
 from offload.options import LoadOptions
 from offload.pack.find import find_or_make_pack
+from offload.quality import check
+from offload.quant.errors import OffloadError
 from tests.offload.quality.test_check import perturbed
 from tests.test_cli import Done, Run
 from tests.test_cli import run as run  # a fixture
@@ -191,6 +194,21 @@ def test_check_refuses_a_baseline_of_something_else(
     assert "cannot read" in one_line(run(*common, "--baseline", tmp_path / "none.json"))
     missing = tmp_path / "no" / "folder.json"
     assert "does not exist: make it first" in one_line(run(*common, "--save-baseline", missing))
+    assert "is a folder: name a file" in one_line(run(*common, "--save-baseline", tmp_path))
+
+
+def test_a_plain_reference_has_the_threads_that_were_asked_for(
+    run: Run, mixtral: Path, mixtral_pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[int] = []
+
+    def refuse(*_: object) -> None:
+        raise OffloadError(f"threads {threads}")
+
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(check, "load_plain", refuse)
+    told = run("check", mixtral_pack, "--against", mixtral, "--plain", "-t", "3")
+    assert one_line(told).endswith("threads [3]")
 
 
 def test_a_saved_baseline_keeps_the_tolerances_it_passed(

@@ -180,6 +180,8 @@ def test_a_model_without_tokenizer_is_refused() -> None:
 def test_tokens_the_model_does_not_have_are_refused(model: Any) -> None:
     with pytest.raises(QualityError, match="do not belong together"):
         measure_perplexity(model, Text((), (1, 2, 9999)), Sliding(8, 4))
+    with pytest.raises(QualityError, match="do not belong together"):
+        measure_perplexity(model, Text((9999,), (1, 2, 3)), Sliding(8, 4))
 
 
 def test_scores_that_are_not_finite_are_refused(mixtral: Path) -> None:

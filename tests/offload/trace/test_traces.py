@@ -56,7 +56,7 @@ def test_replay_without_options_repeats_the_run(capsys: pytest.CaptureFixture[st
         (["replay", str(DEMO), "--expert-slots", "many", "--policy", "lru"], "'many'"),
         (["replay", str(DEMO), "--lookahead", "far"], "no look-ahead 'far'"),
         (["replay", str(DEMO), "--expert-slots", "0", "--policy", "lru"], "at least one slot"),
-        (["show", "synthetic:gpt-9"], "no model synthetic:gpt-9"),
+        (["show", "synthetic:gpt-9"], "synthetic:gpt-9 is not known"),
         (["show", ""], "a name is empty"),
     ],
 )

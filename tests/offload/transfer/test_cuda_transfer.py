@@ -14,6 +14,7 @@ import offload
 import offload.loading
 import offload.transfer.cards
 import offload.transfer.cuda as cuda_module
+from offload.errors import TransferError
 from offload.fit import Fit
 from offload.quant.errors import PackError
 from offload.quant.pack import Pack
@@ -220,6 +221,32 @@ def test_closing_unpins_when_the_last_transfer_closes(pack: Pack) -> None:
     assert not pinner.held
 
 
+def test_a_copy_that_could_not_begin_is_reported_to_whoever_waits(
+    pack: Pack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transfer = transfer_of(pack, 3, EVERYTHING, FakeLink())
+    given: list[CudaTicket] = []
+    give = CudaTransfer._give
+
+    def noted(transfer: CudaTransfer, ticket: CudaTicket, *more: Any) -> None:
+        given.append(ticket)
+        give(transfer, ticket, *more)
+
+    def changed(*_: object) -> torch.Tensor:
+        raise PackError("experts-00000.bin changed")
+
+    monkeypatch.setattr(CudaTransfer, "_give", noted)
+    with monkeypatch.context() as patch:
+        patch.setattr(transfer.tier, "record", changed)
+        with pytest.raises(PackError, match="changed"):
+            transfer.start(0, 1, 0, urgent=False)
+    with pytest.raises(TransferError, match="ask again"):
+        transfer.wait(given[0])
+    transfer.drain()
+    transfer.wait(transfer.start(0, 1, 0, urgent=True))
+    transfer.close()
+
+
 def test_a_damaged_record_from_the_disk_is_reported_to_whoever_waits(
     mixtral_pack: Path, tmp_path: Path
 ) -> None:
@@ -239,6 +266,24 @@ def test_time_on_both_streams_at_once_is_counted_once(pack: Pack) -> None:
         transfer.start(0, expert, expert, urgent=expert % 3 == 0)
     link.synchronize()
     assert 0 < transfer.busy_seconds <= link._clock / 1e3
+    transfer.close()
+
+
+@pytest.mark.parametrize(
+    ("order", "busy"), [("gugu", 3), ("ugug", 3), ("gguu", 2), ("uugg", 2), ("guug", 3)]
+)
+def test_time_on_either_stream_is_counted_whichever_copy_began_first(
+    pack: Pack, order: str, busy: int
+) -> None:
+    link = FakeLink(eager=False)
+    link.stands_still = True
+    transfer = transfer_of(pack, 2, EVERYTHING, link)
+    for slot, urgent in enumerate((False, True)):
+        transfer.start(0, slot, slot, urgent=urgent)
+    for stream in order:  # begins or ends its copy
+        link._clock += 1.0
+        link.queues["guesses" if stream == "g" else "urgent"].popleft()[1]()
+    assert transfer.busy_seconds == pytest.approx(busy / 1e3)
     transfer.close()
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 from offload.cache.policies import LFRU, POLICIES
+from offload.engine.device import make
 from offload.engine.device.gather import gather
 from offload.engine.device.make import kernels_decide_rightly
 
@@ -40,3 +44,15 @@ def test_a_policy_that_the_kernels_do_not_know_is_left_to_the_host(
 ) -> None:
     monkeypatch.setitem(POLICIES, "new", lambda: LFRU(half_life=1.0))
     assert "decide otherwise" in kernels_decide_rightly(DEVICE, "new")
+
+
+def test_the_check_finds_a_kernel_that_copies_the_wrong_record(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def wrong(experts: Tensor, *rest: Any) -> None:
+        gather(experts.flip(0), *rest)
+
+    monkeypatch.setattr(make, "gather", wrong)
+    kernels_decide_rightly.cache_clear()
+    assert "copy wrongly" in kernels_decide_rightly(DEVICE, "lru")
+    kernels_decide_rightly.cache_clear()

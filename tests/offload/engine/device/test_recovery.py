@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+import offload.engine.engine as engine_module
 import offload.generation.decode as decode_module
 from offload.engine.device.engine import DevicePlanned
 from offload.engine.engine import Engine
@@ -224,6 +225,24 @@ def test_ctrl_c_after_slots_were_given_back_leaves_nothing_wrong(load: Load) -> 
     assert not shortage.left
     for hook in hooks:
         hook.remove()
+    assert said(model, **SAMPLED) == expected
+    check(model)
+
+
+def test_ctrl_c_while_it_is_told_leaves_no_slot_without_memory(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load("mixtral", "device", expert_slots=SLOTS)
+    expected = said(model, **SAMPLED)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine_module.logger, "warning", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            engine_of(model).give_back(0)
+    assert device_of(model).table.places.slots == slots_of(model) < SLOTS
     assert said(model, **SAMPLED) == expected
     check(model)
 

@@ -169,6 +169,23 @@ def test_each_row_may_have_one_scale(tmp_path: Path) -> None:
     assert torch.equal(source.read("weight"), (weight.float() * scale).to(torch.bfloat16))
 
 
+def test_a_single_number_may_be_stored_in_float8(tmp_path: Path) -> None:
+    number, scale = torch.tensor(3.0).to(torch.float8_e4m3fn), torch.tensor(0.5)
+    source = _source(tmp_path, None, number=number, number_scale=scale)
+    assert torch.equal(source.read("number"), torch.tensor(1.5, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0)])
+def test_a_matrix_without_weights_is_read_or_refused(
+    shape: tuple[int, int], tmp_path: Path
+) -> None:
+    weight = torch.empty(shape).to(torch.float8_e4m3fn)
+    source = _source(tmp_path, None, weight=weight, weight_scale=torch.tensor(0.5))
+    assert source.read("weight").shape == shape
+    with pytest.raises(CheckpointError, match="does not fit weight"):
+        _source(tmp_path, None, weight=weight, weight_scale=torch.ones(2, 2))
+
+
 def test_large_tensors_are_dequantised_in_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
