@@ -281,6 +281,11 @@ def test_a_piped_chat_answers_each_line(
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
     done = run("chat", mixtral_pack, "--no-show-timings")
     assert (done.code, done.out) == (0, "yes\nyes\n\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n/nonsense\n"))
+    done = run("chat", mixtral_pack)
+    assert (done.code, done.out) == (0, "yes\nyes\n\n"), "figures and errors are on stderr"
+    assert len(TIMINGS.findall(done.err)) == done.err.count("[ Experts: ") == 2
+    assert "Unknown command /nonsense" in done.err
     assert script.prompt == "<user>one</user><assistant>yes</assistant><user>two</user><assistant>"
 
 

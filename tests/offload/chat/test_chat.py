@@ -969,7 +969,7 @@ def test_a_chat_in_a_terminal(mixtral: Path, home: Path) -> None:
         child.expect_exact("6 of 24 experts in memory (25%). /? for help, /bye to quit")
         child.expect_exact(">>>")
         child.send("hello\r")
-        child.expect(r"\[ Prompt: \d+\.\d t/s \| Generation: \d+\.\d t/s \]\r\n")
+        child.expect(r"\x1b\[2m\[ Prompt: \d+\.\d t/s \| Generation: \d+\.\d t/s \]\x1b\[0m\r\n")
         child.expect(r"\[ Experts: 6 of 24 in memory \| hits \d+\.\d% \| \d+\.\d MiB/token")
         child.expect_exact(">>>")
         child.send("\x1b[200~pasted\rtext\x1b[201~")  # a paste that holds a line's end
