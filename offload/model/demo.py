@@ -64,10 +64,7 @@ DENSE_CONFIG: dict[str, Any] = {  # as the metadata of `GGUF` says
     "eos_token_id": 2,
     "pad_token_id": 2,
 }
-NOTE = (
-    "the demo is SmolLM2-135M made into 8 experts a layer: it shows the runtime at work, not what "
-    "a large model answers"
-)
+NOTE = "the demo is a toy model: it shows the speed, not the quality, of a large one"
 
 # Texts of several kinds, so that different experts are chosen for them.
 CALIBRATION = (

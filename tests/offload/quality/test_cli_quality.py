@@ -46,7 +46,7 @@ def test_ppl_prints_llama_cpps_line_and_nothing_else(
     assert done.code == 0
     assert LINE.fullmatch(done.out.rstrip("\n"))
     assert done.out.endswith("\n")
-    assert done.err.startswith("[ Experts: 24 slots for 24")
+    assert done.err.startswith("[ Experts: 24 of 24 in memory")
 
 
 def test_ppl_reads_a_pipe(

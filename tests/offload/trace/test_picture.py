@@ -41,15 +41,31 @@ def trace_file(tmp_path: Path) -> Path:
 
 
 def test_blocks_are_resident_points_are_not_fuller_is_used_more() -> None:
-    first, second, legend = draw(HEAT).splitlines()
+    title, numbers, first, second, share, here, elsewhere = draw(HEAT, width=None).splitlines()
+    assert title == "2 layers, one per row; 4 experts each, one per column"
+    assert numbers == "     0 2"
     assert first == "   0 █▒░.  90.0% hits"
     assert second == "   1  !█   50.0% hits"
-    assert "4 of 8 experts resident" in legend
+    assert share == "4 of 8 experts in memory (50%)"
+    assert here == "in memory:     ░ never used   ▒ ▓ █ used more and more"
+    assert elsewhere == "not in memory:   never used   . : ! used more and more"
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_a_map_is_as_wide_as_the_terminal_and_numbers_its_columns(width: int) -> None:
+    _, numbers, first, *_ = draw(HEAT, width=width).splitlines()
+    assert width - 4 <= len(first) <= width
+    for number in range(4):
+        assert numbers.index(str(number)) == first.index("█▒░."[number])
+
+
+def test_a_rate_that_is_not_known_is_not_shown() -> None:
+    assert "hits" not in draw(replace(HEAT, hit_rates=(None, None)))
 
 
 def test_wide_layers_are_folded() -> None:
     wide = HeatMap(((1.0,) * 100,), ((True,) * 100,), (1.0,))
-    lines = draw(wide, width=80).splitlines()[:-1]
+    _, *lines, _, _, _ = draw(wide, width=80).splitlines()
     assert len(lines) == 2
     assert all(len(line) <= 80 for line in lines)
     assert sum(line.count("█") for line in lines) == 100
@@ -79,8 +95,8 @@ def test_plain_signs_where_blocks_cannot_be_written() -> None:
 def test_a_trace_is_drawn_on_stdout(trace_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["trace", "plot", str(trace_file), "--expert-slots", "50%"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 5
-    assert "16 of 32 experts resident" in lines[-1]
+    assert len(lines) == 9
+    assert "16 of 32 experts in memory" in lines[-3]
 
 
 def test_a_trace_is_drawn_as_png(trace_file: Path, tmp_path: Path) -> None:
