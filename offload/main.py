@@ -18,6 +18,7 @@ from typing import NoReturn
 from offload.errors import DONE, FAILED, INTERRUPTED, USAGE
 from offload.flags import add_command
 from offload.lines import is_memory, one_line, shortened
+from offload.quant.errors import OffloadError
 from offload.version import __version__
 
 # Name -> a module or class, imported when the command is called, and one line of help. Each module
@@ -106,6 +107,7 @@ def _run(argv: Sequence[str]) -> int:
     from offload.files import check_streams, give_up_unwritable
 
     debug = makes_file = False
+    reworded, OffloadError.reworded = OffloadError.reworded, str
     try:
         check_streams()
         try:
@@ -139,3 +141,5 @@ def _run(argv: Sequence[str]) -> int:
             raise
         print(f"offload: error: {text}", file=sys.stderr)
         return FAILED
+    finally:
+        OffloadError.reworded = reworded

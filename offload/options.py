@@ -14,15 +14,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
-from offload.errors import UnsupportedModelError
-from offload.flags import described, option
-from offload.units import SHARE, UBATCH, between, parse_slots, positive
+from offload.errors import OptionError, UnsupportedModelError
+from offload.flags import check_values, described, option
+from offload.units import SHARE, UBATCH, between, check_size, parse_slots, positive
 
 if TYPE_CHECKING:
     import torch
 
 POLICIES = ("lfru", "lru")
 ENGINES = ("auto", "host", "device")
+DTYPES = ("auto", "bfloat16", "float16", "float32")  # "auto" is what the config says
 POLICY_HELP = (
     "which expert to evict: the one used least by recency and frequency (lfru), or the one used "
     "longest ago (lru)"
@@ -39,8 +40,8 @@ _source, _answer = partial(option, group="source"), partial(option, group="promp
 class LoadOptions:
     """Everything that can be asked of `load`.
 
-    Raises `UnsupportedModelError` for an unknown policy or engine, and `BudgetError` for text that
-    is not a number of expert slots.
+    Raises `UnsupportedModelError` for an unknown policy or engine, `OptionError` for a value of
+    a wrong type or out of range, and `BudgetError` for what is no size or no number of slots.
     """
 
     device: str | torch.device | None = _memory(
@@ -78,7 +79,10 @@ class LoadOptions:
         unit="tokens",
         parse=positive,
     )
-    expert_slots: int | str | None = _memory(
+    threads: int | None = _memory(
+        "-t --threads N", "CPU threads", unset="torch's choice", parse=between(1, 1024)
+    )
+    expert_slots: int | float | str | None = _memory(
         "--expert-slots N",
         "how many experts, counted over all layers, are resident (held in the memory of the "
         "compute device): a number, or a share like 25%",
@@ -144,11 +148,18 @@ class LoadOptions:
     trust_remote_code: bool = _source(
         "--trust-remote-code", "run Python code that comes with the model", default=False
     )
-    dtype: torch.dtype | None = option(
-        "", "type of the computation", unset="what the checkpoint's config says"
+    dtype: str | torch.dtype | None = option(
+        "",
+        "type of the computation, like float16 (a text or torch's)",
+        unset="what the checkpoint's config says",
     )
 
     def __post_init__(self) -> None:
+        check_values(self)
+        if isinstance(self.dtype, str) and self.dtype not in DTYPES:
+            raise OptionError(f"dtype is {self.dtype!r}: it must be one of {', '.join(DTYPES)}")
+        check_size(self.vram)
+        check_size(self.ram)
         for what, name, known in (
             ("policy", self.policy, POLICIES),
             ("engine", self.engine, ENGINES),
@@ -172,7 +183,8 @@ class LoadKeywords(TypedDict, total=False):
     ram: str | int | None
     context: int
     ubatch_size: int
-    expert_slots: int | str | None
+    threads: int | None
+    expert_slots: int | float | str | None
     policy: str
     lookahead: bool | None
     engine: str
@@ -186,7 +198,7 @@ class LoadKeywords(TypedDict, total=False):
     revision: str | None
     local_files_only: bool
     trust_remote_code: bool
-    dtype: torch.dtype | None
+    dtype: str | torch.dtype | None
 
 
 # Parts of `LoadOptions` that some commands have without the rest.
@@ -199,9 +211,6 @@ HUB = ("revision", "local_files_only", "trust_remote_code")
 class SharedOptions:
     """Options that several commands have; each command names those that it takes."""
 
-    threads: int | None = _memory(
-        "-t --threads N", "CPU threads", unset="torch's choice", parse=between(1, 1024)
-    )
     stride: int | None = option(
         "--stride N",
         "how many tokens of each window are scored; those before them are only read as context",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from offload.errors import DONE, INTERRUPTED
 from offload.flags import add_model, add_options, option, options_from
 from offload.generation.command import asked_prompt, asked_sampling
-from offload.options import AnswerOptions, LoadOptions, SharedOptions
+from offload.options import AnswerOptions, LoadOptions
 from offload.quant.errors import OffloadError
 
 EXAMPLE = "offload chat demo --expert-slots 25%"
@@ -32,7 +32,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     for kind in (LoadOptions, AnswerOptions, ChatOptions):
         add_options(parser, kind)
-    add_options(parser, SharedOptions, ["threads"])
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -49,8 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     from offload.loading import load_and_tell
 
     options = options_from(arguments, LoadOptions)
-    threads = options_from(arguments, SharedOptions).threads
-    model, tokenizer, load_seconds = load_and_tell(arguments.model, options, threads)
+    model, tokenizer, load_seconds = load_and_tell(arguments.model, options)
     if tokenizer is None or not tokenizer.chat_template:
         raise OffloadError(f"{arguments.model} has no chat template: use offload generate --raw")
 

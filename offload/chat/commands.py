@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.text import Text
 
-from offload.cache.trace.heatmap import draw_for, of_cache, resident_in, squeezed
+from offload.cache.trace.heatmap import draw_for, resident_in, squeezed
 from offload.chat.chat import Chat
 from offload.chat.saved import SavedChat
 from offload.engine.handle import Offload, offload_of
@@ -259,8 +259,7 @@ def _show(chat: Chat, rest: str) -> None:
     elif rest == "system":
         text = chat.system or "(none: the template's own)"
     elif rest == "experts":
-        experts = [layer.num_experts for layer in handle.pack.info.layers]
-        text = draw_for(sys.stdout, of_cache(handle.engine.cache, experts))
+        text = draw_for(sys.stdout, handle.heat_map())
     else:
         raise ChatError("/show info, /show parameters, /show system or /show experts")
     chat.display.write(text + "\n")

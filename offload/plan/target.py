@@ -16,7 +16,6 @@ from offload.options import LoadOptions
 from offload.units import SHARE, parse_bytes
 
 MOST_CARDS = 64
-LEAST_BYTES = 2**20  # of a size without a unit: a smaller number was meant as GiB
 ASSUMED = (
     "rates of link, RAM and disk are assumed, not measured: the card uses all of its PCIe lanes, "
     "RAM is what is usual beside such a card, and the disk is an NVMe disk on PCIe 4"
@@ -80,10 +79,6 @@ def named_machine(gpu: str, options: LoadOptions, cards: int | None) -> Target:
             "the most similar one and give the memory with --vram"
         )
     notes = [ASSUMED]
-    for text in (options.vram, options.ram):
-        bare = isinstance(text, str) and text.isdecimal()
-        if bare and 0 < (parse_bytes(text) or 0) < LEAST_BYTES:
-            raise BudgetError(f"{text!r} is that many bytes: write the unit too, like 20GiB")
     host = parse_bytes(options.ram)
     if host is None:
         host = psutil.virtual_memory().total
