@@ -24,15 +24,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from offload.model.seam import ExpertsModule, build_on_meta, find_experts, model_class, own_config
 from offload.pack.recipe import Recipe
 from offload.quant.codes import encode_scales
-from offload.quant.pack import (
-    MANIFEST,
-    PackInfo,
-    PackLayer,
-    as_buffer,
-    file_sha256,
-    manifest_check,
-    safetensors_header,
-)
+from offload.quant.manifest import MANIFEST, file_sha256, manifest_check
+from offload.quant.pack import PackInfo, PackLayer, as_buffer, safetensors_header
 from offload.quant.record import MatrixSpec, MatrixView, RecordLayout, plan_layout, view_record
 from offload.quant.scheme import Scheme
 

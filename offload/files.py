@@ -60,6 +60,15 @@ def user_path(text: str | Path) -> Path:
     return path
 
 
+def check_readable(file: str | Path | None) -> None:
+    """Raise `SourceError` now if `file`, which a user named, cannot be opened; None is none."""
+    try:
+        if file is not None:
+            user_path(file).open("rb").close()
+    except OSError as error:
+        raise SourceError(f"cannot read {file}: {error.strerror or error}") from None
+
+
 def check_writable(file: Path) -> None:
     """Raise the `OSError` now that writing `file` would raise after long work."""
     if file.is_dir():
@@ -103,6 +112,11 @@ def offload_home() -> Path:
         return user_path(home)
     cache = os.environ.get("XDG_CACHE_HOME")
     return user_path(cache or "~/.cache") / "offload"
+
+
+def packs_folder(pack_dir: str | Path | None = None) -> Path:
+    """The folder that packs are kept in: `pack_dir`, else one in `offload_home`."""
+    return user_path(pack_dir) if pack_dir else offload_home() / "packs"
 
 
 def read_object(file: Path) -> dict[str, Any]:

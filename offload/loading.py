@@ -29,8 +29,10 @@ from offload.fit import Card, Fit
 from offload.generation.rope import follow_length
 from offload.keywords import check_names, speak_python
 from offload.lines import reason
+from offload.machine.threads import Threads
 from offload.model import sources
 from offload.model.demo import NOTE
+from offload.model.names import DEMO
 from offload.model.seam import (
     BUILDING,
     IMPLEMENTATION,
@@ -52,7 +54,8 @@ from offload.pack.find import check_recipe, find_or_make_pack
 from offload.pack.recipe import AskedBits
 from offload.progress import without_bars
 from offload.quant.errors import PackError
-from offload.quant.pack import REMAKE, Pack, PackInfo
+from offload.quant.manifest import REMAKE
+from offload.quant.pack import Pack, PackInfo
 from offload.quant.record import view_record
 from offload.transfer.base import Transfer
 from offload.transfer.cards import transfer_of
@@ -160,7 +163,7 @@ def load_and_tell(
     model, tokenizer = load_with(source, options)
     for share in model.offload.fit.shares:
         print(share.line(), file=sys.stderr)
-    if note and source == sources.DEMO:
+    if note and source == DEMO:
         print(NOTE, file=sys.stderr)
     return model, tokenizer, time.perf_counter() - begin
 
@@ -277,7 +280,8 @@ def _connect(model: OffloadedModel, pack: Pack, fit: Fit, transfer: Transfer) ->
         engine.watch_routers(model, routers(model, info))
     single = fit.device.type == "cpu" and fit.dtype == torch.bfloat16
     one_token = OneTokenLinear(model) if single and native_is_quicker() else None
-    model.offload = Offload(pack, engine, fit, one_token, k, decoding)
+    threads = Threads() if fit.device.type == "cpu" and fit.options.threads is None else None
+    model.offload = Offload(pack, engine, fit, one_token, k, decoding, threads)
     weakref.finalize(model, model.offload.close)  # also if the user drops the model unclosed
 
 

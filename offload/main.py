@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import logging
 import os
 import pkgutil
+import re
 import signal
 import sys
 import threading
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from offload.errors import DONE, FAILED, INTERRUPTED, USAGE
 from offload.flags import add_command
+from offload.habits import OTHER_COMMANDS, SAME_COMMANDS, did_you_mean, translated
 from offload.lines import is_memory, one_line, shortened
 from offload.quant.errors import OffloadError
 from offload.version import __version__
@@ -36,6 +39,16 @@ COMMANDS = {
         "check this machine: versions, speeds, and what to improve",
     ),
     "quantize": ("offload.pack.command", "write a model's quantised weights to a folder (a pack)"),
+    "list": (
+        "offload.pack.command:ListCommand",
+        "list the models on this machine",
+    ),
+    "show": ("offload.pack.command:ShowCommand", "show what a model is made of"),
+    "rm": ("offload.pack.command:RemoveCommand", "remove a pack or a downloaded model"),
+    "prune": (
+        "offload.pack.command:PruneCommand",
+        "remove unfinished packs, and packs whose checkpoint has changed",
+    ),
     "ppl": ("offload.quality.command:PerplexityCommand", "measure the perplexity of a text"),
     "check": (
         "offload.quality.command:CheckCommand",
@@ -45,20 +58,43 @@ COMMANDS = {
 }
 
 
+SHELLS = ("bash", "zsh", "fish")
+WITH_MESSAGE = ("chat", "generate")  # what follows the model is the prompt, as with `ollama run`
+
+
 class Parser(argparse.ArgumentParser):
-    """A parser that reports wrong usage in one line."""
+    """A parser that takes no shortened flags and reports wrong usage in one line."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
+
+    @property
+    def commands(self) -> dict[str, Parser]:
+        """The parsers of its commands, by their names."""
+        found = [each for each in self._actions if isinstance(each, argparse._SubParsersAction)]
+        return found[0].choices if found else {}
 
     def error(self, message: str) -> NoReturn:
         self.exit(USAGE, f"offload: error: {shortened(message)} (see {self.prog} --help)\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Parse like `ArgumentParser`, to which `--temp=--` would give an empty list."""
+        for word in args or ():
+            if re.fullmatch(r"(--[\w-]+=|-\w+=?)--", word):
+                self.error(f"{word} has no value: give one")
+        return super().parse_known_args(args, namespace)
 
 
 def build_parser(wanted: Container[str] = COMMANDS) -> argparse.ArgumentParser:
     """A parser that knows every command, and the options of those that are `wanted`."""
     parser = Parser(
         prog="offload",
-        description="Run Mixture-of-Experts models whose experts do not fit into memory.",
+        description="Run Mixture-of-Experts models larger than your GPU or RAM.",
     )
     parser.add_argument("--version", action="version", version=f"offload {__version__}")
+    parser.add_argument(
+        "--completion", choices=SHELLS, help="print a script that completes commands and options"
+    )
     parser.set_defaults(command=None)
     actions = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     for name, (place, line) in COMMANDS.items():
@@ -71,22 +107,90 @@ def build_parser(wanted: Container[str] = COMMANDS) -> argparse.ArgumentParser:
     return parser
 
 
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command that `argv` names, with its options from flags, environment and config file.
+
+    Words and flags of other programs are translated. Leaves with `USAGE` for those that do not
+    exist here, and raises `OffloadError` for wrong values in the environment or in the file.
+    """
+    words = _command_first(argv)
+    parser = build_parser([word for word in words if not word.startswith("-")][:1])
+    if not words or words[0].startswith("-"):
+        return parser.parse_args(words)
+    command, trail, rest = parser, words[:1], words[1:]
+    while trail[-1] in command.commands:
+        command = command.commands[trail[-1]]
+        if not (command.commands and rest and rest[0] in command.commands):
+            break
+        trail, rest = [*trail, rest[0]], rest[1:]
+    try:
+        rest = translated(rest, command._option_string_actions)
+    except ValueError as error:
+        command.error(str(error))
+    arguments, extra = parser.parse_known_args([*trail, *rest])
+    if extra and (words[0] not in WITH_MESSAGE or arguments.__dict__.get("prompt") is not None):
+        command.error(f"{' '.join(extra)!r} is one word too many: leave it out, or quote a prompt")
+    if extra:
+        arguments.prompt = " ".join(extra)
+    from offload.config import fill_in
+
+    fill_in(arguments, command)
+    return arguments
+
+
+def _command_first(argv: Sequence[str]) -> list[str]:
+    """The words of `argv`, with the command's name as it is called here."""
+    first, *rest = argv or [""]
+    if first == "help":
+        return [*_command_first(rest), "--help"]
+    if first == "version":
+        return ["--version"]
+    name = first if first in COMMANDS else SAME_COMMANDS.get(first, first)
+    if first.startswith("-") or name in COMMANDS or not first:
+        return [name, *rest] if first else list(argv)
+    if first in OTHER_COMMANDS:
+        hint = f"offload {first}: {OTHER_COMMANDS[first]}"
+    elif first == "demo" or Path(first).exists():
+        hint = f"there is no command {first} (did you mean offload chat {first}?)"
+    else:
+        hint = f"there is no command {first}{did_you_mean(first, (*COMMANDS, *SAME_COMMANDS))}"
+    Parser(prog="offload").error(hint)
+
+
 @contextlib.contextmanager
 def _ending_in_order() -> Iterator[None]:
     """Let SIGTERM and SIGHUP end the program as `sys.exit` does, which restores the terminal.
 
+    Python drops an exception in a destructor. If it was a signal's, the signal comes again.
     Signals can only be handled on the main thread; on any other, nothing changes.
     """
     names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
     with contextlib.ExitStack() as undo:
         if threading.current_thread() is threading.main_thread():
             for number in (getattr(signal, name) for name in names):
-                undo.callback(signal.signal, number, signal.signal(number, _end))
+                if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
+                    undo.callback(signal.signal, number, signal.signal(number, _end))
+            undo.callback(setattr, sys, "unraisablehook", sys.unraisablehook)
+            sys.unraisablehook = functools.partial(_send_again, sys.unraisablehook)
         yield
 
 
 def _end(number: int, _: FrameType | None) -> None:
     sys.exit(128 + number)
+
+
+def _send_again(otherwise: Callable[[Any], object], dropped: Any) -> None:
+    error = dropped.exc_value
+    if isinstance(error, KeyboardInterrupt):
+        number: int = signal.SIGINT
+    elif isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128:
+        number = error.code - 128
+    else:
+        otherwise(dropped)
+        return
+    later = threading.Timer(0.01, signal.raise_signal, [number])  # by then the destructor is over
+    later.daemon = True
+    later.start()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,11 +215,14 @@ def _run(argv: Sequence[str]) -> int:
     try:
         check_streams()
         try:
-            # No option of the program itself takes a value, so the first word is the command.
-            wanted = [word for word in argv if not word.startswith("-")][:1]
-            arguments = build_parser(wanted).parse_args(argv)
+            arguments = parse(argv)
         finally:
             sys.stdout.flush()  # --help and --version leave from here
+        if arguments.completion:
+            from offload.completion import script
+
+            print(script(build_parser(), arguments.completion))
+            return DONE
         if arguments.command is None:
             build_parser(()).print_help(sys.stderr)
             return USAGE

@@ -8,15 +8,27 @@ options of a single command are in its `command.py`.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
-from offload.errors import OptionError, UnsupportedModelError
+from offload.errors import BudgetError, OptionError, UnsupportedModelError
 from offload.flags import check_values, described, option
-from offload.units import SHARE, UBATCH, between, check_size, parse_slots, positive
+from offload.units import (
+    MOST,
+    SHARE,
+    UBATCH,
+    between,
+    check_size,
+    parse_bytes,
+    parse_gpus,
+    parse_sizes,
+    parse_slots,
+    positive,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +36,7 @@ if TYPE_CHECKING:
 POLICIES = ("lfru", "lru")
 ENGINES = ("auto", "host", "device")
 DTYPES = ("auto", "bfloat16", "float16", "float32")  # "auto" is what the config says
+DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 POLICY_HELP = (
     "which expert to evict: the one used least by recency and frequency (lfru), or the one used "
     "longest ago (lru)"
@@ -41,7 +54,8 @@ class LoadOptions:
     """Everything that can be asked of `load`.
 
     Raises `UnsupportedModelError` for an unknown policy or engine, `OptionError` for a value of
-    a wrong type or out of range, and `BudgetError` for what is no size or no number of slots.
+    a wrong type or out of range, and `BudgetError` for a device, a size, or a number of GPUs or
+    expert slots that cannot be one.
     """
 
     device: str | torch.device | None = _memory(
@@ -80,7 +94,10 @@ class LoadOptions:
         parse=positive,
     )
     threads: int | None = _memory(
-        "-t --threads N", "CPU threads", unset="torch's choice", parse=between(1, 1024)
+        "-t --threads N",
+        "CPU threads",
+        unset="torch's choice; fewer in chat and generate while other programs use the cores",
+        parse=between(1, 1024),
     )
     expert_slots: int | float | str | None = _memory(
         "--expert-slots N",
@@ -168,7 +185,13 @@ class LoadOptions:
                 raise UnsupportedModelError(
                     f"there is no {what} {name!r}: choose {' or '.join(known)}"
                 )
+        if isinstance(self.device, str) and not DEVICE.fullmatch(self.device):
+            raise BudgetError(
+                f"device {self.device!r} is not supported: use cpu, cuda, or one like cuda:1"
+            )
         parse_slots(self.expert_slots, 1)
+        parse_bytes(self.ram)
+        parse_sizes(self.vram, len(parse_gpus(self.gpus)) if self.gpus is not None else 1)
 
 
 LoadOptions.__doc__ = f"{inspect.cleandoc(LoadOptions.__doc__ or '')}\n\n{described(LoadOptions)}\n"
@@ -237,6 +260,7 @@ class AnswerOptions:
         "most new tokens in an answer; -1 means as many as the context holds",
         default=-1,
         unit="tokens",
+        parse=between(-1, MOST),
     )
     seed: int | None = _answer(
         "-s --seed N", "seed of the sampling; the same seed gives the same answer", unset="random"

@@ -2,7 +2,7 @@
 
 import argparse
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from offload.errors import BudgetError
@@ -38,6 +38,37 @@ def parse_bytes(text: str | int | None) -> int | None:
     return int(size)
 
 
+def parse_gpus(gpus: str | Sequence[int | str]) -> list[str]:
+    """The names of the devices in `gpus`. Raises `BudgetError`."""
+    if not isinstance(gpus, str):
+        names = [f"cuda:{gpu}" if isinstance(gpu, int) else gpu for gpu in gpus]
+    else:
+        parts = [part.strip() for part in gpus.split(",")]
+        if not all(part.isascii() and part.isdigit() for part in parts):
+            raise BudgetError(
+                f"--gpus {gpus!r} is not a list of GPUs: write their numbers like 0,1"
+            )
+        names = [f"cuda:{int(part)}" for part in parts]
+    cuda = [name for name in names if name != "cpu"]
+    if not names or len(set(cuda)) < len(cuda):
+        raise BudgetError(
+            f"--gpus {gpus!r} does not name each GPU once: write their numbers like 0,1"
+        )
+    return names
+
+
+def parse_sizes(vram: str | int | None, cards: int) -> list[int | None]:
+    """Bytes to use on each card, None where the user gave none. Raises `BudgetError`."""
+    if not isinstance(vram, str) or "," not in vram:
+        return [parse_bytes(vram)] * cards
+    sizes = [parse_bytes(part) for part in vram.split(",")]
+    if len(sizes) != cards:
+        raise BudgetError(
+            f"--vram has {len(sizes)} sizes for {cards} GPUs: give one for each, or one for all"
+        )
+    return sizes
+
+
 def check_size(given: str | int | None) -> None:
     """Raise `BudgetError` for a number without a unit that cannot be meant as bytes."""
     if str(given).isdecimal() and 0 < int(given or 0) < LEAST_BYTES:
@@ -65,6 +96,8 @@ def parse_slots(given: float | str | None, total: int) -> int | None:
             f"{text!r} is not a number of expert slots: write a number or a share like 25%"
         )
     value = min(float(match.group(1)), MOST_SLOTS)
+    if match.group(2) and value > 100:
+        raise BudgetError(f"{text.strip()[:40]} is more than all experts: write at most 100%")
     return max(1, round(total * value / 100)) if match.group(2) else int(value)
 
 

@@ -13,7 +13,6 @@ Letters: E experts of a layer.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import mmap
@@ -32,12 +31,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from offload.quant.errors import PackError
+from offload.quant.manifest import (
+    FORMAT,
+    MANIFEST,
+    REMAKE,
+    VERSION,
+    file_sha256,
+    layer_file,
+    read_manifest,
+)
 from offload.quant.record import RecordLayout
 
-FORMAT = "moe-offload pack"
-VERSION = 2
-MANIFEST = "manifest.json"
-REMAKE = "delete the folder and load the model again to remake it"
 DATA_ALIGNMENT = 4096  # bytes; records begin at a page, so that their mapping can be pinned
 
 _SEEKING = threading.Lock()
@@ -74,7 +78,7 @@ class PackLayer:
 
     @staticmethod
     def file_name(index: int) -> str:
-        return f"experts-{index:05d}.safetensors"
+        return layer_file(index)
 
 
 @dataclass(frozen=True)
@@ -183,33 +187,6 @@ class PackInfo:
 def as_buffer(data: Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor, without a copy."""
     return memoryview(data.numpy())  # type: ignore[arg-type]  # numpy's arrays are buffers
-
-
-def is_pack(path: Path) -> bool:
-    """Whether `path` is a pack, perhaps a damaged one.
-
-    Other programs write a manifest.json as well. A folder with one is a pack if the manifest says
-    so, or if the first layer's expert file lies beside it.
-    """
-    if not (path / MANIFEST).is_file():
-        return False
-    if (path / PackLayer.file_name(0)).is_file():
-        return True
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def manifest_check(manifest: dict[str, Any]) -> str:
-    """The checksum that a manifest carries as `check`, made from its other entries."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def read_info(path: Path) -> PackInfo:
@@ -387,21 +364,7 @@ def _stamp(file: int) -> tuple[int, int]:
 
 def _read_manifest(path: Path) -> tuple[PackInfo, dict[str, tuple[int, str]]]:
     """What the manifest says: how the pack was made, and each file's size and SHA-256."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise PackError(
-            f"{path} is not a pack: cannot read {MANIFEST} ({error}): {REMAKE}"
-        ) from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise PackError(f"{path / MANIFEST} is not a {FORMAT}: {REMAKE}")
-    if manifest.get("version") != VERSION:
-        raise PackError(
-            f"{path} is a pack of version {manifest.get('version')}, this program reads version "
-            f"{VERSION}: {REMAKE}"
-        )
-    if manifest.pop("check", None) != manifest_check(manifest):
-        raise PackError(f"{path / MANIFEST} does not match its checksum: {REMAKE}")
+    manifest = read_manifest(path)
     try:
         return PackInfo.from_json(manifest), {
             str(name): (int(entry["bytes"]), str(entry["sha256"]))

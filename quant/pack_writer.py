@@ -23,16 +23,13 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from offload.quant.errors import PackError
+from offload.quant.manifest import MANIFEST, file_sha256, is_pack, manifest_check
 from offload.quant.pack import (
-    MANIFEST,
     Pack,
     PackInfo,
     PackLayer,
     as_buffer,
-    file_sha256,
-    is_pack,
     layer_header,
-    manifest_check,
     safetensors_header,
 )
 
@@ -87,6 +84,8 @@ class PackWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
+        with suppress(OSError):  # Windows removes no open file; who waits for it takes a new one
+            Path(self._lock.lock_file).unlink()
         self._lock.release()
 
     def _prepare(self) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it when it is imported
+os.environ["XDG_CONFIG_HOME"] = os.devnull  # the user's own file of options is not read
 
 import pytest
 import torch

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import cli
 from offload.engine.history import HOT
 from offload.options import LoadOptions
-from offload.quant.pack import VERSION, is_pack, manifest_check
+from offload.quant.manifest import VERSION, is_pack, manifest_check
 from tests.tiny import save_tiny
 
 WEIGHTS = "model.safetensors"
@@ -792,6 +792,8 @@ def test_an_unexpected_error_is_one_line_too(
         ["generate", "demo", "--temp", "warm"],
         ["generate", "demo", "-c", "0"],
         ["generate", "demo", "--threads", "0"],
+        ["generate", "demo", "--threads=--"],
+        ["generate", "demo", "-c--"],
         ["generate", "demo", "--threads", "2147483648"],
         ["generate", "demo", "--threads", "100000"],
         ["generate", "demo", "-c", "9" * 400],

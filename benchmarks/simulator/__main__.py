@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from benchmarks.simulator.outcome import SimulatedRun
 from benchmarks.simulator.simulator import SOFTWARE, Scenario, simulate
@@ -91,6 +94,21 @@ def find_machine(name: str) -> Hardware:
     return found
 
 
+def measured_tflops() -> float:
+    """What this machine's GPU, or else its CPU, reaches on a product of bfloat16 matrices."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    one = torch.ones(4096, 4096, dtype=torch.bfloat16, device=device)
+    seconds = min(_product_seconds(one) for _ in range(3))
+    return 2 * one.numel() * 512 / seconds / 1e12
+
+
+def _product_seconds(matrix: torch.Tensor) -> float:
+    rows = matrix[:512]
+    begin = time.perf_counter()
+    (rows @ matrix).sum().item()  # sync: the product ends before the clock is read
+    return time.perf_counter() - begin
+
+
 def make_scenario(arguments: argparse.Namespace, trace: Trace, machine: Hardware) -> Scenario:
     """What was typed, as numbers."""
     slots = parse_slots(arguments.expert_slots, trace.header.total_experts)
@@ -110,7 +128,9 @@ def make_scenario(arguments: argparse.Namespace, trace: Trace, machine: Hardware
         raise OffloadError(f"there is no software {arguments.software!r}: {' or '.join(SOFTWARE)}")
     slots = min(slots, trace.header.total_experts)
     cache = Setup(slots, arguments.policy, arguments.lookahead)
-    scenario = Scenario(machine, cache, dense, software, ram_bytes=parse_bytes(arguments.ram))
+    ram = parse_bytes(arguments.ram)
+    tflops = measured_tflops() if arguments.hardware.casefold() == HERE else None
+    scenario = Scenario(machine, cache, dense, software, ram_bytes=ram, tflops=tflops)
     bits = settings.get("expert_bits")
     return replace(scenario, expert_bits=float(bits)) if isinstance(bits, int | float) else scenario
 

@@ -22,7 +22,7 @@ from benchmarks.simulator.simulator import (
 from offload.cache.trace.replay import Setup
 from offload.cache.trace.synthetic import MIXTRAL, QWEN3_30B, Routing, Shape, synthesize
 from offload.cache.trace.trace import Event, Trace
-from offload.machine.hardware import PROFILES, Hardware
+from offload.machine.hardware import Hardware, find_hardware
 from offload.plan.forecast import RATES, SLOW_PYTHON, Forecast, Workload, at_share, forecast
 
 UNIFORM = Routing(stickiness=0.0, skew=0.0, recall=0.8)
@@ -92,7 +92,9 @@ def rows() -> Iterator[tuple[str, str, float, Forecast, tuple[float, float, floa
     for shape in MODELS:
         for name in MACHINES:
             for share in SHARES:
-                work = workload(shape, PROFILES[name], share)
+                machine = find_hardware(name)
+                assert machine is not None
+                work = workload(shape, machine, share)
                 yield shape.name, name, share, forecast(work), simulated(shape, work)
 
 

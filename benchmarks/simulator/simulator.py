@@ -12,6 +12,7 @@ layer behind them, then each expert as soon as it is there, residents first.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from dataclasses import dataclass, field, replace
 
@@ -134,6 +135,20 @@ class SimulatedLink:
 
 
 STAGING_ROWS = 2  # what large records have
+# Dense FP16 tensor operations with FP32 accumulation, as NVIDIA publishes them.
+TFLOPS = {
+    "RTX 3060": 25.5,
+    "RTX 3080": 59.5,
+    "RTX 3080 Laptop": 38.0,
+    "RTX 3090": 71.0,
+    "RTX 4080": 97.5,
+    "RTX 4090": 165.2,
+    "RTX 5070 Ti": 87.9,
+    "RTX 5080": 112.6,
+    "RTX 5090": 209.5,
+    "T4": 65.0,
+    "A100": 312.0,
+}
 
 
 @dataclass(frozen=True)
@@ -152,6 +167,9 @@ class Scenario:
     ram_bytes: int | None = None  # what RAM holds of the experts; None: all
     staging_rows: int = STAGING_ROWS
     early: bool = True  # begin a prompt's next layer before its router is asked
+    tflops: float | None = (
+        None  # limits the reading of a prompt; None: as `TFLOPS` says, or no limit
+    )
 
 
 def simulate(trace: Trace, scenario: Scenario, timeline: Timeline | None = None) -> SimulatedRun:
@@ -183,6 +201,7 @@ class _Simulation:
             )
         self.scenario, self.timeline = scenario, timeline
         self.hardware, self.software = scenario.hardware, scenario.software
+        self.tflops = scenario.tflops or TFLOPS.get(self.hardware.name, math.inf)
         self.host = self.device = 0.0  # the two clocks
         self.phases = {False: Phase(), True: Phase()}  # by Event.prompt
         self.cards = [self._card(number) for number in range(cards)]
@@ -376,7 +395,7 @@ class _Simulation:
         """Read `size` bytes of weights once and multiply them with `tokens` rows."""
         flops = 2 * tokens * size * 8 / bits
         memory = size * self.software.memory_passes / (self.hardware.memory_gb_per_s * 1e9)
-        return max(memory, flops / (self.hardware.tflops * 1e12))
+        return max(memory, flops / (self.tflops * 1e12))
 
     def _device_works(self, queued: float, seconds: float, phase: Phase) -> None:
         """Let the device work on something queued at `queued`; a CPU is host and device."""

@@ -24,7 +24,7 @@ from benchmarks.simulator.simulator import Scenario, Software, simulate
 from offload.cache.trace.replay import LIVE, NONE, Setup
 from offload.cache.trace.synthetic import MIXTRAL, Routing, synthesize
 from offload.cache.trace.trace import Trace
-from offload.machine.hardware import PCIE3_X16, PINNED_SHARE, PROFILES, Hardware
+from offload.machine.hardware import LANE_GB_PER_S, PINNED_SHARE, PROFILES, Hardware
 
 RESULTS = Path(__file__).parents[1] / "results"
 TOKENS, FIT_TOKENS = 200, 50
@@ -57,8 +57,8 @@ ROUTING = Routing(stickiness=0.25, skew=0.0, recall=0.85)
 # Section 4.3: the laptop has PCIe 4, the desktop with the 3060 (a PCIe 4 card) and Colab PCIe 3.
 MACHINES: dict[str, Hardware] = {
     "A100": PROFILES["A100"],
-    "3080 Mobile": PROFILES["RTX 3080 Mobile"],
-    "3060": replace(PROFILES["RTX 3060"], link_gb_per_s=PCIE3_X16 * PINNED_SHARE),
+    "3080 Mobile": PROFILES["RTX 3080 Laptop"],
+    "3060": replace(PROFILES["RTX 3060"], link_gb_per_s=16 * LANE_GB_PER_S[3] * PINNED_SHARE),
     "T4": PROFILES["T4"],
 }
 CACHED = {"A100": 4, "3080 Mobile": 4, "3060": 2, "T4": 4}  # k, experts a layer

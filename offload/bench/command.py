@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offload.errors import DONE
+from offload.files import check_readable
 from offload.flags import (
     add_model,
     add_options,
@@ -23,6 +24,8 @@ from offload.flags import (
     parser_of,
 )
 from offload.options import LoadOptions, SharedOptions
+from offload.pack.asked import begin_loading
+from offload.pack.recipe import AskedBits
 from offload.quant.errors import OffloadError
 from offload.units import count, listed, positive
 
@@ -149,26 +152,27 @@ def combinations(arguments: argparse.Namespace) -> list[LoadOptions]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and write rows. If the command is interrupted, the finished rows remain."""
-    from offload.bench.compare import read_earlier
-    from offload.bench.output import WRITERS, check_picture, save_picture, write_tables
-    from offload.bench.row import make_tests
-    from offload.bench.run import check_context, sweep
-    from offload.pack.recipe import AskedBits
-
     asked = options_from(arguments, BenchOptions)
-    tests = make_tests(asked.n_prompt, asked.n_gen, asked.pg, asked.n_depth)
-    if not tests:
+    if not (any(asked.n_prompt) or any(asked.n_gen) or asked.pg):
         raise OffloadError("there is nothing to measure: give -p, -n or -pg a number above 0")
     settings = combinations(arguments)
     for setting in settings:
         AskedBits.of(setting)  # raises for wrong bits before anything is measured
-    check_context(tests, settings[0].context)
     shared = options_from(arguments, SharedOptions)
     for flag, file in (("trace", settings[0].trace), ("timeline", shared.timeline)):
         if len(settings) > 1 and file:
             raise OffloadError(
                 f"--{flag} records one run, and a sweep has several: give each option one value"
             )
+    check_readable(asked.compare)
+    begin_loading(arguments.model, settings[0])
+    from offload.bench.compare import read_earlier
+    from offload.bench.output import WRITERS, check_picture, save_picture, write_tables
+    from offload.bench.row import make_tests
+    from offload.bench.run import check_context, sweep
+
+    tests = make_tests(asked.n_prompt, asked.n_gen, asked.pg, asked.n_depth)
+    check_context(tests, settings[0].context)
     earlier = read_earlier(asked.compare) if asked.compare else None
     if asked.plot:
         check_picture(asked.plot)

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -15,6 +14,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from offload.errors import BudgetError, UnsupportedModelError
 from offload.lines import reason
+from offload.machine.memory import ram
 from offload.model.seam import build_on_meta, experts_modules, model_class
 from offload.quant.matmul import REFERENCE_WEIGHTS
 from offload.quant.pack import PackInfo
@@ -96,7 +96,7 @@ def available_bytes(device: torch.device, given: int | None) -> int:
         return given
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * SHARE)
-    return int(psutil.virtual_memory().available * SHARE)
+    return int(ram().available * SHARE)
 
 
 def hold_vram(device: torch.device, budget: int) -> None:

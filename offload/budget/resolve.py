@@ -1,7 +1,6 @@
 """Turns options into numbers for one machine, before anything is made or allocated."""
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,9 +18,10 @@ from offload.budget.budget import (
 from offload.budget.placement import demand, place
 from offload.errors import BudgetError
 from offload.fit import Card, Fit, Share
+from offload.machine.limits import check_ram
 from offload.options import LoadOptions
 from offload.quant.pack import PackInfo
-from offload.units import parse_bytes, parse_slots
+from offload.units import parse_bytes, parse_gpus, parse_sizes, parse_slots
 
 logger = logging.getLogger("offload")
 
@@ -168,9 +168,10 @@ def find_place(options: LoadOptions) -> Place:
     the RAM. Raises `BudgetError`.
     """
     device, gpus, vram, ram = options.device, options.gpus, options.vram, options.ram
+    check_ram(ram)
     if gpus is not None and device is not None:
         raise BudgetError("both --device and --gpus say where to run: give only one of them")
-    devices = [find_device(name) for name in ([device] if gpus is None else _names(gpus))]
+    devices = [find_device(name) for name in ([device] if gpus is None else parse_gpus(gpus))]
     if len(devices) == 1:
         count = torch.cuda.device_count() if devices[0].type == "cuda" else 1
         if gpus is None and device in (None, "cuda") and count > 1:
@@ -181,7 +182,7 @@ def find_place(options: LoadOptions) -> Place:
                 ",".join(map(str, range(count))),
             )
         return Place(devices[0], Memory.of(devices[0], vram, ram))
-    sizes = _sizes(vram, len(devices))
+    sizes = parse_sizes(vram, len(devices))
     host = available_bytes(torch.device("cpu"), parse_bytes(ram))
     cards = tuple(
         Card(each.index, each, available_bytes(each, size))
@@ -190,34 +191,3 @@ def find_place(options: LoadOptions) -> Place:
         for number, (each, size) in enumerate(zip(devices, sizes, strict=True))
     )
     return Place(devices[0], Memory(sum(card.memory for card in cards), host), cards)
-
-
-def _names(gpus: str | Sequence[int | str]) -> list[str]:
-    """The names of the devices in `gpus`. Raises `BudgetError`."""
-    if not isinstance(gpus, str):
-        names = [f"cuda:{gpu}" if isinstance(gpu, int) else gpu for gpu in gpus]
-    else:
-        parts = [part.strip() for part in gpus.split(",")]
-        if not all(part.isascii() and part.isdigit() for part in parts):
-            raise BudgetError(
-                f"--gpus {gpus!r} is not a list of GPUs: write their numbers like 0,1"
-            )
-        names = [f"cuda:{int(part)}" for part in parts]
-    cuda = [name for name in names if name != "cpu"]
-    if not names or len(set(cuda)) < len(cuda):
-        raise BudgetError(
-            f"--gpus {gpus!r} does not name each GPU once: write their numbers like 0,1"
-        )
-    return names
-
-
-def _sizes(vram: str | int | None, cards: int) -> list[int | None]:
-    """Bytes to use on each card, None where the user gave none. Raises `BudgetError`."""
-    if not isinstance(vram, str) or "," not in vram:
-        return [parse_bytes(vram)] * cards
-    sizes = [parse_bytes(part) for part in vram.split(",")]
-    if len(sizes) != cards:
-        raise BudgetError(
-            f"--vram has {len(sizes)} sizes for {cards} GPUs: give one for each, or one for all"
-        )
-    return sizes

@@ -8,7 +8,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from offload.chat.display import Display
 from offload.chat.saved import Settings
-from offload.chat.thinking import Piece, Voices, marks_are_special
 from offload.engine.handle import offload_of
 from offload.errors import ChatError
 from offload.generation.prompt import Message, PromptCache, encode_prompt
@@ -18,6 +17,7 @@ from offload.generation.stream import (
     timings,
     verbose_rows,
 )
+from offload.generation.thinking import Piece, Voices, marks_are_special
 from offload.sampling import Sampling
 
 NEARLY_FULL = 0.85  # share of the context in use at which the user is told that turns will leave
@@ -134,11 +134,12 @@ class Chat:
             if said[False] or said[True]:
                 self.display.finish()
             raise
-        self.display.finish()
         answer = {"role": "assistant", "content": said[False]}
         if said[True]:
             answer["thinking"] = said[True]
+        # First, because one more Ctrl-C may come while the rest is shown.
         self.messages, self.begin = [*messages, answer], begin
+        self.display.finish()
         if self.stopped:
             self.display.write("(stopped)\n")
         if self.last is not None:

@@ -11,6 +11,7 @@ from offload.errors import DONE, INTERRUPTED
 from offload.flags import add_model, add_options, option, options_from
 from offload.generation.command import asked_prompt, asked_sampling
 from offload.options import AnswerOptions, LoadOptions
+from offload.pack.asked import begin_loading
 from offload.quant.errors import OffloadError
 
 EXAMPLE = "offload chat demo --expert-slots 25%"
@@ -41,13 +42,14 @@ def run(arguments: argparse.Namespace) -> int:
     if mode.single_turn and prompt is None:
         raise OffloadError("--single-turn needs a prompt: give one with -p or -f")
     asked_sampling(asked, None)  # raises for a wrong value before the model is loaded
+    options = options_from(arguments, LoadOptions)
+    begin_loading(arguments.model, options)
     from offload.chat.chat import Chat
     from offload.chat.commands import converse
     from offload.chat.terminal import display, reader
     from offload.engine.handle import offload_of
     from offload.loading import load_and_tell
 
-    options = options_from(arguments, LoadOptions)
     model, tokenizer, load_seconds = load_and_tell(arguments.model, options)
     if tokenizer is None or not tokenizer.chat_template:
         raise OffloadError(f"{arguments.model} has no chat template: use offload generate --raw")

@@ -1,5 +1,6 @@
 """What a user types into a chat: messages, and slash commands with their help lines."""
 
+import contextlib
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -81,7 +82,8 @@ def converse(chat: Chat, read: Callable[[str], str], first: str | None = None) -
             chat.display.write("\n")
             return
         except KeyboardInterrupt:
-            chat.display.write("\n(/bye or Ctrl-D leaves)\n")
+            with contextlib.suppress(KeyboardInterrupt):  # some people press it more than once
+                chat.display.write("\n(/bye or Ctrl-D leaves)\n")
 
 
 def read_message(read: Callable[[str], str]) -> tuple[str, bool]:

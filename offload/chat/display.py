@@ -17,7 +17,7 @@ from rich.markdown import Markdown
 from rich.segment import Segment
 from rich.text import Text
 
-from offload.chat.thinking import Piece
+from offload.generation.thinking import Piece
 from offload.lines import printable
 
 REFRESH_SECONDS = 0.08  # at least, between two drawings of the growing block

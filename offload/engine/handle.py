@@ -20,6 +20,7 @@ from offload.engine.history import RoutingTrace, write_hot
 from offload.engine.hooks import OneTokenLinear
 from offload.engine.stats import CardStats, Stats
 from offload.fit import Fit
+from offload.machine.threads import Threads
 from offload.model.seam import IMPLEMENTATION, QuantizedEmbedding
 from offload.quant.errors import OffloadError
 from offload.quant.pack import Pack
@@ -50,6 +51,7 @@ class Offload:
     # The `Loops` of `offload.generation.decode`, which queue a step before the token of the one
     # before it is read. With None, each token is waited for.
     decoding: Any = None
+    threads: Threads | None = None  # which follow the load of the CPU; None: their number is fixed
 
     def __repr__(self) -> str:
         state = "closed" if self.engine.closed else str(self.stats())

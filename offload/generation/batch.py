@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from numbers import Integral
 from typing import Any, Literal, Unpack, overload
 
@@ -16,6 +17,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from offload.engine.handle import offload_of
 from offload.errors import GenerationError
 from offload.generation.inputs import Encoded, check_call, plain
 from offload.generation.prompt import Message, Prompt, check_request, end_tokens
@@ -171,11 +173,12 @@ def complete(
     sees_padding = longest_short(model) is not None or (
         model.config.get_text_config().model_type in SEES_PADDING
     )
-    while unfinished := [answer for answer in answers if answer.finish_reason is None]:
-        if sees_padding:
-            length = len(unfinished[0].read)
-            unfinished = [answer for answer in unfinished if len(answer.read) == length]
-        _extend(model, unfinished, sampler, ends)
+    with offload_of(model).threads or nullcontext():
+        while unfinished := [answer for answer in answers if answer.finish_reason is None]:
+            if sees_padding:
+                length = len(unfinished[0].read)
+                unfinished = [answer for answer in unfinished if len(answer.read) == length]
+            _extend(model, unfinished, sampler, ends)
     return made
 
 
@@ -184,6 +187,7 @@ def _extend(
     model: PreTrainedModel, answers: Sequence[Answer], sampler: Sampler, ends: frozenset[int]
 ) -> None:
     """Extend every answer until all are finished, or until the first reaches its limit."""
+    threads = offload_of(model).threads
     vocabulary = model.config.get_text_config().vocab_size
     pad = min((token for token in ends if token < vocabulary), default=0)  # masked: any id will do
     read = [answer.read for answer in answers]
@@ -197,6 +201,8 @@ def _extend(
 
     def are_finished(input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
         """Pass each new token to its answer; this is a stopping criterion of transformers."""
+        if threads is not None:
+            threads.look()
         tokens = input_ids[:, -1].tolist()  # sync: the host searches the text for stop strings
         for answer, token in zip(answers, tokens, strict=True):
             if answer.finish_reason is None:

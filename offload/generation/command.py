@@ -16,6 +16,7 @@ from offload.files import asked_text, read_text
 from offload.flags import add_model, add_options, option, options_from
 from offload.lines import printable
 from offload.options import FALLBACK, AnswerOptions, LoadOptions, SharedOptions
+from offload.pack.asked import begin_loading
 from offload.quant.errors import OffloadError
 from offload.units import between, positive
 
@@ -145,6 +146,7 @@ class _Job:
         What happens meanwhile is recorded for --timeline.
         """
         asked_sampling(self.asked, None)  # fails on a wrong value before the model is loaded
+        begin_loading(self.model_name, self.load)
         from offload.engine.handle import offload_of
         from offload.loading import load_and_tell
         from offload.trace.timeline import record_timeline

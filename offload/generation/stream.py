@@ -56,6 +56,12 @@ def timings(response: GenerationResponse) -> str:
     )
 
 
+def stopped_at(response: GenerationResponse) -> str:
+    """A line that says that a limit ended the answer; empty if the answer ended by itself."""
+    cut = response.finish_reason == "length"
+    return f"(stopped at {response.generation_tokens} tokens)" if cut else ""
+
+
 def verbose_rows(response: GenerationResponse, load_seconds: float) -> str:
     """The rows that ollama prints after an answer. As in ollama, the load duration appears only
     when the answer waited for the model, and the prompt count leaves out tokens from the cache."""
@@ -108,7 +114,9 @@ def stream_generate(
     request = check_request(model, tokenizer, single(prompt), max_new_tokens, stop_strings)
     ends = end_tokens(model, tokenizer)
     answer = Answer(request, tokenizer, ends, skip_special_tokens)
-    return _stream(model, answer, resolved, ends, prompt_cache)
+    steps = _stream(model, answer, resolved, ends, prompt_cache)
+    threads = offload_of(model).threads
+    return steps if threads is None else threads.during(steps)
 
 
 def _stream(

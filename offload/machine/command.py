@@ -41,8 +41,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps([f.to_json() for f in findings], indent=2, ensure_ascii=False))
         return DONE
     amiss = sum(finding.verdict != "ok" for finding in findings)
-    told = {0: "everything is in order", 1: "1 thing to look at"}
-    print(f"\n{told.get(amiss, f'{amiss} things to look at')}")
+    told = {0: "everything is in order", 1: "1 warning"}
+    print(f"\n{told.get(amiss, f'{amiss} warnings')}")
     return DONE
 
 

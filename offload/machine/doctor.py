@@ -24,6 +24,7 @@ from offload.machine.measure import (
     programs_a_core,
     read_rate,
 )
+from offload.machine.memory import ram
 from offload.quant.matmul import cpu_kernel_works, matmul_packed, matmul_unpacked
 from offload.units import gib
 from offload.version import __version__
@@ -37,10 +38,11 @@ LITTLE_DISK = 20 * 2**30
 
 def memory() -> Iterator[Finding]:
     """Findings about RAM: its size and speed."""
-    now = psutil.virtual_memory()
+    now = ram()
+    limit = " (the limit of this container)" * now.limited
     yield Finding(
         "RAM",
-        f"{gib(now.total)}, {gib(now.available)} free",
+        f"{gib(now.total)}{limit}, {gib(now.available)} free",
         data={"total_bytes": now.total, "available_bytes": now.available},
     )
     if now.available < LITTLE_RAM:
@@ -66,9 +68,9 @@ def memory() -> Iterator[Finding]:
 
 def _slow_copies() -> str:
     """The remedy for slow copies; other programs cause them more often than memory modules."""
-    modules = "fill both memory channels, choose the XMP or EXPO profile in the BIOS"
+    modules = "fill both memory channels, and enable XMP/EXPO in the BIOS"
     if programs_a_core() > BUSY:
-        return f"the machine is busy: look again when it is idle; if copies stay slow, {modules}"
+        return f"the CPU is busy: run this again when it is idle; if copies stay slow, {modules}"
     return modules
 
 
@@ -82,7 +84,7 @@ def pin_limit(has_gpu: bool) -> Iterator[Finding]:
     unlimited = limit == resource.RLIM_INFINITY
     text = "unlimited" if unlimited else gib(limit)
     data = {"memlock_bytes": None if unlimited else limit}
-    enough = unlimited or limit >= psutil.virtual_memory().total // 2
+    enough = unlimited or limit >= ram().total // 2
     if enough or not has_gpu:
         yield Finding("pin limit", text if has_gpu else f"{text}; used with a GPU only", data=data)
         return
@@ -90,7 +92,7 @@ def pin_limit(has_gpu: bool) -> Iterator[Finding]:
         "pin limit",
         f"{text} (ulimit -l)",
         SLOW,
-        "if pinning fails: `* - memlock unlimited` in /etc/security/limits.conf, log in again",
+        "if pinning fails: add `* - memlock unlimited` to /etc/security/limits.conf, log in again",
         data,
     )
 
@@ -103,7 +105,7 @@ def disk(home: Path) -> Iterator[Finding]:
         "disk space",
         f"{gib(free)} free at {short(place)}",
         MISSING if free < LITTLE_DISK else OK,
-        "free some, or name another place with OFFLOAD_HOME" if free < LITTLE_DISK else "",
+        "free some space, or choose another place with OFFLOAD_HOME" if free < LITTLE_DISK else "",
         {"free_bytes": free},
     )
     try:
@@ -146,7 +148,7 @@ def processor() -> Iterator[Finding]:
         "processor",
         f"{processor_name()}, {cores or '?'} cores, {threads} thread{'s' * (threads != 1)} used",
         SLOW if busy else OK,
-        f"stop the other programs (load {load:.1f} a core): the rates below are too low"
+        f"the CPU is busy (load {load:.1f} per core): measured speeds are too low; close programs"
         if busy
         else "",
         {"cores": cores, "threads": threads, "load": load},
@@ -188,7 +190,9 @@ def _kernels() -> Finding:
             "pip install -U llvmlite; until then products are many times slower",
             data,
         )
-    return Finding("CPU kernels", f"compiled and right for {BITS[0]} to {BITS[-1]} bits", data=data)
+    return Finding(
+        "CPU kernels", f"compiled, self-test passed for {BITS[0]} to {BITS[-1]} bits", data=data
+    )
 
 
 NEEDED = (
@@ -267,7 +271,7 @@ Look = Callable[[], Iterator[Finding]]
 
 
 def looks() -> dict[str, Look]:
-    """All examinations, each under the name that is shown if it fails."""
+    """All checks, each under the name that is shown if it fails."""
     return {
         "software": software,
         "processor": processor,
@@ -285,4 +289,4 @@ def examine() -> Iterator[Finding]:
             yield from look()
         except Exception as error:  # drivers and libraries may raise anything
             remedy = "report it, with offload doctor --json"
-            yield Finding(name, f"could not be looked at: {reason(error)}", MISSING, remedy)
+            yield Finding(name, f"check failed: {reason(error)}", MISSING, remedy)

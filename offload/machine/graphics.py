@@ -72,9 +72,9 @@ def graphics(devices: Path = PCI_DEVICES) -> Iterator[Finding]:
     if not count:
         yield Finding(
             "GPU",
-            "none that torch sees",
+            "no GPU found",
             MISSING,
-            "the CPU computes; a card with CUDA is several times faster",
+            "the CPU computes; an NVIDIA GPU is several times faster",
         )
     for index in range(count):
         yield from _card(index)

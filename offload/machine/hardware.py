@@ -1,13 +1,17 @@
-"""How fast machines are: published rates of graphics cards, and the class that measuring fills.
+"""How fast machines are: rates of the published graphics cards, and the class that measuring fills.
 
-Bandwidths and memory sizes are from NVIDIA's Ampere GA102, Ada and Blackwell architecture papers
-(RTX 3080, 3090, 4080, 4090, 5070 Ti, 5080, 5090), product pages (RTX 3060, 3080 Laptop) and data
-sheets (T4, A100). PCIe rates are the raw rates of the lanes after 128b/130b coding (PCI-SIG).
+PCIe rates are the raw rates of the lanes after 128b/130b coding (PCI-SIG).
 """
 
-from dataclasses import dataclass
+import math
+import re
+from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
 
-PCIE3_X16, PCIE4_X16, PCIE5_X16 = 15.75, 31.51, 63.02  # GB/s one way
+from offload.errors import BudgetError
+from offload.machine.cards import CARDS, OTHERS, Card
+
+LANE_GB_PER_S = {3: 15.75 / 16, 4: 31.51 / 16, 5: 63.02 / 16}  # PCIe generation -> one way
 # The share of the raw rate that copies from pinned memory reach. 26.7 GB/s of 31.5 were measured on
 # an RTX 4090, and 56 of 63 on an RTX 5090.
 PINNED_SHARE = 0.85
@@ -31,7 +35,6 @@ class Hardware:
     link_latency_seconds: float = LINK_LATENCY
     disk_latency_seconds: float = DISK_LATENCY
     launch_seconds: float = LAUNCH
-    tflops: float = 1e3  # half precision, dense; it can only limit the reading of a prompt
     cards: int = 1
     runs_ahead: bool = True  # whether the host queues work and goes on; a CPU computes it itself
     memory_bytes: int | None = None  # of one card; None if unknown
@@ -45,50 +48,100 @@ class Hardware:
         return seconds
 
 
-def _gpu(
-    name: str, gib: int, memory: float, pcie: float, tflops: float, *, ram: float, cards: int = 1
-) -> Hardware:
+def _profile(card: Card) -> Hardware:
+    """What programs reach on `card`, with the RAM that is usual beside it."""
+    ram = DDR5_6000_X2 if card.compute > 8.6 else DDR4_3200_X2
     return Hardware(
-        name,
-        memory_gb_per_s=memory * MEMORY_SHARE,
-        link_gb_per_s=pcie * PINNED_SHARE,
-        ram_gb_per_s=ram,
-        tflops=tflops,
-        cards=cards,
-        memory_bytes=gib * 2**30,
+        card.name,
+        memory_gb_per_s=card.gb_per_s * MEMORY_SHARE,
+        link_gb_per_s=LANE_GB_PER_S[card.pcie] * card.lanes * PINNED_SHARE,
+        ram_gb_per_s=DDR4_3200_X8 if card.compute in SERVERS else ram,
+        memory_bytes=card.gib * 2**30,
     )
 
 
-# TFLOPS of GeForce cards are those of dense FP16 tensor operations with FP32 accumulation.
-PROFILES: dict[str, Hardware] = {
-    profile.name: profile
-    for profile in (
-        _gpu("RTX 3060", 12, 360.0, PCIE4_X16, 25.5, ram=DDR4_3200_X2),  # 15 Gbps, 192 bits
-        _gpu("RTX 3080", 10, 760.0, PCIE4_X16, 59.5, ram=DDR4_3200_X2),  # 19 Gbps, 320 bits
-        _gpu("RTX 3080 Mobile", 16, 448.0, PCIE4_X16, 38.0, ram=DDR4_3200_X2),  # 14 Gbps, 256
-        _gpu("RTX 3090", 24, 936.0, PCIE4_X16, 71.0, ram=DDR4_3200_X2),  # 19.5 Gbps, 384 bits
-        _gpu("RTX 4080", 16, 716.8, PCIE4_X16, 97.5, ram=DDR5_6000_X2),  # 22.4 Gbps, 256 bits
-        _gpu("RTX 4090", 24, 1008.0, PCIE4_X16, 165.2, ram=DDR5_6000_X2),  # 21 Gbps, 384 bits
-        _gpu("2x4090", 24, 1008.0, PCIE4_X16, 165.2, ram=DDR5_6000_X2, cards=2),
-        _gpu("RTX 5070 Ti", 16, 896.0, PCIE5_X16, 87.9, ram=DDR5_6000_X2),  # 28 Gbps, 256 bits
-        _gpu("RTX 5080", 16, 960.0, PCIE5_X16, 112.6, ram=DDR5_6000_X2),  # 30 Gbps, 256 bits
-        _gpu("RTX 5090", 32, 1792.0, PCIE5_X16, 209.5, ram=DDR5_6000_X2),  # 28 Gbps, 512 bits
-        _gpu("T4", 16, 320.0, PCIE3_X16, 65.0, ram=DDR4_3200_X2),  # data sheet: 320+ GB/s
-        _gpu("A100", 80, 2039.0, PCIE4_X16, 312.0, ram=DDR4_3200_X8),  # 80 GB SXM data sheet
-    )
-}
+SERVERS = (8.0, 9.0)  # the compute capabilities of cards that are built into servers alone
+PROFILES: dict[str, Hardware] = {card.name: _profile(card) for card in CARDS}
+_MEMORY = re.compile(r"(\d+)\s*gi?b\b")
+_LEFT_OUT = re.compile(
+    r"nvidia|geforce|quadro|radeon|amd|intel|gpu|generation|blackwell|\brtx|\bgtx|\brx|[\s_()-]"
+)
+
+
+def _plain(name: str) -> tuple[str, int | None]:
+    """A card's name without what people leave out, and the GiB of memory that it may have."""
+    text = name.casefold().replace("mobile", "laptop")
+    size = _MEMORY.search(text)
+    return _LEFT_OUT.sub("", _MEMORY.sub("", text)), int(size[1]) if size else None
 
 
 def find_hardware(name: str) -> Hardware | None:
     """The profile called `name`, or None if there is none.
 
     Case, spaces and hyphens make no difference, and "NVIDIA", "GeForce" and "RTX" may be left out.
+    A size of memory at the end, as in "4060 Ti 16GB", tells cards of one name apart. "2x4090" means
+    two of these cards.
     """
+    several = re.fullmatch(r"(\d+)\s*x\s*(.+)", name.strip(), re.IGNORECASE)
+    if several and (one := find_hardware(several[2])) is not None:
+        return replace(one, cards=max(1, int(several[1])))
+    card = _find(CARDS, name)
+    return PROFILES[card.name] if card else None
 
-    def plain(text: str) -> str:
-        words = text.casefold().replace(" ", "").replace("-", "")
-        for prefix in ("nvidia", "geforce", "rtx"):
-            words = words.removeprefix(prefix)
-        return words
 
-    return {plain(known): profile for known, profile in PROFILES.items()}.get(plain(name))
+def asked_hardware(name: str, memory_bytes: int | None) -> tuple[Hardware, str]:
+    """The profile for a card called `name`, and a note if it is another card's, else "".
+
+    `memory_bytes`: the size of its memory, if the user gave it. Raises `BudgetError`.
+    """
+    if (found := find_hardware(name)) is not None:
+        return found, ""
+    if (nearest := nearest_hardware(name, memory_bytes)) is None:
+        raise BudgetError(
+            f"unknown GPU {name!r}: write a name like 4070, '4060 Ti 16GB' or 'RTX A5000', or give "
+            "the memory of the card with --vram"
+        )
+    return nearest
+
+
+def _find(cards: tuple[Card, ...], name: str) -> Card | None:
+    wanted, gib = _plain(name)
+    same = [card for card in cards if wanted and _plain(card.name)[0] == wanted]
+    return next((card for card in same if gib in (None, card.gib)), None)
+
+
+def nearest_hardware(name: str, memory_bytes: int | None) -> tuple[Hardware, str] | None:
+    """A profile to take for a card that has none, and a sentence that says so.
+
+    A card that cannot run models takes the nearest by memory and bandwidth; any other takes a card
+    of the same number, else the nearest by `memory_bytes`. None if nothing is known of the card.
+    """
+    wanted, gib = _plain(name)
+    size = memory_bytes / 2**30 if memory_bytes else gib
+    if other := _find(OTHERS, name):
+        card = min(CARDS, key=lambda card: _distance(card, other.gib, other.gb_per_s))
+        why = f"offload does not run on a {other.name}, which has no CUDA that torch supports"
+        near_to = f"the card nearest to its {other.gib} GiB and {other.gb_per_s:.0f} GB/s"
+        found = replace(PROFILES[card.name], memory_bytes=other.gib * 2**30)
+        return found, f"{why}: the figures are those of the {card.name}, {near_to}"
+    number = re.search(r"\d{4}", wanted)  # it names the card; the words after it are variants
+    alike = {
+        card: (len(plain) * wanted.startswith(plain), SequenceMatcher(None, wanted, plain).ratio())
+        for card in CARDS
+        if number and number[0] in (plain := _plain(card.name)[0])
+    }
+    if not alike and size is None:
+        return None
+    near = [card for card, ratio in alike.items() if ratio == max(alike.values())] or CARDS
+    card = min(near, key=lambda card: _distance(card, size or card.gib, None))
+    found = PROFILES[card.name]
+    if size is not None:
+        found = replace(found, memory_bytes=round(size * 2**30))
+    told = f"with {size:g} GiB" if size is not None else f"with its {card.gib} GiB"
+    return found, f"no card is known as {name!r}: the figures are those of the {card.name}, {told}"
+
+
+def _distance(card: Card, gib: float, gb_per_s: float | None) -> float:
+    """How far `card` is from a card of these figures, by the ratios of both."""
+    apart = abs(math.log(card.gib / gib))
+    return apart + (abs(math.log(card.gb_per_s / gb_per_s)) if gb_per_s else 0.0)

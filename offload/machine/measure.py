@@ -115,12 +115,8 @@ def _measure_cpu() -> Hardware:
     launch = _median(lambda: small.add_(1), 64)
     rows = BLOCK_BYTES // 2 // 4096
     weights = torch.ones(rows, 4096, dtype=torch.bfloat16)
-    one, many = (
-        torch.ones(1, 4096, dtype=torch.bfloat16),
-        torch.ones(64, 4096, dtype=torch.bfloat16),
-    )
+    one = torch.ones(1, 4096, dtype=torch.bfloat16)
     read = _median(lambda: torch.nn.functional.linear(one, weights), ROUNDS)
-    product = _median(lambda: torch.nn.functional.linear(many, weights), ROUNDS)
     threads = torch.get_num_threads()
     return Hardware(
         f"{NAME} (CPU, {threads} thread{'s' * (threads != 1)})",
@@ -129,7 +125,6 @@ def _measure_cpu() -> Hardware:
         ram_gb_per_s=RECORD_BYTES / copy_seconds / 1e9,
         link_latency_seconds=launch,  # what it takes to hand a copy to the copy thread
         launch_seconds=launch,
-        tflops=2 * 64 * weights.numel() / product / 1e12,
         runs_ahead=False,
     )
 
@@ -151,9 +146,7 @@ def _measure_gpu(device: torch.device) -> Hardware:
     copy = timed(lambda: block.copy_(host, non_blocking=True), ROUNDS)
     weights = block.view(torch.bfloat16).view(-1, 4096)
     one = torch.ones(4096, 1, dtype=torch.bfloat16, device=device)
-    many = torch.ones(4096, 512, dtype=torch.bfloat16, device=device)
     read = timed(lambda: weights @ one, ROUNDS)
-    product = timed(lambda: weights @ many, ROUNDS)
     launch = _median(lambda: tiny.add_(1), 256)
     torch.cuda.synchronize(device)
     ram = torch.empty(BLOCK_BYTES, dtype=torch.uint8)
@@ -165,7 +158,6 @@ def _measure_gpu(device: torch.device) -> Hardware:
         ram_gb_per_s=2 * BLOCK_BYTES / ram_copy / 1e9,  # a copy reads and writes
         link_latency_seconds=latency,
         launch_seconds=launch,
-        tflops=2 * 512 * weights.numel() / product / 1e12,
     )
 
 

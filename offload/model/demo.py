@@ -37,7 +37,7 @@ from offload.model.formats.gguf import GgufFile
 from offload.model.formats.gguf_config import gguf_tokenizer
 from offload.model.formats.gguf_model import GgufSource
 from offload.model.seam import layer_of
-from offload.quant.pack import file_sha256
+from offload.quant.manifest import file_sha256
 from offload.quant.pack_writer import take_turn
 
 NUM_EXPERTS = 8

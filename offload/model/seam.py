@@ -25,8 +25,8 @@ from transformers.integrations.moe import ExpertsInterface
 from offload.errors import CheckpointError, UnsupportedModelError
 from offload.lines import reason
 from offload.quant.errors import PackError
+from offload.quant.manifest import REMAKE
 from offload.quant.matmul import dequantize, matmul, take_rows
-from offload.quant.pack import REMAKE
 from offload.quant.record import MatrixSpec, MatrixView
 
 IMPLEMENTATION = "offload"  # the name our function is registered under

@@ -1,14 +1,9 @@
-"""Finds the model that a name stands for, and opens its config, generation config and weights."""
+"""Opens the config, generation config and weights of a model that was found."""
 
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
-from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -18,105 +13,19 @@ from transformers import (
 )
 
 from offload.errors import CheckpointError, GenerationError, SourceError
-from offload.files import read_object, user_path
+from offload.files import read_object
 from offload.lines import reason
-from offload.model import demo
 from offload.model.checkpoint import TensorSource
-from offload.model.formats.gguf import GgufFile, is_gguf, model_name, models_in
+from offload.model.formats.gguf import GgufFile
 from offload.model.formats.gguf_config import gguf_config
 from offload.model.formats.gguf_model import GgufSource
 from offload.model.formats.safetensors import SafetensorsSource
 from offload.model.formats.scaled import BLOCKS, FLOAT8, Fp8Source, Mxfp4Source
-from offload.options import LoadOptions
-from offload.quant.pack import is_pack
+from offload.model.layout import is_gguf
 from offload.sampling import is_number, resolve_sampling
 
-DEMO = "demo"
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-TEXT_FILES = ["*.json", "*.jinja", "*.model", "*.txt"]
-WEIGHT_FILES = ["*.safetensors"]
-SHAPE_FILES = ["config.json", "*.index.json"]  # the files that tell a model's sizes
 DEQUANTISED = ("fp8", "mxfp4")  # the quantisation methods whose weights can be read
-
-
-@dataclass(frozen=True)
-class FoundModel:
-    """A model that was found.
-
-    A model from the hub has a `commit`, and its weights may not have been fetched yet.
-    """
-
-    name: str
-    folder: Path  # or a GGUF file
-    is_pack: bool
-    commit: str | None = None
-
-
-def find(name: str, options: LoadOptions, files: Sequence[str] = TEXT_FILES) -> FoundModel:
-    """The model `name`: a pack, a checkpoint folder, a GGUF file, a hub id, or "demo".
-
-    The demo is built if need be. For a hub model, only files that match the patterns `files` are
-    fetched. Raises `SourceError`.
-    """
-    if name == DEMO:
-        return FoundModel(name, demo.checkpoint(), is_pack=False)
-    path = user_path(name)
-    if path.is_dir():
-        if is_pack(path):
-            return FoundModel(name, path, is_pack=True)
-        if (path / "config.json").is_file():
-            return FoundModel(path.resolve().name, path, is_pack=False)
-        return _gguf_in(path)
-    if path.is_file() and is_gguf(path):
-        return FoundModel(model_name(path), path, is_pack=False)
-    if path.exists():
-        raise SourceError(
-            f"{path} is a file: name the folder of a safetensors checkpoint or a pack, or a .gguf "
-            "file"
-        )
-    if not HUB_ID.fullmatch(name):
-        raise SourceError(
-            f"{name}: there is no such folder, and it is not the form of a hub id (owner/name)"
-        )
-    patterns = [*files, *(["*.py"] if options.trust_remote_code else [])]
-    folder = _snapshot(name, options.revision, options.local_files_only, patterns)
-    return FoundModel(name, folder, is_pack=False, commit=folder.name)
-
-
-def _gguf_in(folder: Path) -> FoundModel:
-    models = models_in(folder)
-    if not models:
-        raise SourceError(f"{folder} has neither config.json nor manifest.json: it is not a model")
-    if len(models) > 1:
-        names = ", ".join(model.name for model in models)
-        raise SourceError(f"{folder} has several models: name one of {names}")
-    return FoundModel(model_name(models[0]), models[0], is_pack=False)
-
-
-def fetch_weights(source: FoundModel, *, local_files_only: bool) -> None:
-    """Fetch the weights of a hub model into the hub's cache. Raises `SourceError`."""
-    if source.commit is not None:
-        _snapshot(source.name, source.commit, local_files_only, TEXT_FILES + WEIGHT_FILES)
-
-
-def _snapshot(name: str, revision: str | None, local_files_only: bool, patterns: list[str]) -> Path:
-    try:
-        folder = huggingface_hub.snapshot_download(
-            name, revision=revision, local_files_only=local_files_only, allow_patterns=patterns
-        )
-    except LocalEntryNotFoundError:
-        raise SourceError(
-            f"there is no folder {name}, the hub's local cache has no such model, and the hub "
-            "cannot be reached: check the name and the connection, or unset HF_HUB_OFFLINE"
-        ) from None
-    except Exception as error:  # huggingface_hub raises its transport's errors too
-        raise SourceError(
-            f"there is no folder {name}, and the hub gives out no such model ({reason(error)}): "
-            "check the name, the revision, and HF_TOKEN for a gated model"
-        ) from None
-    if not (Path(folder) / "config.json").is_file():
-        raise SourceError(f"{name} has no config.json: it is not a transformers checkpoint")
-    return Path(folder)
+PACKED = "moe-offload"  # the method that the config of a pack names
 
 
 def read_config(source: str, folder: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
@@ -144,7 +53,7 @@ def read_config(source: str, folder: Path, *, trust_remote_code: bool) -> PreTra
             )
     for given in _quantisations(raw):
         method = given.get("quant_method") if isinstance(given, dict) else given
-        if method not in DEQUANTISED:
+        if method not in (*DEQUANTISED, PACKED):
             raise SourceError(
                 f"{source} is already quantised ({method}), which is not read: use the checkpoint "
                 "in bfloat16, float16, float32, fp8 or mxfp4, or a GGUF file"
@@ -154,8 +63,8 @@ def read_config(source: str, folder: Path, *, trust_remote_code: bool) -> PreTra
             folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
         for part in (config, config.get_text_config()):
-            if hasattr(part, "quantization_config"):
-                del part.quantization_config  # weights are dequantised when they are read
+            for name in ("quantization_config", "transformers_weights"):
+                vars(part).pop(name, None)  # weights are dequantised when they are read
     except Exception as error:  # whatever a config class raises on what is in the file
         raise CheckpointError(
             f"{file} is not a usable config ({reason(error)}): fetch it again"

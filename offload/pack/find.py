@@ -1,9 +1,6 @@
 """Finds the pack of a model, or has it made from the model's checkpoint."""
 
-import hashlib
 import logging
-import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,17 +9,21 @@ from transformers import PreTrainedConfig
 
 from offload.budget.resolve import Resolver
 from offload.errors import BudgetError, SourceError
-from offload.files import offload_home, user_path
-from offload.model import sources
+from offload.files import packs_folder
+from offload.model import names, sources
 from offload.model.checkpoint import Checkpoint
+from offload.model.names import FoundModel
 from offload.model.seam import build_on_meta, find_experts, model_class
 from offload.model.sources import check_generation_config
 from offload.options import LoadOptions
+from offload.pack.companions import follow
 from offload.pack.describe import PackSource
-from offload.pack.make import fingerprint, make_pack
+from offload.pack.fingerprint import fingerprint, former_fingerprint, stamp
+from offload.pack.make import make_pack
 from offload.pack.recipe import AskedBits, Recipe, most_bits
+from offload.pack.shelf import KeptPack, Origin, kept_packs, new_place
 from offload.quant.hqq import CPU
-from offload.quant.pack import VERSION, Pack, is_pack
+from offload.quant.pack import Pack
 from offload.units import gib
 
 logger = logging.getLogger("offload")
@@ -38,47 +39,78 @@ def find_or_make_pack(
 ) -> Path:
     """The folder of the pack for `source`, made if need be, at `destination` or where packs are.
 
-    Weights are quantised on `device`. A pack that does not fit, as `resolver` tells, is not made;
-    `--bits fit` needs a `resolver`.
+    A pack of the same weights is found whatever its name is. Weights are quantised on `device`. A
+    pack that does not fit, as `resolver` tells, is not made; `--bits fit` needs a `resolver`.
     """
     recipe, trusts = AskedBits.of(options).recipe(), options.trust_remote_code
-    found = sources.find(source, options)
+    found = names.find(source, options)
     if found.is_pack:
         if destination is not None:
             raise SourceError(f"{source} is a pack already: name the checkpoint it was made from")
+        if (own := KeptPack.read(found.folder)) and own.origin != Origin():
+            own.origin.write(found.folder)  # tells when the pack was used
         return found.folder
     check_generation_config(found.folder)
     config = sources.read_config(found.name, found.folder, trust_remote_code=trusts)
     model = build_on_meta(config, model_class(config, str(found.folder), trusts))
     experts = find_experts(model)
-    mark = found.commit or fingerprint(found.folder)
-
-    def place(recipe: Recipe) -> Path:
-        return destination or pack_path(found.name, mark, recipe, options.pack_dir)
-
-    if recipe is not None and destination is None and is_pack(place(recipe)):
-        return place(recipe)
-    sources.fetch_weights(found, local_files_only=options.local_files_only)
+    modules = [(module.path, module.num_experts) for module in experts]
+    folder = packs_folder(options.pack_dir)
+    if destination is None:
+        kept = kept_packs(folder)
+    else:
+        kept = [pack] if (pack := KeptPack.read(destination)) else []
+    kept = [pack for pack in kept if pack.experts == modules]
+    mark = found.commit or stamp(found.folder)
+    mine = [pack for pack in kept if mark in pack.stamps]
+    if (pack := _with_bits(mine, recipe)) is not None:
+        return _used(pack, found, mark, next((p.weights for p in mine if p.weights), ""))
+    names.fetch_weights(found, local_files_only=options.local_files_only)
     checkpoint = Checkpoint(sources.open_weights(found.folder, model), model, experts)
-    subject = PackSource(found.name, mark, checkpoint, model, experts)
+    weights = next((pack.weights for pack in mine if pack.weights), "")
+    weights = weights or fingerprint(found.folder)
+    mine += [pack for pack in kept if pack.weights == weights and pack not in mine]
+    if any(not pack.weights for pack in kept):
+        former = former_fingerprint(found.folder)
+        mine += [pack for pack in kept if former in pack.stamps and pack not in mine]
+    subject = PackSource(found.name, weights, checkpoint, model, experts)
     if recipe is None:
         assert resolver is not None, "what fits depends on the machine"
-        recipe = _fitting_recipe(subject, resolver, config, place)
+        recipe = _fitting_recipe(subject, resolver, config, {pack.bits for pack in mine})
+    if (pack := _with_bits(mine, recipe)) is not None:
+        return _used(pack, found, mark, weights)
     if resolver is not None:
         resolver.fit(subject.describe(recipe), config, model)
-    make_pack(place(recipe), subject, found.folder, recipe, device)
-    return place(recipe)
+    path = destination or new_place(folder, found.name, recipe, weights)
+    make_pack(path, subject, found.folder, recipe, device)
+    if (made := KeptPack.read(path)) is not None:
+        _used(made, found, mark, weights)
+    return path
+
+
+def _with_bits(packs: list[KeptPack], recipe: Recipe | None) -> KeptPack | None:
+    """The first of `packs` that was made by `recipe`."""
+    return next((pack for pack in packs if recipe and pack.bits == str(recipe)), None)
+
+
+def _used(pack: KeptPack, found: FoundModel, mark: str, weights: str) -> Path:
+    """The folder of `pack`, which is now used for the checkpoint `found` and follows its files."""
+    made_from = follow(pack, found.folder, whole=found.commit is None)
+    hub = found.commit is not None or found.name == names.DEMO
+    place = found.name if hub else str(found.folder.resolve())
+    pack.note(place, mark, weights, made_from)
+    return pack.path
 
 
 def _fitting_recipe(
     source: PackSource,
     resolver: Resolver,
     config: PreTrainedConfig,
-    place: Callable[[Recipe], Path],
+    kept: set[str],
 ) -> Recipe:
     """The recipe with the most bits at which all experts are resident, else at which they fit RAM.
 
-    A pack that was made before is preferred while all of its experts are resident: free memory
+    A pack whose recipe is in `kept` is preferred while all of its experts are resident: free memory
     differs from one start to the next, and quantising takes long.
     """
     everything = replace(resolver, options=replace(resolver.options, expert_slots=None))
@@ -96,7 +128,7 @@ def _fitting_recipe(
         return source.describe(recipe).expert_bytes < host
 
     def made(recipe: Recipe) -> bool:
-        return is_pack(place(recipe)) and resident(recipe)
+        return str(recipe) in kept and resident(recipe)
 
     chosen, best = most_bits(made, resident, in_ram), most_bits(resident, in_ram)
     space = gib(memory.device, 1)
@@ -107,17 +139,6 @@ def _fitting_recipe(
     else:
         logger.warning("even q2 does not fit %s: experts will be streamed", space)
     return chosen
-
-
-def pack_path(name: str, mark: str, recipe: Recipe, pack_dir: str | Path | None) -> Path:
-    """The folder of a model's pack, whose name says what the pack was made from and how."""
-    whole = re.sub(r"[^\w.-]+", "--", name).encode()
-    slug = whole[:100].decode(errors="ignore")  # a file's name has 255 bytes at most
-    folder = user_path(pack_dir) if pack_dir else offload_home() / "packs"
-    how = re.sub(r"[^\w.-]+", "-", str(recipe).replace("experts=", "e").replace("attention=", "a"))
-    if len(how) > 40:
-        how = how[:30] + "-" + hashlib.sha256(str(recipe).encode()).hexdigest()[:8]
-    return folder / f"{slug}-{how}-v{VERSION}-{mark[:12]}"
 
 
 def check_recipe(pack: Pack, asked: AskedBits) -> None:

@@ -1,28 +1,23 @@
 """Makes a pack from a checkpoint, a layer at a time."""
 
 import functools
-import hashlib
 import itertools
 import json
-import math
 import os
 import shutil
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 
-from offload.errors import CheckpointError
-from offload.files import read_object, unreadable
+from offload.machine.memory import ram
 from offload.model.checkpoint import Checkpoint
-from offload.model.formats.gguf import gguf_files, is_gguf
-from offload.model.formats.gguf_config import save_config_files
-from offload.model.formats.safetensors import DTYPES, INDEX, SafetensorsSource, weight_files
+from offload.model.formats.safetensors import DTYPES
+from offload.model.layout import INDEX
+from offload.pack.companions import companions
 from offload.pack.describe import PackSource
 from offload.pack.recipe import Recipe
 from offload.progress import Progress
@@ -52,7 +47,7 @@ def make_encoder(weights: int, device: torch.device) -> AbstractContextManager[E
     if device.type != "cpu":
         return closing(DeviceEncoder(device))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    count = min(cores or 1, psutil.virtual_memory().available // PROCESS_BYTES)
+    count = min(cores or 1, ram().available // PROCESS_BYTES)
     if weights < WORTH_PROCESSES or count < 2:
         return nullcontext(HereEncoder())
     return WorkerEncoder(count)
@@ -87,9 +82,7 @@ def encode_in_turn(parts: Iterable[Part], encoder: Encoder, progress: Progress) 
 
 
 SAFETENSORS_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-GGUF_HEADER = 2**16  # bytes at the start of a GGUF file that count for its fingerprint
 DENSE_FILE_BYTES = 256 * 2**20  # the non-expert weights are written in files of about this size
-COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.py")
 
 
 def make_pack(
@@ -184,61 +177,6 @@ def _write_dense(
     writer.write_file(INDEX, json.dumps(index, indent=1).encode())
 
 
-def companions(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Name and content of each file that belongs beside the weights of the model at `path`.
-
-    Raises `OffloadError`.
-    """
-    if is_gguf(path):
-        with tempfile.TemporaryDirectory() as scratch:
-            save_config_files(path, Path(scratch))
-            yield from ((file.name, file.read_bytes()) for file in sorted(Path(scratch).iterdir()))
-        return
-    for file in (file for pattern in COPIED for file in sorted(path.glob(pattern))):
-        if file.name == INDEX or not (file.is_file() or file.name == "config.json"):
-            continue
-        try:
-            content = file.read_bytes()
-        except PermissionError:
-            raise unreadable(file) from None
-        except OSError as error:
-            raise CheckpointError(f"{file} cannot be read ({error}): fetch it again") from None
-        yield file.name, _plain_config(file, content) if file.name == "config.json" else content
-
-
-def _plain_config(file: Path, content: bytes) -> bytes:
-    """A config that mentions no quantisation: a pack's dense weights are not quantised that way."""
-    config = read_object(file)
-    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
-    said = [part.pop("quantization_config") for part in parts if "quantization_config" in part]
-    return json.dumps(config, indent=2).encode() if said else content
-
-
 def _as_bytes(name: str, tensor: Tensor) -> tuple[str, str, tuple[int, ...], Tensor]:
     kind = SAFETENSORS_NAMES[tensor.dtype]
     return name, kind, tuple(tensor.shape), tensor.contiguous().view(-1).view(torch.uint8)
-
-
-def fingerprint(path: Path) -> str:
-    """A digest of a checkpoint folder or GGUF file that changes when the weights change.
-
-    It covers config.json and, of each weight file, the size, the time of its last change, the
-    header, and 64 samples of 4 KiB; the rest is not read.
-    """
-    digest = hashlib.sha256()
-    if path.is_dir():
-        digest.update((path / "config.json").read_bytes())
-        SafetensorsSource(path)  # raises unless the lengths of the headers can be believed
-        files = [path / name for name in weight_files(path)]
-    else:
-        files = gguf_files(path)
-    for file in files:
-        size, changed = file.stat().st_size, file.stat().st_mtime_ns
-        digest.update(f"{file.name} {size} {changed}".encode())
-        with file.open("rb") as handle:
-            header = int.from_bytes(handle.read(8), "little") if path.is_dir() else GGUF_HEADER
-            digest.update(handle.read(header))
-            for start in range(8 + header, size, max(4096, math.ceil((size - header) / 64))):
-                handle.seek(start)
-                digest.update(handle.read(4096))
-    return digest.hexdigest()

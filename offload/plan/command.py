@@ -10,15 +10,20 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from offload.errors import DONE, BudgetError
+from offload.files import check_readable
 from offload.flags import add_model, add_options, option, options_from, words_of
+from offload.machine.hardware import Hardware, asked_hardware
+from offload.model.names import SHAPE_FILES
 from offload.options import BITS, HUB, LoadOptions
-from offload.units import positive
+from offload.pack.asked import begin_loading
+from offload.units import parse_bytes
 
 if TYPE_CHECKING:
     from offload.plan.plan import Plan
 
 EXAMPLE = "offload plan mistralai/Mixtral-8x7B-v0.1 --gpu 4090 --ram 64GiB"
 SIZES = ("device", "vram", "ram", "context", "ubatch_size", "expert_slots")
+MOST_CARDS = 64
 _machine = partial(option, group="machine")
 
 
@@ -32,11 +37,19 @@ class PlanOptions:
         "the sizes of its memory, of which 90% is used",
         unset="this machine",
     )
-    cards: int | None = _machine("--gpus N", "number of GPUs", unset="1", parse=positive)
+    gpus: str | None = _machine(
+        "--gpus N,..",
+        "numbers of the GPUs that share the model, like 0,1; with --gpu, how many such GPUs there "
+        "are, like 2",
+        unset="one GPU",
+    )
     routing: str | None = _machine(
         "--trace FILE",
         "forecast the speed for the routing that --trace recorded in FILE",
         unset="assumed hit rates",
+    )
+    explain: bool = option(
+        "--explain", "tell what the figures assume, and which engine they are for", default=False
     )
     output: str = option(
         "-o --output", "format of the output", default="text", choices=("text", "json")
@@ -52,30 +65,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the plan. Raises `BudgetError` when nothing fits."""
-    from offload.pack.recipe import AskedBits
+    asked = options_from(arguments, PlanOptions)
+    options = options_from(arguments, LoadOptions)
+    named = _named(asked, options)
+    check_readable(asked.routing)
+    # RAM may be planned that this machine does not have.
+    begin_loading(arguments.model, replace(options, ram=None), SHAPE_FILES)
+    from offload.budget.resolve import find_place
     from offload.plan.outline import outline
     from offload.plan.plan import make_plan
     from offload.plan.report import lines, to_json
     from offload.plan.target import named_machine, this_machine
     from offload.trace.show import open_trace
 
-    asked = options_from(arguments, PlanOptions)
-    options = options_from(arguments, LoadOptions)
-    AskedBits.of(options)  # raises for wrong bits before anything is read
     trace = open_trace(asked.routing) if asked.routing else None
     model = outline(arguments.model, options)
-    if asked.gpu is None:
-        target = this_machine(options, asked.cards)
-    elif options.device is not None:
-        raise BudgetError("--device names a device of this machine: leave out --device or --gpu")
-    else:
-        target = named_machine(asked.gpu, options, asked.cards)
+    target = named_machine(*named, options) if named else this_machine(find_place(options))
     plan = make_plan(model, target, options, trace)
     command = _command(arguments.model, plan)
     if asked.output == "json":
         print(json.dumps(to_json(plan, command, trace is not None), indent=2, ensure_ascii=False))
     else:
-        print("\n".join(lines(plan, command, trace is not None)))
+        print("\n".join(lines(plan, command, trace is not None, asked.explain)))
     if plan.chosen is None:
         if plan.remedy:
             raise BudgetError(f"nothing fits: plan with {plan.remedy}, which does fit")
@@ -83,17 +94,31 @@ def run(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def _named(asked: PlanOptions, options: LoadOptions) -> tuple[Hardware, str] | None:
+    """The cards of `--gpu` with a note about them; None for this machine. Raises `BudgetError`."""
+    if asked.gpu is None:
+        return None
+    if options.device is not None:
+        raise BudgetError("--device names a device of this machine: leave out --device or --gpu")
+    found, note = asked_hardware(asked.gpu, parse_bytes(options.vram))
+    parts = (asked.gpus or str(found.cards)).split(",")
+    if not all(part.strip().isdecimal() for part in parts) or parts == ["0"]:
+        raise BudgetError(f"--gpus {asked.gpus!r} is not a number of GPUs: write it like 2")
+    cards = int(parts[0]) if len(parts) == 1 else len(parts)
+    if cards > MOST_CARDS:
+        raise BudgetError(f"{cards} cards: offload plan takes at most {MOST_CARDS}")
+    return replace(found, cards=cards), note
+
+
 def _command(model: str, plan: Plan) -> str:
     """The command that carries `plan` out on the machine for which it was made."""
     options = plan.options
     if not plan.target.here:
-        options = replace(options, device=None, vram=None, ram=None)
+        gpus = ",".join(map(str, range(plan.target.cards))) if plan.target.cards > 1 else None
+        options = replace(options, device=None, vram=None, ram=None, gpus=gpus)
     settled = options.bits is not None or options.expert_bits is not None
     if plan.chosen is not None and plan.outline.made is None and not settled:
         options = replace(options, expert_bits=plan.chosen.bits.bits)
-    if plan.target.cards > 1:
-        gpus = ",".join(map(str, range(plan.target.cards)))
-        options = replace(options, device=None, gpus=gpus)
     first = (*BITS, "expert_slots", "revision")
     rest = ("ubatch_size", "device", "vram", "ram", "gpus", "local_files_only", "trust_remote_code")
     words = [*words_of(options, first), "-c", str(options.context), *words_of(options, rest)]

@@ -7,10 +7,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from offload.errors import CheckpointError
 from offload.files import read_object
-from offload.model import demo, sources
+from offload.model import demo, names, sources
 from offload.model.checkpoint import Checkpoint, ExpectedSource
-from offload.model.formats.gguf import is_gguf
-from offload.model.formats.safetensors import INDEX, SINGLE, weight_files
+from offload.model.layout import INDEX, SINGLE, is_gguf, weight_files
 from offload.model.seam import build_on_meta, chosen_experts, find_experts, model_class
 from offload.model.sources import open_weights
 from offload.options import LoadOptions
@@ -65,10 +64,10 @@ def outline(name: str, options: LoadOptions) -> Outline:
     Of a hub model only config.json and the weights' index are fetched. Raises `OffloadError`.
     """
     trusts, folder, made = options.trust_remote_code, None, None
-    if name == sources.DEMO and not (demo.demo_folder() / "config.json").is_file():
+    if name == names.DEMO and not (demo.demo_folder() / "config.json").is_file():
         config = demo.planned_config()
     else:
-        found = sources.find(name, options, sources.SHAPE_FILES)
+        found = names.find(name, options, names.SHAPE_FILES)
         name, folder = found.name, found.folder
         config = sources.read_config(name, folder, trust_remote_code=trusts)
         made = read_info(folder) if found.is_pack else None

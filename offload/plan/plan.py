@@ -3,13 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
 from offload.budget.budget import Budget
-from offload.budget.resolve import Place, Resolver
+from offload.budget.resolve import Resolver
 from offload.cache.trace.trace import Trace
 from offload.errors import BudgetError, SourceError
-from offload.fit import Card, Share
+from offload.fit import Share
 from offload.options import LoadOptions
 from offload.pack.recipe import FITTING, AskedBits, Recipe, most_bits
 from offload.plan.forecast import Forecast, Workload, forecast
@@ -74,11 +72,7 @@ def make_row(
     Raises `OffloadError`.
     """
     info, config = outline.describe(recipe), outline.config
-    cards = tuple[Card, ...]()
-    if target.cards > 1:
-        devices = [torch.device(target.device.type, number) for number in range(target.cards)]
-        cards = tuple(Card(at, each, target.memory.device) for at, each in enumerate(devices))
-    resolver = Resolver(options, Place(target.device, target.memory, cards))
+    resolver = Resolver(options, target.place)
     slots, shares, refusal = 0, tuple[Share, ...](), ""
     try:
         fit = resolver.fit(info, config, outline.model)

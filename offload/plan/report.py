@@ -15,10 +15,11 @@ from offload.units import gib
 COLUMNS = ("bits", "experts", "pack", "resident", "rest in", "tok/s", "range", "limit")
 
 
-def lines(plan: Plan, command: str, traced: bool) -> Iterator[str]:
+def lines(plan: Plan, command: str, traced: bool, explain: bool = False) -> Iterator[str]:
     """The plan for a terminal of 80 columns.
 
-    `command` carries it out; `traced`: the forecast is for a recorded trace.
+    `command` carries it out; `traced`: the forecast is for a recorded trace. Without `explain`, all
+    notes but the first warning become one line.
     """
     yield from _heading(plan)
     yield ""
@@ -30,7 +31,8 @@ def lines(plan: Plan, command: str, traced: bool) -> Iterator[str]:
         yield f"Run:  {command}"
     yield ""
     width = min(shutil.get_terminal_size().columns, 100)
-    for note in notes(plan, traced):
+    shown = [*warnings(plan), *notes(plan, traced)] if explain else [*_in_short(plan, traced)]
+    for note in shown:
         yield from textwrap.wrap(f"- {note}", width, subsequent_indent="  ")
 
 
@@ -40,7 +42,7 @@ def _heading(plan: Plan) -> Iterator[str]:
     counts = sorted({layer.num_experts for layer in info.layers})
     yield (
         f"{outline.name} ({outline.config.model_type}): {info.parameters / 1e9:.1f} B weights, "
-        f"{outline.active_parameters(info) / 1e9:.1f} B read a token"
+        f"{outline.active_parameters(info) / 1e9:.1f} B active per token"
     )
     yield (
         f"{len(info.layers)} layers of {'/'.join(map(str, counts))} experts, of which a token uses "
@@ -51,8 +53,9 @@ def _heading(plan: Plan) -> Iterator[str]:
         usable = f"{gib(memory.device)} of RAM"
         rates = f"RAM {machine.memory_gb_per_s:.1f} GB/s, copies {machine.link_gb_per_s:.1f} GB/s"
     else:
-        each = " each" if target.cards > 1 else ""
-        usable = f"{gib(memory.device)} of VRAM{each} and {gib(memory.ram)} of RAM"
+        sizes = list(dict.fromkeys(map(gib, target.card_bytes)))
+        each = " each" if target.cards > 1 and len(sizes) == 1 else ""
+        usable = f"{' + '.join(sizes)} of VRAM{each} and {gib(memory.ram)} of RAM"
         rates = f"VRAM {machine.memory_gb_per_s:.0f} GB/s, link {machine.link_gb_per_s:.1f} GB/s"
     yield f"on {target.name}: {usable} to use"
     yield f"{rates}, disk {machine.disk_gb_per_s:.1f} GB/s"
@@ -87,7 +90,9 @@ def _cells(row: PlanRow, chosen: bool) -> list[str]:
 def _rest(row: PlanRow) -> str:
     if row.resident:
         return "-"
-    return row.rest if row.rest == "RAM" else f"{row.disk_share:.0%} disk"
+    if row.rest == "RAM":
+        return "RAM"
+    return f"{row.disk_share:.0%} disk" if row.disk_share >= 0.005 else "<1% disk"
 
 
 def _bits(row: PlanRow) -> str:
@@ -130,26 +135,41 @@ def _source(row: PlanRow) -> str:
     return "RAM or on disk" if row.disk_share < 1 else "files on disk"
 
 
+def _in_short(plan: Plan, traced: bool) -> Iterator[str]:
+    """The first warning, and where the other notes are."""
+    yield from list(warnings(plan))[:1]
+    if not any(row.forecast for row in plan.rows):
+        return
+    what = "tok/s is for the routing of the trace" if traced else "tok/s is an estimate"
+    yield f"{what}, not a measurement: add --explain to see what it assumes"
+
+
+def warnings(plan: Plan) -> Iterator[str]:
+    """What a reader should act upon, a sentence each, the most important first."""
+    if plan.target.here and plan.chosen is not None and plan.outline.made is None:
+        free = shutil.disk_usage(existing(offload_home())).free
+        if plan.chosen.pack_bytes > free:
+            yield f"{offload_home()} has {gib(free)} free: the pack needs more (--pack-dir)"
+    if plan.target.stand_in:
+        yield plan.target.stand_in
+    if plan.chosen is not None and plan.chosen.bits.bits < GOOD_BITS:
+        yield (
+            f"fewer than {GOOD_BITS} bits cost much quality: measure it with offload check, or "
+            f"choose the slower row with --expert-bits {GOOD_BITS}"
+        )
+
+
 def notes(plan: Plan, traced: bool) -> Iterator[str]:
     """What a reader must know to judge the figures, a sentence each."""
     yield from _assumptions(plan, traced)
     yield from _engine(plan)
     if any(row.rest == "disk" for row in plan.rows):
         yield "rest in: share of expert loads that come from disk instead of RAM"
-    if plan.chosen is not None and plan.chosen.bits.bits < GOOD_BITS:
-        yield (
-            f"fewer than {GOOD_BITS} bits cost much quality: measure it with offload check, or "
-            f"choose the slower row with --expert-bits {GOOD_BITS}"
-        )
     yield from plan.target.notes
     if plan.outline.from_config and plan.outline.made is None:
         yield "sizes follow from config.json: the weights are not here"
     if plan.outline.made is not None:
         yield "a pack has its bits for good: the other rows need its checkpoint"
-    if plan.target.here and plan.chosen is not None and plan.outline.made is None:
-        free = shutil.disk_usage(existing(offload_home())).free
-        if plan.chosen.pack_bytes > free:
-            yield f"{offload_home()} has {gib(free)} free: the pack needs more (--pack-dir)"
     refused = [row for row in plan.rows if row.refusal]
     if refused:
         yield f"at {_bits(refused[-1])} bits: {refused[-1].refusal}"
@@ -163,7 +183,7 @@ def _assumptions(plan: Plan, traced: bool) -> Iterator[str]:
     if not rows:
         return
     if traced:
-        yield "tok/s is a forecast, not a measurement: hits are those of a replay on the trace"
+        yield "tok/s is an estimate, not a measurement: hits are those of a replay on the trace"
     else:
         info = plan.rows[0].info
         low, usual, high = (
@@ -171,11 +191,11 @@ def _assumptions(plan: Plan, traced: bool) -> Iterator[str]:
             for locality in (UNIFORM, USUAL, LOCAL)
         )
         yield (
-            "tok/s is a forecast, not a measurement: it assumes that, with a quarter of all "
+            "tok/s is an estimate, not a measurement: it assumes that, with a quarter of all "
             f"experts resident, {usual:.0%} of those that a token uses are among them ({low:.0%} "
             f"to {high:.0%} over the range)"
         )
-    low_end = f"the low end of the range assumes {RATES:.0%} of these rates"
+    low_end = f"low end of the range: no reuse of experts, {RATES:.0%} of these rates"
     if any(row.on_device for row in rows):
         low_end += ", steps planned by the host"
     low_end += f" and {SLOW_PYTHON:g} times the usual Python"
@@ -226,6 +246,7 @@ def to_json(plan: Plan, command: str, traced: bool) -> dict[str, Any]:
             "cards": target.cards,
             "device": target.device.type,
             "memory_bytes": target.memory.device,
+            "card_bytes": target.card_bytes,
             "ram_bytes": target.memory.ram,
             "memory_gb_per_s": target.hardware.memory_gb_per_s,
             "link_gb_per_s": target.hardware.link_gb_per_s,
@@ -236,7 +257,7 @@ def to_json(plan: Plan, command: str, traced: bool) -> dict[str, Any]:
         "chosen": None if plan.chosen is None else plan.rows.index(plan.chosen),
         "command": None if plan.chosen is None else command,
         "remedy": plan.remedy or None,
-        "notes": list(notes(plan, traced)),
+        "notes": [*warnings(plan), *notes(plan, traced)],
     }
 
 

@@ -26,12 +26,12 @@ from offload.errors import QualityError, SourceError
 from offload.files import read_text, user_path
 from offload.generation.rope import follow_length
 from offload.lines import reason
-from offload.model import sources
+from offload.model import names
 from offload.options import LoadOptions
 from offload.progress import without_bars
 from offload.quality.comparison import Comparison, Positions, kl_divergence
 from offload.quality.scoring import Report, Scores, Sliding, Text, encode_text, finite, score_all
-from offload.quant.pack import is_pack
+from offload.quant.manifest import is_pack
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase | None]
 FLOAT_BYTES = 4
@@ -143,10 +143,10 @@ def load_plain(source: str, options: LoadOptions) -> Loaded:
     Nothing is quantised or offloaded, so the whole model must fit into memory. Raises
     `SourceError`, also for a pack.
     """
-    found = sources.find(source, options)
+    found = names.find(source, options)
     if found.is_pack:
         raise SourceError(f"{source} is a pack, which transformers cannot run: omit --plain")
-    sources.fetch_weights(found, local_files_only=options.local_files_only)
+    names.fetch_weights(found, local_files_only=options.local_files_only)
     own = {"local_files_only": True, "trust_remote_code": options.trust_remote_code}
     if options.threads is not None:
         torch.set_num_threads(options.threads)

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offload.errors import DONE
-from offload.files import asked_text
+from offload.files import asked_text, check_readable
 from offload.flags import add_model, add_options, option, options_from
 from offload.options import LoadOptions, SharedOptions
+from offload.pack.asked import begin_loading, check_asked
 from offload.quant.errors import OffloadError
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ class PerplexityCommand:
         options = options_from(arguments, LoadOptions)
         shared = options_from(arguments, SharedOptions)
         text = _scored_text(file)
+        begin_loading(arguments.model, options)
         from offload.engine.handle import offload_of
         from offload.loading import load_and_tell
         from offload.progress import Ticker
@@ -136,6 +138,17 @@ class CheckCommand:
 
         Raises `OffloadError` if a figure is worse than the baseline allows.
         """
+        asked = options_from(arguments, CheckOptions)
+        options = options_from(arguments, LoadOptions)
+        shared = options_from(arguments, SharedOptions)
+        for file in (asked.prompts, asked.baseline):
+            check_readable(file)
+        if asked.save_baseline and asked.save_baseline.is_dir():
+            raise OffloadError(f"{asked.save_baseline} is a folder: name a file")
+        if asked.save_baseline and not asked.save_baseline.resolve().parent.is_dir():
+            raise OffloadError(f"the folder of {asked.save_baseline} does not exist: make it first")
+        check_asked(asked.against, options)
+        begin_loading(arguments.model, options)
         from offload.loading import load_and_tell
         from offload.progress import Ticker
         from offload.quality.baseline import TOLERANCES, read_baseline, save_baseline
@@ -149,16 +162,9 @@ class CheckCommand:
         from offload.quality.comparison import table
         from offload.quality.scoring import Sliding
 
-        asked = options_from(arguments, CheckOptions)
-        options = options_from(arguments, LoadOptions)
-        shared = options_from(arguments, SharedOptions)
         prompts = read_prompts(asked.prompts)
         # A file that cannot be used is an error before two models are run.
         baseline = read_baseline(asked.baseline) if asked.baseline else None
-        if asked.save_baseline and asked.save_baseline.is_dir():
-            raise OffloadError(f"{asked.save_baseline} is a folder: name a file")
-        if asked.save_baseline and not asked.save_baseline.resolve().parent.is_dir():
-            raise OffloadError(f"the folder of {asked.save_baseline} does not exist: make it first")
         reference = replace(
             options,
             revision=options.revision if asked.against == arguments.model else None,

@@ -89,10 +89,13 @@ def _write(profiler: profile, file: Path) -> None:
             if not written.read().rstrip().endswith(b"}"):
                 raise _unwritable(file, "the disk is full")
         part.replace(file)
+    except FileNotFoundError:  # the profiler renames only what it wrote whole
+        raise _unwritable(file, "the disk is full") from None
     except OSError as error:
         raise _unwritable(file, error.strerror) from None
     finally:
         part.unlink(missing_ok=True)
+        part.with_name(part.name + ".tmp").unlink(missing_ok=True)  # the profiler's own
 
 
 def _unwritable(file: Path, reason: str | None) -> OffloadError:

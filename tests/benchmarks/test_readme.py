@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.readme import BLOCK, HUB, PAGES, output, write_cache
-from offload.model.sources import SHAPE_FILES, find
+from offload.model.names import SHAPE_FILES, find
 from offload.options import LoadOptions
 
 

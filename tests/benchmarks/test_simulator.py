@@ -240,10 +240,10 @@ def test_everything_resident_loads_each_expert_once() -> None:
 
 
 def test_a_prompt_is_limited_by_operations_not_by_bytes() -> None:
-    machine = Hardware("card", 300.0, 12.0, 50.0, tflops=1e-3)
+    machine = Hardware("card", 300.0, 12.0, 50.0)
     header = TraceHeader("hand", (8,), 2, (1_000_000,))
     trace = Trace(header, [Event(0, True, ((0, 1),) * 100)])
-    scenario = Scenario(machine, Setup(8, "lru"), 0.0, FREE, expert_bits=8.0)
+    scenario = Scenario(machine, Setup(8, "lru"), 0.0, FREE, expert_bits=8.0, tflops=1e-3)
     prefill = simulate(trace, scenario).prefill
     assert prefill.expert_seconds == pytest.approx(2 * 2 * 100 * 1e6 / 1e9)
     assert prefill.tokens == 100
@@ -278,10 +278,11 @@ def test_a_long_prompt_comes_within_a_tenth_of_what_the_link_allows(
     """A quarter resident, 2.5 ms between two layers' experts; a few layers stand for all."""
     layers, tokens = 6, 512  # four times the operations a token stand for 2048
     shape = replace(shape, layers=layers, record_bytes=int(record_mib * 2**20))
-    hardware = replace(PROFILES["RTX 4090"], link_gb_per_s=26.8, tflops=120 / 4)
+    hardware = replace(PROFILES["RTX 4090"], link_gb_per_s=26.8)
+    tflops = 120 / 4
     slots = layers * shape.experts // 4
     # Of the border 0.47 ms are the host's; the rest is operations.
-    dense = 2.0e-3 * hardware.tflops * 1e12 / tokens * layers
+    dense = 2.0e-3 * tflops * 1e12 / tokens * layers
     both = synthesize(shape, Routing(), 0, 2 * tokens)
     first, second = (
         [event._replace(experts=event.experts[at : at + tokens]) for event in both.events]
@@ -289,7 +290,8 @@ def test_a_long_prompt_comes_within_a_tenth_of_what_the_link_allows(
     )
 
     def link_share(early: bool) -> float:
-        scenario = Scenario(hardware, Setup(slots, "lfru"), dense, staging_rows=rows, early=early)
+        setup = Setup(slots, "lfru")
+        scenario = Scenario(hardware, setup, dense, staging_rows=rows, early=early, tflops=tflops)
         fill = simulate(Trace(both.header, first), scenario).prefill
         whole = simulate(Trace(both.header, [*first, *second]), scenario)
         assert whole.counts.early_loads_wrong <= 0.02 * whole.counts.loads

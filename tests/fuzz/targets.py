@@ -32,12 +32,14 @@ from offload.main import build_parser
 from offload.model import sources
 from offload.model.formats.gguf import GgufFile
 from offload.model.formats.gguf_config import gguf_config
-from offload.model.formats.safetensors import INDEX, SafetensorsSource, weight_files
+from offload.model.formats.safetensors import SafetensorsSource
+from offload.model.layout import INDEX, weight_files
 from offload.model.sources import check_generation_config
 from offload.pack.recipe import Recipe
 from offload.quality.baseline import FORMAT, TOLERANCES, VERSION, read_baseline
 from offload.quant.errors import OffloadError
-from offload.quant.pack import MANIFEST, Pack, manifest_check
+from offload.quant.manifest import MANIFEST, manifest_check
+from offload.quant.pack import Pack
 from offload.quant.scheme import Scheme
 from offload.sampling import PARAMETERS, Sampling
 from offload.units import parse_bytes, parse_slots

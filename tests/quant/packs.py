@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from offload.pack.shelf import ORIGIN
 from offload.quant.pack import PackInfo, PackLayer
 from offload.quant.pack_writer import PackWriter
 from offload.quant.record import MatrixSpec, plan_layout
@@ -90,5 +91,6 @@ def write_pack(
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder, by name."""
-    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+    """Every file of a pack by name, without the notes that are written beside it."""
+    files = (file for file in sorted(folder.iterdir()) if ORIGIN not in file.name)
+    return {file.name: file.read_bytes() for file in files}

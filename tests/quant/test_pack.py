@@ -17,7 +17,8 @@ import torch
 from safetensors import safe_open
 
 from offload.quant.errors import OffloadError, PackError
-from offload.quant.pack import MANIFEST, VERSION, Pack, PackInfo, PackLayer, is_pack, manifest_check
+from offload.quant.manifest import MANIFEST, VERSION, is_pack, manifest_check
+from offload.quant.pack import Pack, PackInfo, PackLayer
 from offload.quant.record import MatrixSpec, RecordLayout, plan_layout, view_record
 from offload.quant.scheme import Scheme
 from tests.quant.packs import CONFIG, DENSE, FORK, make_info, needs_fork, record_of, write_pack

@@ -6,7 +6,6 @@ and all tensors of those types, and builds a list of any length that a damaged f
 """
 
 import math
-import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from transformers.integrations.gguf.dequant import GGML_BLOCK, dequantize
 from offload.errors import CheckpointError
 from offload.files import unreadable
 from offload.model.formats.scaled import CHUNK_WEIGHTS, VALUES
+from offload.model.layout import gguf_files
 
 _FORMATS = {
     0: "<B",
@@ -124,44 +124,6 @@ class _Header:
         if self._at > len(self._data):
             raise ValueError("it ends too soon")
         return self._data[begin : self._at]
-
-
-_PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
-
-
-def is_gguf(path: Path) -> bool:
-    """Whether `path` names a GGUF file rather than a checkpoint folder."""
-    return path.suffix.lower() == ".gguf" and not path.is_dir()
-
-
-def gguf_files(path: Path) -> list[Path]:
-    """All files of the model that `path` is one of, in order. Raises `CheckpointError`."""
-    part = _PART.fullmatch(path.name)
-    if part is None:
-        return [path]
-    files = [
-        path.with_name(f"{part['stem']}-{number:05d}-of-{part['count']}{path.suffix}")
-        for number in range(1, int(part["count"]) + 1)
-    ]
-    for file in files:
-        if not file.is_file():
-            raise CheckpointError(f"{file} is missing, a part of {path.name}: fetch it again")
-    return files
-
-
-def model_name(path: Path) -> str:
-    """The name of the model in `path`: the file's name without suffix and number."""
-    part = _PART.fullmatch(path.name)
-    return part["stem"] if part else path.stem
-
-
-def models_in(folder: Path) -> list[Path]:
-    """The GGUF models in `folder`, each by its first file."""
-    found: dict[str, Path] = {}
-    for file in sorted(folder.glob("*")):
-        if is_gguf(file) and file.is_file():
-            found.setdefault(model_name(file), file)
-    return list(found.values())
 
 
 def _half(blocks: Tensor, at: int) -> Tensor:

@@ -24,7 +24,8 @@ from transformers.integrations.gguf import GGUF_ARCHS, GGUF_CONFIG_ARCHS, get_gg
 
 from offload.errors import CheckpointError, UnsupportedModelError
 from offload.lines import reason
-from offload.model.formats.gguf import GgufFile, gguf_files
+from offload.model.formats.gguf import GgufFile
+from offload.model.layout import gguf_files
 from offload.quant.errors import OffloadError
 
 

@@ -8,10 +8,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from offload.errors import CheckpointError
-from offload.files import read_object, unreadable
+from offload.files import unreadable
+from offload.model.layout import weight_files
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 DTYPES = {
     "F32": torch.float32,
     "BF16": torch.bfloat16,
@@ -72,35 +71,3 @@ class SafetensorsSource:
 
     def _slice(self, name: str) -> Any:
         return self._handles[name].get_slice(name)
-
-
-def weight_files(folder: Path) -> list[str]:
-    """Names of the weight files in `folder`. Raises `CheckpointError` when one is missing."""
-    index = folder / INDEX
-    if not index.is_file():
-        if (folder / SINGLE).is_file():
-            return [SINGLE]
-        if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
-            raise CheckpointError(
-                f"{folder} has its weights as pickle (.bin), which can run code when opened: "
-                "convert them to safetensors first"
-            )
-        if any(folder.glob("*.gguf")):
-            raise CheckpointError(
-                f"{folder} has its weights as GGUF: name the .gguf file instead of the folder"
-            )
-        raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}: it is not a checkpoint")
-    try:
-        files = sorted(set(read_object(index)["weight_map"].values()))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is damaged ({error!r}): fetch it again") from None
-    for file in files:
-        if not isinstance(file, str) or Path(file).name != file:
-            raise CheckpointError(f"{index} names a file outside its folder ({file!r}): refused")
-        if not file.endswith(".safetensors"):
-            raise CheckpointError(f"{index} names {file}, which is not safetensors: refused")
-        if not (folder / file).is_file():
-            raise CheckpointError(
-                f"{folder / file} is missing, though {INDEX} names it: fetch it again"
-            )
-    return files

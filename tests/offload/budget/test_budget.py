@@ -75,7 +75,13 @@ def test_a_size_beyond_any_machine_is_refused(text: str) -> None:
         parse_bytes(text)
 
 
-@pytest.mark.parametrize("text", ["9" * 400, "9" * 5000, "9" * 400 + "%", "9" * 5000 + " %"])
+@pytest.mark.parametrize("text", ["101%", "500 %", "9" * 5000 + " %"])
+def test_a_share_beyond_all_experts_is_refused(text: str) -> None:
+    with pytest.raises(BudgetError, match="is more than all experts: write at most 100%"):
+        parse_slots(text, 240)
+
+
+@pytest.mark.parametrize("text", ["9" * 400, "9" * 5000, "100%", "100.0 %"])
 def test_any_number_of_slots_is_taken(text: str) -> None:
     slots = parse_slots(text, 240)
     assert slots is not None

@@ -237,6 +237,26 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_chat(
     assert "a long answer".startswith(chat.messages[1]["content"])
 
 
+@pytest.mark.parametrize("shown", ["\n", "\n(/bye or Ctrl-D leaves)\n"])
+def test_ctrl_c_twice_keeps_the_answer_and_the_chat(
+    shown: str, chat: Chat, terminal: Terminal, script: Script
+) -> None:
+    """The second one comes while the end of the answer is shown, or the words after the first."""
+
+    def interrupt(text: str) -> None:
+        if text in ("l", "\n", shown):
+            if text == shown:
+                terminal.on_write = lambda text: None
+            raise KeyboardInterrupt
+
+    terminal.on_write = interrupt
+    script.say("a long answer")
+    text = _converse(chat, terminal, "one", "two")
+    assert text.endswith("a long answer\n\n")
+    roles = [message["role"] for message in chat.messages]
+    assert roles == ["user", "assistant"] * 2
+
+
 @pytest.mark.parametrize("step", [0, 2])
 def test_ctrl_c_while_the_model_works_keeps_the_chat(
     step: int, chat: Chat, terminal: Terminal, script: Script

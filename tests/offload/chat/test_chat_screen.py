@@ -40,8 +40,9 @@ class Terminal:
 
     @property
     def lines(self) -> list[str]:
-        """The lines of the screen that are not empty."""
-        return [line for line in (line.rstrip() for line in self.screen.display) if line]
+        """The lines of the screen that are not empty and not about loading."""
+        shown = (line.rstrip() for line in self.screen.display)
+        return [line for line in shown if line and not line.startswith("Loading ")]
 
     def wait(self, shown: Callable[[list[str]], bool], seconds: float = 300) -> None:
         """Until the screen is as wanted."""

@@ -11,7 +11,7 @@ from rich.text import Text
 
 import offload.chat.display
 from offload.chat.display import Plain, Rendered
-from offload.chat.thinking import Piece
+from offload.generation.thinking import Piece
 
 ANSWER = """# Title
 

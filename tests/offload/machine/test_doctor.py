@@ -67,10 +67,10 @@ def test_a_look_that_fails_does_not_hide_the_others(
     )
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
-    assert "could not be looked at: the driver is gone" in " ".join(out.split())
+    assert "check failed: the driver is gone" in " ".join(out.split())
     assert "half" in out
     assert "\nok      d" in out
-    assert out.endswith("1 thing to look at\n")
+    assert out.endswith("\n1 warning\n")
 
 
 def test_a_missing_library_is_installed_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,7 +105,7 @@ def test_a_variable_that_moves_things_is_told(name: str, monkeypatch: pytest.Mon
     assert f"{name}=/elsewhere" in named(doctor.software(), "environment").value
 
 
-@pytest.mark.parametrize(("load", "first"), [(3.0, "the machine is busy"), (0.0, "fill both")])
+@pytest.mark.parametrize(("load", "first"), [(3.0, "the CPU is busy"), (0.0, "fill both")])
 def test_a_busy_machine_is_named_before_its_memory_is_blamed(
     load: float, first: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ import cli
 import offload
 from offload import CheckpointError, OffloadError
 from offload.files import read_object
-from offload.quant.pack import is_pack
+from offload.quant.manifest import is_pack
 
 WEIGHTS = "model.safetensors"
 DEEP = "[" * 100_000 + "]" * 100_000

@@ -16,7 +16,8 @@ import torch
 from offload.options import LoadOptions
 from offload.pack import make as making
 from offload.pack.find import find_or_make_pack
-from offload.quant.pack import Pack, is_pack
+from offload.quant.manifest import is_pack
+from offload.quant.pack import Pack
 from tests.children import children
 from tests.quant.packs import FORK, contents, needs_fork
 from tests.tiny import save_tiny

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,9 @@ def quick_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     from offload.machine.hardware import Hardware
 
     rates = Hardware("this machine", 20.0, 10.0, 10.0, runs_ahead=False)
-    monkeypatch.setattr(target, "measure", lambda device: rates)
+    monkeypatch.setattr(
+        target, "measure", lambda device: replace(rates, runs_ahead=device.type != "cpu")
+    )
     monkeypatch.setattr(target, "read_rate", lambda folder, size: DiskRate(3.0, "by a test"))
 
 
@@ -193,9 +196,43 @@ def test_a_command_for_several_cards_here_can_be_run(
 ) -> None:
     for name, value in (("is_available", True), ("device_count", 2), ("current_device", 0)):
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (24 * GIB, 24 * GIB))
-    plan = planned(capsys, mixtral_config, "--device", "cuda", "--gpus", 2)
-    assert plan["command"].endswith("-c 4096 --gpus 0,1")  # `load` takes one of the two options
+    sizes = {0: 24 * GIB, 1: 12 * GIB}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (sizes[device.index],) * 2)
+    plan = planned(capsys, mixtral_config, "--gpus", "0,1")
+    assert plan["command"].endswith("-c 4096 --gpus 0,1")
+    assert plan["machine"]["card_bytes"] == [int(size * SHARE) for size in sizes.values()]
+    first, second = plan["rows"][plan["chosen"]]["cards"]
+    assert first["slots"] > 1.5 * second["slots"], "each card's own memory counts"
+
+
+def test_the_number_of_gpus_of_a_named_machine_is_a_number_or_a_list(
+    mixtral_config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    machine = ("--ram", "64GiB", "--expert-bits", 4)
+    plans = [
+        planned(capsys, mixtral_config, *machine, *words)
+        for words in (("--gpu", "2x3090"), ("--gpu", "3090", "--gpus", 2))
+    ]
+    plans.append(planned(capsys, mixtral_config, *machine, "--gpu", "3090", "--gpus", "0,1"))
+    assert plans[0] == plans[1] == plans[2]
+    one = planned(capsys, mixtral_config, *machine, "--gpu", "3090", "--gpus", 1)
+    assert "--gpus" not in one["command"]
+
+
+def test_a_card_without_a_profile_is_planned_as_the_nearest(
+    mixtral_config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = planned(capsys, mixtral_config, "--gpu", "RTX 5080 Super 24GB", "--ram", "64GiB")
+    assert plan["machine"]["memory_bytes"] == int(24 * GIB * SHARE)
+    assert plan["notes"][0].startswith("no card is known as 'RTX 5080 Super 24GB'")
+
+
+def test_a_wrong_machine_is_told_before_the_hub_is_asked(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outline, "outline", lambda *_: pytest.fail("the model was looked for"))
+    for words in (["--gpu", "Voodoo 2"], ["--device", "tpu"], ["--gpus", "7"]):
+        told(capsys, "somebody/something", *words)
 
 
 def test_the_second_kv_cache_is_mentioned_where_it_is_counted(
@@ -345,8 +382,9 @@ def test_a_model_that_does_not_fit_is_reported_with_a_remedy(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--gpu", "Voodoo 2"], "no GPU is known by the name 'Voodoo 2': choose one of RTX 3060"),
-        (["--gpus", "2"], "there are no 2 GPUs here: name one with --gpu"),
+        (["--gpu", "Voodoo 2"], "unknown GPU 'Voodoo 2': write a name like 4070"),
+        (["--gpus", "0,1"], "there is no device 'cuda:0' here"),
+        (["--gpu", "4090", "--gpus", "two"], "--gpus 'two' is not a number of GPUs"),
         (["--gpu", "4090", "--gpus", "65"], "at most 64"),
         (["--gpu", "4090", "--device", "cpu"], "--device names a device of this machine"),
         (["--gpu", "4090", "--ram", "x"], "is not a size"),
@@ -369,6 +407,23 @@ def test_a_mistake_is_reported_in_one_line(
     assert words in told(capsys, mixtral_config, *arguments)
 
 
+def test_notes_take_two_lines_unless_they_are_asked_for(
+    mixtral_config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["plan", str(mixtral_config), "--gpu", "4090", "--ram", "64GiB"]
+    assert cli.main(command) == 0
+    short = capsys.readouterr().out
+    assert short.split("Run:")[1].splitlines()[2:] == [
+        "- tok/s is an estimate, not a measurement: add --explain to see what it assumes"
+    ]
+    assert cli.main([*command, "--explain"]) == 0
+    whole = " ".join(capsys.readouterr().out.split())
+    for words in ("with a quarter of all experts", "low end", "planned on the card", "assumed"):
+        assert words in whole
+    assert cli.main([*command[:5], "1GiB"]) == 0
+    assert "- fewer than 4 bits cost much quality" in capsys.readouterr().out
+
+
 def test_a_plan_with_few_bits_says_what_they_cost(
     mixtral_config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -381,7 +436,7 @@ def test_no_speed_is_explained_where_nothing_fits(
     mixtral_config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["plan", str(mixtral_config), "--gpu", "4090", "-c", "10000000"]) == 1
-    assert "tok/s is a forecast" not in capsys.readouterr().out
+    assert "tok/s is an estimate" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("model_type", ["llama", "dbrx", "nothing"])
@@ -415,7 +470,7 @@ def test_only_config_and_index_of_a_hub_model_are_fetched(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     plan = planned(capsys, "mistralai/Mixtral-8x7B-v0.1", "--gpu", "4090", "--ram", "64GiB")
-    assert fetched == [["config.json", "*.index.json"]]
+    assert fetched == [["config.json", "*.index.json"]] * 2  # before torch is imported, and after
     assert plan["download_bytes"] == 93_405_585_408
     assert plan["command"].startswith("offload chat mistralai/Mixtral-8x7B-v0.1 ")
 

@@ -25,7 +25,8 @@ from offload.model.demo import fetch_gguf
 from offload.model.formats import gguf as gguf_module
 from offload.model.formats.gguf import PLAIN, GgufFile, block_size
 from offload.model.formats.gguf_model import GgufSource
-from offload.model.sources import find, read_config
+from offload.model.names import find
+from offload.model.sources import read_config
 from offload.options import LoadOptions
 from tests.gguf_files import (
     ARCHITECTURES,

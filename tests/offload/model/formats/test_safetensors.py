@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import offload
 from offload import CheckpointError
-from offload.model.formats.safetensors import DTYPES, INDEX, SINGLE, SafetensorsSource
+from offload.model.formats.safetensors import DTYPES, SafetensorsSource
+from offload.model.layout import INDEX, SINGLE
 from tests.tiny import save_tiny
 
 PROMPT = torch.randint(3, 120, (1, 13), generator=torch.Generator().manual_seed(1))

@@ -7,19 +7,27 @@ from transformers import PreTrainedTokenizerBase
 
 from offload.generation.text import held_back
 
-# Opening and closing marks of, in this order: Qwen3, DeepSeek-R1 and GLM; Mistral; Seed-OSS;
-# gpt-oss (the harmony format, whose final message may also come without thoughts); Gemma 4.
+# Opening and closing marks of, in this order: Qwen3, DeepSeek-R1 and GLM; Mistral; Seed-OSS; Kimi;
+# Cohere; gpt-oss (the harmony format, whose messages each name their channel); Gemma 4.
 MARKS = (
     ("<think>", "</think>"),
     ("[THINK]", "[/THINK]"),
     ("<seed:think>", "</seed:think>"),
-    (
-        "<|channel|>analysis<|message|>",
-        "<|end|><|start|>assistant<|channel|>final<|message|>",
-    ),
+    ("◁think▷", "◁/think▷"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|channel|>analysis<|message|>", "<|end|>"),
+    ("<|start|>assistant<|channel|>analysis<|message|>", "<|end|>"),
     ("<|channel>thought\n", "<channel|>"),
 )
-DROPPED = ("<|channel|>final<|message|>",)  # opens an answer that comes without thoughts
+# These enclose an answer. A harmony message of another channel, like a call of a tool, keeps what
+# stands before its text, because that names the tool.
+DROPPED = (
+    "<|START_RESPONSE|>",
+    "<|END_RESPONSE|>",
+    "<|channel|>final<|message|>",
+    "<|start|>assistant<|channel|>final<|message|>",
+    "<|start|>assistant",
+)
 
 
 class Piece(NamedTuple):
@@ -115,3 +123,21 @@ def marks_are_special(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the marks are special tokens, which decoding leaves out unless told otherwise."""
     specials = tuple(tokenizer.all_special_tokens)
     return any(opening.startswith(specials) for opening, _ in MARKS)
+
+
+def voices_for(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int]) -> Voices:
+    """What tells thoughts from answers in text that follows the ids of `prompt`.
+
+    Where `marks_are_special`, the text must be decoded with its special tokens.
+    """
+    special = marks_are_special(tokenizer)
+    end = str(tokenizer.decode(prompt[-16:]))
+    return Voices(end, tokenizer.all_special_tokens if special else ())
+
+
+def apart(voices: Voices, text: str) -> tuple[str, str]:
+    """The thoughts and the answer in a whole `text`."""
+    said = {True: "", False: ""}  # is it a thought? -> text
+    for piece in (*voices.push(text), *voices.finish()):
+        said[piece.thought] += piece.text
+    return said[True], said[False]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offload.chat.thinking import MARKS, Piece, Voices, marks_are_special
+from offload.generation.thinking import MARKS, Piece, Voices, marks_are_special
 from tests.conftest import make_tokenizer
 
 SPECIALS = ("<|end|>", "<|start|>", "<|channel|>", "<|message|>", "<|return|>")
@@ -43,6 +43,21 @@ def test_a_prompt_can_open_the_thoughts(size: int) -> None:
 @pytest.mark.parametrize("size", [1, 4, 1000])
 def test_an_answer_without_thoughts_loses_its_channel_s_name(size: int) -> None:
     assert _voices("<|channel|>final<|message|>Yes<|return|>", size) == [("Yes", False)]
+
+
+@pytest.mark.parametrize("size", [1, 4, 1000])
+def test_a_call_of_a_tool_ends_the_thoughts_and_names_the_tool(size: int) -> None:
+    analysis = "<|start|>assistant<|channel|>analysis<|message|>"
+    text = f"<|channel|>analysis<|message|>hm<|end|>{analysis}so<|end|><|start|>assistant"
+    call = "<|channel|>commentary to=functions.weather<|message|>{}"
+    found = _voices(text + call, size)
+    assert found == [("hmso", True), ("commentary to=functions.weather{}", False)]
+
+
+@pytest.mark.parametrize("size", [1, 4, 1000])
+def test_marks_around_an_answer_are_dropped(size: int) -> None:
+    text = "<|START_THINKING|>hm<|END_THINKING|><|START_RESPONSE|>Yes<|END_RESPONSE|>"
+    assert _voices(text, size) == [("hm", True), ("Yes", False)]
 
 
 @pytest.mark.parametrize("size", [1, 3, 1000])

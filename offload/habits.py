@@ -1,0 +1,127 @@
+"""Words and flags of llama.cpp, ollama and mlx-lm: what each is here, or what replaces it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable
+
+# Other programs' commands -> the same here, with what follows the word.
+SAME_COMMANDS = {"run": "chat", "ls": "list", "remove": "rm", "perplexity": "ppl"}
+_NO_SERVER = "there is no server yet: use offload chat, offload generate, or load() in Python"
+_NOTHING_RUNS = "nothing stays loaded after a command ends, so that there is nothing to {}"
+OTHER_COMMANDS = {
+    "serve": _NO_SERVER,
+    "server": _NO_SERVER,
+    "ps": _NOTHING_RUNS.format("list"),
+    "stop": _NOTHING_RUNS.format("stop"),
+    "unload": _NOTHING_RUNS.format("unload"),
+    "create": "a model is made from a checkpoint: offload quantize SRC DST",
+    "cp": "packs are folders: copy one with cp",
+    "push": "packs are folders: hf upload sends one to the hub",
+    "search": "models are found on huggingface.co: offload plan ID tells whether one fits",
+}
+
+# Other programs' flags -> the same here; "" stands for MODEL, which has no flag here.
+SAME_FLAGS = {
+    "-m": "",
+    "--model": "",
+    "-hf": "",
+    "-hfr": "",
+    "--hf-repo": "",
+    "--temperature": "--temp",
+    "--predict": "--n-predict",
+    "--num-predict": "--n-predict",
+    "--max-tokens": "--n-predict",
+    "--max-new-tokens": "--n-predict",
+    "--num-ctx": "--ctx-size",
+    "--context-length": "--ctx-size",
+    "--repetition-penalty": "--repeat-penalty",
+    "--stop": "--reverse-prompt",
+    "--system": "--system-prompt",
+    "--hidethinking": "--hide-thoughts",
+    "--batch-size": "--ubatch-size",
+}
+_RESIDENT = "is not needed: as many experts as fit are resident; --expert-slots, --vram limit them"
+_ATTENTION = "is not needed: torch chooses the fastest attention for this machine"
+_MAPPED = "is not needed: a pack is mapped into memory, and --ram limits what is kept there"
+_CHAT = "is not needed: offload chat is a conversation; -st answers one prompt"
+_COLOUR = "is not needed: a terminal gets colours; NO_COLOR=1 in the environment turns them off"
+_CACHE_TYPE = "has no equivalent: the KV cache has the type of the model; -c makes it smaller"
+_SPLIT = "is not needed: --gpus 0,1 shares by free memory; --vram 20GiB,10GiB sets each card's part"
+_TEMPLATE = "is not needed: the model's own chat template is used; generate --raw uses none"
+_DRAFT = "has no equivalent: there is no speculative decoding"
+_FORMAT = "has no equivalent: answers cannot be held to a grammar or to JSON yet"
+_IMAGE = "has no equivalent: models read text only"
+_LORA = "has no equivalent: merge the adapter into the checkpoint before it is quantised"
+_ROPE = "has no equivalent: the model's config.json says how positions are scaled"
+_KEEP = "is not needed: the model is freed when the command ends"
+_SERVER = "belongs to a server, and there is none yet"
+OTHER_FLAGS = {
+    **dict.fromkeys(("-ngl", "--gpu-layers", "--n-gpu-layers", "--num-gpu"), _RESIDENT),
+    **dict.fromkeys(("-ncmoe", "--n-cpu-moe", "-cmoe", "--cpu-moe"), _RESIDENT),
+    **dict.fromkeys(("-ot", "--override-tensor", "-fit", "--fit"), _RESIDENT),
+    **dict.fromkeys(("-fa", "--flash-attn"), _ATTENTION),
+    **dict.fromkeys(("--mlock", "--mmap", "--no-mmap", "-dio", "--direct-io"), _MAPPED),
+    **dict.fromkeys(("-cnv", "--conversation", "-no-cnv", "--no-conversation"), _CHAT),
+    **dict.fromkeys(("-i", "--interactive", "-if", "--interactive-first"), _CHAT),
+    **dict.fromkeys(("--color", "-co", "--no-color"), _COLOUR),
+    **dict.fromkeys(("-ctk", "-ctv", "--cache-type-k", "--cache-type-v"), _CACHE_TYPE),
+    **dict.fromkeys(("-nkvo", "--no-kv-offload"), _CACHE_TYPE),
+    **dict.fromkeys(("-ts", "--tensor-split", "-sm", "--split-mode"), _SPLIT),
+    **dict.fromkeys(("-mg", "--main-gpu", "-dev"), "is written --device cuda:1, or --gpus 0,1"),
+    **dict.fromkeys(("--jinja", "--chat-template", "--chat-template-file"), _TEMPLATE),
+    **dict.fromkeys(("-md", "--model-draft", "--draft", "--draft-max", "-ngld"), _DRAFT),
+    **dict.fromkeys(("--grammar", "--grammar-file", "-j", "--json-schema", "--format"), _FORMAT),
+    **dict.fromkeys(("--mmproj", "--image", "--audio"), _IMAGE),
+    **dict.fromkeys(("--lora", "--lora-scaled", "--adapter-path"), _LORA),
+    **dict.fromkeys(("--rope-scaling", "--rope-scale", "--rope-freq-base"), _ROPE),
+    **dict.fromkeys(("--keepalive", "--keep-alive"), _KEEP),
+    **dict.fromkeys(("--host", "--port", "-cb", "--cont-batching"), _SERVER),
+    "-b": "is written -ub here: tokens of a prompt that go through the model at once",
+    "-tb": "is not needed: -t is the number of threads for prompts and answers",
+    "--think": "is not needed: thoughts are shown dimmed, and --hide-thoughts hides them",
+    "--nowordwrap": "is not needed: what is written to a pipe or a file is never wrapped",
+    "--insecure": "has no equivalent: HF_ENDPOINT in the environment names another hub",
+}
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A question for the one of `known` that was probably meant, or an empty text."""
+    close = difflib.get_close_matches(word.lower(), list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def translated(words: Collection[str], known: Collection[str]) -> list[str]:
+    """The `words` after a command, with other programs' flags in our spelling.
+
+    `known` are the command's flags. Raises `ValueError` for a flag that does not exist here; the
+    message says what replaces it. argparse would read `-ngl 99` as `-n gl`.
+    """
+    result: list[str] = []
+    models: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        flag, equals, value = word.partition("=")
+        if word == "--":
+            return [*models, *result, word, *rest]
+        if not _is_flag(flag) or flag in known or word in known:
+            result.append(word)
+        elif SAME_FLAGS.get(flag) == "":
+            models.append(value if equals else next(rest, flag))
+        elif SAME_FLAGS.get(flag) in known:
+            result.append(SAME_FLAGS[flag] + equals + value)
+        elif flag in OTHER_FLAGS:
+            raise ValueError(f"{flag} {OTHER_FLAGS[flag]}")
+        elif flag.startswith("--") or flag[:2] not in known or not _is_number(flag[2:]):
+            raise ValueError(f"there is no option {flag}{did_you_mean(flag, known)}")
+        else:
+            result.append(word)  # like -n5
+    return [*models, *result]
+
+
+def _is_flag(word: str) -> bool:
+    return word.startswith("-") and len(word) > 1 and " " not in word and not _is_number(word)
+
+
+def _is_number(text: str) -> bool:
+    return text.lstrip("-").replace(".", "", 1).replace(",", "").isdecimal()
