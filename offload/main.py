@@ -21,6 +21,7 @@ from offload.errors import DONE, FAILED, INTERRUPTED, USAGE
 from offload.flags import add_command
 from offload.habits import OTHER_COMMANDS, SAME_COMMANDS, did_you_mean, translated
 from offload.lines import is_memory, one_line, shortened
+from offload.quant.errors import OffloadError
 from offload.version import __version__
 
 # Name -> a module or class, imported when the command is called, and one line of help. Each module
@@ -128,6 +129,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         rest = translated(rest, command._option_string_actions)
     except ValueError as error:
         command.error(str(error))
+    arguments: argparse.Namespace
     arguments, extra = parser.parse_known_args([*trail, *rest])
     if extra and (words[0] not in WITH_MESSAGE or arguments.__dict__.get("prompt") is not None):
         command.error(f"{' '.join(extra)!r} is one word too many: leave it out, or quote a prompt")
@@ -214,6 +216,7 @@ def _run(argv: Sequence[str]) -> int:
     from offload.files import check_streams, give_up_unwritable
 
     debug = makes_file = False
+    reworded, OffloadError.reworded = OffloadError.reworded, str
     try:
         check_streams()
         try:
@@ -250,3 +253,5 @@ def _run(argv: Sequence[str]) -> int:
             raise
         print(f"offload: error: {text}", file=sys.stderr)
         return FAILED
+    finally:
+        OffloadError.reworded = reworded

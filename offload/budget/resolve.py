@@ -154,8 +154,11 @@ class Resolver:
 
     def dtype(self, config: PreTrainedConfig) -> torch.dtype:
         """The type of the computation: the one asked for, else the one of the config."""
+        asked = self.options.dtype
+        if isinstance(asked, str):
+            asked = None if asked == "auto" else getattr(torch, asked)
         own = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-        return self.options.dtype or (own if isinstance(own, torch.dtype) else torch.bfloat16)
+        return asked or (own if isinstance(own, torch.dtype) else torch.bfloat16)
 
 
 def find_device(name: str | torch.device | None) -> torch.device:
