@@ -148,7 +148,7 @@ def check_streams() -> None:
         sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
-        raise OffloadError("stdout is closed: there is nowhere to write to, open it")
+        raise OffloadError("stdout is closed: redirect it to a file or a terminal")
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A character that the encoding of stdout lacks must not end an answer.
         sys.stdout.reconfigure(errors="replace")

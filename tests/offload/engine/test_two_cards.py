@@ -25,7 +25,7 @@ from tests.tiny import save_tiny
 
 PROMPT = torch.arange(5, 25)[None]
 CPUS = ("cpu", "cpu")
-ON_SEVERAL = ["steps are planned on the host: the model is on several cards"]
+ON_SEVERAL = ["the CPU decides what to load: the model is on several GPUs"]
 
 
 def _load(folder: Path, **options: Any) -> PreTrainedModel:
