@@ -114,6 +114,11 @@ def offload_home() -> Path:
     return user_path(cache or "~/.cache") / "offload"
 
 
+def packs_folder(pack_dir: str | Path | None = None) -> Path:
+    """The folder that packs are kept in: `pack_dir`, else one in `offload_home`."""
+    return user_path(pack_dir) if pack_dir else offload_home() / "packs"
+
+
 def read_object(file: Path) -> dict[str, Any]:
     """The JSON object in `file`. Raises `CheckpointError`."""
     try:

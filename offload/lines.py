@@ -1,5 +1,7 @@
 """Text from models, files and errors, made fit for a terminal."""
 
+from collections.abc import Iterable
+
 from offload.errors import NO_MEMORY
 from offload.quant.errors import OffloadError
 
@@ -12,6 +14,14 @@ _SHOWN |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 def printable(text: str) -> str:
     """`text` with symbols for control characters (U+241B for ESC); tabs and newlines stay."""
     return text.translate(_SHOWN)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A hint at the known word that was probably meant, or an empty text."""
+    import difflib  # imported here because every --help imports this file
+
+    close = difflib.get_close_matches(word.lower(), list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 LONGEST = 1000  # characters in a line, because a message may quote a whole file

@@ -38,6 +38,16 @@ COMMANDS = {
         "check this machine: versions, speeds, and what to improve",
     ),
     "quantize": ("offload.pack.command", "write a model's quantised weights to a folder (a pack)"),
+    "list": (
+        "offload.pack.command:ListCommand",
+        "list the models on this machine",
+    ),
+    "show": ("offload.pack.command:ShowCommand", "show what a model is made of"),
+    "rm": ("offload.pack.command:RemoveCommand", "remove a pack or a downloaded model"),
+    "prune": (
+        "offload.pack.command:PruneCommand",
+        "remove unfinished packs, and packs whose checkpoint has changed",
+    ),
     "ppl": ("offload.quality.command:PerplexityCommand", "measure the perplexity of a text"),
     "check": (
         "offload.quality.command:CheckCommand",

@@ -9,6 +9,7 @@ from offload.chat.command import ChatOptions
 from offload.flags import default_text, has_no, options_of
 from offload.generation.command import AnswerFileOptions
 from offload.options import AnswerOptions, LoadOptions, SharedOptions
+from offload.pack.command import KeepingOptions
 from offload.plan.command import PlanOptions
 from offload.quality.command import CheckOptions, PerplexityOptions
 from offload.trace.command import PlotOptions, ReplayOptions
@@ -39,6 +40,10 @@ SECTIONS = {
     "generate": (AnswerFileOptions, ""),
     "bench": (BenchOptions, "The names and defaults are those of llama-bench."),
     "plan": (PlanOptions, "It also takes the options of memory, quantisation and source."),
+    "list, show, rm, prune": (
+        KeepingOptions,
+        "`--output` is an option of `list` and `show`, `--yes` of `rm` and `prune`.",
+    ),
     "ppl": (PerplexityOptions, ""),
     "check": (CheckOptions, ""),
     "trace replay": (ReplayOptions, ""),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from offload.errors import SourceError
-from offload.files import user_path
+from offload.files import packs_folder, user_path
 from offload.lines import reason
 from offload.model.layout import is_gguf, model_name, models_in
 from offload.options import LoadOptions
@@ -42,16 +42,21 @@ def find(name: str, options: LoadOptions, files: Sequence[str] = TEXT_FILES) -> 
         from offload.model import demo
 
         return FoundModel(name, demo.checkpoint(), is_pack=False)
-    if found := find_here(name):
+    if found := find_here(name, options.pack_dir):
         return found
     patterns = [*files, *(["*.py"] if options.trust_remote_code else [])]
     folder = _snapshot(name, options.revision, options.local_files_only, patterns)
     return FoundModel(name, folder, is_pack=False, commit=folder.name)
 
 
-def find_here(name: str) -> FoundModel | None:
-    """The pack, checkpoint folder or GGUF file `name`; None for a hub id. Raises `SourceError`."""
+def find_here(name: str, pack_dir: str | Path | None = None) -> FoundModel | None:
+    """The pack, checkpoint folder or GGUF file `name`; None for a hub id. Raises `SourceError`.
+
+    A pack may be called by its name in `pack_dir`, or in the folder that packs are kept in.
+    """
     path = user_path(name)
+    if not path.exists() and is_pack(kept := packs_folder(pack_dir) / name):
+        return FoundModel(name, kept, is_pack=True)
     if path.is_dir():
         if is_pack(path):
             return FoundModel(name, path, is_pack=True)

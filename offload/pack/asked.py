@@ -18,7 +18,7 @@ def check_asked(model: str, options: LoadOptions) -> bool:
     """
     AskedBits.of(options)
     check_ram(options.ram)
-    return model == DEMO or find_here(model) is not None
+    return model == DEMO or find_here(model, options.pack_dir) is not None
 
 
 def begin_loading(model: str, options: LoadOptions, files: Sequence[str] = TEXT_FILES) -> None:

@@ -1,21 +1,32 @@
-"""`offload quantize`: makes a pack in a folder that the user names."""
+"""`offload quantize`, and what looks after packs and checkpoints: `list`, `show`, `rm`, `prune`."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import shlex
 import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from offload.errors import DONE
-from offload.files import user_path
-from offload.flags import add_options, options_from
+from offload.errors import DONE, FAILED
+from offload.files import packs_folder, short, user_path
+from offload.flags import add_model, add_options, option, options_from
+from offload.lines import printable
 from offload.options import BITS, BUDGET, HUB, LoadOptions
 from offload.pack.asked import begin_loading
 from offload.pack.recipe import AskedBits
 from offload.quant.errors import OffloadError
 from offload.units import gib
+
+if TYPE_CHECKING:
+    from offload.pack.at_hand import KeptCheckpoint, Removable
+    from offload.pack.shelf import KeptPack
 
 EXAMPLE = "offload quantize demo ./demo-q4 --bits q4"
 
@@ -62,3 +73,243 @@ def _summary(path: Path) -> str:
         weight = pack.total_bytes * 8 / pack.parameters
         how = f"{weight:.1f} bits a weight, {bits_name(pack.info)}"
         return f"{gib(pack.total_bytes)} ({how}); go on with: offload chat {shlex.quote(str(path))}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepingOptions:
+    """Options of `offload list`, `show`, `rm` and `prune`; each command names those it takes."""
+
+    output: str = option(
+        "-o --output", "format of the output", default="text", choices=("text", "json")
+    )
+    yes: bool = option("-y --yes", "remove without asking", default=False)
+
+
+class ListCommand:
+    """`offload list`: the packs and checkpoints on this machine."""
+
+    EXAMPLE = "offload list"
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        add_options(parser, KeepingOptions, ["output"])
+        add_options(parser, LoadOptions, ["pack_dir"])
+
+    @staticmethod
+    def run(arguments: argparse.Namespace) -> int:
+        from offload.pack.at_hand import checkpoints
+        from offload.pack.shelf import kept_packs
+
+        folder = packs_folder(options_from(arguments, LoadOptions).pack_dir)
+        packs = kept_packs(folder)
+        here = checkpoints(packs)
+        if options_from(arguments, KeepingOptions).output == "json":
+            found = {
+                "packs": [_pack_json(pack, here) for pack in packs],
+                "checkpoints": [_checkpoint_json(each) for each in here],
+            }
+            print(json.dumps(found, indent=2, ensure_ascii=False))
+            return DONE
+        if packs:
+            rows = [
+                (
+                    p.path.name,
+                    p.bits_name.replace(",", ", "),
+                    gib(p.size, 1),
+                    _ago(p.last_used),
+                    _made_from(p, here),
+                )
+                for p in packs
+            ]
+            print(f"Packs in {short(folder)} ({gib(sum(pack.size for pack in packs), 1)})")
+            _print_table(("NAME", "BITS", "SIZE", "LAST USED", "MADE FROM"), rows)
+        if here:
+            rows = [
+                (_called(c), c.bits_name, gib(c.size, 1), _ago(c.last_used), short(c.path))
+                for c in here
+            ]
+            print("\n" * bool(packs) + f"Checkpoints ({gib(sum(each.size for each in here), 1)})")
+            _print_table(("NAME", "BITS", "SIZE", "LAST USED", "WHERE"), rows)
+        if not packs and not here:
+            print("No models are on this machine yet. Try: offload chat demo", file=sys.stderr)
+        return DONE
+
+
+class ShowCommand:
+    """`offload show`: what a model is made of."""
+
+    EXAMPLE = "offload show demo"
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        add_model(parser)
+        add_options(parser, KeepingOptions, ["output"])
+        add_options(parser, LoadOptions, ("pack_dir", *HUB))
+
+    @staticmethod
+    def run(arguments: argparse.Namespace) -> int:
+        from offload.pack.profile import profile
+
+        told = profile(arguments.model, options_from(arguments, LoadOptions))
+        if options_from(arguments, KeepingOptions).output == "json":
+            print(json.dumps(told, indent=2, ensure_ascii=False))
+            return DONE
+        lines = [(name.replace("_", " "), _as_text(name, value)) for name, value in told.items()]
+        _print_table(None, [line for line in lines if line[1]])
+        return DONE
+
+
+class RemoveCommand:
+    """`offload rm`: removes packs, and checkpoints that this program or the hub fetched."""
+
+    EXAMPLE = "offload rm Mixtral-8x7B-Instruct-v0.1-q4"
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "names",
+            metavar="NAME",
+            nargs="+",
+            help="name that offload list shows, or path of a pack",
+        )
+        add_options(parser, KeepingOptions, ["yes"])
+        add_options(parser, LoadOptions, ["pack_dir"])
+
+    @staticmethod
+    def run(arguments: argparse.Namespace) -> int:
+        from offload.pack.at_hand import find_removable
+
+        folder = packs_folder(options_from(arguments, LoadOptions).pack_dir)
+        things = [find_removable(name, folder) for name in dict.fromkeys(arguments.names)]
+        return _remove(things, options_from(arguments, KeepingOptions).yes)
+
+
+class PruneCommand:
+    """`offload prune`: removes what is left over."""
+
+    EXAMPLE = "offload prune"
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        add_options(parser, KeepingOptions, ["yes"])
+        add_options(parser, LoadOptions, ["pack_dir"])
+
+    @staticmethod
+    def run(arguments: argparse.Namespace) -> int:
+        from offload.pack.at_hand import find_leftovers
+
+        folder = packs_folder(options_from(arguments, LoadOptions).pack_dir)
+        things = list(find_leftovers(folder))
+        if not things:
+            print("Nothing to remove.")
+            return DONE
+        return _remove(things, options_from(arguments, KeepingOptions).yes)
+
+
+def _remove(things: list[Removable], yes: bool) -> int:
+    """Remove `things`, after a question unless `yes`, and tell what became free."""
+    from offload.pack.at_hand import remove
+
+    rows = [(each.name, _size(each.size), each.why) for each in things]
+    _print_table(None, rows)
+    if not yes:
+        if not sys.stdin.isatty():
+            raise OffloadError("nothing was removed, because nobody can be asked here: add --yes")
+        print(f"Remove {'this' if len(things) == 1 else 'these'}? [y/N] ", end="", flush=True)
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            print("Nothing was removed.")
+            return FAILED
+    freed = 0
+    for each in things:
+        size = each.size
+        remove(each)
+        freed += size
+    print(f"{_size(freed)} freed.")
+    return DONE
+
+
+def _print_table(head: tuple[str, ...] | None, rows: Iterable[tuple[str, ...]]) -> None:
+    """Print rows below each other, in no more columns than the terminal has, or in 80."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, show_header=head is not None, header_style="bold")
+    rows = [tuple(map(printable, row)) for row in rows]
+    for at in range(len(rows[0])):
+        title = head[at] if head else ""
+        folds = at in (0, len(rows[0]) - 1) or title == "BITS"
+        side: Literal["right", "left"] = "right" if title == "SIZE" else "left"
+        table.add_column(title, justify=side, overflow="fold", no_wrap=not folds)
+    for row in rows:
+        table.add_row(*row)
+    console = Console(markup=False, highlight=False, emoji=False)
+    if not console.is_terminal:
+        console.width = 80
+    console.print(table)
+
+
+def _size(size: int) -> str:
+    """A size, also one that is next to nothing."""
+    return gib(size, 1) if size >= 2**20 else f"{size / 2**10:.0f} KiB"
+
+
+def _ago(seconds: float) -> str:
+    """A time, in seconds since 1970, as people tell it."""
+    passed = time.time() - seconds
+    for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60)):
+        if (count := int(passed // size)) > 0:
+            return f"{count} {unit}{'s' * (count > 1)} ago"
+    return "just now"
+
+
+def _called(checkpoint: KeptCheckpoint) -> str:
+    """The name of a checkpoint; a user's own folder is shown by its path alone."""
+    return checkpoint.name if checkpoint.removable else checkpoint.path.name
+
+
+def _made_from(pack: KeptPack, here: list[KeptCheckpoint]) -> str:
+    """Where the checkpoint of a pack is, and whether it is still there."""
+    place = pack.origin.place or pack.source
+    if any(each.name == place for each in here):
+        return short(Path(place)) if Path(place).is_absolute() else place
+    return f"{short(Path(place)) if Path(place).is_absolute() else place} (not here)"
+
+
+def _pack_json(pack: KeptPack, here: list[KeptCheckpoint]) -> dict[str, Any]:
+    place = pack.origin.place or pack.source
+    return {
+        "name": pack.path.name,
+        "path": str(pack.path),
+        "bits": pack.bits_name,
+        "bytes": pack.size,
+        "last_used": _iso(pack.last_used),
+        "checkpoint": place,
+        "checkpoint_is_here": any(each.name == place for each in here),
+    }
+
+
+def _checkpoint_json(checkpoint: KeptCheckpoint) -> dict[str, Any]:
+    return {
+        "name": checkpoint.name,
+        "path": str(checkpoint.path),
+        "bits": checkpoint.bits_name,
+        "bytes": checkpoint.size,
+        "last_used": _iso(checkpoint.last_used),
+    }
+
+
+def _iso(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds")
+
+
+def _as_text(name: str, value: Any) -> str:
+    """A value of a profile as people read it; empty if there is none."""
+    if name == "bytes":
+        return gib(value, 1)
+    if isinstance(value, dict):
+        return ", ".join(f"{part} {bits}" for part, bits in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else str(value or "")

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 
 from offload.budget.resolve import Resolver
 from offload.errors import BudgetError, SourceError
+from offload.files import packs_folder
 from offload.model import names, sources
 from offload.model.checkpoint import Checkpoint
 from offload.model.names import FoundModel
@@ -20,7 +21,7 @@ from offload.pack.describe import PackSource
 from offload.pack.fingerprint import fingerprint, former_fingerprint, stamp
 from offload.pack.make import make_pack
 from offload.pack.recipe import AskedBits, Recipe, most_bits
-from offload.pack.shelf import KeptPack, Origin, kept_packs, new_place, packs_folder
+from offload.pack.shelf import KeptPack, Origin, kept_packs, new_place
 from offload.quant.hqq import CPU
 from offload.quant.pack import Pack
 from offload.units import gib

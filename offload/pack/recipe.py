@@ -7,15 +7,15 @@ Rules are read from left to right, and a later one wins. A preset stands for a l
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from offload.errors import RecipeError
+from offload.lines import did_you_mean
 from offload.options import LoadOptions
 from offload.quant.scheme import Scheme
 
@@ -115,7 +115,7 @@ class Recipe:
         first, last, part, how = match.groups()
         if part not in (*PARTS, "dense"):
             raise RecipeError(
-                f"{rule}: there is no part {part!r}{_like(part, PARTS)}: the parts are "
+                f"{rule}: there is no part {part!r}{did_you_mean(part, PARTS)}: the parts are "
                 f"{', '.join(PARTS)}, and dense for all but experts and embeddings"
             )
         try:
@@ -144,18 +144,12 @@ class Recipe:
         return Recipe({part: regroup(scheme) for part, scheme in self.parts.items()}, rules)
 
 
-def _like(word: str, known: Iterable[str]) -> str:
-    """A hint at the known word that was probably meant, or an empty text."""
-    close = difflib.get_close_matches(word.lower(), list(known), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
 def _no_rule(rule: str) -> str:
     """The message for a text that is neither a preset nor a rule."""
     if " " in rule:
         hint = " (rules are separated by commas)"
     else:  # llama.cpp's Q4_K_M is our q4
-        hint = _like(re.sub(r"^(q\d)_.*", r"\1", rule.lower()), PRESETS)
+        hint = did_you_mean(re.sub(r"^(q\d)_.*", r"\1", rule.lower()), PRESETS)
     return (
         f"{rule!r} is not a rule for bits{hint}: write a preset ({', '.join(PRESETS)}, {FIT}) or "
         "rules like experts=3,layers.0-1.experts=8"

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from offload.files import offload_home, user_path, write_whole
+from offload.files import write_whole
 from offload.pack.fingerprint import PREFIX
 from offload.pack.recipe import Recipe
 from offload.quant.errors import OffloadError, PackError
@@ -85,7 +85,7 @@ class KeptPack:
     def bits_name(self) -> str:
         """The preset that the pack was made with, else its rules."""
         try:
-            return Recipe.parse(self.bits).name
+            return Recipe.parse(self.bits).name.replace("g64", "")  # the usual group
         except OffloadError:
             return self.bits
 
@@ -126,11 +126,6 @@ def size_of(path: Path) -> int:
     """Bytes of a file, or of all files in a folder."""
     files = [path] if path.is_file() else (file for file in path.rglob("*") if file.is_file())
     return sum(file.stat().st_size for file in files)
-
-
-def packs_folder(pack_dir: str | Path | None = None) -> Path:
-    """The folder that packs are kept in."""
-    return user_path(pack_dir) if pack_dir else offload_home() / "packs"
 
 
 def kept_packs(folder: Path) -> list[KeptPack]:
