@@ -224,7 +224,7 @@ def test_a_card_without_a_profile_is_planned_as_the_nearest(
 ) -> None:
     plan = planned(capsys, mixtral_config, "--gpu", "RTX 5080 Super 24GB", "--ram", "64GiB")
     assert plan["machine"]["memory_bytes"] == int(24 * GIB * SHARE)
-    assert plan["notes"][0].startswith("no card is known as 'RTX 5080 Super 24GB'")
+    assert plan["notes"][0].startswith("no GPU is known as 'RTX 5080 Super 24GB'")
 
 
 def test_a_wrong_machine_is_told_before_the_hub_is_asked(
