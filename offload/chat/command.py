@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise OffloadError("--single-turn needs a prompt: give one with -p or -f")
     asked_sampling(asked, None)  # raises for a wrong value before the model is loaded
     options = options_from(arguments, LoadOptions)
-    begin_loading(arguments.model, options)
+    begin_loading(arguments.model, options, chats=True)
     from offload.chat.chat import Chat
     from offload.chat.commands import converse
     from offload.chat.terminal import display, reader

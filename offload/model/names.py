@@ -1,14 +1,17 @@
 """Finds the model that a name stands for: a pack, a checkpoint folder, a GGUF file or a hub id."""
 
+import hashlib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from offload.errors import SourceError
-from offload.files import packs_folder, user_path
+from offload.files import packs_folder, read_object, user_path
 from offload.lines import reason
-from offload.model.layout import is_gguf, model_name, models_in
+from offload.model.layout import INDEX, SINGLE, is_gguf, model_name, models_in
+from offload.model.odd import check_folder
 from offload.options import LoadOptions
 from offload.quant.manifest import is_pack
 
@@ -60,6 +63,7 @@ def find_here(name: str, pack_dir: str | Path | None = None) -> FoundModel | Non
     if path.is_dir():
         if is_pack(path):
             return FoundModel(name, path, is_pack=True)
+        check_folder(path)
         if (path / "config.json").is_file():
             return FoundModel(path.resolve().name, path, is_pack=False)
         return _gguf_in(path)
@@ -70,6 +74,8 @@ def find_here(name: str, pack_dir: str | Path | None = None) -> FoundModel | Non
             f"{path} is a file: name the folder of a safetensors checkpoint or a pack, or a .gguf "
             "file"
         )
+    if is_gguf(path):
+        raise SourceError(f"there is no file {name}: check its path")
     if not HUB_ID.fullmatch(name):
         raise SourceError(
             f"{name}: there is no such folder, and it is not the form of a hub id (owner/name)"
@@ -91,6 +97,32 @@ def fetch_weights(source: FoundModel, *, local_files_only: bool) -> None:
     """Fetch the weights of a hub model into the hub's cache. Raises `SourceError`."""
     if source.commit is not None:
         _snapshot(source.name, source.commit, local_files_only, TEXT_FILES + WEIGHT_FILES)
+
+
+def weight_blobs(source: FoundModel, *, local_files_only: bool) -> str:
+    """A digest of the contents of a hub model's weight files, which the hub tells without sending
+    them; empty if it does not."""
+    index = source.folder / INDEX
+    try:
+        named = read_object(index)["weight_map"].values() if index.is_file() else [SINGLE]
+        files = sorted(set(named))
+        blobs = {name: _blob(source.folder / name) for name in files}
+        if not all(blobs.values()) and not local_files_only:
+            from huggingface_hub import HfApi
+
+            for file in HfApi().get_paths_info(source.name, files, revision=source.commit):
+                if lfs := getattr(file, "lfs", None):
+                    blobs[file.path] = lfs.sha256
+    except Exception:  # whatever the index or the hub's transport is; weights are then fetched
+        return ""
+    told = json.dumps(sorted(blobs.items()))
+    return hashlib.sha256(told.encode()).hexdigest() if all(blobs.values()) else ""
+
+
+def _blob(file: Path) -> str:
+    """The SHA-256 of a file in the hub's cache, which links to a blob of that name; else ""."""
+    name = file.readlink().name if file.is_symlink() else ""
+    return name if len(name) == 64 else ""
 
 
 def _snapshot(name: str, revision: str | None, local_files_only: bool, patterns: list[str]) -> Path:

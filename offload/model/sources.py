@@ -22,10 +22,8 @@ from offload.model.formats.gguf_model import GgufSource
 from offload.model.formats.safetensors import SafetensorsSource
 from offload.model.formats.scaled import BLOCKS, FLOAT8, Fp8Source, Mxfp4Source
 from offload.model.layout import is_gguf
+from offload.model.odd import check_quantisation, compressed_weights, quantisations
 from offload.sampling import is_number, resolve_sampling
-
-DEQUANTISED = ("fp8", "mxfp4")  # the quantisation methods whose weights can be read
-PACKED = "moe-offload"  # the method that the config of a pack names
 
 
 def read_config(source: str, folder: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
@@ -51,13 +49,7 @@ def read_config(source: str, folder: Path, *, trust_remote_code: bool) -> PreTra
                 "folder): read it, then pass --trust-remote-code (trust_remote_code=True) if you "
                 "trust it"
             )
-    for given in _quantisations(raw):
-        method = given.get("quant_method") if isinstance(given, dict) else given
-        if method not in (*DEQUANTISED, PACKED):
-            raise SourceError(
-                f"{source} is already quantised ({method}), which is not read: use the checkpoint "
-                "in bfloat16, float16, float32, fp8 or mxfp4, or a GGUF file"
-            )
+    check_quantisation(source, raw)
     try:
         config = AutoConfig.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=True
@@ -70,12 +62,6 @@ def read_config(source: str, folder: Path, *, trust_remote_code: bool) -> PreTra
             f"{file} is not a usable config ({reason(error)}): fetch it again"
         ) from None
     return config
-
-
-def _quantisations(config: dict[str, Any]) -> list[Any]:
-    """What a config and its text part say about quantisation."""
-    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
-    return [given for part in parts if (given := part.get("quantization_config"))]
 
 
 def open_weights(path: Path, model: PreTrainedModel) -> TensorSource:
@@ -98,8 +84,12 @@ def open_weights(path: Path, model: PreTrainedModel) -> TensorSource:
 def _block_size(folder: Path) -> tuple[int, int] | None:
     """The rows and columns that share a scale; None when the checkpoint's config does not say."""
     file = folder / "config.json"
-    for given in _quantisations(read_object(file)):
-        match given.get("weight_block_size") if isinstance(given, dict) else None:
+    for given in quantisations(read_object(file)):
+        if not isinstance(given, dict):
+            continue
+        blocks = [w for w in compressed_weights(given) if w.get("strategy") == "block"]
+        sizes = [given.get("weight_block_size"), *(each.get("block_structure") for each in blocks)]
+        match next((size for size in sizes if size is not None), None):
             case None:
                 continue
             case [int(rows), int(columns)] if rows >= 1 and columns >= 1:
