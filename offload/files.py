@@ -53,10 +53,10 @@ def user_path(text: str | Path) -> Path:
             f"{text}: that home folder is not known: write the path out, or set OFFLOAD_HOME"
         ) from None
     except ValueError as error:
-        raise SourceError(f"{str(text)!r} is no path ({error}): correct it") from None
+        raise SourceError(f"{str(text)!r} is not a path ({error}): correct it") from None
     except OSError as error:  # whoever opens the file reports that it is missing or unreadable
         if error.errno in (ELOOP, ENAMETOOLONG):
-            raise SourceError(f"{text} is no path ({error.strerror}): correct it") from None
+            raise SourceError(f"{text} is not a path ({error.strerror}): correct it") from None
     return path
 
 

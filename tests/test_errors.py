@@ -105,9 +105,9 @@ NO_PATHS = {
     "": "a name is empty",
     " ": "a name is empty",
     "~no-such-user/x": "that home folder is not known",
-    "a\0b": "is no path",
-    "x" * 300: "is no path (File name too long)",
-    "x/" * 3000: "is no path (File name too long)",
+    "a\0b": "is not a path",
+    "x" * 300: "is not a path (File name too long)",
+    "x/" * 3000: "is not a path (File name too long)",
 }
 
 
