@@ -14,7 +14,12 @@ import torch
 import transformers
 from accelerate.hooks import remove_hook_from_submodules
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from offload.budget.budget import hold_vram
 from offload.budget.placement import Layers, device_of
@@ -24,6 +29,7 @@ from offload.engine.handle import Offload
 from offload.engine.history import read_hot
 from offload.engine.hooks import Crossing, OneTokenLinear, native_is_quicker
 from offload.errors import CheckpointError
+from offload.files import TRACE, check_output
 from offload.fit import Card, Fit
 from offload.machine.threads import Threads
 from offload.model import sources
@@ -91,6 +97,7 @@ def load_with(
     source: str | Path, options: LoadOptions
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """`load`, with its options as one value."""
+    check_output(options.trace, TRACE)
     asked, place = AskedBits.of(options), find_place(options)
     resolver = Resolver(options, place)
     for card in place.cards or (Card(0, place.device, place.memory.device),):
@@ -101,7 +108,7 @@ def load_with(
     with contextlib.ExitStack() as undo:  # closes what was opened if anything below fails
         pack = Pack(path)
         undo.callback(pack.close)
-        check_generation_config(path)
+        generation = check_generation_config(path, tell=True)
         check_recipe(pack, asked)
         config = sources.read_config(str(source), path, trust_remote_code=trusts)
         cls = model_class(config, str(path), trusts)
@@ -112,7 +119,7 @@ def load_with(
         if whole is not None:
             devices = Layers(whole).device_map(fit.shares, [card.device for card in fit.cards])
         tokenizer = load_tokenizer(path, trusts)
-        model = _load_dense(pack, own_config(config, cls), cls, fit, devices)
+        model = _load_dense(pack, own_config(config, cls), generation, cls, fit, devices)
         transfer = transfer_of(pack, fit)
         undo.callback(transfer.close)
         _connect(model, pack, fit, transfer)
@@ -126,7 +133,7 @@ def load_with(
 
 
 def load_and_tell(
-    source: str, options: LoadOptions, threads: int | None = None, *, note: bool = True
+    source: str, options: LoadOptions, threads: int | None = None, *, note: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, float]:
     """`load_with` for commands. Returns the model, its tokenizer and the seconds this took.
 
@@ -162,6 +169,7 @@ def _tell_shorter_chunks(fit: Fit) -> None:
 def _load_dense(
     pack: Pack,
     config: PreTrainedConfig,
+    generation: GenerationConfig | None,
     cls: type[PreTrainedModel],
     fit: Fit,
     devices: dict[str, torch.device],
@@ -179,6 +187,7 @@ def _load_dense(
         loaded = without_packed_weights(cls, quantised).from_pretrained(
             pack.path,
             config=config,
+            generation_config=generation,
             dtype=fit.dtype,
             device_map=devices,
             experts_implementation=IMPLEMENTATION,

@@ -31,8 +31,9 @@ COMMANDS = {
     "bench": ("offload.bench.command", "measure tokens per second"),
     "plan": (
         "offload.plan.command",
-        "tell what fits, with which bits and how fast, before a download",
+        "estimate fit and speed before downloading",
     ),
+    "pull": ("offload.model.command", "fetch a model from the hub, if it fits on this machine"),
     "doctor": (
         "offload.machine.command",
         "check this machine: versions, speeds, what is slow and how to fix it",

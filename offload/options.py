@@ -7,13 +7,15 @@ options of a single command are in its `command.py`.
 
 from __future__ import annotations
 
+import argparse
 import inspect
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from offload.errors import BudgetError, UnsupportedModelError
 from offload.flags import described, option
@@ -241,12 +243,28 @@ class SharedOptions:
     json: bool = option("--json", "write JSON instead of text", default=False)
 
 
+def json_object(text: str) -> dict[str, Any]:
+    """An argparse type: an object in JSON."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text[:40]!r} is not a JSON object like {{"a": true}}')
+    return value
+
+
 @dataclass(frozen=True, kw_only=True)
 class AnswerOptions:
     """Options of `offload chat` and `offload generate`."""
 
-    prompt: str | None = _answer("-p --prompt TEXT", "the prompt")
-    file: Path | None = _answer("-f --file FILE", "read the prompt from FILE")
+    prompt: str | None = _answer(
+        "-p --prompt TEXT", "the prompt; it follows the text of -f or of a pipe, if there is one"
+    )
+    file: Path | None = _answer(
+        "-f --file FILE",
+        "read the prompt from FILE; generate answers every line if the name ends in .jsonl",
+    )
     system_prompt: str = _answer("-sys --system-prompt TEXT", "the system prompt", default="")
     n_predict: int = _answer(
         "-n --n-predict N",
@@ -292,6 +310,19 @@ class AnswerOptions:
         "end an answer where TEXT appears; may be given several times",
         default=(),
         action="append",
+    )
+    think: bool | None = _answer(
+        "--think",
+        "let the model think before it answers, or not, if its chat template has a switch for this",
+        unset="what the template says",
+    )
+    template_arguments: dict[str, Any] | None = _answer(
+        "--chat-template-kwargs JSON",
+        'arguments of the chat template, like \'{"reasoning_effort": "low"}\'',
+        parse=json_object,
+    )
+    hide_thoughts: bool = _answer(
+        "--hide-thoughts", "show only the answer that follows a model's thoughts", default=False
     )
     verbose: bool = _answer("--verbose", "show detailed timings after each answer", default=False)
     show_timings: bool = _answer(

@@ -747,10 +747,13 @@ def test_a_prompt_file_that_is_not_there(fails: Fails, mixtral_pack: Path, tmp_p
     file = tmp_path / "prompt"
     assert f"cannot read the prompt from {file}" in fails("generate", mixtral_pack, "-f", file)
     file.write_bytes(b"\xff\xfe")
-    assert f"cannot read the prompt from {file}" in fails("generate", mixtral_pack, "-f", file)
+    assert f"the prompt in {file} is not UTF-8 text" in fails("generate", mixtral_pack, "-f", file)
 
 
-def test_a_single_turn_without_prompt(fails: Fails, mixtral_pack: Path) -> None:
+def test_a_single_turn_without_prompt(
+    fails: Fails, mixtral_pack: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
     assert "--single-turn needs a prompt" in fails("chat", mixtral_pack, "--single-turn")
 
 

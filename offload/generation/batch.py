@@ -2,8 +2,9 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, Literal, Unpack, overload
 
 import torch
@@ -17,7 +18,8 @@ from transformers import (
 
 from offload.engine.handle import offload_of
 from offload.errors import GenerationError
-from offload.generation.prompt import Message, Prompt, check_request, end_tokens
+from offload.generation.conversation import Message
+from offload.generation.prompt import Prompt, check_request, end_tokens
 from offload.generation.sampler import COLDEST, HOTTEST
 from offload.generation.stream import stream_generate
 from offload.generation.text import Answer
@@ -127,12 +129,15 @@ def complete(
     max_new_tokens: int | None = None,
     stop_strings: str | Sequence[str] | None = None,
     num_return_sequences: int = 1,
+    skip_special_tokens: bool = True,
+    watch: Callable[[Sequence[Answer]], None] | None = None,
 ) -> list[list[Answer]]:
     """Make `num_return_sequences` answers to each prompt together, as one batch.
 
     The rounding of a row depends on the number of rows, so an answer may differ from the one that
     the prompt gets alone. When the row with the longest prompt reaches the end of the context, the
-    others go on in a batch without it. Raises `GenerationError` before the first step.
+    others go on in a batch without it. `watch` sees all answers after every step. Raises
+    `GenerationError` before the first step.
     """
     if not 1 <= num_return_sequences <= MOST_SEQUENCES:
         raise GenerationError(
@@ -144,7 +149,12 @@ def complete(
     made = []
     for prompt in prompts:
         request = check_request(model, tokenizer, prompt, max_new_tokens, stop_strings)
-        made.append([Answer(request, tokenizer, ends) for _ in range(num_return_sequences)])
+        made.append(
+            [
+                Answer(request, tokenizer, ends, skip_special_tokens)
+                for _ in range(num_return_sequences)
+            ]
+        )
     answers = [answer for row in made for answer in row]
     threads = offload_of(model).threads
     devices = [] if model.device.type == "cpu" else [model.device]
@@ -154,13 +164,17 @@ def complete(
         else:
             torch.manual_seed(sampling.seed)
         while unfinished := [answer for answer in answers if answer.finish_reason is None]:
-            _extend(model, unfinished, sampling, ends)
+            _extend(model, unfinished, sampling, ends, partial(watch, answers) if watch else None)
     return made
 
 
 @torch.inference_mode()
 def _extend(
-    model: PreTrainedModel, answers: Sequence[Answer], sampling: Sampling, ends: frozenset[int]
+    model: PreTrainedModel,
+    answers: Sequence[Answer],
+    sampling: Sampling,
+    ends: frozenset[int],
+    tell: Callable[[], None] | None,
 ) -> None:
     """Extend every answer until all are finished, or until the first reaches its limit."""
     threads = offload_of(model).threads
@@ -179,6 +193,8 @@ def _extend(
         for answer, token in zip(answers, tokens, strict=True):
             if answer.finish_reason is None:
                 answer.push(token)
+        if tell is not None:
+            tell()
         finished = [answer.finish_reason is not None for answer in answers]
         return torch.tensor(finished, device=input_ids.device)
 

@@ -11,14 +11,13 @@ from pathlib import Path
 import psutil
 import torch
 
-from offload.files import offload_home, short
+from offload.files import existing, offload_home, short
 from offload.lines import reason
 from offload.machine.finding import MISSING, OK, SLOW, Finding
 from offload.machine.graphics import graphics
 from offload.machine.measure import (
     BUSY,
     about_processor,
-    existing,
     measure,
     processor_name,
     programs_a_core,

@@ -145,7 +145,7 @@ def load_plain(source: str, options: LoadOptions) -> Loaded:
     found = names.find(source, options)
     if found.is_pack:
         raise SourceError(f"{source} is a pack, which transformers cannot run: omit --plain")
-    names.fetch_weights(found, local_files_only=options.local_files_only)
+    names.fetch_weights(found)
     own = {"local_files_only": True, "trust_remote_code": options.trust_remote_code}
     where = {"": find_device(options.device)}
     try:

@@ -56,7 +56,11 @@ class PlotOptions:
         unit="experts",
     )
     policy: str = option("--policy NAME", POLICY_HELP, default=POLICIES[0])
-    output: Path | None = option("-o --output PNG", "draw to a file", unset="the terminal")
+    output: Path | None = option(
+        "-o --output PICTURE",
+        "draw to a file that ends in .png, .svg or .pdf",
+        unset="the terminal",
+    )
 
 
 def _show(arguments: argparse.Namespace) -> int:
