@@ -91,10 +91,10 @@ def user_path(text: str | Path) -> Path:
             f"{text}: that home folder is not known: write the path out, or set OFFLOAD_HOME"
         ) from None
     except ValueError as error:
-        raise SourceError(f"{str(text)!r} is no path ({error}): correct it") from None
+        raise SourceError(f"{str(text)!r} is not a path ({error}): correct it") from None
     except OSError as error:  # whoever opens the file reports that it is missing or unreadable
         if error.errno in (ELOOP, ENAMETOOLONG):
-            raise SourceError(f"{text} is no path ({error.strerror}): correct it") from None
+            raise SourceError(f"{text} is not a path ({error.strerror}): correct it") from None
     return path
 
 
@@ -233,7 +233,7 @@ def check_streams() -> None:
         sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
-        raise OffloadError("stdout is closed: there is nowhere to write to, open it")
+        raise OffloadError("stdout is closed: redirect it to a file or a terminal")
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A character that the encoding of stdout lacks must not end an answer.
         sys.stdout.reconfigure(errors="replace")

@@ -28,7 +28,7 @@ from offload.version import __version__
 # or class has EXAMPLE, add_arguments(parser) and run(arguments), which returns an exit code.
 COMMANDS = {
     "chat": ("offload.chat.command", "talk to a model"),
-    "generate": ("offload.generation.command", "answer one prompt, or a file of prompts"),
+    "generate": ("offload.generation.command", "answer a prompt, or a file of prompts"),
     "bench": ("offload.bench.command", "measure tokens per second"),
     "plan": (
         "offload.plan.command",
@@ -37,9 +37,9 @@ COMMANDS = {
     "pull": ("offload.model.command", "fetch a model from the hub, if it fits on this machine"),
     "doctor": (
         "offload.machine.command",
-        "check this machine: versions, speeds, and what to improve",
+        "check this machine: versions, speeds, what is slow and how to fix it",
     ),
-    "quantize": ("offload.pack.command", "write a model's quantised weights to a folder (a pack)"),
+    "quantize": ("offload.pack.command", "quantise a model into a folder (a pack) for later use"),
     "list": (
         "offload.pack.command:ListCommand",
         "list the models on this machine",

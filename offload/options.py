@@ -93,8 +93,8 @@ class LoadOptions:
     )
     ubatch_size: int = _memory(
         "-ub --ubatch-size N",
-        "tokens of a prompt that go through the model at once; with more of them each expert is "
-        "loaded less often",
+        "prompt batch size: how many tokens of a prompt go through the model at once; with a "
+        "larger one each expert is loaded less often",
         default=UBATCH,
         unit="tokens",
         parse=positive,
@@ -115,18 +115,18 @@ class LoadOptions:
     policy: str = _memory("--policy NAME", POLICY_HELP, default=POLICIES[0])
     lookahead: bool | None = _memory(
         "--lookahead",
-        "load experts early, those that the router of the next layer will probably choose",
-        unset="as long as it pays; always if the GPU decides (see --engine)",
+        "prefetch the experts that the router of the next layer will probably choose",
+        unset="on while it helps; always on if the GPU decides (see --engine)",
     )
     engine: str = _memory(
         "--engine NAME",
-        "who decides what to load for each token: host (the CPU), device (the GPU), or auto (a "
-        "CUDA GPU if it can, else the CPU)",
+        "where it is decided which experts to load for a token: on the CPU (host), on the GPU "
+        "(device), or auto (on a CUDA GPU where that is possible, else on the CPU)",
         default="auto",
     )
     warm_start: bool = _memory(
         "--warm-start",
-        "start with the experts that earlier runs used most, and record this run's for later ones",
+        "preload the experts that earlier runs used most, and record this run's for later ones",
         default=True,
     )
     trace: str | Path | None = _memory(
@@ -242,14 +242,14 @@ class SharedOptions:
 
     stride: int | None = option(
         "--stride N",
-        "how many tokens of each window are scored; those before them are only read as context",
+        "tokens scored per window; the rest of the window is context",
         unit="tokens",
         unset="half of --ctx-size",
         parse=positive,
     )
     timeline: Path | None = option(
         "--timeline FILE",
-        "write when computation and copies ran to FILE, as JSON for ui.perfetto.dev",
+        "record when computation and copies ran in FILE, as JSON for ui.perfetto.dev",
     )
     json: bool = option("--json", "write JSON instead of text", default=False)
 
@@ -279,7 +279,7 @@ class AnswerOptions:
     system_prompt: str = _answer("-sys --system-prompt TEXT", "the system prompt", default="")
     n_predict: int = _answer(
         "-n --n-predict N",
-        "most new tokens in an answer; -1 means as many as the context holds",
+        "maximum tokens to generate for an answer; -1 means as many as the context holds",
         default=-1,
         unit="tokens",
         parse=between(-1, MOST),

@@ -111,7 +111,6 @@ def as_html(heat: HeatMap) -> str:
     )
 
 
-
 @dataclass(frozen=True)
 class Part:
     """Some layers of a model in a small map, and the experts of each of its columns."""

@@ -83,7 +83,9 @@ class BenchOptions:
         "--no-warmup", "leave out the untimed run before each test", default=False
     )
     random: bool = _test(
-        "--random", "read random tokens, as llama-bench does, and not English text", default=False
+        "--random",
+        "read random tokens, as llama-bench does, instead of English text",
+        default=False,
     )
     output: str = _output(
         "-o --output", "format of the output", default="md", choices=("md", "csv", "json", "jsonl")

@@ -55,7 +55,7 @@ def read_prompt_lines(file: Path) -> list[dict[str, Any]]:
     except UnicodeDecodeError as error:
         raise SourceError(f"{file} is not UTF-8 text after line {number}: {error}") from None
     if not prompts:
-        raise SourceError(f"{file} has no prompts: write one JSON object a line")
+        raise SourceError(f"{file} has no prompts: write one JSON object per line")
     return prompts
 
 

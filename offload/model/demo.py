@@ -106,7 +106,9 @@ def checkpoint() -> Path:
         with _scratch(folder) as scratch:
             if not (folder / "config.json").is_file():  # another process may have built it
                 fetch_gguf()
-                print("building the demo: a dense model becomes 8 experts a layer", file=sys.stderr)
+                print(
+                    "building the demo: a dense model becomes 8 experts per layer", file=sys.stderr
+                )
                 built = scratch / "built"
                 write_checkpoint(load_dense(), built, torch.bfloat16)
                 shutil.rmtree(folder, ignore_errors=True)  # an incomplete one may exist

@@ -80,7 +80,7 @@ def open_weights(path: Path, model: PreTrainedModel) -> TensorSource:
     packed = any(name.endswith(BLOCKS) for name in names)
     if any(plain.stored_dtype(name) in FLOAT8 for name in names):
         if packed:
-            raise CheckpointError(f"{path} mixes float8 and MXFP4, which is not read")
+            raise CheckpointError(f"{path} mixes float8 and MXFP4, which is not supported")
         return Fp8Source(plain, _block_size(path))
     return Mxfp4Source(plain) if packed else plain
 

@@ -28,7 +28,7 @@ _comparison = partial(option, group="comparison")
 class PerplexityOptions:
     """Options of `offload ppl` alone."""
 
-    file: Path | None = option("-f --file FILE", "the text, in UTF-8", unset="what is piped in")
+    file: Path | None = option("-f --file FILE", "UTF-8 text file", unset="stdin")
 
 
 @dataclass(frozen=True, kw_only=True)
