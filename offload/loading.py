@@ -14,7 +14,7 @@ import torch
 import transformers
 from accelerate.hooks import remove_hook_from_submodules
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from offload.budget.budget import hold_vram
 from offload.budget.placement import Layers, device_of
@@ -25,7 +25,6 @@ from offload.engine.history import read_hot
 from offload.engine.hooks import Crossing, OneTokenLinear, native_is_quicker
 from offload.errors import CheckpointError
 from offload.fit import Card, Fit
-from offload.lines import reason
 from offload.machine.threads import Threads
 from offload.model import sources
 from offload.model.demo import NOTE
@@ -45,7 +44,7 @@ from offload.model.seam import (
     own_config,
     without_packed_weights,
 )
-from offload.model.sources import check_generation_config
+from offload.model.sources import check_generation_config, load_tokenizer
 from offload.options import LoadKeywords, LoadOptions
 from offload.pack.find import check_recipe, find_or_make_pack
 from offload.pack.recipe import AskedBits
@@ -262,21 +261,3 @@ def _connect(model: PreTrainedModel, pack: Pack, fit: Fit, transfer: Transfer) -
 def routers(model: PreTrainedModel, info: PackInfo) -> list[torch.nn.Module | None]:
     """The router of each MoE layer, or None where it cannot be found."""
     return [find_router(model, layer.module, layer.num_experts) for layer in info.layers]
-
-
-def load_tokenizer(path: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in the folder of a pack; None if it has none. Raises `CheckpointError`."""
-    if not any(
-        (path / name).is_file()
-        for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-    ):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(
-            path, trust_remote_code=trust_remote_code, local_files_only=True
-        )
-    except Exception as error:  # a tokenizer class may raise anything when its files are wrong
-        raise CheckpointError(
-            f"the tokenizer in {path} cannot be used ({reason(error)}): fetch it again, or pass "
-            "--trust-remote-code if it brings code that you trust"
-        ) from None

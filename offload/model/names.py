@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offload.errors import SourceError
-from offload.files import packs_folder, user_path
+from offload.files import packs_folder, read_object, user_path
 from offload.model.ids import DEMO as DEMO
 from offload.model.ids import HubName, hub_name, known_model
 from offload.model.layout import gguf_files, is_gguf, model_name, models_in
@@ -126,6 +126,32 @@ def fetch_weights(source: FoundModel) -> None:
         from offload.model import hub
 
         hub.fetch_large(source.repository, hub.weights_of(source.repository))
+
+
+def check_chat_template(name: str, options: LoadOptions) -> None:
+    """Raise `SourceError` if the model `name` has no chat template, before its weights are read.
+
+    A GGUF file, and a tokenizer that comes with code, are not looked into.
+    """
+    if name == DEMO:
+        return
+    folder = find(name, options).folder
+    files = [folder / file for file in ("chat_template.jinja", "chat_template.json")]
+    config = folder / "tokenizer_config.json"
+    if not folder.is_dir() or any(file.is_file() for file in files):
+        return
+    told = read_object(config) if config.is_file() else {}
+    if not told.get("chat_template") and "auto_map" not in told:
+        raise SourceError(
+            f"{name} has no chat template: it is a base model, use offload generate {name} --raw"
+        )
+
+
+def hub_cache() -> Path:
+    """The folder of the hub's cache."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
 
 
 def missing_bytes(source: FoundModel) -> int | None:

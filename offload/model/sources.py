@@ -1,5 +1,7 @@
 """Opens the config, generation config and weights of a model that was found."""
 
+import importlib.util
+import re
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -7,9 +9,11 @@ from typing import Any
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
+    AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
 from offload.errors import CheckpointError, GenerationError, SourceError
@@ -93,6 +97,47 @@ def open_weights(path: Path, model: PreTrainedModel) -> TensorSource:
             raise CheckpointError(f"{path} mixes float8 and MXFP4, which is not read")
         return Fp8Source(plain, _block_size(path))
     return Mxfp4Source(plain) if packed else plain
+
+
+TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tekken.json")
+
+
+def load_tokenizer(path: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in a folder; None if it has none. Raises `CheckpointError`."""
+    if not any((path / name).is_file() for name in TOKENIZERS) and not any(path.glob("*.tiktoken")):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(
+            path, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except Exception as error:  # a tokenizer class may raise anything when its files are wrong
+        remedy = "fetch it again, or pass --trust-remote-code if it brings code that you trust"
+        if lacking := _lacking(path, error):
+            remedy = f"pip install {' '.join(lacking)}"
+        raise CheckpointError(
+            f"the tokenizer in {path} cannot be used ({reason(error)}): {remedy}"
+        ) from None
+
+
+def _lacking(path: Path, error: Exception) -> list[str]:
+    """Packages that a tokenizer needs and that are not installed."""
+    needed = re.findall(r"not found in your environment: ([\w, -]+?)\. Run", str(error))
+    packages = [name.strip() for names in needed for name in names.split(",")]
+    whole, model = path / "tokenizer.json", path / "tokenizer.model"
+    if not whole.is_file() and model.is_file():
+        with model.open("rb") as file:  # a SentencePiece model begins with a tag of protobuf
+            packages += ["sentencepiece", "protobuf"] if file.read(1) == b"\n" else ["tiktoken"]
+    elif not whole.is_file() and any(path.glob("*.tiktoken")):
+        packages.append("tiktoken")
+    modules = {"protobuf": "google.protobuf"}
+    return [name for name in dict.fromkeys(packages) if not _importable(modules.get(name, name))]
+
+
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module.replace("-", "_")) is not None
+    except ModuleNotFoundError:  # not even the package around it is there
+        return False
 
 
 def _block_size(folder: Path) -> tuple[int, int] | None:

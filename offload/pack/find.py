@@ -1,6 +1,7 @@
 """Finds the pack of a model, or has it made from the model's checkpoint."""
 
 import logging
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,9 +10,9 @@ from transformers import PreTrainedConfig
 
 from offload.budget.resolve import Resolver
 from offload.errors import BudgetError, SourceError
-from offload.files import packs_folder
+from offload.files import existing, packs_folder
 from offload.model import names, sources
-from offload.model.checkpoint import Checkpoint
+from offload.model.checkpoint import Checkpoint, ExpectedSource
 from offload.model.names import FoundModel
 from offload.model.seam import build_on_meta, find_experts, model_class
 from offload.model.sources import check_generation_config
@@ -20,10 +21,10 @@ from offload.pack.companions import follow
 from offload.pack.describe import PackSource
 from offload.pack.fingerprint import fingerprint, former_fingerprint, stamp
 from offload.pack.make import make_pack
-from offload.pack.recipe import AskedBits, Recipe, most_bits
+from offload.pack.recipe import FITTING, AskedBits, Recipe, most_bits
 from offload.pack.shelf import KeptPack, Origin, kept_packs, new_place
 from offload.quant.hqq import CPU
-from offload.quant.pack import Pack
+from offload.quant.pack import Pack, PackInfo
 from offload.units import gib
 
 logger = logging.getLogger("offload")
@@ -65,6 +66,15 @@ def find_or_make_pack(
     mine = [pack for pack in kept if mark in pack.stamps]
     if (pack := _with_bits(mine, recipe)) is not None:
         return _used(pack, found, mark, next((p.weights for p in mine if p.weights), ""))
+    if found.folder.is_dir():
+        sources.load_tokenizer(found.folder, trusts)  # before hours of work that it would spoil
+    if missing := names.missing_bytes(found):
+        expected = Checkpoint(ExpectedSource(model), model, experts)
+        least = recipe or Recipe.parse(FITTING[-1])
+        info = PackSource(found.name, "", expected, model, experts).describe(least)
+        if resolver is not None:
+            resolver.fit(info, config, model)
+        _check_room(destination or folder, info, missing)
     names.fetch_weights(found)
     checkpoint = Checkpoint(sources.open_weights(found.folder, model), model, experts)
     weights = next((pack.weights for pack in mine if pack.weights), "")
@@ -86,6 +96,19 @@ def find_or_make_pack(
     if (made := KeptPack.read(path)) is not None:
         _used(made, found, mark, weights)
     return path
+
+
+def _check_room(folder: Path, info: PackInfo, missing: int) -> None:
+    """Raise `SourceError` if the disk has no room for a pack like `info` in `folder`, beside the
+    `missing` bytes of its weights if the hub's cache is on the same disk."""
+    place, cache = existing(folder), existing(names.hub_cache())
+    needed = info.expert_bytes + info.dense_bytes(2)
+    needed += missing if place.stat().st_dev == cache.stat().st_dev else 0
+    if needed > (free := shutil.disk_usage(place).free):
+        raise SourceError(
+            f"{info.source} needs {gib(needed)} of disk with its pack, and {place} has {gib(free)} "
+            "free: free some space, or choose another disk with HF_HOME or --pack-dir"
+        )
 
 
 def _with_bits(packs: list[KeptPack], recipe: Recipe | None) -> KeptPack | None:
