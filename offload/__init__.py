@@ -56,4 +56,7 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> Any:
     if name not in _LATER:
         raise AttributeError(f"module 'offload' has no attribute {name!r}")
-    return getattr(importlib.import_module(_LATER[name]), name)
+    from offload.quick import without_hqq
+
+    with without_hqq():
+        return getattr(importlib.import_module(_LATER[name]), name)

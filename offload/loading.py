@@ -44,7 +44,8 @@ from offload.model.seam import (
     own_config,
     without_packed_weights,
 )
-from offload.model.sources import check_generation_config, load_tokenizer
+from offload.model.sources import check_generation_config
+from offload.model.tokenizer import load_tokenizer
 from offload.options import LoadKeywords, LoadOptions
 from offload.pack.find import check_recipe, find_or_make_pack
 from offload.pack.recipe import AskedBits

@@ -85,7 +85,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
 
-def build_parser(wanted: Container[str] = COMMANDS) -> argparse.ArgumentParser:
+def build_parser(wanted: Container[str] = COMMANDS) -> Parser:
     """A parser that knows every command, and the options of those that are `wanted`."""
     parser = Parser(
         prog="offload",
@@ -117,7 +117,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = build_parser([word for word in words if not word.startswith("-")][:1])
     if not words or words[0].startswith("-"):
         return parser.parse_args(words)
-    command, trail, rest = parser, words[:1], words[1:]
+    trail, rest = words[:1], words[1:]
+    command = parser
     while trail[-1] in command.commands:
         command = command.commands[trail[-1]]
         if not (command.commands and rest and rest[0] in command.commands):
@@ -145,15 +146,17 @@ def _command_first(argv: Sequence[str]) -> list[str]:
         return [*_command_first(rest), "--help"]
     if first == "version":
         return ["--version"]
-    name = first if first in COMMANDS else SAME_COMMANDS.get(first, first)
-    if first.startswith("-") or name in COMMANDS or not first:
-        return [name, *rest] if first else list(argv)
+    same = {word: name for word, name in SAME_COMMANDS.items() if name in COMMANDS}
+    if not first or first.startswith("-") or first in COMMANDS:
+        return list(argv)
+    if first in same:
+        return [same[first], *rest]
     if first in OTHER_COMMANDS:
         hint = f"offload {first}: {OTHER_COMMANDS[first]}"
     elif first == "demo" or Path(first).exists():
         hint = f"there is no command {first} (did you mean offload chat {first}?)"
     else:
-        hint = f"there is no command {first}{did_you_mean(first, (*COMMANDS, *SAME_COMMANDS))}"
+        hint = f"there is no command {first}{did_you_mean(first, (*COMMANDS, *same))}"
     Parser(prog="offload").error(hint)
 
 

@@ -22,11 +22,13 @@ from offload.units import (
     SHARE,
     UBATCH,
     between,
+    count,
     parse_bytes,
     parse_gpus,
     parse_sizes,
     parse_slots,
     positive,
+    seed,
 )
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 POLICIES = ("lfru", "lru")
 ENGINES = ("auto", "host", "device")
 DEVICE = re.compile(r"cpu|cuda(:\d+)?")
+CONTEXT = 4096  # tokens of a conversation, or the model's positions if they are fewer
 POLICY_HELP = (
     "which expert to evict: the one used least by recency and frequency (lfru), or the one used "
     "longest ago (lru)"
@@ -77,10 +80,11 @@ class LoadOptions:
     )
     context: int = _memory(
         "-c --ctx-size N",
-        "most tokens in a conversation, prompts and answers together; memory is reserved for them",
-        default=4096,
+        "most tokens in a conversation, prompts and answers together; memory is reserved for them; "
+        "0 means as many as the model has positions",
+        default=CONTEXT,
         unit="tokens",
-        parse=positive,
+        parse=count,
     )
     ubatch_size: int = _memory(
         "-ub --ubatch-size N",
@@ -252,7 +256,10 @@ class AnswerOptions:
         parse=between(-1, MOST),
     )
     seed: int | None = _answer(
-        "-s --seed N", "seed of the sampling; the same seed gives the same answer", unset="random"
+        "-s --seed N",
+        "seed of the sampling; the same seed gives the same answer, and -1 is a random one",
+        unset="random",
+        parse=seed,
     )
     temperature: float | None = _answer(
         "--temp X",

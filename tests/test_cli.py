@@ -310,4 +310,4 @@ def test_quantizing_again_does_nothing(run: Run, mixtral: Path, tmp_path: Path) 
     done = run("quantize", mixtral, tmp_path / "pack")
     assert (done.code, done.out) == (0, f"{tmp_path / 'pack'}\n")
     assert "quantising" not in done.err
-    assert f"go on with: offload chat {tmp_path / 'pack'}" in done.err
+    assert f"Next: offload chat {tmp_path / 'pack'}" in done.err

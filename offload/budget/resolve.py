@@ -19,7 +19,7 @@ from offload.budget.placement import demand, place
 from offload.errors import BudgetError
 from offload.fit import Card, Fit, Share
 from offload.machine.limits import check_ram
-from offload.options import LoadOptions
+from offload.options import CONTEXT, LoadOptions
 from offload.quant.pack import PackInfo
 from offload.units import parse_bytes, parse_gpus, parse_sizes, parse_slots
 
@@ -60,7 +60,7 @@ class Resolver:
             slots = self.budget(info, config).slots(asked)
         device, everything = self.place.device, slots >= info.total_experts
         return Fit(
-            self.options,
+            replace(self.options, context=self.context(config)),
             device,
             self.dtype(config),
             slots,
@@ -79,7 +79,7 @@ class Resolver:
 
         Unless every expert has a slot, memory is kept for the staging rows of prompts.
         """
-        budget, context = self.budget(info, config), self.options.context
+        budget, context = self.budget(info, config), self.context(config)
         needs = demand(
             model, info, config, context, self.dtype(config), self.chunk(config), budget.workspace
         )
@@ -93,7 +93,7 @@ class Resolver:
 
     def budget(self, info: PackInfo, config: PreTrainedConfig) -> Budget:
         """The compute device's memory, and what it must hold beside the experts."""
-        device, dtype, context = self.place.device, self.dtype(config), self.options.context
+        device, dtype, context = self.place.device, self.dtype(config), self.context(config)
         ubatch = self.chunk(config)
         kv_cache = sum(kv_cache_bytes(config, context, dtype, ubatch))
         if self.keeps_fixed_cache(info):
@@ -113,9 +113,33 @@ class Resolver:
 
         The card with the least memory decides. Raises `BudgetError`.
         """
-        cards, asked = self.place.cards, self.options
+        cards, asked = self.place.cards, self.options.ubatch_size
         memory = min((card.memory for card in cards), default=self.place.memory.device)
-        return chunk_tokens(config, asked.ubatch_size, asked.context, memory, self.dtype(config))
+        return chunk_tokens(config, asked, self.context(config), memory, self.dtype(config))
+
+    def context(self, config: PreTrainedConfig) -> int:
+        """Tokens that a conversation may have.
+
+        0 stands for as many as the model has positions, which also limits the default. Raises
+        `BudgetError` if more are asked for and the model's positions are not scaled.
+        """
+        text, asked = config.get_text_config(), self.options.context
+        positions = getattr(text, "max_position_embeddings", None)
+        if not isinstance(positions, int) or positions < 1:
+            if asked == 0:
+                raise BudgetError("the model's config does not tell its context: give --ctx-size")
+            return asked
+        rope = getattr(text, "rope_parameters", None) or {}
+        kinds = [each for each in rope.values() if isinstance(each, dict)] or [rope]
+        scaled = any(kind.get("rope_type", "default") != "default" for kind in kinds)
+        if asked == 0 or (asked == CONTEXT and not scaled):
+            return min(positions, asked or positions)
+        if asked > positions and not scaled:
+            raise BudgetError(
+                f"a context of {asked} tokens is more than the model's {positions} positions: "
+                "lower --ctx-size (context=), or give 0 for all of them"
+            )
+        return asked
 
     def keeps_fixed_cache(self, info: PackInfo) -> bool:
         """Whether memory is kept for a second KV cache, of fixed size, for CUDA graphs.

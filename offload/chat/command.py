@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from offload.errors import DONE, INTERRUPTED
 from offload.flags import add_model, add_options, option, options_from
 from offload.generation.command import asked_prompt, asked_sampling
-from offload.model.names import check_chat_template
 from offload.options import AnswerOptions, LoadOptions, SharedOptions
 from offload.pack.asked import begin_loading
 from offload.quant.errors import OffloadError
@@ -45,8 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise OffloadError("--single-turn needs a prompt: give one with -p or -f")
     asked_sampling(asked, None)  # raises for a wrong value before the model is loaded
     options = options_from(arguments, LoadOptions)
-    check_chat_template(arguments.model, options)
-    begin_loading(arguments.model, options)
+    begin_loading(arguments.model, options, chats=True)
     from offload.chat.chat import Chat
     from offload.chat.commands import converse
     from offload.chat.terminal import display, reader

@@ -18,7 +18,7 @@ from offload.lines import printable
 from offload.options import FALLBACK, AnswerOptions, LoadOptions, SharedOptions
 from offload.pack.asked import begin_loading
 from offload.quant.errors import OffloadError
-from offload.units import between, positive
+from offload.units import MOST, between, positive
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -157,7 +157,7 @@ class _Job:
 
     @property
     def most_tokens(self) -> int:
-        return self.load.context if self.asked.n_predict < 0 else self.asked.n_predict
+        return MOST if self.asked.n_predict < 0 else self.asked.n_predict
 
     def full_prompt(
         self, tokenizer: PreTrainedTokenizerBase | None, given: dict[str, Any]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +13,8 @@ from offload.errors import SourceError
 from offload.files import packs_folder, read_object, user_path
 from offload.model.ids import DEMO as DEMO
 from offload.model.ids import HubName, hub_name, known_model
-from offload.model.layout import gguf_files, is_gguf, model_name, models_in
+from offload.model.layout import INDEX, SINGLE, gguf_files, is_gguf, model_name, models_in
+from offload.model.odd import check_folder
 from offload.options import LoadOptions
 from offload.quant.errors import OffloadError
 from offload.quant.manifest import is_pack
@@ -64,6 +67,7 @@ def find_here(name: str, pack_dir: str | Path | None = None) -> FoundModel | Non
     if path.is_dir():
         if is_pack(path):
             return FoundModel(name, path, is_pack=True)
+        check_folder(path)
         if (path / "config.json").is_file():
             return FoundModel(path.resolve().name, path, is_pack=False)
         return _gguf_in(path)
@@ -128,23 +132,30 @@ def fetch_weights(source: FoundModel) -> None:
         hub.fetch_large(source.repository, hub.weights_of(source.repository))
 
 
-def check_chat_template(name: str, options: LoadOptions) -> None:
-    """Raise `SourceError` if the model `name` has no chat template, before its weights are read.
+def weight_blobs(source: FoundModel, *, local_files_only: bool) -> str:
+    """A digest of the contents of a hub model's weight files, which the hub tells without sending
+    them; empty if it does not."""
+    index = source.folder / INDEX
+    try:
+        named = read_object(index)["weight_map"].values() if index.is_file() else [SINGLE]
+        files = sorted(set(named))
+        blobs = {name: _blob(source.folder / name) for name in files}
+        if not all(blobs.values()) and not local_files_only:
+            from huggingface_hub import HfApi
 
-    A GGUF file, and a tokenizer that comes with code, are not looked into.
-    """
-    if name == DEMO:
-        return
-    folder = find(name, options).folder
-    files = [folder / file for file in ("chat_template.jinja", "chat_template.json")]
-    config = folder / "tokenizer_config.json"
-    if not folder.is_dir() or any(file.is_file() for file in files):
-        return
-    told = read_object(config) if config.is_file() else {}
-    if not told.get("chat_template") and "auto_map" not in told:
-        raise SourceError(
-            f"{name} has no chat template: it is a base model, use offload generate {name} --raw"
-        )
+            for file in HfApi().get_paths_info(source.name, files, revision=source.commit):
+                if lfs := getattr(file, "lfs", None):
+                    blobs[file.path] = lfs.sha256
+    except Exception:  # whatever the index or the hub's transport is; weights are then fetched
+        return ""
+    told = json.dumps(sorted(blobs.items()))
+    return hashlib.sha256(told.encode()).hexdigest() if all(blobs.values()) else ""
+
+
+def _blob(file: Path) -> str:
+    """The SHA-256 of a file in the hub's cache, which links to a blob of that name; else ""."""
+    name = file.readlink().name if file.is_symlink() else ""
+    return name if len(name) == 64 else ""
 
 
 def hub_cache() -> Path:

@@ -1,7 +1,5 @@
 """Opens the config, generation config and weights of a model that was found."""
 
-import importlib.util
-import re
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -9,11 +7,9 @@ from typing import Any
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 
 from offload.errors import CheckpointError, GenerationError, SourceError
@@ -26,10 +22,8 @@ from offload.model.formats.gguf_model import GgufSource
 from offload.model.formats.safetensors import SafetensorsSource
 from offload.model.formats.scaled import BLOCKS, FLOAT8, Fp8Source, Mxfp4Source
 from offload.model.layout import is_gguf
+from offload.model.odd import check_quantisation, compressed_weights, quantisations
 from offload.sampling import is_number, resolve_sampling
-
-DEQUANTISED = ("fp8", "mxfp4")  # the quantisation methods whose weights can be read
-PACKED = "moe-offload"  # the method that the config of a pack names
 
 
 def read_config(source: str, folder: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
@@ -55,13 +49,7 @@ def read_config(source: str, folder: Path, *, trust_remote_code: bool) -> PreTra
                 "folder): read it, then pass --trust-remote-code (trust_remote_code=True) if you "
                 "trust it"
             )
-    for given in _quantisations(raw):
-        method = given.get("quant_method") if isinstance(given, dict) else given
-        if method not in (*DEQUANTISED, PACKED):
-            raise SourceError(
-                f"{source} is already quantised ({method}), which is not read: use the checkpoint "
-                "in bfloat16, float16, float32, fp8 or mxfp4, or a GGUF file"
-            )
+    check_quantisation(source, raw)
     try:
         config = AutoConfig.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=True
@@ -74,12 +62,6 @@ def read_config(source: str, folder: Path, *, trust_remote_code: bool) -> PreTra
             f"{file} is not a usable config ({reason(error)}): fetch it again"
         ) from None
     return config
-
-
-def _quantisations(config: dict[str, Any]) -> list[Any]:
-    """What a config and its text part say about quantisation."""
-    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
-    return [given for part in parts if (given := part.get("quantization_config"))]
 
 
 def open_weights(path: Path, model: PreTrainedModel) -> TensorSource:
@@ -99,52 +81,15 @@ def open_weights(path: Path, model: PreTrainedModel) -> TensorSource:
     return Mxfp4Source(plain) if packed else plain
 
 
-TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tekken.json")
-
-
-def load_tokenizer(path: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in a folder; None if it has none. Raises `CheckpointError`."""
-    if not any((path / name).is_file() for name in TOKENIZERS) and not any(path.glob("*.tiktoken")):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(
-            path, trust_remote_code=trust_remote_code, local_files_only=True
-        )
-    except Exception as error:  # a tokenizer class may raise anything when its files are wrong
-        remedy = "fetch it again, or pass --trust-remote-code if it brings code that you trust"
-        if lacking := _lacking(path, error):
-            remedy = f"pip install {' '.join(lacking)}"
-        raise CheckpointError(
-            f"the tokenizer in {path} cannot be used ({reason(error)}): {remedy}"
-        ) from None
-
-
-def _lacking(path: Path, error: Exception) -> list[str]:
-    """Packages that a tokenizer needs and that are not installed."""
-    needed = re.findall(r"not found in your environment: ([\w, -]+?)\. Run", str(error))
-    packages = [name.strip() for names in needed for name in names.split(",")]
-    whole, model = path / "tokenizer.json", path / "tokenizer.model"
-    if not whole.is_file() and model.is_file():
-        with model.open("rb") as file:  # a SentencePiece model begins with a tag of protobuf
-            packages += ["sentencepiece", "protobuf"] if file.read(1) == b"\n" else ["tiktoken"]
-    elif not whole.is_file() and any(path.glob("*.tiktoken")):
-        packages.append("tiktoken")
-    modules = {"protobuf": "google.protobuf"}
-    return [name for name in dict.fromkeys(packages) if not _importable(modules.get(name, name))]
-
-
-def _importable(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module.replace("-", "_")) is not None
-    except ModuleNotFoundError:  # not even the package around it is there
-        return False
-
-
 def _block_size(folder: Path) -> tuple[int, int] | None:
     """The rows and columns that share a scale; None when the checkpoint's config does not say."""
     file = folder / "config.json"
-    for given in _quantisations(read_object(file)):
-        match given.get("weight_block_size") if isinstance(given, dict) else None:
+    for given in quantisations(read_object(file)):
+        if not isinstance(given, dict):
+            continue
+        blocks = [w for w in compressed_weights(given) if w.get("strategy") == "block"]
+        sizes = [given.get("weight_block_size"), *(each.get("block_structure") for each in blocks)]
+        match next((size for size in sizes if size is not None), None):
             case None:
                 continue
             case [int(rows), int(columns)] if rows >= 1 and columns >= 1:

@@ -71,8 +71,8 @@ def _summary(path: Path) -> str:
 
     with contextlib.closing(Pack(path)) as pack:
         weight = pack.total_bytes * 8 / pack.parameters
-        how = f"{weight:.1f} bits a weight, {bits_name(pack.info)}"
-        return f"{gib(pack.total_bytes)} ({how}); go on with: offload chat {shlex.quote(str(path))}"
+        how = f"{weight:.1f} bits per weight, {bits_name(pack.info)}"
+        return f"{gib(pack.total_bytes)} ({how}). Next: offload chat {shlex.quote(str(path))}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,14 +23,13 @@ from transformers import (
 from offload.budget.resolve import find_device
 from offload.engine.handle import Offload
 from offload.errors import QualityError, SourceError
-from offload.files import read_text, user_path
+from offload.files import read_text
 from offload.lines import reason
 from offload.model import names
 from offload.options import LoadOptions
 from offload.progress import without_bars
 from offload.quality.comparison import Comparison, Positions, kl_divergence
 from offload.quality.scoring import Report, Scores, Sliding, Text, encode_text, finite, score_all
-from offload.quant.manifest import is_pack
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase | None]
 FLOAT_BYTES = 4
@@ -133,7 +132,8 @@ def opened(loader: ModelLoader) -> Iterator[Loaded]:
 def reference_bits(name: str) -> str | None:
     """The `bits` that the reference `name` is loaded with: all 16, but None for a pack, which has
     its own."""
-    return None if is_pack(user_path(name)) else UNQUANTISED
+    found = None if name == names.DEMO else names.find_here(name)
+    return None if found is not None and found.is_pack else UNQUANTISED
 
 
 def load_plain(source: str, options: LoadOptions) -> Loaded:

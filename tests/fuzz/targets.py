@@ -27,7 +27,6 @@ from offload.chat.terminal import _History
 from offload.engine.history import read_hot
 from offload.generation.answers import AnswersFile, read_prompt_lines
 from offload.generation.prompt import encode_prompt
-from offload.loading import load_tokenizer
 from offload.main import build_parser
 from offload.model import sources
 from offload.model.formats.gguf import GgufFile
@@ -35,6 +34,7 @@ from offload.model.formats.gguf_config import gguf_config
 from offload.model.formats.safetensors import SafetensorsSource
 from offload.model.layout import INDEX, weight_files
 from offload.model.sources import check_generation_config
+from offload.model.tokenizer import load_tokenizer
 from offload.pack.recipe import Recipe
 from offload.quality.baseline import FORMAT, TOLERANCES, VERSION, read_baseline
 from offload.quant.errors import OffloadError

@@ -181,7 +181,7 @@ def test_options_that_left_are_usage_errors(flag: str, capsys: pytest.CaptureFix
 def test_a_fit_keeps_the_options_that_it_was_made_from(mixtral_pack: Path) -> None:
     asked = LoadOptions(device="cpu", ram="1GiB", context=77, dtype=torch.float32)
     model, _ = load_with(mixtral_pack, asked)
-    assert model.offload.fit.options is asked
+    assert model.offload.fit.options == asked
     assert model.offload.fit.ram == 2**30
     model.offload.close()
 

@@ -283,7 +283,7 @@ def test_a_chat_with_a_base_model_ends_before_its_weights_are_fetched(
 ) -> None:
     (tiny.folders[ID] / "chat_template.jinja").unlink()
     assert cli.main(["chat", ID, "-st", "-p", "hello"]) == 1
-    assert f"{ID} has no chat template: it is a base model" in capsys.readouterr().err
+    assert f"{ID} has no chat template" in capsys.readouterr().err
     assert "model.safetensors" not in tiny.fetched()
 
 
@@ -306,6 +306,6 @@ def test_a_disk_without_room_for_the_pack_is_told_before_weights_are_fetched(
     size = (tiny.folders[ID] / "model.safetensors").stat().st_size
     free = shutil.disk_usage("/")._replace(free=size + 1000)
     monkeypatch.setattr(hub.shutil, "disk_usage", lambda path: free)
-    with pytest.raises(OffloadError, match="of disk with its pack"):
+    with pytest.raises(OffloadError, match="free some"):
         offload.load(ID, device="cpu")
     assert "model.safetensors" not in tiny.fetched()

@@ -304,7 +304,7 @@ def test_a_pack_can_only_be_run_with_its_own_bits(
 ) -> None:
     plan = planned(capsys, mixtral_pack)
     assert plan["rows"][plan["chosen"]]["bits"] == "4g64"
-    assert plan["command"] == f"offload chat {mixtral_pack} -c 4096"
+    assert plan["command"] == f"offload chat {mixtral_pack} -c 512"
     assert "is a pack with experts=4g64" in told(capsys, mixtral_pack, "--expert-bits", 3)
 
 

@@ -104,9 +104,11 @@ def test_ppl_needs_a_text(
 def test_ppl_needs_a_stride_inside_the_window(run: Run, mixtral_pack: Path, text: Path) -> None:
     done = run("ppl", mixtral_pack, "-f", text, "-c", "32", "--stride", "32")
     assert "the stride is 32: give --stride at least 1 and at most 31" in one_line(done)
+    done = run("ppl", mixtral_pack, "-f", text, "-c", "0")
+    assert "a window of 0 tokens scores nothing: raise --ctx-size" in one_line(done)
 
 
-@pytest.mark.parametrize("flags", [(), ("--stride", "0"), ("--stride", "x"), ("-c", "0")])
+@pytest.mark.parametrize("flags", [(), ("--stride", "0"), ("--stride", "x"), ("-c", "-1")])
 def test_wrong_usage_is_exit_code_2(flags: tuple[str, ...]) -> None:
     command = ["check", "demo"] if not flags else ["ppl", "demo", *flags]
     with pytest.raises(SystemExit) as left:
