@@ -26,6 +26,7 @@ from offload.engine.hooks import Crossing, OneTokenLinear, native_is_quicker
 from offload.errors import CheckpointError
 from offload.fit import Card, Fit
 from offload.lines import reason
+from offload.machine.limits import check_ram
 from offload.machine.threads import Threads
 from offload.model import sources
 from offload.model.demo import NOTE
@@ -91,6 +92,7 @@ def load_with(
     source: str | Path, options: LoadOptions
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """`load`, with its options as one value."""
+    check_ram(options.ram)
     asked, place = AskedBits.of(options), find_place(options)
     resolver = Resolver(options, place)
     for card in place.cards or (Card(0, place.device, place.memory.device),):

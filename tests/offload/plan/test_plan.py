@@ -384,7 +384,7 @@ def test_a_model_that_does_not_fit_is_reported_with_a_remedy(
     [
         (["--gpu", "Voodoo 2"], "unknown GPU 'Voodoo 2': write a name like 4070"),
         (["--gpus", "0,1"], "there is no device 'cuda:0' here"),
-        (["--gpu", "4090", "--gpus", "two"], "--gpus 'two' is not a number of GPUs"),
+        (["--gpu", "4090", "--gpus", "two"], "--gpus 'two' is not a list of GPUs"),
         (["--gpu", "4090", "--gpus", "65"], "at most 64"),
         (["--gpu", "4090", "--device", "cpu"], "--device names a device of this machine"),
         (["--gpu", "4090", "--ram", "x"], "is not a size"),
