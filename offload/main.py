@@ -37,7 +37,7 @@ COMMANDS = {
         "offload.machine.command",
         "check this machine: versions, speeds, and what to improve",
     ),
-    "quantize": ("offload.pack.command", "write a model's quantised weights to a folder (a pack)"),
+    "quantize": ("offload.pack.command", "quantise a model into a folder (a pack) for later use"),
     "list": (
         "offload.pack.command:ListCommand",
         "list the models on this machine",
