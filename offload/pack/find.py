@@ -66,7 +66,7 @@ def find_or_make_pack(
     mark = found.commit or stamp(found.folder)
     mine = [pack for pack in kept if mark in pack.stamps]
     if not mine and any(pack.origin.blobs for pack in kept if pack.origin.place == found.name):
-        blobs = names.weight_blobs(found, local_files_only=options.local_files_only)
+        blobs = names.weight_blobs(found)
         mine = [pack for pack in kept if blobs and pack.origin.blobs == blobs]
     if (pack := _with_bits(mine, recipe)) is not None:
         return _used(pack, found, mark, next((p.weights for p in mine if p.weights), ""))
@@ -79,7 +79,7 @@ def find_or_make_pack(
         check_room(destination or folder, info.expert_bytes + dense_bytes)
         if resolver is not None:
             resolver.fit(info, config, model)
-    names.fetch_weights(found, local_files_only=options.local_files_only)
+    names.fetch_weights(found)
     checkpoint = Checkpoint(sources.open_weights(found.folder, model), model, experts)
     weights = next((pack.weights for pack in mine if pack.weights), "")
     weights = weights or fingerprint(found.folder)
@@ -117,7 +117,7 @@ def _used(pack: KeptPack, found: FoundModel, mark: str, weights: str) -> Path:
 def _note(pack: KeptPack, found: FoundModel, mark: str, weights: str) -> None:
     """Note beside `pack` where its checkpoint is."""
     named = found.commit is not None or found.folder.is_relative_to(offload_home() / names.DEMO)
-    blobs = names.weight_blobs(found, local_files_only=True) if found.commit else ""
+    blobs = names.weight_blobs(found)
     pack.note(
         mark,
         place=found.name if named else str(found.folder.resolve()),
