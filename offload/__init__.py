@@ -58,4 +58,7 @@ if not TYPE_CHECKING:  # a type checker would believe that every name exists
     def __getattr__(name: str) -> Any:
         if name not in _LATER:
             raise AttributeError(f"module 'offload' has no attribute {name!r}")
-        return getattr(importlib.import_module(_LATER[name]), name)
+        from offload.quick import without_hqq
+
+        with without_hqq():
+            return getattr(importlib.import_module(_LATER[name]), name)

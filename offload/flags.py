@@ -190,11 +190,12 @@ def add_command(
     return parser
 
 
+MODEL_HELP = "checkpoint folder, .gguf file, pack, hub id, short name like gpt-oss-20b, or demo"
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Give `parser` the model that a command runs."""
-    parser.add_argument(
-        "model", metavar="MODEL", help="checkpoint folder, .gguf file, pack, hub id, or demo"
-    )
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
 
 
 def options_from(arguments: argparse.Namespace, kind: type[Kind]) -> Kind:

@@ -15,7 +15,12 @@ import torch
 import transformers
 from accelerate.hooks import remove_hook_from_submodules
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from offload.budget.budget import hold_vram
 from offload.budget.placement import Layers, device_of
@@ -25,10 +30,10 @@ from offload.engine.handle import Offload, OffloadedModel
 from offload.engine.history import read_hot
 from offload.engine.hooks import Crossing, OneTokenLinear, native_is_quicker
 from offload.errors import CheckpointError, SourceError
+from offload.files import TRACE, check_output
 from offload.fit import Card, Fit
 from offload.generation.rope import follow_length
 from offload.keywords import check_names, speak_python
-from offload.lines import reason
 from offload.machine.threads import Threads
 from offload.model import sources
 from offload.model.demo import NOTE
@@ -49,6 +54,7 @@ from offload.model.seam import (
     without_packed_weights,
 )
 from offload.model.sources import check_generation_config
+from offload.model.tokenizer import load_tokenizer
 from offload.options import LoadKeywords, LoadOptions
 from offload.pack.find import check_recipe, find_or_make_pack
 from offload.pack.recipe import AskedBits
@@ -115,6 +121,7 @@ load.__signature__ = inspect.signature(load).replace(  # type: ignore[attr-defin
 
 def load_with(source: str | Path, options: LoadOptions) -> Loaded:
     """`load`, with its options as one value."""
+    check_output(options.trace, TRACE)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     asked, place = AskedBits.of(options), find_place(options)
@@ -127,7 +134,7 @@ def load_with(source: str | Path, options: LoadOptions) -> Loaded:
     with contextlib.ExitStack() as undo:  # closes what was opened if anything below fails
         pack = Pack(path)
         undo.callback(pack.close)
-        check_generation_config(path)
+        generation = check_generation_config(path, tell=True)
         check_recipe(pack, asked)
         config = sources.read_config(str(source), path, trust_remote_code=trusts)
         cls = model_class(config, str(path), trusts)
@@ -138,7 +145,7 @@ def load_with(source: str | Path, options: LoadOptions) -> Loaded:
         if whole is not None:
             devices = Layers(whole).device_map(fit.shares, [card.device for card in fit.cards])
         tokenizer = load_tokenizer(path, trusts)
-        model = _load_dense(pack, own_config(config, cls), cls, fit, devices)
+        model = _load_dense(pack, own_config(config, cls), generation, cls, fit, devices)
         transfer = transfer_of(pack, fit)
         undo.callback(transfer.close)
         _connect(model, pack, fit, transfer)
@@ -152,7 +159,7 @@ def load_with(source: str | Path, options: LoadOptions) -> Loaded:
 
 
 def load_and_tell(
-    source: str, options: LoadOptions, *, note: bool = True
+    source: str, options: LoadOptions, *, note: bool = False
 ) -> tuple[OffloadedModel, PreTrainedTokenizerBase | None, float]:
     """`load_with` for commands. Returns the model, its tokenizer and the seconds this took.
 
@@ -184,6 +191,7 @@ def _tell_shorter_chunks(fit: Fit) -> None:
 def _load_dense(
     pack: Pack,
     config: PreTrainedConfig,
+    generation: GenerationConfig | None,
     cls: type[PreTrainedModel],
     fit: Fit,
     devices: dict[str, torch.device],
@@ -203,6 +211,7 @@ def _load_dense(
         loaded = whole.from_pretrained(
             pack.path,
             config=config,
+            generation_config=generation,
             dtype=fit.dtype,
             device_map=devices,
             experts_implementation=IMPLEMENTATION,
@@ -288,21 +297,3 @@ def _connect(model: OffloadedModel, pack: Pack, fit: Fit, transfer: Transfer) ->
 def routers(model: PreTrainedModel, info: PackInfo) -> list[torch.nn.Module | None]:
     """The router of each MoE layer, or None where it cannot be found."""
     return [find_router(model, layer.module, layer.num_experts) for layer in info.layers]
-
-
-def load_tokenizer(path: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in the folder of a pack; None if it has none. Raises `CheckpointError`."""
-    if not any(
-        (path / name).is_file()
-        for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
-    ):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(
-            path, trust_remote_code=trust_remote_code, local_files_only=True
-        )
-    except Exception as error:  # a tokenizer class may raise anything when its files are wrong
-        raise CheckpointError(
-            f"the tokenizer in {path} cannot be used ({reason(error)}): fetch it again, or pass "
-            "--trust-remote-code if it brings code that you trust"
-        ) from None

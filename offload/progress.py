@@ -20,7 +20,6 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bar
 from rich.text import Text
-from transformers.utils import logging as transformers_logging
 
 
 class _Written(ProgressColumn):
@@ -143,21 +142,26 @@ class Ticker:
         now = time.perf_counter()
         if self._first is None or done < self._first[1]:  # the time before was spent on loading
             self._first, self._shown = (now, done), now
-        if done == self._first[1] or (not self._bar and now - self._shown < self._every):
-            return
-        self._shown = now
-        rate = (done - self._first[1]) / (now - self._first[0])
-        line = f"{self._title}: {done} of {total} tokens, {rate:.0f} t/s, "
-        line += f"{(total - done) / rate:.0f} s left"
+        if done > self._first[1]:
+            rate = (done - self._first[1]) / (now - self._first[0])
+            left = f"{(total - done) / rate:.0f} s left"
+            self.show(f"{done} of {total} tokens, {rate:.0f} t/s, {left}")
+
+    def show(self, state: str) -> None:
+        """Show how far the work is in the caller's words."""
+        now = time.perf_counter()
         if self._bar:
-            self._bar.update(self._task, description=line)
-        else:
-            _print(line)
+            self._bar.update(self._task, description=f"{self._title}: {state}")
+        elif now - self._shown >= self._every:
+            self._shown = now
+            _print(f"{self._title}: {state}")
 
 
 @contextmanager
 def without_bars() -> Iterator[None]:
     """Hide transformers' own progress bars."""
+    from transformers.utils import logging as transformers_logging  # other bars do not need it
+
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

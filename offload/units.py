@@ -128,6 +128,12 @@ def between(least: int, most: int) -> Callable[[str], int]:
 count, positive = between(0, MOST), between(1, MOST)
 
 
+def seed(text: str) -> int | None:
+    """An argparse type: a seed; -1 stands for a random one."""
+    value = between(-1, 2**63 - 1)(text)
+    return None if value < 0 else value
+
+
 def listed(parse: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     """An argparse type: several values with commas between them, each read by `parse`."""
     return lambda text: [parse(part) for part in text.split(",")]

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+if not os.isatty(0):  # with -s, a pipe that somebody left open would be read as a part of prompts
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
 os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it when it is imported
 os.environ["XDG_CONFIG_HOME"] = os.devnull  # the user's own file of options is not read
 

@@ -255,8 +255,7 @@ def sweep(
     """
 
     def rows(setting: LoadOptions) -> Iterator[BenchRow]:
-        first = setting is settings[0]
-        model, tokenizer, _ = load_and_tell(source, setting, note=first)
+        model, tokenizer, _ = load_and_tell(source, setting)
         with contextlib.closing(offload_of(model)), record_timeline(model, timeline):
             yield from run(model, tokenizer, tests, **options)
 

@@ -2,8 +2,9 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from numbers import Integral
 from typing import Any, Literal, Unpack, overload
 
@@ -19,8 +20,9 @@ from transformers import (
 
 from offload.engine.handle import offload_of
 from offload.errors import GenerationError
+from offload.generation.conversation import Message
 from offload.generation.inputs import Encoded, check_call, plain
-from offload.generation.prompt import Message, Prompt, check_request, end_tokens
+from offload.generation.prompt import Prompt, check_request, end_tokens
 from offload.generation.rope import longest_short
 from offload.generation.sampler import COLDEST, Sampler
 from offload.generation.stream import stream_generate
@@ -146,14 +148,16 @@ def complete(
     max_new_tokens: int | None = None,
     stop_strings: str | Sequence[str] | None = None,
     num_return_sequences: int = 1,
+    skip_special_tokens: bool = True,
+    watch: Callable[[Sequence[Answer]], None] | None = None,
 ) -> list[list[Answer]]:
     """Make `num_return_sequences` answers to each prompt together, as one batch.
 
     The rounding of a row depends on the number of rows, so an answer may differ from the one that
     the prompt gets alone. A model of `SEES_PADDING`, or with other rotary factors for long
     sequences, answers only prompts of equal length together. When the row with the longest prompt
-    reaches the end of the context, the others go on in a batch without it. Raises
-    `GenerationError` before the first step.
+    reaches the end of the context, the others go on in a batch without it. `watch` sees all answers
+    after every step. Raises `GenerationError` before the first step.
     """
     count = num_return_sequences
     if not is_number(count, Integral) or not 1 <= count <= MOST_SEQUENCES:
@@ -167,7 +171,12 @@ def complete(
     made = []
     for prompt in prompts:
         request = check_request(model, tokenizer, prompt, max_new_tokens, stop_strings)
-        made.append([Answer(request, tokenizer, ends) for _ in range(num_return_sequences)])
+        made.append(
+            [
+                Answer(request, tokenizer, ends, skip_special_tokens)
+                for _ in range(num_return_sequences)
+            ]
+        )
     answers = [answer for row in made for answer in row]
     sampler = Sampler(sampling, model.device)
     sees_padding = longest_short(model) is not None or (
@@ -178,13 +187,17 @@ def complete(
             if sees_padding:
                 length = len(unfinished[0].read)
                 unfinished = [answer for answer in unfinished if len(answer.read) == length]
-            _extend(model, unfinished, sampler, ends)
+            _extend(model, unfinished, sampler, ends, partial(watch, answers) if watch else None)
     return made
 
 
 @torch.inference_mode()
 def _extend(
-    model: PreTrainedModel, answers: Sequence[Answer], sampler: Sampler, ends: frozenset[int]
+    model: PreTrainedModel,
+    answers: Sequence[Answer],
+    sampler: Sampler,
+    ends: frozenset[int],
+    tell: Callable[[], None] | None,
 ) -> None:
     """Extend every answer until all are finished, or until the first reaches its limit."""
     threads = offload_of(model).threads
@@ -207,6 +220,8 @@ def _extend(
         for answer, token in zip(answers, tokens, strict=True):
             if answer.finish_reason is None:
                 answer.push(token)
+        if tell is not None:
+            tell()
         finished = [answer.finish_reason is not None for answer in answers]
         return torch.tensor(finished, device=input_ids.device)
 

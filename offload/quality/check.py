@@ -23,7 +23,7 @@ from transformers import (
 from offload.budget.resolve import find_device
 from offload.engine.handle import Offload
 from offload.errors import QualityError, SourceError
-from offload.files import read_text, user_path
+from offload.files import read_text
 from offload.generation.rope import follow_length
 from offload.lines import reason
 from offload.model import names
@@ -31,7 +31,6 @@ from offload.options import LoadOptions
 from offload.progress import without_bars
 from offload.quality.comparison import Comparison, Positions, kl_divergence
 from offload.quality.scoring import Report, Scores, Sliding, Text, encode_text, finite, score_all
-from offload.quant.manifest import is_pack
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase | None]
 FLOAT_BYTES = 4
@@ -134,7 +133,8 @@ def opened(loader: ModelLoader) -> Iterator[Loaded]:
 def reference_bits(name: str) -> str | None:
     """The `bits` that the reference `name` is loaded with: all 16, but None for a pack, which has
     its own."""
-    return None if is_pack(user_path(name)) else UNQUANTISED
+    found = None if name == names.DEMO else names.find_here(name)
+    return None if found is not None and found.is_pack else UNQUANTISED
 
 
 def load_plain(source: str, options: LoadOptions) -> Loaded:
@@ -146,7 +146,7 @@ def load_plain(source: str, options: LoadOptions) -> Loaded:
     found = names.find(source, options)
     if found.is_pack:
         raise SourceError(f"{source} is a pack, which transformers cannot run: omit --plain")
-    names.fetch_weights(found, local_files_only=options.local_files_only)
+    names.fetch_weights(found)
     own = {"local_files_only": True, "trust_remote_code": options.trust_remote_code}
     if options.threads is not None:
         torch.set_num_threads(options.threads)

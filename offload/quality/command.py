@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offload.errors import DONE
-from offload.files import asked_text, check_readable
+from offload.files import BASELINE, TRACE, asked_text, check_output, check_readable
 from offload.flags import add_model, add_options, option, options_from
 from offload.options import LoadOptions, SharedOptions
 from offload.pack.asked import begin_loading, check_asked
@@ -28,7 +28,7 @@ _comparison = partial(option, group="comparison")
 class PerplexityOptions:
     """Options of `offload ppl` alone."""
 
-    file: Path | None = option("-f --file FILE", "the text, in UTF-8", unset="what is piped in")
+    file: Path | None = option("-f --file FILE", "UTF-8 text file", unset="stdin")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +79,7 @@ class PerplexityCommand:
         file = options_from(arguments, PerplexityOptions).file
         options = options_from(arguments, LoadOptions)
         shared = options_from(arguments, SharedOptions)
+        check_output(options.trace, TRACE)
         text = _scored_text(file)
         begin_loading(arguments.model, options)
         from offload.engine.handle import offload_of
@@ -143,10 +144,8 @@ class CheckCommand:
         shared = options_from(arguments, SharedOptions)
         for file in (asked.prompts, asked.baseline):
             check_readable(file)
-        if asked.save_baseline and asked.save_baseline.is_dir():
-            raise OffloadError(f"{asked.save_baseline} is a folder: name a file")
-        if asked.save_baseline and not asked.save_baseline.resolve().parent.is_dir():
-            raise OffloadError(f"the folder of {asked.save_baseline} does not exist: make it first")
+        check_output(options.trace, TRACE)
+        check_output(asked.save_baseline, BASELINE)
         check_asked(asked.against, options)
         begin_loading(arguments.model, options)
         from offload.loading import load_and_tell
@@ -167,6 +166,7 @@ class CheckCommand:
         baseline = read_baseline(asked.baseline) if asked.baseline else None
         reference = replace(
             options,
+            trace=None,  # a file holds one run, the model's
             revision=options.revision if asked.against == arguments.model else None,
             bits=reference_bits(asked.against),
             expert_bits=None,

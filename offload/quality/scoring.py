@@ -80,7 +80,12 @@ class Sliding:
 
     @classmethod
     def asked(cls, window: int = WINDOW, stride: int | None = None) -> Sliding:
-        """The given window and stride; None stands for a stride of half a window."""
+        """The given window and stride; None stands for a stride of half a window.
+
+        Raises `QualityError`.
+        """
+        if window < 1:
+            raise QualityError("a window of 0 tokens scores nothing: raise --ctx-size")
         return cls(window, max(1, window // 2) if stride is None else stride)
 
 

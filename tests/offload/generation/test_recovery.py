@@ -94,7 +94,7 @@ def test_the_answer_is_that_of_an_undisturbed_run(
     got, slots = answer(folder, lambda model: Shortage(model, module, calls))
     assert got == expected
     assert slots < 13
-    lines = [r.getMessage() for r in caplog.records if "given back" in r.getMessage()]
+    lines = [r.getMessage() for r in caplog.records if "were freed" in r.getMessage()]
     assert len(lines) == len(calls)
     assert "expert slots" in lines[0]
 
