@@ -8,6 +8,7 @@ from offload.bench.command import BenchOptions
 from offload.chat.command import ChatOptions
 from offload.flags import default_text, has_no, options_of
 from offload.generation.command import AnswerFileOptions
+from offload.model.command import PullOptions
 from offload.options import AnswerOptions, LoadOptions, SharedOptions
 from offload.pack.command import KeepingOptions
 from offload.plan.command import PlanOptions
@@ -39,6 +40,7 @@ SECTIONS = {
     "generate": (AnswerFileOptions, ""),
     "bench": (BenchOptions, "The names and defaults are those of llama-bench."),
     "plan": (PlanOptions, "It also takes the options of memory, quantisation and source."),
+    "pull": (PullOptions, "It also takes the options of source."),
     "list, show, rm, prune": (
         KeepingOptions,
         "`--output` is an option of `list` and `show`, `--yes` of `rm` and `prune`.",
