@@ -51,7 +51,7 @@ def fill_in(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> N
     An option for which the command has a default of its own keeps it. Raises `OffloadError`, which
     names the file or variable, for a name that no option has and for a value that it cannot take.
     """
-    actions = {action.dest: action for action in parser._actions if action.option_strings}
+    actions = {a.dest: a for a in reversed(parser._actions) if a.option_strings}
     for where, name, value in (*_environment(), *_file(getattr(arguments, "model", None))):
         action = actions.get(name)
         if action is None or hasattr(arguments, name):
@@ -74,7 +74,9 @@ def _environment() -> Iterator[tuple[str, str, str]]:
         elif variable.startswith(PREFIX) and (
             close := difflib.get_close_matches(variable, variables, n=1, cutoff=0.85)
         ):
-            raise OffloadError(f"{variable} is no option: did you mean {close[0]}? Else unset it")
+            raise OffloadError(
+                f"{variable} is not an option (did you mean {close[0]}?): rename or unset it"
+            )
 
 
 def _file(model: str | None) -> Iterator[tuple[str, str, Any]]:
@@ -107,13 +109,14 @@ def _entries(where: str, table: Mapping[str, Any]) -> Iterator[tuple[str, str, A
 def _value(action: argparse.Action, value: Any) -> Any:
     """What the command line would make of `value`. Raises what argparse's types raise."""
     parse: Any = action.type or str
-    if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
+    if is_switch(OPTIONS[action.dest]):
         if str(value).lower() not in TRUTH:
             raise OffloadError(f"{value!r} is neither true nor false")
-        return TRUTH[str(value).lower()]
-    if isinstance(value, dict | bool) and not is_switch(OPTIONS[action.dest]):
+        truth = TRUTH[str(value).lower()]
+        return parse("on" if truth else "off") if action.type else truth  # bench takes a list
+    if isinstance(value, dict | bool):
         raise OffloadError(f"{value!r} is not a value of this option")
-    if action.__class__.__name__ == "_AppendAction":
+    if isinstance(action, argparse._AppendAction):
         return [parse(str(each)) for each in (value if isinstance(value, list) else [value])]
     return parse(",".join(map(str, value)) if isinstance(value, list) else str(value))
 

@@ -19,25 +19,26 @@ from typing import Any, NoReturn
 
 from offload.errors import DONE, FAILED, INTERRUPTED, USAGE
 from offload.flags import add_command
-from offload.habits import OTHER_COMMANDS, SAME_COMMANDS, did_you_mean, translated
 from offload.lines import is_memory, one_line, shortened
+from offload.quant.errors import OffloadError
 from offload.version import __version__
 
 # Name -> a module or class, imported when the command is called, and one line of help. Each module
 # or class has EXAMPLE, add_arguments(parser) and run(arguments), which returns an exit code.
 COMMANDS = {
     "chat": ("offload.chat.command", "talk to a model"),
-    "generate": ("offload.generation.command", "answer one prompt, or a file of prompts"),
+    "generate": ("offload.generation.command", "answer a prompt, or a file of prompts"),
     "bench": ("offload.bench.command", "measure tokens per second"),
     "plan": (
         "offload.plan.command",
-        "tell what fits, with which bits and how fast, before a download",
+        "estimate fit and speed before downloading",
     ),
+    "pull": ("offload.model.command", "fetch a model from the hub, if it fits on this machine"),
     "doctor": (
         "offload.machine.command",
-        "check this machine: versions, speeds, and what to improve",
+        "check this machine: versions, speeds, what is slow and how to fix it",
     ),
-    "quantize": ("offload.pack.command", "write a model's quantised weights to a folder (a pack)"),
+    "quantize": ("offload.pack.command", "quantise a model into a folder (a pack) for later use"),
     "list": (
         "offload.pack.command:ListCommand",
         "list the models on this machine",
@@ -84,7 +85,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
 
-def build_parser(wanted: Container[str] = COMMANDS) -> argparse.ArgumentParser:
+def build_parser(wanted: Container[str] = COMMANDS) -> Parser:
     """A parser that knows every command, and the options of those that are `wanted`."""
     parser = Parser(
         prog="offload",
@@ -112,11 +113,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     Words and flags of other programs are translated. Leaves with `USAGE` for those that do not
     exist here, and raises `OffloadError` for wrong values in the environment or in the file.
     """
+    from offload.habits import translated
+
     words = _command_first(argv)
     parser = build_parser([word for word in words if not word.startswith("-")][:1])
     if not words or words[0].startswith("-"):
-        return parser.parse_args(words)
-    command, trail, rest = parser, words[:1], words[1:]
+        only: argparse.Namespace = parser.parse_args(words)
+        return only
+    trail, rest = words[:1], words[1:]
+    command = parser
     while trail[-1] in command.commands:
         command = command.commands[trail[-1]]
         if not (command.commands and rest and rest[0] in command.commands):
@@ -126,6 +131,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         rest = translated(rest, command._option_string_actions)
     except ValueError as error:
         command.error(str(error))
+    arguments: argparse.Namespace
     arguments, extra = parser.parse_known_args([*trail, *rest])
     if extra and (words[0] not in WITH_MESSAGE or arguments.__dict__.get("prompt") is not None):
         command.error(f"{' '.join(extra)!r} is one word too many: leave it out, or quote a prompt")
@@ -139,20 +145,24 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _command_first(argv: Sequence[str]) -> list[str]:
     """The words of `argv`, with the command's name as it is called here."""
+    from offload.habits import OTHER_COMMANDS, SAME_COMMANDS, did_you_mean
+
     first, *rest = argv or [""]
     if first == "help":
         return [*_command_first(rest), "--help"]
     if first == "version":
         return ["--version"]
-    name = first if first in COMMANDS else SAME_COMMANDS.get(first, first)
-    if first.startswith("-") or name in COMMANDS or not first:
-        return [name, *rest] if first else list(argv)
+    same = {word: name for word, name in SAME_COMMANDS.items() if name in COMMANDS}
+    if not first or first.startswith("-") or first in COMMANDS:
+        return list(argv)
+    if first in same:
+        return [same[first], *rest]
     if first in OTHER_COMMANDS:
         hint = f"offload {first}: {OTHER_COMMANDS[first]}"
     elif first == "demo" or Path(first).exists():
         hint = f"there is no command {first} (did you mean offload chat {first}?)"
     else:
-        hint = f"there is no command {first}{did_you_mean(first, (*COMMANDS, *SAME_COMMANDS))}"
+        hint = f"there is no command {first}{did_you_mean(first, (*COMMANDS, *same))}"
     Parser(prog="offload").error(hint)
 
 
@@ -210,6 +220,7 @@ def _run(argv: Sequence[str]) -> int:
     from offload.files import check_streams, give_up_unwritable
 
     debug = makes_file = False
+    reworded, OffloadError.reworded = OffloadError.reworded, str
     try:
         check_streams()
         try:
@@ -246,3 +257,5 @@ def _run(argv: Sequence[str]) -> int:
             raise
         print(f"offload: error: {text}", file=sys.stderr)
         return FAILED
+    finally:
+        OffloadError.reworded = reworded

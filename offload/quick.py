@@ -64,7 +64,7 @@ def _undecorated(function: Any = None, *_: object, **__: object) -> Any:
 class _NoCompiler(ModuleType):
     """torch's compiler, as long as nothing of it is asked for but what leaves functions alone."""
 
-    __path__: Sequence[str] = ()
+    __path__: list[str] = []  # noqa: RUF012
     disable = assume_constant_result = allow_in_graph = staticmethod(_undecorated)
 
     def __getattr__(self, name: str) -> Any:

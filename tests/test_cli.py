@@ -82,9 +82,9 @@ def test_the_timings_line_and_the_experts_line_end_stderr(
     assert len(lines) == 3
 
 
-def test_without_timings_stderr_is_empty(run: Run, mixtral_pack: Path) -> None:
+def test_without_timings_stderr_only_says_what_was_cut(run: Run, mixtral_pack: Path) -> None:
     done = run("generate", mixtral_pack, "-p", "Why?", "-n", "3", "--no-show-timings")
-    assert (done.code, done.err) == (0, "")
+    assert (done.code, done.err) == (0, "(stopped at 3 tokens)\n")
 
 
 def test_verbose_rows_come_in_ollamas_order(run: Run, script: Script, mixtral_pack: Path) -> None:
@@ -172,7 +172,7 @@ def test_the_command_in_a_pipeline(mixtral_pack: Path) -> None:
     lines = done.stderr.decode().splitlines()
     assert TIMINGS.fullmatch(lines[-2])
     assert EXPERTS.fullmatch(lines[-1])
-    assert lines[:-2] == [""]
+    assert lines[:-2] == ["(stopped at 12 tokens)", ""]
 
 
 # --- generate: limits, seeds, stop strings -------------------------------------------------------
@@ -314,4 +314,4 @@ def test_quantizing_again_does_nothing(run: Run, mixtral: Path, tmp_path: Path) 
     done = run("quantize", mixtral, tmp_path / "pack")
     assert (done.code, done.out) == (0, f"{tmp_path / 'pack'}\n")
     assert "quantising" not in done.err
-    assert f"go on with: offload chat {tmp_path / 'pack'}" in done.err
+    assert f"Next: offload chat {tmp_path / 'pack'}" in done.err

@@ -18,8 +18,7 @@ from offload.budget.budget import (
 from offload.budget.placement import demand, place
 from offload.errors import BudgetError
 from offload.fit import Card, Fit, Share
-from offload.machine.limits import check_ram
-from offload.options import LoadOptions
+from offload.options import CONTEXT, LoadOptions
 from offload.quant.pack import PackInfo
 from offload.units import parse_bytes, parse_gpus, parse_sizes, parse_slots
 
@@ -60,7 +59,7 @@ class Resolver:
             slots = self.budget(info, config).slots(asked)
         device, everything = self.place.device, slots >= info.total_experts
         return Fit(
-            self.options,
+            replace(self.options, context=self.context(config)),
             device,
             self.dtype(config),
             slots,
@@ -79,7 +78,7 @@ class Resolver:
 
         Unless every expert has a slot, memory is kept for the staging rows of prompts.
         """
-        budget, context = self.budget(info, config), self.options.context
+        budget, context = self.budget(info, config), self.context(config)
         needs = demand(
             model, info, config, context, self.dtype(config), self.chunk(config), budget.workspace
         )
@@ -93,7 +92,7 @@ class Resolver:
 
     def budget(self, info: PackInfo, config: PreTrainedConfig) -> Budget:
         """The compute device's memory, and what it must hold beside the experts."""
-        device, dtype, context = self.place.device, self.dtype(config), self.options.context
+        device, dtype, context = self.place.device, self.dtype(config), self.context(config)
         ubatch = self.chunk(config)
         kv_cache = sum(kv_cache_bytes(config, context, dtype, ubatch))
         if self.keeps_fixed_cache(info):
@@ -113,9 +112,33 @@ class Resolver:
 
         The card with the least memory decides. Raises `BudgetError`.
         """
-        cards, asked = self.place.cards, self.options
+        cards, asked = self.place.cards, self.options.ubatch_size
         memory = min((card.memory for card in cards), default=self.place.memory.device)
-        return chunk_tokens(config, asked.ubatch_size, asked.context, memory, self.dtype(config))
+        return chunk_tokens(config, asked, self.context(config), memory, self.dtype(config))
+
+    def context(self, config: PreTrainedConfig) -> int:
+        """Tokens that a conversation may have.
+
+        0 stands for as many as the model has positions, which also limits the default. Raises
+        `BudgetError` if more are asked for and the model's positions are not scaled.
+        """
+        text, asked = config.get_text_config(), self.options.context
+        positions = getattr(text, "max_position_embeddings", None)
+        if not isinstance(positions, int) or positions < 1:
+            if asked == 0:
+                raise BudgetError("the model's config does not tell its context: give --ctx-size")
+            return asked
+        rope = getattr(text, "rope_parameters", None) or {}
+        kinds = [each for each in rope.values() if isinstance(each, dict)] or [rope]
+        scaled = any(kind.get("rope_type", "default") != "default" for kind in kinds)
+        if asked == 0 or (asked == CONTEXT and not scaled):
+            return min(positions, asked or positions)
+        if asked > positions and not scaled:
+            raise BudgetError(
+                f"a context of {asked} tokens is more than the model's {positions} positions: "
+                "lower --ctx-size (context=), or give 0 for all of them"
+            )
+        return asked
 
     def keeps_fixed_cache(self, info: PackInfo) -> bool:
         """Whether memory is kept for a second KV cache, of fixed size, for CUDA graphs.
@@ -130,8 +153,11 @@ class Resolver:
 
     def dtype(self, config: PreTrainedConfig) -> torch.dtype:
         """The type of the computation: the one asked for, else the one of the config."""
+        asked = self.options.dtype
+        if isinstance(asked, str):
+            asked = None if asked == "auto" else getattr(torch, asked)
         own = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-        return self.options.dtype or (own if isinstance(own, torch.dtype) else torch.bfloat16)
+        return asked or (own if isinstance(own, torch.dtype) else torch.bfloat16)
 
 
 def find_device(name: str | torch.device | None) -> torch.device:
@@ -143,15 +169,14 @@ def find_device(name: str | torch.device | None) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
         raise BudgetError(
-            f"there is no device {name!r}: name cpu, cuda, or one like cuda:1"
+            f"there is no device {name!r}: choose cpu, cuda, or a GPU by its number, like cuda:1"
         ) from None
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type not in ("cpu", "cuda") or (
         device.type == "cuda" and (device.index or 0) >= gpus
     ):
-        raise BudgetError(
-            f"there is no device {str(name)!r} here: torch sees the CPU and {gpus} CUDA GPUs"
-        )
+        found = f"or cuda:0 to cuda:{gpus - 1}" if gpus else "(no CUDA GPU found)"
+        raise BudgetError(f"device {str(name)!r} is not supported here: use cpu {found}")
     if device.type == "cuda" and device.index is None:  # some functions of torch need it
         return torch.device("cuda", torch.cuda.current_device())
     return device
@@ -165,7 +190,6 @@ def find_place(options: LoadOptions) -> Place:
     the RAM. Raises `BudgetError`.
     """
     device, gpus, vram, ram = options.device, options.gpus, options.vram, options.ram
-    check_ram(ram)
     if gpus is not None and device is not None:
         raise BudgetError("both --device and --gpus say where to run: give only one of them")
     devices = [find_device(name) for name in ([device] if gpus is None else parse_gpus(gpus))]
@@ -173,7 +197,7 @@ def find_place(options: LoadOptions) -> Place:
         count = torch.cuda.device_count() if devices[0].type == "cuda" else 1
         if gpus is None and device in (None, "cuda") and count > 1:
             logger.warning(
-                "using GPU %d of %d; the others stay idle: use them with --gpus %s",
+                "using only GPU %d of %d: --gpus %s uses all of them",
                 torch.cuda.current_device(),
                 count,
                 ",".join(map(str, range(count))),

@@ -10,7 +10,8 @@ from offload.chat.display import Display
 from offload.chat.saved import Settings
 from offload.engine.handle import Offload, offload_of
 from offload.errors import ChatError
-from offload.generation.prompt import Message, PromptCache, encode_prompt
+from offload.generation.conversation import Message
+from offload.generation.prompt import PromptCache, encode_prompt
 from offload.generation.stream import (
     GenerationResponse,
     stopped_at,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from offload.errors import DONE, INTERRUPTED
 from offload.flags import add_model, add_options, option, options_from
 from offload.generation.command import asked_prompt, asked_sampling
-from offload.options import AnswerOptions, LoadOptions, SharedOptions
+from offload.options import AnswerOptions, LoadOptions
 from offload.pack.asked import begin_loading, check_asked, say_loading
 from offload.quant.errors import OffloadError
 
@@ -29,24 +29,20 @@ class ChatOptions:
     single_turn: bool = option(
         "-st --single-turn", "answer one prompt (-p or -f) and exit", default=False
     )
-    hide_thoughts: bool = option(
-        "--hide-thoughts", "show only the answer that follows a model's thoughts", default=False
-    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     for kind in (LoadOptions, AnswerOptions, ChatOptions):
         add_options(parser, kind)
-    add_options(parser, SharedOptions, ["threads"])
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Talk until the user leaves, or answer one prompt with --single-turn."""
     asked, mode = options_from(arguments, AnswerOptions), options_from(arguments, ChatOptions)
-    prompt = asked_prompt(asked)
-    if mode.single_turn and prompt is None:
-        raise OffloadError("--single-turn needs a prompt: give one with -p or -f")
+    prompt = asked_prompt(asked, piped=mode.single_turn)
+    if mode.single_turn and not prompt:
+        raise OffloadError("--single-turn needs a prompt: give one with -p, -f or a pipe")
     asked_sampling(asked, None)  # raises for a wrong value before the model is loaded
     options = options_from(arguments, LoadOptions)
     check_asked(arguments.model, options)
@@ -57,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     from offload.chat.terminal import display, reader
 
     shown = display(single_turn=mode.single_turn)
-    shown.thoughts = not mode.hide_thoughts
+    shown.thoughts = not asked.hide_thoughts
     with silent(shown.moved), contextlib.ExitStack() as stack:
         read = Opening(shown, prompt) if shown.live and is_interactive() else reader()
         with read if isinstance(read, Opening) else contextlib.nullcontext():
@@ -76,12 +72,11 @@ def _loaded(
     arguments: argparse.Namespace, options: LoadOptions, asked: AnswerOptions, shown: Display
 ) -> Chat:
     """A chat with the model, and a line about it on stderr. Raises `OffloadError`."""
-    begin_loading(arguments.model, options, said=True)
+    begin_loading(arguments.model, options, said=True, chats=True)
     from offload.chat.chat import Chat
     from offload.loading import load_and_tell
 
-    threads = options_from(arguments, SharedOptions).threads
-    model, tokenizer, load_seconds = load_and_tell(arguments.model, options, threads)
+    model, tokenizer, load_seconds = load_and_tell(arguments.model, options, note=True)
     if tokenizer is None or not tokenizer.chat_template:
         raise OffloadError(f"{arguments.model} has no chat template: use offload generate --raw")
     chat = Chat(

@@ -16,7 +16,7 @@ from offload.quant.errors import OffloadError
 from offload.sampling import PARAMETERS, Sampling
 
 if TYPE_CHECKING:
-    from offload.generation.prompt import Message
+    from offload.generation.conversation import Message
 
 NAME = re.compile(r"[\w.-]+")
 # What reading JSON and converting its values raises.

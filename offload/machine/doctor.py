@@ -11,14 +11,13 @@ from pathlib import Path
 import psutil
 import torch
 
-from offload.files import offload_home, short
+from offload.files import existing, offload_home, short
 from offload.lines import reason
 from offload.machine.finding import MISSING, OK, SLOW, Finding
 from offload.machine.graphics import graphics
 from offload.machine.measure import (
     BUSY,
     about_processor,
-    existing,
     measure,
     processor_name,
     programs_a_core,
@@ -54,7 +53,7 @@ def memory() -> Iterator[Finding]:
     slow = copies < SLOW_COPY_GB_PER_S
     yield Finding(
         "RAM copies",
-        f"{copies:.1f} GB/s by one thread, an expert at a time",
+        f"{copies:.1f} GB/s by one thread, one expert per copy",
         SLOW if slow else OK,
         _slow_copies() if slow else "",
         {"gb_per_s": copies},

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from offload.files import existing
 from offload.machine.hardware import Hardware
 
 FILE_BYTES = 256 * 2**20
@@ -30,13 +31,6 @@ class DiskRate:
 
     gb_per_s: float
     how: str
-
-
-def existing(folder: Path) -> Path:
-    """`folder`, or its nearest parent that exists."""
-    while not folder.is_dir():
-        folder = folder.parent
-    return folder
 
 
 def read_rate(folder: Path, size: int = FILE_BYTES) -> DiskRate:

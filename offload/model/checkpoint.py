@@ -27,7 +27,7 @@ from transformers.core_model_loading import (
 )
 
 from offload.errors import CheckpointError, UnsupportedModelError
-from offload.model.seam import ExpertsModule
+from offload.model.seam import LAYER, ExpertsModule
 
 
 class TensorSource(Protocol):
@@ -154,7 +154,7 @@ class Checkpoint:
             }
         if missing:
             raise CheckpointError(
-                f"the checkpoint has no tensor for {min(missing)}: it is incomplete, fetch it again"
+                f"the checkpoint has no tensor for {min(missing)}: {self._why(missing)}"
             )
         for name, parameter in self._parameters.items():
             experts = self._state[name].shape[0]
@@ -166,6 +166,23 @@ class Checkpoint:
                         f"the checkpoint has {len(sources)} tensors {pattern!r} for the {experts} "
                         f"experts of {name}: it is incomplete, fetch it again"
                     )
+
+    def _why(self, missing: Set[str]) -> str:
+        """What to do about a checkpoint that lacks tensors, by the names that it has instead."""
+        names = self._source.names()
+        if any(".lora_A." in name for name in names):
+            return "it is a LoRA adapter, merge it into its base model and save that"
+        if any(".switch_mlp." in name for name in names):
+            return "its names are those of MLX, use the checkpoint that it was made from"
+        for parameter in sorted(name for name in missing if not LAYER.match(name)):
+            for name in names:
+                if name.endswith(f".{parameter}") or name.endswith(f"_{parameter}"):
+                    prefix = name.removesuffix(parameter)
+                    return (
+                        f"its names begin with {prefix!r}, as a training wrapper makes them; save "
+                        "the inner model with save_pretrained, or rename its tensors"
+                    )
+        return "it is incomplete, fetch it again"
 
     def dense(self, leave_out: Set[str] = frozenset()) -> list[tuple[str, int]]:
         """The name and the bytes of each tensor in the checkpoint that is not an expert's.

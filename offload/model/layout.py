@@ -10,12 +10,24 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 
+def read_template(folder: Path) -> str | None:
+    """The chat template in the folder of a model; None if there is none."""
+    if (file := folder / "chat_template.jinja").is_file():
+        return file.read_text(encoding="utf-8", errors="replace")
+    for name in ("tokenizer_config.json", "chat_template.json"):
+        if (file := folder / name).is_file() and (given := read_object(file).get("chat_template")):
+            return str(given)
+    return None
+
+
 def weight_files(folder: Path) -> list[str]:
     """Names of the weight files in `folder`. Raises `CheckpointError` when one is missing."""
     index = folder / INDEX
     if not index.is_file():
         if (folder / SINGLE).is_file():
             return [SINGLE]
+        if shards := _shards(folder):
+            return shards
         if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
             raise CheckpointError(
                 f"{folder} has its weights as pickle (.bin), which can run code when opened: "
@@ -24,6 +36,11 @@ def weight_files(folder: Path) -> list[str]:
         if any(folder.glob("*.gguf")):
             raise CheckpointError(
                 f"{folder} has its weights as GGUF: name the .gguf file instead of the folder"
+            )
+        if others := sorted(file.name for file in folder.glob("*.safetensors")):
+            raise CheckpointError(
+                f"{folder} has {others[0]} and neither {SINGLE} nor {INDEX}: fetch the model's "
+                "transformers checkpoint; if this is it, name the file so"
             )
         raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}: it is not a checkpoint")
     try:
@@ -42,6 +59,26 @@ def weight_files(folder: Path) -> list[str]:
     return files
 
 
+def _shards(folder: Path) -> list[str]:
+    """Names of the files of a checkpoint in several files that has no index; empty if it is none.
+
+    Raises `CheckpointError` when one is missing.
+    """
+    found = {file.name: _SHARD.fullmatch(file.name) for file in folder.glob("*.safetensors")}
+    shards = {name: match for name, match in found.items() if match}
+    if not shards:
+        return []
+    stem, count = max((match["stem"], match["count"]) for match in shards.values())
+    wanted = [f"{stem}-{at:05d}-of-{count}.safetensors" for at in range(1, int(count) + 1)]
+    if missing := [name for name in wanted if name not in shards]:
+        raise CheckpointError(
+            f"{folder} has no {INDEX}, and {len(missing)} of {len(wanted)} files are missing "
+            f"({missing[0]}, ...): fetch it again"
+        )
+    return wanted
+
+
+_SHARD = re.compile(r"(?P<stem>model)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
 _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.IGNORECASE)
 
 

@@ -2,9 +2,12 @@
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+from offload.errors import SourceError
 from offload.lines import printable
 from offload.machine.limits import check_ram
+from offload.model.layout import is_gguf, read_template
 from offload.model.names import DEMO, TEXT_FILES, find, find_here
 from offload.options import LoadOptions
 from offload.pack.recipe import AskedBits
@@ -28,16 +31,32 @@ def say_loading(model: str) -> None:
 
 
 def begin_loading(
-    model: str, options: LoadOptions, files: Sequence[str] = TEXT_FILES, *, said: bool = False
+    model: str,
+    options: LoadOptions,
+    files: Sequence[str] = TEXT_FILES,
+    *,
+    said: bool = False,
+    chats: bool = False,
 ) -> None:
     """Check the model and its options, say that loading begins, and import torch.
 
-    A model of the hub is looked up before the import. `said`: the user was told already. Raises
-    `OffloadError`.
+    A model of the hub is looked up before the import, unless `files` is empty. With `said`, the
+    user was told already. A model that `chats` needs a chat template. Raises `OffloadError`.
     """
     here = check_asked(model, options)
     if not said:
         say_loading(model)
-    if not here:
-        find(model, options, files)
+    found = find_here(model, options.pack_dir) if here and model != DEMO else None
+    if not here and files:
+        found = find(model, options, files)
+    if chats and found is not None and not options.trust_remote_code:
+        _check_template(model, found.folder)
     import_transformers()
+
+
+def _check_template(model: str, folder: Path) -> None:
+    """Raise `SourceError` if no file in `folder` can have a chat template."""
+    # The template of a GGUF file is in its metadata, and that of tekken.json in a library.
+    if is_gguf(folder) or (folder / "tekken.json").is_file() or read_template(folder) is not None:
+        return
+    raise SourceError(f"{model} has no chat template: use offload generate --raw")

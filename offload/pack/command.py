@@ -71,8 +71,8 @@ def _summary(path: Path) -> str:
 
     with contextlib.closing(Pack(path)) as pack:
         weight = pack.total_bytes * 8 / pack.parameters
-        how = f"{weight:.1f} bits a weight, {bits_name(pack.info)}"
-        return f"{gib(pack.total_bytes)} ({how}); go on with: offload chat {shlex.quote(str(path))}"
+        how = f"{weight:.1f} bits per weight, {bits_name(pack.info)}"
+        return f"{gib(pack.total_bytes)} ({how}). Next: offload chat {shlex.quote(str(path))}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,8 +154,10 @@ class ShowCommand:
         if options_from(arguments, KeepingOptions).output == "json":
             print(json.dumps(told, indent=2, ensure_ascii=False))
             return DONE
-        lines = [(name.replace("_", " "), _as_text(name, value)) for name, value in told.items()]
-        _print_table(None, [line for line in lines if line[1]])
+        names = {name: "size" if name == "bytes" else name.replace("_", " ") for name in told}
+        texts = {names[name]: _as_text(name, value) for name, value in told.items()}
+        shown = [(name, text) for name, text in texts.items() if text]
+        _print_table(None, shown)
         return DONE
 
 
@@ -214,7 +216,9 @@ def _remove(things: list[Removable], yes: bool) -> int:
     _print_table(None, rows)
     if not yes:
         if not sys.stdin.isatty():
-            raise OffloadError("nothing was removed, because nobody can be asked here: add --yes")
+            raise OffloadError(
+                "nothing was removed, because this is not a terminal to ask in: add --yes"
+            )
         print(f"Remove {'this' if len(things) == 1 else 'these'}? [y/N] ", end="", flush=True)
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             print("Nothing was removed.")

@@ -13,7 +13,7 @@ from offload.errors import CheckpointError
 from offload.files import read_object, unreadable, write_whole
 from offload.model.formats.gguf_config import save_config_files
 from offload.model.layout import INDEX, is_gguf
-from offload.model.sources import PACKED
+from offload.model.odd import PACKED
 from offload.pack.fingerprint import stamp
 from offload.pack.shelf import KeptPack
 from offload.quant.manifest import MANIFEST, manifest_check
@@ -67,25 +67,34 @@ def _config_of_pack(file: Path) -> bytes:
     return json.dumps({**config, **NOT_A_CHECKPOINT}, indent=2).encode()
 
 
-def follow(pack: KeptPack, path: Path, *, whole: bool) -> str:
+def made_from(path: Path) -> str:
+    """What the companions of a GGUF file depend on, as making its tokenizer takes seconds; empty
+    for a folder, whose files are simply compared."""
+    return f"{__version__} {stamp(path)}" if is_gguf(path) else ""
+
+
+def follow(pack: KeptPack, path: Path, *, whole: bool) -> None:
     """Give `pack` the files that now lie beside the weights of its checkpoint at `path`.
 
     Files that are no longer there are removed if `path` is `whole`, which a folder of the hub's
-    cache need not be. Returns what `Origin.companions` shall be. Raises `OffloadError`.
+    cache need not be. Raises `OffloadError`.
     """
-    made_from = f"{__version__} {stamp(path)}" if is_gguf(path) else ""
-    if made_from and made_from == pack.origin.companions:
-        return made_from  # making a tokenizer of a GGUF file takes seconds
+    if is_gguf(path) and made_from(path) == pack.origin.companions:
+        return
     found = dict(companions(path))
     known = {name: entry["sha256"] for name, entry in pack.manifest["files"].items()}
     known = {name: sha for name, sha in known.items() if _is_companion(name)}
     new = {name: hashlib.sha256(content).hexdigest() for name, content in found.items()}
     gone = known.keys() - new.keys() if whole else set()
-    changed = [name for name in new if new[name] != known.get(name)]
+    changed = [
+        name
+        for name, sha in new.items()
+        if sha != known.get(name) or not _is_there(pack.path / name, found[name])
+    ]
     if "config.json" in changed and _plain(pack.path) == _plain(path):
         changed.remove("config.json")  # earlier versions wrote no `NOT_A_CHECKPOINT`, and read none
     if not changed and not gone:
-        return made_from
+        return
     entries = {name: {"bytes": len(found[name]), "sha256": new[name]} for name in changed}
     files = {n: entry for n, entry in pack.manifest["files"].items() if n not in gone} | entries
     manifest = {**pack.manifest, "files": dict(sorted(files.items()))}
@@ -103,7 +112,11 @@ def follow(pack: KeptPack, path: Path, *, whole: bool) -> str:
             error.strerror or error,
             ", ".join(sorted([*changed, *gone])),
         )
-    return made_from
+
+
+def _is_there(file: Path, content: bytes) -> bool:
+    """Whether a file has this content; an earlier change may have been interrupted."""
+    return file.is_file() and file.read_bytes() == content
 
 
 def _plain(path: Path) -> dict[str, Any] | None:

@@ -5,21 +5,24 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from huggingface_hub import constants
 from transformers import PreTrainedConfig
 
 from offload.budget.resolve import Resolver
 from offload.errors import BudgetError, SourceError
-from offload.files import packs_folder
+from offload.files import existing, offload_home, packs_folder
 from offload.model import names, sources
-from offload.model.checkpoint import Checkpoint
+from offload.model.checkpoint import Checkpoint, ExpectedSource
+from offload.model.layout import is_gguf
 from offload.model.names import FoundModel
 from offload.model.seam import build_on_meta, find_experts, model_class
 from offload.model.sources import check_generation_config
+from offload.model.tokenizer import load_tokenizer
 from offload.options import LoadOptions
-from offload.pack.companions import follow
+from offload.pack.companions import follow, made_from
 from offload.pack.describe import PackSource
 from offload.pack.fingerprint import fingerprint, former_fingerprint, stamp
-from offload.pack.make import make_pack
+from offload.pack.make import check_room, make_pack
 from offload.pack.recipe import AskedBits, Recipe, most_bits
 from offload.pack.shelf import KeptPack, Origin, kept_packs, new_place
 from offload.quant.hqq import CPU
@@ -63,9 +66,25 @@ def find_or_make_pack(
     kept = [pack for pack in kept if pack.experts == modules]
     mark = found.commit or stamp(found.folder)
     mine = [pack for pack in kept if mark in pack.stamps]
+    if not mine and any(pack.origin.blobs for pack in kept if pack.origin.place == found.name):
+        blobs = names.weight_blobs(found)
+        mine = [pack for pack in kept if blobs and pack.origin.blobs == blobs]
     if (pack := _with_bits(mine, recipe)) is not None:
         return _used(pack, found, mark, next((p.weights for p in mine if p.weights), ""))
-    names.fetch_weights(found, local_files_only=options.local_files_only)
+    if not is_gguf(found.folder):
+        load_tokenizer(found.folder, trusts)  # raises before weights are fetched or quantised
+    if found.commit is not None and recipe is not None and config.dtype is not None:
+        expected = Checkpoint(ExpectedSource(model), model, experts)
+        info = PackSource(found.name, "", expected, model, experts).describe(recipe)
+        dense_bytes = info.dense_bytes(config.dtype.itemsize)
+        place, cache = existing(destination or folder), existing(Path(constants.HF_HUB_CACHE))
+        same = place.stat().st_dev == cache.stat().st_dev
+        missing = (names.missing_bytes(found) or 0) * same  # takes room of the pack's disk, too
+        what = "the pack, with the download," if missing else "the pack"
+        check_room(place, info.expert_bytes + dense_bytes + missing, what)
+        if resolver is not None:
+            resolver.fit(info, config, model)
+    names.fetch_weights(found)
     checkpoint = Checkpoint(sources.open_weights(found.folder, model), model, experts)
     weights = next((pack.weights for pack in mine if pack.weights), "")
     weights = weights or fingerprint(found.folder)
@@ -84,7 +103,7 @@ def find_or_make_pack(
     path = destination or new_place(folder, found.name, recipe, weights)
     make_pack(path, subject, found.folder, recipe, device)
     if (made := KeptPack.read(path)) is not None:
-        _used(made, found, mark, weights)
+        _note(made, found, mark, weights)
     return path
 
 
@@ -95,11 +114,22 @@ def _with_bits(packs: list[KeptPack], recipe: Recipe | None) -> KeptPack | None:
 
 def _used(pack: KeptPack, found: FoundModel, mark: str, weights: str) -> Path:
     """The folder of `pack`, which is now used for the checkpoint `found` and follows its files."""
-    made_from = follow(pack, found.folder, whole=found.commit is None)
-    hub = found.commit is not None or found.name == names.DEMO
-    place = found.name if hub else str(found.folder.resolve())
-    pack.note(place, mark, weights, made_from)
+    follow(pack, found.folder, whole=found.commit is None)
+    _note(pack, found, mark, weights)
     return pack.path
+
+
+def _note(pack: KeptPack, found: FoundModel, mark: str, weights: str) -> None:
+    """Note beside `pack` where its checkpoint is."""
+    named = found.commit is not None or found.folder.is_relative_to(offload_home() / names.DEMO)
+    blobs = names.weight_blobs(found)
+    pack.note(
+        mark,
+        place=found.name if named else str(found.folder.resolve()),
+        weights=weights,
+        blobs=blobs or pack.origin.blobs,
+        companions=made_from(found.folder),
+    )
 
 
 def _fitting_recipe(

@@ -125,12 +125,7 @@ def _write(writer: PackWriter, source: PackSource, folder: Path, device: torch.d
     missing = [tensors for file, tensors in files.items() if not writer.has(file)]
     needed = sum(layout.record_bytes for layout in layouts)
     needed += sum(nbytes for tensors in missing for _, nbytes in tensors)
-    place = writer.path.parent
-    if needed > (free := shutil.disk_usage(place).free):
-        raise PackError(
-            f"the pack needs {gib(needed)} and {place} has {gib(free)} free: free some space, or "
-            f"choose {ELSEWHERE}"
-        )
+    check_room(writer.path, needed)
     weights = sum(layout.weights for layout in layouts)
     quantises = any(matrix.group_size for layout in layouts for matrix in layout.matrices)
     verb = "quantising" if quantises else "packing"
@@ -150,6 +145,16 @@ def _write(writer: PackWriter, source: PackSource, folder: Path, device: torch.d
     _write_dense(writer, checkpoint, files)
     for name, data in beside:
         writer.write_file(name, data)
+
+
+def check_room(path: Path, needed: int, what: str = "the pack") -> None:
+    """Raise `PackError` unless `needed` bytes are free where `path` is, or is going to be."""
+    place = next(each for each in (path, *path.parents) if each.is_dir())
+    if needed > (free := shutil.disk_usage(place).free):
+        raise PackError(
+            f"{what} needs {gib(needed)} and {place} has {gib(free)} free: free some space, or "
+            f"choose {ELSEWHERE}"
+        )
 
 
 def _dense_files(checkpoint: Checkpoint, info: PackInfo) -> dict[str, list[tuple[str, int]]]:

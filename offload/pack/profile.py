@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from offload.files import packs_folder, read_object, user_path
-from offload.model.layout import is_gguf
+from offload.model.layout import is_gguf, read_template
 from offload.model.names import find
 from offload.options import LoadOptions
 from offload.pack.at_hand import CHOSEN, EXPERTS, checkpoints, number, stored_as
@@ -97,12 +97,7 @@ def _template(path: Path) -> str | None:
 
         found = GgufFile(path).fields.get("tokenizer.chat_template")
         return str(found) if found else None
-    file = path / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8", errors="replace")
-    settings = path / "tokenizer_config.json"
-    given = read_object(settings).get("chat_template") if settings.is_file() else None
-    return str(given) if given else None
+    return read_template(path)
 
 
 def _checkpoint_of(pack: KeptPack) -> Path | None:

@@ -31,6 +31,7 @@ class Origin:
     place: str = ""  # a folder, a GGUF file, a hub id, or "demo"; empty if it is not known
     stamps: tuple[str, ...] = ()  # of places that have these weights; a hub's commit is a stamp
     weights: str = ""  # the fingerprint
+    blobs: str = ""  # what `weight_blobs` said of the hub's files
     companions: str = ""  # what the files beside the weights were made from, if it was a GGUF file
 
     @classmethod
@@ -39,8 +40,9 @@ class Origin:
         try:
             found = json.loads((pack / ORIGIN).read_text(encoding="utf-8"))
             stamps = tuple(str(stamp) for stamp in found["stamps"])
-            rest = {name: str(found[name]) for name in ("place", "weights", "companions")}
-        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            names = ("place", "weights", "blobs", "companions")
+            rest = {name: str(found.get(name, "")) for name in names}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return cls()
         return cls(stamps=stamps, **rest)
 
@@ -116,16 +118,17 @@ class KeptPack:
         files = (self.path / name for name in (ORIGIN, "hot.json", "manifest.json"))
         return max(file.stat().st_mtime for file in files if file.is_file())
 
-    def note(self, place: str, stamp: str, weights: str, companions: str = "") -> None:
-        """Note that the pack is used for the checkpoint at `place`."""
+    def note(self, stamp: str, **rest: str) -> None:
+        """Note that the pack is used now for the checkpoint that `Origin` describes so."""
         stamps = [stamp, *(known for known in self.origin.stamps if known != stamp)]
-        Origin(place, tuple(stamps[:MOST_STAMPS]), weights, companions).write(self.path)
+        Origin(stamps=tuple(stamps[:MOST_STAMPS]), **rest).write(self.path)
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder."""
+    """Bytes of a file, or of all files in a folder; one that has several names counts once."""
     files = [path] if path.is_file() else (file for file in path.rglob("*") if file.is_file())
-    return sum(file.stat().st_size for file in files)
+    stats = [file.stat() for file in files]
+    return sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in stats}.values())
 
 
 def kept_packs(folder: Path) -> list[KeptPack]:

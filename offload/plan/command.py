@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING
 
 from offload.errors import DONE, BudgetError
 from offload.files import check_readable
-from offload.flags import add_model, add_options, option, options_from, words_of
+from offload.flags import MODEL_HELP, add_options, option, options_from, words_of
 from offload.machine.hardware import Hardware, asked_hardware
-from offload.model.names import SHAPE_FILES
+from offload.model.names import DEMO, SHAPE_FILES, find_known
 from offload.options import BITS, HUB, LoadOptions
 from offload.pack.asked import begin_loading
 from offload.units import parse_bytes
 
 if TYPE_CHECKING:
     from offload.plan.plan import Plan
+    from offload.plan.target import Target
 
 EXAMPLE = "offload plan mistralai/Mixtral-8x7B-v0.1 --gpu 4090 --ram 64GiB"
 SIZES = ("device", "vram", "ram", "context", "ubatch_size", "expert_slots")
 MOST_CARDS = 64
-LEAST_BYTES = 2**20  # of a size without a unit: a smaller number was meant as GiB
 _machine = partial(option, group="machine")
 
 
@@ -58,7 +58,12 @@ class PlanOptions:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model(parser)
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help=f"{MODEL_HELP}; without it, a table of the models that people run",
+    )
     add_options(parser, PlanOptions)
     add_options(parser, LoadOptions, SIZES, group="machine")
     add_options(parser, LoadOptions, (*BITS, *HUB))
@@ -70,8 +75,13 @@ def run(arguments: argparse.Namespace) -> int:
     options = options_from(arguments, LoadOptions)
     named = _named(asked, options)
     check_readable(asked.routing)
-    # RAM may be planned that this machine does not have.
-    begin_loading(arguments.model, replace(options, ram=None), SHAPE_FILES)
+    if arguments.model is None and asked.routing is not None:
+        raise BudgetError("--trace is of one model: name it")
+    # RAM may be planned that this machine does not have. Nothing is fetched of a known model.
+    is_known = arguments.model is None or find_known(arguments.model, options) is not None
+    begin_loading(
+        arguments.model or DEMO, replace(options, ram=None), () if is_known else SHAPE_FILES
+    )
     from offload.budget.resolve import find_place
     from offload.plan.outline import outline
     from offload.plan.plan import make_plan
@@ -80,8 +90,11 @@ def run(arguments: argparse.Namespace) -> int:
     from offload.trace.show import open_trace
 
     trace = open_trace(asked.routing) if asked.routing else None
-    model = outline(arguments.model, options)
-    target = named_machine(*named, options) if named else this_machine(find_place(options))
+    place = None if named else find_place(options)
+    model = outline(arguments.model, options) if arguments.model else None
+    target = named_machine(*named, options) if named else this_machine(place or find_place(options))
+    if model is None:
+        return _survey(target, options, asked.output)
     plan = make_plan(model, target, options, trace)
     command = _command(arguments.model, plan)
     if asked.output == "json":
@@ -95,15 +108,27 @@ def run(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def _survey(target: Target, options: LoadOptions, output: str) -> int:
+    """Write the table of known models."""
+    from offload.plan.report import to_json
+    from offload.plan.survey import survey, survey_lines
+
+    plans = survey(target, options)
+    if output == "json":
+        told = [to_json(plan, _command(known.name, plan), False) for known, plan in plans]
+        print(json.dumps(told, indent=2, ensure_ascii=False))
+        return DONE
+    for line in survey_lines(target, plans):
+        print(line, flush=True)
+    return DONE
+
+
 def _named(asked: PlanOptions, options: LoadOptions) -> tuple[Hardware, str] | None:
     """The cards of `--gpu` with a note about them; None for this machine. Raises `BudgetError`."""
     if asked.gpu is None:
         return None
     if options.device is not None:
         raise BudgetError("--device names a device of this machine: leave out --device or --gpu")
-    for text in (options.vram, options.ram):
-        if str(text).isdecimal() and 0 < (parse_bytes(text) or 0) < LEAST_BYTES:
-            raise BudgetError(f"{text!r} is that many bytes: write the unit too, like 20GiB")
     found, note = asked_hardware(asked.gpu, parse_bytes(options.vram))
     parts = (asked.gpus or str(found.cards)).split(",")
     if not all(part.strip().isdecimal() for part in parts) or parts == ["0"]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from offload.errors import CheckpointError
 from offload.files import read_object
@@ -61,11 +61,15 @@ class Outline:
 def outline(name: str, options: LoadOptions) -> Outline:
     """The model `name`: a pack, a folder, a GGUF file, a hub id or the demo.
 
-    Of a hub model only config.json and the weights' index are fetched. Raises `OffloadError`.
+    Of a hub model only config.json and the weights' index are fetched, and nothing of one whose
+    sizes `offload.model.known` has. Raises `OffloadError`.
     """
     trusts, folder, made = options.trust_remote_code, None, None
+    found = known = None
     if name == names.DEMO and not (demo.demo_folder() / "config.json").is_file():
         config = demo.planned_config()
+    elif known := names.find_known(name, options):
+        config = CONFIG_MAPPING[known.model_type](**known.values, dtype="bfloat16")
     else:
         found = names.find(name, options, names.SHAPE_FILES)
         name, folder = found.name, found.folder
@@ -89,7 +93,7 @@ def outline(name: str, options: LoadOptions) -> Outline:
         top_k,
         table,
         weights,
-        None if here or folder is None else _index_bytes(folder),
+        known.download_bytes if known else _download_bytes(found, here),
         not here,
         PackSource(name, "", checkpoint, model, experts),
     )
@@ -106,6 +110,13 @@ def _has_weights(folder: Path) -> bool:
             return False
     known = (SINGLE, "*.bin", "*.pt", "*.gguf")
     return any(True for pattern in known for _ in folder.glob(pattern))
+
+
+def _download_bytes(found: names.FoundModel | None, here: bool) -> int | None:
+    """Bytes of the weights that are not here; None if they are here, or if that is unknown."""
+    if found is not None and found.repository is not None:
+        return names.missing_bytes(found) or None
+    return None if here or found is None else _index_bytes(found.folder)
 
 
 def _index_bytes(folder: Path) -> int | None:

@@ -175,6 +175,8 @@ def make_plan(
     else:
         chosen = _best(rows)
     remedy = "" if chosen else _remedy(outline, target, options)
+    context = Resolver(options, target.place).context(outline.config)
+    options = replace(options, context=context)
     return Plan(outline, target, options, rows, chosen, remedy)
 
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from offload.files import offload_home
-from offload.machine.measure import existing
+from offload.files import existing, offload_home
 from offload.plan.forecast import CPU_PASSES, LOCAL, RATES, SLOW_PYTHON, UNIFORM, USUAL, hit_rate
 from offload.plan.plan import GOOD_BITS, Plan, PlanRow
+from offload.plan.target import Target
 from offload.units import gib
 
 COLUMNS = ("bits", "experts", "pack", "resident", "rest in", "tok/s", "range", "limit")
@@ -48,6 +48,11 @@ def _heading(plan: Plan) -> Iterator[str]:
         f"{len(info.layers)} layers of {'/'.join(map(str, counts))} experts, of which a token uses "
         f"{outline.top_k}"
     )
+    yield from machine_lines(target)
+
+
+def machine_lines(target: Target) -> Iterator[str]:
+    """The machine's memory and rates."""
     machine, memory = target.hardware, target.memory
     if target.device.type == "cpu":
         usable = f"{gib(memory.device)} of RAM"
@@ -73,21 +78,22 @@ def _table(plan: Plan) -> Iterator[str]:
 
 
 def _cells(row: PlanRow, chosen: bool) -> list[str]:
-    bits = f"{'>' if chosen else ''}{_bits(row)}"
+    bits = f"{'>' if chosen else ''}{bits_text(row)}"
     cells = [bits, gib(row.info.expert_bytes, 1), gib(row.pack_bytes, 1)]
     if row.forecast is None:
         return [*cells, "does not fit"]
     return [
         *cells,
         f"{row.slots}/{row.info.total_experts} {row.slots / row.info.total_experts:>4.0%}",
-        _rest(row),
-        _speed(row.forecast.usual),
-        f"{_speed(row.forecast.low)}-{_speed(row.forecast.high)}",
+        rest_text(row),
+        speed_text(row.forecast.usual),
+        f"{speed_text(row.forecast.low)}-{speed_text(row.forecast.high)}",
         row.forecast.limited_by,
     ]
 
 
-def _rest(row: PlanRow) -> str:
+def rest_text(row: PlanRow) -> str:
+    """Where experts without a slot are, or how many of their loads wait for the disk."""
     if row.resident:
         return "-"
     if row.rest == "RAM":
@@ -95,12 +101,13 @@ def _rest(row: PlanRow) -> str:
     return f"{row.disk_share:.0%} disk" if row.disk_share >= 0.005 else "<1% disk"
 
 
-def _bits(row: PlanRow) -> str:
+def bits_text(row: PlanRow) -> str:
     """The bits of most experts, with the group size unless it is the usual one."""
     return str(row.bits).removesuffix("g64")
 
 
-def _speed(tokens_per_s: float) -> str:
+def speed_text(tokens_per_s: float) -> str:
+    """A speed with two digits."""
     return f"{tokens_per_s:.0f}" if tokens_per_s >= 99.5 else f"{tokens_per_s:.2g}"
 
 
@@ -172,7 +179,7 @@ def notes(plan: Plan, traced: bool) -> Iterator[str]:
         yield "a pack has its bits for good: the other rows need its checkpoint"
     refused = [row for row in plan.rows if row.refusal]
     if refused:
-        yield f"at {_bits(refused[-1])} bits: {refused[-1].refusal}"
+        yield f"at {bits_text(refused[-1])} bits: {refused[-1].refusal}"
     if plan.remedy:
         yield f"with {plan.remedy} it fits"
 
@@ -209,7 +216,7 @@ def _engine(plan: Plan) -> Iterator[str]:
     rows = [row for row in plan.rows if row.forecast]
     if plan.target.device.type == "cpu" or not rows:
         return
-    by_host = [_bits(row) for row in rows if not row.on_device]
+    by_host = [bits_text(row) for row in rows if not row.on_device]
     on_card = "steps are planned on the card (a token is one CUDA graph), as --engine auto does"
     why = " or ".join(dict.fromkeys(_why_host(plan, row) for row in rows if not row.on_device))
     if not by_host:

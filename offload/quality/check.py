@@ -23,14 +23,14 @@ from transformers import (
 from offload.budget.resolve import find_device
 from offload.engine.handle import Offload
 from offload.errors import QualityError, SourceError
-from offload.files import read_text, user_path
+from offload.files import read_text
+from offload.generation.rope import follow_length
 from offload.lines import reason
 from offload.model import names
 from offload.options import LoadOptions
 from offload.progress import without_bars
 from offload.quality.comparison import Comparison, Positions, kl_divergence
 from offload.quality.scoring import Report, Scores, Sliding, Text, encode_text, finite, score_all
-from offload.quant.manifest import is_pack
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase | None]
 FLOAT_BYTES = 4
@@ -133,7 +133,8 @@ def opened(loader: ModelLoader) -> Iterator[Loaded]:
 def reference_bits(name: str) -> str | None:
     """The `bits` that the reference `name` is loaded with: all 16, but None for a pack, which has
     its own."""
-    return None if is_pack(user_path(name)) else UNQUANTISED
+    found = None if name == names.DEMO else names.find_here(name)
+    return None if found is not None and found.is_pack else UNQUANTISED
 
 
 def load_plain(source: str, options: LoadOptions) -> Loaded:
@@ -145,14 +146,17 @@ def load_plain(source: str, options: LoadOptions) -> Loaded:
     found = names.find(source, options)
     if found.is_pack:
         raise SourceError(f"{source} is a pack, which transformers cannot run: omit --plain")
-    names.fetch_weights(found, local_files_only=options.local_files_only)
+    names.fetch_weights(found)
     own = {"local_files_only": True, "trust_remote_code": options.trust_remote_code}
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     where = {"": find_device(options.device)}
     try:
         with without_bars():
             model = AutoModelForCausalLM.from_pretrained(
                 found.folder, dtype="auto", device_map=where, **own
             )
+        follow_length(model)
         return model, AutoTokenizer.from_pretrained(found.folder, **own)
     except (OSError, ValueError, KeyError) as error:  # of a config class or a tokenizer class
         raise SourceError(f"transformers cannot run {source} alone ({reason(error)})") from None

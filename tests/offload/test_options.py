@@ -181,7 +181,7 @@ def test_options_that_left_are_usage_errors(flag: str, capsys: pytest.CaptureFix
 def test_a_fit_keeps_the_options_that_it_was_made_from(mixtral_pack: Path) -> None:
     asked = LoadOptions(device="cpu", ram="1GiB", context=77, dtype=torch.float32)
     model, _ = load_with(mixtral_pack, asked)
-    assert model.offload.fit.options is asked
+    assert model.offload.fit.options == asked
     assert model.offload.fit.ram == 2**30
     model.offload.close()
 
@@ -193,7 +193,7 @@ def test_a_command_that_loads_a_model_says_what_each_card_holds(
     model, tokenizer, seconds = load_and_tell(str(mixtral_pack), asked)
     assert tokenizer is not None
     assert seconds > 0
-    assert capsys.readouterr().err.startswith("card 0: ")
+    assert capsys.readouterr().err.startswith("GPU 0: ")
     model.offload.close()
 
 

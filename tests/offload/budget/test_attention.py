@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -93,14 +94,13 @@ def test_scores_are_in_the_budget_and_the_options_have_the_shorter_chunk(
     mixtral_pack: Any,
 ) -> None:
     pack = Pack(mixtral_pack)
-    config, cpu = tiny_config("mixtral"), torch.device("cpu")
+    config = tiny_config("mixtral", max_position_embeddings=100_000)
+    scored, cpu = _eager(deepcopy(config)), torch.device("cpu")
     asked = LoadOptions(dtype=BF16, context=100_000)
     resolver = Resolver(asked, Place(cpu, Memory(2 * GIB, 2 * GIB)))
-    fused, eager = (
-        resolver.budget(pack.info, each) for each in (config, _eager(tiny_config("mixtral")))
-    )
-    a_token = score_bytes(_eager(tiny_config("mixtral")), 100_000, 2)
-    tokens = resolver.fit(pack.info, _eager(tiny_config("mixtral"))).ubatch
+    fused, eager = (resolver.budget(pack.info, each) for each in (config, scored))
+    a_token = score_bytes(scored, 100_000, 2)
+    tokens = resolver.fit(pack.info, scored).ubatch
     assert 0 < tokens < resolver.fit(pack.info, config).ubatch == 2048
     assert tokens * a_token <= 2 * GIB // 8 < 2 * tokens * a_token
     cells = 2 * 2 * config.hidden_size * 4  # a token's, as for any model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,7 @@ def test_rows_that_prompts_are_streamed_through_are_counted_unless_everything_fi
     assert _budget(2340 + 1000, staging=2).slots(8) == 8
     assert _budget(2340 + 2400, staging=2).slots(None) == 24
     assert _budget(2340 + 2399, staging=2).slots(None) == 21
-    with pytest.raises(BudgetError, match=r"needs 9 .* 8 fit in .* prompts are streamed through"):
+    with pytest.raises(BudgetError, match=r"to stream prompts through, and 9 expert .* 8 fit"):
         _budget(2340 + 1000, staging=2).slots(9)
 
 
@@ -164,7 +165,7 @@ def test_small_records_get_more_rows_and_a_cpu_none_of_its_own() -> None:
 def test_without_room_for_one_slot_the_shortage_and_the_flags_are_named(
     available: int, asked: int | None
 ) -> None:
-    with pytest.raises(BudgetError, match="needs 1 expert slot of") as caught:
+    with pytest.raises(BudgetError, match=r"not enough memory: .* and 1 expert slot of") as caught:
         _budget(available).slots(asked)
     message = str(caught.value)
     for flag in ("--ctx-size", "--expert-bits", "--expert-slots", "--vram", "--ram"):
@@ -172,7 +173,7 @@ def test_without_room_for_one_slot_the_shortage_and_the_flags_are_named(
 
 
 def test_more_slots_than_fit_are_refused_not_cut() -> None:
-    with pytest.raises(BudgetError, match=r"needs 11 expert slots .* 10 fit in"):
+    with pytest.raises(BudgetError, match=r"and 11 expert slots .* 10 fit"):
         _budget(2340 + 1000).slots(11)
 
 
@@ -241,8 +242,41 @@ def test_a_longer_context_leaves_room_for_fewer_experts(mixtral: Path, tmp_path:
         model.offload.close()
         return count
 
-    short, long = slots(64), slots(600)
+    short, long = slots(64), slots(512)
     assert 1 <= long < short < TOTAL
+
+
+SCALED = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+
+
+@pytest.mark.parametrize(
+    ("asked", "rope", "holds"),
+    [
+        (0, None, 512),
+        (64, None, 64),
+        (4096, None, 512),  # the default
+        (4096, SCALED, 4096),
+        (600, SCALED, 600),
+        (0, SCALED, 512),
+    ],
+)
+def test_a_context_has_as_many_tokens_as_asked_and_no_more_than_the_model(
+    asked: int, rope: dict[str, Any] | None, holds: int
+) -> None:
+    config = tiny_config("mixtral", **({"rope_parameters": rope} if rope else {}))
+    place = Place(torch.device("cpu"), Memory(2**30, 2**30))
+    assert Resolver(LoadOptions(context=asked), place).context(config) == holds
+
+
+def test_a_context_longer_than_the_model_is_refused() -> None:
+    config = tiny_config("mixtral")
+    resolver = Resolver(LoadOptions(context=513), Place(torch.device("cpu"), Memory(2**30, 2**30)))
+    with pytest.raises(BudgetError, match="of 513 tokens is more than the model's 512 positions"):
+        resolver.context(config)
+    config.max_position_embeddings = 0
+    assert resolver.context(config) == 513
+    with pytest.raises(BudgetError, match="does not tell its context: give --ctx-size"):
+        replace(resolver, options=LoadOptions(context=0)).context(config)
 
 
 # Latent attention, recurrent and compressed states, windows.
@@ -326,7 +360,7 @@ def test_the_cache_of_fixed_size_is_counted_as_it_is(model_type: str) -> None:
 def test_a_gpus_budget_has_room_for_the_cache_of_fixed_size(
     engine: str, device: str, twice: bool, mixtral_pack: Path
 ) -> None:
-    config = tiny_config("mixtral")
+    config = tiny_config("mixtral", max_position_embeddings=4096)
     a_token = 2 * 3 * 2 * 16 * 4
     asked = LoadOptions(dtype=torch.float32, ubatch_size=32, engine=engine)
     resolver = Resolver(asked, Place(torch.device(device), Memory(2**30, 2**30)))

@@ -25,7 +25,7 @@ from tests.tiny import save_tiny
 
 PROMPT = torch.arange(5, 25)[None]
 CPUS = ("cpu", "cpu")
-ON_SEVERAL = ["steps are planned on the host: the model is on several cards"]
+ON_SEVERAL = ["the CPU decides what to load: the model is on several GPUs"]
 
 
 def _load(folder: Path, **options: Any) -> PreTrainedModel:
@@ -211,7 +211,7 @@ def test_memory_runs_out_with_one_slot_left_on_each_card(tmp_path: Path) -> None
     for left in (4, 3, 2):
         engine.give_back(0)
         assert engine.cache.table.slots == left
-    with pytest.raises(GenerationError, match="one expert slot left on each card"):
+    with pytest.raises(GenerationError, match="one expert slot left on each GPU"):
         engine.give_back(0)
     for ours, theirs in zip(_logits(model), expected, strict=True):
         assert torch.equal(ours, theirs)

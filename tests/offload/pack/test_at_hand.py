@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import cli
 from offload.options import LoadOptions
 from offload.pack.find import find_or_make_pack
+from offload.pack.shelf import size_of
 from offload.quant.manifest import is_pack
 
 HUB_ID = "somebody/tiny-mixtral"
@@ -257,3 +258,9 @@ def test_prune_keeps_a_pack_whose_checkpoint_is_gone(run: Run, checkpoint: Path)
 def test_nothing_is_left_beside_a_pack_that_was_made(checkpoint: Path, home: Path) -> None:
     pack = make(checkpoint)
     assert list((home / "packs").iterdir()) == [pack]
+
+
+def test_a_file_of_the_hubs_cache_counts_once(tmp_path: Path) -> None:
+    (tmp_path / "blob").write_bytes(bytes(1000))
+    (tmp_path / "model.safetensors").symlink_to(tmp_path / "blob")
+    assert size_of(tmp_path) == 1000

@@ -8,7 +8,9 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import huggingface_hub.constants
 import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM
@@ -241,3 +243,97 @@ def test_a_damaged_note_is_no_harm(checkpoint: Path) -> None:
         kept = KeptPack.read(pack)
         assert kept is not None
         assert kept.origin.weights == fingerprint(checkpoint)
+
+
+# --- commits of the hub --------------------------------------------------------------------------
+
+HUB_ID = "somebody/tiny"
+
+
+@pytest.fixture
+def hub(mixtral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """Makes a commit of `HUB_ID`, whose files are links to blobs, as in the hub's cache."""
+    repository = tmp_path / "hub" / "models--somebody--tiny"
+    for folder in ("refs", "blobs"):
+        (repository / folder).mkdir(parents=True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def commit(letter: str) -> Path:
+        snapshot = repository / "snapshots" / (letter * 40)
+        snapshot.mkdir(parents=True)
+        for file in mixtral.iterdir():
+            blob = repository / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
+            if not blob.exists():
+                shutil.copy(file, blob)
+            (snapshot / file.name).symlink_to(blob)
+        (repository / "refs" / "main").write_text(letter * 40)
+        return snapshot
+
+    return commit
+
+
+def test_a_commit_that_leaves_the_weights_alone_uses_the_pack_and_brings_its_files(
+    hub: Callable[[str], Path], home: Path
+) -> None:
+    hub("a")
+    pack = found(HUB_ID)
+    template = hub("b") / "chat_template.jinja"
+    template.unlink()
+    template.write_text("mended")
+    assert found(HUB_ID) == pack
+    assert (pack / "chat_template.jinja").read_text() == "mended"
+    assert made_anew(home) == ["tiny-e4"]
+
+
+def test_weights_that_were_removed_are_not_fetched_for_a_new_readme(
+    hub: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = hub("a")
+    pack = found(HUB_ID)
+    sha = (old / "model.safetensors").resolve().name
+    new = hub("b")
+    (new / "model.safetensors").resolve().unlink()
+    for folder in (old, new):
+        (folder / "model.safetensors").unlink()
+    small = [file.name for file in new.iterdir() if file.is_file()]
+    listed = [
+        SimpleNamespace(rfilename=name, size=1, lfs=None, blob_id="small") for name in small
+    ] + [
+        SimpleNamespace(
+            rfilename="model.safetensors", size=1, lfs=SimpleNamespace(sha256=sha), blob_id=""
+        )
+    ]
+    told = SimpleNamespace(sha="b" * 40, siblings=listed)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: told)
+    monkeypatch.setattr(finding.names, "fetch_weights", lambda *_, **__: pytest.fail("fetched"))
+    assert found(HUB_ID) == pack
+    assert found(HUB_ID) == pack
+
+
+def test_a_change_that_was_interrupted_is_made_good(checkpoint: Path) -> None:
+    pack = found(checkpoint)
+    (pack / "chat_template.jinja").write_text("half a chan")
+    assert found(checkpoint) == pack
+    Pack(pack).close()
+
+
+def test_a_folder_called_demo_is_not_the_demo(checkpoint: Path) -> None:
+    folder = checkpoint.rename(checkpoint.with_name("demo"))
+    kept = KeptPack.read(found(folder))
+    assert kept is not None
+    assert kept.origin.place == str(folder)
+
+
+def test_the_tokenizer_of_a_gguf_file_is_made_again_by_another_version_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "tiny.gguf"
+    write_gguf(file, save_tiny("qwen3_moe", tmp_path / "tiny"))
+    pack = found(file)
+    content = (pack / "generation_config.json").read_bytes()
+    (pack / "generation_config.json").write_bytes(b"{}")
+    assert found(file) == pack
+    assert (pack / "generation_config.json").read_bytes() == b"{}"
+    monkeypatch.setattr("offload.pack.companions.__version__", "another")
+    assert found(file) == pack
+    assert (pack / "generation_config.json").read_bytes() == content

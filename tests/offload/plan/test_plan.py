@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
 
@@ -21,13 +20,17 @@ from offload.cache.trace.file import write
 from offload.cache.trace.synthetic import Routing, Shape, synthesize
 from offload.engine.handle import offload_of
 from offload.fit import Card
+from offload.machine import limits
 from offload.machine.measure import DiskRate
+from offload.machine.memory import Ram
 from offload.model import demo
+from offload.model.known import BY_NAME
 from offload.options import LoadOptions
 from offload.pack.recipe import Recipe
-from offload.plan import outline, target
+from offload.plan import outline, survey, target
 from offload.units import SHARE
 from tests.gguf_files import write_gguf
+from tests.hub import stand_in
 from tests.published import PUBLISHED
 from tests.tiny import EXPERTS, LAYERS, save_tiny
 
@@ -51,6 +54,7 @@ def quick_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         target, "measure", lambda device: replace(rates, runs_ahead=device.type != "cpu")
     )
+    monkeypatch.setattr(limits, "ram", lambda: Ram(2**40, 2**40))
     monkeypatch.setattr(target, "read_rate", lambda folder, size: DiskRate(3.0, "by a test"))
 
 
@@ -224,7 +228,7 @@ def test_a_card_without_a_profile_is_planned_as_the_nearest(
 ) -> None:
     plan = planned(capsys, mixtral_config, "--gpu", "RTX 5080 Super 24GB", "--ram", "64GiB")
     assert plan["machine"]["memory_bytes"] == int(24 * GIB * SHARE)
-    assert plan["notes"][0].startswith("no card is known as 'RTX 5080 Super 24GB'")
+    assert plan["notes"][0].startswith("no GPU is known as 'RTX 5080 Super 24GB'")
 
 
 def test_a_wrong_machine_is_told_before_the_hub_is_asked(
@@ -300,7 +304,7 @@ def test_a_pack_can_only_be_run_with_its_own_bits(
 ) -> None:
     plan = planned(capsys, mixtral_pack)
     assert plan["rows"][plan["chosen"]]["bits"] == "4g64"
-    assert plan["command"] == f"offload chat {mixtral_pack} -c 4096"
+    assert plan["command"] == f"offload chat {mixtral_pack} -c 512"
     assert "is a pack with experts=4g64" in told(capsys, mixtral_pack, "--expert-bits", 3)
 
 
@@ -376,22 +380,22 @@ def test_a_model_that_does_not_fit_is_reported_with_a_remedy(
     bits = remedy[1]
     plan = planned(capsys, tmp_path, "--gpu", "4090", "--ram", "512GiB", "--dense-bits", bits)
     assert plan["chosen"] is not None
-    assert "0 fit in 7.20 GiB" in told(capsys, tmp_path, "--gpu", "4090", "--vram", "8GiB")
+    assert "7.20 GiB allowed" in told(capsys, tmp_path, "--gpu", "4090", "--vram", "8GiB")
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--gpu", "Voodoo 2"], "unknown GPU 'Voodoo 2': write a name like 4070"),
-        (["--gpus", "0,1"], "there is no device 'cuda:0' here"),
-        (["--gpu", "4090", "--gpus", "two"], "--gpus 'two' is not a number of GPUs"),
+        (["--gpus", "0,1"], "device 'cuda:0' is not supported here: use cpu"),
+        (["--gpu", "4090", "--gpus", "two"], "--gpus 'two' is not a list of GPUs"),
         (["--gpu", "4090", "--gpus", "65"], "at most 64"),
         (["--gpu", "4090", "--device", "cpu"], "--device names a device of this machine"),
         (["--gpu", "4090", "--ram", "x"], "is not a size"),
         (["--expert-slots", "x"], "error: 'x' is not a number of expert slots"),
         (["--expert-slots", "0"], "error: 0 expert slots: at least one is needed"),
         (["--gpu", "4090", "--ram", "64"], "'64' is that many bytes: write the unit too"),
-        (["--gpu", "4090", "--vram", "0"], "0 fit in 0.0 MiB"),
+        (["--gpu", "4090", "--vram", "0"], "0.0 MiB allowed"),
         (["--trace", "/nowhere"], "/nowhere"),
         (["--bits", "q9"], "is not a rule for bits"),
     ],
@@ -458,27 +462,24 @@ def test_a_gguf_file_is_planned_from_its_header(
 def test_only_config_and_index_of_a_hub_model_are_fetched(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "snapshots" / "0123"
+    folder = tmp_path / "there"
     MIXTRAL.config().save_pretrained(folder)
-    index = {"metadata": {"total_size": 93_405_585_408}, "weight_map": {"x": "model-1.safetensors"}}
+    index = {"metadata": {}, "weight_map": {"x": "model-1.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    fetched: list[list[str]] = []
-
-    def snapshot(name: str, *, allow_patterns: list[str], **_: object) -> str:
-        fetched.append(allow_patterns)
-        return str(folder)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    plan = planned(capsys, "mistralai/Mixtral-8x7B-v0.1", "--gpu", "4090", "--ram", "64GiB")
-    assert fetched == [["config.json", "*.index.json"]] * 2  # before torch is imported, and after
-    assert plan["download_bytes"] == 93_405_585_408
-    assert plan["command"].startswith("offload chat mistralai/Mixtral-8x7B-v0.1 ")
+    for name, size in (("model-1.safetensors", 12345), ("tokenizer.json", 9), ("other.bin", 7)):
+        (folder / name).write_bytes(bytes(size))
+    with stand_in(tmp_path / "cache", monkeypatch) as hub:
+        hub.folders["somebody/mixtral"] = folder
+        plan = planned(capsys, "somebody/mixtral", "--gpu", "4090", "--ram", "64GiB")
+        assert hub.fetched() == {"config.json", "model.safetensors.index.json"}
+    assert plan["download_bytes"] == 12345
+    assert plan["command"].startswith("offload chat somebody/mixtral ")
 
 
 def test_a_hub_model_that_is_not_here_is_reported_in_one_line_when_offline(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert "the hub cannot be reached" in told(capsys, "nobody/nothing")
+    assert "huggingface.co cannot be reached" in told(capsys, "nobody/nothing")
 
 
 def test_a_checkpoint_with_its_weights_is_read_from_their_headers(
@@ -491,3 +492,36 @@ def test_a_checkpoint_with_its_weights_is_read_from_their_headers(
     plan = planned(capsys, tmp_path, "--bits", "experts=16")
     assert plan["rows"][0]["expert_bytes"] >= 2 * plan["parameters"], "stored as float32"
     assert not any("config.json" in note for note in plan["notes"])
+
+
+def test_a_known_model_is_planned_without_the_hub(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = planned(capsys, "mixtral-8x7b", "--gpu", "4090", "--ram", "64GiB")
+    assert plan["parameters"] == MIXTRAL.weights
+    assert plan["download_bytes"] == 2 * MIXTRAL.weights
+    assert plan["command"] == "offload chat mixtral-8x7b --expert-bits 4 -c 4096"
+    by_id = planned(
+        capsys, "mistralai/Mixtral-8x7B-Instruct-v0.1", "--gpu", "4090", "--ram", "64GiB"
+    )
+    assert by_id["rows"] == plan["rows"]
+
+
+def test_without_a_model_there_is_a_table_of_known_ones(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = [BY_NAME[name] for name in ("olmoe", "mixtral-8x7b", "deepseek-v3")]
+    monkeypatch.setattr(survey, "KNOWN", few)
+    machine = ["--gpu", "4090", "--ram", "64GiB"]
+    assert cli.main(["plan", *machine]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    lines = out.splitlines()
+    small, middle, large = (
+        next(line for line in lines if line.startswith(each.name)) for each in few
+    )
+    assert small.split()[1:5] == ["12.9", "GiB", "8", "7.3"]
+    assert middle.split()[1:5] == ["87.0", "GiB", "4", "26.6"]
+    assert "disk" in large
+    assert cli.main(["plan", *machine, "-o", "json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [plan["model"] for plan in told] == [each.name for each in few]
+    assert told[1] == planned(capsys, "mixtral-8x7b", *machine)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import builtins
 import io
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -112,14 +109,7 @@ def test_a_trace_is_drawn_as_png(trace_file: Path, tmp_path: Path) -> None:
 def test_a_png_without_matplotlib_says_how_to_get_it(
     trace_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real: Callable[..., Any] = builtins.__import__
-
-    def without(name: str, *rest: Any) -> Any:
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return real(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert cli.main(["trace", "plot", str(trace_file), "-o", "x.png"]) == 1
     assert "pip install matplotlib" in capsys.readouterr().err
 
@@ -129,4 +119,4 @@ def test_a_png_that_cannot_be_written_is_told(
 ) -> None:
     pytest.importorskip("matplotlib")
     assert cli.main(["trace", "plot", str(trace_file), "-o", "/nowhere/x.png"]) == 1
-    assert "cannot write /nowhere/x.png" in capsys.readouterr().err
+    assert "cannot write the picture to /nowhere/x.png" in capsys.readouterr().err

@@ -95,9 +95,9 @@ def test_a_checkpoint_gives_the_logits_of_its_dequantised_weights(
         folder, device="cpu", expert_bits=16, dtype=torch.float32, expert_slots=3
     )
     ours = _logits(model)
-    config = json.loads((model.offload.pack.path / "config.json").read_text())
     model.offload.close()
-    assert "quantization_config" not in config
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
     tensors = load_file(folder / FILE)
     plain = {n: t for n, t in tensors.items() if not n.endswith("_scale_inv")}
     for name, value in plain.items():
@@ -110,6 +110,93 @@ def test_a_checkpoint_gives_the_logits_of_its_dequantised_weights(
     (folder / "config.json").write_text(json.dumps(config))
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert (ours - _logits(theirs)).abs().max() < 1e-5
+
+
+def _compressed(shape: list[int], **weights: Any) -> dict[str, Any]:
+    """The `quantization_config` of compressed-tensors for float8 weights, as llm-compressor writes
+    it."""
+    kind = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False, **weights}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "float-quantized",
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {"strategy": "block", "block_structure": shape, **kind},
+                "input_activations": {"num_bits": 8, "type": "float", "dynamic": True},
+            }
+        },
+        "ignore": ["lm_head", "re:.*gate$"],
+        "kv_cache_scheme": None,
+    }
+
+
+def test_float8_of_compressed_tensors_is_read_exactly_as_fp8(tmp_path: Path) -> None:
+    logits = []
+    for name in ("fp8", "compressed"):
+        folder = tmp_path / name
+        save_tiny("qwen3_moe", folder, hidden_size=80)
+        make_fp8(folder, suffix="_scale_inv" if name == "fp8" else "_scale")
+        if name == "compressed":
+            config = json.loads((folder / "config.json").read_text())
+            config["quantization_config"] = _compressed(list(BLOCK))
+            (folder / "config.json").write_text(json.dumps(config))
+        model, _ = offload.load(folder, device="cpu", expert_bits=16, dtype=torch.float32)
+        logits.append(_logits(model))
+        model.offload.close()
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("strategy", ["channel", "tensor"])
+def test_scales_of_compressed_tensors_may_be_of_rows_or_tensors(
+    strategy: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "compressed"
+    save_tiny("qwen3_moe", folder)
+    tensors: dict[str, Tensor] = {}
+    exact: dict[str, Tensor] = {}
+    for name, value in load_file(folder / FILE).items():
+        tensors[name] = exact[name] = value
+        if ".layers." in name and value.dim() == 2 and ".gate.weight" not in name:
+            amax = value.abs().amax(1, keepdim=True) if strategy == "channel" else value.abs().max()
+            scale = (amax / 448).to(torch.bfloat16).reshape(-1, 1)
+            scale = scale if strategy == "channel" else scale.reshape(1)
+            tensors[name] = (value / scale.float()).to(torch.float8_e4m3fn)
+            tensors[name + "_scale"] = scale
+            exact[name] = tensors[name].to(torch.bfloat16) * scale
+    save_file(tensors, folder / FILE, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    compressed = _compressed([128, 128], strategy=strategy)
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": compressed}))
+    model, _ = offload.load(folder, device="cpu", expert_bits=16, dtype=torch.float32)
+    ours = _logits(model)
+    model.offload.close()
+    save_file(exact, folder / FILE, metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert (ours - _logits(theirs)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": "pack-quantized"},
+        {"format": "float-quantized", "config_groups": {}},
+        {"transform_config": {"config_groups": {"R1": {}}}},
+        {"sparsity_config": {"format": "sparse-24-bitmask"}},
+        {"config_groups": {"group_0": {"weights": {"num_bits": 4, "type": "float"}}}},
+        {"config_groups": {"group_0": {"weights": {"num_bits": 8, "type": "int"}}}},
+    ],
+)
+def test_what_else_compressed_tensors_can_do_is_refused(
+    change: dict[str, Any], tmp_path: Path
+) -> None:
+    save_tiny("qwen3_moe", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {**_compressed([128, 128]), **change}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(OffloadError, match=r"already quantised \(compressed-tensors, .*not read"):
+        read_config("it", tmp_path, trust_remote_code=False)
 
 
 def make_fp8_of(model_type: str, folder: Path) -> Path:

@@ -19,6 +19,7 @@ from offload import CheckpointError
 from offload.model.formats import scaled
 from offload.model.formats.safetensors import SafetensorsSource
 from offload.model.formats.scaled import Mxfp4Source
+from offload.model.odd import PACKED
 from tests.tiny import EXPERTS, LAYERS, save_tiny
 
 FILE = "model.safetensors"
@@ -71,7 +72,7 @@ def test_a_checkpoint_gives_transformers_own_logits(checkpoint: Path) -> None:
     config = json.loads((model.offload.pack.path / "config.json").read_text())
     model.offload.close()
     theirs = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    assert "quantization_config" not in config
+    assert config["quantization_config"] == {"quant_method": PACKED}
     assert (ours - _logits(theirs)).abs().max() < 1e-5
 
 
