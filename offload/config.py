@@ -74,7 +74,9 @@ def _environment() -> Iterator[tuple[str, str, str]]:
         elif variable.startswith(PREFIX) and (
             close := difflib.get_close_matches(variable, variables, n=1, cutoff=0.85)
         ):
-            raise OffloadError(f"{variable} is no option: did you mean {close[0]}? Else unset it")
+            raise OffloadError(
+                f"{variable} is not an option (did you mean {close[0]}?): rename or unset it"
+            )
 
 
 def _file(model: str | None) -> Iterator[tuple[str, str, Any]]:

@@ -1,8 +1,12 @@
 """Reads what users name, writes files whole or not at all, and takes care of standard streams."""
 
+import contextlib
 import io
 import json
+import logging
 import os
+import select
+import stat
 import sys
 from errno import EISDIR, ELOOP, ENAMETOOLONG
 from pathlib import Path
@@ -11,7 +15,18 @@ from typing import Any, TextIO
 from offload.errors import CheckpointError, SourceError
 from offload.quant.errors import OffloadError
 
+logger = logging.getLogger("offload")
 MOST_CHARACTERS = 2**24  # in a prompt; more than any context holds, but little beside any RAM
+TRACE, TIMELINE, PICTURE, BASELINE = "routing trace", "timeline", "picture", "baseline"
+# Kind of file -> bytes that each of ours has near its beginning or its end.
+MARKS = {
+    TRACE: b"offload-trace",
+    TIMELINE: b'"moe-offload":',
+    PICTURE: b"drawn by moe-offload",
+    BASELINE: b"moe-offload quality baseline",
+}
+PATIENCE = 2.0  # seconds without text on stdin until the user is told
+ENDS = 2**16  # bytes of a file's beginning, and of its end, in which a mark is looked for
 
 
 def read_text(file: TextIO, name: str) -> str:
@@ -32,13 +47,36 @@ def asked_text(file: Path | None, what: str) -> str:
 
     Raises `OffloadError`.
     """
+    if file is None:
+        return read_text(sys.stdin, f"the piped {what}")
     try:
-        if file is None:
-            return read_text(sys.stdin, f"the piped {what}")
-        with user_path(file).open(encoding="utf-8") as handle:
-            return read_text(handle, f"the {what}")
-    except (OSError, OffloadError) as error:
-        raise OffloadError(f"cannot read the {what} from {file or 'stdin'}: {error}") from None
+        with user_path(file).open(encoding="utf-8-sig") as handle:
+            return read_text(handle, f"the {what} in {file}")
+    except OSError as error:
+        reason = error.strerror or error
+        raise OffloadError(f"cannot read the {what} from {file}: {reason}") from None
+
+
+def has_piped() -> bool:
+    """Whether stdin is a pipe or a file, which may hold text, and not a terminal or a device."""
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (OSError, ValueError):  # a closed stdin, or one that Python code has put there
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode)
+
+
+def piped_text(what: str) -> str:
+    """The text on stdin, which messages call the `what`. Raises `OffloadError`.
+
+    A line on stderr says so while nothing comes, because a script may have left its stdin open.
+    """
+    with contextlib.suppress(OSError, ValueError):  # Windows cannot wait for a pipe
+        if not select.select([sys.stdin], [], [], PATIENCE)[0]:
+            print(
+                f"waiting for the {what} on stdin (if there is none: < /dev/null)", file=sys.stderr
+            )
+    return asked_text(None, what)
 
 
 def user_path(text: str | Path) -> Path:
@@ -53,10 +91,10 @@ def user_path(text: str | Path) -> Path:
             f"{text}: that home folder is not known: write the path out, or set OFFLOAD_HOME"
         ) from None
     except ValueError as error:
-        raise SourceError(f"{str(text)!r} is no path ({error}): correct it") from None
+        raise SourceError(f"{str(text)!r} is not a path ({error}): correct it") from None
     except OSError as error:  # whoever opens the file reports that it is missing or unreadable
         if error.errno in (ELOOP, ENAMETOOLONG):
-            raise SourceError(f"{text} is no path ({error.strerror}): correct it") from None
+            raise SourceError(f"{text} is not a path ({error.strerror}): correct it") from None
     return path
 
 
@@ -69,11 +107,46 @@ def check_readable(file: str | Path | None) -> None:
         raise SourceError(f"cannot read {file}: {error.strerror or error}") from None
 
 
-def check_writable(file: Path) -> None:
-    """Raise the `OSError` now that writing `file` would raise after long work."""
-    if file.is_dir():
-        raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
-    file.touch()
+def check_output(file: str | Path | None, kind: str) -> None:
+    """Check that `file`, unless it is None, can become a `kind` of file, without changing anything.
+
+    Raises `OffloadError` if it cannot be written, or if it holds anything but an earlier file of
+    the same kind, of which `MARKS` lists all. Devices and pipes are not looked into.
+    """
+    if file is None:
+        return
+    path = user_path(file)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
+        exists = path.exists()
+        if exists and not path.is_file():
+            return
+        with path.open("ab"):
+            pass
+        if not exists:
+            path.resolve().unlink()  # a link that led nowhere does so again
+        elif path.stat().st_size and MARKS[kind] not in _ends_of(path):
+            raise OffloadError(
+                f"{file} exists and is no {kind} of ours: name another file, or move this one away"
+            )
+    except OSError as error:
+        reason = error.strerror or error
+        raise OffloadError(f"cannot write the {kind} to {file} ({reason}): name another") from None
+
+
+def _ends_of(file: Path) -> bytes:
+    """The beginning and the end of `file`, where `MARKS` are."""
+    with file.open("rb") as handle:
+        begin = handle.read(ENDS)
+        handle.seek(max(0, file.stat().st_size - ENDS))
+        return begin + handle.read()
+
+
+def tell_replaced(file: Path, kind: str) -> None:
+    """Log that `file` is about to be replaced, if there is something in it."""
+    if file.is_file() and file.stat().st_size:
+        logger.warning("the earlier %s in %s is replaced", kind, file)
 
 
 def write_whole(file: Path, data: bytes) -> None:
@@ -160,7 +233,7 @@ def check_streams() -> None:
         sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115
     if sys.stdout is None:
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
-        raise OffloadError("stdout is closed: there is nowhere to write to, open it")
+        raise OffloadError("stdout is closed: redirect it to a file or a terminal")
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A character that the encoding of stdout lacks must not end an answer.
         sys.stdout.reconfigure(errors="replace")

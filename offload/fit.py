@@ -38,7 +38,7 @@ class Share:
         """The share as one line for people."""
         layers = f"{len(self.blocks)} layer{'s' * (len(self.blocks) > 1)}"
         return (
-            f"card {self.number}: {layers}, {self.slots} slots for {self.experts} experts, beside "
+            f"GPU {self.number}: {layers}, {self.slots} of {self.experts} experts in memory, plus "
             f"{gib(self.dense)} of dense weights and {gib(self.kv_cache)} of KV cache"
         )
 

@@ -47,7 +47,7 @@ _MAPPED = "is not needed: a pack is mapped into memory, and --ram limits what is
 _CHAT = "is not needed: offload chat is a conversation; -st answers one prompt"
 _COLOUR = "is not needed: a terminal gets colours; NO_COLOR=1 in the environment turns them off"
 _CACHE_TYPE = "has no equivalent: the KV cache has the type of the model; -c makes it smaller"
-_SPLIT = "is not needed: --gpus 0,1 shares by free memory; --vram 20GiB,10GiB sets each card's part"
+_SPLIT = "is not needed: --gpus 0,1 shares by free memory; --vram 20GiB,10GiB sets each GPU's part"
 _TEMPLATE = "is not needed: the model's own chat template is used; generate --raw uses none"
 _DRAFT = "has no equivalent: there is no speculative decoding"
 _FORMAT = "has no equivalent: answers cannot be held to a grammar or to JSON yet"

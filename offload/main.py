@@ -21,13 +21,14 @@ from offload.errors import DONE, FAILED, INTERRUPTED, USAGE
 from offload.flags import add_command
 from offload.habits import OTHER_COMMANDS, SAME_COMMANDS, did_you_mean, translated
 from offload.lines import is_memory, one_line, shortened
+from offload.quant.errors import OffloadError
 from offload.version import __version__
 
 # Name -> a module or class, imported when the command is called, and one line of help. Each module
 # or class has EXAMPLE, add_arguments(parser) and run(arguments), which returns an exit code.
 COMMANDS = {
     "chat": ("offload.chat.command", "talk to a model"),
-    "generate": ("offload.generation.command", "answer one prompt, or a file of prompts"),
+    "generate": ("offload.generation.command", "answer a prompt, or a file of prompts"),
     "bench": ("offload.bench.command", "measure tokens per second"),
     "plan": (
         "offload.plan.command",
@@ -36,9 +37,9 @@ COMMANDS = {
     "pull": ("offload.model.command", "fetch a model from the hub, if it fits on this machine"),
     "doctor": (
         "offload.machine.command",
-        "check this machine: versions, speeds, and what to improve",
+        "check this machine: versions, speeds, what is slow and how to fix it",
     ),
-    "quantize": ("offload.pack.command", "write a model's quantised weights to a folder (a pack)"),
+    "quantize": ("offload.pack.command", "quantise a model into a folder (a pack) for later use"),
     "list": (
         "offload.pack.command:ListCommand",
         "list the models on this machine",
@@ -128,6 +129,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         rest = translated(rest, command._option_string_actions)
     except ValueError as error:
         command.error(str(error))
+    arguments: argparse.Namespace
     arguments, extra = parser.parse_known_args([*trail, *rest])
     if extra and (words[0] not in WITH_MESSAGE or arguments.__dict__.get("prompt") is not None):
         command.error(f"{' '.join(extra)!r} is one word too many: leave it out, or quote a prompt")
@@ -214,6 +216,7 @@ def _run(argv: Sequence[str]) -> int:
     from offload.files import check_streams, give_up_unwritable
 
     debug = makes_file = False
+    reworded, OffloadError.reworded = OffloadError.reworded, str
     try:
         check_streams()
         try:
@@ -250,3 +253,5 @@ def _run(argv: Sequence[str]) -> int:
             raise
         print(f"offload: error: {text}", file=sys.stderr)
         return FAILED
+    finally:
+        OffloadError.reworded = reworded

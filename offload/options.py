@@ -7,21 +7,24 @@ options of a single command are in its `command.py`.
 
 from __future__ import annotations
 
+import argparse
 import inspect
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
-from offload.errors import BudgetError, UnsupportedModelError
-from offload.flags import described, option
+from offload.errors import BudgetError, OptionError, UnsupportedModelError
+from offload.flags import check_values, described, option
 from offload.units import (
     MOST,
     SHARE,
     UBATCH,
     between,
+    check_size,
     count,
     parse_bytes,
     parse_gpus,
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
 
 POLICIES = ("lfru", "lru")
 ENGINES = ("auto", "host", "device")
+DTYPES = ("auto", "bfloat16", "float16", "float32")  # "auto" is what the config says
 DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 CONTEXT = 4096  # tokens of a conversation, or the model's positions if they are fewer
 POLICY_HELP = (
@@ -54,8 +58,9 @@ _source, _answer = partial(option, group="source"), partial(option, group="promp
 class LoadOptions:
     """Everything that can be asked of `load`.
 
-    Raises `UnsupportedModelError` for an unknown policy or engine, and `BudgetError` for a device,
-    a size, or a number of GPUs or expert slots that cannot be one.
+    Raises `UnsupportedModelError` for an unknown policy or engine, `OptionError` for a value of
+    a wrong type or out of range, and `BudgetError` for a device, a size, or a number of GPUs or
+    expert slots that cannot be one.
     """
 
     device: str | torch.device | None = _memory(
@@ -88,13 +93,19 @@ class LoadOptions:
     )
     ubatch_size: int = _memory(
         "-ub --ubatch-size N",
-        "tokens of a prompt that go through the model at once; with more of them each expert is "
-        "loaded less often",
+        "prompt batch size: how many tokens of a prompt go through the model at once; with a "
+        "larger one each expert is loaded less often",
         default=UBATCH,
         unit="tokens",
         parse=positive,
     )
-    expert_slots: int | str | None = _memory(
+    threads: int | None = _memory(
+        "-t --threads N",
+        "CPU threads",
+        unset="torch's choice; fewer in chat and generate while other programs use the cores",
+        parse=between(1, 1024),
+    )
+    expert_slots: int | float | str | None = _memory(
         "--expert-slots N",
         "how many experts, counted over all layers, are resident (held in the memory of the "
         "compute device): a number, or a share like 25%",
@@ -104,18 +115,18 @@ class LoadOptions:
     policy: str = _memory("--policy NAME", POLICY_HELP, default=POLICIES[0])
     lookahead: bool | None = _memory(
         "--lookahead",
-        "load experts early, those that the router of the next layer will probably choose",
-        unset="as long as it pays; always if the GPU decides (see --engine)",
+        "prefetch the experts that the router of the next layer will probably choose",
+        unset="on while it helps; always on if the GPU decides (see --engine)",
     )
     engine: str = _memory(
         "--engine NAME",
-        "who decides what to load for each token: host (the CPU), device (the GPU), or auto (a "
-        "CUDA GPU if it can, else the CPU)",
+        "where it is decided which experts to load for a token: on the CPU (host), on the GPU "
+        "(device), or auto (on a CUDA GPU where that is possible, else on the CPU)",
         default="auto",
     )
     warm_start: bool = _memory(
         "--warm-start",
-        "start with the experts that earlier runs used most, and record this run's for later ones",
+        "preload the experts that earlier runs used most, and record this run's for later ones",
         default=True,
     )
     trace: str | Path | None = _memory(
@@ -160,11 +171,18 @@ class LoadOptions:
     trust_remote_code: bool = _source(
         "--trust-remote-code", "run Python code that comes with the model", default=False
     )
-    dtype: torch.dtype | None = option(
-        "", "type of the computation", unset="what the checkpoint's config says"
+    dtype: str | torch.dtype | None = option(
+        "",
+        "type of the computation, like float16 (a text or torch's)",
+        unset="what the checkpoint's config says",
     )
 
     def __post_init__(self) -> None:
+        check_values(self)
+        if isinstance(self.dtype, str) and self.dtype not in DTYPES:
+            raise OptionError(f"dtype is {self.dtype!r}: it must be one of {', '.join(DTYPES)}")
+        check_size(self.vram)
+        check_size(self.ram)
         for what, name, known in (
             ("policy", self.policy, POLICIES),
             ("engine", self.engine, ENGINES),
@@ -194,7 +212,8 @@ class LoadKeywords(TypedDict, total=False):
     ram: str | int | None
     context: int
     ubatch_size: int
-    expert_slots: int | str | None
+    threads: int | None
+    expert_slots: int | float | str | None
     policy: str
     lookahead: bool | None
     engine: str
@@ -208,7 +227,7 @@ class LoadKeywords(TypedDict, total=False):
     revision: str | None
     local_files_only: bool
     trust_remote_code: bool
-    dtype: torch.dtype | None
+    dtype: str | torch.dtype | None
 
 
 # Parts of `LoadOptions` that some commands have without the rest.
@@ -221,36 +240,46 @@ HUB = ("revision", "local_files_only", "trust_remote_code")
 class SharedOptions:
     """Options that several commands have; each command names those that it takes."""
 
-    threads: int | None = _memory(
-        "-t --threads N",
-        "CPU threads",
-        unset="torch's choice; fewer in chat and generate while other programs use the cores",
-        parse=between(1, 1024),
-    )
     stride: int | None = option(
         "--stride N",
-        "how many tokens of each window are scored; those before them are only read as context",
+        "tokens scored per window; the rest of the window is context",
         unit="tokens",
         unset="half of --ctx-size",
         parse=positive,
     )
     timeline: Path | None = option(
         "--timeline FILE",
-        "write when computation and copies ran to FILE, as JSON for ui.perfetto.dev",
+        "record when computation and copies ran in FILE, as JSON for ui.perfetto.dev",
     )
     json: bool = option("--json", "write JSON instead of text", default=False)
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """An argparse type: an object in JSON."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f'{text[:40]!r} is not a JSON object like {{"a": true}}')
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerOptions:
     """Options of `offload chat` and `offload generate`."""
 
-    prompt: str | None = _answer("-p --prompt TEXT", "the prompt")
-    file: Path | None = _answer("-f --file FILE", "read the prompt from FILE")
+    prompt: str | None = _answer(
+        "-p --prompt TEXT", "the prompt; it follows the text of -f or of a pipe, if there is one"
+    )
+    file: Path | None = _answer(
+        "-f --file FILE",
+        "read the prompt from FILE; generate answers every line if the name ends in .jsonl",
+    )
     system_prompt: str = _answer("-sys --system-prompt TEXT", "the system prompt", default="")
     n_predict: int = _answer(
         "-n --n-predict N",
-        "most new tokens in an answer; -1 means as many as the context holds",
+        "maximum tokens to generate for an answer; -1 means as many as the context holds",
         default=-1,
         unit="tokens",
         parse=between(-1, MOST),
@@ -292,6 +321,19 @@ class AnswerOptions:
         "end an answer where TEXT appears; may be given several times",
         default=(),
         action="append",
+    )
+    think: bool | None = _answer(
+        "--think",
+        "let the model think before it answers, or not, if its chat template has a switch for this",
+        unset="what the template says",
+    )
+    template_arguments: dict[str, Any] | None = _answer(
+        "--chat-template-kwargs JSON",
+        'arguments of the chat template, like \'{"reasoning_effort": "low"}\'',
+        parse=json_object,
+    )
+    hide_thoughts: bool = _answer(
+        "--hide-thoughts", "show only the answer that follows a model's thoughts", default=False
     )
     verbose: bool = _answer("--verbose", "show detailed timings after each answer", default=False)
     show_timings: bool = _answer(

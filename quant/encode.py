@@ -148,8 +148,8 @@ class WorkerEncoder:
         self.close()
         if isinstance(value, BrokenExecutor):
             raise PackError(
-                "a quantising process ended, perhaps for lack of memory: free some and run it "
-                "again, it goes on where it stopped"
+                "a quantising process ended, perhaps for lack of memory: free some memory and run "
+                "the same command again, which continues where it stopped"
             ) from value
 
 

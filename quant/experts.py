@@ -184,9 +184,13 @@ def kernels_work(program: Program, dtype: torch.dtype, device: torch.device) -> 
             close = torch.allclose(got.float(), expected.float(), rtol=0.05, atol=0.05 * scale)
         except Exception as error:  # compilers and drivers may raise anything
             what = f"{type(error).__name__}: " + " ".join(str(error).split())[:200]
-            logger.warning("no %s kernels here, experts will be slow: %s", name, what)
+            logger.warning(
+                "experts will be slow: the %s kernels do not run on this machine (%s)", name, what
+            )
             return False
         if not close:
-            logger.warning("the %s kernels are wrong here, experts will be slow", name)
+            logger.warning(
+                "experts will be slow: the %s kernels give wrong results on this machine", name
+            )
             return False
     return True

@@ -71,12 +71,14 @@ def gpu_kernels(device: torch.device) -> ModuleType | None:
         if device.type != "cpu" or os.environ.get("TRITON_INTERPRET") != "1":
             return None
     elif torch.cuda.get_device_capability(device) < SMALLEST_CAPABILITY:
-        logger.warning("no kernels for GPUs before compute capability 7.5: products will be slow")
+        logger.warning(
+            "products will be slow: there are no kernels for GPUs below compute capability 7.5"
+        )
         return None
     try:
         import offload.quant.kernels.gpu as kernels
     except ImportError as error:
-        logger.warning("no GPU kernels, products will be slow: %s: install triton", error)
+        logger.warning("products will be slow, without GPU kernels (%s): install triton", error)
         return None
     return kernels
 
@@ -239,12 +241,14 @@ def _agrees(way: Matmul, view: MatrixView, tokens: int, dtype: torch.dtype, kern
     try:
         quick = way(x, view).float()
     except Exception as error:  # compilers and drivers may raise anything
-        logger.warning("no %s, products will be slow: %s", kernel, error)
+        logger.warning(
+            "products will be slow: the %s does not run on this machine (%s)", kernel, error
+        )
         return False
     exact = matmul_reference(x.float(), view)
     if torch.allclose(quick, exact, rtol=0.02, atol=0.02 * float(exact.abs().max())):
         return True
-    logger.warning("the %s is wrong here, products will be slow", kernel)
+    logger.warning("products will be slow: the %s gives wrong results on this machine", kernel)
     return False
 
 

@@ -299,8 +299,8 @@ class Pack:
         except OSError as error:
             file = self._layers[layer].file.name
             raise PackError(
-                f"cannot read {file} ({error.strerror or error}): look after the disk it is on; "
-                f"if that is well, {REMAKE}"
+                f"cannot read {file} ({error.strerror or error}): check the disk that it is on; "
+                f"if the disk is sound, {REMAKE}"
             ) from None
 
     def place(self, layer: int, expert: int) -> tuple[Path, int]:

@@ -47,7 +47,7 @@ def take_turn(file: Path, what: str) -> FileLock:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        logger.warning("another process is making %s: waiting for it", what)
+        logger.warning("waiting for another process that is making %s", what)
         lock.acquire()
     return lock
 
@@ -231,8 +231,8 @@ def _disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise PackError(
-                f"the disk is full while writing {path}: free some space and run it again, it goes "
-                f"on where it stopped; or choose {ELSEWHERE}"
+                f"the disk is full while writing {path}: free some space and run the same command "
+                f"again, which continues where it stopped; or choose {ELSEWHERE}"
             ) from None
         raise PackError(
             f"cannot write {path}: {error.strerror or error}: choose {ELSEWHERE}"

@@ -48,10 +48,12 @@ class Scheme:
         """The scheme called `text`, with `group_size` if `text` has none. Raises `ValueError`."""
         match = re.fullmatch(r"(\d{1,4})(?:g(\d{1,4}))?(?:s(\d{1,4}))?", text)
         if match is None:
-            raise ValueError(f"{text!r} is not a way to store weights: write bits like 4 or 2g16s8")
+            raise ValueError(f"{text!r} is not a number of bits: write one like 4 or 2g16s8")
         bits, group, scale_bits = match.groups()
         if int(bits) == 16:
             if group or scale_bits:
-                raise ValueError("16 bits are as stored: they have no groups and no scales")
+                raise ValueError(
+                    "16 bits means weights as stored: leave group size and scale bits out"
+                )
             return cls(16)
         return cls(int(bits), int(group or group_size), int(scale_bits or 16))

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+if not os.isatty(0):  # with -s, a pipe that somebody left open would be read as a part of prompts
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
 os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it when it is imported
 os.environ["XDG_CONFIG_HOME"] = os.devnull  # the user's own file of options is not read
 
@@ -36,6 +38,7 @@ import offload.generation.stream
 import offload.quant.encode
 from offload.files import offload_home
 from offload.options import LoadOptions
+from offload.quant.errors import OffloadError
 from tests.rounding import round_to_codes
 from tests.tiny import save_tiny
 
@@ -83,7 +86,11 @@ def home(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """`OFFLOAD_HOME` of this test: an empty folder, or `demo_home` when it is marked `demo`."""
+    """`OFFLOAD_HOME` of this test: an empty folder, or `demo_home` when it is marked `demo`.
+
+    Messages name flags until the test calls `offload.load`, whatever tests did before.
+    """
+    monkeypatch.setattr(OffloadError, "reworded", str)
     if request.node.get_closest_marker("demo") is not None:
         return DEMO_HOME
     path = tmp_path_factory.mktemp("home")

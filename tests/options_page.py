@@ -32,9 +32,8 @@ SECTIONS = {
     ),
     "Several commands": (
         SharedOptions,
-        "`--threads` is an option of every command that loads a model, `--stride` of `ppl` and "
-        "`check`, `--timeline` of `generate` and `bench`, and `--json` of `doctor`, `ppl` and "
-        "`check`.",
+        "`--stride` is an option of `ppl` and `check`, `--timeline` of `generate` and `bench`, and "
+        "`--json` of `doctor`, `ppl` and `check`.",
     ),
     "Prompts and sampling": (AnswerOptions, "For `chat` and `generate`."),
     "chat": (ChatOptions, ""),

@@ -22,8 +22,8 @@ ROOT = Path(__file__).parents[1]
 ANSWER = "שלום 👋, it is\nblue."
 TIMINGS = re.compile(r"\[ Prompt: \d+\.\d t/s \| Generation: \d+\.\d t/s \]")
 EXPERTS = re.compile(
-    r"\[ Experts: \d+ slots for 24 \| hits \d+\.\d% \| \d+\.\d MiB/token"
-    r"( \| look-ahead precision \d+%, recall \d+%)? \]"
+    r"\[ Experts: \d+ of 24 in memory \| hits \d+\.\d% \| \d+\.\d MiB/token"
+    r" \| look-ahead (\d+%|off) \]"
 )
 VERBOSE_ROWS = [
     ("total duration", r"\d+\.\d\d(ms|s)"),
@@ -82,9 +82,9 @@ def test_the_timings_line_and_the_experts_line_end_stderr(
     assert len(lines) == 3
 
 
-def test_without_timings_stderr_is_empty(run: Run, mixtral_pack: Path) -> None:
+def test_without_timings_stderr_only_says_what_was_cut(run: Run, mixtral_pack: Path) -> None:
     done = run("generate", mixtral_pack, "-p", "Why?", "-n", "3", "--no-show-timings")
-    assert (done.code, done.err) == (0, "")
+    assert (done.code, done.err) == (0, "(stopped at 3 tokens)\n")
 
 
 def test_verbose_rows_come_in_ollamas_order(run: Run, script: Script, mixtral_pack: Path) -> None:
@@ -116,7 +116,7 @@ def test_a_real_answer_agrees_with_python(run: Run, mixtral_pack: Path) -> None:
 
 def test_a_quarter_of_the_experts_can_be_resident(run: Run, mixtral_pack: Path) -> None:
     done = run("generate", mixtral_pack, "-p", "Why?", "-n", "3", "--expert-slots", "25%")
-    assert "[ Experts: 6 slots for 24 |" in done.err
+    assert "[ Experts: 6 of 24 in memory |" in done.err
 
 
 # --- generate: prompts ---------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def test_the_command_in_a_pipeline(mixtral_pack: Path) -> None:
     lines = done.stderr.decode().splitlines()
     assert TIMINGS.fullmatch(lines[-2])
     assert EXPERTS.fullmatch(lines[-1])
-    assert lines[:-2] == [""]
+    assert lines[:-2] == ["(stopped at 12 tokens)", ""]
 
 
 # --- generate: limits, seeds, stop strings -------------------------------------------------------
@@ -243,7 +243,7 @@ def test_a_single_turn_chat_answers_and_leaves(
     done = run("chat", mixtral_pack, "--single-turn", "-p", "Why?", "--expert-slots", "25%")
     assert done.code == 0
     assert done.out.startswith(ANSWER + "\n")
-    assert done.err.startswith("6 slots for 24 experts")
+    assert done.err.startswith("6 of 24 experts in memory (25%). /? for help")
 
 
 def test_ctrl_c_in_a_single_turn_is_exit_code_130(
@@ -257,7 +257,7 @@ def test_ctrl_c_in_a_single_turn_is_exit_code_130(
     script.at = interrupt
     done = run("chat", mixtral_pack, "-st", "-p", "a")
     assert done.code == 130
-    assert done.out.startswith("ab\n(stopped)\n")
+    assert (done.out, "(stopped)\n" in done.err) == ("ab\n", True)
 
 
 def test_a_chat_that_begins_with_a_prompt_goes_on_whatever_comes_of_it(
@@ -265,12 +265,11 @@ def test_a_chat_that_begins_with_a_prompt_goes_on_whatever_comes_of_it(
 ) -> None:
     chat = ("chat", mixtral_pack, "--no-show-timings", "-c", "200", "-p")
     script.say("yes")
-    for prompt, told in (("x" * 300, "raise --ctx-size"), ("/bye now", "yes"), ("hi", "yes")):
+    for prompt, answers in (("x" * 300, ["yes"]), ("/bye now", ["yes"] * 2), ("hi", ["yes"] * 2)):
         monkeypatch.setattr("sys.stdin", io.StringIO("one\n"))
         done = run(*chat, prompt)
-        first, *rest = done.out.splitlines()
-        assert (done.code, rest) == (0, ["yes", ""])
-        assert told in first
+        assert (done.code, done.out.splitlines()) == (0, [*answers, ""])
+        assert ("raise --ctx-size" in done.err) == (len(answers) == 1)
         assert script.prompt.endswith("<user>one</user><assistant>")
     assert "<user>hi</user><assistant>yes</assistant>" in script.prompt
 
@@ -282,6 +281,11 @@ def test_a_piped_chat_answers_each_line(
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
     done = run("chat", mixtral_pack, "--no-show-timings")
     assert (done.code, done.out) == (0, "yes\nyes\n\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n/nonsense\n"))
+    done = run("chat", mixtral_pack)
+    assert (done.code, done.out) == (0, "yes\nyes\n\n"), "figures and errors are on stderr"
+    assert len(TIMINGS.findall(done.err)) == done.err.count("[ Experts: ") == 2
+    assert "Unknown command /nonsense" in done.err
     assert script.prompt == "<user>one</user><assistant>yes</assistant><user>two</user><assistant>"
 
 

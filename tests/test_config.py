@@ -116,7 +116,11 @@ def test_what_is_wrong_in_the_file_is_told_with_its_place(
         ("OFFLOAD_CTX_SIZE", "many", "OFFLOAD_CTX_SIZE: 'many' is not a whole number"),
         ("OFFLOAD_TOP_P", "7", "OFFLOAD_TOP_P: top_p is 7.0"),
         ("OFFLOAD_LOOKAHEAD", "maybe", "OFFLOAD_LOOKAHEAD: 'maybe' is neither true nor false"),
-        ("OFFLOAD_CTX_SIZ", "1", "OFFLOAD_CTX_SIZ is no option: did you mean OFFLOAD_CTX_SIZE?"),
+        (
+            "OFFLOAD_CTX_SIZ",
+            "1",
+            "OFFLOAD_CTX_SIZ is not an option (did you mean OFFLOAD_CTX_SIZE?)",
+        ),
     ],
 )
 def test_what_is_wrong_in_the_environment_is_told_with_its_name(

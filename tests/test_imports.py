@@ -201,6 +201,11 @@ def test_the_command_answers_without_torch(arguments: list[str]) -> None:
         assert out == f"offload {offload.__version__}\n"
 
 
+def test_a_chat_s_first_prompt_needs_no_torch() -> None:
+    code = "import sys, offload.chat.command, offload.chat.opening; print({'torch', 'numpy'} & "
+    assert _alone(code + "sys.modules.keys())") == "set()\n"
+
+
 INTERRUPTED = """
 import sys
 from importlib.abc import MetaPathFinder

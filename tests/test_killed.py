@@ -68,6 +68,7 @@ def test_a_conversation_is_whole_after_a_kill_at_any_moment_of_saving(
             text = f"{number} {LONG} {number}"
             messages = [{"role": "user", "content": text}] * (1 + number % 3)
             chat = Chat(None, tokenizer, Sampling(), Plain(lambda _: None), messages=messages)  # type: ignore[arg-type]
+            chat.name = "talk"
             obey(chat, "/save talk")
 
     file = home / "conversations" / "talk.json"

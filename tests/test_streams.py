@@ -81,8 +81,8 @@ model.offload.close()
     ("arguments", "expected"),
     [
         (["-c", PYTHON_ANSWERS], ""),
-        (["-m", "cli", "generate", "--no-show-timings", "-n", "3"], ""),
-        (["-m", "cli", "chat", "--no-show-timings", "-n", "3"], r"24 slots .* /bye exits\n"),
+        (["-m", "cli", "generate", "--no-show-timings", "-n", "3"], r"\(stopped at 3 tokens\)\n"),
+        (["-m", "cli", "chat", "--no-show-timings", "-n", "3"], r"24 of 24 .* /bye to quit\n"),
         (["-m", "cli", "ppl"], r"\[ Experts: .* \]\n"),
     ],
     ids=["python", "generate", "chat", "ppl"],

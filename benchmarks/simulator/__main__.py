@@ -62,8 +62,7 @@ def answer(arguments: argparse.Namespace) -> list[str]:
     """The lines to print. Raises `OffloadError`, also for what the cache finds wrong."""
     file: Path | None = arguments.timeline
     try:
-        if file is not None:
-            files.check_writable(file)
+        files.check_output(file, files.TIMELINE)
         trace, machine = open_trace(arguments.trace), find_machine(arguments.hardware)
         scenario = make_scenario(arguments, trace, machine)
         timeline = Timeline(f"{trace.header.model} on {machine.name}") if file else None

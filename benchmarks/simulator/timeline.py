@@ -58,7 +58,11 @@ class Timeline:
     def write(self, file: Path) -> None:
         """Write all of it; an earlier file gives way only to a whole one."""
         part = file.with_name(file.name + ".part")
-        content = {"traceEvents": self.events(), "displayTimeUnit": "ms"}
+        content = {
+            "moe-offload": "simulator",
+            "traceEvents": self.events(),
+            "displayTimeUnit": "ms",
+        }
         part.write_text(json.dumps(content, separators=(",", ":")) + "\n", encoding="utf-8")
         part.replace(file)
 

@@ -102,7 +102,7 @@ class Setup:
         if self.slots < 1:
             raise CacheError(f"a cache needs at least one slot, not {self.slots}")
         if self.cards and sum(card.slots for card in self.cards) != self.slots:
-            raise CacheError(f"the slots of the cards do not add up to {self.slots}")
+            raise CacheError(f"the slots of the GPUs do not add up to {self.slots}")
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _cards(header: TraceHeader) -> tuple[CardSlots, ...]:
     except ValueError:
         cards = ()
     if sum(card.layers for card in cards) != header.layers or min(map(min, cards)) < 1:
-        raise CacheError(f"the trace's cards ({text}) do not hold its {header.layers} layers")
+        raise CacheError(f"the trace's GPUs ({text}) do not hold its {header.layers} layers")
     return cards
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offload.errors import DONE
-from offload.files import check_readable
+from offload.files import TIMELINE, TRACE, check_output, check_readable
 from offload.flags import (
     add_model,
     add_options,
@@ -26,6 +26,7 @@ from offload.flags import (
 from offload.options import LoadOptions, SharedOptions
 from offload.pack.asked import begin_loading
 from offload.pack.recipe import AskedBits
+from offload.pictures import check_picture
 from offload.quant.errors import OffloadError
 from offload.units import count, listed, positive
 
@@ -82,13 +83,17 @@ class BenchOptions:
         "--no-warmup", "leave out the untimed run before each test", default=False
     )
     random: bool = _test(
-        "--random", "read random tokens, as llama-bench does, and not English text", default=False
+        "--random",
+        "read random tokens, as llama-bench does, instead of English text",
+        default=False,
     )
     output: str = _output(
         "-o --output", "format of the output", default="md", choices=("md", "csv", "json", "jsonl")
     )
     plot: Path | None = _output(
-        "--plot PNG", "draw tokens/s and hit rate over the share of resident experts"
+        "--plot PICTURE",
+        "draw tokens/s and hit rate over the share of resident experts; the file ends in .png, "
+        ".svg or .pdf",
     )
     compare: str | None = _output(
         "--compare FILE", "also show the ratio to an earlier run, whose -o json output is in FILE"
@@ -106,7 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, LoadOptions, ["warm_start"], group="sweeps", warm_start=False)
     parser.add_argument_group("tests", "Lists are separated by commas.")
     add_options(parser, BenchOptions)
-    add_options(parser, SharedOptions, ["threads", "timeline"])
+    add_options(parser, SharedOptions, ["timeline"])
 
 
 def _add_swept(place: argparse._ArgumentGroup) -> None:
@@ -152,13 +157,15 @@ def combinations(arguments: argparse.Namespace) -> list[LoadOptions]:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure and write rows. If the command is interrupted, the finished rows remain."""
-    asked = options_from(arguments, BenchOptions)
+    asked, shared = options_from(arguments, BenchOptions), options_from(arguments, SharedOptions)
+    settings = combinations(arguments)
+    check_picture(asked.plot, "--plot")
+    check_output(settings[0].trace, TRACE)
+    check_output(shared.timeline, TIMELINE)
     if not (any(asked.n_prompt) or any(asked.n_gen) or asked.pg):
         raise OffloadError("there is nothing to measure: give -p, -n or -pg a number above 0")
-    settings = combinations(arguments)
     for setting in settings:
         AskedBits.of(setting)  # raises for wrong bits before anything is measured
-    shared = options_from(arguments, SharedOptions)
     for flag, file in (("trace", settings[0].trace), ("timeline", shared.timeline)):
         if len(settings) > 1 and file:
             raise OffloadError(
@@ -167,15 +174,13 @@ def run(arguments: argparse.Namespace) -> int:
     check_readable(asked.compare)
     begin_loading(arguments.model, settings[0])
     from offload.bench.compare import read_earlier
-    from offload.bench.output import WRITERS, check_picture, save_picture, write_tables
+    from offload.bench.output import WRITERS, save_picture, write_tables
     from offload.bench.row import make_tests
     from offload.bench.run import check_context, sweep
 
     tests = make_tests(asked.n_prompt, asked.n_gen, asked.pg, asked.n_depth)
     check_context(tests, settings[0].context)
     earlier = read_earlier(asked.compare) if asked.compare else None
-    if asked.plot:
-        check_picture(asked.plot)
     rows: list[BenchRow] = []
 
     def measured() -> Iterator[BenchRow]:
@@ -183,7 +188,6 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.model,
             settings,
             tests,
-            threads=shared.threads,
             timeline=shared.timeline,
             repetitions=asked.repetitions,
             warmup=not asked.no_warmup,

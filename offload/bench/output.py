@@ -10,9 +10,8 @@ from typing import Any, TextIO
 
 from offload.bench.compare import EarlierRun
 from offload.bench.row import BenchRow, Test
-from offload.files import check_writable
 from offload.options import LoadOptions
-from offload.quant.errors import OffloadError
+from offload.pictures import save_figure
 
 
 def with_ratio(row: BenchRow, earlier: EarlierRun | None) -> dict[str, Any]:
@@ -179,20 +178,6 @@ def write_tables(
                 table.add(row)
 
 
-def check_picture(file: Path) -> None:
-    """Raise `OffloadError` if `save_picture` would: to be called before anything is measured."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise OffloadError(
-            "--plot needs matplotlib: pip install matplotlib, or leave --plot out"
-        ) from None
-    try:
-        check_writable(file)
-    except OSError as error:
-        raise _unwritable(file, error) from None
-
-
 def save_picture(rows: Sequence[BenchRow], file: Path) -> None:
     """Draw a column of panels per test, tokens/s above hit rate, with a line for each setting.
 
@@ -225,16 +210,9 @@ def save_picture(rows: Sequence[BenchRow], file: Path) -> None:
         panels[0][0].legend()
     model = rows[0].model
     figure.suptitle(model if len(lines) > 1 else f"{model}: {next(iter(lines))}")
-    try:
-        figure.savefig(file, format="png")
-    except OSError as error:
-        raise _unwritable(file, error) from None
+    save_figure(figure, file)
 
 
 def _name(row: BenchRow) -> str:
     """The settings of the row, without its number of expert slots."""
     return f"{row.bits}, {row.policy}, look-ahead {row.lookahead_name}"
-
-
-def _unwritable(file: Path, error: OSError) -> OffloadError:
-    return OffloadError(f"cannot write {file} ({error.strerror}): name another file for --plot")

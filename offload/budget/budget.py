@@ -61,14 +61,16 @@ class Budget:
             )
         wanted = min(wanted, self.total_experts)
         if wanted > fit:
-            rows = gib(self.staging * self.slot)
-            streamed = f", and {rows} that prompts are streamed through" if self.staging else ""
+            staging = self.staging * self.slot if wanted < self.total_experts else 0
+            needed = self.available - left + wanted * self.slot + staging
+            streamed = f", {gib(staging)} to stream prompts through" if staging else ""
             raise BudgetError(
-                f"needs {wanted} expert slot{'s' * (wanted > 1)} of {self.slot / 2**20:.1f} MiB, "
-                f"{fit} fit in {gib(self.available)} beside {gib(self.dense)} of dense weights, "
-                f"{gib(self.kv_cache)} of KV cache and {gib(self.workspace)} of workspace"
-                f"{streamed}: lower --ctx-size, --ubatch-size, --expert-slots or "
-                "--expert-bits, or raise --vram (GPU) or --ram (CPU)"
+                f"not enough memory: {gib(needed)} needed, {gib(self.available)} allowed "
+                f"({gib(self.dense)} of dense weights, {gib(self.kv_cache)} of KV cache, "
+                f"{gib(self.workspace)} of workspace{streamed}, and {wanted} expert "
+                f"slot{'s' * (wanted > 1)} of {self.slot / 2**20:.1f} MiB, of which {fit} fit): "
+                "lower --ctx-size, --ubatch-size, --expert-slots or --expert-bits, or raise "
+                "--vram (GPU) or --ram (CPU)"
             )
         return wanted if asked is not None else min(fit, self.total_experts)
 

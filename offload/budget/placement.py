@@ -117,7 +117,7 @@ def place(
     """
     if len(available) > len(demand.blocks):
         raise BudgetError(
-            f"{len(available)} cards for {len(demand.blocks)} layers: name fewer with --gpus"
+            f"{len(available)} GPUs for {len(demand.blocks)} layers: name fewer with --gpus"
         )
     room = _Room(demand, tuple(available), tuple(numbers or range(len(available))))
     cuts = _best_cuts(room)
@@ -241,9 +241,9 @@ def _too_little(room: _Room) -> BudgetError:
     need = room.least(begin, end) + room.available[card] - room.left(card, begin, end)
     layers = f"layers {begin} to {end - 1}" if end - begin > 1 else f"layer {begin}"
     return BudgetError(
-        f"card {room.numbers[card]} lacks {gib(need - room.available[card])}: {layers}, KV cache, "
-        f"workspace and one expert slot need {gib(need)} and it has {gib(room.available[card])}: "
-        "raise --vram, lower --ctx-size or --ubatch-size, or name more or larger cards with --gpus"
+        f"not enough memory on GPU {room.numbers[card]}: {gib(need)} needed for {layers}, KV "
+        f"cache, workspace and one expert slot, {gib(room.available[card])} allowed: raise --vram, "
+        "lower --ctx-size or --ubatch-size, or name more or larger GPUs with --gpus"
     )
 
 
@@ -253,14 +253,15 @@ def _divided(slots: int, experts: Sequence[int], fit: Sequence[int], room: _Room
     given = [min(1, count) for count in experts]
     if slots < sum(given):
         raise BudgetError(
-            f"{slots} expert slots on {len(experts)} cards: at least one is needed on each, raise "
+            f"{slots} expert slots for {len(experts)} GPUs: each needs at least one, raise "
             "--expert-slots"
         )
     wanted = min(slots, sum(experts))
     if wanted > sum(fit):
-        held = ", ".join(f"{n} on card {room.numbers[card]}" for card, n in enumerate(fit))
+        held = ", ".join(f"{n} on GPU {room.numbers[card]}" for card, n in enumerate(fit))
         raise BudgetError(
-            f"needs {wanted} expert slots of {gib(room.demand.slot)}, {sum(fit)} fit ({held}): "
+            f"not enough memory for {wanted} expert slots of {gib(room.demand.slot)}, {sum(fit)} "
+            f"fit ({held}): "
             "lower --ctx-size, --ubatch-size, --expert-slots or --expert-bits, or raise --vram"
         )
     while sum(given) < wanted:

@@ -154,8 +154,11 @@ class Resolver:
 
     def dtype(self, config: PreTrainedConfig) -> torch.dtype:
         """The type of the computation: the one asked for, else the one of the config."""
+        asked = self.options.dtype
+        if isinstance(asked, str):
+            asked = None if asked == "auto" else getattr(torch, asked)
         own = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-        return self.options.dtype or (own if isinstance(own, torch.dtype) else torch.bfloat16)
+        return asked or (own if isinstance(own, torch.dtype) else torch.bfloat16)
 
 
 def find_device(name: str | torch.device | None) -> torch.device:
@@ -167,15 +170,14 @@ def find_device(name: str | torch.device | None) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
         raise BudgetError(
-            f"there is no device {name!r}: name cpu, cuda, or one like cuda:1"
+            f"there is no device {name!r}: choose cpu, cuda, or a GPU by its number, like cuda:1"
         ) from None
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type not in ("cpu", "cuda") or (
         device.type == "cuda" and (device.index or 0) >= gpus
     ):
-        raise BudgetError(
-            f"there is no device {str(name)!r} here: torch sees the CPU and {gpus} CUDA GPUs"
-        )
+        found = f"or cuda:0 to cuda:{gpus - 1}" if gpus else "(no CUDA GPU found)"
+        raise BudgetError(f"device {str(name)!r} is not supported here: use cpu {found}")
     if device.type == "cuda" and device.index is None:  # some functions of torch need it
         return torch.device("cuda", torch.cuda.current_device())
     return device
@@ -197,7 +199,7 @@ def find_place(options: LoadOptions) -> Place:
         count = torch.cuda.device_count() if devices[0].type == "cuda" else 1
         if gpus is None and device in (None, "cuda") and count > 1:
             logger.warning(
-                "using GPU %d of %d; the others stay idle: use them with --gpus %s",
+                "using only GPU %d of %d: --gpus %s uses all of them",
                 torch.cuda.current_device(),
                 count,
                 ",".join(map(str, range(count))),

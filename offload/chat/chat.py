@@ -8,16 +8,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from offload.chat.display import Display
 from offload.chat.saved import Settings
-from offload.engine.handle import offload_of
+from offload.engine.handle import Offload, offload_of
 from offload.errors import ChatError
-from offload.generation.prompt import Message, PromptCache, encode_prompt
+from offload.generation.conversation import Message
+from offload.generation.prompt import PromptCache, encode_prompt
 from offload.generation.stream import (
     GenerationResponse,
+    stopped_at,
     stream_generate,
     timings,
     verbose_rows,
 )
 from offload.generation.thinking import Piece, Voices, marks_are_special
+from offload.lines import printable, shortened
 from offload.sampling import Sampling
 
 NEARLY_FULL = 0.85  # share of the context in use at which the user is told that turns will leave
@@ -77,6 +80,7 @@ class Chat:
     begin: int = 0  # index of the first message that still fits into the context
     think: bool | None = None  # passed to the chat template; None leaves the template's default
     prompt_cache: PromptCache = field(default_factory=PromptCache)
+    name: str | None = None  # under which this conversation was saved or loaded
     stopped: bool = False  # whether Ctrl-C ended the last answer
     last: GenerationResponse | None = None  # the newest response of the current or last answer
 
@@ -88,13 +92,34 @@ class Chat:
         """Replace the last answer, or give the missing one. Raises `ChatError` when the
         conversation is empty."""
         if not self.messages:
-            raise ChatError("nothing was said yet: there is no answer to make again")
+            raise ChatError("Nothing to regenerate yet")
         answered = self.messages[-1]["role"] == "assistant"
         self._answer(self.messages[:-1] if answered else self.messages)
 
     def clear(self) -> None:
         """Forget the messages and keep the settings."""
-        self.messages, self.begin = [], 0
+        self.messages, self.begin, self.name = [], 0, None
+
+    def show_last_turn(self) -> None:
+        """Show the last question and its answer."""
+        for message in self.messages[-2:]:
+            if message["role"] == "user":
+                self.display.note(f">>> {printable(shortened(message['content']))}\n")
+            else:
+                self.display.show(Piece(message["content"], thought=False))
+                self.display.finish()
+
+    @property
+    def offload(self) -> Offload:
+        """The model's experts."""
+        return offload_of(self.model)
+
+    @property
+    def can_think(self) -> bool:
+        """Whether the chat template has a switch for thinking."""
+        question = [{"role": "user", "content": "?"}]
+        on, off = (encode_prompt(self.tokenizer, question, think=t) for t in (True, False))
+        return on != off
 
     @property
     def settings(self) -> Settings:
@@ -112,25 +137,28 @@ class Chat:
         If an error ends the answer, the conversation stays as it was and the question can be asked
         again.
         """
-        context = offload_of(self.model).fit.options.context
+        context = self.offload.fit.options.context
         begin, ids = fit(messages, min(self.begin, len(messages) - 1), context, self._encode)
-        if begin > self.begin:
-            self.display.write(f"(the oldest {begin} messages no longer fit into the context)\n")
         special = marks_are_special(self.tokenizer)
+        stream = self._stream(ids, skip_special_tokens=not special)
+        if begin > self.begin:
+            self.display.note(f"(the oldest {begin} messages no longer fit into the context)\n")
         voices = Voices(
             str(self.tokenizer.decode(ids[-16:])),
             self.tokenizer.all_special_tokens if special else (),
         )
+        self.display.wait(f"Reading {len(ids)} tokens")
         self.last = None
         said = {False: "", True: ""}  # is it a thought? -> text so far
         self.stopped = False
         try:
-            for piece in self._pieces(ids, voices, skip_special_tokens=not special):
+            for piece in self._pieces(stream, voices):
                 said[piece.thought] += piece.text
                 self.display.show(piece)
         except KeyboardInterrupt:
             self.stopped = True
         except BaseException:
+            self.display.rest()
             if said[False] or said[True]:
                 self.display.finish()
             raise
@@ -141,22 +169,24 @@ class Chat:
         self.messages, self.begin = [*messages, answer], begin
         self.display.finish()
         if self.stopped:
-            self.display.write("(stopped)\n")
+            self.display.note("(stopped)\n")
+        elif self.last is not None and (cut := stopped_at(self.last)):
+            self.display.note(f"{cut}\n")
         if self.last is not None:
             self._tell_figures(self.last)
 
     def _tell_figures(self, last: GenerationResponse) -> None:
         if self.verbose:
-            self.display.write(verbose_rows(last, self.load_seconds) + "\n")
+            self.display.note(verbose_rows(last, self.load_seconds) + "\n")
         self.load_seconds = 0.0  # reported once, with the first answer
         if self.timings:
-            self.display.write(f"\n{timings(last)}\n{last.experts.line()}\n")
-        context = offload_of(self.model).fit.options.context
+            self.display.note(f"\n{timings(last)}\n{last.experts.line()}\n")
+        context = self.offload.fit.options.context
         used = last.prompt_tokens + last.generation_tokens
         if used > NEARLY_FULL * context:
-            self.display.write(
-                f"({used} of {context} tokens of context are used: the oldest turns will soon be "
-                "left out; raise --ctx-size, or begin anew with /clear)\n"
+            self.display.note(
+                f"(context almost full: {used} of {context}. Oldest turns will be dropped; use "
+                "--ctx-size or /clear)\n"
             )
 
     def _encode(self, messages: Sequence[Message]) -> list[int]:
@@ -164,19 +194,21 @@ class Chat:
         said = [{"role": m["role"], "content": m["content"]} for m in messages]
         return encode_prompt(self.tokenizer, [*system, *said], think=self.think)
 
-    def _pieces(
-        self, ids: list[int], voices: Voices, *, skip_special_tokens: bool
-    ) -> Iterator[Piece]:
-        for response in stream_generate(
+    def _stream(self, ids: list[int], *, skip_special_tokens: bool) -> Iterator[GenerationResponse]:
+        """The steps of an answer. Raises `GenerationError` at once if it cannot be given."""
+        return stream_generate(
             self.model,
             self.tokenizer,
             ids,
-            max_new_tokens=self.max_new_tokens or offload_of(self.model).fit.options.context,
+            max_new_tokens=self.max_new_tokens or self.offload.fit.options.context,
             stop_strings=self.stop_strings,
             skip_special_tokens=skip_special_tokens,
             prompt_cache=self.prompt_cache,
             **vars(self.sampling),
-        ):
+        )
+
+    def _pieces(self, stream: Iterator[GenerationResponse], voices: Voices) -> Iterator[Piece]:
+        for response in stream:
             self.last = response
             yield from voices.push(response.text)
         yield from voices.finish()

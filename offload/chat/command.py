@@ -6,13 +6,18 @@ import argparse
 import contextlib
 import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from offload.errors import DONE, INTERRUPTED
 from offload.flags import add_model, add_options, option, options_from
 from offload.generation.command import asked_prompt, asked_sampling
-from offload.options import AnswerOptions, LoadOptions, SharedOptions
-from offload.pack.asked import begin_loading
+from offload.options import AnswerOptions, LoadOptions
+from offload.pack.asked import begin_loading, check_asked, say_loading
 from offload.quant.errors import OffloadError
+
+if TYPE_CHECKING:
+    from offload.chat.chat import Chat
+    from offload.chat.display import Display
 
 EXAMPLE = "offload chat demo --expert-slots 25%"
 
@@ -24,43 +29,61 @@ class ChatOptions:
     single_turn: bool = option(
         "-st --single-turn", "answer one prompt (-p or -f) and exit", default=False
     )
-    hide_thoughts: bool = option(
-        "--hide-thoughts", "show only the answer that follows a model's thoughts", default=False
-    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     for kind in (LoadOptions, AnswerOptions, ChatOptions):
         add_options(parser, kind)
-    add_options(parser, SharedOptions, ["threads"])
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Talk until the user leaves, or answer one prompt with --single-turn."""
     asked, mode = options_from(arguments, AnswerOptions), options_from(arguments, ChatOptions)
-    prompt = asked_prompt(asked)
-    if mode.single_turn and prompt is None:
-        raise OffloadError("--single-turn needs a prompt: give one with -p or -f")
+    prompt = asked_prompt(asked, piped=mode.single_turn)
+    if mode.single_turn and not prompt:
+        raise OffloadError("--single-turn needs a prompt: give one with -p, -f or a pipe")
     asked_sampling(asked, None)  # raises for a wrong value before the model is loaded
     options = options_from(arguments, LoadOptions)
-    begin_loading(arguments.model, options, chats=True)
-    from offload.chat.chat import Chat
+    check_asked(arguments.model, options)
+    say_loading(arguments.model)
     from offload.chat.commands import converse
+    from offload.chat.keyboard import is_interactive, silent
+    from offload.chat.opening import Opening
     from offload.chat.terminal import display, reader
-    from offload.engine.handle import offload_of
+
+    shown = display(single_turn=mode.single_turn)
+    shown.thoughts = not asked.hide_thoughts
+    with silent(shown.moved), contextlib.ExitStack() as stack:
+        read = Opening(shown, prompt) if shown.live and is_interactive() else reader()
+        with read if isinstance(read, Opening) else contextlib.nullcontext():
+            chat = _loaded(arguments, options, asked, shown)
+        if isinstance(read, Opening) and read.left:
+            return DONE
+        stack.enter_context(contextlib.closing(chat.offload))
+        if prompt is None or not mode.single_turn:
+            converse(chat, read, prompt)
+            return DONE
+        chat.say(prompt)
+    return INTERRUPTED if chat.stopped else DONE
+
+
+def _loaded(
+    arguments: argparse.Namespace, options: LoadOptions, asked: AnswerOptions, shown: Display
+) -> Chat:
+    """A chat with the model, and a line about it on stderr. Raises `OffloadError`."""
+    begin_loading(arguments.model, options, said=True, chats=True)
+    from offload.chat.chat import Chat
     from offload.loading import load_and_tell
 
-    threads = options_from(arguments, SharedOptions).threads
-    model, tokenizer, load_seconds = load_and_tell(arguments.model, options, threads)
+    model, tokenizer, load_seconds = load_and_tell(arguments.model, options, note=True)
     if tokenizer is None or not tokenizer.chat_template:
         raise OffloadError(f"{arguments.model} has no chat template: use offload generate --raw")
-
     chat = Chat(
         model,
         tokenizer,
         asked_sampling(asked, model),
-        display(),
+        shown,
         system=asked.system_prompt,
         max_new_tokens=None if asked.n_predict < 0 else asked.n_predict,
         stop_strings=asked.reverse_prompt,
@@ -69,15 +92,9 @@ def run(arguments: argparse.Namespace) -> int:
         load_seconds=load_seconds,
         debug=arguments.debug,
     )
-    stats = offload_of(model).stats()
+    stats = chat.offload.stats()
     print(
-        f"{stats.slots} slots for {stats.total_experts} experts; /? lists the commands, /bye exits",
+        f"{stats.residency()} ({stats.slots / stats.total_experts:.0%}). /? for help, /bye to quit",
         file=sys.stderr,
     )
-    chat.display.thoughts = not mode.hide_thoughts
-    with contextlib.closing(offload_of(model)):
-        if prompt is None or not mode.single_turn:
-            converse(chat, reader(), prompt)
-            return DONE
-        chat.say(prompt)
-    return INTERRUPTED if chat.stopped else DONE
+    return chat

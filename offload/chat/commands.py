@@ -1,63 +1,82 @@
 """What a user types into a chat: messages, and slash commands with their help lines."""
 
+from __future__ import annotations
+
 import contextlib
-import sys
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.text import Text
-
-from offload.cache.trace.heatmap import draw_for, of_cache, resident_in, squeezed
-from offload.chat.chat import Chat
-from offload.chat.saved import SavedChat
-from offload.engine.handle import Offload, offload_of
+from offload.chat import figures
+from offload.chat.display import Rendered
+from offload.chat.markdown import code_blocks
+from offload.chat.saved import SavedChat, is_saved, listing
 from offload.errors import ChatError
 from offload.files import read_text, user_path
-from offload.generation.stream import GenerationResponse
 from offload.lines import one_line
-from offload.pack.recipe import bits_name
 from offload.quant.errors import OffloadError
 from offload.sampling import PARAMETERS
 
+if TYPE_CHECKING:
+    from offload.chat.chat import Chat
+
 QUOTES = '"""'
-# Words in capitals stand for a value that the user types; words joined by | are alternatives.
+# Words in capitals stand for a value that the user types; one in brackets may be left out.
 USAGE = (
-    ("/set system TEXT", "set the system prompt"),
-    ("/set NAME VALUE", "set a sampling parameter (/show parameters)"),
-    ("/set seed random", "use a new random seed for every answer again"),
-    ("/set num_predict COUNT", "most new tokens in an answer; -1 means as many as fit"),
-    ("/set verbose|quiet", "show all timings after an answer, or none"),
-    ("/set think|nothink", "switch thinking on or off, if the model has such a switch"),
-    ("/set thoughts show|hide", "show or hide what a model thinks before it answers"),
-    ("/set panel on|off", "show speed, hits and experts below an answer while it comes"),
-    ("/show info|parameters|system|experts", "show what is running, and how"),
-    ("/stats", "show the experts' statistics so far"),
-    ("/save NAME", "save the conversation, its system prompt and its settings"),
-    ("/load NAME", "go back to a saved conversation"),
+    ("/set NAME VALUE", "change a setting (/set alone lists them)"),
+    ("/show WHAT", "show info, parameters, system, template or experts"),
+    ("/stats", "cache statistics of the experts"),
+    ("/save NAME", "save the conversation with its settings"),
+    ("/load [NAME]", "continue a saved conversation, or list them"),
     ("/read FILE", "send the text of a file as a message"),
     ("/regen", "answer the last message again"),
-    ("/clear", "forget the conversation"),
+    ("/copy [N]", "copy the last answer, or its code block N"),
+    ("/write FILE [N]", "write the last answer, or its code block N, to a file"),
+    ("/clear", "clear the conversation"),
     ("/?", "show this list (also /help)"),
-    ("/bye", "leave (also Ctrl-D)"),
+    ("/bye", "quit (also /exit, /quit, Ctrl-D)"),
 )
 KEYS = (
-    (QUOTES, "begin and end a message of several lines, or one that starts with /"),
+    (QUOTES, "around a message of several lines, or one that starts with /"),
+    ("Alt-Enter", "begin a new line in a message"),
     ("Ctrl-C", "stop the answer"),
+    ("Ctrl-R, Tab", "search earlier messages, complete a command"),
 )
-HELP = "\n".join(f"  {usage:<37} {what}" for usage, what in USAGE + KEYS)
+SETTINGS = {
+    "system": ("TEXT", "system prompt"),
+    "temperature": ("X", "0: always the likeliest token"),
+    "top_k": ("N", "only the N likeliest tokens (0: off)"),
+    "top_p": ("X", "only tokens that add up to X (1: off)"),
+    "min_p": ("X", "none below X times the best (0: off)"),
+    "repeat_penalty": ("X", "against repetition (1: off)"),
+    "seed": ("N|random", "random: a new one for every answer"),
+    "num_predict": ("N", "maximum tokens per answer (-1: no limit)"),
+    "stop": ('"A" "B"', "texts that end an answer"),
+    "verbose|quiet": ("", "all timings after an answer, or none"),
+    "think|nothink": ("", "think before an answer, or not"),
+    "thoughts": ("show|hide", "the model's thoughts"),
+    "panel": ("on|off", "speed and expert map during answers"),
+}
+SHOWN = ("info", "parameters", "system", "template", "experts")
+OTHER_NAMES = {"repetition_penalty": "repeat_penalty"}
+# Settings of ollama that cannot be changed here -> what to do.
+ELSEWHERE = {
+    "num_ctx": "the context size is fixed while the model is loaded: start the chat with -c N",
+    "num_thread": "the number of threads is fixed: start the chat with -t N",
+    "num_gpu": "as many experts as fit are kept in memory: start the chat with --expert-slots N",
+    "repeat_last_n": "repeat_penalty looks at the whole conversation: 1 turns it off",
+    "format": "answers in a given format are not supported: ask for it in the message",
+}
+LEAVING, HELP_WORDS = ("/bye", "/exit", "/quit"), ("/?", "/help")
 
 
 def _words() -> dict[str, tuple[str, ...]]:
-    words: dict[str, tuple[str, ...]] = {"": (), "set": tuple(PARAMETERS)}
-    for usage, _ in USAGE:
-        before: list[str] = []
-        for word in usage[1:].split():
-            if word.isupper():
-                break
-            path = " ".join(before)
-            words[path] = tuple(dict.fromkeys((*words.get(path, ()), *word.split("|"))))
-            before.append(word)
+    commands = [*LEAVING, *HELP_WORDS, *(usage.split()[0] for usage, _ in USAGE)]
+    words = {"": tuple(dict.fromkeys(word[1:] for word in commands)), "show": SHOWN, "set": ()}
+    for name, (values, _) in SETTINGS.items():
+        words["set"] += tuple(name.split("|"))
+        words[f"set {name}"] = tuple(word for word in values.split("|") if word.islower())
     return words
 
 
@@ -83,7 +102,7 @@ def converse(chat: Chat, read: Callable[[str], str], first: str | None = None) -
             return
         except KeyboardInterrupt:
             with contextlib.suppress(KeyboardInterrupt):  # some people press it more than once
-                chat.display.write("\n(/bye or Ctrl-D leaves)\n")
+                chat.display.note("\n(press Ctrl-D or type /bye to quit)\n")
 
 
 def read_message(read: Callable[[str], str]) -> tuple[str, bool]:
@@ -112,32 +131,34 @@ def _take(chat: Chat, text: str, quoted: bool) -> bool:
     except Exception as error:
         if chat.debug and not isinstance(error, OffloadError):
             raise
-        chat.display.write(f"{one_line(error)}\n")
+        chat.display.note(f"{one_line(error)}\n")
     return True
 
 
 def obey(chat: Chat, line: str) -> bool:
     """Carry out a command line, and return False if it ends the chat. Raises `ChatError`."""
     name, _, rest = line[1:].partition(" ")
-    if name == "bye":
-        return False
-    command = COMMANDS.get(name)
-    if command is None:
+    rest = rest.strip()
+    if name not in COMMANDS and f"/{name}" not in LEAVING:
         raise ChatError(
-            f"there is no command /{name}: /? lists them; a message that begins with a slash goes "
-            'between """'
+            f"Unknown command /{name} (/? for help). To send text that starts with /, wrap it in "
+            '"""'
         )
-    command(chat, rest.strip())
+    if rest and name not in TAKING:
+        raise ChatError(f"/{name} takes nothing after it, not {rest!r}")
+    if name not in COMMANDS:
+        return False
+    COMMANDS[name](chat, rest)
     return True
 
 
 def _help(chat: Chat, _: str) -> None:
-    chat.display.write(HELP + "\n")
+    chat.display.table((*USAGE, *KEYS))
 
 
 def _clear(chat: Chat, _: str) -> None:
     chat.clear()
-    chat.display.write("The conversation is forgotten.\n")
+    chat.display.write("Conversation cleared.\n")
 
 
 def _regen(chat: Chat, _: str) -> None:
@@ -145,6 +166,8 @@ def _regen(chat: Chat, _: str) -> None:
 
 
 def _read(chat: Chat, rest: str) -> None:
+    if not rest:
+        raise ChatError("Usage: /read FILE")
     file = user_path(rest)
     try:
         if not file.is_file():  # reading a device or a pipe might never end
@@ -156,83 +179,159 @@ def _read(chat: Chat, rest: str) -> None:
     chat.say(text)
 
 
-def _save(chat: Chat, rest: str) -> None:
-    file = SavedChat(chat.system, chat.sampling, chat.messages, chat.settings).save(rest)
-    chat.display.write(f"Saved as {file}\n")
-
-
-def _load(chat: Chat, rest: str) -> None:
-    saved = SavedChat.load(rest)
-    chat.clear()
-    chat.messages, chat.sampling, chat.system = saved.messages, saved.sampling, saved.system
-    if saved.settings is not None:
-        chat.settings = saved.settings
-    chat.display.write(f"Loaded {len(saved.messages)} messages.\n")
-
-
-def _stats(chat: Chat, _: str) -> None:
-    stats = offload_of(chat.model).stats()
-    counts = stats.counts
+def _copy(chat: Chat, rest: str) -> None:
+    text = _excerpt(chat, rest, "/copy")
+    if not isinstance(chat.display, Rendered):
+        raise ChatError("there is no terminal that could copy: use /write FILE")
+    chat.display.copy(text)
     chat.display.write(
-        f"{stats.line()}\n"
-        f"requests {counts.requests}, hits {counts.hits}, misses {counts.misses}, "
-        f"evictions {counts.evictions}, look-ahead loads {counts.lookahead_loads}\n"
-        f"loaded {stats.bytes_loaded / 2**20:.1f} MiB at {stats.link_gb_per_s:.1f} GB/s, "
-        f"waited {counts.wait_seconds:.2f} s, {stats.tokens} tokens\n"
+        f"Copied {_lines(text)}, if this terminal lets programs do so (OSC 52); /write FILE "
+        "always works\n"
     )
 
 
+def _write(chat: Chat, rest: str) -> None:
+    before, _, number = rest.rpartition(" ")
+    name, number = (before, number) if before and number.isdecimal() else (rest, "")
+    if not name:
+        raise ChatError("Usage: /write FILE, or /write FILE N for code block N")
+    text, file = _excerpt(chat, number, f"/write {name}"), user_path(name)
+    try:
+        with file.open("x", encoding="utf-8") as handle:
+            handle.write(text + "\n")
+    except FileExistsError:
+        raise ChatError(f"{file} exists: choose another name") from None
+    except OSError as error:
+        raise ChatError(f"cannot write {file}: {error.strerror or error}") from None
+    chat.display.write(f"Wrote {_lines(text)} to {file}\n")
+
+
+def _excerpt(chat: Chat, number: str, command: str) -> str:
+    """The last answer, or its code block `number`."""
+    answers = [str(m["content"]) for m in chat.messages if m["role"] == "assistant"]
+    if not answers:
+        raise ChatError("There is no answer yet")
+    if not number:
+        return answers[-1]
+    blocks = dict(enumerate(code_blocks(answers[-1]), 1))
+    if not number.isdecimal() or int(number) not in blocks:
+        have = f"{command} 1 to {command} {len(blocks)}" if len(blocks) > 1 else f"{command} 1"
+        raise ChatError(f"Usage: {have}" if blocks else "The last answer has no code block")
+    return blocks[int(number)]
+
+
+def _lines(text: str) -> str:
+    count = text.count("\n") + 1
+    return f"{count} line{'s' * (count > 1)}"
+
+
+def _save(chat: Chat, rest: str) -> None:
+    replaces = is_saved(rest)
+    if replaces and rest != chat.name:
+        raise ChatError(
+            f"{rest} is another saved conversation: choose another name, or /load {rest} first"
+        )
+    file = SavedChat(chat.system, chat.sampling, chat.messages, chat.settings).save(rest)
+    chat.name = rest
+    chat.display.write(f"Saved as {file}{', in place of its earlier state' * replaces}\n")
+
+
+def _load(chat: Chat, rest: str) -> None:
+    if not rest:
+        rows = listing()
+        if not rows:
+            raise ChatError("No conversation is saved yet. Usage: /save NAME")
+        chat.display.table(rows)
+        return
+    saved = SavedChat.load(rest)
+    chat.clear()
+    chat.messages, chat.sampling, chat.system = saved.messages, saved.sampling, saved.system
+    chat.name = rest
+    if saved.settings is not None:
+        chat.settings = saved.settings
+    chat.display.write(f"Loaded {len(saved.messages)} messages.\n")
+    chat.show_last_turn()
+
+
+def _stats(chat: Chat, _: str) -> None:
+    chat.display.write(figures.statistics(chat.offload))
+
+
 def _set(chat: Chat, rest: str) -> None:
-    name, _, value = rest.partition(" ")
-    value = value.strip()
-    if name in ("verbose", "quiet", "think", "nothink") and value:
-        raise ChatError(f"/set {name} takes nothing after it, not {value!r}")
+    name, _, value = rest.removeprefix("parameter ").strip().partition(" ")
+    name, value = OTHER_NAMES.get(name, name), value.strip()
+    if name in ("", "parameter"):
+        _list_settings(chat)
+        return
+    if name in ELSEWHERE:
+        raise ChatError(f"{name}: {ELSEWHERE[name]}")
+    told = _change(chat, name, value)
+    chat.display.write(f"{told}\n")
+
+
+def _change(chat: Chat, name: str, value: str) -> str:
+    """Change a setting, and return what to tell the user."""
+    pair = {"verbose": "quiet", "quiet": "verbose", "think": "nothink", "nothink": "think"}
+    if name in pair and value:
+        raise ChatError(f"Use /set {name} or /set {pair[name]}")
     if name == "system":
         chat.system = value
-    elif name in ("verbose", "quiet"):
+        return "Set the system prompt." if value else "The system prompt is the model's default."
+    if name in ("verbose", "quiet"):
         chat.verbose = chat.timings = name == "verbose"
-    elif name in ("think", "nothink"):
+        return f"{'All' if chat.verbose else 'No'} timings are shown after an answer."
+    if name in ("think", "nothink"):
+        if not chat.can_think:
+            raise ChatError("this model's template has no switch for thinking")
         chat.think = name == "think"
-    elif name == "thoughts":
+        return f"Thinking is {'on' if chat.think else 'off'}."
+    if name == "thoughts":
         chat.display.thoughts = _switch(name, value, "show", "hide")
     elif name == "panel":
         _set_panel(chat, _switch(name, value, "on", "off"))
     elif name == "num_predict":
         count = _number(name, value, int)
+        if count < -1 or count == 0:
+            raise ChatError(f"num_predict is {count}: it must be at least 1, or -1 for no limit")
         chat.max_new_tokens = count if count > 0 else None
-    elif name in PARAMETERS:
-        drawn = name == "seed" and value == "random"
-        given: dict[str, Any] = {name: None if drawn else _number(name, value, PARAMETERS[name])}
-        chat.sampling = replace(chat.sampling, **given)
+    elif name == "stop":
+        chat.stop_strings = _texts(value)
+    elif name in SETTINGS:
+        chat.sampling = _sampling(chat, name, value)
     else:
-        raise ChatError(f"there is nothing called {name!r} to set: /? lists what there is")
+        names = "|".join(SETTINGS).replace("|", ", ")
+        raise ChatError(f"Unknown setting {name!r}. Settings: {names}")
+    return f"Set {name} to {_values(chat)[name]}."
+
+
+def _sampling(chat: Chat, name: str, value: str) -> Any:
+    names = {short: long for long, short in OTHER_NAMES.items()}
+    field = names.get(name, name)
+    drawn = name == "seed" and value == "random"
+    given: dict[str, Any] = {field: None if drawn else _number(name, value, PARAMETERS[field])}
+    return replace(chat.sampling, **given)
+
+
+def _texts(value: str) -> tuple[str, ...]:
+    """Texts in quotes, or one text without."""
+    if not value.startswith(('"', "'")):
+        return (value,) if value else ()
+    try:
+        return tuple(shlex.split(value))
+    except ValueError:
+        raise ChatError('a quotation mark is missing: /set stop "A" "B"') from None
 
 
 def _set_panel(chat: Chat, on: bool) -> None:
     if on and not chat.display.live:
         raise ChatError("a panel needs a terminal that can be drawn on")
-    handle = offload_of(chat.model)
-    chat.display.panel = (lambda: _panel(chat.last, handle)) if on else None
-
-
-def _panel(response: GenerationResponse | None, handle: Offload) -> Text:
-    """Speed in tokens/s, hits, MiB loaded a token, and a map of the resident experts. Drawing takes
-    a few milliseconds for thousands of experts."""
-    if response is None:
-        return Text()
-    experts = [layer.num_experts for layer in handle.pack.info.layers]
-    line = (
-        f"{response.generation_tokens} tokens, {response.generation_tps:.1f} t/s, "
-        f"hits {response.experts.counts.hit_rate:.1%}, "
-        f"{response.experts.mib_per_token:.1f} MiB/token"
-    )
-    resident = resident_in(handle.engine.cache, experts)
-    return Text(f"{line}\n{squeezed(resident)}", style="dim")
+    panel = figures.Panel(chat.offload)
+    chat.display.panel = (lambda: panel.draw(chat.last)) if on else None
 
 
 def _switch(name: str, value: str, yes: str, no: str) -> bool:
     if value not in (yes, no):
-        raise ChatError(f"/set {name} {yes} or /set {name} {no}")
+        raise ChatError(f"Use /set {name} {yes} or /set {name} {no}")
     return value == yes
 
 
@@ -246,44 +345,50 @@ def _number(name: str, value: str, kind: type[int] | type[float]) -> Any:
 
 
 def _show(chat: Chat, rest: str) -> None:
-    handle = offload_of(chat.model)
     if rest == "info":
-        info, fit = handle.pack.info, handle.fit
-        text = (
-            f"{info.source}: {chat.model.config.model_type}, {len(info.layers)} MoE layers, "
-            f"{info.total_experts} experts; bits: {bits_name(info)}\n"
-            f"pack {handle.pack.path}\n{handle.stats().slots} slots for experts on "
-            f"{' and '.join(map(str, fit.devices))}, computing in "
-            f"{str(fit.dtype).removeprefix('torch.')}, context {fit.options.context}"
-        )
+        chat.display.write(figures.info(chat.offload, chat.model.config.model_type))
     elif rest == "parameters":
-        text = _parameters(chat)
+        values = _values(chat)
+        skipped = ("system", "verbose|quiet", "panel")
+        chat.display.table([(name, text) for name, text in values.items() if name not in skipped])
     elif rest == "system":
-        text = chat.system or "(none: the template's own)"
+        chat.display.write((chat.system or "(not set: model default)") + "\n")
+    elif rest == "template":
+        chat.display.write(f"{chat.tokenizer.chat_template}\n")
     elif rest == "experts":
-        experts = [layer.num_experts for layer in handle.pack.info.layers]
-        text = draw_for(sys.stdout, of_cache(handle.engine.cache, experts))
+        chat.display.write(figures.expert_map(chat.offload))
     else:
-        raise ChatError("/show info, /show parameters, /show system or /show experts")
-    chat.display.write(text + "\n")
+        raise ChatError(f"Usage: /show {'|'.join(SHOWN)}")
 
 
-def _parameters(chat: Chat) -> str:
+def _list_settings(chat: Chat) -> None:
+    values = _values(chat)
+    chat.display.table(
+        [(f"/set {name} {usage}", values[name], what) for name, (usage, what) in SETTINGS.items()]
+    )
+
+
+def _values(chat: Chat) -> dict[str, str]:
+    """The value of each of `SETTINGS`, as text."""
     settings = chat.settings
-    rows: dict[str, object] = {name: getattr(chat.sampling, name) for name in PARAMETERS}
+    values = {OTHER_NAMES.get(name, name): getattr(chat.sampling, name) for name in PARAMETERS}
     if chat.sampling.seed is None:
-        rows["seed"] = "random"
-    rows["num_predict"] = settings.num_predict or -1
-    rows["think"] = {None: "as the model has it", True: "yes", False: "no"}[settings.think]
-    rows["thoughts"] = "show" if settings.thoughts else "hide"
-    rows["stop"] = ", ".join(map(repr, settings.stop)) or "none"
-    return "\n".join(f"{name:<20}{value}" for name, value in rows.items())
+        values["seed"] = "random"
+    values["system"] = "set" if chat.system else "not set"
+    values["num_predict"] = settings.num_predict or -1
+    values["stop"] = ", ".join(map(repr, settings.stop)) or "none"
+    values["verbose|quiet"] = "verbose" if chat.verbose else "speed" if chat.timings else "quiet"
+    values["think|nothink"] = {None: "model default", True: "on", False: "off"}[settings.think]
+    values["thoughts"] = "show" if settings.thoughts else "hide"
+    values["panel"] = "on" if chat.display.panel else "off"
+    return {name: str(values[name]) for name in SETTINGS}
 
 
 COMMANDS: dict[str, Callable[[Chat, str], None]] = {
     "?": _help,
     "help": _help,
     "clear": _clear,
+    "copy": _copy,
     "load": _load,
     "read": _read,
     "regen": _regen,
@@ -291,4 +396,6 @@ COMMANDS: dict[str, Callable[[Chat, str], None]] = {
     "set": _set,
     "show": _show,
     "stats": _stats,
+    "write": _write,
 }
+TAKING = ("copy", "load", "read", "save", "set", "show", "write")  # take words after them

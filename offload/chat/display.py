@@ -4,42 +4,66 @@ Markdown is drawn block by block: a finished block is printed once and stays, an
 growing block is drawn again, so that nothing above it moves or flickers.
 """
 
-import functools
-import time
-from collections.abc import Callable
-from itertools import pairwise
+from __future__ import annotations
 
-from markdown_it import MarkdownIt
-from markdown_it.token import Token
-from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+import base64
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from textwrap import TextWrapper
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.markdown import Markdown
-from rich.segment import Segment
+from rich.live_render import LiveRender
+from rich.spinner import Spinner
+from rich.table import Table
 from rich.text import Text
 
-from offload.generation.thinking import Piece
+from offload.chat.markdown import THEME, Lines, drawn, tokens_of
 from offload.lines import printable
+
+if TYPE_CHECKING:
+    from offload.generation.thinking import Piece
 
 REFRESH_SECONDS = 0.08  # at least, between two drawings of the growing block
 DRAWING_SHARE = 0.1  # at most this share of the time goes into drawing; long blocks are slow
-DEEPEST = 12  # deepest nesting, as markdown-it counts it (two a list or quote), that is drawn
 THINKING, THOUGHT = "Thinking...", "...done thinking."  # ollama's words
 
 Panel = Callable[[], RenderableType]  # draws the lines below an answer while it arrives
+Write = Callable[[str], None]
 
 
 class Plain:
-    """Plain text, for a file, a pipe, or a terminal without colours."""
+    """Plain text, for a file, a pipe, or a terminal that cannot be drawn on."""
 
     live = False  # whether a panel can be shown
     panel: Panel | None = None
 
-    def __init__(self, write: Callable[[str], None], *, safe: bool = True) -> None:
-        """`safe`: make control characters visible that a terminal would obey."""
+    def __init__(self, write: Write, *, note: Write | None = None, safe: bool = True) -> None:
+        """`note` writes what is not an answer; by default `write` does. `safe`: make control
+        characters visible that a terminal would obey."""
         self.thoughts = True  # whether thoughts are shown
         self.write = write  # writes text that is not part of an answer, unchanged
+        self.note = note or write  # writes what is said beside answers: figures, notices, errors
         self._safe = safe
         self._thinking = False
+
+    def table(self, rows: Sequence[Sequence[str]]) -> None:
+        """Write rows of two or more columns."""
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            cells = [f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)]
+            self.write("  ".join(cells).rstrip() + "\n")
+
+    def wait(self, what: str) -> None:
+        """Say that `what` is being done, until something else is shown."""
+
+    def rest(self) -> None:
+        """Take away what `wait` shows."""
+
+    def moved(self) -> None:
+        """The cursor is no longer where the last drawing ended."""
 
     def show(self, piece: Piece) -> None:
         """Show the next piece of the answer."""
@@ -59,24 +83,75 @@ class Plain:
 
 
 class Rendered:
-    """Markdown in a terminal, with dimmed thoughts."""
+    """Markdown in a terminal, with dimmed thoughts, figures and notices."""
 
     live = True
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, notes: Console | None = None) -> None:
+        """`notes`: where what is not an answer goes; by default `console`."""
+        console.push_theme(THEME)
         self.thoughts = True
         self.panel: Panel | None = None
         self._console = console
-        self._live: Live | None = None
+        self._notes = notes or console
+        self._status: Live | None = None  # turns until something else is shown
+        self._region = LiveRender("")  # what is on the screen and will be drawn again
         self._source = ""  # Markdown of the growing block
+        self._on_screen = 0  # how many characters of `_source` the region shows
+        self._size = console.size  # when the region was drawn
+        self._moved = False  # whether the cursor may have left the end of the region
+        # After a move the rest of a word (or, in code, of a line) goes on where the cursor is, up
+        # to one of these characters. Empty: nothing does.
+        self._raw_until = ""
+        self._fence = ("", "")  # marks and language of the code that goes on
+        self._last_line = ""  # the Markdown of the line in which the cursor is
         self._thinking = False
         self._begun = False  # whether a block of this answer has been printed
         self._next_drawing = 0.0  # earliest time of the next drawing, by `time.monotonic`
 
     def write(self, text: str) -> None:
-        print(text, end="", flush=True)
+        self._say(self._console, text)
+
+    def note(self, text: str) -> None:
+        self._say(self._notes, text, style="dim")
+
+    def table(self, rows: Sequence[Sequence[str]]) -> None:
+        self.rest()
+        grid = Table.grid(padding=(0, 2, 0, 0))
+        for _ in rows[0]:
+            grid.add_column(overflow="fold")
+        for row in rows:
+            grid.add_row(*map(Text, row))
+        self._console.print(grid)
+
+    def wait(self, what: str) -> None:
+        self._status = Live(
+            Spinner("dots", Text(f"{what}...", style="dim")),
+            console=self._console,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+            refresh_per_second=12.5,
+        )
+        self._status.start(refresh=True)
+        self._console.show_cursor(True)  # a killed program must not leave the cursor hidden
+
+    def rest(self) -> None:
+        """Take away what `wait` shows."""
+        if self._status is not None:
+            self._status.stop()
+            self._status = None
+
+    def copy(self, text: str) -> None:
+        """Ask the terminal to copy `text` (OSC 52)."""
+        code = base64.b64encode(text.encode()).decode()
+        print(f"\x1b]52;c;{code}\x07", end="", flush=True)
+
+    def moved(self) -> None:
+        self._moved = True
 
     def show(self, piece: Piece) -> None:
+        self.rest()
         if piece.thought != self._thinking:
             self._settle_all()
             if self.thoughts:
@@ -84,29 +159,43 @@ class Rendered:
             self._thinking = piece.thought
         self._source += printable(piece.text)
         begin = time.monotonic()
-        if begin >= self._next_drawing:  # parsing a long list is slow, so not after every piece
-            *over, self._source = self._blocks(self._source)
-            for block in over:
-                self._settle(block)
+        if begin < self._next_drawing:  # parsing a long list is slow, so not after every piece
+            return
+        self._go_on_below()
+        *over, self._source = self._blocks(self._source)
+        for block in over:
+            self._settle(block)
+        if not self._raw_until:
             self._draw()
-            end = time.monotonic()
-            self._next_drawing = end + max(REFRESH_SECONDS, (end - begin) / DRAWING_SHARE)
+        end = time.monotonic()
+        self._next_drawing = end + max(REFRESH_SECONDS, (end - begin) / DRAWING_SHARE)
 
     def finish(self) -> None:
+        self.rest()
         self._settle_all()
         if self._thinking and self.thoughts:
             self._print(Text(THOUGHT, style="dim"))
         self._thinking = self._begun = False
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        if self.panel is not None:
+            self._print(self.panel())
+        self._erase()
+
+    def _say(self, console: Console, text: str, style: str = "") -> None:
+        """Print lines, wrapped by words. A word that is too long, as a path, stays whole."""
+        self.rest()
+        if "\x1b" in text:  # a drawing in colours
+            console.print(Text.from_ansi(text.removesuffix("\n")), crop=False)
+            return
+        wrap = TextWrapper(console.width, break_long_words=False, break_on_hyphens=False)
+        lines = [wrap.fill(line) for line in text.removesuffix("\n").split("\n")]
+        console.print(Text("\n".join(lines), style=style), soft_wrap=True)
 
     def _blocks(self, source: str) -> list[str]:
         """Split `source` into blocks. All but the last are finished."""
         if self._thinking:
             over, newline, rest = source.rpartition("\n")
             return [over + newline, rest]
-        starts = [token.map[0] for token in _tokens(source) if token.level == 0 and token.map]
+        starts = [token.map[0] for token in tokens_of(source) if token.level == 0 and token.map]
         lines = [f"{line}\n" for line in source.split("\n")]  # as markdown-it counts them
         lines[-1] = lines[-1][:-1]
         edges = [0, *starts[1:], len(lines)]
@@ -114,12 +203,16 @@ class Rendered:
 
     def _settle_all(self) -> None:
         """Print everything that is left, because the thoughts or the answer are over."""
+        self._go_on_below()
+        if self._raw_until:
+            self._end_raw()
         for block in self._blocks(self._source):
             self._settle(block)
-        self._source = ""
+        self._source, self._on_screen = "", 0
 
     def _settle(self, source: str) -> None:
         """Print a finished block."""
+        self._on_screen = 0
         if not source.strip() or (self._thinking and not self.thoughts):
             return
         if self._thinking:
@@ -128,92 +221,86 @@ class Rendered:
         if self._begun:
             self._print(Text(""))
         self._begun = True
-        self._print(_Lines(_drawn(source)))
+        self._print(Lines(drawn(source)))
 
     def _print(self, what: RenderableType) -> None:
-        if self._live is not None:
-            self._live.update("")  # the growing block is now printed as a finished one
-        self._console.print(what)
+        with self._console:  # both are written at once
+            self._erase()
+            self._console.print(what, crop=False)
+
+    def _erase(self) -> None:
+        self._console.control(self._region.position_cursor())
+        self._region = LiveRender("")
 
     def _draw(self) -> None:
         """Draw the growing block and the panel again, in place."""
-        if self._live is None:
-            self._live = Live(
-                console=self._console, auto_refresh=False, transient=True, redirect_stdout=False
-            )
-            self._live.start()
-            self._console.show_cursor(True)  # a killed program must not leave the cursor hidden
         growing: RenderableType
         if self._thinking:
             growing = Text(self._source if self.thoughts else THINKING, style="dim")
         else:
-            growing = _Lines(_drawn(self._source))
+            growing = Lines(drawn(self._source))
             if self._begun:
                 growing = Group(Text(""), growing)
         parts = [growing] if self.panel is None else [growing, Text(""), self.panel()]
-        self._live.update(_Lines(Group(*parts), most=self._console.height - 1), refresh=True)
+        before = self._region.position_cursor()
+        self._region.set_renderable(Lines(Group(*parts), most=self._console.height - 1))
+        self._console.print(before, self._region, crop=False)
+        self._on_screen, self._size = len(self._source), self._console.size
+
+    def _go_on_below(self) -> None:
+        """After a resize or a stop, leave what was drawn where it is, and go on at the cursor.
+
+        How a terminal wraps old lines anew is not known, so the region cannot be drawn again.
+        """
+        if self._region.last_render_height and (self._moved or self._console.size != self._size):
+            self._region, self._begun = LiveRender(""), False
+            shown, self._source = self._source[: self._on_screen], self._source[self._on_screen :]
+            self._begin_raw(shown)
+        self._moved, self._on_screen = False, 0
+        if self._raw_until:
+            ends = [at for sign in self._raw_until if (at := self._source.find(sign)) >= 0]
+            at = min(ends, default=len(self._source))
+            self._console.print(
+                Text(self._source[:at], style="dim" if self._thinking else ""),
+                end="",
+                soft_wrap=True,
+            )
+            self._last_line += self._source[:at]
+            self._source = self._source[at:]
+            if ends:
+                self._source = self._source[1:]
+                self._end_raw()
+
+    def _begin_raw(self, shown: str) -> None:
+        """Choose how what follows the Markdown `shown`, which is on the screen, can go on."""
+        tokens = [] if self._thinking else tokens_of(shown)
+        *before, line = shown.split("\n")
+        space = shown[len(shown.rstrip()) :]  # is not on the screen
+        self._last_line = shown.rstrip().rpartition("\n")[2]
+        self._raw_until, self._fence = " \n", ("", "")
+        again = "" if space else None  # Markdown to draw once more; None: the line goes on
+        fence = next((token for token in reversed(tokens) if token.type == "fence"), None)
+        if fence is not None and fence.map and fence.map[1] > shown.rstrip("\n").count("\n"):
+            self._raw_until = "\n"
+            again = line if "\n" in space else None
+            if not before:
+                again = shown
+            else:
+                self._fence = fence.markup, fence.info
+                self._source = space.replace("\n", "") * (again is None) + self._source
+        elif tokens and tokens[0].type == "table_open":  # its columns need the header
+            again = "\n".join([*before[:2], line])
+        if again is not None or self.panel is not None:
+            self._source = (again or "") + self._source
+            self._end_raw()
+
+    def _end_raw(self) -> None:
+        """Begin a new line, from which on Markdown is drawn again."""
+        self._console.line()
+        markup, info = self._fence
+        if markup and not self._last_line.strip().startswith(markup):  # the code goes on
+            self._source = f"{markup}{info}\n{self._source}"
+        self._raw_until = ""
 
 
 Display = Plain | Rendered
-
-
-class _Lines:
-    """Draws something without blank lines around it, or only its last `most` lines."""
-
-    def __init__(self, what: RenderableType, most: int | None = None) -> None:
-        self._what = what
-        self._most = most
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        lines = console.render_lines(self._what, options, pad=False)
-        if self._most is None:
-            while lines and _blank(lines[0]):
-                del lines[0]
-            while lines and _blank(lines[-1]):
-                del lines[-1]
-        else:
-            lines = lines[-max(1, self._most) :]
-        for line in lines:
-            yield from _without_padding(line)
-            yield Segment.line()
-
-
-def _without_padding(line: list[Segment]) -> list[Segment]:
-    """Remove the spaces that fill a line up to the terminal's width. Terminals disagree about the
-    width of emoji and combining characters, so that a full line may wrap."""
-    kept = list(line)
-    while kept:
-        text, style, control = kept.pop()
-        if style is None or style.bgcolor is None:
-            text = text.rstrip(" ")
-        if text:
-            return [*kept, Segment(text, style, control)]
-    return kept
-
-
-def _blank(line: list[Segment]) -> bool:
-    return not any(segment.text.strip() for segment in line)
-
-
-# The parser of `rich.markdown`, except that nothing is dropped: HTML and link definitions, which
-# rich does not draw, stay text, and an image becomes a link.
-_PARSER = (
-    MarkdownIt("commonmark", {"html": False, "maxNesting": 4 * DEEPEST})
-    .enable(["strikethrough", "table"])
-    .disable(["image", "reference"])
-)
-
-
-@functools.lru_cache(maxsize=1)  # a block is parsed to find its end, then again to be drawn
-def _tokens(source: str) -> list[Token]:
-    return _PARSER.parse(source)
-
-
-def _drawn(source: str) -> RenderableType:
-    """Draw Markdown without leaving anything out, or plain text where it is nested too deeply."""
-    tokens = _tokens(source)
-    if max((token.level for token in tokens), default=0) > DEEPEST:
-        return Text(source)
-    drawn = Markdown("", hyperlinks=False)
-    drawn.markup, drawn.parsed = source, tokens
-    return drawn

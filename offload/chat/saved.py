@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from offload.errors import ChatError
 from offload.files import offload_home, write_whole
-from offload.generation.prompt import Message
+from offload.quant.errors import OffloadError
 from offload.sampling import PARAMETERS, Sampling
+
+if TYPE_CHECKING:
+    from offload.generation.conversation import Message
 
 NAME = re.compile(r"[\w.-]+")
 # What reading JSON and converting its values raises.
@@ -97,11 +102,33 @@ class SavedChat:
 
 
 def saved_names() -> list[str]:
-    """The names of all saved conversations."""
-    return sorted(file.stem for file in (offload_home() / "conversations").glob("*.json"))
+    """The names of all saved conversations, those saved last at the end."""
+    files = (offload_home() / "conversations").glob("*.json")
+    return [file.stem for file in sorted(files, key=lambda file: (file.stat().st_mtime, file.stem))]
+
+
+def listing() -> list[tuple[str, str]]:
+    """The name of each saved conversation, and when it was saved and how it begins."""
+    rows = []
+    for name in saved_names():
+        try:
+            messages = SavedChat.load(name).messages
+            words = " ".join(messages[0]["content"].split()) if messages else ""
+            begins = words if len(words) <= 40 else f"{words[:40]}..."
+            text = f"{len(messages)} messages: {begins}"
+        except OffloadError as error:
+            text = str(error)
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(_file(name).stat().st_mtime))
+        rows.append((name, f"{when}, {text}"))
+    return rows
+
+
+def is_saved(name: str) -> bool:
+    """Whether there is a conversation of this name. Raises `ChatError` if that is no name."""
+    return os.path.lexists(_file(name))
 
 
 def _file(name: str) -> Path:
     if not NAME.fullmatch(name) or name.startswith("."):
-        raise ChatError("give the conversation a name of letters, digits, dots and dashes")
+        raise ChatError("Usage: /save NAME or /load NAME (letters, digits, . and -)")
     return offload_home() / "conversations" / f"{name}.json"

@@ -1,23 +1,31 @@
 """The terminal of a chat, or the pipe in its place: where lines come from and where answers go."""
 
+from __future__ import annotations
+
 import contextlib
 import io
-import os
 import sys
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 from prompt_toolkit import PromptSession
+from prompt_toolkit.application import get_app
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
+from prompt_toolkit.formatted_text import FormattedText
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from rich.console import Console
 
-from offload.chat.commands import WORDS
+from offload.chat.commands import QUOTES, WORDS
 from offload.chat.display import Display, Plain, Rendered
+from offload.chat.keyboard import announce_pastes, is_interactive
 from offload.chat.saved import saved_names
 from offload.files import offload_home
+
+HINT = "Send a message (/? for help)"
+FILE_COMMANDS = ("/read ", "/write ")
 
 
 class Slashes(Completer):
@@ -29,41 +37,67 @@ class Slashes(Completer):
         text = document.text_before_cursor
         if not text.startswith("/") or "\n" in text:
             return
-        if text.startswith("/read "):  # a file name may contain spaces
-            file = Document(text.removeprefix("/read ").lstrip())
-            yield from PathCompleter(expanduser=True).get_completions(file, complete_event)
-            return
+        for command in FILE_COMMANDS:
+            if text.startswith(command):  # a file name may contain spaces
+                file = Document(text.removeprefix(command).lstrip())
+                yield from PathCompleter(expanduser=True).get_completions(file, complete_event)
+                return
         before, _, word = text[1:].rpartition(" ")
+        before = before.strip().replace("set parameter", "set")
         names = before in ("load", "save")
-        for candidate in saved_names() if names else WORDS.get(before.strip(), ()):
+        for candidate in saved_names() if names else WORDS.get(before, ()):
             if candidate.startswith(word):
                 yield Completion(candidate, -len(word))
+
+
+class LineReader:
+    """Asks for one message at a terminal, with editing, history and completion.
+
+    Alt-Enter begins a new line, Enter does so inside three quotes, and pasted text stays one
+    message. Ctrl-Z suspends the program.
+    """
+
+    def __init__(self) -> None:
+        self.aside: Callable[[], str] = str  # what stands at the right edge of the line
+        self.session = PromptSession[str](
+            history=_history(),
+            completer=Slashes(),
+            complete_while_typing=False,  # otherwise the arrow keys would choose completions
+            multiline=True,
+            prompt_continuation="... ",
+            key_bindings=_keys(),
+            enable_suspend=True,
+            placeholder=lambda: self._grey("" if get_app().is_done else HINT),
+            rprompt=lambda: self._grey("" if get_app().is_done else self.aside()),
+        )
+
+    def __call__(self, prompt: str, **options: Any) -> str:
+        """One message; `options` are those of prompt_toolkit. Raises `EOFError` after Ctrl-D."""
+        try:
+            return self.session.prompt(prompt, **options)
+        finally:
+            announce_pastes()
+
+    @staticmethod
+    def _grey(text: str) -> FormattedText:
+        return FormattedText([("ansibrightblack", text)])
 
 
 def reader() -> Callable[[str], str]:
     """Return a function that asks for one message and raises `EOFError` at the end of the input.
 
-    At a terminal it offers editing, history and completion: Alt-Enter begins a new line, Enter does
-    so inside three quotes, and pasted text stays one message. Elsewhere it reads a line of stdin
-    and shows no prompt.
+    Without a terminal it reads a line of stdin and shows no prompt.
     """
-    if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        if isinstance(sys.stdin, io.TextIOWrapper):
-            sys.stdin.reconfigure(errors="surrogateescape")  # invalid UTF-8 must not end the chat
-        return _read_plain
-    return PromptSession[str](
-        history=_history(),
-        completer=Slashes(),
-        complete_while_typing=False,  # otherwise the arrow keys would choose completions
-        multiline=True,
-        prompt_continuation="... ",
-        key_bindings=_keys(),
-    ).prompt
+    if is_interactive():
+        return LineReader()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # invalid UTF-8 must not end the chat
+    return _read_plain
 
 
 def is_open(text: str) -> bool:
     """Whether a message was opened with three quotes and is not closed yet."""
-    return text.startswith('"""') and not text.rstrip()[3:].endswith('"""')
+    return text.startswith(QUOTES) and not text.rstrip()[3:].endswith(QUOTES)
 
 
 def _keys() -> KeyBindings:
@@ -84,14 +118,19 @@ def _keys() -> KeyBindings:
     return keys
 
 
-def display() -> Display:
-    """Return what shows the answers: Markdown at a terminal, plain text elsewhere or when
-    `NO_COLOR` or a dumb terminal asks for it."""
+def display(*, single_turn: bool = False) -> Display:
+    """Return what shows the answers: Markdown at a terminal, plain text elsewhere or at a dumb one.
+
+    Figures and notices go to stderr when stdout holds answers only: in a file, a pipe, or with
+    `single_turn`.
+    """
     console = Console(soft_wrap=False)
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    if console.is_terminal and sys.stdout.isatty() and not plain:
-        return Rendered(console)
-    return Plain(partial(print, end="", flush=True), safe=sys.stdout.isatty())
+    if sys.stdout.isatty() and console.is_terminal and not console.is_dumb_terminal:
+        return Rendered(console, Console(stderr=True) if single_turn else None)
+    write = partial(print, end="", flush=True)
+    if sys.stdout.isatty():
+        return Plain(write)
+    return Plain(write, note=lambda text: write(text, file=sys.stderr), safe=False)
 
 
 class _History(FileHistory):

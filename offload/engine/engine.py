@@ -210,7 +210,7 @@ class Engine:
             self._broken_off = False
             while True:
                 if slots == least:
-                    left = "one expert slot left" + " on each card" * (least > 1)
+                    left = "one expert slot left" + " on each GPU" * (least > 1)
                     raise GenerationError(
                         f"out of GPU memory with {left}: {NO_MEMORY}, or raise --vram"
                     )
@@ -223,7 +223,7 @@ class Engine:
                 except torch.OutOfMemoryError:  # somebody else took the memory meanwhile
                     shortage = 0
         logger.warning(
-            "out of GPU memory: %d of %d expert slots (%s) are given back, and it goes on",
+            "out of GPU memory: %d of %d expert slots (%s) were freed, and the answer continues",
             before - slots,
             before,
             gib((before - slots) * host.info.slot_bytes),
@@ -297,7 +297,7 @@ def make_engine(info: PackInfo, fit: Fit, transfer: Transfer, k: int) -> Engine:
     device: DevicePlanned | str | None = None
     if asked == "device" or (asked == "auto" and fit.device.type == "cuda"):
         if not isinstance(cache, ExpertCache) or fit.cards:
-            logger.warning("steps are planned on the host: the model is on several cards")
+            logger.warning("the CPU decides what to load: the model is on several GPUs")
         else:
             try:
                 from offload.engine.device.make import make
@@ -307,8 +307,8 @@ def make_engine(info: PackInfo, fit: Fit, transfer: Transfer, k: int) -> Engine:
                 device = make(info, layers, transfer, fit, k)
     if isinstance(device, str):  # the reason why there is none
         if fit.device.type != "cuda":
-            raise OffloadError(f"there is no device-planned engine here: {device}: choose host")
-        logger.warning("steps are planned on the host, with a wait at every layer: %s", device)
+            raise OffloadError(f"--engine device does not work here, because {device}: choose host")
+        logger.warning("the CPU decides what to load, with a wait at every layer: %s", device)
         device = None
     # On the device a guess costs the host nothing, so it is not weighed.
     weighs = device is None and fit.options.lookahead is None

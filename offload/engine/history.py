@@ -12,7 +12,7 @@ from offload.cache.trace.file import TraceWriter
 from offload.cache.trace.trace import Event, Guess, TraceError, TraceHeader
 from offload.engine.layer import Call
 from offload.errors import SourceError
-from offload.files import user_path, write_whole
+from offload.files import TRACE, check_output, tell_replaced, user_path, write_whole
 from offload.quant.pack import PackInfo
 
 logger = logging.getLogger("offload")
@@ -26,6 +26,8 @@ class RoutingTrace:
     """
 
     def __init__(self, path: str | Path, header: TraceHeader) -> None:
+        check_output(path, TRACE)
+        tell_replaced(user_path(path), TRACE)
         try:
             self._writer = TraceWriter(user_path(path), header)
         except TraceError as error:

@@ -18,12 +18,18 @@ class CardStats(Figures):
     bytes_copied: int
     link_busy_seconds: float
 
+    def __repr__(self) -> str:
+        return (
+            f"CardStats(card {self.share.number}, {self.share.slots}/{self.share.experts} slots, "
+            f"hits {self.counts.hit_rate:.1%})"
+        )
+
     def line(self) -> str:
         """The card's line, printed under the line of all experts."""
         rate = self.bytes_copied / 1e9 / self.link_busy_seconds if self.link_busy_seconds else 0.0
         return (
             f"[ Card {self.share.number}: {len(self.share.blocks)} layers | "
-            f"{self.share.slots} slots for {self.share.experts} | "
+            f"{self.share.slots} of {self.share.experts} experts in memory | "
             f"hits {self.counts.hit_rate:.1%} | link {rate:.1f} GB/s ]"
         )
 
@@ -44,6 +50,12 @@ class Stats(Figures):
     cards: tuple[CardStats, ...] = ()  # where there are several
     bytes_in_place: int = 0  # loaded bytes that were not copied, but read where they are mapped
 
+    def __repr__(self) -> str:
+        return (
+            f"Stats({self.slots}/{self.total_experts} slots, hits {self.counts.hit_rate:.1%}, "
+            f"{self.mib_per_token:.1f} MiB/token)"
+        )
+
     @property
     def bytes_copied(self) -> int:
         """Bytes that went over the link."""
@@ -58,16 +70,19 @@ class Stats(Figures):
         """Rate of the copies while they ran; 0 when there were none."""
         return self.bytes_copied / 1e9 / self.link_busy_seconds if self.link_busy_seconds else 0.0
 
+    def residency(self) -> str:
+        """How many experts the slots hold."""
+        return f"{self.slots} of {self.total_experts} experts in memory"
+
     def line(self) -> str:
         """The line about experts after an answer, and one more for each of several cards."""
         counts = self.counts
-        text = (
-            f"[ Experts: {self.slots} slots for {self.total_experts} | "
-            f"hits {counts.hit_rate:.1%} | {self.mib_per_token:.1f} MiB/token"
-        )
-        if counts.lookahead_guesses:
-            text += (
-                f" | look-ahead precision {counts.lookahead_precision:.0%}, "
-                f"recall {counts.lookahead_recall:.0%}"
-            )
-        return "\n".join([text + " ]", *(card.line() for card in self.cards)])
+        parts = [f"Experts: {self.slots} of {self.total_experts} in memory"]
+        if counts.requests:
+            ahead = f"{counts.lookahead_precision:.0%}" if counts.lookahead_guesses else "off"
+            parts += [
+                f"hits {counts.hit_rate:.1%}",
+                f"{self.mib_per_token:.1f} MiB/token",
+                f"look-ahead {ahead}",
+            ]
+        return "\n".join([f"[ {' | '.join(parts)} ]", *(card.line() for card in self.cards)])

@@ -8,6 +8,7 @@ or model is not noticed, because the file does not hold them.
 import contextlib
 import json
 import os
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,19 @@ from filelock import FileLock, Timeout
 
 from offload.errors import SourceError
 from offload.files import MOST_CHARACTERS, user_path
-from offload.generation.prompt import Message
+from offload.generation.conversation import SHAPES, conversation_of
 from offload.quant.errors import OffloadError
 
-ADDED = ("answer", "finish_reason", "prompt_tokens", "generated_tokens")
+ADDED = ("answer", "thinking", "finish_reason", "prompt_tokens", "generated_tokens")
+# What OpenAI's requests have beside the messages, and the flag that does it for all lines.
+FLAGS = {
+    "temperature": "--temp",
+    "top_p": "--top-p",
+    "max_tokens": "-n",
+    "max_completion_tokens": "-n",
+    "stop": "-r",
+    "seed": "-s",
+}
 
 
 def read_prompt_lines(file: Path) -> list[dict[str, Any]]:
@@ -45,26 +55,23 @@ def read_prompt_lines(file: Path) -> list[dict[str, Any]]:
     except UnicodeDecodeError as error:
         raise SourceError(f"{file} is not UTF-8 text after line {number}: {error}") from None
     if not prompts:
-        raise SourceError(f"{file} has no prompts: write one JSON object a line")
+        raise SourceError(f"{file} has no prompts: write one JSON object per line")
     return prompts
 
 
 def _prompt_in(line: str, where: str) -> dict[str, Any]:
     try:
-        given: dict[str, Any] = json.loads(line)
-        if isinstance(given, str):
-            given = {"prompt": given}
-        if "messages" in given:
-            texts = [message[key] for message in given["messages"] for key in ("role", "content")]
-        else:
-            texts = [given["prompt"]]
-        if texts in ([], [""]) or not all(isinstance(text, str) for text in texts):
-            raise ValueError("no text")
-    except (ValueError, RecursionError, KeyError, TypeError):
-        raise SourceError(
-            f'{where}: write a text, {{"prompt": "..."}} or {{"messages": '
-            f'[{{"role": "user", "content": "..."}}]}} in JSON, on one line'
-        ) from None
+        given = json.loads(line)
+    except (ValueError, RecursionError):
+        given = None
+    if isinstance(given, str):
+        given = {"prompt": given}
+    try:
+        if not isinstance(given, dict):
+            raise ValueError(SHAPES)
+        conversation_of(given, "")
+    except ValueError as error:
+        raise SourceError(f"{where}: {error}") from None
     for name in ADDED:
         if name in given:
             raise SourceError(
@@ -74,12 +81,27 @@ def _prompt_in(line: str, where: str) -> dict[str, Any]:
     return given
 
 
-def messages_of(given: dict[str, Any], system: str) -> list[Message]:
-    """The messages of a prompt line, after the `system` prompt unless they bring their own."""
-    said: list[Message] = given.get("messages") or [{"role": "user", "content": given["prompt"]}]
-    if system and said[0]["role"] != "system":
-        return [{"role": "system", "content": system}, *said]
-    return said
+def not_followed(prompts: list[dict[str, Any]]) -> str:
+    """A line about settings that stand in the prompts and have no effect; "" if there are none."""
+    names = [name for name in FLAGS if any(name in given for given in prompts)]
+    flags = dict.fromkeys(FLAGS[name] for name in names)
+    return f"{', '.join(names)} in the lines of -f: use {', '.join(flags)} instead" if names else ""
+
+
+class AnswersOut:
+    """Answers as JSON lines on stdout."""
+
+    def done(self, _: list[dict[str, Any]]) -> int:
+        """No prompt is answered already."""
+        return 0
+
+    def append(self, given: dict[str, Any], added: dict[str, Any]) -> None:
+        """Print the object `given` with `added`."""
+        coding = sys.stdout.encoding or "utf-8"
+        print(_encoded(_asked(given) | added, coding).decode(coding), flush=True)
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 class AnswersFile:
@@ -91,6 +113,7 @@ class AnswersFile:
         if self._path.exists() and not self._path.is_file():
             raise OffloadError(f"{file} is no file: name one for the answers")
         lock_file = Path(f"{self._path}.lock")
+        self._is_new = not self._path.exists()
         try:
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
             lock_file.touch()  # filelock would report a read-only folder as a lock that is held
@@ -146,8 +169,10 @@ class AnswersFile:
         self._end += len(line)
 
     def close(self) -> None:
-        """Let other processes write the file."""
+        """Let other processes write the file; one that was made for nothing is removed."""
         os.close(self._file)
+        if self._is_new and not self._path.stat().st_size:
+            self._path.resolve().unlink()
         # The lock file is removed while it is still locked. A process that opened it meanwhile
         # notices that it holds a lock on a removed file.
         with contextlib.suppress(OSError):
@@ -159,10 +184,11 @@ def _asked(given: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name not in ADDED}
 
 
-def _encoded(line: dict[str, Any]) -> bytes:
-    """`line` as readable JSON, or as escaped JSON if it holds half a surrogate pair."""
+def _encoded(line: dict[str, Any], coding: str = "utf-8") -> bytes:
+    """`line` as readable JSON, or as escaped JSON if `coding` lacks one of its characters, like
+    half a surrogate pair."""
     try:
-        return json.dumps(line, ensure_ascii=False).encode()
+        return json.dumps(line, ensure_ascii=False).encode(coding)
     except UnicodeEncodeError:
         return json.dumps(line).encode()
 

@@ -202,7 +202,7 @@ class LoopTokens:
         return if_spared(
             lambda: self._loop.kv.grown(read),
             self._loop.engine,
-            "to keep what was read: it is read again",
+            "to keep the KV cache, so the conversation is read again",
         )
 
 
@@ -262,11 +262,16 @@ class Loops:
 
         try:
             answer = if_spared(
-                begun, self._engine, "for a second KV cache: every token waits for the last"
+                begun,
+                self._engine,
+                "for a second KV cache, so every token waits for the one before",
             )
         except CannotBeFixed as error:
             self.refused = str(error)
-            logger.warning("every token waits for the one before: %s", error)
+            logger.warning(
+                "decoding is slower than it could be, every token waits for the one before: %s",
+                error,
+            )
             return None
         if answer is not None:
             self._answer = weakref.ref(answer)

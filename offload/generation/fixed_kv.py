@@ -90,7 +90,7 @@ def _fixed_layer(grown: object, length: int) -> Any:
         return copy.deepcopy(grown)
     if isinstance(grown, DynamicLayer) and kind in (DynamicLayer, DynamicSlidingWindowLayer):
         if grown.keys is None:
-            raise CannotBeFixed("it keeps states of its own beside the cache")
+            raise CannotBeFixed("it keeps states of its own outside the cache")
         layer = StaticLayer(max_cache_len=length)
         layer.lazy_initialization(grown.keys, grown.values)
         return layer

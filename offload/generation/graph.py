@@ -91,7 +91,7 @@ class Replay:
         # The latest of several says only that ending the failed capture failed, too.
         self.refused = reason(causes[min(1, len(causes) - 1)])
         logger.warning(
-            "the decode step cannot be captured as a CUDA graph, so each of its kernels is "
-            "launched by Python, slower (%s)",
+            "decoding is slower than it could be: the step cannot be captured as a CUDA graph, so "
+            "Python launches each kernel (%s)",
             self.refused,
         )

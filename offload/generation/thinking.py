@@ -119,6 +119,13 @@ class Voices:
             yield Piece(text, self._close is not None)
 
 
+class OneVoice(Voices):
+    """All text is the answer, whatever marks it has."""
+
+    def push(self, text: str) -> Iterator[Piece]:
+        yield Piece(text, False)
+
+
 def marks_are_special(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the marks are special tokens, which decoding leaves out unless told otherwise."""
     specials = tuple(tokenizer.all_special_tokens)

@@ -53,7 +53,7 @@ def memory() -> Iterator[Finding]:
     slow = copies < SLOW_COPY_GB_PER_S
     yield Finding(
         "RAM copies",
-        f"{copies:.1f} GB/s by one thread, an expert at a time",
+        f"{copies:.1f} GB/s by one thread, one expert per copy",
         SLOW if slow else OK,
         _slow_copies() if slow else "",
         {"gb_per_s": copies},

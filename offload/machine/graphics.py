@@ -64,9 +64,9 @@ def graphics(devices: Path = PCI_DEVICES) -> Iterator[Finding]:
     elif listed:
         yield Finding(
             "driver",
-            f"none answers; NVIDIA cards that are plugged in: {len(listed)}",
+            f"none answers; NVIDIA GPUs that are plugged in: {len(listed)}",
             MISSING,
-            "install NVIDIA's driver, then see whether nvidia-smi answers",
+            "install NVIDIA's driver, then check that nvidia-smi answers",
         )
     yield _cuda(has_card)
     if not count:
@@ -150,7 +150,7 @@ def _pcie(port: PciePort) -> Finding:
         f"x{port.width} of x{port.most_width}, {port.gb_per_s:.0f} GB/s at most"
     )
     if port.width < port.most_width:
-        remedy = "the card has fewer lanes than it could: use the port nearest to the processor"
+        remedy = "the GPU has fewer lanes than it could: use the port nearest to the processor"
         return Finding("PCIe", value, SLOW, remedy, data)
     return Finding("PCIe", value, data=data)
 
@@ -191,7 +191,7 @@ def linux_ports(devices: Path) -> list[PciePort]:
     """The ports of NVIDIA's display cards, which Linux lists even without a driver."""
     return [
         PciePort(
-            f"NVIDIA card at {device.name}",
+            f"NVIDIA GPU at {device.name}",
             _generation(_line(device / "current_link_speed")),
             _generation(_line(device / "max_link_speed")),
             _number(_line(device / "current_link_width")),

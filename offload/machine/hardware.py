@@ -99,7 +99,7 @@ def asked_hardware(name: str, memory_bytes: int | None) -> tuple[Hardware, str]:
     if (nearest := nearest_hardware(name, memory_bytes)) is None:
         raise BudgetError(
             f"unknown GPU {name!r}: write a name like 4070, '4060 Ti 16GB' or 'RTX A5000', or give "
-            "the memory of the card with --vram"
+            "the memory of the GPU with --vram"
         )
     return nearest
 
@@ -121,7 +121,7 @@ def nearest_hardware(name: str, memory_bytes: int | None) -> tuple[Hardware, str
     if other := _find(OTHERS, name):
         card = min(CARDS, key=lambda card: _distance(card, other.gib, other.gb_per_s))
         why = f"offload does not run on a {other.name}, which has no CUDA that torch supports"
-        near_to = f"the card nearest to its {other.gib} GiB and {other.gb_per_s:.0f} GB/s"
+        near_to = f"the GPU nearest to its {other.gib} GiB and {other.gb_per_s:.0f} GB/s"
         found = replace(PROFILES[card.name], memory_bytes=other.gib * 2**30)
         return found, f"{why}: the figures are those of the {card.name}, {near_to}"
     number = re.search(r"\d{4}", wanted)  # it names the card; the words after it are variants
@@ -138,7 +138,7 @@ def nearest_hardware(name: str, memory_bytes: int | None) -> tuple[Hardware, str
     if size is not None:
         found = replace(found, memory_bytes=round(size * 2**30))
     told = f"with {size:g} GiB" if size is not None else f"with its {card.gib} GiB"
-    return found, f"no card is known as {name!r}: the figures are those of the {card.name}, {told}"
+    return found, f"no GPU is known as {name!r}: the figures are those of the {card.name}, {told}"
 
 
 def _distance(card: Card, gib: float, gb_per_s: float | None) -> float:

@@ -34,8 +34,8 @@ from transformers import (
 from offload.errors import SourceError
 from offload.files import offload_home
 from offload.model.formats.gguf import GgufFile
-from offload.model.formats.gguf_config import gguf_tokenizer
 from offload.model.formats.gguf_model import GgufSource
+from offload.model.formats.gguf_tokenizer import gguf_tokenizer
 from offload.model.seam import layer_of
 from offload.quant.manifest import file_sha256
 from offload.quant.pack_writer import take_turn
@@ -64,10 +64,7 @@ DENSE_CONFIG: dict[str, Any] = {  # as the metadata of `GGUF` says
     "eos_token_id": 2,
     "pad_token_id": 2,
 }
-NOTE = (
-    "the demo is SmolLM2-135M made into 8 experts a layer: it shows the runtime at work, not what "
-    "a large model answers"
-)
+NOTE = "the demo is a toy model: it shows the speed, not the quality, of a large one"
 
 # Texts of several kinds, so that different experts are chosen for them.
 CALIBRATION = (
@@ -109,7 +106,9 @@ def checkpoint() -> Path:
         with _scratch(folder) as scratch:
             if not (folder / "config.json").is_file():  # another process may have built it
                 fetch_gguf()
-                print("building the demo: a dense model becomes 8 experts a layer", file=sys.stderr)
+                print(
+                    "building the demo: a dense model becomes 8 experts per layer", file=sys.stderr
+                )
                 built = scratch / "built"
                 write_checkpoint(load_dense(), built, torch.bfloat16)
                 shutil.rmtree(folder, ignore_errors=True)  # an incomplete one may exist
@@ -192,7 +191,7 @@ def load_dense() -> PreTrainedModel:
 def write_checkpoint(dense: PreTrainedModel, folder: Path, dtype: torch.dtype) -> None:
     """Write `dense` with experts, a file for each layer, and the tokenizer into a new `folder`."""
     folder.mkdir(parents=True)
-    tokenizer = gguf_tokenizer(fetch_gguf(), LlamaConfig)
+    tokenizer = gguf_tokenizer(fetch_gguf())
     files: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in dense.state_dict().items():
         if name != "lm_head.weight":  # tied to the embedding

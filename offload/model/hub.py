@@ -145,7 +145,11 @@ def _kept(id: str, revision: str | None) -> Repository | None:
     if folder is None:
         return None
     files = [
-        HubFile(file.relative_to(folder).as_posix(), file.stat().st_size, "")
+        HubFile(
+            file.relative_to(folder).as_posix(),
+            file.stat().st_size,
+            file.readlink().name if file.is_symlink() else "",  # the cache links to its blobs
+        )
         for file in sorted(folder.rglob("*"))
         if file.is_file()
     ]

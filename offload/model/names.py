@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offload.errors import SourceError
-from offload.files import packs_folder, read_object, user_path
+from offload.files import packs_folder, user_path
 from offload.model.ids import DEMO as DEMO
 from offload.model.ids import HubName, hub_name, known_model
-from offload.model.layout import INDEX, SINGLE, gguf_files, is_gguf, model_name, models_in
+from offload.model.layout import gguf_files, is_gguf, model_name, models_in
 from offload.model.odd import check_folder
 from offload.options import LoadOptions
 from offload.quant.errors import OffloadError
@@ -132,30 +132,19 @@ def fetch_weights(source: FoundModel) -> None:
         hub.fetch_large(source.repository, hub.weights_of(source.repository))
 
 
-def weight_blobs(source: FoundModel, *, local_files_only: bool) -> str:
+def weight_blobs(source: FoundModel) -> str:
     """A digest of the contents of a hub model's weight files, which the hub tells without sending
     them; empty if it does not."""
-    index = source.folder / INDEX
-    try:
-        named = read_object(index)["weight_map"].values() if index.is_file() else [SINGLE]
-        files = sorted(set(named))
-        blobs = {name: _blob(source.folder / name) for name in files}
-        if not all(blobs.values()) and not local_files_only:
-            from huggingface_hub import HfApi
-
-            for file in HfApi().get_paths_info(source.name, files, revision=source.commit):
-                if lfs := getattr(file, "lfs", None):
-                    blobs[file.path] = lfs.sha256
-    except Exception:  # whatever the index or the hub's transport is; weights are then fetched
+    if source.repository is None:
         return ""
-    told = json.dumps(sorted(blobs.items()))
-    return hashlib.sha256(told.encode()).hexdigest() if all(blobs.values()) else ""
+    from offload.model import hub
 
-
-def _blob(file: Path) -> str:
-    """The SHA-256 of a file in the hub's cache, which links to a blob of that name; else ""."""
-    name = file.readlink().name if file.is_symlink() else ""
-    return name if len(name) == 64 else ""
+    try:
+        contents = {file.path: file.etag for file in hub.weights_of(source.repository)}
+    except OffloadError:  # weights are then fetched
+        return ""
+    told = json.dumps(sorted(contents.items()))
+    return hashlib.sha256(told.encode()).hexdigest() if all(contents.values()) else ""
 
 
 def hub_cache() -> Path:

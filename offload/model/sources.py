@@ -1,5 +1,7 @@
 """Opens the config, generation config and weights of a model that was found."""
 
+import logging
+import re
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ from offload.model.layout import is_gguf
 from offload.model.odd import check_quantisation, compressed_weights, quantisations
 from offload.sampling import is_number, resolve_sampling
 
+logger = logging.getLogger("offload")
+
 
 def read_config(source: str, folder: Path, *, trust_remote_code: bool) -> PreTrainedConfig:
     """The config of the checkpoint, GGUF file or pack `folder`, without `quantization_config`.
@@ -46,7 +50,7 @@ def read_config(source: str, folder: Path, *, trust_remote_code: bool) -> PreTra
         if not trust_remote_code:
             raise SourceError(
                 f"{source} wants to run its own code ({remote.partition('.')[0]}.py in its "
-                "folder): read it, then pass --trust-remote-code (trust_remote_code=True) if you "
+                "folder): read it, then pass --trust-remote-code if you "
                 "trust it"
             )
     check_quantisation(source, raw)
@@ -76,7 +80,7 @@ def open_weights(path: Path, model: PreTrainedModel) -> TensorSource:
     packed = any(name.endswith(BLOCKS) for name in names)
     if any(plain.stored_dtype(name) in FLOAT8 for name in names):
         if packed:
-            raise CheckpointError(f"{path} mixes float8 and MXFP4, which is not read")
+            raise CheckpointError(f"{path} mixes float8 and MXFP4, which is not supported")
         return Fp8Source(plain, _block_size(path))
     return Mxfp4Source(plain) if packed else plain
 
@@ -103,31 +107,58 @@ def _block_size(folder: Path) -> tuple[int, int] | None:
 
 NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty")
 WHOLE_NUMBERS = ("top_k", "max_new_tokens", "bos_token_id", "pad_token_id")
+ONE_ID = ("bos_token_id", "pad_token_id")
 DEEPEST = 16  # levels of lists in lists; transformers copies the values recursively
 
 
-def check_generation_config(folder: Path) -> None:
-    """Raise `CheckpointError` when the file in `folder` is there and transformers cannot use it.
+def check_generation_config(folder: Path, *, tell: bool = False) -> GenerationConfig | None:
+    """The generation config in `folder`, or None if there is none.
 
-    transformers would otherwise fail in the middle of loading, or when the first token is chosen.
+    Some tools write a top_k of -1 for "off", and ids as text or in lists of lists. Both are read as
+    they are meant; with `tell`, the log says so. Raises `CheckpointError` for what transformers
+    cannot use: it would fail in the middle of loading, or when the first token is chosen.
     """
     file = folder / "generation_config.json"
     if not file.is_file():
-        return
+        return None
     values = read_object(file)
     try:
-        _check_types(values)
-        resolve_sampling(GenerationConfig.from_dict(values))
+        meant = _as_meant(values)
+        _check_types(meant)
+        config = GenerationConfig.from_dict(meant)
+        resolve_sampling(config)
     except Exception as error:  # whatever transformers raises on what is in the file
         raise CheckpointError(
             f"{file} cannot be used: {reason(error)}: correct it, fetch it again, or remove it"
         ) from None
+    if tell:
+        for name in (name for name in ("top_k", "eos_token_id", *ONE_ID) if name in values):
+            if meant[name] != values[name]:
+                text = "%s: %s is %r and is read as %r"
+                logger.warning(text, file, name, values[name], meant[name])
+    return config
+
+
+def _as_meant(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` with a top_k of -1 as 0, and with ids as whole numbers or one list of them."""
+    if _depth(values) > DEEPEST:
+        raise GenerationError(f"its values are nested more than {DEEPEST} deep")
+    ids = {name: _ids(values[name]) for name in ("eos_token_id", *ONE_ID) if name in values}
+    for name in ONE_ID:
+        if isinstance(ids.get(name), list) and len(ids[name]) == 1:
+            ids[name] = ids[name][0]
+    return {**values, **ids, **({"top_k": 0} if values.get("top_k") == -1 else {})}
+
+
+def _ids(value: Any) -> Any:
+    if isinstance(value, list):
+        parts = [_ids(item) for item in value]
+        return [id for part in parts for id in (part if isinstance(part, list) else [part])]
+    return int(value) if isinstance(value, str) and re.fullmatch("[0-9]{1,9}", value) else value
 
 
 def _check_types(values: dict[str, Any]) -> None:
     """Raise `GenerationError` for a value whose type transformers does not check."""
-    if _depth(values) > DEEPEST:
-        raise GenerationError(f"its values are nested more than {DEEPEST} deep")
     for name in values:
         if callable(getattr(GenerationConfig, name, None)):
             raise GenerationError(f"{name} is not a parameter")

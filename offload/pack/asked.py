@@ -24,17 +24,28 @@ def check_asked(model: str, options: LoadOptions) -> bool:
     return model == DEMO or find_here(model, options.pack_dir) is not None
 
 
+def say_loading(model: str) -> None:
+    """Say on a terminal that the model loads, because the imports to come take a while."""
+    if sys.stderr.isatty():
+        print(f"Loading {printable(model)}...", file=sys.stderr, flush=True)
+
+
 def begin_loading(
-    model: str, options: LoadOptions, files: Sequence[str] = TEXT_FILES, *, chats: bool = False
+    model: str,
+    options: LoadOptions,
+    files: Sequence[str] = TEXT_FILES,
+    *,
+    said: bool = False,
+    chats: bool = False,
 ) -> None:
     """Check the model and its options, say that loading begins, and import torch.
 
-    A model of the hub is looked up before the import, unless `files` is empty. A model that `chats`
-    needs a chat template. Raises `OffloadError`.
+    A model of the hub is looked up before the import, unless `files` is empty. With `said`, the
+    user was told already. A model that `chats` needs a chat template. Raises `OffloadError`.
     """
     here = check_asked(model, options)
-    if sys.stderr.isatty():
-        print(f"Loading {printable(model)}...", file=sys.stderr, flush=True)
+    if not said:
+        say_loading(model)
     found = find_here(model, options.pack_dir) if here and model != DEMO else None
     if not here and files:
         found = find(model, options, files)

@@ -180,7 +180,7 @@ def find_leftovers(folder: Path) -> Iterator[Removable]:
                 yield Removable(path.name, path, "lock that no process holds")
             elif path.suffix == PARTIAL and not _is_held(path.with_suffix(LOCK)):
                 if place != folder or (path / SETTINGS).is_file() or not any(path.iterdir()):
-                    yield Removable(path.name, path, "unfinished, and nobody works on it")
+                    yield Removable(path.name, path, "unfinished, and no process is working on it")
             elif (path / layer_file(0)).is_file() and not (path / MANIFEST).is_file():
                 yield Removable(path.name, path, "rest of a removed pack")
     packs = kept_packs(folder)

@@ -214,7 +214,9 @@ def _remove(things: list[Removable], yes: bool) -> int:
     _print_table(None, rows)
     if not yes:
         if not sys.stdin.isatty():
-            raise OffloadError("nothing was removed, because nobody can be asked here: add --yes")
+            raise OffloadError(
+                "nothing was removed, because this is not a terminal to ask in: add --yes"
+            )
         print(f"Remove {'this' if len(things) == 1 else 'these'}? [y/N] ", end="", flush=True)
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             print("Nothing was removed.")

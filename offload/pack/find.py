@@ -66,7 +66,7 @@ def find_or_make_pack(
     mark = found.commit or stamp(found.folder)
     mine = [pack for pack in kept if mark in pack.stamps]
     if not mine and any(pack.origin.blobs for pack in kept if pack.origin.place == found.name):
-        blobs = names.weight_blobs(found, local_files_only=options.local_files_only)
+        blobs = names.weight_blobs(found)
         mine = [pack for pack in kept if blobs and pack.origin.blobs == blobs]
     if (pack := _with_bits(mine, recipe)) is not None:
         return _used(pack, found, mark, next((p.weights for p in mine if p.weights), ""))
@@ -121,7 +121,7 @@ def _used(pack: KeptPack, found: FoundModel, mark: str, weights: str) -> Path:
 def _note(pack: KeptPack, found: FoundModel, mark: str, weights: str) -> None:
     """Note beside `pack` where its checkpoint is."""
     named = found.commit is not None or found.folder.is_relative_to(offload_home() / names.DEMO)
-    blobs = names.weight_blobs(found, local_files_only=True) if found.commit else ""
+    blobs = names.weight_blobs(found)
     pack.note(
         mark,
         place=found.name if named else str(found.folder.resolve()),

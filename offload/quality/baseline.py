@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from offload.errors import QualityError, SourceError
-from offload.files import read_text, write_whole
+from offload.files import BASELINE, read_text, tell_replaced, write_whole
 from offload.quality.check import CheckResult
 from offload.version import __version__
 
@@ -168,10 +168,12 @@ def save_baseline(
     Raises `QualityError`.
     """
     text = json.dumps(baseline_of(result, tolerances), indent=2, ensure_ascii=False) + "\n"
+    tell_replaced(file, BASELINE)
     try:
         write_whole(file, text.encode())
     except OSError as error:
-        raise QualityError(f"cannot write the baseline to {file}: {error}") from None
+        reason = error.strerror or error
+        raise QualityError(f"cannot write the baseline to {file}: {reason}") from None
 
 
 def read_baseline(file: Path) -> Baseline:
@@ -185,7 +187,8 @@ def read_baseline(file: Path) -> Baseline:
             raise ValueError(f"its version is {data.get('version')}, not {VERSION}")
         return _parse(data)
     except OSError as error:
-        raise QualityError(f"cannot read the baseline: {error}") from None
+        reason = error.strerror or error
+        raise QualityError(f"cannot read the baseline from {file}: {reason}") from None
     except (SourceError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else error
         raise QualityError(f"{file} is not a usable baseline ({what}): {AGAIN}") from None

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offload.errors import DONE
-from offload.files import asked_text, check_readable
+from offload.files import BASELINE, TRACE, asked_text, check_output, check_readable
 from offload.flags import add_model, add_options, option, options_from
 from offload.options import LoadOptions, SharedOptions
 from offload.pack.asked import begin_loading, check_asked
@@ -28,7 +28,7 @@ _comparison = partial(option, group="comparison")
 class PerplexityOptions:
     """Options of `offload ppl` alone."""
 
-    file: Path | None = option("-f --file FILE", "the text, in UTF-8", unset="what is piped in")
+    file: Path | None = option("-f --file FILE", "UTF-8 text file", unset="stdin")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ def _add_arguments(parser: argparse.ArgumentParser, own: type) -> None:
     add_model(parser)
     add_options(parser, LoadOptions, context=512)
     add_options(parser, own)
-    add_options(parser, SharedOptions, ["threads", "stride", "json"])
+    add_options(parser, SharedOptions, ["stride", "json"])
 
 
 class PerplexityCommand:
@@ -79,6 +79,7 @@ class PerplexityCommand:
         file = options_from(arguments, PerplexityOptions).file
         options = options_from(arguments, LoadOptions)
         shared = options_from(arguments, SharedOptions)
+        check_output(options.trace, TRACE)
         text = _scored_text(file)
         begin_loading(arguments.model, options)
         from offload.engine.handle import offload_of
@@ -87,7 +88,7 @@ class PerplexityCommand:
         from offload.quality.check import measured_model
         from offload.quality.scoring import Sliding, encode_text, measure_perplexity
 
-        model, tokenizer, _ = load_and_tell(arguments.model, options, shared.threads)
+        model, tokenizer, _ = load_and_tell(arguments.model, options)
         sliding = Sliding.asked(options.context, shared.stride)
         encoded = encode_text(tokenizer, text, str(file or "the piped text"))
         begin = time.perf_counter()
@@ -143,14 +144,10 @@ class CheckCommand:
         shared = options_from(arguments, SharedOptions)
         for file in (asked.prompts, asked.baseline):
             check_readable(file)
-        if asked.save_baseline and asked.save_baseline.is_dir():
-            raise OffloadError(f"{asked.save_baseline} is a folder: name a file")
-        if asked.save_baseline and not asked.save_baseline.resolve().parent.is_dir():
-            raise OffloadError(f"the folder of {asked.save_baseline} does not exist: make it first")
+        check_output(options.trace, TRACE)
+        check_output(asked.save_baseline, BASELINE)
         check_asked(asked.against, options)
         begin_loading(arguments.model, options)
-        import torch
-
         from offload.loading import load_and_tell
         from offload.progress import Ticker
         from offload.quality.baseline import TOLERANCES, read_baseline, save_baseline
@@ -169,6 +166,7 @@ class CheckCommand:
         baseline = read_baseline(asked.baseline) if asked.baseline else None
         reference = replace(
             options,
+            trace=None,  # a file holds one run, the model's
             revision=options.revision if asked.against == arguments.model else None,
             bits=reference_bits(asked.against),
             expert_bits=None,
@@ -184,8 +182,6 @@ class CheckCommand:
                 return load_and_tell(asked.against, reference)[:2]
             return load_plain(asked.against, reference)
 
-        if shared.threads is not None:
-            torch.set_num_threads(shared.threads)
         with Ticker("check") as ticker:
             result = compare_models(
                 ModelLoader(arguments.model, load_model),

@@ -56,7 +56,11 @@ class PlotOptions:
         unit="experts",
     )
     policy: str = option("--policy NAME", POLICY_HELP, default=POLICIES[0])
-    output: Path | None = option("-o --output PNG", "draw to a file", unset="the terminal")
+    output: Path | None = option(
+        "-o --output PICTURE",
+        "draw to a file that ends in .png, .svg or .pdf",
+        unset="the terminal",
+    )
 
 
 def _show(arguments: argparse.Namespace) -> int:
@@ -94,7 +98,7 @@ def _plot(arguments: argparse.Namespace) -> int:
 
 # Name -> its function, one line of help, the rest of an example, and its options.
 ACTIONS = {
-    "show": (_show, "show the text and the use of experts in each layer", "run.trace", None),
+    "show": (_show, "show how the experts of each layer were used", "run.trace", None),
     "replay": (
         _replay,
         "replay a run with other policies, expert slots or look-ahead",
@@ -103,7 +107,7 @@ ACTIONS = {
     ),
     "plot": (
         _plot,
-        "draw the experts of each layer: resident, hits, misses",
+        "draw residents, hits and misses of each layer's experts",
         "chat.trace --expert-slots 25% -o experts.png",
         PlotOptions,
     ),

@@ -13,7 +13,7 @@ from offload.cache.trace.synthetic import SHAPES, Routing, synthesize
 from offload.cache.trace.trace import CacheError, CardSlots, LayerShape, Trace, shapes
 from offload.errors import SourceError
 from offload.files import user_path
-from offload.quant.errors import OffloadError
+from offload.pictures import check_picture, save_figure
 from offload.units import parse_slots
 
 SYNTHETIC = "synthetic:"
@@ -164,6 +164,7 @@ def plot(name: str, expert_slots: str, policy: str, file: Path | None) -> str:
 
     Raises `OffloadError`.
     """
+    check_picture(file, "-o")
     trace = open_trace(name)
     slots = _slots(expert_slots, trace)
     try:
@@ -173,7 +174,7 @@ def plot(name: str, expert_slots: str, policy: str, file: Path | None) -> str:
     if file is None:
         return draw_for(sys.stdout, heat)
     hits, misses = sum(map(sum, heat.hits)), sum(map(sum, heat.misses))
-    _save_png(
+    _save_picture(
         heat,
         file,
         f"{trace.header.model}: {slots} slots for {trace.header.total_experts} experts, "
@@ -182,18 +183,10 @@ def plot(name: str, expert_slots: str, policy: str, file: Path | None) -> str:
     return ""
 
 
-def _save_png(heat: HeatMap, file: Path, title: str) -> None:
-    """Draw three panels of experts by layers: resident, hits, misses.
+def _save_picture(heat: HeatMap, file: Path, title: str) -> None:
+    """Draw three panels of experts by layers: resident, hits, misses. Raises `OffloadError`."""
+    from matplotlib.figure import Figure
 
-    Raises `OffloadError` if matplotlib is missing or `file` cannot be written.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise OffloadError(
-            "drawing a PNG needs matplotlib: pip install matplotlib, or leave out -o for "
-            "a picture in the terminal"
-        ) from None
     layers, experts = len(heat.resident), max(map(len, heat.resident))
     wide = experts > 2 * layers  # the panels then lie one below the other
     grid = (3, 1) if wide else (1, 3)
@@ -219,7 +212,4 @@ def _save_png(heat: HeatMap, file: Path, title: str) -> None:
             axis.get_major_locator().set_params(integer=True)
         if most is None:  # a panel of yes and no needs no scale
             figure.colorbar(image, ax=axes)
-    try:
-        figure.savefig(file, format="png")
-    except OSError as error:
-        raise OffloadError(f"cannot write {file} ({error.strerror}): name another -o") from None
+    save_figure(figure, file)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,9 @@ from transformers import PreTrainedModel
 from offload import files, ranges
 from offload.engine.engine import Engine
 from offload.engine.handle import offload_of
+from offload.lines import reason
 from offload.quant.errors import OffloadError
+from offload.version import __version__
 
 
 @contextlib.contextmanager
@@ -28,10 +31,7 @@ def record_timeline(model: PreTrainedModel, file: Path | None) -> Iterator[None]
     if file is None:
         yield
         return
-    try:
-        files.check_writable(file)
-    except OSError as error:
-        raise _unwritable(file, error.strerror) from None
+    files.check_output(file, files.TIMELINE)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to stderr
     engine = offload_of(model).engine
     activities = [ProfilerActivity.CPU]
@@ -44,6 +44,7 @@ def record_timeline(model: PreTrainedModel, file: Path | None) -> Iterator[None]
     )
     engine.plan_on_host()  # steps that the device plans have no ranges
     profiler.start()
+    profiler.add_metadata_json("moe-offload", f'"{__version__}"')  # the mark of our timelines
     try:
         with ranges.switched_on(), _dense_ranges(engine):
             yield
@@ -81,22 +82,18 @@ def _dense_ranges(engine: Engine) -> Iterator[None]:
 
 def _write(profiler: profile, file: Path) -> None:
     """Write the trace; an earlier file is only replaced by a whole one. Raises `OffloadError`."""
-    part = file.with_name(file.name + ".part.json")  # a name in .gz would be compressed
-    profiler.export_chrome_trace(str(part))
     try:
-        with part.open("rb") as written:
-            written.seek(-16, os.SEEK_END)
-            if not written.read().rstrip().endswith(b"}"):
+        # The profiler keeps files beside its own, and leaves out what the disk cannot hold.
+        with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as folder:
+            part = Path(folder, "trace.json")  # a name in .gz would be compressed
+            profiler.export_chrome_trace(str(part))
+            if not part.exists() or not part.read_bytes()[-16:].rstrip().endswith(b"}"):
                 raise _unwritable(file, "the disk is full")
-        part.replace(file)
-    except FileNotFoundError:  # the profiler renames only what it wrote whole
-        raise _unwritable(file, "the disk is full") from None
-    except OSError as error:
-        raise _unwritable(file, error.strerror) from None
-    finally:
-        part.unlink(missing_ok=True)
-        part.with_name(part.name + ".tmp").unlink(missing_ok=True)  # the profiler's own
+            files.tell_replaced(file, files.TIMELINE)
+            part.replace(file)
+    except (OSError, RuntimeError) as error:
+        raise _unwritable(file, getattr(error, "strerror", None) or reason(error)) from None
 
 
-def _unwritable(file: Path, reason: str | None) -> OffloadError:
-    return OffloadError(f"cannot write the timeline to {file} ({reason}): name another --timeline")
+def _unwritable(file: Path, why: str) -> OffloadError:
+    return OffloadError(f"cannot write the timeline to {file} ({why}): name another --timeline")

@@ -164,8 +164,8 @@ class HostTier:
                     self._warn_unpinned(len(buffers) * stride, refused)
             buffers += piece.view(-1, stride)
         logger.warning(
-            "RAM holds %d of %d experts (%s of %s), the others are read from disk when they are "
-            "needed: raise --ram, or lower --expert-bits",
+            "RAM holds %d of %d experts (%s of %s), and the others are read from disk when needed: "
+            "raise --ram or lower --expert-bits",
             count,
             info.total_experts,
             gib(count * stride),
@@ -186,8 +186,8 @@ class HostTier:
 
     def _warn_unpinned(self, pinned_bytes: int, refused: str) -> None:
         logger.warning(
-            "host memory can be pinned up to %s only (%s): copies from the rest will be about "
-            "three times slower: %s",
+            "only %s of RAM can be pinned (%s), and copies from the rest will be about three times "
+            "slower: %s",
             gib(pinned_bytes),
             refused,
             self._pinner.remedy,

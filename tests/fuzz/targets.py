@@ -31,6 +31,7 @@ from offload.main import build_parser
 from offload.model import sources
 from offload.model.formats.gguf import GgufFile
 from offload.model.formats.gguf_config import gguf_config
+from offload.model.formats.gguf_tokenizer import end_tokens, gguf_tokenizer
 from offload.model.formats.safetensors import SafetensorsSource
 from offload.model.layout import INDEX, weight_files
 from offload.model.sources import check_generation_config
@@ -91,6 +92,7 @@ class Targets:
         writer.close()
         self._trace = (folder / "trace").read_bytes()
         self._gguf = _tiny_gguf(folder / "tiny.gguf")
+        self._gguf_tokenizers = _gguf_tokenizers(folder / "tokenizer.gguf")
         self._parser = build_parser()
         self._arguments = _words(self._parser)
         tokenizer.save_pretrained(folder / "tokenizer")
@@ -162,6 +164,13 @@ class Targets:
         for name in file.tensors:
             assert file.read(name).shape == file.shape(name)
         gguf_config(path)
+
+    def fuzz_gguf_tokenizer(self, choices: Choices) -> None:
+        good = choices.pick(self._gguf_tokenizers)
+        path = self._write(harmed_bytes(good, choices, within=len(good)))
+        tokenizer = gguf_tokenizer(path)
+        end_tokens(GgufFile(path))
+        encode_prompt(tokenizer, "hello <s>\u05e9\u05dc\u05d5\u05dd")
 
     def fuzz_config(self, choices: Choices) -> None:
         (self._checkpoint / "config.json").write_bytes(harmed_json(self._config, choices))
@@ -306,6 +315,22 @@ def _tiny_gguf(file: Path) -> bytes:
     model = save_tiny("mixtral", file.with_suffix(""), num_hidden_layers=1)
     write_gguf(file, model, lambda name: GGMLQuantizationType.Q8_0, fields=fields)
     return file.read_bytes()
+
+
+def _gguf_tokenizers(file: Path) -> list[bytes]:
+    from gguf import GGUFWriter
+
+    from tests.gguf_files import add_bpe, add_sentencepiece
+
+    made = []
+    for add in (add_bpe, add_sentencepiece):
+        writer = GGUFWriter(file, "llama")
+        add(writer)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        made.append(file.read_bytes())
+    return made
 
 
 __all__ = ["ALLOWED", "NASTY", "Target", "Targets"]

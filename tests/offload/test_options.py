@@ -193,7 +193,7 @@ def test_a_command_that_loads_a_model_says_what_each_card_holds(
     model, tokenizer, seconds = load_and_tell(str(mixtral_pack), asked)
     assert tokenizer is not None
     assert seconds > 0
-    assert capsys.readouterr().err.startswith("card 0: ")
+    assert capsys.readouterr().err.startswith("GPU 0: ")
     model.offload.close()
 
 

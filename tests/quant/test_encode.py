@@ -79,7 +79,7 @@ def test_a_process_that_is_killed_ends_the_work_with_a_remedy() -> None:
             os.kill(children()[0].pid, signal.SIGKILL)
             encoder.submit(torch.randn(1024, 1024), Scheme(4, 64, 16)).result(60)
 
-    with pytest.raises(PackError, match=r"quantising process ended.* goes on where it stopped"):
+    with pytest.raises(PackError, match=r"quantising process ended.* continues where it stopped"):
         encode_with_a_killed_process()
     assert not children()
 

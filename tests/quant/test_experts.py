@@ -211,7 +211,7 @@ def test_kernels_that_give_the_reference_are_used_and_others_are_not(
     def broken(*_: object) -> None:
         raise RuntimeError("no such target\nsm_0")
 
-    for way, word in ((wrong, "are wrong here"), (broken, "RuntimeError: no such target sm_0")):
+    for way, word in ((wrong, "wrong results"), (broken, "RuntimeError: no such target sm_0")):
         kernels_work.cache_clear()
         monkeypatch.setattr(module, "decode_kernels", way)
         with caplog.at_level(logging.WARNING):

@@ -108,7 +108,7 @@ class DevicePlanned:
             self.computes = all(kernels_work(at.program, dtype, device) for at in self._layers)
             if not self.computes:
                 logger.warning(
-                    "without kernels for its experts the model's steps are planned on the host"
+                    "the CPU decides what to load: there are no GPU kernels for these experts"
                 )
 
     def serve(self, call: Call) -> Tensor:
@@ -199,5 +199,6 @@ class DevicePlanned:
         if slots < self.fewest_slots and self.computes:
             self.computes = False
             logger.warning(
-                "with fewer than %d slots steps are planned on the host", self.fewest_slots
+                "the CPU decides what to load from now on: the GPU needs %d slots for that",
+                self.fewest_slots,
             )

@@ -29,9 +29,9 @@ def kernels_decide_rightly(device: torch.device, policy: str) -> str:
     try:
         with launching_on(device):
             if not _decides(device, policy):
-                return "its kernels decide otherwise than the host on this machine"
+                return "its kernels do not decide as the CPU does on this machine"
             if not _fetches(device):
-                return "its kernels copy wrongly on this machine"
+                return "its kernels copy wrong bytes on this machine"
     except Exception as error:  # whatever a compiler or a driver raises
         return f"its kernels do not run here: {reason(error)}"
     return ""

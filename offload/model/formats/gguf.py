@@ -61,6 +61,7 @@ class _Header:
         self._data = np.memmap(file, mode="r", dtype=np.uint8).data
         self._at = 0
         self.fields: dict[str, Any] = {}  # of lists that are skipped, the length
+        self._begins: dict[str, int] = {}  # where the value of a field lies
         self.tensors: dict[str, StoredTensor] = {}
         if bytes(self._take(4)) != b"GGUF":
             raise ValueError("it does not begin with GGUF")
@@ -72,6 +73,7 @@ class _Header:
             name = self._string()
             if name in self.fields:
                 raise ValueError(f"{name} is there twice")
+            self._begins[name] = self._at
             self.fields[name] = self._value(self._number("<I"))
         found = [self._tensor() for _ in range(tensor_count)]
         alignment = self.fields.get("general.alignment", _ALIGNMENT)
@@ -92,19 +94,28 @@ class _Header:
             raise ValueError(f"{name} has shape {shape}")
         return name, shape, self._number("<I"), self._number("<Q")
 
-    def _value(self, kind: int) -> Any:
+    def read_list(self, name: str) -> list[Any]:
+        self._at = self._begins[name]
+        value = self._value(self._number("<I"), whole=True)
+        if not isinstance(value, list):
+            raise ValueError(f"{name} is no list")
+        return value
+
+    def _value(self, kind: int, *, whole: bool = False) -> Any:
         if kind == _STRING:
             return self._string()
         if kind != _ARRAY:
             return self._number(self._format(kind))
         inner, length = self._number("<I"), self._number("<Q")
+        if inner == _STRING and whole:
+            return [self._string() for _ in range(length)]
         if inner == _STRING:
             for _ in range(length):
                 self._take(self._number("<Q"))
             return length
         form = self._format(inner)
         data = self._take(length * struct.calcsize(form))
-        if length > _LONGEST_LIST:
+        if length > _LONGEST_LIST and not whole:
             return length
         return [value for (value,) in struct.iter_unpack(form, data)]
 
@@ -213,6 +224,7 @@ class GgufFile:
         self._data: dict[Path, np.ndarray[Any, np.dtype[np.uint8]]] = {}
         self.tensors: dict[str, StoredTensor] = {}
         self.fields: dict[str, Any] = {}
+        self._headers: list[_Header] = []
         for file in gguf_files(path):
             try:
                 header = _Header(file)
@@ -222,6 +234,7 @@ class GgufFile:
                 raise CheckpointError(
                     f"{file} is not a whole GGUF file ({error}): fetch it again"
                 ) from None
+            self._headers.append(header)
             self.fields = {**header.fields, **self.fields}  # the first part has most of it
             if twice := self.tensors.keys() & header.tensors.keys():
                 raise CheckpointError(f"{file} has {min(twice)} again: its parts do not belong")
@@ -229,6 +242,14 @@ class GgufFile:
             self._data[file] = np.memmap(file, mode="r", dtype=np.uint8)
         for name, tensor in self.tensors.items():
             self._check(name, tensor)
+
+    def read_list(self, name: str) -> list[Any]:
+        """The list `name` of the metadata, of which `fields` may have only the length.
+
+        It is empty when the file has none. Raises `ValueError` when it is something else.
+        """
+        found = [header for header in self._headers if name in header.fields]
+        return found[0].read_list(name) if found else []
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.tensors[name].shape

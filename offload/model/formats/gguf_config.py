@@ -1,4 +1,4 @@
-"""Reads a GGUF file's metadata as a transformers config, generation config and tokenizer.
+"""Reads a GGUF file's metadata as a transformers config and generation config.
 
 transformers' own `get_gguf_config` does it for the architectures it has. For `ARCHITECTURES`, its
 older loader would read the whole file, knows no Mixtral and leaves experts' sizes at defaults.
@@ -13,19 +13,15 @@ from typing import Any
 import torch
 from transformers import (
     CONFIG_MAPPING,
-    TOKENIZER_MAPPING,
     GenerationConfig,
-    LlamaConfig,
     PreTrainedConfig,
-    PreTrainedTokenizerBase,
-    TokenizersBackend,
 )
 from transformers.integrations.gguf import GGUF_ARCHS, GGUF_CONFIG_ARCHS, get_gguf_config
 
 from offload.errors import CheckpointError, UnsupportedModelError
 from offload.lines import reason
 from offload.model.formats.gguf import GgufFile
-from offload.model.layout import gguf_files
+from offload.model.formats.gguf_tokenizer import end_tokens, gguf_tokenizer, token_ids
 from offload.quant.errors import OffloadError
 
 
@@ -182,17 +178,11 @@ def _own_config(file: GgufFile) -> dict[str, Any]:
     if known.partial and "rope.dimension_count" in values:
         part = values.number("rope.dimension_count") / config["head_dim"]
         config["rope_parameters"]["partial_rotary_factor"] = part
-    tokens = _token_ids(file)
-    config |= {f"{name}_token_id": tokens[name] for name in ("bos", "eos", "pad")}
+    ids = token_ids(file)
+    names = {"bos": "bos", "eos": "eos", "pad": "padding"}
+    config |= {f"{name}_token_id": ids.get(key) for name, key in names.items()}
     config = {name: value for name, value in config.items() if value is not None}
     return {"model_type": known.model_type, **config, **known.fixed}
-
-
-def _token_ids(file: GgufFile) -> dict[str, int | None]:
-    """The ids of special tokens: of the end of a text (eos), the end of a turn (eot) and others."""
-    keys = {"bos": "bos", "eos": "eos", "eot": "eot", "pad": "padding"}
-    found = {name: file.fields.get(f"tokenizer.ggml.{key}_token_id") for name, key in keys.items()}
-    return {name: token if type(token) is int else None for name, token in found.items()}
 
 
 def save_config_files(path: Path, folder: Path) -> None:
@@ -201,37 +191,16 @@ def save_config_files(path: Path, folder: Path) -> None:
 
     Raises `OffloadError`.
     """
-    file, config = GgufFile(path), gguf_config(path)
-    config.save_pretrained(folder)
-    tokens = _token_ids(file)
-    ends = list(dict.fromkeys(tokens[name] for name in ("eos", "eot") if tokens[name] is not None))
-    GenerationConfig(
-        bos_token_id=tokens["bos"], eos_token_id=ends or None, pad_token_id=tokens["pad"]
-    ).save_pretrained(folder)
+    gguf_config(path).save_pretrained(folder)
+    file = GgufFile(path)
+    ids = token_ids(file)
+    ends = [ids[name] for name in ("eos", "eot") if name in ids]
     if "tokenizer.ggml.tokens" in file.fields:
-        # llama.cpp gives Mixtral the tokenizer of Llama
-        of_llama = file.fields["general.architecture"] == "llama"
-        gguf_tokenizer(path, LlamaConfig if of_llama else type(config)).save_pretrained(folder)
-
-
-def gguf_tokenizer(path: Path, config: type[PreTrainedConfig]) -> PreTrainedTokenizerBase:
-    """The tokenizer in a GGUF file, as transformers makes it for models with such a `config`.
-
-    `AutoTokenizer` would read the config once more, and with it the whole file, to find the class.
-    Raises `CheckpointError`.
-    """
-    file = gguf_files(path)[0]
-    cls = TOKENIZER_MAPPING.get(config, TokenizersBackend)
-    try:
-        tokenizer: PreTrainedTokenizerBase = cls.from_pretrained(
-            file.parent, gguf_file=file.name, local_files_only=True
-        )
-    except Exception as error:  # whatever transformers raises on what is in the metadata
-        raise CheckpointError(
-            f"transformers cannot make the tokenizer in {file} ({reason(error)}): use the "
-            "model's safetensors checkpoint"
-        ) from None
-    return tokenizer
+        gguf_tokenizer(path).save_pretrained(folder)
+        ends = end_tokens(file)
+    GenerationConfig(
+        bos_token_id=ids.get("bos"), eos_token_id=ends or None, pad_token_id=ids.get("padding")
+    ).save_pretrained(folder)
 
 
 def _columns(file: GgufFile, *stems: str) -> int | None:

@@ -53,9 +53,9 @@ class SafetensorsSource:
         dtype = self.stored_dtype(name)
         if dtype is None:
             raise CheckpointError(
-                f"{name} is stored as {self._slice(name).get_dtype()}, which is not read: use a "
-                "checkpoint in bfloat16, float16, float32, float8 with scales or MXFP4, or a GGUF "
-                "file"
+                f"{name} is stored as {self._slice(name).get_dtype()}, which is not supported: use "
+                "a checkpoint in bfloat16, float16, float32, float8 with scales or MXFP4, or a "
+                "GGUF file"
             )
         return dtype
 

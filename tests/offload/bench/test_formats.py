@@ -15,7 +15,6 @@ import pytest
 from offload.bench.compare import EarlierRun, read_earlier
 from offload.bench.output import (
     WRITERS,
-    check_picture,
     save_picture,
     write_csv,
     write_json,
@@ -24,6 +23,7 @@ from offload.bench.output import (
 )
 from offload.bench.row import BenchRow, Test
 from offload.options import LoadOptions
+from offload.pictures import check_picture
 from offload.quant.errors import OffloadError
 from tests.offload.bench.rows import row
 
@@ -215,7 +215,12 @@ def test_a_file_of_something_else_is_refused_in_one_line(text: str, tmp_path: Pa
 # --- --plot --------------------------------------------------------------------------------------
 
 
-def test_a_picture_is_drawn_of_a_sweep(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("ending", "begin"), [("png", b"\x89PNG"), ("SVG", b"<?xml"), ("pdf", b"%PDF")]
+)
+def test_a_picture_of_a_sweep_has_the_format_of_its_ending_and_may_be_drawn_again(
+    ending: str, begin: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     pytest.importorskip("matplotlib")
     rows = [
         row(test, slots=slots, policy=policy)
@@ -223,17 +228,22 @@ def test_a_picture_is_drawn_of_a_sweep(tmp_path: Path) -> None:
         for slots in (24, 6)
         for test in TESTS
     ]
-    file = tmp_path / "speed.png"
-    check_picture(file)
-    save_picture(rows, file)
-    assert file.read_bytes().startswith(b"\x89PNG\r\n")
+    file = tmp_path / f"speed.{ending}"
+    for said in ("", f"the earlier picture in {file} is replaced"):
+        caplog.clear()
+        check_picture(file, "--plot")
+        save_picture(rows, file)
+        assert file.read_bytes().startswith(begin)
+        assert said in caplog.text
+        assert bool(said) == bool(caplog.text)
 
 
+@pytest.mark.parametrize("name", ["no/speed.png", ".", "speed.jpg", "speed", "theirs.png"])
 def test_a_picture_that_cannot_be_written_is_refused_before_anything_is_measured(
-    tmp_path: Path,
+    name: str, tmp_path: Path
 ) -> None:
     pytest.importorskip("matplotlib")
-    with pytest.raises(OffloadError, match="name another file for --plot"):
-        check_picture(tmp_path / "no" / "speed.png")
-    with pytest.raises(OffloadError, match="name another file for --plot"):
-        check_picture(tmp_path)
+    (tmp_path / "theirs.png").write_bytes(b"\x89PNG\r\n of a holiday")
+    with pytest.raises(OffloadError, match=r"cannot write|ending|is no picture of ours"):
+        check_picture(tmp_path / name, "--plot")
+    assert [file.name for file in tmp_path.iterdir()] == ["theirs.png"]

@@ -84,7 +84,7 @@ def test_no_other_cut_leaves_the_tightest_card_more_room(
 ) -> None:
     ways = _every_way(demand, available)
     if not ways:
-        with pytest.raises(BudgetError, match=r"card \d lacks|name fewer"):
+        with pytest.raises(BudgetError, match=r"memory on GPU \d|name fewer"):
             place(demand, available)
         return
     shares = place(demand, available)
@@ -155,27 +155,27 @@ def test_unequal_cards_get_layers_by_the_memory_that_experts_can_have() -> None:
     assert abs(large.slots / large.experts - small.slots / small.experts) < 0.05
 
 
-def test_what_one_card_lacks_is_said_with_the_flag_that_mends_it() -> None:
+def test_what_one_card_lacks_is_said_with_the_flags_that_help() -> None:
     demand = _uniform(4, 8, GIB, 2**27)
     with pytest.raises(BudgetError) as error:
         place(demand, [4 * GIB, 2 * GIB])
     assert str(error.value) == (
-        "card 1 lacks 1.16 GiB: layers 2 to 3, KV cache, workspace and one expert slot need 3.16 "
-        "GiB and it has 2.00 GiB: raise --vram, lower --ctx-size or --ubatch-size, or name "
-        "more or larger cards with --gpus"
+        "not enough memory on GPU 1: 3.16 GiB needed for layers 2 to 3, KV cache, workspace and "
+        "one expert slot, 2.00 GiB allowed: raise --vram, lower --ctx-size or --ubatch-size, or "
+        "name more or larger GPUs with --gpus"
     )
-    with pytest.raises(BudgetError, match="card 2 lacks"):
+    with pytest.raises(BudgetError, match="memory on GPU 2"):
         place(demand, [GIB, 40 * GIB], numbers=[2, 0])
-    with pytest.raises(BudgetError, match="5 cards for 4 layers: name fewer with --gpus"):
+    with pytest.raises(BudgetError, match="5 GPUs for 4 layers: name fewer with --gpus"):
         place(demand, [40 * GIB] * 5)
 
 
 def test_slots_that_cannot_be_shared_out_are_refused() -> None:
     demand = _uniform(4, 8, 2**20, 2**27)
-    with pytest.raises(BudgetError, match="1 expert slots on 2 cards: at least one is needed on"):
+    with pytest.raises(BudgetError, match="1 expert slots for 2 GPUs: each needs at least one"):
         place(demand, [8 * GIB, 8 * GIB], 1)
     with pytest.raises(
-        BudgetError, match=r"needs 30 expert slots .* 22 fit \(.* on card 0, .*\): "
+        BudgetError, match=r"memory for 30 expert slots .* 22 fit \(.* on GPU 0, .*\): "
     ):
         place(demand, [5 * GIB // 2, 5 * GIB // 2], 30)
 
@@ -188,6 +188,6 @@ def test_a_hundred_layers_on_eight_cards_are_placed_at_once() -> None:
 def test_a_share_reads_as_a_line() -> None:
     share = Share(3, range(12, 24), 12, 96, 40, 2 * GIB, 2**29, 0)
     assert share.line() == (
-        "card 3: 12 layers, 40 slots for 96 experts, beside 2.00 GiB of dense weights and "
+        "GPU 3: 12 layers, 40 of 96 experts in memory, plus 2.00 GiB of dense weights and "
         "512.0 MiB of KV cache"
     )

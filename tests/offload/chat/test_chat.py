@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -12,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import offload
 from offload.cache.trace.heatmap import BLOCKS, PLAIN_BLOCKS, POINTS
 from offload.chat.chat import Chat
-from offload.chat.commands import COMMANDS, WORDS, converse, obey, read_message
+from offload.chat.commands import COMMANDS, SETTINGS, WORDS, converse, obey, read_message
 from offload.chat.display import Plain
+from offload.chat.figures import Panel
 from offload.chat.terminal import is_open
 from offload.errors import ChatError
 from offload.sampling import Sampling
@@ -85,6 +88,13 @@ def chat(loaded: tuple[Any, Any], terminal: Terminal, script: Script) -> Chat:
     return Chat(model, tokenizer, Sampling(), Plain(terminal.write), timings=False)
 
 
+@pytest.fixture
+def thinker(loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The chat template has a switch for thinking."""
+    switch = "{% if enable_thinking %}!{% endif %}"
+    monkeypatch.setattr(loaded[1], "chat_template", loaded[1].chat_template + switch)
+
+
 def _converse(chat: Chat, terminal: Terminal, *lines: str | type[BaseException]) -> str:
     terminal.lines = list(lines)
     converse(chat, terminal.read)
@@ -126,7 +136,7 @@ def test_an_answer_is_made_by_the_model_itself(loaded: tuple[Any, Any], terminal
     chat.say("hello")
     messages = [{"role": "user", "content": "hello"}]
     text = offload.generate(model, tokenizer, messages, max_new_tokens=8)
-    assert terminal.take() == text + "\n"
+    assert terminal.take() == text + "\n(stopped at 8 tokens)\n"
     assert chat.messages == [*messages, {"role": "assistant", "content": text}]
 
 
@@ -206,7 +216,7 @@ def test_the_end_of_input_inside_a_message_leaves(chat: Chat, terminal: Terminal
 # --- leaving and stopping ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("line", ["/bye", "/bye ", EOFError])
+@pytest.mark.parametrize("line", ["/bye", "/bye ", "/exit", "/quit", EOFError])
 def test_bye_and_ctrl_d_leave(line: Any, chat: Chat, terminal: Terminal) -> None:
     terminal.lines = ["one", line, "never read"]
     converse(chat, terminal.read)
@@ -215,7 +225,7 @@ def test_bye_and_ctrl_d_leave(line: Any, chat: Chat, terminal: Terminal) -> None
 
 def test_ctrl_c_at_the_prompt_says_how_to_leave(chat: Chat, terminal: Terminal) -> None:
     text = _converse(chat, terminal, KeyboardInterrupt, "one")
-    assert "/bye or Ctrl-D leaves" in text
+    assert "(press Ctrl-D or type /bye to quit)" in text
     assert text.endswith("yes\n\n")
 
 
@@ -237,7 +247,7 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_chat(
     assert "a long answer".startswith(chat.messages[1]["content"])
 
 
-@pytest.mark.parametrize("shown", ["\n", "\n(/bye or Ctrl-D leaves)\n"])
+@pytest.mark.parametrize("shown", ["\n", "\n(press Ctrl-D or type /bye to quit)\n"])
 def test_ctrl_c_twice_keeps_the_answer_and_the_chat(
     shown: str, chat: Chat, terminal: Terminal, script: Script
 ) -> None:
@@ -280,8 +290,22 @@ def test_ctrl_c_while_the_model_works_keeps_the_chat(
     [
         "/nonsense",
         "/",
-        "/set",
         "/set nothing 1",
+        "/set num_ctx 4096",
+        "/set parameter format json",
+        "/set num_predict 0",
+        "/set num_predict -5",
+        '/set stop "a',
+        "/set think",
+        "/clear x",
+        "/regen now",
+        "/stats please",
+        "/bye the way",
+        "/exit now",
+        "/copy",
+        "/copy 1",
+        "/write",
+        "/write /nowhere/file",
         "/set temperature",
         "/set temperature warm",
         "/set temperature -1",
@@ -469,14 +493,14 @@ def test_help_lists_every_command(line: str, chat: Chat, terminal: Terminal) -> 
 
 
 def test_what_help_says_is_what_there_is(chat: Chat, terminal: Terminal) -> None:
-    assert set(WORDS[""]) | {"help"} == COMMANDS.keys() | {"bye"}
+    assert set(WORDS[""]) == COMMANDS.keys() | {"bye", "exit", "quit"}
     for before in ("set", "show"):
         lines = [f"/{before} {word}" for word in WORDS[before]]
         told = _converse(chat, terminal, *lines)
-        assert "there is nothing called" not in told
-        assert "/show info, /show" not in told
+        assert "Unknown setting" not in told
+        assert "Usage" not in told
     obey(chat, "/?")
-    assert all(len(line) <= 120 for line in terminal.take().splitlines())
+    assert all(len(line) <= 80 for line in terminal.take().splitlines())
     assert WORDS["set panel"] == ("on", "off")
     assert {"temperature", "seed", "num_predict", "thoughts", "quiet"} < set(WORDS["set"])
 
@@ -521,8 +545,9 @@ def test_read_refuses_what_is_no_text(chat: Chat, tmp_path: Path) -> None:
 
 def test_set_system(chat: Chat, terminal: Terminal, script: Script) -> None:
     obey(chat, "/show system")
-    assert "none" in terminal.take()
+    assert terminal.take() == "(not set: model default)\n"
     obey(chat, "/set system be very  brief")
+    assert terminal.take() == "Set the system prompt.\n"
     obey(chat, "/show system")
     assert terminal.take() == "be very  brief\n"
     chat.say("one")
@@ -541,6 +566,7 @@ def test_set_system(chat: Chat, terminal: Terminal, script: Script) -> None:
         ("top_p", "0.9", 0.9),
         ("min_p", "0.05", 0.05),
         ("repetition_penalty", "1.1", 1.1),
+        ("parameter top_p", "0.8", 0.8),
         ("seed", "7", 7),
     ],
 )
@@ -548,16 +574,19 @@ def test_set_a_parameter(
     name: str, text: str, value: float, chat: Chat, terminal: Terminal
 ) -> None:
     obey(chat, f"/set {name} {text}")
+    name = name.removeprefix("parameter ")
+    shown = name.replace("repetition_penalty", "repeat_penalty")
     assert getattr(chat.sampling, name) == value
+    assert terminal.take() == f"Set {shown} to {value}.\n"
     obey(chat, "/show parameters")
     rows = dict(line.split(maxsplit=1) for line in terminal.take().splitlines())
-    assert rows[name] == str(value)
+    assert rows[shown] == str(value)
     assert list(rows)[:6] == [
         "temperature",
         "top_k",
         "top_p",
         "min_p",
-        "repetition_penalty",
+        "repeat_penalty",
         "seed",
     ]
     chat.say("one")
@@ -569,7 +598,9 @@ def test_a_fraction_is_refused_where_a_whole_number_belongs(name: str, chat: Cha
         obey(chat, f"/set {name} 0.5")
 
 
-def test_show_parameters_tells_all_that_can_be_set(chat: Chat, terminal: Terminal) -> None:
+def test_show_parameters_tells_all_that_can_be_set(
+    chat: Chat, terminal: Terminal, thinker: None
+) -> None:
     def rows() -> list[list[str]]:
         obey(chat, "/show parameters")
         return [line.split(maxsplit=1) for line in terminal.take().splitlines()][5:]
@@ -577,14 +608,15 @@ def test_show_parameters_tells_all_that_can_be_set(chat: Chat, terminal: Termina
     assert rows() == [
         ["seed", "random"],
         ["num_predict", "-1"],
-        ["think", "as the model has it"],
-        ["thoughts", "show"],
         ["stop", "none"],
+        ["think|nothink", "model default"],
+        ["thoughts", "show"],
     ]
     for words in ("seed 7", "num_predict 5", "nothink", "thoughts hide"):
         obey(chat, f"/set {words}")
     chat.stop_strings = ("a b", "\n")
-    assert [value for _, value in rows()] == ["7", "5", "no", "hide", r"'a b', '\n'"]
+    terminal.take()
+    assert [value for _, value in rows()] == ["7", "5", r"'a b', '\n'", "off", "hide"]
 
 
 def test_a_seed_can_be_given_up_again(chat: Chat) -> None:
@@ -596,12 +628,9 @@ def test_a_seed_can_be_given_up_again(chat: Chat) -> None:
 def test_set_num_predict_limits_answers_and_minus_1_does_not(
     chat: Chat, terminal: Terminal
 ) -> None:
-    obey(chat, "/set num_predict 2")
-    chat.say("one")
-    assert terminal.take() == "ye\n"
-    obey(chat, "/set num_predict -1")
-    chat.say("two")
-    assert terminal.take() == "yes\n"
+    text = _converse(chat, terminal, "/set num_predict 2", "one", "/set num_predict -1", "two")
+    told = ("Set num_predict to 2.", "ye", "(stopped at 2 tokens)", "Set num_predict to -1.", "yes")
+    assert text.splitlines() == [*told, ""]
 
 
 def test_set_verbose_and_quiet(chat: Chat, terminal: Terminal) -> None:
@@ -610,6 +639,7 @@ def test_set_verbose_and_quiet(chat: Chat, terminal: Terminal) -> None:
     text = terminal.take()
     assert text.index("total duration:") < text.index("eval rate:") < text.index("[ Prompt:")
     obey(chat, "/set quiet")
+    assert terminal.take() == "No timings are shown after an answer.\n"
     chat.say("two")
     assert terminal.take() == "yes\n"
 
@@ -618,7 +648,8 @@ def test_show_info(chat: Chat, terminal: Terminal) -> None:
     obey(chat, "/show info")
     text = terminal.take()
     assert "tiny-mixtral: mixtral, 3 MoE layers, 24 experts; bits: experts=4g64" in text
-    assert f"6 slots for experts on cpu, computing in float32, context {CONTEXT}" in text
+    where = f"6 of 24 experts in memory on cpu, computing in float32, context {CONTEXT}"
+    assert where in text
 
 
 def test_show_experts_draws_who_is_resident(loaded: tuple[Any, Any], terminal: Terminal) -> None:
@@ -629,20 +660,134 @@ def test_show_experts_draws_who_is_resident(loaded: tuple[Any, Any], terminal: T
     chat.say("hello")
     terminal.take()
     obey(chat, "/show experts")
-    rows = terminal.take().splitlines()
-    assert len(rows) == LAYERS + 1
-    for index, row in enumerate(rows[:-1]):
+    title, numbers, *rows, resident, here, elsewhere = terminal.take().splitlines()
+    assert title == f"{LAYERS} layers, one per row; {EXPERTS} experts each, one per column"
+    assert numbers.split() == [str(expert) for expert in range(0, EXPERTS, 2)]
+    assert len(rows) == LAYERS
+    for index, row in enumerate(rows):
         signs = BLOCKS + PLAIN_BLOCKS + POINTS
         match = re.fullmatch(rf"\s*{index} ([{re.escape(signs)}]{{{EXPERTS}}}) +\d+\.\d% hits", row)
         assert match
-    assert re.search(r"[1-6] of 24 experts resident", rows[-1])
+    assert re.match(r"[1-6] of 24 experts in memory", resident)
+    assert here.startswith("in memory: ")
+    assert elsewhere.startswith("not in memory: ")
+
+
+def test_nothing_is_shown_as_none_before_the_first_question(
+    mixtral_pack: Path, terminal: Terminal
+) -> None:
+    model, tokenizer = offload.load(mixtral_pack, device="cpu", expert_slots=6)
+    assert tokenizer is not None
+    chat = Chat(model, tokenizer, Sampling(), Plain(terminal.write))
+    for command in ("/stats", "/show experts"):
+        obey(chat, command)
+        text = terminal.take()
+        assert "6 of 24" in text or "0 of 24" in text
+        assert "hits" not in text
+        assert "0.0" not in text
+    model.offload.close()
+
+
+@pytest.mark.parametrize("width", [60, 200])
+def test_a_panel_is_as_wide_as_the_terminal_and_explains_itself(
+    width: int, loaded: tuple[Any, Any], terminal: Terminal
+) -> None:
+    chat = Chat(*loaded, Sampling(), Plain(terminal.write), max_new_tokens=3)
+    chat.offload.engine.cache.forget()
+    panel = Panel(chat.offload)
+    chat.say("hello")
+    shown = io.StringIO()
+    console = Console(file=shown, width=width, force_terminal=True, _environ={"TERM": "xterm"})
+    console.print(panel.draw(chat.last))
+    text = shown.getvalue()
+    assert "93m" in text, "experts that came since the panel was made are marked"
+    first, *rows, legend = re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines()
+    assert first.startswith("3 tokens, ")
+    assert [row.split("  ")[0].split(" █")[0] for row in rows] == ["layer 0", "layer 1", "layer 2"]
+    assert max(len(row.rstrip()) for row in rows) > width - 8 - width // 8
+    assert legend == "across: 8 experts; █ all ▒ some in memory, █ just loaded"
+    console.print(panel.draw(chat.last))
+    assert shown.getvalue().count("93m") == text.count("93m") + 1, "only the legend says new now"
 
 
 def test_stats(chat: Chat, terminal: Terminal) -> None:
     obey(chat, "/stats")
     text = terminal.take()
-    for word in ("[ Experts: 6 slots for 24", "requests", "hits", "misses", "evictions", "GB/s"):
+    for word in ("[ Experts: 6 of 24 in memory", "requests", "hits", "misses", "evictions", "GB/s"):
         assert word in text
+
+
+def test_set_alone_lists_every_setting_with_its_value(chat: Chat, terminal: Terminal) -> None:
+    for line in ("/set", "/set parameter"):
+        obey(chat, line)
+        rows = terminal.take().splitlines()
+        assert len(rows) == len(SETTINGS)
+        assert all(len(row) <= 80 for row in rows)
+        assert re.match(r"/set temperature X +0\.0 ", rows[1])
+
+
+@pytest.mark.parametrize(
+    ("text", "stops"),
+    [('"END" "a b"', ("END", "a b")), ("two words", ("two words",)), ("", ())],
+)
+def test_stop_texts_are_set(text: str, stops: tuple[str, ...], chat: Chat) -> None:
+    obey(chat, f"/set parameter stop {text}")
+    assert chat.stop_strings == stops
+
+
+def test_thinking_is_switched_where_the_template_has_a_switch(
+    chat: Chat, terminal: Terminal, thinker: None
+) -> None:
+    obey(chat, "/set think")
+    assert (chat.think, terminal.take()) == (True, "Thinking is on.\n")
+    obey(chat, "/set nothink")
+    assert (chat.think, terminal.take()) == (False, "Thinking is off.\n")
+
+
+def test_what_cannot_be_set_here_says_what_to_do(chat: Chat, terminal: Terminal) -> None:
+    for name, remedy in (
+        ("num_ctx", "-c N"),
+        ("num_thread", "-t N"),
+        ("num_gpu", "--expert-slots"),
+    ):
+        assert remedy in _converse(chat, terminal, f"/set parameter {name} 4")
+
+
+def test_clear_with_words_after_it_forgets_nothing(chat: Chat, terminal: Terminal) -> None:
+    text = _converse(chat, terminal, "one", "/clear up this mess")
+    assert "/clear takes nothing after it" in text
+    assert len(chat.messages) == 2
+
+
+BLOCKS_ANSWER = (
+    "Two:\n\n```python\nif x:\n    y()\n```\n\n1. and\n\n   ```sh\n   ls  # long\n   ```\n"
+)
+
+
+def test_write_puts_an_answer_or_a_code_block_into_a_new_file(
+    chat: Chat, terminal: Terminal, tmp_path: Path
+) -> None:
+    chat.messages = [{"role": "assistant", "content": BLOCKS_ANSWER}]
+    file = tmp_path / "a b.py"
+    obey(chat, f"/write {file} 1")
+    assert file.read_text() == "if x:\n    y()\n"
+    assert terminal.take() == f"Wrote 2 lines to {file}\n"
+    with pytest.raises(ChatError, match="exists: choose another name"):
+        obey(chat, f"/write {file} 2")
+    assert file.read_text() == "if x:\n    y()\n"
+    obey(chat, f"/write {file}.sh 2")
+    assert (tmp_path / "a b.py.sh").read_text() == "ls  # long\n"
+    obey(chat, f"/write {tmp_path}/all")
+    assert (tmp_path / "all").read_text() == BLOCKS_ANSWER + "\n"
+    with pytest.raises(ChatError, match=r"Usage: /write .*x 1 to /write .*x 2"):
+        obey(chat, f"/write {tmp_path}/x 3")
+
+
+def test_a_question_too_long_is_refused_before_turns_are_given_up(
+    chat: Chat, terminal: Terminal
+) -> None:
+    text = _converse(chat, terminal, "one", "x" * CONTEXT)
+    assert "no longer fit" not in text
 
 
 # --- saved conversations -------------------------------------------------------------------------
@@ -664,7 +809,9 @@ def test_a_conversation_is_saved_and_loaded(
     assert [file.name for file in (home / "conversations").iterdir()] == ["my-chat.1.json"]
 
 
-def test_all_that_is_set_is_saved_with_a_conversation(chat: Chat, home: Path) -> None:
+def test_all_that_is_set_is_saved_with_a_conversation(
+    chat: Chat, home: Path, thinker: None
+) -> None:
     chat.stop_strings, chat.sampling = ("END", "סוף"), Sampling(temperature=0.5, seed=7)
     for words in ("num_predict 5", "nothink", "thoughts hide"):
         obey(chat, f"/set {words}")
@@ -707,20 +854,47 @@ def test_a_conversation_without_a_seed_comes_back_without_one(chat: Chat) -> Non
     assert chat.sampling == Sampling()
 
 
-def test_saving_again_replaces(chat: Chat) -> None:
+def test_saving_again_replaces(chat: Chat, terminal: Terminal) -> None:
     obey(chat, "/save same")
     chat.say("one")
+    terminal.take()
     obey(chat, "/save same")
+    assert "in place of its earlier state" in terminal.take()
     obey(chat, "/clear")
     obey(chat, "/load same")
     assert [message["content"] for message in chat.messages] == ["one", "yes"]
+    assert terminal.take().endswith("Loaded 2 messages.\n>>> one\nyes\n")  # the last turn
+    obey(chat, "/save same")  # it was loaded from there
+
+
+@pytest.mark.parametrize("before", ["/clear", "/load other"])
+def test_another_conversation_is_never_replaced(before: str, chat: Chat, home: Path) -> None:
+    obey(chat, "/save other")
+    chat.say("kept")
+    obey(chat, "/save same")
+    obey(chat, before)
+    with pytest.raises(ChatError, match="same is another saved conversation"):
+        obey(chat, "/save same")
+    obey(chat, "/load same")
+    assert [message["content"] for message in chat.messages] == ["kept", "yes"]
+
+
+def test_load_alone_lists_what_is_saved(chat: Chat, terminal: Terminal, home: Path) -> None:
+    chat.say("What is\nup?")
+    obey(chat, "/save first")
+    (home / "conversations" / "broken.json").write_text("{")
+    terminal.take()
+    obey(chat, "/load")
+    first, broken = sorted(terminal.take().splitlines(), reverse=True)
+    assert re.fullmatch(r"first   \d{4}-\d\d-\d\d \d\d:\d\d, 2 messages: What is up\?", first)
+    assert "is not a saved conversation" in broken
 
 
 WITH_SETTINGS = (
     '{"messages": [], "system": "", "parameters": {"temperature": 1, "top_k": 1, "top_p": 1, '
     '"min_p": 0, "repetition_penalty": 1, "seed": null}, %s}'
 )
-SETTINGS = '"settings": {"num_predict": %s, "think": null, "thoughts": true, "stop": %s}'
+SAVED_SETTINGS = '"settings": {"num_predict": %s, "think": null, "thoughts": true, "stop": %s}'
 
 
 @pytest.mark.parametrize(
@@ -739,10 +913,10 @@ SETTINGS = '"settings": {"num_predict": %s, "think": null, "thoughts": true, "st
         '{"messages": [], "parameters": {"temperature": 1, "top_k": Infinity}, "system": ""}',
         WITH_SETTINGS % '"settings": []',
         WITH_SETTINGS % '"settings": {"num_predict": 5}',
-        WITH_SETTINGS % SETTINGS % ("0", "[]"),
-        WITH_SETTINGS % SETTINGS % ("true", "[]"),
-        WITH_SETTINGS % SETTINGS % ("5", '"END"'),
-        WITH_SETTINGS % SETTINGS % ("5", "[1]"),
+        WITH_SETTINGS % SAVED_SETTINGS % ("0", "[]"),
+        WITH_SETTINGS % SAVED_SETTINGS % ("true", "[]"),
+        WITH_SETTINGS % SAVED_SETTINGS % ("5", '"END"'),
+        WITH_SETTINGS % SAVED_SETTINGS % ("5", "[1]"),
         '{"messages": [], "parameters": {"temperature": 1' + "0" * 400 + '}, "system": ""}',
     ],
 )
@@ -760,7 +934,7 @@ def test_a_saved_file_that_is_damaged_changes_nothing(text: str, chat: Chat, hom
 def test_settings_that_are_good_are_taken(chat: Chat, home: Path) -> None:
     """What the damaged files above differ from."""
     (home / "conversations").mkdir()
-    text = WITH_SETTINGS % SETTINGS % ("5", '["END"]')
+    text = WITH_SETTINGS % SAVED_SETTINGS % ("5", '["END"]')
     (home / "conversations" / "good.json").write_text(text)
     obey(chat, "/load good")
     assert (chat.max_new_tokens, chat.stop_strings) == (5, ("END",))
@@ -792,11 +966,11 @@ def test_a_chat_in_a_terminal(mixtral: Path, home: Path) -> None:
         dimensions=(40, 200),
     )
     try:
-        child.expect_exact("6 slots for 24 experts")
+        child.expect_exact("6 of 24 experts in memory (25%). /? for help, /bye to quit")
         child.expect_exact(">>>")
         child.send("hello\r")
-        child.expect(r"\[ Prompt: \d+\.\d t/s \| Generation: \d+\.\d t/s \]\r\n")
-        child.expect(r"\[ Experts: 6 slots for 24 \| hits \d+\.\d% \| \d+\.\d MiB/token")
+        child.expect(r"\x1b\[2m\[ Prompt: \d+\.\d t/s \| Generation: \d+\.\d t/s \]\x1b\[0m\r\n")
+        child.expect(r"\[ Experts: 6 of 24 in memory \| hits \d+\.\d% \| \d+\.\d MiB/token")
         child.expect_exact(">>>")
         child.send("\x1b[200~pasted\rtext\x1b[201~")  # a paste that holds a line's end
         child.send("\r")
@@ -806,7 +980,7 @@ def test_a_chat_in_a_terminal(mixtral: Path, home: Path) -> None:
         child.expect_exact("Saved as")
         child.expect_exact(">>>")
         child.send("\x03")
-        child.expect_exact("Ctrl-D leaves")
+        child.expect_exact("(press Ctrl-D or type /bye to quit)")
         child.expect_exact(">>>")
         child.send("\x04")
         child.expect(pexpect.EOF)

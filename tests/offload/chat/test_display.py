@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import base64
 import io
+import re
 
 import pyte
 import pytest
-from rich.console import Console
+from rich.console import Console, ConsoleDimensions
 from rich.text import Text
 
 import offload.chat.display
+import offload.chat.markdown
+from offload.chat.commands import KEYS, USAGE
 from offload.chat.display import Plain, Rendered
 from offload.generation.thinking import Piece
 
+HINTS = (
+    "(context almost full: 4032 of 4096. Oldest turns will be dropped; use --ctx-size or /clear)\n"
+    "[ Experts: 1536 of 6144 in memory | hits 100.0% | 120.0 MiB/token | look-ahead 90% ]\n"
+)
 ANSWER = """# Title
 
 Some *emphasis* and `code`. שלום עולם 👋🏽 é.
@@ -39,8 +47,8 @@ SHOWN = [
     " • one",
     " • two",
     "",
-    " def f(x):",
-    "     return x",
+    "def f(x):",
+    "    return x",
     "",
     " a  b",
     " ────",
@@ -57,8 +65,10 @@ class Screen(io.StringIO):
         super().__init__()
         self.screen = pyte.HistoryScreen(60, rows, history=1000)
         self.stream = pyte.Stream(self.screen)
+        self.raw = ""
 
     def write(self, text: str) -> int:
+        self.raw += text
         self.stream.feed(text.replace("\n", "\r\n"))
         return len(text)
 
@@ -98,9 +108,7 @@ def test_an_answer_is_whole_on_any_screen(
     for at in range(0, len(ANSWER), size):
         display.show(Piece(ANSWER[at : at + size], thought=False))
     display.finish()
-    shown = _without_end(screen.lines)
-    shown[0] = shown[0].strip()  # headings are centred
-    assert shown == SHOWN
+    assert _without_end(screen.lines) == [*SHOWN, "PANEL"]
 
 
 def test_markdown_is_read_when_it_is_drawn_not_at_every_line(
@@ -108,9 +116,9 @@ def test_markdown_is_read_when_it_is_drawn_not_at_every_line(
 ) -> None:
     display, screen = _rendered(20, monkeypatch)
     monkeypatch.setattr(offload.chat.display, "REFRESH_SECONDS", 1e9)
-    real, read = offload.chat.display._PARSER.parse, list[str]()
+    real, read = offload.chat.markdown._PARSER.parse, list[str]()
     monkeypatch.setattr(
-        offload.chat.display._PARSER, "parse", lambda text: (read.append(text), real(text))[1]
+        offload.chat.markdown._PARSER, "parse", lambda text: (read.append(text), real(text))[1]
     )
     for i in range(200):
         display.show(Piece(f"- item {i}\n", thought=False))
@@ -125,7 +133,7 @@ def test_what_grows_and_the_panel_are_on_the_screen(monkeypatch: pytest.MonkeyPa
     display.show(Piece("one two", thought=False))
     assert _without_end(screen.lines) == ["one two", "", "PANEL"]
     display.finish()
-    assert _without_end(screen.lines) == ["one two"]
+    assert _without_end(screen.lines) == ["one two", "PANEL"]
 
 
 def test_thoughts_are_dimmed_or_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,3 +207,117 @@ def test_the_cursor_is_never_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     display.show(Piece("growing", thought=False))
     assert not screen.screen.cursor.hidden
     display.finish()
+
+
+LONG = "print(" + " + ".join(f"name_{number}" for number in range(12)) + ")"
+CODE = f"def f(items, n):\n    {LONG}\n\n    return sorted(items)[:n]"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        f"```python\n{CODE}\n```\n",
+        "Do:\n\n1. this\n\n   ```python\n   " + CODE.replace("\n", "\n   ") + "\n   ```\n2. that\n",
+        "> ```\n> " + CODE.replace("\n", "\n> ") + "\n> ```\n",
+    ],
+    ids=["alone", "in a list", "in a quote"],
+)
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_code_can_be_copied_exactly(
+    source: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    display, screen = _rendered(30, monkeypatch)
+    for at in range(0, len(source), size):
+        display.show(Piece(source[at : at + size], thought=False))
+    display.finish()
+    settled = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.raw)
+    assert CODE in settled
+    cells = [line[x] for line in screen.screen.buffer.values() for x in range(60)]
+    assert {cell.bg for cell in cells} == {"default"}
+
+
+@pytest.mark.parametrize(
+    ("source", "at"),
+    [
+        ("one two three four five", 10),
+        ("one two three four five", 8),
+        ("```python\nfirst = 1\nsecond = 2\nthird = 3\n```\n\nend", 25),
+        ("```python\nfirst = 1\nsecond = 2\nthird = 3\n```\n\nend", 20),
+        ("```python\nfirst = 1\nsecond = 2\nthird = 3\n```\n\nend", 5),
+        ("```python\nif x:\n    y = 1\n    z = 2\n```\n\nend", 20),
+        ("```python\nfirst = 1\n```\n\nthe end", 23),
+        ("- one\n- two words\n- three", 12),
+        ("# Title\n\nsome **bold** text", 18),
+    ],
+)
+@pytest.mark.parametrize("way", ["resize", "stop"])
+def test_after_a_resize_or_a_stop_an_answer_goes_on_where_it_was(
+    source: str, at: int, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, expected = _rendered(30, monkeypatch)
+    whole.show(Piece(source, thought=False))
+    whole.finish()
+    display, screen = _rendered(30, monkeypatch)
+    display.show(Piece(source[:at], thought=False))
+    if way == "resize":
+        display._console.size = ConsoleDimensions(50, 30)
+    else:
+        display.moved()
+    for sign in source[at:]:
+        display.show(Piece(sign, thought=False))
+    display.finish()
+    words = [" ".join(shown.lines).replace("*", "").split() for shown in (screen, expected)]
+    assert words[0] == words[1]
+
+
+def test_a_table_goes_on_with_its_header_after_a_resize(monkeypatch: pytest.MonkeyPatch) -> None:
+    display, screen = _rendered(30, monkeypatch)
+    display.show(Piece("| a | b |\n| - | - |\n| 1 | 2 |\n| 3 |", thought=False))
+    display._console.size = ConsoleDimensions(50, 30)
+    display.show(Piece(" 4 |\n", thought=False))
+    display.finish()
+    rows = [line.split() for line in screen.lines if line.split()]
+    table = [["a", "b"], ["────"], ["1", "2"]]
+    assert rows == [*table, ["3"], *table[:2], ["3", "4"]]
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_help_and_settings_are_no_wider_than_the_terminal(
+    width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    display, screen = _rendered(40, monkeypatch)
+    display._console.size = ConsoleDimensions(width, 40)
+    monkeypatch.setattr(
+        Screen, "write", lambda self, text: self.__dict__.update(raw=self.raw + text)
+    )
+    display.table((*USAGE, *KEYS))
+    display.note(HINTS)
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.raw)
+    assert max(map(len, plain.splitlines())) <= width
+    assert {word for line in plain.splitlines() for word in line.split()} >= set(HINTS.split())
+
+
+def test_a_path_is_never_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    display, screen = _rendered(10, monkeypatch)
+    path = "/" + "x" * 100
+    display.write(f"Saved as {path}\n")
+    assert path in screen.raw
+
+
+def test_a_copy_goes_to_the_terminal_in_base64(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    display, _ = _rendered(10, monkeypatch)
+    display.copy("שלום")
+    code = base64.b64encode("שלום".encode()).decode()
+    assert capsys.readouterr().out == f"\x1b]52;c;{code}\x07"
+
+
+def test_something_turns_until_the_first_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    display, screen = _rendered(10, monkeypatch)
+    display.wait("Reading 7 tokens")
+    assert screen.lines[0].endswith("Reading 7 tokens...")
+    assert not screen.screen.cursor.hidden
+    display.show(Piece("Yes", thought=False))
+    display.finish()
+    assert _without_end(screen.lines) == ["Yes"]

@@ -25,7 +25,7 @@ from tests.tiny import save_tiny
 
 PROMPT = torch.arange(5, 25)[None]
 CPUS = ("cpu", "cpu")
-ON_SEVERAL = ["steps are planned on the host: the model is on several cards"]
+ON_SEVERAL = ["the CPU decides what to load: the model is on several GPUs"]
 
 
 def _load(folder: Path, **options: Any) -> PreTrainedModel:
@@ -91,9 +91,9 @@ def test_each_card_says_what_it_holds(tmp_path: Path) -> None:
     assert sum(card.bytes_copied for card in stats.cards) == copied
     assert (stats + stats).cards[0].counts.hits == 2 * stats.cards[0].counts.hits
     first, second, third = stats.line().splitlines()
-    assert first.startswith("[ Experts: 9 slots for 24 | hits ")
-    assert second.startswith("[ Card 0: 2 layers | 6 slots for 16 | hits ")
-    assert third.startswith("[ Card 1: 1 layers | 3 slots for 8 | hits ")
+    assert first.startswith("[ Experts: 9 of 24 in memory | hits ")
+    assert second.startswith("[ Card 0: 2 layers | 6 of 16 experts in memory | hits ")
+    assert third.startswith("[ Card 1: 1 layers | 3 of 8 experts in memory | hits ")
     offload_of(model).close()
 
 
@@ -211,7 +211,7 @@ def test_memory_runs_out_with_one_slot_left_on_each_card(tmp_path: Path) -> None
     for left in (4, 3, 2):
         engine.give_back(0)
         assert engine.cache.table.slots == left
-    with pytest.raises(GenerationError, match="one expert slot left on each card"):
+    with pytest.raises(GenerationError, match="one expert slot left on each GPU"):
         engine.give_back(0)
     for ours, theirs in zip(_logits(model), expected, strict=True):
         assert torch.equal(ours, theirs)

@@ -16,7 +16,8 @@ import pytest
 
 from cli import main
 from offload.files import MOST_CHARACTERS
-from offload.generation.answers import AnswersFile, messages_of, read_prompt_lines
+from offload.generation.answers import AnswersFile, read_prompt_lines
+from offload.generation.conversation import conversation_of
 from offload.quant.errors import OffloadError
 
 GIVEN = [{"prompt": f"number {i}", "id": i} for i in range(6)]
@@ -65,9 +66,9 @@ def test_a_line_that_is_too_long_is_refused(tmp_path: Path) -> None:
 def test_the_system_prompt_of_a_line_replaces_that_of_the_command() -> None:
     user = {"role": "user", "content": "hi"}
     own = {"role": "system", "content": "own"}
-    assert messages_of({"messages": [own, user]}, "given") == [own, user]
+    assert conversation_of({"messages": [own, user]}, "given").messages == [own, user]
     given = {"role": "system", "content": "given"}
-    assert messages_of({"prompt": "hi"}, "given") == [given, user]
+    assert conversation_of({"prompt": "hi"}, "given").messages == [given, user]
 
 
 @pytest.mark.parametrize(
@@ -256,16 +257,3 @@ def test_a_kill_loses_no_line_that_was_written(mixtral: Path, home: Path, tmp_pa
     assert main(arguments) == 0
     assert file.read_bytes().startswith(before[: before.rfind(b"\n") + 1])
     assert [answer["id"] for answer in _answers(tmp_path)] == list(range(6))
-
-
-def test_a_vote_prints_one_answer_and_its_tally(
-    mixtral: Path, home: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["generate", str(mixtral), "-p", "a", "-n", "6", "--vote", "5", "--seed", "1"]
-    assert main(arguments) == 0
-    out, err = capsys.readouterr()
-    assert out.strip()
-    assert main([*arguments, "--temp", "0"]) == 1
-    assert "--temp above 0" in capsys.readouterr().err
-    counts = [int(line.split()[0]) for line in err.splitlines() if " of 5: " in line]
-    assert sum(counts) == 5

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 import offload
 from offload import GenerationError, GenerationResponse, generate, stream_generate
 from offload.engine.handle import offload_of
-from offload.generation.prompt import encode_prompt
+from offload.generation.prompt import encode_prompt, end_tokens
 from tests.conftest import BEGIN, END, PAD, Script, make_tokenizer
 from tests.tiny import EXPERTS, LAYERS, K
 
@@ -239,6 +239,33 @@ def test_without_one_in_generation_config_the_tokenizers_end_token_counts(
     script.say("ab")
     assert generate(model, tokenizer, "a", max_new_tokens=9) == "ab"
     assert len(_tokens(model, [1], max_new_tokens=9)) == 9
+
+
+@pytest.mark.parametrize("named", [0, [], [ord("z")]])
+def test_the_tokenizers_end_token_counts_beside_others(
+    named: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    script: Script,
+) -> None:
+    model.generation_config = GenerationConfig(eos_token_id=named)
+    script.say("ab")
+    assert generate(model, tokenizer, "a", max_new_tokens=9) == "ab"
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_an_id_of_the_config_counts_if_it_is_a_special_token(
+    copied: bool,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A config's class names an id where the file does not, and transformers copies it."""
+    for id, ends in ((ord("c"), {END}), (BEGIN, {BEGIN, END})):
+        monkeypatch.setattr(model.config, "eos_token_id", id)
+        copy = GenerationConfig.from_model_config(model.config)
+        model.generation_config = copy if copied else GenerationConfig(eos_token_id=END)
+        assert end_tokens(model, tokenizer) == ends
 
 
 @pytest.mark.parametrize("limit", [1, 3])

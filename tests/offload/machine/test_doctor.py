@@ -302,7 +302,7 @@ def plug_in(devices: Path, name: str, vendor: str) -> None:
 def test_linux_tells_generation_and_width_without_a_driver(tmp_path: Path) -> None:
     plug_in(tmp_path, "a", "0x10de")
     plug_in(tmp_path, "b", "0x8086")
-    assert linux_ports(tmp_path) == [PciePort("NVIDIA card at a", 3, 4, 8, 16)]
+    assert linux_ports(tmp_path) == [PciePort("NVIDIA GPU at a", 3, 4, 8, 16)]
     assert linux_ports(tmp_path / "none") == []
 
 

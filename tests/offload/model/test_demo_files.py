@@ -119,7 +119,7 @@ def test_a_second_process_says_that_it_waits(
         second.start()
         second.join(0.5)
     assert second.is_alive()
-    assert "another process is making the demo (mixtral-1): waiting for it" in caplog.text
+    assert "waiting for another process that is making the demo (mixtral-1)" in caplog.text
     lock.release()
     second.join(10)
     assert _names(home) == {"mixtral-1"}

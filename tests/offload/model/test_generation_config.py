@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import offload
 from offload.errors import CheckpointError, GenerationError
 from offload.model.sources import NUMBERS, WHOLE_NUMBERS, check_generation_config, end_ids
 from offload.options import LoadOptions
 from offload.pack.find import find_or_make_pack
+from offload.sampling import resolve_sampling
 
 NESTED = "[" * 300 + "]" * 300
 
@@ -39,7 +42,9 @@ def _write(folder: Path, values: Any) -> Path:
         ({"pad_token_id": "x"}, "pad_token_id is 'x'"),
         ({"eos_token_id": "x"}, "eos_token_id is 'x'"),
         ({"eos_token_id": {"a": 1}}, "eos_token_id is"),
-        ({"eos_token_id": [[1]]}, "eos_token_id is"),
+        ({"eos_token_id": [["1", "x"]]}, "eos_token_id is"),
+        ({"eos_token_id": "-1"}, "eos_token_id is"),
+        ({"pad_token_id": [1, 2]}, r"pad_token_id is \[1, 2\]"),
         ({"eos_token_id": 1.5}, "eos_token_id is 1.5"),
         ({"eos_token_id": True}, "eos_token_id is True"),
         ({"__class__": "x"}, "__class__ is not a parameter"),
@@ -86,7 +91,45 @@ def test_values_that_can_be_used_pass(values: dict[str, Any], tmp_path: Path) ->
 
 
 def test_the_file_may_be_missing(tmp_path: Path) -> None:
-    check_generation_config(tmp_path)
+    assert check_generation_config(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("ids", "meant"), [("2", 2), ([[2], 3], [2, 3]), (["2", 3], [2, 3]), ([], []), (7, 7)]
+)
+def test_end_ids_as_tools_write_them_are_read_as_meant(
+    ids: Any, meant: Any, tmp_path: Path
+) -> None:
+    config = check_generation_config(_write(tmp_path, {"eos_token_id": ids}))
+    assert config is not None
+    assert config.eos_token_id == meant
+
+
+def test_a_model_has_the_values_that_are_meant_and_the_log_names_them(
+    mixtral: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint = Path(shutil.copytree(mixtral, tmp_path / "checkpoint"))
+    written = {"top_k": -1, "eos_token_id": "2", "bos_token_id": [1], "pad_token_id": 0}
+    _write(checkpoint, {**written, "do_sample": True})
+    model, _ = offload.load(checkpoint, device="cpu", pack_dir=tmp_path / "packs")
+    model.offload.close()
+    config = model.generation_config
+    assert resolve_sampling(config).top_k == 0
+    assert (config.eos_token_id, config.bos_token_id, config.pad_token_id) == (2, 1, 0)
+    told = [record.getMessage() for record in caplog.records if record.name == "offload"]
+    assert [line.partition(": ")[2] for line in told] == [
+        "top_k is -1 and is read as 0",
+        "eos_token_id is '2' and is read as 2",
+        "bos_token_id is [1] and is read as 1",
+    ]
+
+
+def test_a_usual_file_is_read_without_a_word(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _write(tmp_path, {"eos_token_id": [1, 2], "pad_token_id": 0, "max_new_tokens": 9})
+    assert check_generation_config(tmp_path, tell=True) is not None
+    assert not caplog.records
 
 
 def test_it_is_refused_before_anything_is_quantised(mixtral: Path, tmp_path: Path) -> None:

@@ -295,17 +295,19 @@ def test_weights_that_were_removed_are_not_fetched_for_a_new_readme(
     (new / "model.safetensors").resolve().unlink()
     for folder in (old, new):
         (folder / "model.safetensors").unlink()
-    asked = []
-
-    def told(_: object, model: str, paths: list[str], revision: str) -> list[SimpleNamespace]:
-        asked.append((model, paths, revision))
-        return [SimpleNamespace(path=paths[0], lfs=SimpleNamespace(sha256=sha))]
-
-    monkeypatch.setattr("huggingface_hub.HfApi.get_paths_info", told)
+    small = [file.name for file in new.iterdir() if file.is_file()]
+    listed = [
+        SimpleNamespace(rfilename=name, size=1, lfs=None, blob_id="small") for name in small
+    ] + [
+        SimpleNamespace(
+            rfilename="model.safetensors", size=1, lfs=SimpleNamespace(sha256=sha), blob_id=""
+        )
+    ]
+    told = SimpleNamespace(sha="b" * 40, siblings=listed)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: told)
     monkeypatch.setattr(finding.names, "fetch_weights", lambda *_, **__: pytest.fail("fetched"))
     assert found(HUB_ID) == pack
     assert found(HUB_ID) == pack
-    assert asked == [(HUB_ID, ["model.safetensors"], "b" * 40)]
 
 
 def test_a_change_that_was_interrupted_is_made_good(checkpoint: Path) -> None:

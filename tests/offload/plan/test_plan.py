@@ -228,7 +228,7 @@ def test_a_card_without_a_profile_is_planned_as_the_nearest(
 ) -> None:
     plan = planned(capsys, mixtral_config, "--gpu", "RTX 5080 Super 24GB", "--ram", "64GiB")
     assert plan["machine"]["memory_bytes"] == int(24 * GIB * SHARE)
-    assert plan["notes"][0].startswith("no card is known as 'RTX 5080 Super 24GB'")
+    assert plan["notes"][0].startswith("no GPU is known as 'RTX 5080 Super 24GB'")
 
 
 def test_a_wrong_machine_is_told_before_the_hub_is_asked(
@@ -380,14 +380,14 @@ def test_a_model_that_does_not_fit_is_reported_with_a_remedy(
     bits = remedy[1]
     plan = planned(capsys, tmp_path, "--gpu", "4090", "--ram", "512GiB", "--dense-bits", bits)
     assert plan["chosen"] is not None
-    assert "0 fit in 7.20 GiB" in told(capsys, tmp_path, "--gpu", "4090", "--vram", "8GiB")
+    assert "7.20 GiB allowed" in told(capsys, tmp_path, "--gpu", "4090", "--vram", "8GiB")
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--gpu", "Voodoo 2"], "unknown GPU 'Voodoo 2': write a name like 4070"),
-        (["--gpus", "0,1"], "there is no device 'cuda:0' here"),
+        (["--gpus", "0,1"], "device 'cuda:0' is not supported here: use cpu"),
         (["--gpu", "4090", "--gpus", "two"], "--gpus 'two' is not a list of GPUs"),
         (["--gpu", "4090", "--gpus", "65"], "at most 64"),
         (["--gpu", "4090", "--device", "cpu"], "--device names a device of this machine"),
@@ -395,7 +395,7 @@ def test_a_model_that_does_not_fit_is_reported_with_a_remedy(
         (["--expert-slots", "x"], "error: 'x' is not a number of expert slots"),
         (["--expert-slots", "0"], "error: 0 expert slots: at least one is needed"),
         (["--gpu", "4090", "--ram", "64"], "'64' is that many bytes: write the unit too"),
-        (["--gpu", "4090", "--vram", "0"], "0 fit in 0.0 MiB"),
+        (["--gpu", "4090", "--vram", "0"], "0.0 MiB allowed"),
         (["--trace", "/nowhere"], "/nowhere"),
         (["--bits", "q9"], "is not a rule for bits"),
     ],

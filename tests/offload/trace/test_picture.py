@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import builtins
 import io
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -44,15 +41,31 @@ def trace_file(tmp_path: Path) -> Path:
 
 
 def test_blocks_are_resident_points_are_not_fuller_is_used_more() -> None:
-    first, second, legend = draw(HEAT).splitlines()
+    title, numbers, first, second, share, here, elsewhere = draw(HEAT, width=None).splitlines()
+    assert title == "2 layers, one per row; 4 experts each, one per column"
+    assert numbers == "     0 2"
     assert first == "   0 █▒░.  90.0% hits"
     assert second == "   1  !█   50.0% hits"
-    assert "4 of 8 experts resident" in legend
+    assert share == "4 of 8 experts in memory (50%)"
+    assert here == "in memory:     ░ never used   ▒ ▓ █ used more and more"
+    assert elsewhere == "not in memory:   never used   . : ! used more and more"
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_a_map_is_as_wide_as_the_terminal_and_numbers_its_columns(width: int) -> None:
+    _, numbers, first, *_ = draw(HEAT, width=width).splitlines()
+    assert width - 4 <= len(first) <= width
+    for number in range(4):
+        assert numbers.index(str(number)) == first.index("█▒░."[number])
+
+
+def test_a_rate_that_is_not_known_is_not_shown() -> None:
+    assert "hits" not in draw(replace(HEAT, hit_rates=(None, None)))
 
 
 def test_wide_layers_are_folded() -> None:
     wide = HeatMap(((1.0,) * 100,), ((True,) * 100,), (1.0,))
-    lines = draw(wide, width=80).splitlines()[:-1]
+    _, *lines, _, _, _ = draw(wide, width=80).splitlines()
     assert len(lines) == 2
     assert all(len(line) <= 80 for line in lines)
     assert sum(line.count("█") for line in lines) == 100
@@ -82,8 +95,8 @@ def test_plain_signs_where_blocks_cannot_be_written() -> None:
 def test_a_trace_is_drawn_on_stdout(trace_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["trace", "plot", str(trace_file), "--expert-slots", "50%"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 5
-    assert "16 of 32 experts resident" in lines[-1]
+    assert len(lines) == 9
+    assert "16 of 32 experts in memory" in lines[-3]
 
 
 def test_a_trace_is_drawn_as_png(trace_file: Path, tmp_path: Path) -> None:
@@ -96,14 +109,7 @@ def test_a_trace_is_drawn_as_png(trace_file: Path, tmp_path: Path) -> None:
 def test_a_png_without_matplotlib_says_how_to_get_it(
     trace_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real: Callable[..., Any] = builtins.__import__
-
-    def without(name: str, *rest: Any) -> Any:
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return real(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert cli.main(["trace", "plot", str(trace_file), "-o", "x.png"]) == 1
     assert "pip install matplotlib" in capsys.readouterr().err
 
@@ -113,4 +119,4 @@ def test_a_png_that_cannot_be_written_is_told(
 ) -> None:
     pytest.importorskip("matplotlib")
     assert cli.main(["trace", "plot", str(trace_file), "-o", "/nowhere/x.png"]) == 1
-    assert "cannot write /nowhere/x.png" in capsys.readouterr().err
+    assert "cannot write the picture to /nowhere/x.png" in capsys.readouterr().err

@@ -142,7 +142,7 @@ def test_only_the_file_that_was_named_is_left(model: PreTrainedModel, tmp_path: 
     (tmp_path / "out").mkdir()
     for name in ("timeline.json", "timeline", "timeline.gz"):
         file = tmp_path / "out" / name
-        file.write_text("an earlier one")
+        file.write_text('{"moe-offload": "an earlier one"}')
         with record_timeline(model, file):
             model.generate(PROMPT, max_new_tokens=2, do_sample=False)
         assert ranges_in(file)
@@ -167,3 +167,38 @@ def test_a_place_that_cannot_be_written_is_told_first(
     for file in (tmp_path, tmp_path / "missing" / "a.json"):
         with pytest.raises(OffloadError, match="cannot write"), record_timeline(model, file):
             pytest.fail("nothing may run")
+
+
+@pytest.mark.parametrize("most", [0, 8, 4096])
+def test_a_timeline_that_a_full_disk_cuts_leaves_the_earlier_one_and_no_other_file(
+    most: int, model: PreTrainedModel, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    file, earlier = tmp_path / "out" / "timeline.json", '{"moe-offload": "an earlier one"}'
+    file.write_text(earlier)
+    with (
+        full_beyond(most),
+        pytest.raises(OffloadError, match=r"the disk is full|too large"),
+        record_timeline(model, file),
+    ):
+        model.generate(PROMPT, max_new_tokens=2, do_sample=False)
+    assert [(each.name, each.read_text()) for each in file.parent.iterdir()] == [
+        ("timeline.json", earlier)
+    ]
+
+
+def test_a_profiler_that_fails_leaves_no_file(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object, part: str) -> None:
+        Path(part).write_text("{")
+        raise RuntimeError("no trace")
+
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr("torch.profiler.profile.export_chrome_trace", fail)
+    with (
+        pytest.raises(OffloadError, match="no trace"),
+        record_timeline(model, tmp_path / "out" / "timeline.json"),
+    ):
+        pass
+    assert not list((tmp_path / "out").iterdir())

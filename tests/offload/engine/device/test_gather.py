@@ -43,7 +43,7 @@ def test_a_policy_that_the_kernels_do_not_know_is_left_to_the_host(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(POLICIES, "new", lambda: LFRU(half_life=1.0))
-    assert "decide otherwise" in kernels_decide_rightly(DEVICE, "new")
+    assert "do not decide as the CPU does" in kernels_decide_rightly(DEVICE, "new")
 
 
 def test_the_check_finds_a_kernel_that_copies_the_wrong_record(
@@ -54,5 +54,5 @@ def test_the_check_finds_a_kernel_that_copies_the_wrong_record(
 
     monkeypatch.setattr(make, "gather", wrong)
     kernels_decide_rightly.cache_clear()
-    assert "copy wrongly" in kernels_decide_rightly(DEVICE, "lru")
+    assert "copy wrong bytes" in kernels_decide_rightly(DEVICE, "lru")
     kernels_decide_rightly.cache_clear()

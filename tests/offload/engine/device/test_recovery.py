@@ -118,7 +118,7 @@ def test_the_answer_is_that_of_an_undisturbed_run(
     assert said(model, **options) == expected
     assert not shortage.left
     assert slots_of(model) < SLOTS
-    assert caplog.text.count("are given back, and it goes on") == len(calls)
+    assert caplog.text.count("were freed, and the answer continues") == len(calls)
     check(model)
     assert said(model, tokens=2, **options) == expected[:2]  # the next answer begins as ever
     check(model)
@@ -203,7 +203,7 @@ def test_with_one_slot_left_the_error_says_what_to_do(load: Load) -> None:
     steps = stream_generate(model, None, PROMPT, max_new_tokens=6, **GREEDY)
     next(steps)
     model.lm_head.register_forward_hook(Shortage(*range(1, 99), asked=MUCH))
-    with pytest.raises(GenerationError, match=r"one expert slot left: lower --expert-slots, --ctx"):
+    with pytest.raises(GenerationError, match=r"one expert slot left: lower expert_slots=, con"):
         list(steps)
 
 
@@ -331,7 +331,9 @@ def test_without_a_second_kv_cache_tokens_wait_and_the_last_slots_are_kept(
     monkeypatch.setattr(FixedKV, "fill", Shortage(1))
     assert said(model, **SAMPLED) == expected
     assert slots_of(model) == 4
-    assert caplog.messages == ["no memory for a second KV cache: every token waits for the last"]
+    assert caplog.messages == [
+        "no memory for a second KV cache, so every token waits for the one before"
+    ]
     assert loops_of(model).loop is None
 
 
@@ -352,7 +354,7 @@ def test_the_kv_cache_is_kept_for_the_next_prompt_where_slots_can_make_way(
     again = steps_of(model, tokens=2, prompt=prompt, prompt_cache=kept, **GREEDY)
     assert again[0].cached_tokens == cached
     assert [step.token for step in again] == said(model, tokens=2, prompt=prompt, **GREEDY)
-    assert ("no memory to keep what was read" in caplog.text) == (not cached)
+    assert ("no memory to keep the KV cache" in caplog.text) == (not cached)
 
 
 @pytest.mark.parametrize("spared", [True, False])
