@@ -34,6 +34,7 @@ from offload.files import TRACE, check_output
 from offload.fit import Card, Fit
 from offload.generation.rope import follow_length
 from offload.keywords import check_names, speak_python
+from offload.machine.limits import check_ram
 from offload.machine.threads import Threads
 from offload.model import sources
 from offload.model.demo import NOTE
@@ -122,6 +123,7 @@ load.__signature__ = inspect.signature(load).replace(  # type: ignore[attr-defin
 def load_with(source: str | Path, options: LoadOptions) -> Loaded:
     """`load`, with its options as one value."""
     check_output(options.trace, TRACE)
+    check_ram(options.ram)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     asked, place = AskedBits.of(options), find_place(options)

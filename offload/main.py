@@ -19,7 +19,6 @@ from typing import Any, NoReturn
 
 from offload.errors import DONE, FAILED, INTERRUPTED, USAGE
 from offload.flags import add_command
-from offload.habits import OTHER_COMMANDS, SAME_COMMANDS, did_you_mean, translated
 from offload.lines import is_memory, one_line, shortened
 from offload.quant.errors import OffloadError
 from offload.version import __version__
@@ -114,10 +113,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     Words and flags of other programs are translated. Leaves with `USAGE` for those that do not
     exist here, and raises `OffloadError` for wrong values in the environment or in the file.
     """
+    from offload.habits import translated
+
     words = _command_first(argv)
     parser = build_parser([word for word in words if not word.startswith("-")][:1])
     if not words or words[0].startswith("-"):
-        return parser.parse_args(words)
+        only: argparse.Namespace = parser.parse_args(words)
+        return only
     trail, rest = words[:1], words[1:]
     command = parser
     while trail[-1] in command.commands:
@@ -143,6 +145,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _command_first(argv: Sequence[str]) -> list[str]:
     """The words of `argv`, with the command's name as it is called here."""
+    from offload.habits import OTHER_COMMANDS, SAME_COMMANDS, did_you_mean
+
     first, *rest = argv or [""]
     if first == "help":
         return [*_command_first(rest), "--help"]

@@ -114,10 +114,10 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save_with_tokenizer(model_type: str, folder: Path) -> Path:
+def save_with_tokenizer(model_type: str, folder: Path, **changes: Any) -> Path:
     """A tiny fp32 checkpoint of `model_type` with the byte tokenizer; it decodes greedily."""
     ids = {"pad_token_id": PAD, "bos_token_id": BEGIN, "eos_token_id": END}
-    save_tiny(model_type, folder, vocab_size=VOCABULARY, **ids)
+    save_tiny(model_type, folder, vocab_size=VOCABULARY, **ids, **changes)
     make_tokenizer().save_pretrained(folder)
     GenerationConfig(**ids).save_pretrained(folder)
     return folder

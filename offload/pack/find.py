@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from huggingface_hub import constants
 from transformers import PreTrainedConfig
 
 from offload.budget.resolve import Resolver
@@ -76,7 +77,7 @@ def find_or_make_pack(
         expected = Checkpoint(ExpectedSource(model), model, experts)
         info = PackSource(found.name, "", expected, model, experts).describe(recipe)
         dense_bytes = info.dense_bytes(config.dtype.itemsize)
-        place, cache = existing(destination or folder), existing(names.hub_cache())
+        place, cache = existing(destination or folder), existing(Path(constants.HF_HUB_CACHE))
         same = place.stat().st_dev == cache.stat().st_dev
         missing = (names.missing_bytes(found) or 0) * same  # takes room of the pack's disk, too
         what = "the pack, with the download," if missing else "the pack"

@@ -275,7 +275,8 @@ def test_concurrent_calls_leave_nothing_on_the_model_and_do_not_see_one_another(
 
 
 def test_prompts_of_a_model_that_sees_padding_are_answered_as_each_alone(tmp_path: Path) -> None:
-    checkpoint = save_with_tokenizer("deepseek_v4", tmp_path / "checkpoint")
+    compressed = ["compressed_sparse_attention"] * 3
+    checkpoint = save_with_tokenizer("deepseek_v4", tmp_path / "model", layer_types=compressed)
     options: Any = {"device": "cpu", "dtype": "float32", "pack_dir": tmp_path}
     with offload.load(checkpoint, expert_bits=16, **options) as loaded:
         prompts = [[7, 8, 9], [*range(5, 45)], [11] * 20, [9, 8, 7]]
