@@ -53,10 +53,12 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _LATER:
-        raise AttributeError(f"module 'offload' has no attribute {name!r}")
-    from offload.quick import without_hqq
+if not TYPE_CHECKING:  # a type checker would believe that every name exists
 
-    with without_hqq():
-        return getattr(importlib.import_module(_LATER[name]), name)
+    def __getattr__(name: str) -> Any:
+        if name not in _LATER:
+            raise AttributeError(f"module 'offload' has no attribute {name!r}")
+        from offload.quick import without_hqq
+
+        with without_hqq():
+            return getattr(importlib.import_module(_LATER[name]), name)

@@ -15,6 +15,10 @@ class UnsupportedModelError(OffloadError):
     """The model has no experts, or has them where transformers' experts seam does not reach."""
 
 
+class OptionError(OffloadError, TypeError):
+    """An option that does not exist, or a value that it cannot have."""
+
+
 class RecipeError(OffloadError):
     """Bits, groups or rules that do not exist."""
 

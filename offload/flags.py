@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import re
 import textwrap
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import Field, dataclass, field, fields
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeVar
+
+from offload.errors import OptionError
 
 Kind = TypeVar("Kind")
 
@@ -54,6 +58,47 @@ def parser_of(each: Field[Any]) -> Callable[[str], Any]:
     """What makes a value of the option's text."""
     parse: Callable[[str], Any] | None = each.metadata["spelling"].parse
     return parse or PARSERS.get(str(each.type).removesuffix(" | None"), str)
+
+
+# Parts of fields' types, as words; `_is_a` tells which values are of them.
+KINDS = {
+    "int": "a whole number",
+    "float": "a share like 0.25",
+    "str": "a text",
+    "Path": "a path",
+    "bool": "True or False",
+    "Sequence": "a list",
+    "device": "a torch.device",
+    "dtype": "a torch.dtype",
+}
+
+
+def _is_a(value: object, kind: str) -> bool:
+    """Whether `value` is of a part of a field's type. torch's types are known by name."""
+    if kind in ("int", "float"):
+        return isinstance(value, Integral if kind == "int" else Real) and not _is_a(value, "bool")
+    if kind == "Sequence":
+        return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    return kind in [base.__name__ for base in type(value).__mro__]
+
+
+def check_values(options: Any) -> None:
+    """Raise `OptionError` for a value of `options` that is not of its field's type or range."""
+    for each, spelling in options_of(type(options)):
+        value = getattr(options, each.name)
+        kinds = re.findall(r"\w+", re.sub(r"torch\.|\[.*?\]", "", str(each.type)))
+        if value is None and "None" in kinds:
+            continue
+        known = [kind for kind in kinds if kind in KINDS]
+        if not any(_is_a(value, kind) for kind in known):
+            example = f", like {each.default}" if type(each.default) is int else ""
+            words = " or ".join(KINDS[kind] for kind in known)
+            raise OptionError(f"{each.name} is {value!r}: it must be {words}{example}")
+        if spelling.parse is not None and "int" in kinds:
+            try:
+                spelling.parse(str(value))
+            except argparse.ArgumentTypeError as error:
+                raise OptionError(f"{each.name}: {error}") from None
 
 
 def is_switch(each: Field[Any]) -> bool:

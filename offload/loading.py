@@ -8,7 +8,8 @@ import time
 import weakref
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Unpack
+from types import TracebackType
+from typing import Any, NamedTuple, Unpack
 
 import torch
 import transformers
@@ -25,12 +26,15 @@ from offload.budget.budget import hold_vram
 from offload.budget.placement import Layers, device_of
 from offload.budget.resolve import Resolver, find_place
 from offload.engine.engine import make_engine
-from offload.engine.handle import Offload
+from offload.engine.handle import Offload, OffloadedModel
 from offload.engine.history import read_hot
 from offload.engine.hooks import Crossing, OneTokenLinear, native_is_quicker
-from offload.errors import CheckpointError
+from offload.errors import CheckpointError, SourceError
 from offload.files import TRACE, check_output
 from offload.fit import Card, Fit
+from offload.generation.rope import follow_length
+from offload.keywords import check_names, speak_python
+from offload.machine.limits import check_ram
 from offload.machine.threads import Threads
 from offload.model import sources
 from offload.model.demo import NOTE
@@ -67,9 +71,25 @@ from offload.units import UBATCH
 logger = logging.getLogger("offload")
 
 
-def load(
-    source: str | Path, **options: Unpack[LoadKeywords]
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+class Loaded(NamedTuple):
+    """What `load` returns; as a context manager, it closes the model at the end."""
+
+    model: OffloadedModel
+    tokenizer: PreTrainedTokenizerBase | None  # None if the checkpoint has none
+
+    def __enter__(self) -> "Loaded":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.model.offload.close()
+
+
+def load(source: str | Path, **options: Unpack[LoadKeywords]) -> Loaded:
     """Load a Mixture-of-Experts model whose experts need not fit into memory.
 
     `source` is a checkpoint folder, a .gguf file, a pack, a hub id, or "demo". The first time, a
@@ -78,10 +98,17 @@ def load(
 
     Returns `(model, tokenizer)`; the tokenizer is None if the checkpoint has none. The model is a
     transformers model with one more attribute: `model.offload`, whose `stats()` tell how the
-    experts were served and whose `close()` frees what they hold.
+    experts were served and whose `close()` frees what they hold. `with load(...) as (model,
+    tokenizer):` closes it at the end.
 
     Raises `OffloadError`; its message says what is wrong and what to do.
     """
+    speak_python()
+    check_names("load", options, LoadKeywords.__annotations__)
+    if not isinstance(source, str | Path):
+        raise SourceError(
+            f'the model is {source!r}: name one, as a text or a path, like "demo" or a folder'
+        )
     return load_with(source, LoadOptions(**options))
 
 
@@ -93,11 +120,12 @@ load.__signature__ = inspect.signature(load).replace(  # type: ignore[attr-defin
 )
 
 
-def load_with(
-    source: str | Path, options: LoadOptions
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+def load_with(source: str | Path, options: LoadOptions) -> Loaded:
     """`load`, with its options as one value."""
     check_output(options.trace, TRACE)
+    check_ram(options.ram)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     asked, place = AskedBits.of(options), find_place(options)
     resolver = Resolver(options, place)
     for card in place.cards or (Card(0, place.device, place.memory.device),):
@@ -129,23 +157,19 @@ def load_with(
         if options.warm_start:
             model.offload.engine.warm(read_hot(pack.path, pack.info))
         undo.pop_all()
-    return model, tokenizer
+    return Loaded(model, tokenizer)
 
 
 def load_and_tell(
-    source: str, options: LoadOptions, threads: int | None = None, *, note: bool = False
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, float]:
+    source: str, options: LoadOptions, *, note: bool = False
+) -> tuple[OffloadedModel, PreTrainedTokenizerBase | None, float]:
     """`load_with` for commands. Returns the model, its tokenizer and the seconds this took.
 
-    From now on, torch computes with `threads` CPU threads, unless that is None. What each of
-    several cards holds goes to stderr; with `note`, so does a line that explains the demo model.
+    What each of several cards holds goes to stderr; with `note`, so does a line that explains the
+    demo model.
     """
     begin = time.perf_counter()
-    if threads is not None:
-        torch.set_num_threads(threads)
     model, tokenizer = load_with(source, options)
-    if threads is not None:
-        model.offload.threads = None
     for share in model.offload.fit.shares:
         print(share.line(), file=sys.stderr)
     if note and source == DEMO:
@@ -173,7 +197,7 @@ def _load_dense(
     cls: type[PreTrainedModel],
     fit: Fit,
     devices: dict[str, torch.device],
-) -> PreTrainedModel:
+) -> OffloadedModel:
     """The model without its experts: all other weights are loaded onto `devices`.
 
     Raises `CheckpointError` or `PackError` if the weights are not those of the model.
@@ -183,8 +207,10 @@ def _load_dense(
         config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     quantised = [path for dense in pack.info.dense for path in dense.modules]
     with BUILDING, without_bars():
-        loaded: tuple[PreTrainedModel, dict[str, Any]]
-        loaded = without_packed_weights(cls, quantised).from_pretrained(
+        bases = (OffloadedModel, without_packed_weights(cls, quantised))
+        whole: Any = type(cls.__name__, bases, {"__module__": cls.__module__})
+        loaded: tuple[OffloadedModel, dict[str, Any]]
+        loaded = whole.from_pretrained(
             pack.path,
             config=config,
             generation_config=generation,
@@ -219,7 +245,8 @@ def _load_dense(
     if len(devices) > 1:
         remove_hook_from_submodules(model)  # accelerate adds one for each linear layer
         Crossing(model, devices, home=fit.device)
-    return model.requires_grad_(False)  # no gradients: slots are reused between layers
+    model.requires_grad_(False)  # no gradients: slots are reused between layers
+    return model
 
 
 def _in_memory(tensor: Tensor, device: torch.device) -> Tensor:
@@ -230,7 +257,7 @@ def _in_memory(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.clone() if device.type == "cpu" else tensor.to(device)
 
 
-def _connect(model: PreTrainedModel, pack: Pack, fit: Fit, transfer: Transfer) -> None:
+def _connect(model: OffloadedModel, pack: Pack, fit: Fit, transfer: Transfer) -> None:
     """Make an engine that serves the model's experts, and give the model its `offload`.
 
     Raises `PackError` if the pack's experts are not those of the model.
@@ -259,11 +286,12 @@ def _connect(model: PreTrainedModel, pack: Pack, fit: Fit, transfer: Transfer) -
     for module in experts_modules(model):
         install(module, engine.add_layer(module))
     engine.watch_calls(model)
+    follow_length(model)
     if fit.looks_ahead or fit.options.trace is not None:  # a trace holds guesses too, for replays
         engine.watch_routers(model, routers(model, info))
     single = fit.device.type == "cpu" and fit.dtype == torch.bfloat16
     one_token = OneTokenLinear(model) if single and native_is_quicker() else None
-    threads = Threads() if fit.device.type == "cpu" else None
+    threads = Threads() if fit.device.type == "cpu" and fit.options.threads is None else None
     model.offload = Offload(pack, engine, fit, one_token, k, decoding, threads)
     weakref.finalize(model, model.offload.close)  # also if the user drops the model unclosed
 

@@ -19,8 +19,8 @@ from typing import Any, NoReturn
 
 from offload.errors import DONE, FAILED, INTERRUPTED, USAGE
 from offload.flags import add_command
-from offload.habits import OTHER_COMMANDS, SAME_COMMANDS, did_you_mean, translated
 from offload.lines import is_memory, one_line, shortened
+from offload.quant.errors import OffloadError
 from offload.version import __version__
 
 # Name -> a module or class, imported when the command is called, and one line of help. Each module
@@ -113,10 +113,13 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     Words and flags of other programs are translated. Leaves with `USAGE` for those that do not
     exist here, and raises `OffloadError` for wrong values in the environment or in the file.
     """
+    from offload.habits import translated
+
     words = _command_first(argv)
     parser = build_parser([word for word in words if not word.startswith("-")][:1])
     if not words or words[0].startswith("-"):
-        return parser.parse_args(words)
+        only: argparse.Namespace = parser.parse_args(words)
+        return only
     trail, rest = words[:1], words[1:]
     command = parser
     while trail[-1] in command.commands:
@@ -128,6 +131,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         rest = translated(rest, command._option_string_actions)
     except ValueError as error:
         command.error(str(error))
+    arguments: argparse.Namespace
     arguments, extra = parser.parse_known_args([*trail, *rest])
     if extra and (words[0] not in WITH_MESSAGE or arguments.__dict__.get("prompt") is not None):
         command.error(f"{' '.join(extra)!r} is one word too many: leave it out, or quote a prompt")
@@ -141,6 +145,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _command_first(argv: Sequence[str]) -> list[str]:
     """The words of `argv`, with the command's name as it is called here."""
+    from offload.habits import OTHER_COMMANDS, SAME_COMMANDS, did_you_mean
+
     first, *rest = argv or [""]
     if first == "help":
         return [*_command_first(rest), "--help"]
@@ -214,6 +220,7 @@ def _run(argv: Sequence[str]) -> int:
     from offload.files import check_streams, give_up_unwritable
 
     debug = makes_file = False
+    reworded, OffloadError.reworded = OffloadError.reworded, str
     try:
         check_streams()
         try:
@@ -250,3 +257,5 @@ def _run(argv: Sequence[str]) -> int:
             raise
         print(f"offload: error: {text}", file=sys.stderr)
         return FAILED
+    finally:
+        OffloadError.reworded = reworded

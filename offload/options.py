@@ -17,13 +17,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from offload.errors import BudgetError, UnsupportedModelError
-from offload.flags import described, option
+from offload.errors import BudgetError, OptionError, UnsupportedModelError
+from offload.flags import check_values, described, option
 from offload.units import (
     MOST,
     SHARE,
     UBATCH,
     between,
+    check_size,
     count,
     parse_bytes,
     parse_gpus,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 POLICIES = ("lfru", "lru")
 ENGINES = ("auto", "host", "device")
+DTYPES = ("auto", "bfloat16", "float16", "float32")  # "auto" is what the config says
 DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 CONTEXT = 4096  # tokens of a conversation, or the model's positions if they are fewer
 POLICY_HELP = (
@@ -56,8 +58,9 @@ _source, _answer = partial(option, group="source"), partial(option, group="promp
 class LoadOptions:
     """Everything that can be asked of `load`.
 
-    Raises `UnsupportedModelError` for an unknown policy or engine, and `BudgetError` for a device,
-    a size, or a number of GPUs or expert slots that cannot be one.
+    Raises `UnsupportedModelError` for an unknown policy or engine, `OptionError` for a value of
+    a wrong type or out of range, and `BudgetError` for a device, a size, or a number of GPUs or
+    expert slots that cannot be one.
     """
 
     device: str | torch.device | None = _memory(
@@ -96,7 +99,13 @@ class LoadOptions:
         unit="tokens",
         parse=positive,
     )
-    expert_slots: int | str | None = _memory(
+    threads: int | None = _memory(
+        "-t --threads N",
+        "CPU threads",
+        unset="torch's choice; fewer in chat and generate while other programs use the cores",
+        parse=between(1, 1024),
+    )
+    expert_slots: int | float | str | None = _memory(
         "--expert-slots N",
         "how many experts, counted over all layers, are resident (held in the memory of the "
         "compute device): a number, or a share like 25%",
@@ -162,11 +171,18 @@ class LoadOptions:
     trust_remote_code: bool = _source(
         "--trust-remote-code", "run Python code that comes with the model", default=False
     )
-    dtype: torch.dtype | None = option(
-        "", "type of the computation", unset="what the checkpoint's config says"
+    dtype: str | torch.dtype | None = option(
+        "",
+        "type of the computation, like float16 (a text or torch's)",
+        unset="what the checkpoint's config says",
     )
 
     def __post_init__(self) -> None:
+        check_values(self)
+        if isinstance(self.dtype, str) and self.dtype not in DTYPES:
+            raise OptionError(f"dtype is {self.dtype!r}: it must be one of {', '.join(DTYPES)}")
+        check_size(self.vram)
+        check_size(self.ram)
         for what, name, known in (
             ("policy", self.policy, POLICIES),
             ("engine", self.engine, ENGINES),
@@ -196,7 +212,8 @@ class LoadKeywords(TypedDict, total=False):
     ram: str | int | None
     context: int
     ubatch_size: int
-    expert_slots: int | str | None
+    threads: int | None
+    expert_slots: int | float | str | None
     policy: str
     lookahead: bool | None
     engine: str
@@ -210,7 +227,7 @@ class LoadKeywords(TypedDict, total=False):
     revision: str | None
     local_files_only: bool
     trust_remote_code: bool
-    dtype: torch.dtype | None
+    dtype: str | torch.dtype | None
 
 
 # Parts of `LoadOptions` that some commands have without the rest.
@@ -223,12 +240,6 @@ HUB = ("revision", "local_files_only", "trust_remote_code")
 class SharedOptions:
     """Options that several commands have; each command names those that it takes."""
 
-    threads: int | None = _memory(
-        "-t --threads N",
-        "CPU threads",
-        unset="torch's choice; fewer in chat and generate while other programs use the cores",
-        parse=between(1, 1024),
-    )
     stride: int | None = option(
         "--stride N",
         "tokens scored per window; the rest of the window is context",

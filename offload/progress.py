@@ -1,10 +1,11 @@
-"""Shows on stderr how far long work has come, as a bar at a terminal and as lines elsewhere."""
+"""Shows how far long work has come: a bar at a terminal, a line that changes in a notebook, and
+lines on stderr elsewhere."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
@@ -44,6 +45,16 @@ def _print(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
+def _display() -> Callable[[str], None] | None:
+    """What replaces one line below a cell of a notebook; None elsewhere."""
+    if not Console().is_jupyter:
+        return None
+    from IPython.display import display  # a notebook has it
+
+    handle = display({"text/plain": ""}, raw=True, display_id=True)
+    return lambda line: handle.update({"text/plain": line}, raw=True)
+
+
 class Progress:
     """Counts towards `total` units of `unit`, and says at the end how long they took."""
 
@@ -57,17 +68,22 @@ class Progress:
             TimeRemainingColumn(),
         )
         self._done = self._nbytes = 0
+        self._replace = None if self._bar else _display()
+        self._every = 0.5 if self._replace else 10.0  # seconds between lines
 
     def __enter__(self) -> Progress:
-        self._begin = time.perf_counter()
+        self._begin = self._shown = time.perf_counter()
         if self._bar:
             self._task = self._bar.add_task(
                 self._title, total=self._total, unit=self._unit, nbytes=0
             )
             self._bar.start()
         else:
-            _print(f"{self._title}: {self._total / 1e6:.1f} M {self._unit}")
+            self._show(f"{self._total / 1e6:.1f} M {self._unit}")
         return self
+
+    def _show(self, state: str) -> None:
+        (self._replace or _print)(f"{self._title}: {state}")
 
     def __exit__(
         self,
@@ -79,15 +95,11 @@ class Progress:
             self._bar.stop()
         if kind is KeyboardInterrupt:
             share = self._done / self._total if self._total else 0
-            _print(
-                f"{self._title}: interrupted at {share:.0%}; the same command continues from there"
-            )
+            self._show(f"interrupted at {share:.0%}; run it again to continue from there")
         if kind is None and self._done:
             seconds = time.perf_counter() - self._begin
             rate = _rate(self._done / seconds, self._unit)
-            _print(
-                f"{self._title}: done in {seconds:.1f} s, {rate}, {self._nbytes / 2**20:.0f} MiB"
-            )
+            self._show(f"done in {seconds:.1f} s, {rate}, {self._nbytes / 2**20:.0f} MiB")
 
     def advance(self, amount: int, nbytes: int) -> None:
         """Count `amount` more units as done, and `nbytes` more bytes as written."""
@@ -95,6 +107,13 @@ class Progress:
         self._nbytes += nbytes
         if self._bar:
             self._bar.update(self._task, advance=amount, nbytes=self._nbytes)
+        elif self._done and (now := time.perf_counter()) - self._shown >= self._every:
+            self._shown, speed = now, self._done / (now - self._begin)
+            left = (self._total - self._done) / speed
+            self._show(
+                f"{self._done / self._total:.0%}, {self._nbytes / 2**20:.0f} MiB, "
+                f"{_rate(speed, self._unit)}, {left:.0f} s left"
+            )
 
 
 class Ticker:

@@ -12,12 +12,14 @@ UBATCH = 2048  # tokens of a prompt that go through the model at once, and share
 # Models that must read a prompt as a whole: transformers 5.24 loses their recurrent state when
 # several tokens follow earlier ones.
 READ_WHOLE = frozenset({"jamba"})
+SEES_PADDING = frozenset({"deepseek_v4"})  # models whose attention compresses padding, too
 UNITS = {"": 1, "B": 1} | {
     letter + suffix: base**power
     for power, letter in enumerate("KMGT", start=1)
     for suffix, base in (("", 2**10), ("IB", 2**10), ("B", 10**3))
 }
 MOST_SLOTS = 2**31  # more than any model has
+LEAST_BYTES = 2**20  # of a size without a unit: a smaller number was meant as GiB
 MOST_BYTES = 2**60  # more than any machine has
 MOST = 2**31 - 1  # tokens or repetitions
 
@@ -67,13 +69,27 @@ def parse_sizes(vram: str | int | None, cards: int) -> list[int | None]:
     return sizes
 
 
-def parse_slots(text: str | int | None, total: int) -> int | None:
-    """Expert slots from a number or a share of `total` like "25%"; None gives None.
+def check_size(given: str | int | None) -> None:
+    """Raise `BudgetError` for a number without a unit that cannot be meant as bytes."""
+    if str(given).isdecimal() and 0 < int(given or 0) < LEAST_BYTES:
+        raise BudgetError(f"{given!r} is that many bytes: write the unit too, like '20GiB'")
+
+
+def parse_slots(given: float | str | None, total: int) -> int | None:
+    """Expert slots from a number, or a share of `total` like "25%" or 0.25; None gives None.
 
     Raises `BudgetError`.
     """
-    if text is None or isinstance(text, int):
-        return text
+    if isinstance(given, float):
+        if not 0 < given <= 1:
+            raise BudgetError(
+                f"{given} is not a share of the experts: write one above 0, at most 1.0, or a "
+                "whole number of expert slots"
+            )
+        return max(1, round(total * given))
+    if given is None or isinstance(given, int):
+        return given
+    text = str(given)
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%?)\s*", text)
     if match is None or (not match.group(2) and "." in match.group(1)):
         raise BudgetError(

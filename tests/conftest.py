@@ -38,6 +38,7 @@ import offload.generation.stream
 import offload.quant.encode
 from offload.files import offload_home
 from offload.options import LoadOptions
+from offload.quant.errors import OffloadError
 from tests.rounding import round_to_codes
 from tests.tiny import save_tiny
 
@@ -85,7 +86,11 @@ def home(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """`OFFLOAD_HOME` of this test: an empty folder, or `demo_home` when it is marked `demo`."""
+    """`OFFLOAD_HOME` of this test: an empty folder, or `demo_home` when it is marked `demo`.
+
+    Messages name flags until the test calls `offload.load`, whatever tests did before.
+    """
+    monkeypatch.setattr(OffloadError, "reworded", str)
     if request.node.get_closest_marker("demo") is not None:
         return DEMO_HOME
     path = tmp_path_factory.mktemp("home")
@@ -109,10 +114,10 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def save_with_tokenizer(model_type: str, folder: Path) -> Path:
+def save_with_tokenizer(model_type: str, folder: Path, **changes: Any) -> Path:
     """A tiny fp32 checkpoint of `model_type` with the byte tokenizer; it decodes greedily."""
     ids = {"pad_token_id": PAD, "bos_token_id": BEGIN, "eos_token_id": END}
-    save_tiny(model_type, folder, vocab_size=VOCABULARY, **ids)
+    save_tiny(model_type, folder, vocab_size=VOCABULARY, **ids, **changes)
     make_tokenizer().save_pretrained(folder)
     GenerationConfig(**ids).save_pretrained(folder)
     return folder

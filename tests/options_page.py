@@ -8,6 +8,7 @@ from offload.bench.command import BenchOptions
 from offload.chat.command import ChatOptions
 from offload.flags import default_text, has_no, options_of
 from offload.generation.command import AnswerFileOptions
+from offload.model.command import PullOptions
 from offload.options import AnswerOptions, LoadOptions, SharedOptions
 from offload.pack.command import KeepingOptions
 from offload.plan.command import PlanOptions
@@ -31,15 +32,15 @@ SECTIONS = {
     ),
     "Several commands": (
         SharedOptions,
-        "`--threads` is an option of every command that loads a model, `--stride` of `ppl` and "
-        "`check`, `--timeline` of `generate` and `bench`, and `--json` of `doctor`, `ppl` and "
-        "`check`.",
+        "`--stride` is an option of `ppl` and `check`, `--timeline` of `generate` and `bench`, and "
+        "`--json` of `doctor`, `ppl` and `check`.",
     ),
     "Prompts and sampling": (AnswerOptions, "For `chat` and `generate`."),
     "chat": (ChatOptions, ""),
     "generate": (AnswerFileOptions, ""),
     "bench": (BenchOptions, "The names and defaults are those of llama-bench."),
     "plan": (PlanOptions, "It also takes the options of memory, quantisation and source."),
+    "pull": (PullOptions, "It also takes the options of source."),
     "list, show, rm, prune": (
         KeepingOptions,
         "`--output` is an option of `list` and `show`, `--yes` of `rm` and `prune`.",

@@ -32,6 +32,45 @@ text = generate(model, tokenizer, "Hello", max_new_tokens=3)
 files = [module.__file__ for module in (offload, offload.cache.cache, offload.quant.pack)]
 print(json.dumps({"text": text, "files": files}))
 """
+TYPED = """\
+import offload
+from offload import generate, load, stream_generate
+
+with load("demo", context=64, threads=2, expert_slots=0.25, dtype="auto") as (model, tokenizer):
+    reveal_type(model)
+    reveal_type(tokenizer)
+    reveal_type(model.offload)
+    reveal_type(model.offload.stats().counts.hit_rate)
+    reveal_type(generate(model, tokenizer, "Hi", max_new_tokens=3, stop_strings=["."]))
+    reveal_type(generate(model, tokenizer, [{"role": "user", "content": "Hi"}]))
+    reveal_type(generate(model, tokenizer, ["Hi", "Ho"], temperature=0.5))
+    reveal_type(generate(model, tokenizer, "Hi", num_return_sequences=2))
+    for step in stream_generate(model, tokenizer, [1, 2, 3]):
+        reveal_type(step)
+        reveal_type(step.text)
+        reveal_type(step.experts.slots)
+reveal_type(offload.OffloadError("x"))
+"""
+REVEALED = [
+    "offload.engine.handle.OffloadedModel",
+    "transformers.tokenization_utils_base.PreTrainedTokenizerBase | None",
+    "offload.engine.handle.Offload",
+    "float",
+    "str",
+    "str",
+    "list[str]",
+    "list[str]",
+    "offload.generation.stream.GenerationResponse",
+    "str",
+    "int",
+    "offload.quant.errors.OffloadError",
+]
+WRONGLY_TYPED = {
+    'load("demo", contxt=5)': "call-arg",
+    'load("demo", context="4k")': "arg-type",
+    "offload.nothing": "attr-defined",
+    'load("demo").model.offload.close(1)': "call-arg",
+}
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +146,22 @@ def test_load_and_generate_work_beside_a_users_own_files(
     assert len(said["files"]) == 3
     for file in said["files"]:
         assert Path(file).is_relative_to(installed.parent), file
+
+
+def test_a_users_script_is_typed_under_mypy_strict(installed: Path, users_folder: Path) -> None:
+    (users_folder / "typed.py").write_text(TYPED)
+    wrong = ["import offload", "from offload import load", *WRONGLY_TYPED]
+    (users_folder / "wrong.py").write_text("\n".join(wrong) + "\n")
+    mypy = [sys.executable, "-m", "mypy", "--strict", "--python-executable", f"{installed}/python"]
+    done = subprocess.run(
+        [*mypy, "typed.py", "wrong.py"], cwd=users_folder, capture_output=True, text=True
+    )
+    lines = done.stdout.splitlines()
+    revealed = [line.partition('type is "')[2].rstrip('"') for line in lines if "type is" in line]
+    assert revealed == REVEALED
+    errors = [line for line in lines if ": error: " in line]
+    told = [(line.split(":")[1], line.rpartition("[")[2].rstrip("]")) for line in errors]
+    assert told == [(str(at), code) for at, code in enumerate(WRONGLY_TYPED.values(), start=3)]
 
 
 def test_the_command_answers_beside_a_users_own_files(installed: Path, users_folder: Path) -> None:

@@ -19,6 +19,8 @@ from offload.cache.trace.trace import Event, Trace
 BLOCKS, POINTS = "░▒▓█", " .:!"
 PLAIN_BLOCKS = "-+*#"  # where blocks cannot be written
 GREENS, REDS = (22, 28, 34, 46), (236, 88, 124, 196)  # numbers of a terminal's 256 colours
+HTML_GREENS = ("#005f00", "#008700", "#00af00", "#00ff00")  # the same colours as above
+HTML_REDS = ("#303030", "#870000", "#af0000", "#ff0000")
 LABEL, RATE = 5, 13  # columns before and after a row
 
 Resident = tuple[tuple[bool, ...], ...]  # [layer][expert]
@@ -87,6 +89,25 @@ def _numbers(experts: int, cell: int) -> str:
     return (
         " " * LABEL
         + "".join(f"{expert:<{step * cell}}" for expert in range(0, experts, step)).rstrip()
+    )
+
+
+def as_html(heat: HeatMap) -> str:
+    """A table for notebooks: a row for each layer, a cell for each expert, and a legend."""
+    rows = "".join(
+        f"<tr><th>{layer}</th>"
+        + "".join(
+            f'<td style="background:{(HTML_GREENS if is_in else HTML_REDS)[heat.level(layer, e)]};'
+            f'min-width:.7em;padding:0" title="layer {layer}, expert {e}">&nbsp;</td>'
+            for e, is_in in enumerate(experts)
+        )
+        + f"<td>{heat.hit_rates[layer]:.1%} hits</td></tr>"
+        for layer, experts in enumerate(heat.resident)
+    )
+    resident, total = sum(map(sum, heat.resident)), sum(map(len, heat.resident))
+    return (
+        f"<table>{rows}</table><p>{resident} of {total} experts resident (green); others grey to "
+        "red; the brighter, the more a layer asked for the expert.</p>"
     )
 
 

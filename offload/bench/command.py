@@ -111,7 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, LoadOptions, ["warm_start"], group="sweeps", warm_start=False)
     parser.add_argument_group("tests", "Lists are separated by commas.")
     add_options(parser, BenchOptions)
-    add_options(parser, SharedOptions, ["threads", "timeline"])
+    add_options(parser, SharedOptions, ["timeline"])
 
 
 def _add_swept(place: argparse._ArgumentGroup) -> None:
@@ -188,7 +188,6 @@ def run(arguments: argparse.Namespace) -> int:
             arguments.model,
             settings,
             tests,
-            threads=shared.threads,
             timeline=shared.timeline,
             repetitions=asked.repetitions,
             warmup=not asked.no_warmup,

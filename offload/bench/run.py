@@ -246,17 +246,16 @@ def sweep(
     settings: Sequence[LoadOptions],
     tests: Sequence[Test],
     *,
-    threads: int | None,
     timeline: Path | None,
     **options: Any,
 ) -> Iterator[BenchRow]:
     """The rows of the model `source` with every setting, each as soon as it is measured.
 
-    `threads` and `timeline` are as in `SharedOptions`, and `options` as in `run`.
+    `timeline` is as in `SharedOptions`, and `options` as in `run`.
     """
 
     def rows(setting: LoadOptions) -> Iterator[BenchRow]:
-        model, tokenizer, _ = load_and_tell(source, setting, threads)
+        model, tokenizer, _ = load_and_tell(source, setting)
         with contextlib.closing(offload_of(model)), record_timeline(model, timeline):
             yield from run(model, tokenizer, tests, **options)
 

@@ -18,7 +18,6 @@ from offload.budget.budget import (
 from offload.budget.placement import demand, place
 from offload.errors import BudgetError
 from offload.fit import Card, Fit, Share
-from offload.machine.limits import check_ram
 from offload.options import CONTEXT, LoadOptions
 from offload.quant.pack import PackInfo
 from offload.units import parse_bytes, parse_gpus, parse_sizes, parse_slots
@@ -154,8 +153,11 @@ class Resolver:
 
     def dtype(self, config: PreTrainedConfig) -> torch.dtype:
         """The type of the computation: the one asked for, else the one of the config."""
+        asked = self.options.dtype
+        if isinstance(asked, str):
+            asked = None if asked == "auto" else getattr(torch, asked)
         own = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-        return self.options.dtype or (own if isinstance(own, torch.dtype) else torch.bfloat16)
+        return asked or (own if isinstance(own, torch.dtype) else torch.bfloat16)
 
 
 def find_device(name: str | torch.device | None) -> torch.device:
@@ -188,7 +190,6 @@ def find_place(options: LoadOptions) -> Place:
     the RAM. Raises `BudgetError`.
     """
     device, gpus, vram, ram = options.device, options.gpus, options.vram, options.ram
-    check_ram(ram)
     if gpus is not None and device is not None:
         raise BudgetError("both --device and --gpus say where to run: give only one of them")
     devices = [find_device(name) for name in ([device] if gpus is None else parse_gpus(gpus))]

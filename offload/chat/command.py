@@ -12,7 +12,7 @@ from offload.errors import DONE, INTERRUPTED
 from offload.files import TRACE, check_output
 from offload.flags import add_model, add_options, option, options_from
 from offload.generation.command import asked_prompt, asked_sampling
-from offload.options import AnswerOptions, LoadOptions, SharedOptions
+from offload.options import AnswerOptions, LoadOptions
 from offload.pack.asked import begin_loading, check_asked, say_loading
 from offload.quant.errors import OffloadError
 
@@ -36,7 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     for kind in (LoadOptions, AnswerOptions, ChatOptions):
         add_options(parser, kind)
-    add_options(parser, SharedOptions, ["threads"])
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -79,8 +78,7 @@ def _loaded(
     from offload.chat.chat import Chat
     from offload.loading import load_and_tell
 
-    threads = options_from(arguments, SharedOptions).threads
-    model, tokenizer, load_seconds = load_and_tell(arguments.model, options, threads, note=True)
+    model, tokenizer, load_seconds = load_and_tell(arguments.model, options, note=True)
     if tokenizer is None or not tokenizer.chat_template:
         raise OffloadError(f"{arguments.model} has no chat template: use offload generate --raw")
     chat = Chat(

@@ -208,7 +208,7 @@ def _write(chat: Chat, rest: str) -> None:
 
 def _excerpt(chat: Chat, number: str, command: str) -> str:
     """The last answer, or its code block `number`."""
-    answers = [m["content"] for m in chat.messages if m["role"] == "assistant"]
+    answers = [str(m["content"]) for m in chat.messages if m["role"] == "assistant"]
     if not answers:
         raise ChatError("There is no answer yet")
     if not number:

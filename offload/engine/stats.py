@@ -18,6 +18,12 @@ class CardStats(Figures):
     bytes_copied: int
     link_busy_seconds: float
 
+    def __repr__(self) -> str:
+        return (
+            f"CardStats(card {self.share.number}, {self.share.slots}/{self.share.experts} slots, "
+            f"hits {self.counts.hit_rate:.1%})"
+        )
+
     def line(self) -> str:
         """The card's line, printed under the line of all experts."""
         rate = self.bytes_copied / 1e9 / self.link_busy_seconds if self.link_busy_seconds else 0.0
@@ -43,6 +49,12 @@ class Stats(Figures):
     tokens: int  # tokens that went through the model
     cards: tuple[CardStats, ...] = ()  # where there are several
     bytes_in_place: int = 0  # loaded bytes that were not copied, but read where they are mapped
+
+    def __repr__(self) -> str:
+        return (
+            f"Stats({self.slots}/{self.total_experts} slots, hits {self.counts.hit_rate:.1%}, "
+            f"{self.mib_per_token:.1f} MiB/token)"
+        )
 
     @property
     def bytes_copied(self) -> int:

@@ -5,12 +5,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
+from numbers import Integral
 from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
 from transformers import (
     GenerationConfig,
+    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
@@ -19,11 +21,14 @@ from transformers import (
 from offload.engine.handle import offload_of
 from offload.errors import GenerationError
 from offload.generation.conversation import Message
+from offload.generation.inputs import Encoded, check_call, plain
 from offload.generation.prompt import Prompt, check_request, end_tokens
-from offload.generation.sampler import COLDEST, HOTTEST
+from offload.generation.rope import longest_short
+from offload.generation.sampler import COLDEST, Sampler
 from offload.generation.stream import stream_generate
 from offload.generation.text import Answer
-from offload.sampling import Sampling, SamplingKeywords, resolve_sampling
+from offload.sampling import Sampling, SamplingKeywords, is_number, resolve_sampling
+from offload.units import SEES_PADDING
 
 MOST_SEQUENCES = 1024  # answers to each prompt
 FINAL = re.compile(r"(?:answer is|answer:|####)\s*(.+)", re.IGNORECASE)
@@ -37,7 +42,7 @@ class GenerationKeywords(SamplingKeywords, total=False):
     stop_strings: str | Sequence[str] | None
 
 
-PromptBatch = list[str] | list[list[Message]] | list[list[int]]
+PromptBatch = list[str] | tuple[str, ...] | list[list[Message]] | list[list[int]]
 
 
 @overload
@@ -84,10 +89,21 @@ def generate(
 ) -> list[list[str]]: ...
 
 
+@overload
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    prompt: Prompt | PromptBatch,
+    prompt: Encoded,
+    *,
+    num_return_sequences: int = 1,
+    **options: Unpack[GenerationKeywords],
+) -> str | list[str] | list[list[str]]: ...
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompt: Prompt | PromptBatch | Encoded,
     *,
     num_return_sequences: int = 1,
     **options: Unpack[GenerationKeywords],
@@ -95,20 +111,23 @@ def generate(
     """Return the whole answer to `prompt` as a text; `stream_generate` documents the options.
 
     A list of texts, of conversations or of id lists is answered as one batch: the result is a list
-    of answers. With `num_return_sequences` above 1, the result holds a list of that many answers
-    for each prompt. Raises `GenerationError`.
+    of answers. Ids may also be a tensor, an array, or what a tokenizer or `apply_chat_template`
+    returns; with two dimensions each row is a prompt of a batch. With `num_return_sequences` above
+    1, the result holds a list of that many answers for each prompt. Raises `GenerationError`.
     """
+    known = {"num_return_sequences", *GenerationKeywords.__annotations__}
+    check_call("generate", model, tokenizer, options, known)
     if tokenizer is None:
         raise GenerationError("the model has no tokenizer: use stream_generate for token ids")
-    many = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], str | list)
+    many, given = plain(prompt)
     if not many and num_return_sequences == 1:
-        steps = stream_generate(model, tokenizer, prompt, **options)  # type: ignore[arg-type]
+        steps = stream_generate(model, tokenizer, given, **options)
         return "".join(step.text for step in steps)
     limit, stops = options.pop("max_new_tokens", None), options.pop("stop_strings", None)
     made = complete(
         model,
         tokenizer,
-        prompt if many else [prompt],  # type: ignore[arg-type, list-item]
+        given if many else [given],
         resolve_sampling(model.generation_config, **options),  # type: ignore[misc]  # without those two
         max_new_tokens=limit,
         stop_strings=stops,
@@ -135,13 +154,16 @@ def complete(
     """Make `num_return_sequences` answers to each prompt together, as one batch.
 
     The rounding of a row depends on the number of rows, so an answer may differ from the one that
-    the prompt gets alone. When the row with the longest prompt reaches the end of the context, the
-    others go on in a batch without it. `watch` sees all answers after every step. Raises
-    `GenerationError` before the first step.
+    the prompt gets alone. A model of `SEES_PADDING`, or with other rotary factors for long
+    sequences, answers only prompts of equal length together. When the row with the longest prompt
+    reaches the end of the context, the others go on in a batch without it. `watch` sees all answers
+    after every step. Raises `GenerationError` before the first step.
     """
-    if not 1 <= num_return_sequences <= MOST_SEQUENCES:
+    count = num_return_sequences
+    if not is_number(count, Integral) or not 1 <= count <= MOST_SEQUENCES:
         raise GenerationError(
-            f"num_return_sequences is {num_return_sequences}: it must be from 1 to {MOST_SEQUENCES}"
+            f"num_return_sequences is {count!r}: it must be a whole number from 1 to "
+            f"{MOST_SEQUENCES}"
         )
     if sampling.temperature < COLDEST and num_return_sequences > 1:
         raise GenerationError("without sampling all answers are the same: give a temperature")
@@ -156,15 +178,16 @@ def complete(
             ]
         )
     answers = [answer for row in made for answer in row]
-    threads = offload_of(model).threads
-    devices = [] if model.device.type == "cpu" else [model.device]
-    with torch.random.fork_rng(devices), threads or nullcontext():
-        if sampling.seed is None:
-            torch.seed()
-        else:
-            torch.manual_seed(sampling.seed)
+    sampler = Sampler(sampling, model.device)
+    sees_padding = longest_short(model) is not None or (
+        model.config.get_text_config().model_type in SEES_PADDING
+    )
+    with offload_of(model).threads or nullcontext():
         while unfinished := [answer for answer in answers if answer.finish_reason is None]:
-            _extend(model, unfinished, sampling, ends, partial(watch, answers) if watch else None)
+            if sees_padding:
+                length = len(unfinished[0].read)
+                unfinished = [answer for answer in unfinished if len(answer.read) == length]
+            _extend(model, unfinished, sampler, ends, partial(watch, answers) if watch else None)
     return made
 
 
@@ -172,7 +195,7 @@ def complete(
 def _extend(
     model: PreTrainedModel,
     answers: Sequence[Answer],
-    sampling: Sampling,
+    sampler: Sampler,
     ends: frozenset[int],
     tell: Callable[[], None] | None,
 ) -> None:
@@ -180,9 +203,13 @@ def _extend(
     threads = offload_of(model).threads
     vocabulary = model.config.get_text_config().vocab_size
     pad = min((token for token in ends if token < vocabulary), default=0)  # masked: any id will do
-    read = [answer.request.ids + answer.tokens for answer in answers]
+    read = [answer.read for answer in answers]
     longest = max(map(len, read))
-    ids = [[pad] * (longest - len(row)) + row for row in read]
+    limit = min(answer.request.limit - len(answer.tokens) for answer in answers)
+    if (switch := longest_short(model)) is not None and longest <= switch:
+        limit = min(limit, switch - longest + 1)  # the next call reads longer sequences anew
+    # A row is padded with a token that it has, so that a repetition penalty sees no other.
+    ids = [row[:1] * (longest - len(row)) + row for row in read]
     mask = [[0] * (longest - len(row)) + [1] * len(row) for row in read]
 
     def are_finished(input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
@@ -198,34 +225,25 @@ def _extend(
         finished = [answer.finish_reason is not None for answer in answers]
         return torch.tensor(finished, device=input_ids.device)
 
-    choice: dict[str, Any] = {"do_sample": False}
-    if sampling.temperature >= COLDEST:
-        choice = {
-            "do_sample": True,
-            "temperature": float(min(sampling.temperature, HOTTEST)),
-            "top_k": sampling.top_k,
-            "top_p": float(sampling.top_p),
-            "min_p": float(sampling.min_p),
-        }
+    def choose(input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Leave only the tokens that the sampler draws; this is a logits processor."""
+        token = sampler(input_ids, scores)
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+
     config = GenerationConfig(
-        max_new_tokens=min(answer.request.limit - len(answer.tokens) for answer in answers),
-        repetition_penalty=float(sampling.repetition_penalty),
-        eos_token_id=sorted(ends) or None,
-        pad_token_id=pad,
-        **choice,
+        max_new_tokens=limit, eos_token_id=sorted(ends) or None, pad_token_id=pad, do_sample=False
     )
     # transformers would add settings of the model's own config (beams, bad words), which
-    # `stream_generate` does not follow.
-    kept, model.generation_config = model.generation_config, GenerationConfig()
-    try:
-        model.generate(
-            torch.tensor(ids, device=model.device),
-            attention_mask=torch.tensor(mask, device=model.device),
-            generation_config=config,
-            stopping_criteria=StoppingCriteriaList([are_finished]),
-        )
-    finally:
-        model.generation_config = kept
+    # `stream_generate` does not follow. A view without them leaves the model to concurrent calls.
+    view = object.__new__(type(model))
+    view.__dict__ = {**model.__dict__, "generation_config": GenerationConfig()}
+    view.generate(
+        torch.tensor(ids, device=model.device),
+        attention_mask=torch.tensor(mask, device=model.device),
+        generation_config=config,
+        logits_processor=LogitsProcessorList([choose]),
+        stopping_criteria=StoppingCriteriaList([are_finished]),
+    )
 
 
 def final_answer(text: str) -> str:

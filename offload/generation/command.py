@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     for kind in (LoadOptions, AnswerOptions, AnswerFileOptions):
         add_options(parser, kind)
-    add_options(parser, SharedOptions, ["threads", "timeline"])
+    add_options(parser, SharedOptions, ["timeline"])
 
 
 def asked_prompt(asked: AnswerOptions, *, piped: bool = False) -> str | None:
@@ -188,7 +188,7 @@ class _Job:
         from offload.loading import load_and_tell
         from offload.trace.timeline import record_timeline
 
-        model, tokenizer, seconds = load_and_tell(self.model_name, self.load, self.shared.threads)
+        model, tokenizer, seconds = load_and_tell(self.model_name, self.load)
         with contextlib.closing(offload_of(model)), record_timeline(model, self.shared.timeline):
             yield model, tokenizer, seconds
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from offload.engine.handle import offload_of
 from offload.errors import GenerationError
 from offload.generation.conversation import Message
+from offload.generation.inputs import single
 from offload.lines import is_memory, reason
 from offload.model.sources import end_ids
 from offload.sampling import is_number
@@ -41,6 +42,7 @@ def encode_prompt(
     `GenerationError` if the prompt cannot be encoded or is empty. A template that never ends is
     stopped by Ctrl-C.
     """
+    prompt = single(prompt)
     if not isinstance(prompt, str) and all(isinstance(item, int) for item in prompt):
         ids = [int(item) for item in prompt]  # type: ignore[arg-type]
     elif tokenizer is None:
@@ -179,7 +181,7 @@ def check_request(
     if limit is None:
         limit = getattr(model.generation_config, "max_new_tokens", None) or DEFAULT_NEW_TOKENS
     if not is_number(limit, Integral) or limit < 1:
-        raise GenerationError(f"max_new_tokens is {limit!r}: it must be at least 1")
+        raise GenerationError(f"max_new_tokens is {limit!r}: it must be a whole number, at least 1")
     if offload_of(model).engine.closed:
         raise GenerationError("the model was closed: load it again")
     ids = encode_prompt(tokenizer, prompt)
@@ -187,7 +189,9 @@ def check_request(
     if min(ids) < 0 or max(ids) >= vocabulary:
         raise GenerationError(f"the prompt has a token outside the model's {vocabulary}")
     context = check_length(model, ids)
-    stops = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or [])
+    stops = [stop_strings] if isinstance(stop_strings, str) else stop_strings or []
+    if not isinstance(stops, Sequence) or not all(isinstance(stop, str) for stop in stops):
+        raise GenerationError(f"stop_strings is {stop_strings!r}: give a text or a list of texts")
     if stops and tokenizer is None:
         raise GenerationError("stop strings need a tokenizer, and the model has none")
     return Request(ids, min(limit, context - len(ids)), [stop for stop in stops if stop])
@@ -200,7 +204,7 @@ def check_length(model: PreTrainedModel, ids: Sequence[int]) -> int:
     if len(ids) >= context:
         raise GenerationError(
             f"the prompt has {len(ids)} tokens and the context holds {context}: shorten it or "
-            "raise --ctx-size (context=)"
+            "raise --ctx-size"
         )
     return context
 
@@ -215,6 +219,11 @@ class PromptCache:
     def __init__(self) -> None:
         self._ids: list[int] = []
         self._cache: Any = None  # transformers' `Cache`
+
+    @property
+    def length(self) -> int:
+        """How many tokens are held."""
+        return len(self._ids)
 
     def take(self, prompt: Sequence[int]) -> tuple[Any, int]:
         """Take out the cache, cut back to the ids that it shares with `prompt`, and their number.

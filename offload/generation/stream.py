@@ -1,5 +1,6 @@
 """One prompt is answered token by token, with the timings of every step."""
 
+import inspect
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -13,8 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from offload.engine.handle import TokenSource, offload_of
 from offload.engine.stats import Stats
+from offload.generation.inputs import Encoded, check_call, single
 from offload.generation.prompt import Prompt, PromptCache, check_request, end_tokens
 from offload.generation.recovery import read_until_it_fits
+from offload.generation.rope import switches, whole_length
 from offload.generation.sampler import Sampler
 from offload.generation.text import Answer
 from offload.sampling import Sampling, SamplingKeywords, resolve_sampling
@@ -37,6 +40,13 @@ class GenerationResponse:
     peak_memory: int  # bytes: allocated on the GPUs, or resident in the process
     finish_reason: str | None  # "stop" (end of sequence or stop string), "length", or None
     experts: Stats  # counted since this generation began
+
+    def __repr__(self) -> str:
+        end = f", finish_reason={self.finish_reason!r}" if self.finish_reason else ""
+        return (
+            f"GenerationResponse({self.text!r}, token={self.token}, "
+            f"{self.generation_tokens} tokens, {self.generation_tps:.1f} t/s{end})"
+        )
 
 
 def timings(response: GenerationResponse) -> str:
@@ -80,7 +90,7 @@ def _duration(seconds: float) -> str:
 def stream_generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    prompt: Prompt,
+    prompt: Prompt | Encoded,
     *,
     max_new_tokens: int | None = None,
     stop_strings: str | Sequence[str] | None = None,
@@ -88,7 +98,8 @@ def stream_generate(
     prompt_cache: PromptCache | None = None,
     **sampling: Unpack[SamplingKeywords],
 ) -> Iterator[GenerationResponse]:
-    """Answer `prompt`, which is a text, a list of `{"role", "content"}` messages, or a list of ids.
+    """Answer `prompt`, which is a text, a list of `{"role", "content"}` messages, or a list of ids
+    (or a tensor, an array, or what a tokenizer returns).
 
     A text is given to the model as it stands, messages go through the chat template. Sampling
     parameters that are not given come from the checkpoint's `generation_config`; the answer is
@@ -97,8 +108,10 @@ def stream_generate(
     prompt that differs from the previous prompt and its answer is read again. Raises
     `GenerationError` before the first step.
     """
+    known = {*inspect.signature(stream_generate).parameters, *SamplingKeywords.__annotations__}
+    check_call("stream_generate", model, tokenizer, sampling, known)
     resolved = resolve_sampling(model.generation_config, **sampling)
-    request = check_request(model, tokenizer, prompt, max_new_tokens, stop_strings)
+    request = check_request(model, tokenizer, single(prompt), max_new_tokens, stop_strings)
     ends = end_tokens(model, tokenizer)
     answer = Answer(request, tokenizer, ends, skip_special_tokens)
     steps = _stream(model, answer, resolved, ends, prompt_cache)
@@ -118,10 +131,14 @@ def _stream(
     begin = time.perf_counter()
     prompt, limit = answer.request.ids, answer.request.limit
     ids = torch.tensor([prompt], device=model.device)
+    held = kept.length if kept is not None else 0
     cache, cached = kept.take(prompt) if kept is not None else (None, 0)
+    if switches(model, held, len(prompt)):
+        cache, cached = None, 0
     logits, cache = forward(model, ids[:, cached:], cache, handle.fit.ubatch, ids[:, :cached])
     source: TokenSource | None = None
-    if handle.decoding is not None:
+    # A decode loop cannot read a sequence again whose factors change as it grows.
+    if handle.decoding is not None and not switches(model, len(prompt), len(prompt) + limit):
         longest = handle.fit.options.context
         source = handle.decoding.begin(model, ids, logits, cache, sampling, limit, longest, ends)
     if source is None:
@@ -167,8 +184,9 @@ class StepByStep:
 
     def __call__(self) -> int:
         if self._token is not None:
+            ubatch = offload_of(self._model).fit.ubatch
             self._logits, self._cache = forward(
-                self._model, self._token, self._cache, before=self._ids
+                self._model, self._token, self._cache, ubatch, self._ids
             )
             self._ids = torch.cat((self._ids, self._token), dim=-1)
         self._token = self._sampler(self._ids, self._logits)
@@ -190,14 +208,20 @@ def forward(
 
     `cache` None begins a sequence. At most `ubatch` tokens go through the model at once. When
     memory runs out, slots are given back and the step is repeated. If `cache` cannot be restored
-    to its state before the step, it is rebuilt from `before` [1, L], the ids that it holds.
+    to its state before the step, it is rebuilt from `before` [1, L], the ids that it holds, and so
+    it is where the longer sequence has other rotary factors.
     """
+    held = 0 if before is None else before.shape[1]
+    if before is not None and cache is not None and switches(model, held, held + ids.shape[1]):
+        ids, cache, before, held = torch.cat((before, ids), dim=1), None, None, 0
+    length = held + ids.shape[1]
     whole = model.config.get_text_config().model_type in READ_WHOLE
 
     def step(ids: Tensor, cache: Any) -> tuple[Tensor, Any]:
         size = ubatch if not whole else ids.shape[1] if cache is None else 1
         for chunk in ids.split(size, dim=1):
-            out = model(input_ids=chunk, cache=cache, use_cache=True, logits_to_keep=1)
+            with whole_length(length):
+                out = model(input_ids=chunk, cache=cache, use_cache=True, logits_to_keep=1)
             cache = out.cache
         return out.logits[:, -1], cache
 

@@ -93,6 +93,11 @@ class Answer:
         if tokenizer is not None:
             self._stream = TextStream(tokenizer, request.stops, skip_special_tokens)
 
+    @property
+    def read(self) -> list[int]:
+        """The prompt and the answer so far."""
+        return self.request.ids + self.tokens
+
     def push(self, token: int) -> str:
         """Add a token and return the text that has become certain; the last token leaves none."""
         self.tokens.append(token)

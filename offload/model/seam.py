@@ -24,7 +24,7 @@ from transformers.integrations.moe import ExpertsInterface
 
 from offload.errors import CheckpointError, UnsupportedModelError
 from offload.lines import reason
-from offload.quant.errors import OffloadError, PackError
+from offload.quant.errors import PackError
 from offload.quant.manifest import REMAKE
 from offload.quant.matmul import dequantize, matmul, take_rows
 from offload.quant.record import MatrixSpec, MatrixView
@@ -273,15 +273,8 @@ def without_packed_weights(
         for path in quantised:
             self.set_submodule(path, _from_record(path, modules.get(path)))
 
-    def save_pretrained(self: PreTrainedModel, *_: Any, **__: Any) -> None:
-        raise OffloadError(
-            "this model's experts are in its pack, not in its modules: copy the folder of the pack "
-            "(model.offload.pack.path) instead of saving"
-        )
-
-    members = {"__init__": __init__, "save_pretrained": save_pretrained}
     kept = {"__module__": cls.__module__, "__doc__": cls.__doc__}
-    return type(cls.__name__, (cls,), members | kept)
+    return type(cls.__name__, (cls,), {"__init__": __init__, **kept})
 
 
 def _from_record(path: str, module: nn.Module | None) -> QuantizedLinear | QuantizedEmbedding:

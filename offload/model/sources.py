@@ -50,7 +50,7 @@ def read_config(source: str, folder: Path, *, trust_remote_code: bool) -> PreTra
         if not trust_remote_code:
             raise SourceError(
                 f"{source} wants to run its own code ({remote.partition('.')[0]}.py in its "
-                "folder): read it, then pass --trust-remote-code (trust_remote_code=True) if you "
+                "folder): read it, then pass --trust-remote-code if you "
                 "trust it"
             )
     check_quantisation(source, raw)

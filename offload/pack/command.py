@@ -154,8 +154,10 @@ class ShowCommand:
         if options_from(arguments, KeepingOptions).output == "json":
             print(json.dumps(told, indent=2, ensure_ascii=False))
             return DONE
-        lines = [(name.replace("_", " "), _as_text(name, value)) for name, value in told.items()]
-        _print_table(None, [line for line in lines if line[1]])
+        names = {name: "size" if name == "bytes" else name.replace("_", " ") for name in told}
+        texts = {names[name]: _as_text(name, value) for name, value in told.items()}
+        shown = [(name, text) for name, text in texts.items() if text]
+        _print_table(None, shown)
         return DONE
 
 

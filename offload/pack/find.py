@@ -5,11 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from huggingface_hub import constants
 from transformers import PreTrainedConfig
 
 from offload.budget.resolve import Resolver
 from offload.errors import BudgetError, SourceError
-from offload.files import offload_home, packs_folder
+from offload.files import existing, offload_home, packs_folder
 from offload.model import names, sources
 from offload.model.checkpoint import Checkpoint, ExpectedSource
 from offload.model.layout import is_gguf
@@ -76,7 +77,11 @@ def find_or_make_pack(
         expected = Checkpoint(ExpectedSource(model), model, experts)
         info = PackSource(found.name, "", expected, model, experts).describe(recipe)
         dense_bytes = info.dense_bytes(config.dtype.itemsize)
-        check_room(destination or folder, info.expert_bytes + dense_bytes)
+        place, cache = existing(destination or folder), existing(Path(constants.HF_HUB_CACHE))
+        same = place.stat().st_dev == cache.stat().st_dev
+        missing = (names.missing_bytes(found) or 0) * same  # takes room of the pack's disk, too
+        what = "the pack, with the download," if missing else "the pack"
+        check_room(place, info.expert_bytes + dense_bytes + missing, what)
         if resolver is not None:
             resolver.fit(info, config, model)
     names.fetch_weights(found)

@@ -147,12 +147,12 @@ def _write(writer: PackWriter, source: PackSource, folder: Path, device: torch.d
         writer.write_file(name, data)
 
 
-def check_room(path: Path, needed: int) -> None:
+def check_room(path: Path, needed: int, what: str = "the pack") -> None:
     """Raise `PackError` unless `needed` bytes are free where `path` is, or is going to be."""
     place = next(each for each in (path, *path.parents) if each.is_dir())
     if needed > (free := shutil.disk_usage(place).free):
         raise PackError(
-            f"the pack needs {gib(needed)} and {place} has {gib(free)} free: free some space, or "
+            f"{what} needs {gib(needed)} and {place} has {gib(free)} free: free some space, or "
             f"choose {ELSEWHERE}"
         )
 

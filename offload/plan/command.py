@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 EXAMPLE = "offload plan mistralai/Mixtral-8x7B-v0.1 --gpu 4090 --ram 64GiB"
 SIZES = ("device", "vram", "ram", "context", "ubatch_size", "expert_slots")
 MOST_CARDS = 64
-LEAST_BYTES = 2**20  # of a size without a unit: a smaller number was meant as GiB
 _machine = partial(option, group="machine")
 
 
@@ -130,9 +129,6 @@ def _named(asked: PlanOptions, options: LoadOptions) -> tuple[Hardware, str] | N
         return None
     if options.device is not None:
         raise BudgetError("--device names a device of this machine: leave out --device or --gpu")
-    for text in (options.vram, options.ram):
-        if str(text).isdecimal() and 0 < (parse_bytes(text) or 0) < LEAST_BYTES:
-            raise BudgetError(f"{text!r} is that many bytes: write the unit too, like 20GiB")
     found, note = asked_hardware(asked.gpu, parse_bytes(options.vram))
     parts = (asked.gpus or str(found.cards)).split(",")
     if not all(part.strip().isdecimal() for part in parts) or parts == ["0"]:

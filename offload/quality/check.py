@@ -24,6 +24,7 @@ from offload.budget.resolve import find_device
 from offload.engine.handle import Offload
 from offload.errors import QualityError, SourceError
 from offload.files import read_text
+from offload.generation.rope import follow_length
 from offload.lines import reason
 from offload.model import names
 from offload.options import LoadOptions
@@ -147,12 +148,15 @@ def load_plain(source: str, options: LoadOptions) -> Loaded:
         raise SourceError(f"{source} is a pack, which transformers cannot run: omit --plain")
     names.fetch_weights(found)
     own = {"local_files_only": True, "trust_remote_code": options.trust_remote_code}
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     where = {"": find_device(options.device)}
     try:
         with without_bars():
             model = AutoModelForCausalLM.from_pretrained(
                 found.folder, dtype="auto", device_map=where, **own
             )
+        follow_length(model)
         return model, AutoTokenizer.from_pretrained(found.folder, **own)
     except (OSError, ValueError, KeyError) as error:  # of a config class or a tokenizer class
         raise SourceError(f"transformers cannot run {source} alone ({reason(error)})") from None

@@ -61,7 +61,7 @@ def _add_arguments(parser: argparse.ArgumentParser, own: type) -> None:
     add_model(parser)
     add_options(parser, LoadOptions, context=512)
     add_options(parser, own)
-    add_options(parser, SharedOptions, ["threads", "stride", "json"])
+    add_options(parser, SharedOptions, ["stride", "json"])
 
 
 class PerplexityCommand:
@@ -88,7 +88,7 @@ class PerplexityCommand:
         from offload.quality.check import measured_model
         from offload.quality.scoring import Sliding, encode_text, measure_perplexity
 
-        model, tokenizer, _ = load_and_tell(arguments.model, options, shared.threads)
+        model, tokenizer, _ = load_and_tell(arguments.model, options)
         sliding = Sliding.asked(options.context, shared.stride)
         encoded = encode_text(tokenizer, text, str(file or "the piped text"))
         begin = time.perf_counter()
@@ -148,8 +148,6 @@ class CheckCommand:
         check_output(asked.save_baseline, BASELINE)
         check_asked(asked.against, options)
         begin_loading(arguments.model, options)
-        import torch
-
         from offload.loading import load_and_tell
         from offload.progress import Ticker
         from offload.quality.baseline import TOLERANCES, read_baseline, save_baseline
@@ -184,8 +182,6 @@ class CheckCommand:
                 return load_and_tell(asked.against, reference)[:2]
             return load_plain(asked.against, reference)
 
-        if shared.threads is not None:
-            torch.set_num_threads(shared.threads)
         with Ticker("check") as ticker:
             result = compare_models(
                 ModelLoader(arguments.model, load_model),

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from offload.errors import QualityError
+from offload.generation.rope import whole_length
 from offload.units import READ_WHOLE
 
 
@@ -192,12 +193,13 @@ def score(
         # The last token is not read, because the token after it is not scored.
         for begin, end in pieces(len(row) - 1, at_once):
             keep = end - max(begin, first - 1)  # the logits at i predict token i + 1
-            out = model(
-                input_ids=ids[:, begin:end],
-                cache=cache,
-                use_cache=True,
-                logits_to_keep=max(1, keep),
-            )
+            with whole_length(len(row) - 1):
+                out = model(
+                    input_ids=ids[:, begin:end],
+                    cache=cache,
+                    use_cache=True,
+                    logits_to_keep=max(1, keep),
+                )
             cache = out.cache
             for at in range(end - keep, end, rows):  # empty if keep < 1
                 stop = min(at + rows, end)

@@ -143,7 +143,7 @@ def test_a_state_that_cannot_be_restored_is_rebuilt(
 
 
 def test_with_one_slot_left_the_error_says_what_to_do(models: Callable[[str], Path]) -> None:
-    with pytest.raises(GenerationError, match=r"one expert slot left: lower --expert-slots, --ctx"):
+    with pytest.raises(GenerationError, match=r"one expert slot left: lower expert_slots=, con"):
         answer(models("mixtral"), lambda model: Shortage(model, "lm_head", tuple(range(1, 99))))
 
 

@@ -12,7 +12,7 @@ import pytest
 
 import cli
 import offload
-from offload import SourceError
+from offload import OffloadError, SourceError
 from offload.model import hub
 from offload.model.hub import quant_of
 from offload.model.names import SHAPE_FILES, FoundModel, fetch_weights, find
@@ -273,3 +273,39 @@ def test_a_gguf_model_is_planned_from_its_header(
 )
 def test_a_quantisation_is_read_from_the_name_of_a_file(path: str, quant: str) -> None:
     assert quant_of(path) == quant
+
+
+# --- what is told before weights are fetched ----------------------------------------------------
+
+
+def test_a_chat_with_a_base_model_ends_before_its_weights_are_fetched(
+    tiny: StandIn, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tiny.folders[ID] / "chat_template.jinja").unlink()
+    assert cli.main(["chat", ID, "-st", "-p", "hello"]) == 1
+    assert f"{ID} has no chat template" in capsys.readouterr().err
+    assert "model.safetensors" not in tiny.fetched()
+
+
+def test_an_unreadable_tokenizer_is_told_before_weights_are_fetched(tiny: StandIn) -> None:
+    (tiny.folders[ID] / "tokenizer.json").write_text("{}")
+    with pytest.raises(OffloadError, match=r"the tokenizer in .* cannot be used"):
+        offload.load(ID, device="cpu")
+    assert "model.safetensors" not in tiny.fetched()
+
+
+def test_too_little_memory_is_told_before_weights_are_fetched(tiny: StandIn) -> None:
+    with pytest.raises(OffloadError, match=r"10\.0 MiB"):
+        offload.load(ID, device="cpu", ram="10MiB")
+    assert "model.safetensors" not in tiny.fetched()
+
+
+def test_a_disk_without_room_for_the_pack_is_told_before_weights_are_fetched(
+    tiny: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = (tiny.folders[ID] / "model.safetensors").stat().st_size
+    free = shutil.disk_usage("/")._replace(free=size + 1000)
+    monkeypatch.setattr(hub.shutil, "disk_usage", lambda path: free)
+    with pytest.raises(OffloadError, match="free some"):
+        offload.load(ID, device="cpu")
+    assert "model.safetensors" not in tiny.fetched()

@@ -322,3 +322,18 @@ def test_a_folder_called_demo_is_not_the_demo(checkpoint: Path) -> None:
     kept = KeptPack.read(found(folder))
     assert kept is not None
     assert kept.origin.place == str(folder)
+
+
+def test_the_tokenizer_of_a_gguf_file_is_made_again_by_another_version_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "tiny.gguf"
+    write_gguf(file, save_tiny("qwen3_moe", tmp_path / "tiny"))
+    pack = found(file)
+    content = (pack / "generation_config.json").read_bytes()
+    (pack / "generation_config.json").write_bytes(b"{}")
+    assert found(file) == pack
+    assert (pack / "generation_config.json").read_bytes() == b"{}"
+    monkeypatch.setattr("offload.pack.companions.__version__", "another")
+    assert found(file) == pack
+    assert (pack / "generation_config.json").read_bytes() == content

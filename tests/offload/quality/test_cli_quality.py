@@ -204,11 +204,11 @@ def test_a_plain_reference_has_the_threads_that_were_asked_for(
 ) -> None:
     threads: list[int] = []
 
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise OffloadError(f"threads {threads}")
 
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    monkeypatch.setattr(check, "load_plain", refuse)
+    monkeypatch.setattr(check.AutoModelForCausalLM, "from_pretrained", refuse)
     told = run("check", mixtral_pack, "--against", mixtral, "--plain", "-t", "3")
     assert one_line(told).endswith("threads [3]")
 

@@ -203,7 +203,7 @@ def test_with_one_slot_left_the_error_says_what_to_do(load: Load) -> None:
     steps = stream_generate(model, None, PROMPT, max_new_tokens=6, **GREEDY)
     next(steps)
     model.lm_head.register_forward_hook(Shortage(*range(1, 99), asked=MUCH))
-    with pytest.raises(GenerationError, match=r"one expert slot left: lower --expert-slots, --ctx"):
+    with pytest.raises(GenerationError, match=r"one expert slot left: lower expert_slots=, con"):
         list(steps)
 
 
