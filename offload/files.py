@@ -128,7 +128,8 @@ def check_output(file: str | Path | None, kind: str) -> None:
             path.resolve().unlink()  # a link that led nowhere does so again
         elif path.stat().st_size and MARKS[kind] not in _ends_of(path):
             raise OffloadError(
-                f"{file} exists and is no {kind} of ours: name another file, or move this one away"
+                f"{file} exists and was not written as a {kind}: choose another file, or move it "
+                "away"
             )
     except OSError as error:
         reason = error.strerror or error

@@ -85,8 +85,8 @@ class LoadOptions:
     )
     context: int = _memory(
         "-c --ctx-size N",
-        "most tokens in a conversation, prompts and answers together; memory is reserved for them; "
-        "0 means as many as the model has positions",
+        "maximum tokens in a conversation, prompts and answers together; memory is reserved for "
+        "them; 0 means as many as the model has positions",
         default=CONTEXT,
         unit="tokens",
         parse=count,
@@ -286,7 +286,7 @@ class AnswerOptions:
     )
     seed: int | None = _answer(
         "-s --seed N",
-        "seed of the sampling; the same seed gives the same answer, and -1 is a random one",
+        "random seed; the same seed gives the same answer, and -1 draws one",
         unset="random",
         parse=seed,
     )
@@ -313,7 +313,7 @@ class AnswerOptions:
     )
     repetition_penalty: float | None = _answer(
         "--repeat-penalty X",
-        "make tokens less likely that occurred before; 1 turns this off",
+        "make tokens that occurred before less likely; 1 turns this off",
         unset="the model's, else 1",
     )
     reverse_prompt: tuple[str, ...] = _answer(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from offload.errors import DONE, INTERRUPTED
+from offload.files import TRACE, check_output
 from offload.flags import add_model, add_options, option, options_from
 from offload.generation.command import asked_prompt, asked_sampling
 from offload.options import AnswerOptions, LoadOptions
@@ -45,6 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise OffloadError("--single-turn needs a prompt: give one with -p, -f or a pipe")
     asked_sampling(asked, None)  # raises for a wrong value before the model is loaded
     options = options_from(arguments, LoadOptions)
+    check_output(options.trace, TRACE)
     check_asked(arguments.model, options)
     say_loading(arguments.model)
     from offload.chat.commands import converse

@@ -165,7 +165,7 @@ def _history() -> History:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
         if not file.is_file():
-            raise OSError("it is no file")
+            raise OSError("it is not a file")
         with file.open("rb"):
             pass
     except OSError as error:

@@ -28,7 +28,7 @@ class CardStats(Figures):
         """The card's line, printed under the line of all experts."""
         rate = self.bytes_copied / 1e9 / self.link_busy_seconds if self.link_busy_seconds else 0.0
         return (
-            f"[ Card {self.share.number}: {len(self.share.blocks)} layers | "
+            f"[ GPU {self.share.number}: {len(self.share.blocks)} layers | "
             f"{self.share.slots} of {self.share.experts} experts in memory | "
             f"hits {self.counts.hit_rate:.1%} | link {rate:.1f} GB/s ]"
         )

@@ -46,7 +46,7 @@ def read_prompt_lines(file: Path) -> list[dict[str, Any]]:
                 if len(line) > MOST_CHARACTERS:
                     raise SourceError(
                         f"{where} has more than {MOST_CHARACTERS} characters: give shorter "
-                        "prompts, one a line"
+                        "prompts, one per line"
                     )
                 if line.strip():
                     prompts.append(_prompt_in(line, where))
@@ -111,7 +111,7 @@ class AnswersFile:
         """Open or create `file`, without changing what it holds. Raises `OffloadError`."""
         self._path = user_path(file)
         if self._path.exists() and not self._path.is_file():
-            raise OffloadError(f"{file} is no file: name one for the answers")
+            raise OffloadError(f"{file} is not a file: name one for the answers")
         lock_file = Path(f"{self._path}.lock")
         self._is_new = not self._path.exists()
         try:
@@ -139,8 +139,8 @@ class AnswersFile:
         wrong = answered.index(False) if False in answered else len(answered)
         if wrong < len(lines) or (half and not _begins(half, prompts[wrong : wrong + 1])):
             raise OffloadError(
-                f"{self._path}, line {wrong + 1} is no answer to that line's prompt: name another "
-                "file, or move this one away"
+                f"{self._path} exists and does not match the prompts (line {wrong + 1}): choose "
+                "another -o, or move it away"
             )
         self._end = len(data) - len(half)
         os.ftruncate(self._file, self._end)

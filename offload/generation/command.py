@@ -233,7 +233,7 @@ class _Job:
             def tell(answers: Sequence[Answer]) -> None:
                 over = sum(answer.finish_reason is not None for answer in answers)
                 tokens = sum(len(answer.tokens) for answer in answers)
-                ticker.show(f"{over} of {samples} answers over, {tokens} tokens")
+                ticker.show(f"{over} of {samples} answers finished, {tokens} tokens")
 
             (answers,) = self.complete(
                 model, encoder, [prompt], num_return_sequences=samples, watch=tell
@@ -272,7 +272,10 @@ class _Job:
         asked, output = self.asked, self.own.output
         if asked.file is None or asked.prompt is not None or self.own.vote is not None:
             what = "-o" if output is not None else f"{asked.file}"
-            raise OffloadError(f"{what} is for the prompts of -f FILE: leave -p and --vote out")
+            raise OffloadError(
+                f"{what} answers the prompts of -f FILE, and cannot be combined with -p or --vote: "
+                "give -f alone"
+            )
         prompts = read_prompt_lines(asked.file)
         if ignored := not_followed(prompts):
             print(ignored, file=sys.stderr)

@@ -380,7 +380,7 @@ def _telling(repository: Repository, size: int) -> Iterator[None]:
         else:
             text = (
                 f"the connection to {_host()} was lost while {repository.id} was fetched "
-                f"({reason(error)}): run the same again, it goes on where it stopped"
+                f"({reason(error)}): run the same command again, which continues where it stopped"
             )
         raise SourceError(text) from None
 
@@ -445,7 +445,7 @@ def gguf_files_of(repository: Repository, name: HubName) -> list[HubFile]:
         raise SourceError(f"{name.id} has no GGUF files: write {name.id} alone")
     if not models:
         raise SourceError(
-            f"{name.id} has neither config.json nor GGUF files: it is no model that can be run"
+            f"{name.id} has neither config.json nor GGUF files: it is not a model that can be run"
         )
     raise SourceError(f"{name.id} has {lacks}: name one of {choices}")
 

@@ -63,7 +63,9 @@ def _from_url(text: str, rest: str) -> HubName:
         return HubName(text, id, file, revision=None if revision == "main" else revision)
     match = _IN_REPOSITORY.fullmatch(rest.strip("/"))
     if match is None or not _ID.fullmatch(match["id"]):
-        raise SourceError(f"{text} is no page of a model: write the model's id, like owner/name")
+        raise SourceError(
+            f"{text} is not the page of a model: write the model's id, like owner/name"
+        )
     return HubName(text, match["id"], match["file"] or "", match["quant"] or "")
 
 

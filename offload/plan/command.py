@@ -50,7 +50,7 @@ class PlanOptions:
         unset="assumed hit rates",
     )
     explain: bool = option(
-        "--explain", "tell what the figures assume, and which engine they are for", default=False
+        "--explain", "show what the figures assume, and which engine they are for", default=False
     )
     output: str = option(
         "-o --output", "format of the output", default="text", choices=("text", "json")
@@ -135,7 +135,7 @@ def _named(asked: PlanOptions, options: LoadOptions) -> tuple[Hardware, str] | N
         raise BudgetError(f"--gpus {asked.gpus!r} is not a number of GPUs: write it like 2")
     cards = int(parts[0]) if len(parts) == 1 else len(parts)
     if cards > MOST_CARDS:
-        raise BudgetError(f"{cards} cards: offload plan takes at most {MOST_CARDS}")
+        raise BudgetError(f"{cards} GPUs: offload plan takes at most {MOST_CARDS}")
     return replace(found, cards=cards), note
 
 

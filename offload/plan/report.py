@@ -114,7 +114,7 @@ def speed_text(tokens_per_s: float) -> str:
 def _sizes(plan: Plan, row: PlanRow) -> Iterator[str]:
     info, budget, cards = row.info, row.budget, plan.target.cards
     device = "RAM" if plan.target.device.type == "cpu" else "VRAM"
-    each = " at most a card" if cards > 1 else ""
+    each = " at most per GPU" if cards > 1 else ""
     rest = info.total_experts - row.slots
     where = f"{row.slots} resident" + (f", {rest} in {_source(row)}" if rest else "")
     yield f"At {row.recipe.name}:"
@@ -133,7 +133,7 @@ def _sizes(plan: Plan, row: PlanRow) -> Iterator[str]:
     for share in row.shares:
         beside = f"dense {gib(share.dense)}, KV {gib(share.kv_cache)}"
         held = f"{share.slots}/{share.experts} experts"
-        yield f"  card {share.number:<5} {len(share.blocks):>4} layers, {held}, {beside}"
+        yield f"  GPU {share.number:<6} {len(share.blocks):>4} layers, {held}, {beside}"
 
 
 def _source(row: PlanRow) -> str:
@@ -176,7 +176,7 @@ def notes(plan: Plan, traced: bool) -> Iterator[str]:
     if plan.outline.from_config and plan.outline.made is None:
         yield "sizes follow from config.json: the weights are not here"
     if plan.outline.made is not None:
-        yield "a pack has its bits for good: the other rows need its checkpoint"
+        yield "a pack keeps its bits: the other rows need its checkpoint"
     refused = [row for row in plan.rows if row.refusal]
     if refused:
         yield f"at {bits_text(refused[-1])} bits: {refused[-1].refusal}"
@@ -204,7 +204,7 @@ def _assumptions(plan: Plan, traced: bool) -> Iterator[str]:
         )
     low_end = f"low end of the range: no reuse of experts, {RATES:.0%} of these rates"
     if any(row.on_device for row in rows):
-        low_end += ", steps planned by the host"
+        low_end += ", the CPU decides what to load"
     low_end += f" and {SLOW_PYTHON:g} times the usual Python"
     if plan.target.device.type == "cpu":  # it may have been busy when it was measured
         low_end += f", weights read {CPU_PASSES:g} times; the high end {1 / RATES:.0%} of the rates"
@@ -217,19 +217,19 @@ def _engine(plan: Plan) -> Iterator[str]:
     if plan.target.device.type == "cpu" or not rows:
         return
     by_host = [bits_text(row) for row in rows if not row.on_device]
-    on_card = "steps are planned on the card (a token is one CUDA graph), as --engine auto does"
+    on_card = "the GPU decides what to load (a token is one CUDA graph), as with --engine auto"
     why = " or ".join(dict.fromkeys(_why_host(plan, row) for row in rows if not row.on_device))
     if not by_host:
         yield f"{on_card} where memory can be pinned"
     elif len(by_host) == len(rows):
-        yield f"steps are planned by the host, with a wait at every layer: {why}"
+        yield f"the CPU decides what to load, with a wait at every layer: {why}"
     else:
-        yield f"{on_card}; at {', '.join(by_host)} bits by the host: {why}"
+        yield f"{on_card}; at {', '.join(by_host)} bits the CPU decides: {why}"
 
 
 def _why_host(plan: Plan, row: PlanRow) -> str:
     if plan.target.cards > 1:
-        return "there are several cards"
+        return "there are several GPUs"
     if row.info.expert_bytes > plan.target.memory.ram:
         return "RAM does not hold every expert"
     return "there are too few slots"

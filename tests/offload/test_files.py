@@ -24,7 +24,9 @@ def test_only_an_earlier_file_of_the_same_kind_may_be_replaced(kind: str, tmp_pa
         if mark == MARKS[kind] or MARKS[kind] in mark:
             check_output(file, kind)
         else:
-            with pytest.raises(OffloadError, match=f"is no {kind} of ours: name another file"):
+            with pytest.raises(
+                OffloadError, match=f"was not written as a {kind}: choose another file"
+            ):
                 check_output(file, kind)
         assert file.read_bytes() == b"x" * 5000 + mark + b"x" * 5000
 
@@ -64,6 +66,6 @@ def test_a_command_refuses_a_file_of_something_else_before_it_looks_for_the_mode
     name, *rest = command
     assert cli.main([name, "nowhere", *rest, str(file)]) == 1
     error = capsys.readouterr().err
-    assert "keep.txt exists and is no" in error
+    assert "keep.txt exists and was not" in error
     assert error.count("\n") == 1
     assert file.read_text() == "keep"

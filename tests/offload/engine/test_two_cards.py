@@ -92,8 +92,8 @@ def test_each_card_says_what_it_holds(tmp_path: Path) -> None:
     assert (stats + stats).cards[0].counts.hits == 2 * stats.cards[0].counts.hits
     first, second, third = stats.line().splitlines()
     assert first.startswith("[ Experts: 9 of 24 in memory | hits ")
-    assert second.startswith("[ Card 0: 2 layers | 6 of 16 experts in memory | hits ")
-    assert third.startswith("[ Card 1: 1 layers | 3 of 8 experts in memory | hits ")
+    assert second.startswith("[ GPU 0: 2 layers | 6 of 16 experts in memory | hits ")
+    assert third.startswith("[ GPU 1: 1 layers | 3 of 8 experts in memory | hits ")
     offload_of(model).close()
 
 

@@ -111,7 +111,7 @@ def test_an_interrupted_download_goes_on_where_it_stopped(tiny: StandIn) -> None
     tiny.break_after["model.safetensors"] = [size // 3, 1000, *[0] * 10]
     message = refused(ID)
     assert "connection" in message
-    assert "goes on where it stopped" in message
+    assert "continues where it stopped" in message
     begun = size // 3 + 1000
     assert any(line.endswith(f" {begun}-") for line in tiny.asked)
     tiny.break_after.clear()

@@ -88,7 +88,7 @@ def test_a_model_that_is_known_needs_all_of_its_weights() -> None:
             "unknown model 'llama3': give a folder, a .gguf file, a hub id (owner/name), or",
         ),
         ("two words", "unknown model 'two words'"),
-        ("https://huggingface.co/a", "is no page of a model"),
+        ("https://huggingface.co/a", "is not the page of a model"),
         ("https://huggingface.co/a/b/blob/main/config.json", "is one file of a model"),
     ],
 )

@@ -149,13 +149,16 @@ def test_the_forecast_is_for_the_engine_that_would_run(
     PUBLISHED["Qwen3-30B-A3B"].config().save_pretrained(tmp_path)
     much = planned(capsys, tmp_path, "--gpu", "4090", "--ram", "64GiB")
     assert {row["engine"] for row in much["rows"]} == {"device"}
-    assert any("planned on the card" in note for note in much["notes"])
+    assert any("the GPU decides" in note for note in much["notes"])
     speeds = [row["tokens_per_s"]["usual"] for row in much["rows"]]
     assert speeds[-1] > 2 * speeds[0], "bits show"
     two = planned(capsys, tmp_path, "--gpu", "4090", "--gpus", 2, "--ram", "64GiB")
     little = planned(capsys, tmp_path, "--gpu", "4090", "--ram", "16GiB")
     assert {row["engine"] for row in two["rows"]} == {"host"}
-    assert any("by the host, with a wait" in n and "several cards" in n for n in two["notes"])
+    assert any(
+        "the CPU decides what to load, with a wait" in n and "several GPUs" in n
+        for n in two["notes"]
+    )
     assert any("at 8g64" in n or "at 8, " in n for n in little["notes"])
     assert any("are assumed, not measured" in note for note in much["notes"])
 
@@ -422,7 +425,7 @@ def test_notes_take_two_lines_unless_they_are_asked_for(
     ]
     assert cli.main([*command, "--explain"]) == 0
     whole = " ".join(capsys.readouterr().out.split())
-    for words in ("with a quarter of all experts", "low end", "planned on the card", "assumed"):
+    for words in ("with a quarter of all experts", "low end", "the GPU decides", "assumed"):
         assert words in whole
     assert cli.main([*command[:5], "1GiB"]) == 0
     assert "- fewer than 4 bits cost much quality" in capsys.readouterr().out
