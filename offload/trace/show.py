@@ -10,7 +10,14 @@ from offload.cache.trace.file import read
 from offload.cache.trace.heatmap import HeatMap, collect, draw_for
 from offload.cache.trace.replay import BELADY, NONE, Outcome, Setup, recorded_setup, replay
 from offload.cache.trace.synthetic import SHAPES, Routing, synthesize
-from offload.cache.trace.trace import CacheError, CardSlots, LayerShape, Trace, shapes
+from offload.cache.trace.trace import (
+    CacheError,
+    CardSlots,
+    LayerShape,
+    Setting,
+    Trace,
+    shapes,
+)
 from offload.errors import SourceError
 from offload.files import user_path
 from offload.pictures import check_picture, save_figure
@@ -47,19 +54,25 @@ def show(name: str) -> Iterator[str]:
     yield f"record       {max(header.record_bytes) / 2**20:.2f} MiB"
     prompts = trace.tokens - trace.generated
     yield f"tokens       {trace.tokens}: {prompts} of prompts, {trace.generated} generated"
-    yield "settings     " + ", ".join(f"{name} {value}" for name, value in header.settings.items())
+    settings = {k: v for k, v in header.settings.items() if v not in ("", None)}
+    yield "settings     " + ", ".join(f"{name} {_word(value)}" for name, value in settings.items())
     yield ""
     found = shapes(trace)
     aheads = sorted(set().union(*(shape.guessed for shape in found)))
     names = ["layer", "chosen %", "effective", "repeats", "LRU k", "LRU 2k", "LRU 4k"]
     names += [f"recall +{ahead}" for ahead in aheads]
-    yield _row(names)
-    yield _row(["---:"] * len(names))
+    widths = [max(len(name), len("100.0%")) for name in names]
+    yield from _head(names, widths)
     for index, shape in enumerate(found):
         used = _percent(len(shape.chosen) / header.experts[index])
         effective = f"{shape.effective_experts:.1f}"
-        yield _row([str(index), used, effective, *_shares(shape, header.top_k, aheads)])
-    yield _row(["all", "", "", *_shares(sum(found, LayerShape()), header.top_k, aheads)])
+        yield _row([str(index), used, effective, *_shares(shape, header.top_k, aheads)], widths)
+    yield _row(["all", "", "", *_shares(sum(found, LayerShape()), header.top_k, aheads)], widths)
+
+
+def _word(value: Setting) -> str:
+    """A setting as people write it."""
+    return ("on" if value else "off") if isinstance(value, bool) else str(value)
 
 
 def _shares(shape: LayerShape, k: int, aheads: Sequence[int]) -> list[str]:
@@ -82,21 +95,24 @@ def replays(
 ) -> Iterator[str]:
     """Lines of a table: every combination, and Belady's optimum for each number of slots.
 
-    What is left out of `policies` and `slots` is as it was recorded. Raises `OffloadError`.
+    What is left out of `policies` and `slots` is as it was recorded. An expert that look-ahead has
+    just loaded is a hit, but not one that the cache kept, and only the latter are compared with the
+    optimum. Raises `OffloadError`.
     """
     trace = open_trace(name)
     try:
         setups = list(_setups(trace, policies, slots, lookaheads))
-        names = "slots resident policy look-ahead hit of-Belady loads/token MiB/token"
-        yield _row([*names.split(), "precision", "recall"])
-        yield _row(["---:"] * 10)
+        names = ["slots", "resident", "policy", "look-ahead", "hit", "kept", "of-Belady"]
+        names += ["loads/token", "MiB/token", "precision", "recall"]
+        widths = [max(len(name), len("100.0%")) for name in names]
+        yield from _head(names, widths)
         ceilings: dict[int, Outcome] = {}
         for setup in setups:
             if setup.slots not in ceilings:
                 ceilings[setup.slots] = replay(trace, Setup(setup.slots, BELADY))
-                yield _line(trace, ceilings[setup.slots], ceilings[setup.slots])
+                yield _row(_cells(trace, ceilings[setup.slots], ceilings[setup.slots]), widths)
             outcome = replay(trace, setup)
-            yield _line(trace, outcome, ceilings[setup.slots])
+            yield _row(_cells(trace, outcome, ceilings[setup.slots]), widths)
             if not per_layer:
                 continue
             for index, counts in enumerate(outcome.layers):
@@ -106,6 +122,9 @@ def replays(
                 )
     except CacheError as error:
         raise SourceError(str(error)) from None
+    yield ""
+    yield "hit: experts that were in a slot in time. kept: the hits that look-ahead had not just"
+    yield "loaded; Belady's optimum, which loads nothing early, is compared with these."
 
 
 def _setups(
@@ -130,33 +149,39 @@ def _slots(text: str, trace: Trace) -> int:
     return slots
 
 
-def _line(trace: Trace, outcome: Outcome, ceiling: Outcome) -> str:
+def _cells(trace: Trace, outcome: Outcome, ceiling: Outcome) -> list[str]:
     setup, counts = outcome.setup, outcome.counts
     looked = setup.lookahead != NONE
     share = setup.slots / trace.header.total_experts
     best, tokens = ceiling.counts.hit_rate, max(1, trace.tokens)
-    return _row(
-        [
-            str(setup.slots),
-            f"{share:.0%}",
-            setup.policy,
-            setup.lookahead if looked else "",
-            _percent(counts.hit_rate),
-            _percent(counts.hit_rate / best) if best else "",
-            f"{counts.loads / tokens:.2f}",
-            f"{outcome.bytes_loaded / tokens / 2**20:.2f}",
-            _percent(counts.lookahead_precision) if looked else "",
-            _percent(counts.lookahead_recall) if looked else "",
-        ]
-    )
+    kept = (counts.hits - counts.lookahead_loads_right) / max(1, counts.requests)
+    return [
+        str(setup.slots),
+        f"{share:.0%}",
+        setup.policy,
+        setup.lookahead if looked else "",
+        _percent(counts.hit_rate),
+        _percent(kept),
+        _percent(kept / best) if best else "",
+        f"{counts.loads / tokens:.2f}",
+        f"{outcome.bytes_loaded / tokens / 2**20:.2f}",
+        _percent(counts.lookahead_precision) if looked else "",
+        _percent(counts.lookahead_recall) if looked else "",
+    ]
 
 
 def _percent(share: float) -> str:
     return f"{share:.1%}"
 
 
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def _head(names: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
+    yield _row(names, widths)
+    yield _row(["-" * (width - 1) + ":" for width in widths], widths)
+
+
+def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
+    """A row of a Markdown table, whose columns are aligned to the right."""
+    return f"| {' | '.join(map(str.rjust, cells, widths))} |"
 
 
 def plot(name: str, expert_slots: str, policy: str, file: Path | None) -> str:
@@ -172,13 +197,13 @@ def plot(name: str, expert_slots: str, policy: str, file: Path | None) -> str:
     except CacheError as error:
         raise SourceError(str(error)) from None
     if file is None:
-        return draw_for(sys.stdout, heat)
+        return f"{draw_for(sys.stdout, heat)}\n     {policy}, replayed without look-ahead"
     hits, misses = sum(map(sum, heat.hits)), sum(map(sum, heat.misses))
     _save_picture(
         heat,
         file,
         f"{trace.header.model}: {slots} slots for {trace.header.total_experts} experts, "
-        f"{policy}, hits {hits / max(1, hits + misses):.1%}",
+        f"{policy} without look-ahead, hits {hits / max(1, hits + misses):.1%}",
     )
     return ""
 

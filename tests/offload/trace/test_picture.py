@@ -95,8 +95,9 @@ def test_plain_signs_where_blocks_cannot_be_written() -> None:
 def test_a_trace_is_drawn_on_stdout(trace_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["trace", "plot", str(trace_file), "--expert-slots", "50%"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 9
-    assert "16 of 32 experts in memory" in lines[-3]
+    assert len(lines) == 10
+    assert lines[-1].endswith("lfru, replayed without look-ahead")
+    assert "16 of 32 experts in memory" in lines[-4]
 
 
 def test_a_trace_is_drawn_as_png(trace_file: Path, tmp_path: Path) -> None:

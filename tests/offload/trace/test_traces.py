@@ -27,23 +27,28 @@ def test_show_tells_the_run_the_text_and_each_layer(capsys: pytest.CaptureFixtur
     assert "30 layers x 8, top-2" in out
     assert "348: 49 of prompts, 299 generated" in out
     assert "recall +3" in out
+    assert "lookahead off" in out
+    assert "None" not in out
     assert sum(line.startswith("| ") for line in out.splitlines()) == 30 + 3
 
 
 def test_replay_compares_setups_with_belady(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--policy", "lru,lfru", "--expert-slots", "25%,120", "--lookahead", "none,router"]
     assert cli.main(["trace", "replay", str(DEMO), *arguments]) == 0
-    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len({len(line) for line in lines}) == 1, "the columns are aligned"
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
     assert len(rows) == 2 * (1 + 4)
-    assert [row[0] for row in rows if row[2] == "belady"] == ["| 60", "| 120"]
+    assert [row[0] for row in rows if row[2] == "belady"] == ["60", "120"]
     hits = {(row[0], row[2], row[3]): float(row[4].rstrip("%")) for row in rows}
-    assert hits["| 60", "lfru", ""] < hits["| 60", "belady", ""] < hits["| 60", "lfru", "router"]
+    assert hits["60", "lfru", ""] < hits["60", "belady", ""] < hits["60", "lfru", "router"]
+    assert all(float(row[6].rstrip("%")) <= 100 for row in rows), "nothing beats the optimum"
 
 
 def test_replay_without_options_repeats_the_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["trace", "replay", str(DEMO), "--per-layer"]) == 0
     out = capsys.readouterr().out
-    assert "| 240 | 100% | lfru | live" in out
+    assert "|    240 |     100% |   lfru |       live |" in out
     assert "layer  29: hits" in out
 
 
