@@ -23,12 +23,12 @@ DRAWN = os.environ.get("DRAWN", "")  # what loading draws on stderr
 def run(model: str, answers: list[str]) -> int:
     script, left, load = Script(), list(answers), offload.loading.load_and_tell
 
-    def slow_load(*arguments: Any) -> Any:
+    def slow_load(*arguments: Any, **named: Any) -> Any:
         print("a note", file=sys.stderr)
         time.sleep(LOAD_SECONDS / 2)
         sys.stderr.write(DRAWN)
         time.sleep(LOAD_SECONDS / 2)
-        return load(*arguments)
+        return load(*arguments, **named)
 
     def begin_answer(step: int) -> None:
         time.sleep(STEP_SECONDS)

@@ -132,12 +132,12 @@ def test_a_home_that_is_no_path_is_told(
 
 def test_a_model_that_is_nowhere(fails: Fails) -> None:
     message = fails("generate", "nobody/nothing", *HI)
-    assert message.startswith("there is no folder nobody/nothing, ")
+    assert message.startswith("model 'nobody/nothing' not found: no such folder, ")
     assert "check the name" in message
 
 
 def test_a_folder_that_is_not_there(fails: Fails, tmp_path: Path) -> None:
-    assert "there is no such folder" in fails("generate", tmp_path / "nowhere", *HI)
+    assert "there is no folder" in fails("generate", tmp_path / "nowhere", *HI)
 
 
 def test_a_folder_that_is_not_a_model(fails: Fails, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -11,7 +12,7 @@ from offload.chat.saved import Settings
 from offload.engine.handle import Offload, offload_of
 from offload.errors import ChatError
 from offload.generation.conversation import Message
-from offload.generation.prompt import PromptCache, encode_prompt
+from offload.generation.prompt import PromptCache, can_switch_thinking, encode_prompt
 from offload.generation.stream import (
     GenerationResponse,
     stopped_at,
@@ -19,7 +20,7 @@ from offload.generation.stream import (
     timings,
     verbose_rows,
 )
-from offload.generation.thinking import Piece, Voices, marks_are_special
+from offload.generation.thinking import Piece, Voices, marks_are_special, voices_for
 from offload.lines import printable, shortened
 from offload.sampling import Sampling
 
@@ -79,6 +80,7 @@ class Chat:
     messages: list[Message] = field(default_factory=list)
     begin: int = 0  # index of the first message that still fits into the context
     think: bool | None = None  # passed to the chat template; None leaves the template's default
+    template_arguments: dict[str, Any] | None = None  # others that the chat template gets
     prompt_cache: PromptCache = field(default_factory=PromptCache)
     name: str | None = None  # under which this conversation was saved or loaded
     stopped: bool = False  # whether Ctrl-C ended the last answer
@@ -117,9 +119,7 @@ class Chat:
     @property
     def can_think(self) -> bool:
         """Whether the chat template has a switch for thinking."""
-        question = [{"role": "user", "content": "?"}]
-        on, off = (encode_prompt(self.tokenizer, question, think=t) for t in (True, False))
-        return on != off
+        return can_switch_thinking(self.tokenizer)
 
     @property
     def settings(self) -> Settings:
@@ -143,10 +143,7 @@ class Chat:
         stream = self._stream(ids, skip_special_tokens=not special)
         if begin > self.begin:
             self.display.note(f"(the oldest {begin} messages no longer fit into the context)\n")
-        voices = Voices(
-            str(self.tokenizer.decode(ids[-16:])),
-            self.tokenizer.all_special_tokens if special else (),
-        )
+        voices = voices_for(self.tokenizer, ids)
         self.display.wait(f"Reading {len(ids)} tokens")
         self.last = None
         said = {False: "", True: ""}  # is it a thought? -> text so far
@@ -192,7 +189,9 @@ class Chat:
     def _encode(self, messages: Sequence[Message]) -> list[int]:
         system = [{"role": "system", "content": self.system}] if self.system else []
         said = [{"role": m["role"], "content": m["content"]} for m in messages]
-        return encode_prompt(self.tokenizer, [*system, *said], think=self.think)
+        return encode_prompt(
+            self.tokenizer, [*system, *said], think=self.think, arguments=self.template_arguments
+        )
 
     def _stream(self, ids: list[int], *, skip_special_tokens: bool) -> Iterator[GenerationResponse]:
         """The steps of an answer. Raises `GenerationError` at once if it cannot be given."""

@@ -93,7 +93,14 @@ def _loaded(
         verbose=asked.verbose,
         load_seconds=load_seconds,
         debug=arguments.debug,
+        think=asked.think,
+        template_arguments=asked.template_arguments,
     )
+    if asked.think is not None and not chat.can_think:
+        raise OffloadError(
+            f"the chat template of {arguments.model} has no switch for thinking: leave --think or "
+            "--no-think out"
+        )
     stats = chat.offload.stats()
     print(
         f"{stats.residency()} ({stats.slots / stats.total_experts:.0%}). /? for help, /bye to quit",

@@ -24,13 +24,23 @@ def announce_pastes() -> None:
         print(PASTES, end="", flush=True)
 
 
+def silence() -> None:
+    """Switch the terminal's echo off. A terminal on Windows echoes only what a program reads."""
+    if sys.platform != "win32" and is_interactive():
+        import termios
+
+        now = termios.tcgetattr(sys.stdin.fileno())
+        now[3] &= ~termios.ECHO
+        termios.tcsetattr(sys.stdin.fileno(), termios.TCSANOW, now)
+        announce_pastes()
+
+
 @contextlib.contextmanager
 def silent(moved: Callable[[], None]) -> Iterator[None]:
     """Switch the terminal's echo off, and restore it however this ends.
 
     What is typed meanwhile waits in the terminal for the next prompt. `moved` is called when the
-    program goes on after it was stopped, because the shell has written in between. A terminal on
-    Windows does not echo what no program reads.
+    program goes on after it was stopped, because the shell has written in between.
     """
     if sys.platform == "win32" or not is_interactive():
         yield
@@ -44,12 +54,6 @@ def silent(moved: Callable[[], None]) -> Iterator[None]:
         with contextlib.suppress(termios.error, OSError):  # the terminal may be gone
             termios.tcsetattr(terminal, termios.TCSANOW, before)
             print(NO_PASTES, end="", flush=True)
-
-    def silence() -> None:
-        now = termios.tcgetattr(terminal)
-        now[3] &= ~termios.ECHO
-        termios.tcsetattr(terminal, termios.TCSANOW, now)
-        announce_pastes()
 
     def stop(number: int, _: Any) -> None:
         restore()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import asyncio
 import contextlib
 import logging
 import signal
@@ -17,10 +18,12 @@ from rich.spinner import Spinner
 
 from offload.chat.commands import HELP_WORDS, KEYS, LEAVING, USAGE
 from offload.chat.display import Display
+from offload.chat.keyboard import silence
 from offload.chat.terminal import LineReader
 
-FRAMES = Spinner("dots").frames
-STOP = getattr(signal, "SIGTSTP", None)
+FRAMES, TURN_SECONDS = Spinner("dots").frames, 0.1
+# While prompt_toolkit reads on a thread, Ctrl-Z is its business alone; Windows has no such signals.
+STOPS = [getattr(signal, name) for name in ("SIGTSTP", "SIGCONT") if hasattr(signal, name)]
 
 
 class Opening:
@@ -50,8 +53,7 @@ class Opening:
         for handler in logging.getLogger().handlers:
             if isinstance(handler, logging.StreamHandler) and handler.stream is self._stderr:
                 handler.setStream(self._aside)
-        if STOP is not None:  # prompt_toolkit stops the program from its own thread
-            self._on_stop = signal.signal(STOP, signal.SIG_DFL)
+        self._handlers = [signal.signal(number, signal.SIG_DFL) for number in STOPS]
         assert self._thread is not None
         self._thread.start()
         return self
@@ -100,9 +102,10 @@ class Opening:
             self._thread.join()
             self._thread = None
             self._aside.release()
-            self._read.aside, self._read.session.refresh_interval = str, 0
-            if STOP is not None:
-                signal.signal(STOP, self._on_stop)
+            self._read.aside = str
+            for number, handler in zip(STOPS, self._handlers, strict=True):
+                signal.signal(number, handler)
+            silence()
 
     def _in_loop(self, do: Any) -> None:
         loop = self._read.session.app.loop
@@ -117,15 +120,28 @@ class Opening:
             session.app.erase_when_done = True
             session.app.exit(exception=_Away())
 
+    def _begin_line(self) -> None:
+        self._take_away()  # if it was asked for before there was a line
+        self._read.session.app.create_background_task(self._turn())
+
+    async def _turn(self) -> None:
+        while not self._loaded:
+            await asyncio.sleep(TURN_SECONDS)
+            self._read.session.app.invalidate()
+
     def _turning(self) -> str:
-        return "" if self._loaded else f"{FRAMES[int(time.monotonic() * 10) % len(FRAMES)]} loading"
+        return (
+            ""
+            if self._loaded
+            else f"{FRAMES[int(time.monotonic() / TURN_SECONDS) % len(FRAMES)]} loading"
+        )
 
     def _type(self) -> None:
         """Read the line, then show that the model still loads."""
         try:
             self._read.aside = self._turning
             while self._line is None and self._given is None:
-                line = self._read(">>> ", refresh_interval=0.1, pre_run=self._take_away)
+                line = self._read(">>> ", pre_run=self._begin_line)
                 if line.strip() in HELP_WORDS:
                     self.display.table((*USAGE, *KEYS))
                 elif line.strip():

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 from prompt_toolkit import PromptSession
-from prompt_toolkit.application import get_app
+from prompt_toolkit.application import get_app, run_in_terminal
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.formatted_text import FormattedText
@@ -66,7 +69,6 @@ class LineReader:
             multiline=True,
             prompt_continuation="... ",
             key_bindings=_keys(),
-            enable_suspend=True,
             placeholder=lambda: self._grey("" if get_app().is_done else HINT),
             rprompt=lambda: self._grey("" if get_app().is_done else self.aside()),
         )
@@ -115,7 +117,23 @@ def _keys() -> KeyBindings:
     def _(event: KeyPressEvent) -> None:
         event.current_buffer.newline(copy_margin=False)
 
+    if sys.platform != "win32":
+
+        @keys.add("c-z")
+        def _(event: KeyPressEvent) -> None:
+            run_in_terminal(_stop)
+
     return keys
+
+
+def _stop() -> None:
+    """Suspend this program and those that it shares a pipeline with.
+
+    If this is not the main thread, it must not run on before another thread has met the signal:
+    it would set the terminal's modes, which the shell then changes.
+    """
+    os.kill(0, signal.SIGTSTP)
+    time.sleep(0.05)
 
 
 def display(*, single_turn: bool = False) -> Display:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offload.errors import DONE
-from offload.files import TIMELINE, TRACE, asked_text, check_output, has_piped, piped_text
+from offload.files import TIMELINE, asked_text, check_output, has_piped, piped_text
 from offload.flags import add_model, add_options, option, options_from
 from offload.lines import printable
 from offload.options import FALLBACK, AnswerOptions, LoadOptions, SharedOptions
@@ -179,7 +179,6 @@ class _Job:
         the model is loaded.
         """
         asked_sampling(self.asked, None)
-        check_output(self.load.trace, TRACE)
         check_output(self.shared.timeline, TIMELINE)
         if self.own.raw and (flags := self.template_flags):
             raise OffloadError(f"--raw leaves out the chat template: leave {flags[0]} out, too")

@@ -109,13 +109,13 @@ def open_repository(name: HubName, revision: str | None, local_files_only: bool)
             if isinstance(error, HfHubHTTPError) and not _unreachable(error):
                 raise SourceError(_refused(name, revision, error)) from None
             what = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else reason(error)
-            why = f"{_host()} cannot be reached ({what})"
+            why = f"{_host()} is unreachable ({what})"
     if (kept := _kept(name.id, revision)) is not None:
         return kept
     remedy = "unset HF_HUB_OFFLINE" if constants.is_offline_mode() else "check the connection"
     remedy = "leave --local-files-only out" if local_files_only else remedy
     raise SourceError(
-        f"model {name.text!r} not found: there is no such folder, it is not downloaded, and {why}: "
+        f"model {name.text!r} not found: no such folder, not downloaded, and {why}: "
         f"check the name, or {remedy}"
     )
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from offload.errors import SourceError
+from offload.files import TRACE, check_output
 from offload.lines import printable
 from offload.machine.limits import check_ram
 from offload.model.layout import is_gguf, read_template
@@ -19,6 +20,7 @@ def check_asked(model: str, options: LoadOptions) -> bool:
 
     Returns whether the model is on this machine; a hub id is not looked up.
     """
+    check_output(options.trace, TRACE)
     AskedBits.of(options)
     check_ram(options.ram)
     return model == DEMO or find_here(model, options.pack_dir) is not None

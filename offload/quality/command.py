@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offload.errors import DONE
-from offload.files import BASELINE, TRACE, asked_text, check_output, check_readable
+from offload.files import BASELINE, asked_text, check_output, check_readable
 from offload.flags import add_model, add_options, option, options_from
 from offload.options import LoadOptions, SharedOptions
 from offload.pack.asked import begin_loading, check_asked
@@ -79,7 +79,6 @@ class PerplexityCommand:
         file = options_from(arguments, PerplexityOptions).file
         options = options_from(arguments, LoadOptions)
         shared = options_from(arguments, SharedOptions)
-        check_output(options.trace, TRACE)
         text = _scored_text(file)
         begin_loading(arguments.model, options)
         from offload.engine.handle import offload_of
@@ -144,7 +143,6 @@ class CheckCommand:
         shared = options_from(arguments, SharedOptions)
         for file in (asked.prompts, asked.baseline):
             check_readable(file)
-        check_output(options.trace, TRACE)
         check_output(asked.save_baseline, BASELINE)
         check_asked(asked.against, options)
         begin_loading(arguments.model, options)

@@ -70,7 +70,7 @@ def test_a_simulated_timeline_is_valid(trace_file: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--hardware", "abacus"], "there is no profile of 'abacus': choose RTX 3060"),
+        (["--hardware", "abacus"], "there is no profile of 'abacus': choose RTX 2060"),
         (["--software", "magic"], "there is no software 'magic'"),
         (["--expert-slots", "many"], "not a number of expert slots"),
         (["--expert-slots", "1", "--hardware", "2x4090"], "raise --expert-slots"),

@@ -121,7 +121,7 @@ def test_a_trace_says_what_each_card_had() -> None:
 
 @pytest.mark.parametrize("text", ["2:8", "2:8,3", "x", "2:8,2:6", "2:8,3:0", "5:14,0:0", "2:8,3:7"])
 def test_cards_that_cannot_be_are_refused(text: str) -> None:
-    with pytest.raises(CacheError, match="cards"):
+    with pytest.raises(CacheError, match="GPUs"):
         recorded_setup(_trace(text))
 
 

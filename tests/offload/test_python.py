@@ -38,7 +38,7 @@ def test_only_public_names_are_offered() -> None:
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a word as context": ({"context": "4k"}, r"context is '4k': .* a whole number, like 4096"),
-    "no context": ({"context": 0}, "context: 0 is not at least 1"),
+    "no context": ({"context": -1}, "context: -1 is not"),
     "half a context": ({"context": 64.5}, "context is 64.5: it must be a whole number"),
     "a switch as context": ({"context": True}, "context is True"),
     "a micro-batch of none": ({"ubatch_size": None}, "ubatch_size is None"),
@@ -140,7 +140,7 @@ def test_messages_name_keywords_once_load_was_called_and_flags_in_a_command(
 
     assert str(OffloadError("lower --ctx-size")) == "lower --ctx-size"
     with pytest.raises(OffloadError):
-        offload.load("demo", context=0)
+        offload.load("demo", context=-1)
     assert str(OffloadError("lower --ctx-size")) == "lower context="
     record = logging.getLogger("offload").makeRecord(
         "offload", logging.WARNING, "", 0, "use %s", ("--gpus 0,1",), None

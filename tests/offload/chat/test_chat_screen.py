@@ -24,7 +24,7 @@ PROMPT = ">>> Send a message (/? for help)"
 BANNER = "24 of 24 experts in memory (100%). /? for help, /bye to quit"
 MARKDOWN = "**Hi** שלום 👋🏽\n\n- one\n- two\n\n```python\nx = 1\n```\n"
 THOUGHT = "<think>\nhm\n</think>\n\nYes."
-SEA = " ".join(f"word{number}" for number in range(60))
+SEA = " ".join(f"word{number}" for number in range(50))
 
 
 class Terminal:

@@ -173,7 +173,7 @@ def test_a_hub_that_cannot_be_reached_is_told(
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     message = refused("somebody/else")
-    assert "127.0.0.1:9 cannot be reached" in message
+    assert "127.0.0.1:9 is unreachable" in message
     assert message.endswith("check the name, or check the connection")
 
 

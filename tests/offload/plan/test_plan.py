@@ -482,7 +482,7 @@ def test_only_config_and_index_of_a_hub_model_are_fetched(
 def test_a_hub_model_that_is_not_here_is_reported_in_one_line_when_offline(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert "huggingface.co cannot be reached" in told(capsys, "nobody/nothing")
+    assert "huggingface.co is unreachable" in told(capsys, "nobody/nothing")
 
 
 def test_a_checkpoint_with_its_weights_is_read_from_their_headers(

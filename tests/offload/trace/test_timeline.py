@@ -149,18 +149,6 @@ def test_only_the_file_that_was_named_is_left(model: PreTrainedModel, tmp_path: 
     assert len(list((tmp_path / "out").iterdir())) == 3
 
 
-@pytest.mark.parametrize("size", [0, 5000])
-def test_a_full_disk_is_told_and_nothing_is_left(
-    size: int, model: PreTrainedModel, tmp_path: Path
-) -> None:
-    place = tmp_path / "out"
-    place.mkdir()
-    full = pytest.raises(OffloadError, match="the disk is full")
-    with full, full_beyond(size), record_timeline(model, place / "a.json"):
-        model(torch.tensor([[5]]))
-    assert [file.name for file in place.iterdir()] == ["a.json"]
-
-
 def test_a_place_that_cannot_be_written_is_told_first(
     model: PreTrainedModel, tmp_path: Path
 ) -> None:
