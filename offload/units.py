@@ -71,7 +71,7 @@ def parse_sizes(vram: str | int | None, cards: int) -> list[int | None]:
 
 def check_size(given: str | int | None) -> None:
     """Raise `BudgetError` for a number without a unit that cannot be meant as bytes."""
-    if str(given).isdecimal() and 0 < int(given or 0) < LEAST_BYTES:
+    if str(given).isdecimal() and 0 < float(given or 0) < LEAST_BYTES:
         raise BudgetError(f"{given!r} is that many bytes: write the unit too, like '20GiB'")
 
 

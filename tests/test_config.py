@@ -45,7 +45,8 @@ def test_flag_environment_model_and_file_are_asked_in_this_order(
 
 EXAMPLES = {"int": 1, "float": 0.5, "bool": True, "str": "8", "Path": "x"}
 SPECIAL = {"policy": "lru", "engine": "host", "device": "cpu", "gpus": "0", "dense_bits": 4}
-SPECIAL |= {"bits": "q4", "expert_bits": 4, "group_size": 64}
+SPECIAL |= {"bits": "q4", "expert_bits": 4, "group_size": 64, "vram": "8GiB", "ram": "8GiB"}
+SPECIAL |= {"template_arguments": '{"a": true}'}
 
 
 @pytest.mark.parametrize("word", NAMES)

@@ -7,6 +7,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -466,7 +467,7 @@ def test_bits_of_a_layer_that_does_not_exist(
     ],
 )
 def test_a_text_without_an_end(flags: tuple[str, ...], fails: Fails, mixtral_pack: Path) -> None:
-    command, *rest = flags
+    command, *rest = [str(mixtral_pack) if word == "nowhere" else word for word in flags]
     assert "more than" in fails(command, mixtral_pack, *rest, "/dev/zero")
 
 
@@ -572,7 +573,7 @@ def test_a_write_that_finds_the_disk_full_is_made_good_by_the_next_run(
         patch.setattr(os, "fsync", full)
         message = fails("quantize", mixtral, tmp_path / "pack", at_once=False)
     assert "the disk is full" in message
-    assert "run it again" in message
+    assert "again, which continues where it stopped" in message
     assert _packs(tmp_path) == []
     assert cli.main(["quantize", str(mixtral), str(tmp_path / "pack")]) == 0
     _assert_same_files(tmp_path / "pack", mixtral_pack)
@@ -710,8 +711,7 @@ def test_too_little_memory_names_the_shortage_and_the_flags(
 def test_more_slots_than_fit(fails: Fails, mixtral_pack: Path) -> None:
     limits = ("-c", "64", "--ram", "200.7MiB", "--expert-slots", "100%")
     message = fails("generate", mixtral_pack, *HI, *limits)
-    assert "needs 24 expert slots" in message
-    assert "0 fit" not in message
+    assert re.search(r"24 .*, of which [1-9]\d* fit", message)
 
 
 def test_a_prompt_longer_than_the_context(fails: Fails, mixtral_pack: Path) -> None:

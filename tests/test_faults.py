@@ -260,7 +260,7 @@ def test_two_chats_share_a_pack_and_a_home(pack: Path, home: Path) -> None:
         chat.stdin = None
     outputs = [chat.communicate(timeout=600) for chat in chats]
     assert [chat.returncode for chat in chats] == [0, 0], outputs
-    answers = [out.split("\n[ ")[0] for out, _ in outputs]
+    answers = [[s for s in out.splitlines() if not s.startswith("Saved as")] for out, _ in outputs]
     assert answers[0] == answers[1]
     assert sorted(file.name for file in (home / "conversations").iterdir()) == ["same.json"]
     model, tokenizer = _load(pack)
