@@ -36,7 +36,7 @@ class Hardware:
     disk_latency_seconds: float = DISK_LATENCY
     launch_seconds: float = LAUNCH
     cards: int = 1
-    runs_ahead: bool = True  # whether the host queues work and goes on; a CPU computes it itself
+    runs_ahead: bool = True  # whether the host only queues work; False if it computes (CPU)
     memory_bytes: int | None = None  # of one card; None if unknown
 
     def copy_seconds(self, size: int, *, from_disk: bool = False) -> float:
