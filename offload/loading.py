@@ -26,7 +26,6 @@ from offload.engine.hooks import Crossing, OneTokenLinear, native_is_quicker
 from offload.errors import CheckpointError
 from offload.fit import Card, Fit
 from offload.lines import reason
-from offload.machine.threads import Threads
 from offload.model import sources
 from offload.model.demo import NOTE
 from offload.model.seam import (
@@ -135,8 +134,6 @@ def load_and_tell(
     if threads is not None:
         torch.set_num_threads(threads)
     model, tokenizer = load_with(source, options)
-    if threads is not None:
-        model.offload.threads = None
     for share in model.offload.fit.shares:
         print(share.line(), file=sys.stderr)
     if note and source == sources.DEMO:
@@ -252,8 +249,7 @@ def _connect(model: PreTrainedModel, pack: Pack, fit: Fit, transfer: Transfer) -
         engine.watch_routers(model, routers(model, info))
     single = fit.device.type == "cpu" and fit.dtype == torch.bfloat16
     one_token = OneTokenLinear(model) if single and native_is_quicker() else None
-    threads = Threads() if fit.device.type == "cpu" else None
-    model.offload = Offload(pack, engine, fit, one_token, k, decoding, threads)
+    model.offload = Offload(pack, engine, fit, one_token, k, decoding)
     weakref.finalize(model, model.offload.close)  # also if the user drops the model unclosed
 
 

@@ -200,10 +200,7 @@ class SharedOptions:
     """Options that several commands have; each command names those that it takes."""
 
     threads: int | None = _memory(
-        "-t --threads N",
-        "CPU threads",
-        unset="torch's choice; fewer in chat and generate while other programs use the cores",
-        parse=between(1, 1024),
+        "-t --threads N", "CPU threads", unset="torch's choice", parse=between(1, 1024)
     )
     stride: int | None = option(
         "--stride N",

@@ -15,7 +15,6 @@ from offload.engine.history import RoutingTrace, write_hot
 from offload.engine.hooks import OneTokenLinear
 from offload.engine.stats import CardStats, Stats
 from offload.fit import Fit
-from offload.machine.threads import Threads
 from offload.quant.pack import Pack
 from offload.transfer.cards import CardsTransfer
 from offload.version import __version__
@@ -44,7 +43,6 @@ class Offload:
     # The `Loops` of `offload.generation.decode`, which queue a step before the token of the one
     # before it is read. With None, each token is waited for.
     decoding: Any = None
-    threads: Threads | None = None  # which follow the load of the CPU; None: their number is fixed
 
     def stats(self) -> Stats:
         """Hits, misses, bytes, waiting and look-ahead since the model was loaded."""

@@ -3,7 +3,6 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any, Literal, Unpack, overload
 
 import torch
@@ -15,7 +14,6 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from offload.engine.handle import offload_of
 from offload.errors import GenerationError
 from offload.generation.prompt import Message, Prompt, check_request, end_tokens
 from offload.generation.sampler import COLDEST, HOTTEST
@@ -146,9 +144,8 @@ def complete(
         request = check_request(model, tokenizer, prompt, max_new_tokens, stop_strings)
         made.append([Answer(request, tokenizer, ends) for _ in range(num_return_sequences)])
     answers = [answer for row in made for answer in row]
-    threads = offload_of(model).threads
     devices = [] if model.device.type == "cpu" else [model.device]
-    with torch.random.fork_rng(devices), threads or nullcontext():
+    with torch.random.fork_rng(devices):
         if sampling.seed is None:
             torch.seed()
         else:
@@ -163,7 +160,6 @@ def _extend(
     model: PreTrainedModel, answers: Sequence[Answer], sampling: Sampling, ends: frozenset[int]
 ) -> None:
     """Extend every answer until all are finished, or until the first reaches its limit."""
-    threads = offload_of(model).threads
     vocabulary = model.config.get_text_config().vocab_size
     pad = min((token for token in ends if token < vocabulary), default=0)  # masked: any id will do
     read = [answer.request.ids + answer.tokens for answer in answers]
@@ -173,8 +169,6 @@ def _extend(
 
     def are_finished(input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
         """Pass each new token to its answer; this is a stopping criterion of transformers."""
-        if threads is not None:
-            threads.look()
         tokens = input_ids[:, -1].tolist()  # sync: the host searches the text for stop strings
         for answer, token in zip(answers, tokens, strict=True):
             if answer.finish_reason is None:

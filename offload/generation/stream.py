@@ -95,9 +95,7 @@ def stream_generate(
     request = check_request(model, tokenizer, prompt, max_new_tokens, stop_strings)
     ends = end_tokens(model, tokenizer)
     answer = Answer(request, tokenizer, ends, skip_special_tokens)
-    steps = _stream(model, answer, resolved, ends, prompt_cache)
-    threads = offload_of(model).threads
-    return steps if threads is None else threads.during(steps)
+    return _stream(model, answer, resolved, ends, prompt_cache)
 
 
 def _stream(
