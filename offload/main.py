@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import logging
 import os
 import pkgutil
@@ -12,7 +11,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -83,7 +82,6 @@ def build_parser(wanted: Container[str] = COMMANDS) -> argparse.ArgumentParser:
 def _ending_in_order() -> Iterator[None]:
     """Let SIGTERM and SIGHUP end the program as `sys.exit` does, which restores the terminal.
 
-    Python drops an exception in a destructor. If it was a signal's, the signal comes again.
     Signals can only be handled on the main thread; on any other, nothing changes.
     """
     names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -92,27 +90,11 @@ def _ending_in_order() -> Iterator[None]:
             for number in (getattr(signal, name) for name in names):
                 if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
                     undo.callback(signal.signal, number, signal.signal(number, _end))
-            undo.callback(setattr, sys, "unraisablehook", sys.unraisablehook)
-            sys.unraisablehook = functools.partial(_send_again, sys.unraisablehook)
         yield
 
 
 def _end(number: int, _: FrameType | None) -> None:
     sys.exit(128 + number)
-
-
-def _send_again(otherwise: Callable[[Any], object], dropped: Any) -> None:
-    error = dropped.exc_value
-    if isinstance(error, KeyboardInterrupt):
-        number: int = signal.SIGINT
-    elif isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > 128:
-        number = error.code - 128
-    else:
-        otherwise(dropped)
-        return
-    later = threading.Timer(0.01, signal.raise_signal, [number])  # by then the destructor is over
-    later.daemon = True
-    later.start()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -187,30 +186,6 @@ def test_a_command_under_nohup_goes_on_when_the_terminal_is_closed(
     finally:
         signal.signal(signal.SIGHUP, before)
     assert capsys.readouterr().out == "yes\n"
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_that_comes_in_a_destructor_ends_the_command(
-    number: int, mixtral_pack: Path, script: Script, capsys: pytest.CaptureFixture[str]
-) -> None:
-    class Dying:
-        def __del__(self) -> None:
-            signal.raise_signal(number)
-
-    def at(step: int) -> None:
-        if step == 1:
-            Dying()
-        time.sleep(0.1)
-
-    script.say("a long answer")
-    script.at = at
-    try:
-        code = cli.main(["generate", str(mixtral_pack), "-p", "hi"])
-    except SystemExit as left:
-        code = int(left.code or 0)
-    assert code == 128 + number
-    assert not capsys.readouterr().err.strip()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs signals")
