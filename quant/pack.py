@@ -368,11 +368,6 @@ class Pack:
         """The bytes of all the pack's files."""
         return sum(size for size, _ in self._files.values())
 
-    @property
-    def parameters(self) -> int:
-        """How many weights the whole model has."""
-        return self.info.parameters
-
     def close(self) -> None:
         """Unmap and close the files; no record may be used afterwards."""
         self._layers.clear()  # a mapping ends with its last view

@@ -182,7 +182,7 @@ def _subject(model: PreTrainedModel, random: bool) -> dict[str, Any]:
         "model": offload.pack.info.source,
         "model_type": str(model.config.model_type),
         "model_size": offload.pack.total_bytes,
-        "model_n_params": offload.pack.parameters,
+        "model_n_params": offload.pack.info.parameters,
         "bits": bits_name(offload.pack.info),
         "policy": options.policy,
         "lookahead": options.lookahead,

@@ -57,6 +57,6 @@ def _summary(path: Path) -> str:
     from offload.quant.pack import Pack
 
     with contextlib.closing(Pack(path)) as pack:
-        weight = pack.total_bytes * 8 / pack.parameters
+        weight = pack.total_bytes * 8 / pack.info.parameters
         how = f"{weight:.1f} bits a weight, {bits_name(pack.info)}"
         return f"{gib(pack.total_bytes)} ({how}); go on with: offload chat {shlex.quote(str(path))}"

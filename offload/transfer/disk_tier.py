@@ -190,9 +190,7 @@ class DiskTier:
         if not read.ready:
             read.bell.acquire(timeout=seconds)
             if not read.ready and not any(thread.is_alive() for thread in self._threads):
-                raise TransferError(
-                    "the threads that read from disk have ended: load the model again"
-                )
+                raise TransferError("no thread reads from disk any more: load the model again")
         return read.ready
 
     def start_over(self) -> None:

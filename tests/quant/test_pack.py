@@ -82,7 +82,7 @@ def test_pack_knows_its_size(good: Path) -> None:
     assert opened.total_bytes == sum(file.stat().st_size for file in files)
     info = opened.info
     assert info.total_experts == 4 + 5 + 4
-    assert opened.parameters == (4 + 4) * 8 * 16 + 5 * 8 * 32 + 8
+    assert opened.info.parameters == (4 + 4) * 8 * 16 + 5 * 8 * 32 + 8
     assert info.slot_bytes == max(layout.record_bytes for layout in info.layouts)
 
 
