@@ -60,9 +60,8 @@ class Engine:
     @property
     def cache(self) -> Cache:
         """Which experts are resident. Waits for the device if the device decides."""
-        with self._lock:
-            self.plan_on_host()
-            return self.host.cache
+        self.plan_on_host()
+        return self.host.cache
 
     def add_layer(self, module: nn.Module) -> Layer:
         """The next MoE layer of the model."""
@@ -253,8 +252,7 @@ class Engine:
 
     def stop_recording(self) -> None:
         """The routing trace is complete."""
-        with self._lock:
-            self.host.stop_recording()
+        self.host.stop_recording()
 
     def record_bytes(self, layer: int) -> int:
         """Size of one expert's record."""
@@ -262,21 +260,19 @@ class Engine:
 
     def stats(self) -> Stats:
         """The figures of everything so far; subtract two to get what happened between them."""
-        with self._lock:
-            if self._on_device and self.device is not None and not self.device.counts_come:
-                self.count(self.device.counts())
-            return self.host.stats()
+        if self._on_device and self.device is not None and not self.device.counts_come:
+            self.count(self.device.counts())
+        return self.host.stats()
 
     def close(self) -> None:
         """Free the slots and end the copies; the model cannot be used afterwards."""
-        with self._lock:
-            if self.closed:
-                return
-            self.plan_on_host()
-            self.closed = True
-            for hook in self._hooks:
-                hook.remove()
-            self.host.close()
+        if self.closed:
+            return
+        self.plan_on_host()
+        self.closed = True
+        for hook in self._hooks:
+            hook.remove()
+        self.host.close()
 
 
 def fewer_slots(slots: int, shortage: int, slot_bytes: int) -> int:
