@@ -28,10 +28,7 @@ def read_text(file: TextIO, name: str) -> str:
 
 
 def asked_text(file: Path | None, what: str) -> str:
-    """The text in `file`, or on stdin if that is None; messages call it the `what`.
-
-    Raises `OffloadError`.
-    """
+    """The text in `file`, or on stdin if that is None. Raises `OffloadError` about the `what`."""
     try:
         if file is None:
             return read_text(sys.stdin, f"the piped {what}")
