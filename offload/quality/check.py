@@ -136,12 +136,14 @@ def reference_bits(name: str) -> str | None:
     return None if is_pack(user_path(name)) else UNQUANTISED
 
 
-def load_plain(source: str, options: LoadOptions) -> Loaded:
+def load_plain(source: str, options: LoadOptions, threads: int | None = None) -> Loaded:
     """Load the checkpoint `source` (folder, hub id or "demo") with transformers alone.
 
-    Nothing is quantised or offloaded, so the whole model must fit into memory. Raises
-    `SourceError`, also for a pack.
+    Nothing is quantised or offloaded, so the whole model must fit into memory. torch computes with
+    `threads` CPU threads from now on, unless that is None. Raises `SourceError`, also for a pack.
     """
+    if threads is not None:
+        torch.set_num_threads(threads)
     found = sources.find(source, options)
     if found.is_pack:
         raise SourceError(f"{source} is a pack, which transformers cannot run: omit --plain")

@@ -136,8 +136,6 @@ class CheckCommand:
 
         Raises `OffloadError` if a figure is worse than the baseline allows.
         """
-        import torch
-
         from offload.loading import load_and_tell
         from offload.progress import Ticker
         from offload.quality.baseline import TOLERANCES, read_baseline, save_baseline
@@ -171,15 +169,13 @@ class CheckCommand:
         )
 
         def load_model() -> Loaded:
-            return load_and_tell(arguments.model, options)[:2]
+            return load_and_tell(arguments.model, options, shared.threads)[:2]
 
         def load_reference() -> Loaded:
             if not asked.plain:
-                return load_and_tell(asked.against, reference)[:2]
-            return load_plain(asked.against, reference)
+                return load_and_tell(asked.against, reference, shared.threads)[:2]
+            return load_plain(asked.against, reference, shared.threads)
 
-        if shared.threads is not None:
-            torch.set_num_threads(shared.threads)
         with Ticker("check") as ticker:
             result = compare_models(
                 ModelLoader(arguments.model, load_model),
