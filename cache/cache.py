@@ -124,7 +124,7 @@ class ExpertCache:
         return self._place(layer, taken, slots, weight)
 
     def _release(self) -> None:
-        """End the step before: the keys that it used may leave again."""
+        """End the previous step: the keys that it used may be evicted again."""
         if self._in_use:
             self._keep.difference_update(self._in_use)
             self._pools.changed(self._in_use[0][0])

@@ -42,7 +42,7 @@ class Staging:
         self._first, self._apart = first, apart
         self._half = rows // 2
         self._second = False  # whether the second half is the next to be filled
-        self._early: list[tuple[Use, ...]] = []  # what was begun early, one half in each entry
+        self._early: list[tuple[Use, ...]] = []  # copies begun early: one entry per half filled
         self._early_layer: int | None = None
 
     def early(self, layer: int, experts: Sequence[int], halves: int = 2) -> list[Use]:

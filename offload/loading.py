@@ -142,7 +142,7 @@ def load_and_tell(
 
 
 def _tell_shorter_chunks(fit: Fit) -> None:
-    """Log that a prompt is read in shorter chunks than asked; a warning if the user chose them."""
+    """Log if prompts are read in shorter chunks than asked; warn if the user set the size."""
     asked = fit.options.ubatch_size
     if fit.ubatch < min(asked, fit.options.context):
         logger.log(

@@ -74,7 +74,7 @@ class TraceWriter:
             self._written = _Written(size + len(block), pack, [])
 
     def _write(self, data: bytes) -> None:
-        """Write `data` behind what the file holds."""
+        """Append `data` after the last complete block, over what an interrupted flush left."""
         rest = memoryview(data)
         try:
             if self._file.tell() != self._written.size:  # an earlier flush was interrupted

@@ -105,7 +105,7 @@ class Trace:
 class CardSlots(NamedTuple):
     """What one of several cards has."""
 
-    layers: int  # MoE layers, which follow those of the card before
+    layers: int  # number of its MoE layers; they follow those of the previous card
     slots: int
 
 

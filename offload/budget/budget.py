@@ -200,7 +200,7 @@ def _tensors(part: Any, seen: set[int], depth: int) -> Iterator[Tensor]:
 
 
 def _estimated_kv_bytes(config: PreTrainedConfig, context: int, dtype: torch.dtype) -> list[int]:
-    """Count every layer as full attention: 2 * heads * head_dim values a token."""
+    """Each layer's KV bytes as if it had full attention: 2 * kv_heads * head_dim values a token."""
     text = config.get_text_config()
     layers = getattr(text, "per_layer_config", None) or [text] * text.num_hidden_layers
     values = []

@@ -22,7 +22,7 @@ from offload.lines import printable
 
 REFRESH_SECONDS = 0.08  # at least, between two drawings of the growing block
 DRAWING_SHARE = 0.1  # at most this share of the time goes into drawing; long blocks are slow
-DEEPEST = 12  # deepest nesting, as markdown-it counts it (two a list or quote), that is drawn
+DEEPEST = 12  # highest markdown-it level that is drawn: a list adds two, a quote one
 THINKING, THOUGHT = "Thinking...", "...done thinking."  # ollama's words
 
 Panel = Callable[[], RenderableType]  # draws the lines below an answer while it arrives

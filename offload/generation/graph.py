@@ -27,9 +27,9 @@ class Replay:
     ) -> None:
         """`generator` gives the step's random numbers.
 
-        `broke_off` is called when a capture failed: the work queued in it never ran, and the
-        generator cannot be used any more. `spares` says whether so many bytes can be had for a
-        graph; if so, a call whose capture lacks memory raises `torch.OutOfMemoryError`.
+        `broke_off` is called when a capture fails: its queued work never ran, and the generator
+        cannot be used any more. When a capture lacks memory, `spares(n)` says whether n bytes can
+        be given back: if so, the call raises `torch.OutOfMemoryError`; else graphs are given up.
         """
         self._step, self.generator = step, generator
         self.broke_off, self.spares = broke_off, spares

@@ -33,7 +33,7 @@ class Hardware:
     launch_seconds: float = LAUNCH
     tflops: float = 1e3  # half precision, dense; it can only limit the reading of a prompt
     cards: int = 1
-    runs_ahead: bool = True  # whether the host queues work and goes on; a CPU computes it itself
+    runs_ahead: bool = True  # whether the host only queues work; False if it computes (CPU)
     memory_bytes: int | None = None  # of one card; None if unknown
 
     def copy_seconds(self, size: int, *, from_disk: bool = False) -> float:

@@ -29,7 +29,7 @@ from offload.quant.matmul import dequantize, matmul, take_rows
 from offload.quant.pack import REMAKE
 from offload.quant.record import MatrixSpec, MatrixView
 
-IMPLEMENTATION = "offload"  # the name our function is registered under
+IMPLEMENTATION = "offload"  # our name in transformers' registry of experts functions
 DESCRIBED = "_offload_experts"  # attribute of a model: what its experts were before stripping
 BUILDING = threading.Lock()  # transformers changes torch's default dtype while it builds a model
 BLOCK = "_offload_block"  # attribute of an experts module: what computes its experts

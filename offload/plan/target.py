@@ -16,7 +16,7 @@ from offload.options import LoadOptions
 from offload.units import SHARE, parse_bytes
 
 MOST_CARDS = 64
-LEAST_BYTES = 2**20  # of a size without a unit: a smaller number was meant as GiB
+LEAST_BYTES = 2**20  # least size accepted without a unit; below it, GiB was probably meant
 ASSUMED = (
     "rates of link, RAM and disk are assumed, not measured: the card uses all of its PCIe lanes, "
     "RAM is what is usual beside such a card, and the disk is an NVMe disk on PCIe 4"

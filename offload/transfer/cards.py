@@ -28,7 +28,7 @@ class CardTicket(NamedTuple):
 
 
 class CardsTransfer:
-    """`Transfer`'s interface over one for each card."""
+    """`Transfer`'s interface over several transfers, one for each card."""
 
     def __init__(self, transfers: Sequence[Transfer], slots: Sequence[int]) -> None:
         """`slots` has the cache's slots on each card; fewer are later divided in their ratio."""

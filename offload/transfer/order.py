@@ -69,7 +69,7 @@ class Begin(NamedTuple, Generic[T]):
 
     job: T
     urgent: bool
-    after: T | None  # an urgent copy on the other stream that comes first
+    after: T | None  # urgent copy on the other stream that must complete before `job` begins
 
 
 class CopyOrder(Generic[T]):

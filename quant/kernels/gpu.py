@@ -40,7 +40,7 @@ MOST_STEPS_FLOAT32 = {8: 4, 4: 4, 2: 2}
 MOST_REGISTERS = 255  # of one thread
 FEW_BLOCKS = 96  # fewer thread blocks than this leave many processors of a large GPU idle
 ENOUGH_BLOCKS = 384  # this many keep its memory busy; for long rows that is worth another launch
-LONG_STEPS = 3  # a row is long if each of its parts still takes at least this many steps
+LONG_STEPS = 3  # long rows are cut further while each part still gets at least this many steps
 MOST_SPLITS = 8
 TENSOR_CORES_BF16 = (8, 0)  # the lowest compute capability whose tensor cores support bfloat16
 
