@@ -79,7 +79,6 @@ OTHER_FLAGS = {
     **dict.fromkeys(("--host", "--port", "-cb", "--cont-batching"), _SERVER),
     "-b": "is written -ub here: tokens of a prompt that go through the model at once",
     "-tb": "is not needed: -t is the number of threads for prompts and answers",
-    "--think": "is not needed: thoughts are shown dimmed, and --hide-thoughts hides them",
     "--nowordwrap": "is not needed: what is written to a pipe or a file is never wrapped",
     "--insecure": "has no equivalent: HF_ENDPOINT in the environment names another hub",
 }

@@ -82,7 +82,10 @@ model.offload.close()
     [
         (["-c", PYTHON_ANSWERS], ""),
         (["-m", "cli", "generate", "--no-show-timings", "-n", "3"], r"\(stopped at 3 tokens\)\n"),
-        (["-m", "cli", "chat", "--no-show-timings", "-n", "3"], r"24 of 24 .* /bye to quit\n"),
+        (
+            ["-m", "cli", "chat", "--no-show-timings", "-n", "3"],
+            r"24 of 24 .* /bye to quit\n\(stopped at 3 tokens\)\n",
+        ),
         (["-m", "cli", "ppl"], r"\[ Experts: .* \]\n"),
     ],
     ids=["python", "generate", "chat", "ppl"],
@@ -220,7 +223,7 @@ def test_a_terminated_chat_exits_cleanly(mixtral_pack: Path, home: Path) -> None
         command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     assert child.stderr is not None
-    while b"lists the commands" not in child.stderr.readline():
+    while b"for help" not in child.stderr.readline():
         assert child.poll() is None
     child.terminate()
     assert child.wait(timeout=600) == 128 + signal.SIGTERM

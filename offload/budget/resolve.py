@@ -136,7 +136,7 @@ class Resolver:
         if asked > positions and not scaled:
             raise BudgetError(
                 f"a context of {asked} tokens is more than the model's {positions} positions: "
-                "lower --ctx-size (context=), or give 0 for all of them"
+                "lower --ctx-size, or give 0 for all of them"
             )
         return asked
 

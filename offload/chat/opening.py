@@ -154,11 +154,19 @@ class Opening:
             return
         if self._error is not None or (self._line or "").strip() in LEAVING:
             self.left = self._line is not None or isinstance(self._error, EOFError)
-            _thread.interrupt_main()
+            _interrupt_main()
         else:
             self.display.wait("Loading")
             self._over.wait()
             self.display.rest()
+
+
+def _interrupt_main() -> None:
+    """Ctrl-C in the main thread, even where it waits in the operating system."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+    else:  # Windows
+        _thread.interrupt_main()
 
 
 class _Away(Exception):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+
+from tests.benchmarks.fake_peer import fake
 
 BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
 sys.path.insert(0, BENCHMARKS)  # its scripts import each other by their bare names
@@ -24,29 +23,6 @@ finally:
 
 LOAD = Load(prompt=4, decode=3, rounds=2, greedy=2, warm=1)
 NAMES = ["transformers one", "transformers two", "ours three"]
-
-
-def fake(pipe: Connection, spec: Spec, context: int, threads: int, scratch: Path) -> None:
-    """A peer that answers at once, and fails at what `bits` names after its colon."""
-    _, _, fatal = spec.bits.partition(":")
-    answers: dict[str, Any] = {
-        "distributions": np.log(np.full((2, 4), 0.25, dtype=np.float32)),
-        "greedy": [1, 2],
-        "timed": (0.5, 0.25),
-        "facts": {"peak_memory": 2**30},
-    }
-    asked, times = "load", 0
-    while True:
-        times += asked == "timed"
-        if fatal in (asked, f"{asked} {times}"):
-            os._exit(3)
-        if fatal == f"say so at {asked}":
-            pipe.send(("failed", "Traceback:\nValueError: no"))
-            return
-        pipe.send(("ok", answers.get(asked)))
-        if (message := pipe.recv()) is None:
-            return
-        asked = message[0]
 
 
 def texts() -> Iterator[list[int]]:

@@ -17,7 +17,6 @@ import offload
 from offload.cache.trace.file import read
 from offload.cache.trace.replay import recorded_setup, replay
 from offload.engine.handle import offload_of
-from offload.errors import BudgetError
 from offload.generation.stream import forward, stream_generate
 from offload.transfer.host import HostTicket, HostTransfer
 from tests.tiny import EXPERTS, LAYERS, K, save_tiny
@@ -155,14 +154,14 @@ def test_replay_streams_what_the_live_run_streams(tmp_path: Path) -> None:
 
 
 def test_a_smaller_ubatch_leaves_room_for_more_experts(tmp_path: Path) -> None:
-    save_tiny("mixtral", tmp_path / "checkpoint")
+    save_tiny("mixtral", tmp_path / "checkpoint", max_position_embeddings=2048)
     slots = []
     for ubatch in (2000, 64):
         model = _load(tmp_path, expert_bits=16, ram="204MiB", context=2000, ubatch_size=ubatch)
         slots.append(offload_of(model).fit.slots)
         offload_of(model).close()
     assert slots[0] < slots[1]
-    with pytest.raises(BudgetError, match="--ubatch-size"):
+    with pytest.raises(OptionError, match="ubatch_size: 0"):
         _load(tmp_path, ubatch_size=0)
 
 
