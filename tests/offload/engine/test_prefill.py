@@ -17,6 +17,7 @@ import offload
 from offload.cache.trace.file import read
 from offload.cache.trace.replay import recorded_setup, replay
 from offload.engine.handle import offload_of
+from offload.errors import OptionError
 from offload.generation.stream import forward, stream_generate
 from offload.transfer.host import HostTicket, HostTransfer
 from tests.tiny import EXPERTS, LAYERS, K, save_tiny
