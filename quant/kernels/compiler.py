@@ -18,6 +18,7 @@ from llvmlite import ir
 from offload.quant.kernels.reader import (
     FLOAT,
     INT,
+    LANES,
     LONG,
     POINTER,
     SHORT,
@@ -67,7 +68,7 @@ class Emitter(Reader):
         """Multiply one tile by a block of tokens.
 
         With codes c and the middle code m, the sum of ((c - m) * scale + offset) * x over a group
-        is scale * sum(c * x) + (offset - m * scale) * sum(x).
+        is scale * sum(c * x) + (offset - m * scale) * sum(x). Pairs have c - m in place of c.
         """
         count = self.kernel.tokens
         middle = every(FLOAT, -float(2 ** (self.kernel.bits - 1)))
@@ -81,7 +82,9 @@ class Emitter(Reader):
                 for v, index in enumerate(indices):
                     scale, offset = self.scale(tile, group, index)
                     xs = [self._x("sums", token, group) for token in tokens]
-                    shift = self.multiply_add(middle, scale, offset)
+                    shift = offset
+                    if not self.kernel.dots:
+                        shift = self.multiply_add(middle, scale, offset)
                     for x, codes, places in zip(xs, sums, results, strict=True):
                         result = self.get(places[index])
                         scaled = self.multiply_add(scale, self.get(codes[v]), result)
@@ -95,6 +98,9 @@ class Emitter(Reader):
     ) -> list[list[Value]]:
         """Sum code * x over a group's columns, for each token and vector."""
         sums = [self.zeros(len(indices)) for _ in tokens]
+        if self.kernel.dots:
+            self._sum_pairs(tile, group, tokens, indices, sums)
+            return sums
         with self.loop(self.word["group_size"]) as k:
             column = self.cell(group, self.word["group_size"], k)
             codes = [self.codes(tile, column, index) for index in indices]
@@ -103,6 +109,28 @@ class Emitter(Reader):
                 for code, place in zip(codes, places, strict=True):
                     self.b.store(self.multiply_add(x, code, self.get(place)), place)
         return sums
+
+    def _sum_pairs(
+        self,
+        tile: Value,
+        group: Value,
+        tokens: list[Value],
+        indices: range,
+        sums: list[list[Value]],
+    ) -> None:
+        """Add (code - middle) * x over a group's columns to `sums`, two columns at a time."""
+        last = self.add(self.word["tokens"], -1)
+        sources = [self.least(token, last) for token in tokens]
+        with self.loop(self.b.sdiv(self.word["group_size"], number(2))) as k:
+            column = self.cell(group, self.word["group_size"], self.times(k, 2))
+            xs = []
+            for token in sources:
+                at = self.place("x", SHORT, self.cell(token, self.word["columns"], column))
+                xs.append(self.splat(self.b.load(at, typ=INT, align=2)))
+            for v, index in enumerate(indices):
+                for weights in self.weight_pairs(tile, column, index):
+                    for x, places in zip(xs, sums, strict=True):
+                        self.b.store(self.dot(self.get(places[v]), weights, x), places[v])
 
     def _x(self, word: str, token: Value, index: Value) -> Value:
         """One number of a token's "floats" or "sums", copied to all lanes."""
@@ -128,26 +156,22 @@ class Emitter(Reader):
 
     def _prepare(self) -> None:
         """Fill "floats" and "sums"; the last token is repeated until its block is full."""
-        b, word = self.b, self.word
-        total = b.alloca(FLOAT)
+        word = self.word
         last = self.add(word["tokens"], -1)
+        (total,) = self.zeros(1)
         with self.loop(self.times(word["blocks"], self.kernel.tokens)) as token:
-            source = b.select(b.icmp_signed("<", token, last), token, last)
+            source = self.least(token, last)
             with self.loop(word["groups"]) as group:
-                b.store(ir.Constant(FLOAT, 0.0), total)
-                with self.loop(word["group_size"]) as k:
-                    column = self.cell(group, word["group_size"], k)
-                    at = self.cell(source, word["columns"], column)
-                    if self.kernel.bfloat16:
-                        short = b.load(self.place("x", SHORT, at), typ=SHORT)
-                        x = b.bitcast(b.shl(b.zext(short, INT), ir.Constant(INT, 16)), FLOAT)
-                    else:
-                        x = b.load(self.place("x", FLOAT, at), typ=FLOAT)
-                    to = self.cell(token, word["columns"], column)
-                    b.store(x, self.place("floats", FLOAT, to))
-                    b.store(b.fadd(b.load(total, typ=FLOAT), x), total)
+                self.b.store(every(FLOAT, 0.0), total)
+                with self.loop(self.b.sdiv(word["group_size"], number(LANES))) as k:
+                    column = self.cell(group, word["group_size"], self.times(k, LANES))
+                    x = self.numbers("x", self.cell(source, word["columns"], column))
+                    self.b.store(self.b.fadd(self.get(total), x), total)
+                    if not self.kernel.dots:
+                        to = self.cell(token, word["columns"], column)
+                        self.b.store(x, self.place("floats", FLOAT, to), align=4)
                 to = self.cell(token, word["groups"], group)
-                b.store(b.load(total, typ=FLOAT), self.place("sums", FLOAT, to))
+                self.b.store(self.across(self.get(total)), self.place("sums", FLOAT, to))
 
     def _worker(self, part: Value) -> Value:
         """Write `worker(words)`, which every thread of an OpenMP team calls."""
@@ -192,6 +216,11 @@ class Processor:
     def wide(self) -> bool:
         """Whether the processor has 32 registers of 16 floats."""
         return "+avx512f" in self.features.split(",")
+
+    @property
+    def dots(self) -> bool:
+        """Whether the processor multiplies pairs of bfloat16 numbers, and looks 16 bits up."""
+        return {"+avx512bf16", "+avx512bw"} <= set(self.features.split(","))
 
 
 @functools.cache

@@ -29,7 +29,9 @@ def code_for(bits: int, scale_bits: int, dtype: torch.dtype, block: int) -> Kern
     from offload.quant.kernels.reader import Kernel
 
     assert dtype in (torch.bfloat16, torch.float32)
-    return compiled(Kernel(bits, scale_bits, dtype == torch.bfloat16, block), this_processor())
+    processor, bfloat16 = this_processor(), dtype == torch.bfloat16
+    dots = bfloat16 and block > 0 and processor.dots
+    return compiled(Kernel(bits, scale_bits, bfloat16, block, dots), processor)
 
 
 def multiply(x: Tensor, view: MatrixView) -> Tensor:

@@ -5,6 +5,7 @@
 Letters: M tokens, B tokens of a block, K columns, g columns of a group, s groups that share a step.
 """
 
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,21 @@ from offload.quant.codes import PLANES, TILE_ROWS
 LANES = 16  # numbers in a vector; LLVM splits vectors to fit the machine
 BYTE, SHORT, INT, LONG = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 FLOAT = ir.FloatType()
+
+
+class _BFloat(ir.Type):
+    """LLVM's bfloat, which llvmlite does not have."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
 POINTER = ir.PointerType()
 VOID = ir.VoidType()
 VECTORS = TILE_ROWS // LANES
@@ -26,7 +42,7 @@ CACHE_LINE = 64
 # A kernel's only argument points at these 64-bit words, which `quant.kernels.cpu` fills.
 WORDS = (
     "x",  # [M, K]
-    "floats",  # scratch [blocks * B, K]: x in float32
+    "floats",  # scratch [blocks * B, K]: x in float32, where `Kernel.dots` is False
     "sums",  # scratch [blocks * B, K/g]: x summed over each group
     "tokens",  # M
     "blocks",
@@ -60,6 +76,24 @@ def number(value: Index) -> Value:
     return ir.Constant(LONG, value) if isinstance(value, int) else value
 
 
+def _shorts(values: Sequence[int]) -> Value:
+    lanes = [ir.Constant(SHORT, value) for value in values]
+    return ir.Constant(ir.VectorType(SHORT, len(lanes)), lanes)
+
+
+def _bfloat16(value: int) -> int:
+    """The bits of a bfloat16 number; exact for `value` from -256 to 256."""
+    return int.from_bytes(struct.pack("<f", value)[2:], "little")
+
+
+def _spread(b: Value, sources: Sequence[Value], places: Sequence[int]) -> Value:
+    """16-bit words whose halves are both the byte at the word's place of the two `sources`."""
+    kind = ir.VectorType(INT, 2 * len(places))
+    mask = ir.Constant(kind, [ir.Constant(INT, place) for place in places for _ in (0, 1)])
+    spread = b.shuffle_vector(*sources, mask)
+    return b.bitcast(spread, ir.VectorType(SHORT, len(places)))
+
+
 @dataclass(frozen=True)
 class Kernel:
     """What a kernel is compiled for; the kernel learns sizes when it is called."""
@@ -68,6 +102,7 @@ class Kernel:
     scale_bits: int
     bfloat16: bool  # dtype of tokens and results; else float32
     tokens: int  # B, 1 to 4; 0 for the kernel that dequantises the matrix, transposed
+    dots: bool = False  # multiply pairs of bfloat16 by one instruction of AVX512-BF16
 
 
 class Reader:
@@ -84,6 +119,12 @@ class Reader:
         # `fmuladd` is fused only on machines that can; on others `llvm.fma` would call a function.
         fused = ir.FunctionType(vector(FLOAT), [vector(FLOAT)] * 3)
         self._fused = ir.Function(self.module, fused, f"llvm.fmuladd.v{LANES}f32")
+        short = ir.VectorType(SHORT, 2 * LANES)
+        look_up = ir.FunctionType(short, [short, short])
+        self._look_up = ir.Function(self.module, look_up, "llvm.x86.avx512.permvar.hi.512")
+        pairs = ir.VectorType(_BFloat(), 2 * LANES)
+        dot = ir.FunctionType(vector(FLOAT), [vector(FLOAT), pairs, pairs])
+        self._dot = ir.Function(self.module, dot, "llvm.x86.avx512bf16.dpbf16ps.512")
         fetch = ir.FunctionType(VOID, [POINTER, INT, INT, INT])
         self._fetch = ir.Function(self.module, fetch, "llvm.prefetch.p0")
 
@@ -132,8 +173,11 @@ class Reader:
     def load(self, pointer: Value, kind: Value, lanes: int = LANES) -> Value:
         return self.b.load(pointer, align=1, typ=ir.VectorType(kind, lanes))
 
+    def least(self, a: Value, b: Value) -> Value:
+        return self.b.select(self.b.icmp_signed("<", a, b), a, b)
+
     def splat(self, value: Value) -> Value:
-        nothing = ir.Constant(vector(FLOAT), ir.Undefined)
+        nothing = ir.Constant(vector(value.type), ir.Undefined)
         one = self.b.insert_element(nothing, value, ir.Constant(INT, 0))
         return self.b.shuffle_vector(one, nothing, every(INT, 0))
 
@@ -148,8 +192,32 @@ class Reader:
     def get(self, place: Value) -> Value:
         return self.b.load(place, typ=vector(FLOAT))
 
+    def numbers(self, word: str, index: Value) -> Value:
+        """16 tokens' numbers from `word[index]` on, as float32."""
+        if not self.kernel.bfloat16:
+            return self.load(self.place(word, FLOAT, index), FLOAT)
+        shorts = self.load(self.place(word, SHORT, index), SHORT)
+        return self.low_bfloat16(self.b.zext(shorts, vector(INT)))
+
+    def across(self, value: Value) -> Value:
+        """The sum of a vector's lanes, halves added to halves."""
+        lanes = LANES
+        while lanes > 1:
+            lanes //= 2
+            moved = every(INT, [(n + lanes) % LANES for n in range(LANES)])
+            value = self.b.fadd(value, self.b.shuffle_vector(value, value, moved))
+        return self.b.extract_element(value, ir.Constant(INT, 0))
+
     def multiply_add(self, a: Value, b: Value, c: Value) -> Value:
         return self.b.call(self._fused, [a, b, c])
+
+    def dot(self, total: Value, a: Value, b: Value) -> Value:
+        """`total` plus, in each lane, a sum of two products of bfloat16 numbers.
+
+        `a` and `b` are 512 bits of any type; each product is exact.
+        """
+        pairs = ir.VectorType(_BFloat(), 2 * LANES)
+        return self.b.call(self._dot, [total, self.b.bitcast(a, pairs), self.b.bitcast(b, pairs)])
 
     def prefetch(self, pointer: Value) -> None:
         self.b.call(self._fetch, [pointer, *(ir.Constant(INT, n) for n in (0, 3, 1))])
@@ -201,6 +269,41 @@ class Reader:
             start = self.add(start, self.times(self.word["columns"], size))
             low += width
         return b.sitofp(codes, vector(FLOAT))
+
+    def weight_pairs(self, tile: Value, column: Value, index: int) -> Iterator[Value]:
+        """Code minus middle, of 16 rows in `column` and the next, as pairs of bfloat16 numbers.
+
+        They are yielded in parts whose sum they are, and each part is exact: a table of 32 numbers
+        is looked up by 4 bits of a code at most. Bits above those are not cleared, so the table
+        repeats.
+        """
+        b, bits = self.b, self.kernel.bits
+        start = self.times(tile, self.times(self.word["columns"], 8 * bits))
+        low = 0
+        for width in PLANES[bits]:
+            size = 8 * width  # bytes of a column
+            at = self.place("weight", BYTE, self.add(start, self.times(column, size)))
+            if index == 0:
+                self.prefetch(self.at(at, BYTE, AHEAD * size))
+            rows = range(index * LANES, (index + 1) * LANES)
+            first = min(row % size for row in rows) if size > 2 * LANES else 0
+            span = LANES if size > 2 * LANES else size  # bytes of a column that are loaded
+            two = [self.load(self.at(at, BYTE, first + n * size), BYTE, span) for n in (0, 1)]
+            words = _spread(b, two, [n * span + row % size - first for row in rows for n in (0, 1)])
+            if width == 8:  # c - 128 is 128 + c % 128 and -256 or -128, both of which c's bits make
+                yield b.or_(b.and_(words, _shorts([0x7F] * 32)), _shorts([0x4300] * 32))
+                yield b.xor(b.and_(words, _shorts([0x80] * 32)), _shorts([0xC380] * 32))
+                continue
+            for piece in range(0, width, 4):
+                shifts = [piece + width * (row // size) for row in rows for _ in (0, 1)]
+                there = b.lshr(words, _shorts(shifts)) if any(shifts) else words
+                known = min(width, 4)
+                middle = 2 ** (bits - 1) if low + piece + known == bits else 0
+                values = [((n % 2**known) << (low + piece)) - middle for n in range(2 * LANES)]
+                table = _shorts([_bfloat16(value) for value in values])
+                yield b.call(self._look_up, [table, there])
+            start = self.add(start, self.times(self.word["columns"], size))
+            low += width
 
     def scale(self, tile: Value, group: Value, index: int) -> tuple[Value, Value]:
         """The scales and offsets in one group of the tile's vector of rows number `index`."""
