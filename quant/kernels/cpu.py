@@ -30,7 +30,7 @@ def code_for(bits: int, scale_bits: int, dtype: torch.dtype, block: int) -> Kern
 
     assert dtype in (torch.bfloat16, torch.float32)
     processor, bfloat16 = this_processor(), dtype == torch.bfloat16
-    dots = bfloat16 and block > 0 and processor.dots
+    dots = bfloat16 and block > 0 and bits < 8 and processor.dots
     return compiled(Kernel(bits, scale_bits, bfloat16, block, dots), processor)
 
 
@@ -46,9 +46,9 @@ def multiply(x: Tensor, view: MatrixView) -> Tensor:
     out = x.new_empty(padded, rows)
     # This buffer holds the floats and, behind them, the sums of groups. The dtype is given because
     # a user may change torch's default.
-    floats = torch.empty(padded, columns + layout.groups, dtype=torch.float32)
+    floats = torch.empty(count, columns + layout.groups, dtype=torch.float32)
     place = floats.data_ptr()
-    sums = place + 4 * padded * columns
+    sums = place + 4 * count * columns
     words = _words(view, out, 0, rows, count, (x.data_ptr(), place, sums, count, blocks))
     code_for(layout.bits, layout.scale_bits, x.dtype, block)(words)
     if padded != count or rows != layout.rows:
