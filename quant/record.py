@@ -58,6 +58,11 @@ class MatrixLayout:
     def groups(self) -> int:
         return self.columns // self.group_size
 
+    @property
+    def shared(self) -> int:
+        """How many groups share a step, where the scales are quantised."""
+        return shared_steps(self.groups)
+
 
 @dataclass(frozen=True)
 class RecordLayout:

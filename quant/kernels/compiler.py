@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 import llvmlite.binding as llvm
 
+from offload.quant.kernels.layer import LayerKernel, LayerWriter
 from offload.quant.kernels.matrix import MatrixWriter
 from offload.quant.kernels.reader import Kernel
+from offload.quant.kernels.rows import RowsKernel, RowsWriter
 from offload.quant.kernels.writer import Writer
 
 KernelCall = Callable[[tuple[int, ...]], None]  # the tuple holds the writer's `WORDS`
@@ -64,6 +66,19 @@ def compiled(kernel: Kernel, processor: Processor) -> KernelCall:
     """The machine code of `kernel` for `processor`, ready to be called."""
     writer = MatrixWriter(kernel, wide=processor.wide, openmp=share_openmp())
     return machine_code(writer, processor)
+
+
+@functools.cache
+def compiled_layer(kernel: LayerKernel, processor: Processor) -> KernelCall:
+    """The machine code that computes a layer's experts."""
+    writer = LayerWriter(kernel, wide=processor.wide, openmp=share_openmp())
+    return machine_code(writer, processor)
+
+
+@functools.cache
+def compiled_rows(kernel: RowsKernel, processor: Processor) -> KernelCall:
+    """The machine code for products with a dense matrix."""
+    return machine_code(RowsWriter(kernel, openmp=share_openmp()), processor)
 
 
 def machine_code(writer: Writer, processor: Processor) -> KernelCall:

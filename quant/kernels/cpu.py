@@ -6,12 +6,15 @@ Letters: M tokens, N outputs (rows of the matrix), K inputs (its columns).
 from __future__ import annotations
 
 import functools
+import itertools
+from array import array
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from offload.quant.codes import STEP_VALUES, TILE_ROWS
+from offload.quant.program import Program
 from offload.quant.record import MatrixView
 
 if TYPE_CHECKING:
@@ -62,6 +65,79 @@ def dequantize_rows(view: MatrixView, dtype: torch.dtype, start: int, end: int) 
     out = torch.empty(layout.columns, end - start, dtype=dtype)
     code_for(layout.bits, layout.scale_bits, dtype, 0)(_words(view, out, start, end))
     return out
+
+
+@functools.cache
+def layer_code(program: Program, dtype: torch.dtype) -> KernelCall | None:
+    """The kernel that computes the experts of a layer; None if there is none for `program`."""
+    up, down = program.up, program.down
+    biased = [matrix for matrix in (up, down) if matrix.bias_offset >= 0]
+    known = (
+        program.gate is not None
+        and dtype in (torch.bfloat16, torch.float32)
+        and up.group_size > 0
+        and down.group_size > 0
+        and down.rows == down.stored_rows
+        and all(matrix.rows == matrix.stored_rows for matrix in biased)
+        and all(matrix.bias_dtype in ("bfloat16", "float32") for matrix in biased)
+    )
+    if not known:
+        return None
+    from offload.quant.kernels.compiler import compiled_layer, this_processor
+    from offload.quant.kernels.layer import LayerKernel
+
+    processor = this_processor()
+    return compiled_layer(LayerKernel(program, dtype == torch.bfloat16, processor.dots), processor)
+
+
+def compute_experts(
+    run: KernelCall,
+    program: Program,
+    hidden: Tensor,
+    records: list[int],
+    cells: list[int],
+    out: Tensor,
+    weights: Tensor | None = None,
+) -> Tensor | None:
+    """Fill cells of `out` [S, H] with what experts make of few tokens `hidden` [T, H].
+
+    `run` is `layer_code` of `program`. Cell `cells[n]` is computed from the record that begins at
+    the address `records[n]`. With `weights` [T, k] float32, returns the weighted sum [T, H] over
+    each token's cells, those included that `out` held before.
+    """
+    up, down = program.up, program.down
+    count, tokens = len(cells), len(hidden)
+    assert hidden.is_contiguous(), "hidden states must be contiguous"
+    assert out.is_contiguous(), "cells must be contiguous"
+    size = hidden.element_size()
+    total = None if weights is None else torch.empty_like(hidden)
+    sizes = (
+        4 * tokens * up.groups,
+        4 * tokens * up.columns,
+        size * count * up.stored_rows,
+        size * count * down.columns,
+        4 * count * down.groups,
+        4 * count * down.columns,
+    )
+    scratch = torch.empty(sum(sizes), dtype=torch.uint8)
+    places = list(itertools.accumulate(sizes[:-1], initial=scratch.data_ptr()))
+    addresses, numbers = array("q", records), array("q", cells)
+    run(
+        (
+            hidden.data_ptr(),
+            addresses.buffer_info()[0],
+            numbers.buffer_info()[0],
+            out.data_ptr(),
+            0 if weights is None else weights.data_ptr(),
+            0 if total is None else total.data_ptr(),
+            *places,
+            count,
+            tokens,
+            len(out) // tokens,
+            torch.get_num_threads(),
+        )
+    )
+    return total
 
 
 def _words(

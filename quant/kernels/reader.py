@@ -79,6 +79,7 @@ class Reader(Writer):
         """`wide` machines have 32 registers of 16 floats."""
         super().__init__(openmp)
         self.kernel = kernel
+        self.bfloat16 = kernel.bfloat16
         self.kind = SHORT if kernel.bfloat16 else FLOAT  # of tokens and results
         # How many vectors of rows at a time can keep their sums in registers.
         self._step = VECTORS if wide or not kernel.tokens else max(1, VECTORS // kernel.tokens)

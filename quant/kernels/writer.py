@@ -219,6 +219,12 @@ class Writer:
         look_up = self.declared("llvm.x86.avx512.permvar.hi.512", words, words, words)
         return self.b.call(look_up, [table, indices])
 
+    def smallest(self, a: Value, b: Value) -> Value:
+        return self.b.select(self.b.fcmp_ordered("<", b, a), b, a)  # where a is NaN, a
+
+    def largest(self, a: Value, b: Value) -> Value:
+        return self.b.select(self.b.fcmp_ordered(">", b, a), b, a)
+
     def across(self, value: Value) -> Value:
         """The sum of a vector's lanes, halves added to halves."""
         lanes = LANES
