@@ -9,12 +9,13 @@ cell // k is the token), H hidden, I inner, C cells of a batch, B blocks.
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from offload.quant.kernels import cpu
 from offload.quant.matmul import (
     KERNEL_DTYPES,
     Matmul,
@@ -27,8 +28,14 @@ from offload.quant.matmul import (
 from offload.quant.program import Program
 from offload.quant.record import view_record
 
+# hidden [T, H], addresses of records, numbers of cells, all cells [S, H], weights [T, k] or none.
+# Fills these cells; with weights, returns the weighted sum [T, H] over each token's cells.
+Routine = Callable[..., Tensor | None]
+
 logger = logging.getLogger(__name__)
 
+# In one call on the CPU each token reads its experts for itself; with more, sharing is quicker.
+MOST_IN_ONE_CALL = 8
 SMALLEST_BLOCK, LARGEST_BLOCK = 16, 64  # cells that share one read of a tile of weights
 
 
@@ -81,6 +88,50 @@ def decode(
     """
     way = decode_kernels if kernels_work(program, hidden.dtype, slots.device) else decode_reference
     way(hidden, slots, slot_of_cell, program, cells)
+
+
+def routine_for(program: Program, hidden: Tensor) -> Routine | None:
+    """The routine that computes few tokens' experts on the CPU, or None if `hidden` [T, H] asks
+    for another way.
+
+    It does not depend on how many tokens there are, up to MOST_IN_ONE_CALL.
+    """
+    if len(hidden) > MOST_IN_ONE_CALL or hidden.requires_grad:  # it has no gradients
+        return None
+    return _routine(program, hidden.dtype)
+
+
+@functools.cache
+def _routine(program: Program, dtype: torch.dtype) -> Routine | None:
+    """The routine for `program` if it compiles here and agrees with the reference."""
+    try:
+        run = cpu.layer_code(program, dtype)
+        if run is None:
+            return None
+        routine = functools.partial(cpu.compute_experts, run, program)
+        records = [sample_record(program.layout, seed) for seed in (1, 2)]
+        hidden = _sample_tokens(program, dtype)
+        got, expected = (hidden.new_zeros(3, program.down.rows) for _ in range(2))
+        routine(hidden, [records[n].data_ptr() for n in (1, 0)], [0, 1], got)
+    except Exception as error:  # compilers may raise anything
+        logger.warning("experts will be slow: a CPU kernel does not run here (%s)", error)
+        return None
+    where = torch.tensor([1, 0, -1], dtype=torch.int32)
+    decode_reference(hidden, torch.stack(records), where, program, expected, matmul_reference)
+    if _close(got, expected):
+        return routine
+    logger.warning("experts will be slow: a CPU kernel gives wrong results on this machine")
+    return None
+
+
+def _sample_tokens(program: Program, dtype: torch.dtype) -> Tensor:
+    random = torch.Generator().manual_seed(1)
+    return torch.randn(3, program.up.columns, generator=random, dtype=torch.float32).to(dtype)
+
+
+def _close(got: Tensor, expected: Tensor) -> bool:
+    scale = float(expected.abs().max())
+    return torch.allclose(got.float(), expected.float(), rtol=0.05, atol=0.05 * scale)
 
 
 def prefill(hidden: Tensor, slots: Tensor, batch: Batch, program: Program, cells: Tensor) -> None:
@@ -166,22 +217,19 @@ def kernels_work(program: Program, dtype: torch.dtype, device: torch.device) -> 
     """
     if dtype not in KERNEL_DTYPES or gpu_kernels(device) is None:
         return False
-    random = torch.Generator().manual_seed(1)
     slots = torch.stack([sample_record(program.layout, seed) for seed in (1, 2)]).to(device)
-    tokens = torch.randn(3, program.up.columns, generator=random, dtype=torch.float32)
-    hidden = tokens.to(device, dtype)
+    hidden = _sample_tokens(program, dtype).to(device)
     where = torch.tensor([1, 0, -1], dtype=torch.int32, device=device)
     batch = make_batch({1: [0], 0: [1]}, SMALLEST_BLOCK, device)
     expected = hidden.new_zeros(3, program.down.rows)
     decode_reference(hidden, slots, where, program, expected, matmul_reference)
-    scale = float(expected.abs().max())
     few = functools.partial(decode_kernels, hidden, slots, where, program)
     many = functools.partial(prefill_kernels, hidden, slots, batch, program)
     for name, way in (("decode", few), ("prefill", many)):
         got = torch.zeros_like(expected)
         try:
             way(got)
-            close = torch.allclose(got.float(), expected.float(), rtol=0.05, atol=0.05 * scale)
+            close = _close(got, expected)
         except Exception as error:  # compilers and drivers may raise anything
             what = f"{type(error).__name__}: " + " ".join(str(error).split())[:200]
             logger.warning(

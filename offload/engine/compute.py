@@ -14,7 +14,15 @@ from offload.cache.policies import POLICIES
 from offload.cache.sharded import Cache, ShardedCache, card_and_row
 from offload.engine.layer import Call
 from offload.fit import Fit
-from offload.quant.experts import block_cells, decode, kernels_work, make_batch, prefill
+from offload.quant.experts import (
+    Routine,
+    block_cells,
+    decode,
+    kernels_work,
+    make_batch,
+    prefill,
+    routine_for,
+)
 from offload.quant.pack import PackInfo
 from offload.quant.record import MatrixView, view_record
 from offload.transfer.base import Transfer
@@ -26,13 +34,17 @@ FEW_TOKENS = 4  # with at most so many tokens, each cell reads its expert's weig
 class Compute(Protocol):
     """Computes experts whose records are in slots."""
 
-    together: bool  # whether experts that are ready at the same time are best computed in one call
+    def together(self, call: Call) -> bool:
+        """Whether experts that are ready at the same time are best computed in one `run`."""
 
     def run(self, call: Call, uses: Sequence[Use], cells: Tensor) -> None:
         """Fill the cells of these experts among all `cells` [S, H] of `call`.
 
         The value of a cell does not depend on which experts are computed together.
         """
+
+    def reduced(self, call: Call, cells: Tensor) -> Tensor:
+        """The weighted sum [T, H] over each token's `cells` [S, H], in one fixed order."""
 
     def close(self) -> None:
         """Let go of the slots."""
@@ -41,11 +53,15 @@ class Compute(Protocol):
 class OneByOne:
     """Computes one expert after the other, by the layer's own functions and the fastest product."""
 
-    together = False
-
     def __init__(self, info: PackInfo, transfer: Transfer) -> None:
         self._info, self._transfer = info, transfer
         self._views: dict[tuple[int, int], dict[str, MatrixView]] = {}  # (layout, slot)
+
+    def together(self, call: Call) -> bool:
+        return False
+
+    def reduced(self, call: Call, cells: Tensor) -> Tensor:
+        return call.reduced(cells)
 
     def run(self, call: Call, uses: Sequence[Use], cells: Tensor) -> None:
         layer, k = call.layer, call.index.shape[1]
@@ -70,17 +86,56 @@ class OneByOne:
         self._views.clear()
 
 
+class OneCall(OneByOne):
+    """Computes few tokens' experts by one call of a compiled routine, and many tokens' one by one.
+
+    A layer for which `quant.experts` has no routine that works here is computed one by one.
+    """
+
+    def together(self, call: Call) -> bool:
+        return self._routine(call) is not None
+
+    def run(self, call: Call, uses: Sequence[Use], cells: Tensor) -> None:
+        routine = self._routine(call)
+        if routine is None:
+            super().run(call, uses, cells)
+            return
+        records, numbers = [], []
+        for use in uses:
+            record = self._transfer.slot(use.slot).data_ptr()
+            for cell in call.cells_of[use.expert]:
+                records.append(record)
+                numbers.append(cell)
+        routine(call.hidden, records, numbers, cells)
+        _normed(call, numbers, cells)
+
+    def reduced(self, call: Call, cells: Tensor) -> Tensor:
+        routine = self._routine(call)
+        if routine is None:
+            return call.reduced(cells)
+        total = routine(call.hidden, [], [], cells, call.weights)
+        assert total is not None
+        return total
+
+    def _routine(self, call: Call) -> Routine | None:
+        return routine_for(call.layer.program, call.hidden)
+
+
 class Grouped:
     """Computes all experts in two launches of kernels that read records through a table of slots.
 
     A layer for which `quant.experts` finds no kernels that work here is computed one by one.
     """
 
-    together = True
-
     def __init__(self, info: PackInfo, transfer: Transfer) -> None:
         self._transfer = transfer
         self._one_by_one = OneByOne(info, transfer)
+
+    def together(self, call: Call) -> bool:
+        return True
+
+    def reduced(self, call: Call, cells: Tensor) -> Tensor:
+        return call.reduced(cells)
 
     def run(self, call: Call, uses: Sequence[Use], cells: Tensor) -> None:
         layer, hidden, cells_of = call.layer, call.hidden, call.cells_of
@@ -102,10 +157,7 @@ class Grouped:
             size = block_cells(len(cells), layer.num_experts)
             cells_of_slot = {use.slot: cells_of[use.expert] for use in uses}
             prefill(hidden, slots, make_batch(cells_of_slot, size, slots.device), program, cells)
-        module: Any = layer.module
-        if module.has_post_expert_norm:
-            where = [cell for use in uses for cell in cells_of[use.expert]]
-            cells[where] = module.post_expert_norm(cells[where])
+        _normed(call, [cell for use in uses for cell in cells_of[use.expert]], cells)
 
     def close(self) -> None:
         self._one_by_one.close()
@@ -116,7 +168,12 @@ class CardsCompute:
 
     def __init__(self, computes: Sequence[Compute]) -> None:
         self._computes = tuple(computes)
-        self.together = all(compute.together for compute in self._computes)
+
+    def together(self, call: Call) -> bool:
+        return all(compute.together(call) for compute in self._computes)
+
+    def reduced(self, call: Call, cells: Tensor) -> Tensor:
+        return self._computes[0].reduced(call, cells)
 
     def run(self, call: Call, uses: Sequence[Use], cells: Tensor) -> None:
         places = [card_and_row(use.slot, len(self._computes)) for use in uses]
@@ -127,6 +184,13 @@ class CardsCompute:
     def close(self) -> None:
         for compute in self._computes:
             compute.close()
+
+
+def _normed(call: Call, where: list[int], cells: Tensor) -> None:
+    """Apply the norm that some models have behind an expert to the cells at `where`."""
+    module: Any = call.layer.module
+    if module.has_post_expert_norm:
+        cells[where] = module.post_expert_norm(cells[where])
 
 
 def cache_of(info: PackInfo, fit: Fit) -> Cache:
@@ -143,4 +207,4 @@ def compute_of(info: PackInfo, transfer: Transfer) -> Compute:
     """The `Compute` for the slots of `transfer`."""
     if isinstance(transfer, CardsTransfer):
         return CardsCompute([compute_of(info, card) for card in transfer.transfers])
-    return (OneByOne if transfer.device.type == "cpu" else Grouped)(info, transfer)
+    return (OneCall if transfer.device.type == "cpu" else Grouped)(info, transfer)

@@ -97,14 +97,14 @@ class HostPlanned:
             if step is steps[-1]:
                 guesses = self._look_ahead(call)
                 self._begin_early(call, early, halves=1 if step.beside else 2)
-            for uses in self._turns(step):
+            for uses in self._turns(call, step):
                 self._wait(call, uses)
                 compute(call, uses, cells)
                 self.transfer.release([use.slot for use in uses])
             self._keep(call, step)
         self._begin_early(call, early, halves=2)  # the last step released its half of the rows
         self._tell(call, guesses)
-        return call.reduced(cells)
+        return self._compute.reduced(call, cells)
 
     def _parts(self) -> tuple[Callable[[Call], list[Step]], Callable[..., None]]:
         """The parts that decide and compute, each a range of the timeline if one is recorded."""
@@ -176,10 +176,10 @@ class HostPlanned:
             self._kept[layer] -= 1
             self._ahead.dropped(ticket)
 
-    def _turns(self, step: Step) -> list[tuple[Use, ...]]:
+    def _turns(self, call: Call, step: Step) -> list[tuple[Use, ...]]:
         """The experts of a step in the order in which they are computed, some of them together."""
         uses = (*step.hits, *step.loads)
-        if not self._compute.together:
+        if not self._compute.together(call):
             return [(use,) for use in uses]
         if step.beside:  # together
             return [uses]

@@ -102,13 +102,15 @@ def compute_experts(
     """Fill cells of `out` [S, H] with what experts make of few tokens `hidden` [T, H].
 
     `run` is `layer_code` of `program`. Cell `cells[n]` is computed from the record that begins at
-    the address `records[n]`. With `weights` [T, k] float32, returns the weighted sum [T, H] over
+    the address `records[n]`. With `weights` [T, k], returns the weighted sum [T, H] over
     each token's cells, those included that `out` held before.
     """
     up, down = program.up, program.down
     count, tokens = len(cells), len(hidden)
-    assert hidden.is_contiguous(), "hidden states must be contiguous"
     assert out.is_contiguous(), "cells must be contiguous"
+    hidden = hidden.contiguous()
+    if weights is not None:
+        weights = weights.to(torch.float32).contiguous()
     size = hidden.element_size()
     total = None if weights is None else torch.empty_like(hidden)
     sizes = (

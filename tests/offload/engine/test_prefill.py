@@ -16,7 +16,9 @@ from transformers import PreTrainedModel
 import offload
 from offload.cache.trace.file import read
 from offload.cache.trace.replay import recorded_setup, replay
+from offload.engine.compute import OneCall
 from offload.engine.handle import offload_of
+from offload.engine.layer import Call
 from offload.errors import OptionError
 from offload.generation.stream import forward, stream_generate
 from offload.transfer.host import HostTicket, HostTransfer
@@ -186,27 +188,32 @@ def test_bytes_loaded_are_the_bytes_copied_even_after_ctrl_c(
     copy = HostTransfer._copy
 
     def copying(transfer: HostTransfer, ticket: HostTicket) -> None:
+        copied.append((ticket.layer, ticket.expert))  # first: whoever waits goes on when it is done
         copy(transfer, ticket)
-        copied.append((ticket.layer, ticket.expert))
 
     monkeypatch.setattr(HostTransfer, "_copy", copying)
     _logits(model)
     for uses in range(1, 16, 3):
-        calls = iter(range(uses))
-
-        def expert(*_: object, calls: Any = calls, layer: Any = engine.layers[1]) -> Tensor:
-            if next(calls, None) is None:
-                raise KeyboardInterrupt
-            return type(layer).expert(layer, *_)
-
         with monkeypatch.context() as patch:
-            patch.setattr(engine.layers[1], "expert", expert)
+            patch.setattr(OneCall, "run", interrupted_run(uses))
             with pytest.raises(KeyboardInterrupt):
                 _logits(model)
         _logits(model)
         engine.settle()
         stats = offload_of(model).stats()
         assert stats.bytes_loaded == (len(copied) - kept) * engine.record_bytes(0)
+
+
+def interrupted_run(runs: int) -> Any:
+    """`OneCall.run`, which raises `KeyboardInterrupt` in layer 1 after so many calls."""
+    left, run = iter(range(runs)), OneCall.run
+
+    def counted(self: OneCall, call: Call, *rest: Any) -> None:
+        if call.layer.index == 1 and next(left, None) is None:
+            raise KeyboardInterrupt
+        run(self, call, *rest)
+
+    return counted
 
 
 def test_what_was_hot_is_loaded_again_after_ctrl_c(
@@ -218,11 +225,8 @@ def test_what_was_hot_is_loaded_again_after_ctrl_c(
     engine = offload_of(model).engine
     hottest = engine.cache.heat.hottest(9)
 
-    def interrupt(*_: object) -> Tensor:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(engine.layers[0], "expert", interrupt)
+        patch.setattr(OneCall, "run", interrupted_run(0))
         with pytest.raises(KeyboardInterrupt):
             forward(model, PROMPT[:, :1], None)
     before = offload_of(model).stats()
@@ -239,21 +243,20 @@ def test_a_thread_waits_for_the_step_that_starts_over(
     save_tiny("mixtral", tmp_path / "checkpoint")
     model = _load(tmp_path, expert_slots=5)
     expected = _logits(model)
-    layer = offload_of(model).engine.layers[1]
-    expert, inside, most, interrupted = layer.expert, [0], [0], [False]
+    compute, inside, most, interrupted = OneCall.run, [0], [0], [False]
 
-    def counted(*given: Any) -> Tensor:
+    def counted(*given: Any) -> None:
         if interrupted[0]:
             interrupted[0] = False
             raise KeyboardInterrupt
         inside[0] += 1
         most[0] = max(most[0], inside[0])
         try:
-            return expert(*given)
+            compute(*given)
         finally:
             inside[0] -= 1
 
-    monkeypatch.setattr(layer, "expert", counted)
+    monkeypatch.setattr(OneCall, "run", counted)
     got: list[Tensor] = []
 
     def run() -> None:
