@@ -253,6 +253,32 @@ def _agrees(way: Matmul, view: MatrixView, tokens: int, dtype: torch.dtype, kern
 
 
 @functools.cache
+def rows_kernel_works(dtype: torch.dtype, tokens: int) -> bool:
+    """Whether the kernel for dense rows compiles here and agrees with `linear`."""
+    random = torch.Generator().manual_seed(1)
+    x, weight, bias = (
+        torch.randn(shape, generator=random, dtype=torch.float32).to(dtype)
+        for shape in ((tokens, 64), (70, 64), (70,))
+    )
+    try:
+        works = [
+            torch.allclose(
+                cpu.multiply_rows(x, weight, given).float(),
+                linear(x.float(), weight.float(), None if given is None else given.float()),
+                rtol=0.02,
+                atol=0.1,
+            )
+            for given in (None, bias)
+        ]
+    except Exception as error:  # compilers may raise anything
+        logger.warning("dense layers will be slow: a CPU kernel does not run here (%s)", error)
+        return False
+    if not all(works):
+        logger.warning("dense layers will be slow: a CPU kernel gives wrong results here")
+    return all(works)
+
+
+@functools.cache
 def gpu_kernel_works(scheme: Scheme, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the GPU's kernels compile here and agree with the reference."""
     if gpu_kernels(device) is None:

@@ -6,7 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
+
+from offload.quant.kernels.cpu import COLUMNS, MOST_TOKENS, multiply_rows
+from offload.quant.matmul import rows_kernel_works
 
 # (id of a tensor that crossed, device) -> (the tensor, which keeps its id taken; its copy there)
 Moved = dict[tuple[int, torch.device], tuple[Tensor, Tensor]]
@@ -77,6 +81,44 @@ def _make_current(device: torch.device) -> None:
     """Make `device` the current card, on which kernels that are not torch's are launched."""
     if device.type == "cuda" and torch.cuda.current_device() != device.index:
         torch.cuda.set_device(device)
+
+
+class FewTokensLinear:
+    """Gives a model's linear layers of bfloat16 or float16 on the CPU a kernel for few tokens.
+
+    oneDNN and torch read the weights at half the memory's rate (docs/log/cpu-kernels.md).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._linears = [
+            module
+            for module in model.modules()
+            if type(module) is nn.Linear
+            and module.weight.device.type == "cpu"
+            and module.weight.is_contiguous()
+            and module.in_features % COLUMNS == 0
+        ]
+        for module in self._linears:
+            module.forward = functools.partial(_few_tokens, module)  # type: ignore[method-assign]
+
+    def close(self) -> None:
+        """Leave the model as it was."""
+        for module in self._linears:
+            module.__dict__.pop("forward", None)
+
+
+def _few_tokens(module: nn.Linear, x: Tensor) -> Tensor:
+    weight, bias = module.weight, module.bias
+    tokens = x.numel() // module.in_features
+    if (
+        0 < tokens <= MOST_TOKENS
+        and x.dtype == weight.dtype
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and rows_kernel_works(x.dtype, tokens)
+    ):
+        return multiply_rows(x, weight, bias)
+    return functional.linear(x, weight, bias)
 
 
 def native_is_quicker() -> bool:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from offload.quant.kernels.compiler import KernelCall
 
 MOST_TOKENS = 4  # in a block; the sums of more would not fit into the registers
+COLUMNS = 32  # the columns of a dense matrix are a multiple of them
 ALONE = 2**16  # weights times tokens; with less work, waking other threads costs more than it saves
 
 # One product of the demo model takes 30 us, so the code around each call avoids every extra step.
@@ -64,6 +65,40 @@ def dequantize_rows(view: MatrixView, dtype: torch.dtype, start: int, end: int) 
     layout = view.layout
     out = torch.empty(layout.columns, end - start, dtype=dtype)
     code_for(layout.bits, layout.scale_bits, dtype, 0)(_words(view, out, start, end))
+    return out
+
+
+@functools.cache
+def rows_code(dtype: torch.dtype, tokens: int, bias: bool) -> KernelCall:
+    from offload.quant.kernels.compiler import compiled_rows, this_processor
+    from offload.quant.kernels.rows import RowsKernel
+
+    processor, name = this_processor(), str(dtype).removeprefix("torch.")
+    dots = dtype == torch.bfloat16 and processor.dots
+    return compiled_rows(RowsKernel(name, tokens, bias, dots), processor)
+
+
+def multiply_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x` [..., K], few tokens, times the transposed dense `weight` [N, K], plus `bias` [N].
+
+    All are bfloat16 or float16, and K is a multiple of `COLUMNS`.
+    """
+    x = x.contiguous()
+    rows, columns = weight.shape
+    tokens = x.numel() // columns
+    out = x.new_empty(*x.shape[:-1], rows)
+    few = rows * x.numel() < ALONE
+    rows_code(x.dtype, tokens, bias is not None)(
+        (
+            x.data_ptr(),
+            weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            out.data_ptr(),
+            rows,
+            columns,
+            1 if few else torch.get_num_threads(),
+        )
+    )
     return out
 
 
