@@ -66,6 +66,7 @@ class _NoCompiler(ModuleType):
 
     __path__: list[str] = []  # noqa: RUF012
     disable = assume_constant_result = allow_in_graph = staticmethod(_undecorated)
+    mark_static_address = staticmethod(_undecorated)  # transformers marks recurrent states
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # whoever looks at all modules, as `inspect` does
