@@ -375,7 +375,11 @@ def _telling(repository: Repository, size: int) -> Iterator[None]:
                 f"{cache} has no room for {repository.id}, {gib(size)} ({free} are free): free "
                 "some space, or set HF_HOME to a folder on another disk"
             )
-        elif isinstance(error, OSError) and error.errno is not None and not _is_network(error):
+        elif (
+            isinstance(error, OSError)
+            and error.errno is not None
+            and not isinstance(error, ConnectionError | TimeoutError)
+        ):
             text = f"{cache} cannot be written ({error.strerror}): set HF_HOME to another folder"
         else:
             text = (
@@ -383,10 +387,6 @@ def _telling(repository: Repository, size: int) -> Iterator[None]:
                 f"({reason(error)}): run the same command again, which continues where it stopped"
             )
         raise SourceError(text) from None
-
-
-def _is_network(error: OSError) -> bool:
-    return isinstance(error, ConnectionError | TimeoutError)
 
 
 @contextmanager

@@ -16,16 +16,15 @@ from filelock import FileLock, Timeout
 from offload.errors import SourceError
 from offload.files import offload_home, read_object, user_path
 from offload.lines import did_you_mean
+from offload.model.ids import DEMO
 from offload.model.layout import is_gguf, models_in, weight_files
 from offload.pack.fingerprint import fingerprint, former_fingerprint
 from offload.pack.shelf import LOCK, PARTIAL, SETTINGS, KeptPack, kept_packs, size_of
 from offload.quant.errors import OffloadError
 from offload.quant.manifest import MANIFEST, is_pack, layer_file
 
-DEMO = "demo"
-# The names that configs have for the number of experts, and for those of them that a token uses.
+# The names that configs have for the number of experts.
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "num_experts_per_token")
 SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
 
@@ -186,7 +185,7 @@ def find_leftovers(folder: Path) -> Iterator[Removable]:
     packs = kept_packs(folder)
     places = {each.name: each.path for each in checkpoints(packs)}
     for pack in packs:
-        made_from = places.get(pack.origin.place or pack.source)
+        made_from = places.get(pack.place)
         if made_from is not None and _has_changed(pack, made_from):
             yield Removable(pack.path.name, pack.path, "its checkpoint has other weights now")
 

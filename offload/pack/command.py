@@ -273,22 +273,19 @@ def _called(checkpoint: KeptCheckpoint) -> str:
 
 def _made_from(pack: KeptPack, here: list[KeptCheckpoint]) -> str:
     """Where the checkpoint of a pack is, and whether it is still there."""
-    place = pack.origin.place or pack.source
-    if any(each.name == place for each in here):
-        return short(Path(place)) if Path(place).is_absolute() else place
-    return f"{short(Path(place)) if Path(place).is_absolute() else place} (not here)"
+    place = short(Path(pack.place)) if Path(pack.place).is_absolute() else pack.place
+    return place if any(each.name == pack.place for each in here) else f"{place} (not here)"
 
 
 def _pack_json(pack: KeptPack, here: list[KeptCheckpoint]) -> dict[str, Any]:
-    place = pack.origin.place or pack.source
     return {
         "name": pack.path.name,
         "path": str(pack.path),
         "bits": pack.bits_name,
         "bytes": pack.size,
         "last_used": _iso(pack.last_used),
-        "checkpoint": place,
-        "checkpoint_is_here": any(each.name == place for each in here),
+        "checkpoint": pack.place,
+        "checkpoint_is_here": any(each.name == pack.place for each in here),
     }
 
 

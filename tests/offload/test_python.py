@@ -201,7 +201,7 @@ def test_a_notebook_shows_a_cell_for_each_expert(loaded: Loaded) -> None:
     info = loaded.model.offload.pack.info
     assert shown.count('title="layer ') == info.total_experts
     assert shown.count("<tr>") == len(info.layers)
-    assert f"of {info.total_experts} experts resident" in shown
+    assert f"of {info.total_experts} experts in memory" in shown
 
 
 REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
