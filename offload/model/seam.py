@@ -313,6 +313,13 @@ def find_router(model: nn.Module, experts_path: str, num_experts: int) -> nn.Mod
     return None
 
 
+def head_is_tied(model: PreTrainedModel) -> bool:
+    """Whether the head has the weights of the token table."""
+    head = model.get_output_embeddings()
+    path = next((path for path, module in model.named_modules() if module is head), None)
+    return f"{path}.weight" in model.all_tied_weights_keys
+
+
 def layer_of(path: str) -> int | None:
     """The decoder layer of the module at `path`; None for a module outside of all layers."""
     match = LAYER.match(path)

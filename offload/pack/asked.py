@@ -7,7 +7,7 @@ from pathlib import Path
 from offload.errors import SourceError
 from offload.files import TRACE, check_output
 from offload.lines import printable
-from offload.machine.limits import check_ram
+from offload.machine.memory import check_ram
 from offload.model.layout import is_gguf, read_template
 from offload.model.names import DEMO, TEXT_FILES, find, find_here
 from offload.options import LoadOptions

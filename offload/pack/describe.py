@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from offload.errors import UnsupportedModelError
 from offload.model.checkpoint import Checkpoint
-from offload.model.seam import LAYER, ExpertsModule, find_router, layer_of
+from offload.model.seam import LAYER, ExpertsModule, find_router, head_is_tied, layer_of
 from offload.pack.recipe import Recipe
 from offload.quant.pack import PackDense, PackInfo, PackLayer
 from offload.quant.record import STORED_DTYPES, MatrixSpec, RecordLayout, plan_layout
@@ -151,15 +151,13 @@ def _outside_layers(model: PreTrainedModel) -> list[DenseMatrix]:
     """The token table and the head; one matrix when the head is tied to the table."""
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(module): path for path, module in model.named_modules()}
-    tied = {name.rpartition(".")[0] for name in model.all_tied_weights_keys}
-    head_is_tied = head is not None and names[id(head)] in tied
     found = []
     if type(table) is nn.Embedding:  # not a subclass, which may scale the rows it returns
         modules: tuple[str, ...] = (names[id(table)],)
         parts: tuple[str, ...] = ("embeddings",)
-        if head_is_tied:
+        if head_is_tied(model):
             modules, parts = (*modules, names[id(head)]), (*parts, "head")
         found.append(DenseMatrix(modules, parts, None, *table.weight.shape))
-    if type(head) is nn.Linear and not head_is_tied:
+    if type(head) is nn.Linear and not head_is_tied(model):
         found.append(DenseMatrix((names[id(head)],), ("head",), None, *head.weight.shape))
     return found
