@@ -20,7 +20,7 @@ from offload.cache.trace.file import write
 from offload.cache.trace.synthetic import Routing, Shape, synthesize
 from offload.engine.handle import offload_of
 from offload.fit import Card
-from offload.machine import limits
+from offload.machine import memory
 from offload.machine.measure import DiskRate
 from offload.machine.memory import Ram
 from offload.model import demo
@@ -54,7 +54,7 @@ def quick_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         target, "measure", lambda device: replace(rates, runs_ahead=device.type != "cpu")
     )
-    monkeypatch.setattr(limits, "ram", lambda: Ram(2**40, 2**40))
+    monkeypatch.setattr(memory, "ram", lambda: Ram(2**40, 2**40))
     monkeypatch.setattr(target, "read_rate", lambda folder, size: DiskRate(3.0, "by a test"))
 
 
