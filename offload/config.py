@@ -17,7 +17,7 @@ from typing import Any
 from offload.errors import SourceError
 from offload.files import short, user_path
 from offload.flags import is_switch, options_of
-from offload.habits import did_you_mean
+from offload.lines import did_you_mean
 from offload.options import BITS, AnswerOptions, LoadOptions, SharedOptions
 from offload.pack.recipe import AskedBits
 from offload.quant.errors import OffloadError
@@ -115,7 +115,7 @@ def _value(action: argparse.Action, value: Any) -> Any:
         truth = TRUTH[str(value).lower()]
         return parse("on" if truth else "off") if action.type else truth  # bench takes a list
     if isinstance(value, dict | bool):
-        raise OffloadError(f"{value!r} is not a value of this option")
+        raise ValueError
     if isinstance(action, argparse._AppendAction):
         return [parse(str(each)) for each in (value if isinstance(value, list) else [value])]
     return parse(",".join(map(str, value)) if isinstance(value, list) else str(value))

@@ -8,10 +8,10 @@ import textwrap
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import Field, dataclass, field, fields
 from numbers import Integral, Real
-from pathlib import Path
 from typing import Any, TypeVar
 
 from offload.errors import OptionError
+from offload.files import user_path
 
 Kind = TypeVar("Kind")
 
@@ -41,7 +41,8 @@ class Spelling:
         return words[-1] if len(words) > len(self.flags) else None
 
 
-PARSERS = {"int": int, "float": float, "Path": Path}  # by the field's type; others are text
+# By the field's type; others are text.
+PARSERS: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "Path": user_path}
 
 
 def option(usage: str, help: str, default: Any = None, **more: Any) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
+
+from offload.lines import did_you_mean
 
 # Other programs' commands -> the same here, with what follows the word.
 SAME_COMMANDS = {"run": "chat", "ls": "list", "remove": "rm", "perplexity": "ppl"}
@@ -82,12 +83,6 @@ OTHER_FLAGS = {
     "--nowordwrap": "is not needed: what is written to a pipe or a file is never wrapped",
     "--insecure": "has no equivalent: HF_ENDPOINT in the environment names another hub",
 }
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A question for the one of `known` that was probably meant, or an empty text."""
-    close = difflib.get_close_matches(word.lower(), list(known), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def translated(words: Collection[str], known: Collection[str]) -> list[str]:

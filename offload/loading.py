@@ -8,7 +8,6 @@ import time
 import weakref
 from copy import deepcopy
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, Unpack
 
 import torch
@@ -80,12 +79,7 @@ class Loaded(NamedTuple):
     def __enter__(self) -> "Loaded":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.model.offload.close()
 
 

@@ -70,6 +70,15 @@ def can_switch_thinking(tokenizer: PreTrainedTokenizerBase) -> bool:
     return on != off
 
 
+def check_switch(tokenizer: PreTrainedTokenizerBase, model: str, think: bool | None) -> None:
+    """Raise `GenerationError` if the user asked to `think`, or not, and `model` has no switch."""
+    if think is not None and not can_switch_thinking(tokenizer):
+        raise GenerationError(
+            f"the chat template of {model} has no switch for thinking: leave --think or --no-think "
+            "out"
+        )
+
+
 def _with_system(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], **arguments: Any
 ) -> str:

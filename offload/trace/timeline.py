@@ -32,6 +32,7 @@ def record_timeline(model: PreTrainedModel, file: Path | None) -> Iterator[None]
         yield
         return
     files.check_output(file, files.TIMELINE)
+    file = files.user_path(file).resolve()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to stderr
     engine = offload_of(model).engine
     activities = [ProfilerActivity.CPU]

@@ -23,9 +23,10 @@ from offload.chat.commands import COMMANDS, SETTINGS, WORDS, converse, obey, rea
 from offload.chat.display import Plain
 from offload.chat.figures import Panel
 from offload.chat.terminal import is_open
-from offload.errors import ChatError
+from offload.errors import ChatError, SourceError
 from offload.sampling import Sampling
 from tests.conftest import Script
+from tests.full_disk import full_beyond
 from tests.tiny import EXPERTS, LAYERS
 
 ROOT = Path(__file__).parents[3]
@@ -539,7 +540,7 @@ def test_read_sends_a_file(chat: Chat, script: Script, tmp_path: Path) -> None:
 
 def test_read_refuses_what_is_no_text(chat: Chat, tmp_path: Path) -> None:
     (tmp_path / "image").write_bytes(b"\xff\xd8\xff")
-    with pytest.raises(ChatError, match="cannot read"):
+    with pytest.raises(SourceError, match="not UTF-8"):
         obey(chat, f"/read {tmp_path / 'image'}")
 
 
@@ -781,6 +782,13 @@ def test_write_puts_an_answer_or_a_code_block_into_a_new_file(
     assert (tmp_path / "all").read_text() == BLOCKS_ANSWER + "\n"
     with pytest.raises(ChatError, match=r"Usage: /write .*x 1 to /write .*x 2"):
         obey(chat, f"/write {tmp_path}/x 3")
+
+
+def test_a_write_that_fails_leaves_no_part_of_the_file(chat: Chat, tmp_path: Path) -> None:
+    chat.messages = [{"role": "assistant", "content": "x" * 5000}]
+    with full_beyond(4096), pytest.raises(ChatError, match="cannot write"):
+        obey(chat, f"/write {tmp_path}/answer")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_question_too_long_is_refused_before_turns_are_given_up(
