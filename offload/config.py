@@ -1,7 +1,8 @@
 """Values of options that the user keeps in a file or in the environment.
 
-A flag goes before the environment (`OFFLOAD_CTX_SIZE`), the environment before the file's table of
-the model (`[models."NAME"]`), that before the rest of the file, and all before the built-in value.
+If an option has several values, the first of these counts: its flag, its variable in the
+environment (`OFFLOAD_CTX_SIZE`), the file's table of the model (`[models."NAME"]`), the rest of the
+file, the built-in value.
 """
 
 from __future__ import annotations

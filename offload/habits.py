@@ -42,7 +42,7 @@ SAME_FLAGS = {
     "--hidethinking": "--hide-thoughts",
     "--batch-size": "--ubatch-size",
 }
-_RESIDENT = "is not needed: as many experts as fit are resident; --expert-slots, --vram limit them"
+_RESIDENT = "is not needed: as many experts as fit are resident; --expert-slots or --vram caps them"
 _ATTENTION = "is not needed: torch chooses the fastest attention for this machine"
 _MAPPED = "is not needed: a pack is mapped into memory, and --ram limits what is kept there"
 _CHAT = "is not needed: offload chat is a conversation; -st answers one prompt"

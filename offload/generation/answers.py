@@ -1,4 +1,4 @@
-"""Prompts come from a file of JSON lines, and answers go to another that a kill leaves resumable.
+"""Reads prompts from a file of JSON lines, and adds answers to another, also after a killed run.
 
 A line of the answers is the prompt's own object with the answer added. So a reader needs only one
 file, and an attempt to continue it with different prompts is noticed. A different seed, temperature

@@ -335,7 +335,7 @@ class _Job:
 
 
 class _Encoder:
-    """Makes ids of prompts, and tells thoughts from the answers to them.
+    """Encodes prompts, and separates thoughts from answers.
 
     Prompts go through the chat template, unless there is none or --raw leaves it out.
     """

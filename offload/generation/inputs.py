@@ -56,7 +56,10 @@ def plain(prompt: Any) -> tuple[bool, Any]:
 
 
 def single(prompt: Any) -> Any:
-    """`prompt` as in `plain`, where it must be one: a batch of one row is that row."""
+    """The prompt that `plain` makes of `prompt`; of a batch that has one row, this row.
+
+    Raises `GenerationError` for more rows.
+    """
     many, rows = plain(prompt)
     if many and len(rows) != 1:
         raise GenerationError(f"this is a batch of {len(rows)} prompts: give it to generate")

@@ -16,9 +16,9 @@ from offload.quick import import_transformers
 
 
 def check_asked(model: str, options: LoadOptions) -> FoundModel | None:
-    """Raise `OffloadError` for a model or option that no model can be loaded with.
+    """Return the model if it is on this machine; a hub id is not looked up.
 
-    Returns the model if it is on this machine; a hub id is not looked up.
+    Raises `OffloadError` for a name that no model can have, or an option with which none can load.
     """
     check_output(options.trace, TRACE)
     AskedBits.of(options)

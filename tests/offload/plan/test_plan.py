@@ -328,6 +328,7 @@ def test_a_given_trace_decides_the_hits_and_must_be_of_the_model(
     plan = planned(capsys, mixtral, "--trace", tmp_path / "right", "--expert-slots", "25%")
     assert "on the trace" in " ".join(plan["notes"])
     assert "the trace is of wrong" in told(capsys, mixtral, "--trace", tmp_path / "wrong")
+    assert "the trace is of Mixtral" in told(capsys, mixtral, "--trace", "synthetic:mixtral")
 
 
 def test_the_demo_is_planned_before_it_is_built(
