@@ -131,9 +131,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         command.error(f"{' '.join(extra)!r} is one word too many: leave it out, or quote a prompt")
     if extra:
         arguments.prompt = " ".join(extra)
-    from offload.config import fill_in
+    if words[0] != "trace":  # a replay follows the recorded run, not the user's defaults
+        from offload.config import fill_in
 
-    fill_in(arguments, command)
+        fill_in(arguments, command)
     return arguments
 
 

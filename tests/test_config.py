@@ -155,6 +155,13 @@ def test_lists_in_the_file_are_lists_of_the_command_line(config: Path) -> None:
     assert asked("bench", "demo")["expert_slots"] == ["25%"]
 
 
+def test_a_replay_follows_the_recorded_run(config: Path) -> None:
+    config.write_text('lookahead = false\npolicy = "lru"\nexpert_slots = "50%"\n')
+    for action in ("replay", "plot"):
+        given = asked("trace", action, "run.trace")
+        assert not given.keys() & {"lookahead", "policy", "expert_slots"}
+
+
 def test_a_default_of_a_command_itself_stays(config: Path) -> None:
     config.write_text("ctx_size = 9999\nwarm_start = true\n")
     assert asked("ppl", "demo")["context"] == 512

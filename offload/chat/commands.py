@@ -166,8 +166,9 @@ def _clear(chat: Chat, _: str) -> None:
 def _read(chat: Chat, rest: str) -> None:
     if not rest:
         raise ChatError("Usage: /read FILE")
-    if not user_path(rest).is_file():  # reading a device or a pipe might never end
-        raise ChatError(f"there is no file {rest!r}")
+    with contextlib.suppress(PermissionError):  # which `asked_text` tells
+        if not user_path(rest).is_file():  # reading a device or a pipe might never end
+            raise ChatError(f"there is no file {rest!r}")
     chat.say(asked_text(Path(rest), "message"))
 
 
