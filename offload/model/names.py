@@ -150,13 +150,6 @@ def weight_blobs(source: FoundModel) -> str:
     return hashlib.sha256(told.encode()).hexdigest() if all(contents.values()) else ""
 
 
-def hub_cache() -> Path:
-    """The folder of the hub's cache."""
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HUB_CACHE)
-
-
 def missing_bytes(source: FoundModel) -> int | None:
     """Bytes of the weights of a hub model that are still to be fetched; None if that is unknown."""
     if source.repository is None:
