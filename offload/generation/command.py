@@ -299,7 +299,7 @@ class _Job:
             if done < len(prompts):
                 self.answer_rest(prompts, done, file)
         if output is not None:
-            print(f"{len(prompts)} answers in {output}", file=sys.stderr)
+            print(f"the answers are in {output}", file=sys.stderr)
         return DONE
 
     def answer_rest(
