@@ -119,7 +119,7 @@ def _in_hub_cache() -> Iterator[KeptCheckpoint]:
 
     try:
         repositories = scan_cache_dir(constants.HF_HUB_CACHE).repos
-    except (CacheNotFound, ValueError):  # there is none
+    except (CacheNotFound, ValueError, RuntimeError):  # there is none, or no home for it
         return
     for repo in repositories:
         revisions = sorted(repo.revisions, key=lambda each: each.last_modified, reverse=True)
