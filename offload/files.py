@@ -150,6 +150,19 @@ def tell_replaced(file: Path, kind: str) -> None:
         logger.warning("the earlier %s in %s is replaced", kind, file)
 
 
+def write_output(file: Path, kind: str, data: bytes) -> None:
+    """Write `data` to a file of the user's, which `check_output` has checked. Raises `OSError`.
+
+    A file is replaced by a whole one, a link leads where it led, and a device stays one.
+    """
+    path = user_path(file).resolve()
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+    else:
+        tell_replaced(path, kind)
+        write_whole(path, data)
+
+
 def write_whole(file: Path, data: bytes) -> None:
     """Replace `file` by `data` in one step: at any moment it holds its old bytes or `data`.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offload.errors import SourceError
-from offload.files import PICTURE, check_output, tell_replaced, user_path, write_whole
+from offload.files import PICTURE, check_output, write_output
 from offload.quant.errors import OffloadError
 
 if TYPE_CHECKING:
@@ -39,10 +39,8 @@ def save_figure(figure: Figure, file: Path) -> None:
     """Write `figure` to `file`, in the format that its ending names. Raises `OffloadError`."""
     ending, drawn = file.suffix.lower(), io.BytesIO()
     figure.savefig(drawn, format=ending[1:], metadata={ENDINGS[ending]: "drawn by moe-offload"})
-    path = user_path(file).resolve()
-    tell_replaced(path, PICTURE)
     try:
-        write_whole(path, drawn.getvalue())
+        write_output(file, PICTURE, drawn.getvalue())
     except OSError as error:
         raise OffloadError(
             f"cannot write {file} ({error.strerror or error}): name another file"

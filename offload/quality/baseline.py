@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from offload.errors import QualityError, SourceError
-from offload.files import BASELINE, read_text, tell_replaced, write_whole
+from offload.files import BASELINE, read_text, write_output
 from offload.quality.check import CheckResult
 from offload.version import __version__
 
@@ -168,9 +168,8 @@ def save_baseline(
     Raises `QualityError`.
     """
     text = json.dumps(baseline_of(result, tolerances), indent=2, ensure_ascii=False) + "\n"
-    tell_replaced(file, BASELINE)
     try:
-        write_whole(file, text.encode())
+        write_output(file, BASELINE, text.encode())
     except OSError as error:
         reason = error.strerror or error
         raise QualityError(f"cannot write the baseline to {file}: {reason}") from None

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import cli
-from offload.files import MARKS, TRACE, check_output
+from offload.files import MARKS, TIMELINE, TRACE, check_output, write_output
 from offload.quant.errors import OffloadError
 
 
@@ -43,6 +43,21 @@ def test_links_devices_and_places_that_cannot_be_written(tmp_path: Path) -> None
     for wrong in (tmp_path, tmp_path / "no" / "file", tmp_path / "link" / "file", ""):
         with pytest.raises(OffloadError):
             check_output(wrong, TRACE)
+
+
+def test_a_device_and_a_link_stay_what_they_are(tmp_path: Path) -> None:
+    """As root, /dev/null could be replaced by a file."""
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_output(pipe, TIMELINE, b"written")
+    assert os.read(reader, 99) == b"written"
+    os.close(reader)
+    assert pipe.is_fifo()
+    link.symlink_to("target")
+    write_output(link, TIMELINE, b"written")
+    assert link.is_symlink()
+    assert link.read_bytes() == b"written"
 
 
 COMMANDS = [

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -147,6 +149,18 @@ def test_only_the_file_that_was_named_is_left(model: PreTrainedModel, tmp_path: 
             model.generate(PROMPT, max_new_tokens=2, do_sample=False)
         assert ranges_in(file)
     assert len(list((tmp_path / "out").iterdir())) == 3
+
+
+def test_a_pipe_gets_the_timeline_and_stays(model: PreTrainedModel, tmp_path: Path) -> None:
+    pipe, got = tmp_path / "pipe", tmp_path / "got.json"
+    os.mkfifo(pipe)
+    with got.open("wb") as target, subprocess.Popen(["cat", pipe], stdout=target) as reader:
+        with record_timeline(model, pipe):
+            model.generate(PROMPT, max_new_tokens=2, do_sample=False)
+        if not pipe.is_fifo():
+            reader.kill()
+    assert pipe.is_fifo()
+    assert ranges_in(got)
 
 
 def test_a_place_that_cannot_be_written_is_told_first(
