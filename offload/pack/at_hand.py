@@ -176,7 +176,7 @@ def find_leftovers(folder: Path) -> Iterator[Removable]:
     and packs in `folder` whose checkpoint has other weights now."""
     for place in (folder, offload_home() / DEMO):
         for path in sorted(place.iterdir()) if place.is_dir() else ():
-            if path.suffix == LOCK and not _is_held(path):
+            if path.suffix == LOCK and not path.stat().st_size and not _is_held(path):
                 yield Removable(path.name, path, "lock that no process holds")
             elif path.suffix == PARTIAL and not _is_held(path.with_suffix(LOCK)):
                 if place != folder or (path / SETTINGS).is_file() or not any(path.iterdir()):
@@ -232,7 +232,8 @@ def remove(thing: Removable) -> None:
                 shutil.rmtree(thing.path)
             else:
                 thing.path.unlink(missing_ok=True)
-            lock.unlink(missing_ok=True)
+            if lock.exists() and not lock.stat().st_size:
+                lock.unlink()
         except OSError as error:
             raise SourceError(
                 f"cannot remove {thing.path} ({error.strerror or error}): check its permissions"

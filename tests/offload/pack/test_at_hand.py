@@ -228,6 +228,7 @@ def test_prune_removes_what_nobody_needs_and_nothing_else(
     packs = home / "packs"
     for name in ("old.lock", "held.lock"):
         (packs / name).touch()
+    (packs / "uv.lock").write_text("version = 1")
     for name in ("old.partial", "held.partial"):
         (packs / name).mkdir()
         (packs / name / ".settings").write_text("{}")
@@ -244,7 +245,7 @@ def test_prune_removes_what_nobody_needs_and_nothing_else(
     assert code == 0
     assert "other weights now" in out
     left = {path.name for path in packs.iterdir()} - {"held.lock"}
-    assert left == {renewed.name, "held.partial", "my-own.partial"}
+    assert left == {renewed.name, "held.partial", "my-own.partial", "uv.lock"}
     assert not stale.exists()
 
 
