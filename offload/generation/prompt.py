@@ -25,7 +25,7 @@ DEFAULT_NEW_TOKENS = 256
 # Granite and Kimi; Cohere.
 THINK = ("enable_thinking", "thinking", "reasoning")
 # What templates get from here, under the names that transformers and this file have for it.
-OWN = "self tokenizer messages conversation tools tokenize".split()
+OWN = ["self", "tokenizer", "messages", "conversation", "tools", "tokenize"]
 OWN += ["add_generation_prompt", "continue_final_message"]
 
 
