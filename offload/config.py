@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from offload.errors import SourceError
-from offload.files import short, user_path
+from offload.files import read_text, short
 from offload.flags import is_switch, options_of
 from offload.lines import did_you_mean
 from offload.options import BITS, AnswerOptions, LoadOptions, SharedOptions
@@ -42,7 +42,9 @@ TRUTH |= {"0": False, "false": False, "no": False, "off": False}
 
 def config_file() -> Path:
     """`$XDG_CONFIG_HOME/offload/config.toml`, by default in `~/.config`."""
-    return user_path(os.environ.get("XDG_CONFIG_HOME") or "~/.config") / "offload" / "config.toml"
+    # Unlike `Path.expanduser`, this leaves `~` alone where the home is unknown: there is no file.
+    folder = os.path.expanduser(os.environ.get("XDG_CONFIG_HOME") or "~/.config")  # noqa: PTH111
+    return Path(folder, "offload", "config.toml")
 
 
 def fill_in(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -84,11 +86,13 @@ def _file(model: str | None) -> Iterator[tuple[str, str, Any]]:
     """Place, option and value of each line of the file, those for `model` first."""
     file = config_file()
     try:
-        table = tomllib.loads(file.read_text(encoding="utf-8"))
+        with file.open(encoding="utf-8-sig") as handle:
+            table = tomllib.loads(read_text(handle, short(file)))
     except (FileNotFoundError, NotADirectoryError):
         return
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{short(file)} cannot be read: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise SourceError(f"{short(file)} cannot be read: {why}") from None
     models = table.pop("models", {})
     if not isinstance(models, dict) or not all(isinstance(own, dict) for own in models.values()):
         raise OffloadError(f'{short(file)}: models: write a table for each, like [models."demo"]')

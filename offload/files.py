@@ -195,7 +195,7 @@ def existing(folder: Path) -> Path:
 
 def short(path: Path) -> str:
     """`path` as people write it, with `~` for the home folder."""
-    home = Path.home()
+    home = os.path.expanduser("~")  # noqa: PTH111  # `Path.home` fails where it is unknown
     return str(Path("~", path.relative_to(home)) if path.is_relative_to(home) else path)
 
 

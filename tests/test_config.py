@@ -96,6 +96,7 @@ WRONG = {
     "[models.other]\nctxsize = 3": "models.\"other\": there is no option 'ctxsize'",
     "[models.demo]\nctx_size = -1": 'models."demo", ctx_size: -1 is not at least 0',
     "x": "cannot be read: ",
+    "x = " + 10**5 * "[": "cannot be read: ",
 }
 
 
@@ -109,6 +110,31 @@ def test_what_is_wrong_in_the_file_is_told_with_its_place(
     assert told.startswith(f"offload: error: {config}")
     assert WRONG[text] in told
     assert told.count("\n") == 1
+
+
+def test_a_file_that_is_none_is_told(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config.mkdir()
+    assert cli.main(["chat", "demo"]) == 1
+    assert capsys.readouterr().err.endswith(f"{config} cannot be read: Is a directory\n")
+    config.rmdir()
+    config.symlink_to("/dev/zero")  # it never ends
+    assert cli.main(["chat", "demo"]) == 1
+    assert "more than" in capsys.readouterr().err
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(config: Path) -> None:
+    config.write_text("ctx_size = 7", encoding="utf-8-sig")
+    assert asked("chat", "demo")["context"] == 7
+
+
+def test_without_a_home_there_is_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container, whose user may have no name."""
+    monkeypatch.delenv("XDG_CONFIG_HOME")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    assert asked("chat", "demo")["model"] == "demo"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "~/.cache/huggingface/hub")
+    assert cli.main(["list"]) == 0
 
 
 @pytest.mark.parametrize(

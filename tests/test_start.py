@@ -293,6 +293,22 @@ def test_what_is_left_out_is_there_when_it_is_asked_for(asked: str) -> None:
     assert (done.returncode, done.stdout) == (0, "2.0\n"), done.stderr
 
 
+def test_ctrl_c_while_numpy_is_imported_is_not_lost() -> None:
+    code = (
+        "import sys\n"
+        "class Press:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'numpy.lib':\n"
+        "            sys.meta_path.remove(self)\n"
+        "            raise KeyboardInterrupt\n"
+        "from offload.quick import import_transformers\n"
+        "sys.meta_path.insert(0, Press())\n"
+        "import_transformers()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == "KeyboardInterrupt"
+
+
 def test_load_leaves_hqq_out_and_torchs_compiler_to_the_program() -> None:
     code = (
         "import sys, offload\n"

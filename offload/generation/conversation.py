@@ -51,7 +51,8 @@ def _message(given: Any) -> Message:
         kinds = [part.get("type") if isinstance(part, dict) else None for part in content]
         if foreign := [kind for kind in kinds if kind != "text"]:
             raise ValueError(f"a content has a part of type {foreign[0]!r}: only text can be read")
-        content = "\n".join(str(part.get("text", "")) for part in content)
+        texts = [part.get("text") for part in content]
+        content = "\n".join(texts) if all(isinstance(text, str) for text in texts) else None
     if calls is None:
         made.pop("tool_calls", None)
     elif isinstance(calls, list) and calls:

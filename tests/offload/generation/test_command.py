@@ -306,6 +306,12 @@ IMAGE = {"type": "image_url", "image_url": {"url": "a.png"}}
         ({"messages": [USER, {"role": "assistant", "content": None}, USER]}, "write a text"),
         ({"prompt": "a", "tools": {}}, None),
         ({"prompt": "a", "tools": {"name": "f"}}, '"tools" must be a list'),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]},
+            "write a text",
+        ),
+        ({"prompt": "a", "chat_template_kwargs": {"messages": 1}}, "'messages' cannot be given"),
+        ({"prompt": "a", "chat_template_kwargs": {"tokenize": True}}, "'tokenize' cannot be given"),
         ({"prompt": "a", "chat_template_kwargs": 3}, '"chat_template_kwargs" must be an object'),
     ],
 )

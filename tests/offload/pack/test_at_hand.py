@@ -218,6 +218,19 @@ def test_rm_leaves_what_is_in_use(run: Run, checkpoint: Path) -> None:
     assert run("rm", "-y", pack.name)[0] == 0
 
 
+def test_rm_removes_a_link_and_not_the_pack_that_it_leads_to(
+    run: Run, checkpoint: Path, tmp_path: Path
+) -> None:
+    pack = make(checkpoint)
+    moved = shutil.move(pack, tmp_path / "other-disk")
+    pack.symlink_to(moved)
+    code, out, _ = run("rm", "-y", pack.name)
+    assert (code, out.splitlines()[-1]) == (0, "0 KiB freed.")
+    assert "link alone" in out
+    assert is_pack(moved)
+    assert not pack.is_symlink()
+
+
 # --- prune ---------------------------------------------------------------------------------------
 
 
@@ -228,6 +241,8 @@ def test_prune_removes_what_nobody_needs_and_nothing_else(
     packs = home / "packs"
     for name in ("old.lock", "held.lock"):
         (packs / name).touch()
+    (packs / "uv.lock").write_text("version = 1")
+    (packs / "link.lock").symlink_to("nowhere")
     for name in ("old.partial", "held.partial"):
         (packs / name).mkdir()
         (packs / name / ".settings").write_text("{}")
@@ -244,7 +259,7 @@ def test_prune_removes_what_nobody_needs_and_nothing_else(
     assert code == 0
     assert "other weights now" in out
     left = {path.name for path in packs.iterdir()} - {"held.lock"}
-    assert left == {renewed.name, "held.partial", "my-own.partial"}
+    assert left == {renewed.name, "held.partial", "my-own.partial", "uv.lock", "link.lock"}
     assert not stale.exists()
 
 
