@@ -183,6 +183,19 @@ def test_keys_typed_during_an_answer_wait_for_the_next_prompt(
     terminal.wait(lambda lines: lines[-2:] == ["two", PROMPT])
 
 
+def test_ctrl_c_drops_nothing_that_was_typed_during_an_answer(
+    start: Callable[..., Terminal],
+) -> None:
+    terminal = start(SEA, "two", STEP_SECONDS="0.05")
+    terminal.wait(lambda lines: lines[-1:] == [PROMPT])
+    terminal.child.send("tell\r")
+    terminal.wait_for("word3 ")
+    terminal.child.send("and then")
+    terminal.wait_for("word6 ")
+    terminal.child.send("\x03")
+    terminal.wait(lambda lines: lines[-1] == ">>> and then")
+
+
 def test_text_pasted_during_an_answer_stays_one_message(start: Callable[..., Terminal]) -> None:
     terminal = start(SEA, "two", STEP_SECONDS="0.01")
     terminal.wait(lambda lines: lines[-1:] == [PROMPT])
