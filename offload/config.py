@@ -17,7 +17,7 @@ from typing import Any
 from offload.errors import SourceError
 from offload.files import short, user_path
 from offload.flags import is_switch, options_of
-from offload.habits import did_you_mean
+from offload.lines import did_you_mean
 from offload.options import BITS, AnswerOptions, LoadOptions, SharedOptions
 from offload.pack.recipe import AskedBits
 from offload.quant.errors import OffloadError
@@ -102,7 +102,9 @@ def _entries(where: str, table: Mapping[str, Any]) -> Iterator[tuple[str, str, A
     for word, value in table.items():
         name = NAMES.get(word.replace("-", "_"))
         if name is None:
-            raise OffloadError(f"{where}: there is no option {word!r}{did_you_mean(word, NAMES)}")
+            raise OffloadError(
+                f"{where}: there is no option {word!r}{did_you_mean(word, [*NAMES, 'models'])}"
+            )
         yield f"{where}, {word}", name, value
 
 

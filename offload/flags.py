@@ -41,7 +41,22 @@ class Spelling:
         return words[-1] if len(words) > len(self.flags) else None
 
 
-PARSERS = {"int": int, "float": float, "Path": Path}  # by the field's type; others are text
+def _reader(kind: type, what: str) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {what}") from None
+
+    return read
+
+
+# By the field's type; others are text.
+PARSERS = {
+    "int": _reader(int, "a whole number"),
+    "float": _reader(float, "a number"),
+    "Path": Path,
+}
 
 
 def option(usage: str, help: str, default: Any = None, **more: Any) -> Any:

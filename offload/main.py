@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from offload.errors import DONE, FAILED, INTERRUPTED, USAGE
 from offload.flags import add_command
-from offload.lines import is_memory, one_line, shortened
+from offload.lines import did_you_mean, is_memory, one_line, shortened
 from offload.quant.errors import OffloadError
 from offload.version import __version__
 
@@ -36,7 +36,7 @@ COMMANDS = {
     "pull": ("offload.model.command", "fetch a model from the hub, if it fits on this machine"),
     "doctor": (
         "offload.machine.command",
-        "check this machine: versions, speeds, what is slow and how to fix it",
+        "check this machine: what is slow and how to fix it",
     ),
     "quantize": ("offload.pack.command", "quantise a model into a folder (a pack) for later use"),
     "list": (
@@ -47,12 +47,12 @@ COMMANDS = {
     "rm": ("offload.pack.command:RemoveCommand", "remove a pack or a downloaded model"),
     "prune": (
         "offload.pack.command:PruneCommand",
-        "remove unfinished packs, and packs whose checkpoint has changed",
+        "remove unfinished and outdated packs",
     ),
     "ppl": ("offload.quality.command:PerplexityCommand", "measure the perplexity of a text"),
     "check": (
         "offload.quality.command:CheckCommand",
-        "compare a model with a reference: KL divergence, top-1 agreement, perplexity",
+        "compare a model's predictions with a reference's",
     ),
     "trace": ("offload.trace.command", "show, replay or draw a recorded run"),
 }
@@ -90,6 +90,7 @@ def build_parser(wanted: Container[str] = COMMANDS) -> Parser:
     parser = Parser(
         prog="offload",
         description="Run Mixture-of-Experts models larger than your GPU or RAM.",
+        epilog="offload COMMAND --help shows a command's options. To begin: offload chat demo",
     )
     parser.add_argument("--version", action="version", version=f"offload {__version__}")
     parser.add_argument(
@@ -145,7 +146,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def _command_first(argv: Sequence[str]) -> list[str]:
     """The words of `argv`, with the command's name as it is called here."""
-    from offload.habits import OTHER_COMMANDS, SAME_COMMANDS, did_you_mean
+    from offload.habits import OTHER_COMMANDS, SAME_COMMANDS
 
     first, *rest = argv or [""]
     if first == "help":
