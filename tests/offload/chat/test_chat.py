@@ -588,7 +588,7 @@ def test_set_a_parameter(
     assert terminal.take() == f"Set {shown} to {value:g}.\n"
     obey(chat, "/show parameters")
     rows = dict(line.split(maxsplit=1) for line in terminal.take().splitlines())
-    assert rows[shown] == str(value)
+    assert rows[shown] == f"{value:g}"
     assert list(rows)[:6] == [
         "temperature",
         "top_k",
