@@ -122,6 +122,9 @@ def test_a_conversation_on_the_screen(terminal: Terminal, home: Path) -> None:
         "x = 1",
         PROMPT,
     ]
+    terminal.child.send("x" * 80)  # a line that is wrapped, and not two lines
+    terminal.wait(lambda lines: lines[-2:] == [">>> " + "x" * 76, "    xxxx"])
+    terminal.child.send("\x15")
     terminal.child.send('"""two')  # three quotes open, Enter does not send
     terminal.child.send("\r")
     terminal.wait(lambda lines: lines[-1].startswith("..."))
