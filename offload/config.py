@@ -107,7 +107,9 @@ def _entries(where: str, table: Mapping[str, Any]) -> Iterator[tuple[str, str, A
     for word, value in table.items():
         name = NAMES.get(word.replace("-", "_"))
         if name is None:
-            raise OffloadError(f"{where}: there is no option {word!r}{did_you_mean(word, NAMES)}")
+            raise OffloadError(
+                f"{where}: there is no option {word!r}{did_you_mean(word, [*NAMES, 'models'])}"
+            )
         yield f"{where}, {word}", name, value
 
 

@@ -14,7 +14,7 @@ from offload.lines import did_you_mean
 SAME_COMMANDS = {"run": "chat", "ls": "list", "remove": "rm", "perplexity": "ppl", "get": "pull"}
 _NO_SERVER = "there is no server yet: use offload chat, offload generate, or load() in Python"
 _MADE = "a model is made from a checkpoint: offload quantize SRC DST"
-_NOTHING_RUNS = "nothing stays loaded after a command ends, so that there is nothing to {}"
+_NOTHING_RUNS = "nothing stays loaded after a command ends, so there is nothing to {}"
 OTHER_COMMANDS = {
     "serve": _NO_SERVER,
     "server": _NO_SERVER,
@@ -111,8 +111,9 @@ OTHER_FLAGS = {
 def translated(words: Collection[str], known: Collection[str]) -> list[str]:
     """The `words` after a command, with other programs' flags in our spelling.
 
-    `known` are the command's flags. Raises `ValueError` for a flag that does not exist here; the
-    message says what replaces it. argparse would read `-ngl 99` as `-n gl`.
+    `known` are the command's flags, each with its `argparse.Action`. Raises `ValueError` for a flag
+    that does not exist here; the message says what replaces it. argparse would read `-ngl 99` as
+    `-n gl`.
     """
     result: list[str] = []
     models: list[str] = []
@@ -128,8 +129,10 @@ def translated(words: Collection[str], known: Collection[str]) -> list[str]:
             models.append(value if equals else next(rest, flag))
         elif SAME_FLAGS.get(flag) in known:
             result.append(SAME_FLAGS[flag] + equals + value)
-        elif flag in OTHER_FLAGS:
-            raise ValueError(f"{flag} {OTHER_FLAGS[flag]}")
+        elif word == "--json" and "json" in (getattr(known.get("-o"), "choices", None) or ()):
+            result += ["-o", "json"]
+        elif replaced := OTHER_FLAGS.get(flag) or OTHER_FLAGS.get(flag[1:]):  # --ngl is -ngl
+            raise ValueError(f"{flag} {replaced}")
         elif flag.startswith("--") or flag[:2] not in known or not _is_number(flag[2:]):
             raise ValueError(f"there is no option {flag}{did_you_mean(flag, known)}")
         else:

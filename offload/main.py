@@ -33,7 +33,7 @@ COMMANDS = {
     "pull": ("offload.model.command", "fetch a model from the hub, if it fits on this machine"),
     "doctor": (
         "offload.machine.command",
-        "check this machine: versions, speeds, what is slow and how to fix it",
+        "check this machine: what is slow and how to fix it",
     ),
     "quantize": ("offload.pack.command", "quantise a model into a folder (a pack) for later use"),
     "list": ("offload.pack.command:ListCommand", "list the models on this machine"),
@@ -41,12 +41,12 @@ COMMANDS = {
     "rm": ("offload.pack.command:RemoveCommand", "remove a pack or a downloaded model"),
     "prune": (
         "offload.pack.command:PruneCommand",
-        "remove unfinished packs, and packs whose checkpoint has changed",
+        "remove unfinished and outdated packs",
     ),
     "ppl": ("offload.quality.command:PerplexityCommand", "measure the perplexity of a text"),
     "check": (
         "offload.quality.command:CheckCommand",
-        "compare a model with a reference: KL divergence, top-1 agreement, perplexity",
+        "compare a model's predictions with a reference's",
     ),
     "trace": ("offload.trace.command", "show, replay or draw a recorded run"),
 }
@@ -84,6 +84,7 @@ def build_parser(wanted: Container[str] = COMMANDS) -> Parser:
     parser = Parser(
         prog="offload",
         description="Run Mixture-of-Experts models larger than your GPU or RAM.",
+        epilog="offload COMMAND --help shows a command's options. To begin: offload chat demo",
     )
     parser.add_argument("--version", action="version", version=f"offload {__version__}")
     parser.add_argument(

@@ -79,8 +79,9 @@ def cli_parser(command: str) -> Any:
 
 
 WRONG = {
+    "[model.demo]\ntemp = 1": "there is no option 'model' (did you mean models?)",
     "ctxsize = 3": "there is no option 'ctxsize' (did you mean ctx_size?)",
-    "n_predict = -5": "n_predict: -5 is not at least -1",
+    "n_predict = -5": "n_predict: -5 is less than -1",
     "ctx_size = 4.5": "ctx_size: '4.5' is not a whole number",
     "ram = true": "ram: True is not a value of this option",
     "vram = { a = 1 }": "vram: {'a': 1} is not a value of this option",
@@ -88,13 +89,13 @@ WRONG = {
     'policy = "mru"': "policy: there is no policy 'mru'",
     'bits = "q9"': "bits: 'q9' is not a rule for bits",
     "top_p = 7": "top_p: top_p is 7.0: it must be above 0, at most 1",
-    'temp = "hot"': "temp: 'hot' is not a value of this option",
+    'temp = "hot"': "temp: 'hot' is not a number",
     'verbose = "perhaps"': "verbose: 'perhaps' is neither true nor false",
     "[models]\ndemo = 3": "models: write a table for each",
     "models = 3": "models: write a table for each",
     "[models.demo]\nctxsize = 3": "models.\"demo\": there is no option 'ctxsize'",
     "[models.other]\nctxsize = 3": "models.\"other\": there is no option 'ctxsize'",
-    "[models.demo]\nctx_size = -1": 'models."demo", ctx_size: -1 is not at least 0',
+    "[models.demo]\nctx_size = -1": 'models."demo", ctx_size: -1 is less than 0',
     "x": "cannot be read: ",
     "x = " + 10**5 * "[": "cannot be read: ",
 }

@@ -97,8 +97,7 @@ def _loaded(
         template_arguments=asked.template_arguments,
     )
     stats = chat.offload.stats()
-    print(
-        f"{stats.residency()} ({stats.slots / stats.total_experts:.0%}). /? for help, /bye to quit",
-        file=sys.stderr,
-    )
+    hint = "" if options_from(arguments, ChatOptions).single_turn else ". /? for help, /bye to quit"
+    share = f"{stats.slots / stats.total_experts:.0%}"
+    print(f"{stats.residency()} ({share}){hint}", file=sys.stderr)
     return chat

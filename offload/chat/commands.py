@@ -142,9 +142,10 @@ def obey(chat: Chat, line: str) -> bool:
     name, _, rest = line[1:].partition(" ")
     rest = rest.strip()
     if name not in COMMANDS and f"/{name}" not in LEAVING:
+        meant = f" (did you mean /show {name}?)" if name in SHOWN else did_you_mean(name, WORDS[""])
         raise ChatError(
-            f"Unknown command /{name} (/? for help). To send text that starts with /, wrap it in "
-            '"""'
+            f'Unknown command /{name}{meant}: /? lists them, and """ around a text lets it start '
+            "with /"
         )
     if rest and name not in TAKING:
         raise ChatError(f"/{name} takes nothing after it, not {rest!r}")
@@ -287,7 +288,9 @@ def _change(chat: Chat, name: str, value: str) -> str:
         chat.sampling = _sampling(chat, name, value)
     else:
         names = "|".join(SETTINGS).replace("|", ", ")
-        raise ChatError(f"Unknown setting {name!r}. Settings: {names}")
+        raise ChatError(
+            f"Unknown setting {name!r}{did_you_mean(name, WORDS['set'])}. Settings: {names}"
+        )
     return f"Set {name} to {_values(chat)[name]}."
 
 
@@ -368,7 +371,8 @@ def _values(chat: Chat) -> dict[str, str]:
     values["think|nothink"] = {None: "model default", True: "on", False: "off"}[settings.think]
     values["thoughts"] = "show" if settings.thoughts else "hide"
     values["panel"] = "on" if chat.display.panel else "off"
-    return {name: str(values[name]) for name in SETTINGS}
+    texts = {name: f"{v:g}" if isinstance(v, float) else str(v) for name, v in values.items()}
+    return {name: texts[name] for name in SETTINGS}
 
 
 COMMANDS: dict[str, Callable[[Chat, str], None]] = {

@@ -287,7 +287,7 @@ class _Job:
             what = "-o" if output is not None else f"{asked.file}"
             raise OffloadError(
                 f"{what} answers the prompts of -f FILE, and cannot be combined with -p or --vote: "
-                "give -f alone"
+                "give -f alone, or keep one answer with > FILE"
             )
         prompts = read_prompt_lines(asked.file)
         if ignored := not_followed(prompts):

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 Message = dict[str, Any]  # "role" and "content", and what chat templates know beside them
 SHAPES = (
-    'write a text, {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]} in JSON '
-    "on one line"
+    'write "a text", {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}, as '
+    "JSON on one line"
 )
 
 

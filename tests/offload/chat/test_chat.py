@@ -493,6 +493,14 @@ def test_help_lists_every_command(line: str, chat: Chat, terminal: Terminal) -> 
     assert '"""' in text
 
 
+def test_a_typo_is_answered_with_what_was_meant(chat: Chat, terminal: Terminal) -> None:
+    said = _converse(chat, terminal, "/experts", "/cler", "/set temprature 1", "/set top_p 1")
+    assert "Unknown command /experts (did you mean /show experts?)" in said
+    assert "Unknown command /cler (did you mean clear?)" in said
+    assert "Unknown setting 'temprature' (did you mean temperature?)" in said
+    assert "Set top_p to 1." in said
+
+
 def test_what_help_says_is_what_there_is(chat: Chat, terminal: Terminal) -> None:
     assert set(WORDS[""]) == COMMANDS.keys() | {"bye", "exit", "quit"}
     for before in ("set", "show"):
@@ -578,10 +586,10 @@ def test_set_a_parameter(
     name = name.removeprefix("parameter ")
     shown = name.replace("repetition_penalty", "repeat_penalty")
     assert getattr(chat.sampling, name) == value
-    assert terminal.take() == f"Set {shown} to {value}.\n"
+    assert terminal.take() == f"Set {shown} to {value:g}.\n"
     obey(chat, "/show parameters")
     rows = dict(line.split(maxsplit=1) for line in terminal.take().splitlines())
-    assert rows[shown] == str(value)
+    assert rows[shown] == f"{value:g}"
     assert list(rows)[:6] == [
         "temperature",
         "top_k",
@@ -724,7 +732,7 @@ def test_set_alone_lists_every_setting_with_its_value(chat: Chat, terminal: Term
         rows = terminal.take().splitlines()
         assert len(rows) == len(SETTINGS)
         assert all(len(row) <= 80 for row in rows)
-        assert re.match(r"/set temperature X +0\.0 ", rows[1])
+        assert re.match(r"/set temperature X +0 ", rows[1])
 
 
 @pytest.mark.parametrize(

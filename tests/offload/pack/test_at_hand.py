@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -65,19 +66,37 @@ def make(source: object, **options: object) -> Path:
 # --- list ----------------------------------------------------------------------------------------
 
 
-def test_list_shows_packs_and_checkpoints_within_80_columns(
-    run: Run, checkpoint: Path, hub: Path, home: Path
+@pytest.mark.parametrize("terminal", [True, False])
+def test_list_folds_its_rows_at_a_terminal_only(
+    terminal: bool, run: Run, checkpoint: Path, hub: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1" if terminal else "0")
+    monkeypatch.setenv("COLUMNS", "80")
     long = checkpoint.rename(checkpoint.with_name("a-model-with-a-very-long-name-" + "x" * 50))
-    make(long, bits="q4")
+    pack = make(long, bits="q4")
     make(HUB_ID, bits="experts=3g32,attention=5,layers.0-1.experts=8")
     code, out, _ = run("list")
+    out = re.sub("\x1b[^m]*m", "", out)
     assert code == 0
-    assert max(map(len, out.splitlines())) <= 80
+    assert (max(map(len, out.splitlines())) <= 80) == terminal
+    assert (f"\n{pack.name} " in out) == (not terminal)
     for word in ("NAME", "BITS", "SIZE", "LAST USED", "MADE FROM", "WHERE", "q4", "just now"):
         assert word in out
     assert HUB_ID in out
     assert "dense" not in out
+
+
+def test_list_keeps_a_name_whole_where_it_can(
+    run: Run, checkpoint: Path, hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    pack = make(
+        checkpoint.rename(checkpoint.with_name("a-model-of-27-characters-xx")),
+        bits="q4",
+    )
+    assert len(pack.name) == 30
+    assert pack.name in run("list")[1]
 
 
 def test_list_as_json_says_where_the_checkpoint_is(run: Run, checkpoint: Path, hub: Path) -> None:

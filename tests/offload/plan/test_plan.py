@@ -398,7 +398,7 @@ def test_a_model_that_does_not_fit_is_reported_with_a_remedy(
         (["--gpu", "4090", "--ram", "x"], "is not a size"),
         (["--expert-slots", "x"], "error: 'x' is not a number of expert slots"),
         (["--expert-slots", "0"], "error: 0 expert slots: at least one is needed"),
-        (["--gpu", "4090", "--ram", "64"], "'64' is that many bytes: write the unit too"),
+        (["--gpu", "4090", "--ram", "64"], "'64' without a unit means bytes: write one"),
         (["--gpu", "4090", "--vram", "0"], "0.0 MiB allowed"),
         (["--trace", "/nowhere"], "/nowhere"),
         (["--bits", "q9"], "is not a rule for bits"),
