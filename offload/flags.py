@@ -48,8 +48,22 @@ def path(text: str) -> Path:
     return user_path(text)
 
 
+def _reader(kind: type, what: str) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {what}") from None
+
+    return read
+
+
 # By the field's type; others are text.
-PARSERS: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "Path": path}
+PARSERS: dict[str, Callable[[str], Any]] = {
+    "int": _reader(int, "a whole number"),
+    "float": _reader(float, "a number"),
+    "Path": path,
+}
 
 
 def option(usage: str, help: str, default: Any = None, **more: Any) -> Any:

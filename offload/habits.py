@@ -6,7 +6,8 @@ versions had and people still type.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from offload.lines import did_you_mean
 
@@ -57,7 +58,9 @@ SAME_FLAGS = {
     "--think=false": "--no-think",
     "--think=true": "--think",
 }
-_RESIDENT = "is not needed: as many experts as fit are resident; --expert-slots or --vram caps them"
+_RESIDENT = (
+    "is not needed: as many experts as fit are resident; --vram and --expert-slots set limits"
+)
 _ATTENTION = "is not needed: torch chooses the fastest attention for this machine"
 _MAPPED = "is not needed: a pack is mapped into memory, and --ram limits what is kept there"
 _CHAT = "is not needed: offload chat is a conversation; -st answers one prompt"
@@ -108,7 +111,7 @@ OTHER_FLAGS = {
 }
 
 
-def translated(words: Collection[str], known: Collection[str]) -> list[str]:
+def translated(words: Iterable[str], known: Mapping[str, Any]) -> list[str]:
     """The `words` after a command, with other programs' flags in our spelling.
 
     `known` are the command's flags, each with its `argparse.Action`. Raises `ValueError` for a flag

@@ -16,7 +16,7 @@ from offload.chat.markdown import code_blocks
 from offload.chat.saved import SavedChat, is_saved, listing
 from offload.errors import ChatError
 from offload.files import asked_text, user_path, write_whole
-from offload.lines import one_line
+from offload.lines import did_you_mean, one_line
 from offload.quant.errors import OffloadError
 from offload.sampling import PARAMETERS
 

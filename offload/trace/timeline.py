@@ -86,8 +86,7 @@ def _write(profiler: profile, file: Path) -> None:
     """Write the trace; an earlier file is only replaced by a whole one. Raises `OffloadError`."""
     try:
         # The profiler keeps files beside its own, and leaves out what the disk cannot hold.
-        beside = None if file.exists() and not file.is_file() else file.resolve().parent
-        with tempfile.TemporaryDirectory(dir=beside, prefix=f".{file.name}.") as folder:
+        with tempfile.TemporaryDirectory(dir=file.parent, prefix=f".{file.name}.") as folder:
             part = Path(folder, "trace.json")  # a name in .gz would be compressed
             profiler.export_chrome_trace(str(part))
             if not part.exists() or not part.read_bytes()[-16:].rstrip().endswith(b"}"):
