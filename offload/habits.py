@@ -6,14 +6,16 @@ versions had and people still type.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from offload.lines import did_you_mean
 
 # Other programs' commands -> the same here, with what follows the word.
 SAME_COMMANDS = {"run": "chat", "ls": "list", "remove": "rm", "perplexity": "ppl", "get": "pull"}
 _NO_SERVER = "there is no server yet: use offload chat, offload generate, or load() in Python"
 _MADE = "a model is made from a checkpoint: offload quantize SRC DST"
-_NOTHING_RUNS = "nothing stays loaded after a command ends, so that there is nothing to {}"
+_NOTHING_RUNS = "nothing stays loaded after a command ends, so there is nothing to {}"
 OTHER_COMMANDS = {
     "serve": _NO_SERVER,
     "server": _NO_SERVER,
@@ -56,7 +58,9 @@ SAME_FLAGS = {
     "--think=false": "--no-think",
     "--think=true": "--think",
 }
-_RESIDENT = "is not needed: as many experts as fit are resident; --expert-slots, --vram limit them"
+_RESIDENT = (
+    "is not needed: as many experts as fit are resident; --vram and --expert-slots set limits"
+)
 _ATTENTION = "is not needed: torch chooses the fastest attention for this machine"
 _MAPPED = "is not needed: a pack is mapped into memory, and --ram limits what is kept there"
 _CHAT = "is not needed: offload chat is a conversation; -st answers one prompt"
@@ -107,17 +111,12 @@ OTHER_FLAGS = {
 }
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A question for the one of `known` that was probably meant, or an empty text."""
-    close = difflib.get_close_matches(word.lower(), list(known), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
-def translated(words: Collection[str], known: Collection[str]) -> list[str]:
+def translated(words: Iterable[str], known: Mapping[str, Any]) -> list[str]:
     """The `words` after a command, with other programs' flags in our spelling.
 
-    `known` are the command's flags. Raises `ValueError` for a flag that does not exist here; the
-    message says what replaces it. argparse would read `-ngl 99` as `-n gl`.
+    `known` are the command's flags, each with its `argparse.Action`. Raises `ValueError` for a flag
+    that does not exist here; the message says what replaces it. argparse would read `-ngl 99` as
+    `-n gl`.
     """
     result: list[str] = []
     models: list[str] = []
@@ -133,8 +132,10 @@ def translated(words: Collection[str], known: Collection[str]) -> list[str]:
             models.append(value if equals else next(rest, flag))
         elif SAME_FLAGS.get(flag) in known:
             result.append(SAME_FLAGS[flag] + equals + value)
-        elif flag in OTHER_FLAGS:
-            raise ValueError(f"{flag} {OTHER_FLAGS[flag]}")
+        elif word == "--json" and "json" in (getattr(known.get("-o"), "choices", None) or ()):
+            result += ["-o", "json"]
+        elif replaced := OTHER_FLAGS.get(flag) or OTHER_FLAGS.get(flag[1:]):  # --ngl is -ngl
+            raise ValueError(f"{flag} {replaced}")
         elif flag.startswith("--") or flag[:2] not in known or not _is_number(flag[2:]):
             raise ValueError(f"there is no option {flag}{did_you_mean(flag, known)}")
         else:

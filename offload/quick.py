@@ -46,6 +46,8 @@ def import_transformers() -> None:
     """
     if "torch" in sys.modules or "transformers" in sys.modules:
         return
+    import numpy  # noqa: F401  # torch's C code would drop Ctrl-C meanwhile, and leave half of it
+
     sys.modules[DYNAMO] = _NoCompiler(DYNAMO)
     sys.meta_path.insert(0, _Compiler())
     import torch

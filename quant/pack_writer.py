@@ -84,8 +84,10 @@ class PackWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
+        lock_file = Path(self._lock.lock_file)
         with suppress(OSError):  # Windows removes no open file; who waits for it takes a new one
-            Path(self._lock.lock_file).unlink()
+            if not lock_file.stat().st_size:  # else it is somebody's own, like uv.lock
+                lock_file.unlink()
         self._lock.release()
 
     def _prepare(self) -> None:

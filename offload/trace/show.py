@@ -124,7 +124,8 @@ def replays(
         raise SourceError(str(error)) from None
     yield ""
     yield "hit: experts that were in a slot in time. kept: the hits that look-ahead had not just"
-    yield "loaded; Belady's optimum, which loads nothing early, is compared with these."
+    yield "loaded; Belady's optimum, which loads nothing early, is compared with these. They can"
+    yield "be more than 100% of it after a warm start, whose loads come before anybody asks."
 
 
 def _setups(
