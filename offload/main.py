@@ -129,7 +129,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     arguments: argparse.Namespace
     arguments, extra = parser.parse_known_args([*trail, *rest])
     if extra and (words[0] not in WITH_MESSAGE or arguments.__dict__.get("prompt") is not None):
-        command.error(f"{' '.join(extra)!r} is one word too many: leave it out, or quote a prompt")
+        quote = ", or quote a prompt" * (words[0] in WITH_MESSAGE)
+        command.error(f"{' '.join(extra)!r} is one word too many: leave it out{quote}")
     if extra:
         arguments.prompt = " ".join(extra)
     if words[0] != "trace":  # a replay follows the recorded run, not the user's defaults

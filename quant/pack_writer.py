@@ -100,14 +100,10 @@ class PackWriter:
                 (self._partial / SETTINGS).unlink(missing_ok=True)
                 self._partial.rename(self.path)
         if not is_pack(self.path):
-            raise PackError(
-                f"{self.path} exists and is not a pack: remove it or name another place"
-            )
+            raise PackError(f"{self.path} exists and is not a pack: name a new folder")
         with closing(Pack(self.path)) as pack:
             if pack.info != self.info:
-                raise PackError(
-                    f"{self.path} is a pack of something else: remove it or name another place"
-                )
+                raise PackError(f"{self.path} is a pack of something else: name a new folder")
         self.done = True
 
     def _begin(self) -> None:

@@ -107,6 +107,7 @@ def test_words_after_the_model_are_the_prompt() -> None:
 def test_a_word_too_many_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     told = refusal(capsys, *words)
     assert "'a' is one word too many" in told
+    assert ("quote a prompt" in told) == (words[0] == "chat")
     assert f"(see offload {words[0]} --help)" in told
 
 
