@@ -144,6 +144,8 @@ def test_a_flag_that_does_not_exist_here_is_answered_by_its_name(
         (["-s", "-1"], "seed", None),
         (["--stop", "x"], "reverse_prompt", ["x"]),
         (["--system", "-1"], "system_prompt", "-1"),
+        (["--max-kv-size", "64"], "context", 64),
+        (["--think=false"], "think", False),
     ],
 )
 def test_other_programs_spellings_are_taken(words: list[str], name: str, value: object) -> None:

@@ -72,8 +72,8 @@ def _from_url(text: str, rest: str) -> HubName:
 def _unknown(text: str, packs: Path | None) -> str:
     """What is wrong with a name that is neither a path here nor one of the hub's."""
     word = text.casefold()
-    if known := BY_OLLAMA.get(word):
-        return f"{text!r} is ollama's name: write {known.name}, which is {known.id} on the hub"
+    if id := BY_OLLAMA.get(word):
+        return f"{text!r} is ollama's name: write {id}"
     if _FILES.search(text) or text.startswith((".", "/", "~")) or text.count("/") > 1:
         what = "file" if _FILES.search(text) else "folder"
         return f"there is no {what} {text}{_instead(similar_path(text))}"
