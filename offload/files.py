@@ -8,7 +8,7 @@ import os
 import select
 import stat
 import sys
-from errno import ELOOP, ENAMETOOLONG
+from errno import EIO, ELOOP, ENAMETOOLONG, ENOSPC
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -250,6 +250,14 @@ def check_streams() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A character that the encoding of stdout lacks must not end an answer.
         sys.stdout.reconfigure(errors="replace")
+
+
+def came_from_stdout(error: OSError) -> bool:
+    """Whether `error` was raised because stdout cannot be written, whose rest is then discarded."""
+    # With `python -u` there is no buffer, which would fail again.
+    unbuffered = isinstance(getattr(sys.stdout, "buffer", None), io.RawIOBase)
+    nameless = error.filename is None and error.errno in (ENOSPC, EIO)
+    return sys.stdout in give_up_unwritable() or (unbuffered and nameless)
 
 
 def give_up_unwritable() -> list[TextIO]:

@@ -213,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 @_ending_in_order()
 def _run(argv: Sequence[str]) -> int:
     """`main`, without its handling of Ctrl-C. An error becomes one line on stderr."""
-    from offload.files import check_streams, give_up_unwritable
+    from offload.files import came_from_stdout, check_streams, give_up_unwritable
 
     debug = makes_file = False
     reworded, OffloadError.reworded = OffloadError.reworded, str
@@ -247,7 +247,7 @@ def _run(argv: Sequence[str]) -> int:
         if not isinstance(error, Exception) and not is_memory(error):
             raise
         text = one_line(error)
-        if isinstance(error, OSError) and sys.stdout in give_up_unwritable():
+        if isinstance(error, OSError) and came_from_stdout(error):
             text = f"cannot write to stdout: {error.strerror or error}"
         if debug:
             raise

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from offload.errors import SourceError
 from offload.model.known import BY_ID, BY_NAME, BY_OLLAMA, KNOWN, KnownModel
+from offload.quant.manifest import is_pack
 
 DEMO = "demo"
 _URL = re.compile(r"(?:https?://[^/]+|huggingface\.co|hf\.co)/(?P<rest>.+)", re.IGNORECASE)
@@ -97,7 +98,7 @@ def similar_name(text: str, packs: Path | None = None) -> str:
     if "/" in text:
         names = {id.casefold(): id for known in BY_NAME.values() for id in (known.id, *known.also)}
     else:
-        kept = [path.name for path in packs.glob("*/")] if packs else []
+        kept = [path.name for path in packs.glob("*/") if is_pack(path)] if packs else []
         names = {name.casefold(): name for name in (*kept, DEMO, *BY_NAME)}
     near = difflib.get_close_matches(text.casefold(), names, 1, cutoff=0.7)
     return names[near[0]] if near else ""

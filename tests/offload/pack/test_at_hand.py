@@ -250,6 +250,11 @@ def test_rm_removes_a_link_and_not_the_pack_that_it_leads_to(
     assert not pack.is_symlink()
 
 
+def test_a_folder_that_is_no_pack_is_not_what_was_meant(run: Run, home: Path) -> None:
+    (home / "packs" / "letters").mkdir(parents=True)
+    assert "did you mean" not in run("show", "letters")[2]
+
+
 # --- prune ---------------------------------------------------------------------------------------
 
 
