@@ -186,8 +186,8 @@ def test_bytes_loaded_are_the_bytes_copied_even_after_ctrl_c(
     copy = HostTransfer._copy
 
     def copying(transfer: HostTransfer, ticket: HostTicket) -> None:
+        copied.append((ticket.layer, ticket.expert))  # first: whoever waits goes on when it is done
         copy(transfer, ticket)
-        copied.append((ticket.layer, ticket.expert))
 
     monkeypatch.setattr(HostTransfer, "_copy", copying)
     _logits(model)

@@ -308,7 +308,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": "a.png"}}
         ({"prompt": "a", "tools": {"name": "f"}}, '"tools" must be a list'),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]},
-            "write a text",
+            'write "a text"',
         ),
         ({"prompt": "a", "chat_template_kwargs": {"messages": 1}}, "'messages' cannot be given"),
         ({"prompt": "a", "chat_template_kwargs": {"tokenize": True}}, "'tokenize' cannot be given"),
