@@ -230,15 +230,22 @@ def test_ctrl_c_at_the_prompt_says_how_to_leave(chat: Chat, terminal: Terminal) 
     assert text.endswith("yes\n\n")
 
 
-def test_ctrl_c_stops_the_answer_and_keeps_the_chat(
-    chat: Chat, terminal: Terminal, script: Script
-) -> None:
+def _interrupt_at(terminal: Terminal, *texts: str) -> None:
+    """Press Ctrl-C whenever one of `texts` is written, until the last of them was."""
+
     def interrupt(text: str) -> None:
-        if text == "l":
-            terminal.on_write = lambda text: None
+        if text in texts:
+            if text == texts[-1]:
+                terminal.on_write = lambda text: None
             raise KeyboardInterrupt
 
     terminal.on_write = interrupt
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_the_chat(
+    chat: Chat, terminal: Terminal, script: Script
+) -> None:
+    _interrupt_at(terminal, "l")
     script.say("a long answer")
     text = _converse(chat, terminal, "one", "two")
     assert text.startswith("a l\n(stopped)\n")
@@ -253,14 +260,7 @@ def test_ctrl_c_twice_keeps_the_answer_and_the_chat(
     shown: str, chat: Chat, terminal: Terminal, script: Script
 ) -> None:
     """The second one comes while the end of the answer is shown, or the words after the first."""
-
-    def interrupt(text: str) -> None:
-        if text in ("l", "\n", shown):
-            if text == shown:
-                terminal.on_write = lambda text: None
-            raise KeyboardInterrupt
-
-    terminal.on_write = interrupt
+    _interrupt_at(terminal, "l", "\n", shown)
     script.say("a long answer")
     text = _converse(chat, terminal, "one", "two")
     assert text.endswith("a long answer\n\n")
