@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import shtab
 
+from offload.flags import path
 from offload.options import ENGINES, POLICIES
 from offload.pack.recipe import FIT, PRESETS
 
@@ -31,7 +31,7 @@ def _complete(parser: argparse.ArgumentParser) -> None:
         if isinstance(action, argparse._SubParsersAction):
             for command in action.choices.values():
                 _complete(command)
-        elif action.type is Path or action.dest in FILES:
+        elif action.type is path or action.dest in FILES:
             action.complete = shtab.FILE  # type: ignore[attr-defined]
         elif action.dest in CHOICES and action.nargs != 0:
             action.choices = CHOICES[action.dest]

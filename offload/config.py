@@ -1,7 +1,8 @@
 """Values of options that the user keeps in a file or in the environment.
 
-A flag goes before the environment (`OFFLOAD_CTX_SIZE`), the environment before the file's table of
-the model (`[models."NAME"]`), that before the rest of the file, and all before the built-in value.
+If an option has several values, the first of these counts: its flag, its variable in the
+environment (`OFFLOAD_CTX_SIZE`), the file's table of the model (`[models."NAME"]`), the rest of the
+file, the built-in value.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from offload.errors import SourceError
-from offload.files import short, user_path
+from offload.files import read_text, short
 from offload.flags import is_switch, options_of
-from offload.habits import did_you_mean
+from offload.lines import did_you_mean
 from offload.options import BITS, AnswerOptions, LoadOptions, SharedOptions
 from offload.pack.recipe import AskedBits
 from offload.quant.errors import OffloadError
@@ -41,7 +42,9 @@ TRUTH |= {"0": False, "false": False, "no": False, "off": False}
 
 def config_file() -> Path:
     """`$XDG_CONFIG_HOME/offload/config.toml`, by default in `~/.config`."""
-    return user_path(os.environ.get("XDG_CONFIG_HOME") or "~/.config") / "offload" / "config.toml"
+    # Unlike `Path.expanduser`, this leaves `~` alone where the home is unknown: there is no file.
+    folder = os.path.expanduser(os.environ.get("XDG_CONFIG_HOME") or "~/.config")  # noqa: PTH111
+    return Path(folder, "offload", "config.toml")
 
 
 def fill_in(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -83,11 +86,13 @@ def _file(model: str | None) -> Iterator[tuple[str, str, Any]]:
     """Place, option and value of each line of the file, those for `model` first."""
     file = config_file()
     try:
-        table = tomllib.loads(file.read_text(encoding="utf-8"))
+        with file.open(encoding="utf-8-sig") as handle:
+            table = tomllib.loads(read_text(handle, short(file)))
     except (FileNotFoundError, NotADirectoryError):
         return
-    except (OSError, ValueError) as error:
-        raise SourceError(f"{short(file)} cannot be read: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise SourceError(f"{short(file)} cannot be read: {why}") from None
     models = table.pop("models", {})
     if not isinstance(models, dict) or not all(isinstance(own, dict) for own in models.values()):
         raise OffloadError(f'{short(file)}: models: write a table for each, like [models."demo"]')
@@ -102,7 +107,9 @@ def _entries(where: str, table: Mapping[str, Any]) -> Iterator[tuple[str, str, A
     for word, value in table.items():
         name = NAMES.get(word.replace("-", "_"))
         if name is None:
-            raise OffloadError(f"{where}: there is no option {word!r}{did_you_mean(word, NAMES)}")
+            raise OffloadError(
+                f"{where}: there is no option {word!r}{did_you_mean(word, [*NAMES, 'models'])}"
+            )
         yield f"{where}, {word}", name, value
 
 
@@ -115,7 +122,7 @@ def _value(action: argparse.Action, value: Any) -> Any:
         truth = TRUTH[str(value).lower()]
         return parse("on" if truth else "off") if action.type else truth  # bench takes a list
     if isinstance(value, dict | bool):
-        raise OffloadError(f"{value!r} is not a value of this option")
+        raise ValueError
     if isinstance(action, argparse._AppendAction):
         return [parse(str(each)) for each in (value if isinstance(value, list) else [value])]
     return parse(",".join(map(str, value)) if isinstance(value, list) else str(value))

@@ -8,7 +8,7 @@ import os
 import select
 import stat
 import sys
-from errno import EISDIR, ELOOP, ENAMETOOLONG
+from errno import EIO, ELOOP, ENAMETOOLONG, ENOSPC
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -45,7 +45,7 @@ def read_text(file: TextIO, name: str) -> str:
 def asked_text(file: Path | None, what: str) -> str:
     """The text in `file`, or on stdin if that is None; messages call it the `what`.
 
-    Raises `OffloadError`.
+    Raises `SourceError`.
     """
     if file is None:
         return read_text(sys.stdin, f"the piped {what}")
@@ -54,7 +54,7 @@ def asked_text(file: Path | None, what: str) -> str:
             return read_text(handle, f"the {what} in {file}")
     except OSError as error:
         reason = error.strerror or error
-        raise OffloadError(f"cannot read the {what} from {file}: {reason}") from None
+        raise SourceError(f"cannot read the {what} from {file}: {reason}") from None
 
 
 def has_piped() -> bool:
@@ -110,18 +110,16 @@ def check_readable(file: str | Path | None) -> None:
 def check_output(file: str | Path | None, kind: str) -> None:
     """Check that `file`, unless it is None, can become a `kind` of file, without changing anything.
 
-    Raises `OffloadError` if it cannot be written, or if it holds anything but an earlier file of
-    the same kind, of which `MARKS` lists all. Devices and pipes are not looked into.
+    Raises `OffloadError` if it cannot be written, or if it is anything but an earlier file of the
+    same kind, of which `MARKS` lists all.
     """
     if file is None:
         return
     path = user_path(file)
     try:
-        if path.is_dir():
-            raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
         exists = path.exists()
-        if exists and not path.is_file():
-            return
+        if exists and not path.is_file():  # a folder, a device or a pipe
+            raise OffloadError(f"{file} is not a file: name one for the {kind}")
         with path.open("ab"):
             pass
         if not exists:
@@ -132,8 +130,12 @@ def check_output(file: str | Path | None, kind: str) -> None:
                 "away"
             )
     except OSError as error:
-        reason = error.strerror or error
-        raise OffloadError(f"cannot write the {kind} to {file} ({reason}): name another") from None
+        raise _unwritable(file, kind, error) from None
+
+
+def _unwritable(file: str | Path, kind: str, error: OSError) -> OffloadError:
+    reason = error.strerror or error
+    return OffloadError(f"cannot write the {kind} to {file} ({reason}): name another file")
 
 
 def _ends_of(file: Path) -> bytes:
@@ -148,6 +150,16 @@ def tell_replaced(file: Path, kind: str) -> None:
     """Log that `file` is about to be replaced, if there is something in it."""
     if file.is_file() and file.stat().st_size:
         logger.warning("the earlier %s in %s is replaced", kind, file)
+
+
+def write_output(file: Path, kind: str, data: bytes) -> None:
+    """Replace `file`, which passed `check_output`, by `data` in one step. Raises `OffloadError`."""
+    path = user_path(file).resolve()
+    tell_replaced(path, kind)
+    try:
+        write_whole(path, data)
+    except OSError as error:
+        raise _unwritable(file, kind, error) from None
 
 
 def write_whole(file: Path, data: bytes) -> None:
@@ -183,7 +195,7 @@ def existing(folder: Path) -> Path:
 
 def short(path: Path) -> str:
     """`path` as people write it, with `~` for the home folder."""
-    home = Path.home()
+    home = os.path.expanduser("~")  # noqa: PTH111  # `Path.home` fails where it is unknown
     return str(Path("~", path.relative_to(home)) if path.is_relative_to(home) else path)
 
 
@@ -238,6 +250,14 @@ def check_streams() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A character that the encoding of stdout lacks must not end an answer.
         sys.stdout.reconfigure(errors="replace")
+
+
+def came_from_stdout(error: OSError) -> bool:
+    """Whether `error` was raised because stdout cannot be written, whose rest is then discarded."""
+    # With `python -u` there is no buffer, which would fail again.
+    unbuffered = isinstance(getattr(sys.stdout, "buffer", None), io.RawIOBase)
+    nameless = error.filename is None and error.errno in (ENOSPC, EIO)
+    return sys.stdout in give_up_unwritable() or (unbuffered and nameless)
 
 
 def give_up_unwritable() -> list[TextIO]:

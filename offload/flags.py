@@ -41,7 +41,29 @@ class Spelling:
         return words[-1] if len(words) > len(self.flags) else None
 
 
-PARSERS = {"int": int, "float": float, "Path": Path}  # by the field's type; others are text
+def path(text: str) -> Path:
+    """An argparse type: a path, with the home folder for `~`."""
+    from offload.files import user_path  # imported here because `offload.main` imports this file
+
+    return user_path(text)
+
+
+def _reader(kind: type, what: str) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not {what}") from None
+
+    return read
+
+
+# By the field's type; others are text.
+PARSERS: dict[str, Callable[[str], Any]] = {
+    "int": _reader(int, "a whole number"),
+    "float": _reader(float, "a number"),
+    "Path": path,
+}
 
 
 def option(usage: str, help: str, default: Any = None, **more: Any) -> Any:
@@ -60,7 +82,7 @@ def parser_of(each: Field[Any]) -> Callable[[str], Any]:
     return parse or PARSERS.get(str(each.type).removesuffix(" | None"), str)
 
 
-# Parts of fields' types, as words; `_is_a` tells which values are of them.
+# What messages call the types of fields; `_is_a` tells which values are of a type.
 KINDS = {
     "int": "a whole number",
     "float": "a share like 0.25",
@@ -74,7 +96,7 @@ KINDS = {
 
 
 def _is_a(value: object, kind: str) -> bool:
-    """Whether `value` is of a part of a field's type. torch's types are known by name."""
+    """Whether `value` is of the type `kind` of `KINDS`. torch's types are known by name."""
     if kind in ("int", "float"):
         return isinstance(value, Integral if kind == "int" else Real) and not _is_a(value, "bool")
     if kind == "Sequence":

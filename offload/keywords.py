@@ -1,4 +1,4 @@
-"""Options as they are written in Python: near misses are told, and messages name no flags."""
+"""Keywords of Python: a wrong one gets a hint, and messages name keywords instead of flags."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Text from models, files and errors, made fit for a terminal."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from offload.errors import NO_MEMORY
 from offload.quant.errors import OffloadError
@@ -14,6 +14,40 @@ _SHOWN |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
 def printable(text: str) -> str:
     """`text` with symbols for control characters (U+241B for ESC); tabs and newlines stay."""
     return text.translate(_SHOWN)
+
+
+THINKING, THOUGHT = "Thinking...", "...done thinking."  # ollama's words
+Write = Callable[[str], None]
+
+
+class Speaker:
+    """Writes an answer as plain text while it arrives, with words around the thoughts in it."""
+
+    def __init__(self, write: Write, aside: Write | None = None, *, safe: bool = True) -> None:
+        """`aside` writes thoughts; by default `write` does. `safe`: make control characters visible
+        that a terminal would obey."""
+        self.thoughts = True  # whether thoughts are shown
+        self.write = write  # writes text that is not part of an answer, unchanged
+        self._aside = aside or write
+        self._shown = printable if safe else str
+        self._thinking = False
+
+    def show(self, piece: tuple[str, bool]) -> None:
+        """Show the next piece of the answer: its text, and whether it is a thought."""
+        text, thought = piece
+        if self.thoughts or not thought:
+            self._turn(thought)
+            (self._aside if thought else self.write)(self._shown(text))
+
+    def finish(self) -> None:
+        """End the answer, which may have been interrupted at any point, and show all of it."""
+        self._turn(False)
+        self.write("\n")
+
+    def _turn(self, thought: bool) -> None:
+        if thought != self._thinking:
+            self._aside(f"{THINKING}\n" if thought else f"\n{THOUGHT}\n\n")
+            self._thinking = thought
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -9,7 +9,6 @@ import os
 import weakref
 from copy import deepcopy
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, Unpack
 
 import torch
@@ -35,7 +34,7 @@ from offload.files import TRACE, check_output
 from offload.fit import Card, Fit
 from offload.generation.rope import follow_length
 from offload.keywords import check_names, speak_python
-from offload.machine.limits import check_ram
+from offload.machine.memory import check_ram
 from offload.machine.threads import Threads
 from offload.model import sources
 from offload.model.demo import NOTE
@@ -81,12 +80,7 @@ class Loaded(NamedTuple):
     def __enter__(self) -> "Loaded":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.model.offload.close()
 
 

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 
 from offload.errors import DONE, FAILED, INTERRUPTED, USAGE
 from offload.flags import add_command
-from offload.lines import is_memory, one_line, shortened
+from offload.lines import did_you_mean, is_memory, one_line, shortened
 from offload.quant.errors import OffloadError
 from offload.version import __version__
 
@@ -29,30 +29,24 @@ COMMANDS = {
     "chat": ("offload.chat.command", "talk to a model"),
     "generate": ("offload.generation.command", "answer a prompt, or a file of prompts"),
     "bench": ("offload.bench.command", "measure tokens per second"),
-    "plan": (
-        "offload.plan.command",
-        "estimate fit and speed before downloading",
-    ),
+    "plan": ("offload.plan.command", "estimate fit and speed before downloading"),
     "pull": ("offload.model.command", "fetch a model from the hub, if it fits on this machine"),
     "doctor": (
         "offload.machine.command",
-        "check this machine: versions, speeds, what is slow and how to fix it",
+        "check this machine: what is slow and how to fix it",
     ),
     "quantize": ("offload.pack.command", "quantise a model into a folder (a pack) for later use"),
-    "list": (
-        "offload.pack.command:ListCommand",
-        "list the models on this machine",
-    ),
+    "list": ("offload.pack.command:ListCommand", "list the models on this machine"),
     "show": ("offload.pack.command:ShowCommand", "show what a model is made of"),
     "rm": ("offload.pack.command:RemoveCommand", "remove a pack or a downloaded model"),
     "prune": (
         "offload.pack.command:PruneCommand",
-        "remove unfinished packs, and packs whose checkpoint has changed",
+        "remove unfinished and outdated packs",
     ),
     "ppl": ("offload.quality.command:PerplexityCommand", "measure the perplexity of a text"),
     "check": (
         "offload.quality.command:CheckCommand",
-        "compare a model with a reference: KL divergence, top-1 agreement, perplexity",
+        "compare a model's predictions with a reference's",
     ),
     "trace": ("offload.trace.command", "show, replay or draw a recorded run"),
 }
@@ -90,6 +84,7 @@ def build_parser(wanted: Container[str] = COMMANDS) -> Parser:
     parser = Parser(
         prog="offload",
         description="Run Mixture-of-Experts models larger than your GPU or RAM.",
+        epilog="offload COMMAND --help shows a command's options. To begin: offload chat demo",
     )
     parser.add_argument("--version", action="version", version=f"offload {__version__}")
     parser.add_argument(
@@ -134,35 +129,36 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     arguments: argparse.Namespace
     arguments, extra = parser.parse_known_args([*trail, *rest])
     if extra and (words[0] not in WITH_MESSAGE or arguments.__dict__.get("prompt") is not None):
-        command.error(f"{' '.join(extra)!r} is one word too many: leave it out, or quote a prompt")
+        quote = ", or quote a prompt" * (words[0] in WITH_MESSAGE)
+        command.error(f"{' '.join(extra)!r} is one word too many: leave it out{quote}")
     if extra:
         arguments.prompt = " ".join(extra)
-    from offload.config import fill_in
+    if words[0] != "trace":  # a replay follows the recorded run, not the user's defaults
+        from offload.config import fill_in
 
-    fill_in(arguments, command)
+        fill_in(arguments, command)
     return arguments
 
 
 def _command_first(argv: Sequence[str]) -> list[str]:
     """The words of `argv`, with the command's name as it is called here."""
-    from offload.habits import OTHER_COMMANDS, SAME_COMMANDS, did_you_mean
+    from offload.habits import OTHER_COMMANDS, SAME_COMMANDS
 
     first, *rest = argv or [""]
     if first == "help":
         return [*_command_first(rest), "--help"]
     if first == "version":
         return ["--version"]
-    same = {word: name for word, name in SAME_COMMANDS.items() if name in COMMANDS}
     if not first or first.startswith("-") or first in COMMANDS:
         return list(argv)
-    if first in same:
-        return [same[first], *rest]
+    if first in SAME_COMMANDS:
+        return [SAME_COMMANDS[first], *rest]
     if first in OTHER_COMMANDS:
         hint = f"offload {first}: {OTHER_COMMANDS[first]}"
     elif first == "demo" or Path(first).exists():
         hint = f"there is no command {first} (did you mean offload chat {first}?)"
     else:
-        hint = f"there is no command {first}{did_you_mean(first, (*COMMANDS, *same))}"
+        hint = f"there is no command {first}{did_you_mean(first, (*COMMANDS, *SAME_COMMANDS))}"
     Parser(prog="offload").error(hint)
 
 
@@ -217,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 @_ending_in_order()
 def _run(argv: Sequence[str]) -> int:
     """`main`, without its handling of Ctrl-C. An error becomes one line on stderr."""
-    from offload.files import check_streams, give_up_unwritable
+    from offload.files import came_from_stdout, check_streams, give_up_unwritable
 
     debug = makes_file = False
     reworded, OffloadError.reworded = OffloadError.reworded, str
@@ -251,7 +247,7 @@ def _run(argv: Sequence[str]) -> int:
         if not isinstance(error, Exception) and not is_memory(error):
             raise
         text = one_line(error)
-        if isinstance(error, OSError) and sys.stdout in give_up_unwritable():
+        if isinstance(error, OSError) and came_from_stdout(error):
             text = f"cannot write to stdout: {error.strerror or error}"
         if debug:
             raise

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from offload.errors import BudgetError, OptionError, UnsupportedModelError
-from offload.flags import check_values, described, option
+from offload.flags import check_values, described, option, path
 from offload.units import (
     MOST,
     SHARE,
@@ -132,7 +132,7 @@ class LoadOptions:
     trace: str | Path | None = _memory(
         "--trace FILE",
         "record in FILE which experts the routers choose (see offload trace)",
-        parse=Path,
+        parse=path,
     )
     pack_dir: str | Path | None = _memory(
         "--pack-dir DIR", "folder that packs are kept in", unset="$OFFLOAD_HOME/packs"

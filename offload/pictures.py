@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offload.errors import SourceError
-from offload.files import PICTURE, check_output, tell_replaced, user_path, write_whole
+from offload.files import PICTURE, check_output, write_output
 from offload.quant.errors import OffloadError
 
 if TYPE_CHECKING:
@@ -26,10 +26,7 @@ def check_picture(file: Path | None, flag: str) -> None:
     if file is None:
         return
     if file.suffix.lower() not in ENDINGS:
-        raise SourceError(
-            f"{file} has no ending that a picture can have: end the name in "
-            f"{', '.join(list(ENDINGS)[:-1])} or {list(ENDINGS)[-1]}"
-        )
+        raise SourceError(f"{file} is no picture's name: end it in .png, .svg or .pdf")
     if importlib.util.find_spec("matplotlib") is None:
         raise OffloadError(f"{flag} needs matplotlib: pip install matplotlib, or leave {flag} out")
     check_output(file, PICTURE)
@@ -39,11 +36,4 @@ def save_figure(figure: Figure, file: Path) -> None:
     """Write `figure` to `file`, in the format that its ending names. Raises `OffloadError`."""
     ending, drawn = file.suffix.lower(), io.BytesIO()
     figure.savefig(drawn, format=ending[1:], metadata={ENDINGS[ending]: "drawn by moe-offload"})
-    path = user_path(file).resolve()
-    tell_replaced(path, PICTURE)
-    try:
-        write_whole(path, drawn.getvalue())
-    except OSError as error:
-        raise OffloadError(
-            f"cannot write {file} ({error.strerror or error}): name another file"
-        ) from None
+    write_output(file, PICTURE, drawn.getvalue())

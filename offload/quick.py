@@ -46,6 +46,8 @@ def import_transformers() -> None:
     """
     if "torch" in sys.modules or "transformers" in sys.modules:
         return
+    import numpy  # noqa: F401  # torch's C code would drop Ctrl-C meanwhile, and leave half of it
+
     sys.modules[DYNAMO] = _NoCompiler(DYNAMO)
     sys.meta_path.insert(0, _Compiler())
     import torch
@@ -66,6 +68,7 @@ class _NoCompiler(ModuleType):
 
     __path__: list[str] = []  # noqa: RUF012
     disable = assume_constant_result = allow_in_graph = staticmethod(_undecorated)
+    mark_static_address = staticmethod(_undecorated)  # transformers marks recurrent states
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # whoever looks at all modules, as `inspect` does

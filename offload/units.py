@@ -72,7 +72,7 @@ def parse_sizes(vram: str | int | None, cards: int) -> list[int | None]:
 def check_size(given: str | int | None) -> None:
     """Raise `BudgetError` for a number without a unit that cannot be meant as bytes."""
     if str(given).isdecimal() and 0 < float(given or 0) < LEAST_BYTES:
-        raise BudgetError(f"{given!r} is that many bytes: write the unit too, like '20GiB'")
+        raise BudgetError(f"{given!r} without a unit means bytes: write one, like '20GiB'")
 
 
 def parse_slots(given: float | str | None, total: int) -> int | None:
@@ -117,7 +117,7 @@ def between(least: int, most: int) -> Callable[[str], int]:
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number") from None
         if value < least:
-            raise argparse.ArgumentTypeError(f"{value} is not at least {least}")
+            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
         if value > most:
             raise argparse.ArgumentTypeError(f"{text[:40]} is more than {most}")
         return value

@@ -84,8 +84,10 @@ class PackWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
+        lock_file = Path(self._lock.lock_file)
         with suppress(OSError):  # Windows removes no open file; who waits for it takes a new one
-            Path(self._lock.lock_file).unlink()
+            if not lock_file.stat().st_size:  # else it is somebody's own, like uv.lock
+                lock_file.unlink()
         self._lock.release()
 
     def _prepare(self) -> None:
@@ -98,14 +100,10 @@ class PackWriter:
                 (self._partial / SETTINGS).unlink(missing_ok=True)
                 self._partial.rename(self.path)
         if not is_pack(self.path):
-            raise PackError(
-                f"{self.path} exists and is not a pack: remove it or name another place"
-            )
+            raise PackError(f"{self.path} exists and is not a pack: name a new folder")
         with closing(Pack(self.path)) as pack:
             if pack.info != self.info:
-                raise PackError(
-                    f"{self.path} is a pack of something else: remove it or name another place"
-                )
+                raise PackError(f"{self.path} is a pack of something else: name a new folder")
         self.done = True
 
     def _begin(self) -> None:

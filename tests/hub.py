@@ -30,6 +30,8 @@ class StandIn:
     gated: set[str] = field(default_factory=set)
     # File -> bytes after which the connection is lost, in one answer after the other.
     break_after: dict[str, list[int]] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)  # file -> size that the listing claims
+    status: dict[str, int] = field(default_factory=dict)  # file, or "api" -> status of the answer
     asked: list[str] = field(default_factory=list)  # METHOD path [first byte]
 
     def fetched(self) -> set[str]:
@@ -75,6 +77,8 @@ def _handler(hub: StandIn) -> type[BaseHTTPRequestHandler]:
                 return self.refuse(404, "RepoNotFound")
             if id in hub.gated:
                 return self.refuse(403, "GatedRepo")
+            if status := hub.status.get("api" if words[0] == "api" else words[-1]):
+                return self.refuse(status, "")
             if words[0] == "api":
                 return self.describe(id, words[5] if len(words) > 5 else "main")
             file = hub.folders[id] / "/".join(words[4:])
@@ -90,7 +94,7 @@ def _handler(hub: StandIn) -> type[BaseHTTPRequestHandler]:
                 if file.is_file():
                     path = file.relative_to(folder).as_posix()
                     about: dict[str, Any] = {"rfilename": path, "blobId": _etag(file)}
-                    about["size"] = size = file.stat().st_size
+                    about["size"] = size = hub.sizes.get(path, file.stat().st_size)
                     if file.suffix in LARGE:
                         about["lfs"] = {"sha256": _etag(file), "size": size, "pointerSize": 100}
                     siblings.append(about)

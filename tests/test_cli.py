@@ -243,7 +243,7 @@ def test_a_single_turn_chat_answers_and_leaves(
     done = run("chat", mixtral_pack, "--single-turn", "-p", "Why?", "--expert-slots", "25%")
     assert done.code == 0
     assert done.out.startswith(ANSWER + "\n")
-    assert done.err.startswith("6 of 24 experts in memory (25%). /? for help")
+    assert done.err.startswith("6 of 24 experts in memory (25%)\n")
 
 
 def test_ctrl_c_in_a_single_turn_is_exit_code_130(
@@ -256,6 +256,7 @@ def test_ctrl_c_in_a_single_turn_is_exit_code_130(
     script.say("abcdef")
     script.at = interrupt
     done = run("chat", mixtral_pack, "-st", "-p", "a")
+    assert "24 of 24 experts in memory (100%)\n" in done.err
     assert done.code == 130
     assert (done.out, "(stopped)\n" in done.err) == ("ab\n", True)
 

@@ -79,8 +79,9 @@ def cli_parser(command: str) -> Any:
 
 
 WRONG = {
+    "[model.demo]\ntemp = 1": "there is no option 'model' (did you mean models?)",
     "ctxsize = 3": "there is no option 'ctxsize' (did you mean ctx_size?)",
-    "n_predict = -5": "n_predict: -5 is not at least -1",
+    "n_predict = -5": "n_predict: -5 is less than -1",
     "ctx_size = 4.5": "ctx_size: '4.5' is not a whole number",
     "ram = true": "ram: True is not a value of this option",
     "vram = { a = 1 }": "vram: {'a': 1} is not a value of this option",
@@ -88,14 +89,15 @@ WRONG = {
     'policy = "mru"': "policy: there is no policy 'mru'",
     'bits = "q9"': "bits: 'q9' is not a rule for bits",
     "top_p = 7": "top_p: top_p is 7.0: it must be above 0, at most 1",
-    'temp = "hot"': "temp: 'hot' is not a value of this option",
+    'temp = "hot"': "temp: 'hot' is not a number",
     'verbose = "perhaps"': "verbose: 'perhaps' is neither true nor false",
     "[models]\ndemo = 3": "models: write a table for each",
     "models = 3": "models: write a table for each",
     "[models.demo]\nctxsize = 3": "models.\"demo\": there is no option 'ctxsize'",
     "[models.other]\nctxsize = 3": "models.\"other\": there is no option 'ctxsize'",
-    "[models.demo]\nctx_size = -1": 'models."demo", ctx_size: -1 is not at least 0',
+    "[models.demo]\nctx_size = -1": 'models."demo", ctx_size: -1 is less than 0',
     "x": "cannot be read: ",
+    "x = " + 10**5 * "[": "cannot be read: ",
 }
 
 
@@ -109,6 +111,31 @@ def test_what_is_wrong_in_the_file_is_told_with_its_place(
     assert told.startswith(f"offload: error: {config}")
     assert WRONG[text] in told
     assert told.count("\n") == 1
+
+
+def test_a_file_that_is_none_is_told(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config.mkdir()
+    assert cli.main(["chat", "demo"]) == 1
+    assert capsys.readouterr().err.endswith(f"{config} cannot be read: Is a directory\n")
+    config.rmdir()
+    config.symlink_to("/dev/zero")  # it never ends
+    assert cli.main(["chat", "demo"]) == 1
+    assert "more than" in capsys.readouterr().err
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(config: Path) -> None:
+    config.write_text("ctx_size = 7", encoding="utf-8-sig")
+    assert asked("chat", "demo")["context"] == 7
+
+
+def test_without_a_home_there_is_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container, whose user may have no name."""
+    monkeypatch.delenv("XDG_CONFIG_HOME")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    assert asked("chat", "demo")["model"] == "demo"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "~/.cache/huggingface/hub")
+    assert cli.main(["list"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -153,6 +180,13 @@ def test_lists_in_the_file_are_lists_of_the_command_line(config: Path) -> None:
     config.write_text('reverse_prompt = ["a", "b"]\nexpert_slots = "25%"\n')
     assert asked("chat", "demo")["reverse_prompt"] == ["a", "b"]
     assert asked("bench", "demo")["expert_slots"] == ["25%"]
+
+
+def test_a_replay_follows_the_recorded_run(config: Path) -> None:
+    config.write_text('lookahead = false\npolicy = "lru"\nexpert_slots = "50%"\n')
+    for action in ("replay", "plot"):
+        given = asked("trace", action, "run.trace")
+        assert not given.keys() & {"lookahead", "policy", "expert_slots"}
 
 
 def test_a_default_of_a_command_itself_stays(config: Path) -> None:

@@ -107,6 +107,7 @@ def test_words_after_the_model_are_the_prompt() -> None:
 def test_a_word_too_many_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     told = refusal(capsys, *words)
     assert "'a' is one word too many" in told
+    assert ("quote a prompt" in told) == (words[0] == "chat")
     assert f"(see offload {words[0]} --help)" in told
 
 
@@ -144,10 +145,33 @@ def test_a_flag_that_does_not_exist_here_is_answered_by_its_name(
         (["-s", "-1"], "seed", None),
         (["--stop", "x"], "reverse_prompt", ["x"]),
         (["--system", "-1"], "system_prompt", "-1"),
+        (["--max-kv-size", "64"], "context", 64),
+        (["--think=false"], "think", False),
     ],
 )
 def test_other_programs_spellings_are_taken(words: list[str], name: str, value: object) -> None:
     assert vars(parse(["chat", "demo", *words]))[name] == value
+
+
+def test_json_may_be_asked_for_by_a_switch(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["list"], ["show", "demo"], ["plan", "demo"], ["bench", "demo"]):
+        assert parse([*command, "--json"]).output == "json"
+    assert "there is no option --json" in refusal(capsys, "generate", "demo", "--json")
+
+
+def test_what_is_no_number_is_refused_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "'hot' is not a number" in refusal(capsys, "chat", "demo", "--temp", "hot")
+    assert "'1.5' is not a whole number" in refusal(capsys, "chat", "demo", "--top-k", "1.5")
+
+
+def test_the_list_of_commands_fits_on_a_screen(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main([]) == 2
+    shown = capsys.readouterr().err.splitlines()[-22:]
+    assert {line.split()[0] for line in shown if line.startswith("    ")} >= COMMANDS.keys()
+    assert shown[-1].endswith("To begin: offload chat demo")
 
 
 @pytest.mark.parametrize("flag", ["-m", "--model", "-hf", "--hf-repo"])
@@ -162,6 +186,7 @@ def test_a_model_may_be_given_by_a_flag(flag: str, command: str) -> None:
     [
         ("--ctx", "there is no option --ctx (did you mean --ctx-size?)"),
         ("--n-pred=5", "there is no option --n-pred (did you mean --n-predict?)"),
+        ("--ngl=9", "--ngl is not needed: as many experts as fit are resident"),
         ("-foo", "there is no option -foo"),
         ("-px", "there is no option -px"),
     ],
@@ -178,7 +203,7 @@ def test_what_follows_two_dashes_is_no_flag() -> None:
 
 @pytest.mark.parametrize("flag", ["-n", "-s"])
 def test_a_number_out_of_range_is_refused(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "-5 is not at least -1" in refusal(capsys, "chat", "demo", flag, "-5")
+    assert "-5 is less than -1" in refusal(capsys, "chat", "demo", flag, "-5")
 
 
 def test_several_numbers_of_threads_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -280,8 +305,10 @@ def test_what_is_left_out_is_there_when_it_is_asked_for(asked: str) -> None:
         "from offload.quick import import_transformers\n"
         "import_transformers()\n"
         f"assert not [name for name in sys.modules if name.startswith('hqq')]\n"
-        f"importlib.import_module({asked!r})\n"
         "import torch\n"
+        "torch._dynamo.mark_static_address(torch.ones(1))  # as a cache of recurrent states does\n"
+        "assert 'torch._dynamo.eval_frame' not in sys.modules\n"
+        f"importlib.import_module({asked!r})\n"
         "print(torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)).item())\n"
     )
     done = subprocess.run(
@@ -289,6 +316,22 @@ def test_what_is_left_out_is_there_when_it_is_asked_for(asked: str) -> None:
         cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "2.0\n"), done.stderr
+
+
+def test_ctrl_c_while_numpy_is_imported_is_not_lost() -> None:
+    code = (
+        "import sys\n"
+        "class Press:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'numpy.lib':\n"
+        "            sys.meta_path.remove(self)\n"
+        "            raise KeyboardInterrupt\n"
+        "from offload.quick import import_transformers\n"
+        "sys.meta_path.insert(0, Press())\n"
+        "import_transformers()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == "KeyboardInterrupt"
 
 
 def test_load_leaves_hqq_out_and_torchs_compiler_to_the_program() -> None:

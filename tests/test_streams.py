@@ -60,9 +60,10 @@ def test_a_full_stdout_is_an_error() -> None:
 
 def test_an_answer_into_a_full_disk_is_told(mixtral_pack: Path) -> None:
     arguments = ("generate", mixtral_pack, "-p", "hi", "-n", "4")
-    code, _, errors = _shell('"$@" >/dev/full', *arguments)
-    assert code == 1
-    assert "cannot write to stdout: No space left" in _one_error(errors)
+    for shell in ('"$@" >/dev/full', 'PYTHONUNBUFFERED=1 "$@" >/dev/full'):
+        code, _, errors = _shell(shell, *arguments)
+        assert code == 1
+        assert "cannot write to stdout: No space left" in _one_error(errors)
 
 
 PYTHON_ANSWERS = """

@@ -94,6 +94,7 @@ def _numbers(experts: int, cell: int) -> str:
 
 def as_html(heat: HeatMap) -> str:
     """A table for notebooks: a row for each layer, a cell for each expert, and a legend."""
+    rates = ["" if rate is None else f"{rate:.1%} hits" for rate in heat.hit_rates]
     rows = "".join(
         f"<tr><th>{layer}</th>"
         + "".join(
@@ -101,13 +102,13 @@ def as_html(heat: HeatMap) -> str:
             f'min-width:.7em;padding:0" title="layer {layer}, expert {e}">&nbsp;</td>'
             for e, is_in in enumerate(experts)
         )
-        + f"<td>{heat.hit_rates[layer]:.1%} hits</td></tr>"
+        + f"<td>{rates[layer]}</td></tr>"
         for layer, experts in enumerate(heat.resident)
     )
     resident, total = sum(map(sum, heat.resident)), sum(map(len, heat.resident))
     return (
-        f"<table>{rows}</table><p>{resident} of {total} experts resident (green); others grey to "
-        "red; the brighter, the more a layer asked for the expert.</p>"
+        f"<table>{rows}</table><p>{resident} of {total} experts in memory (green), the others grey "
+        "to red; the brighter, the more a layer asked for the expert.</p>"
     )
 
 

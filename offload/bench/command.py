@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offload.errors import DONE
-from offload.files import TIMELINE, TRACE, check_output, check_readable
+from offload.files import TIMELINE, check_output, check_readable
 from offload.flags import (
     add_model,
     add_options,
@@ -160,7 +160,6 @@ def run(arguments: argparse.Namespace) -> int:
     asked, shared = options_from(arguments, BenchOptions), options_from(arguments, SharedOptions)
     settings = combinations(arguments)
     check_picture(asked.plot, "--plot")
-    check_output(settings[0].trace, TRACE)
     check_output(shared.timeline, TIMELINE)
     if not (any(asked.n_prompt) or any(asked.n_gen) or asked.pg):
         raise OffloadError("there is nothing to measure: give -p, -n or -pg a number above 0")

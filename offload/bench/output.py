@@ -197,8 +197,11 @@ def save_picture(rows: Sequence[BenchRow], file: Path) -> None:
             if chosen:
                 resident = [100 * row.resident for row in chosen]
                 rates, spreads = [r.avg_ts for r in chosen], [r.stddev_ts for r in chosen]
-                speed.errorbar(resident, rates, yerr=spreads, marker="o", capsize=3, label=name)
-                hits.plot(resident, [100 * r.hit_rate for r in chosen], marker="o", label=name)
+                style: dict[str, Any] = {"marker": "o", "label": name}
+                if len(chosen) < 3:  # a line through two points would say what nobody measured
+                    style["linestyle"] = "none"
+                speed.errorbar(resident, rates, yerr=spreads, capsize=3, **style)
+                hits.plot(resident, [100 * r.hit_rate for r in chosen], **style)
         speed.set_title(test)
         speed.set_ylim(bottom=0)
         hits.set_ylim(0, 102)

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from offload.errors import BudgetError, UnsupportedModelError
 from offload.lines import reason
 from offload.machine.memory import ram
-from offload.model.seam import build_on_meta, experts_modules, model_class
+from offload.model.seam import (
+    LAYER,
+    build_on_meta,
+    experts_modules,
+    is_experts_module,
+    model_class,
+)
 from offload.quant.matmul import REFERENCE_WEIGHTS
 from offload.quant.pack import PackInfo
 from offload.units import READ_WHOLE, SHARE, gib, parse_bytes
@@ -125,49 +132,117 @@ def kv_cache_bytes(
     `fixed` asks about a cache whose tensors never move (`offload.generation.fixed_kv`): it holds a
     window at its full length, and no states of a prompt that are cut off later.
     """
-    key = (type(config), config.to_json_string(), context, dtype, ubatch or context, fixed)
-    if key not in _KV_CACHE:
+    tokens = min(PROBE, context)
+    key = (type(config), config.to_json_string(use_diff=False), dtype, tokens)
+    if key not in _KEPT:
         try:
-            _KV_CACHE[key] = _measured_kv_bytes(config, context, dtype, ubatch or context, fixed)
+            _KEPT[key] = _measure_kept(config, dtype, tokens)
         except Exception as error:  # models raise many things on the meta device
             logger.debug("the KV cache is estimated: %s", reason(error))
-            _KV_CACHE[key] = _estimated_kv_bytes(config, context, dtype)
-    return _KV_CACHE[key]
+            _KEPT[key] = None
+    if (layers := _KEPT[key]) is None:
+        return _estimated_kv_bytes(config, context, dtype)
+    return [layer.bytes(context, ubatch or context, fixed) for layer in layers]
 
 
-_KV_CACHE: dict[tuple[object, ...], list[int]] = {}  # results, because trial runs are slow
+@dataclass(frozen=True)
+class _Kept:
+    """What one layer of a KV cache kept of the `tokens` of a trial run, and how it grows."""
+
+    tokens: int
+    used: int = 0  # bytes
+    grows: int = 0  # bytes by which `used` grew over the last `step` tokens
+    cut: int = 0  # bytes in memory behind `used`, which are freed by the next step
+    cut_grows: int = 0
+    step: int = 1
+    window: int | None = None  # tokens before the present one that are kept; None: all
+
+    def bytes(self, context: int, ubatch: int, fixed: bool) -> int:
+        """What the layer keeps of `context` tokens, see `kv_cache_bytes`."""
+        if self.window is not None and not fixed:
+            context = min(context, self.window + ubatch)
+        size = self.used + self.grows * (context - self.tokens) // self.step
+        if not fixed:
+            longer = max(0, min(context, ubatch) - self.tokens)
+            size += self.cut + self.cut_grows * longer // self.step
+        return size
 
 
-def _measured_kv_bytes(
-    config: PreTrainedConfig, context: int, dtype: torch.dtype, ubatch: int, fixed: bool
-) -> list[int]:
+_KEPT: dict[tuple[object, ...], list[_Kept] | None] = {}  # results, because trial runs are slow
+
+
+def _measure_kept(config: PreTrainedConfig, dtype: torch.dtype, tokens: int) -> list[_Kept]:
     """Run the model on the meta device, without its experts, and measure whatever its layers keep:
     latent, compressed or recurrent states, or a window. Raises whatever the model raises."""
-    tokens = min(PROBE, context)
     model = build_on_meta(config, model_class(config, "", False)).to(dtype).eval()
+
+    def skip(hidden: Tensor, *_: Any) -> Tensor:
+        return hidden  # the size of the cache stays the same
+
     for module in experts_modules(model):
-        module.forward = lambda hidden, *_: hidden  # the size of the cache stays the same
-    long = _cache_layers(model, tokens)
-    short: list[Any] = []
-    sizes = [0] * len(long)
+        module.forward = skip
+    firsts = _compute_once(model)
+    long, short = _cache_layers(model, tokens), list[Any]()
+    kept = []
     for index, layer in enumerate(long):
         if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
-            if not layer.is_initialized:
-                continue  # this layer shares the cache of another one
+            if not layer.is_initialized:  # the layer was not run, or shares another one's cache
+                kept.append(_Kept(tokens))
+                continue
             a_token = (layer.keys.nbytes + layer.values.nbytes) // layer.keys.shape[-2]
-            most = context
-            if type(layer) is DynamicSlidingWindowLayer and not fixed:
-                most = min(context, layer.sliding_window - 1 + ubatch)
-            sizes[index] = a_token * most
+            slides = type(layer) is DynamicSlidingWindowLayer
+            window = layer.sliding_window - 1 if slides else None
+            kept.append(_Kept(tokens, a_token * tokens, a_token, window=window))
             continue
         short = short or _cache_layers(model, max(1, tokens // 2))
         (used, cut), (used_before, cut_before) = _held_bytes(layer), _held_bytes(short[index])
-        rest, step = context - tokens, max(1, tokens - tokens // 2)
-        sizes[index] = used + max(0, used - used_before) * rest // step
-        if not fixed:
-            longer = max(0, min(context, ubatch) - tokens)
-            sizes[index] += cut + max(0, cut - cut_before) * longer // step
-    return sizes
+        grows, cut_grows = max(0, used - used_before), max(0, cut - cut_before)
+        kept.append(_Kept(tokens, used, grows, cut, cut_grows, max(1, tokens - tokens // 2)))
+    counts = firsts or range(len(kept))
+    return [kept[first] if first < len(kept) else _Kept(tokens) for first in counts]
+
+
+def _compute_once(model: PreTrainedModel) -> list[int]:
+    """Let each decoder layer that is like an earlier one return what that one did.
+
+    A trial run of all layers takes a second, and those of a kind keep the same bytes. Returns for
+    each layer the number of the first that is like it; nothing if the cache has other layers.
+    """
+    paths = (path for path, module in model.named_modules() if is_experts_module(module))
+    match = LAYER.match(next(paths, ""))
+    layers = list(model.get_submodule(match[1]).children()) if match else []
+    caches = DynamicCache(config=model.config).layers
+    if len(caches) != len(layers):
+        return []
+    returned: dict[int, Any] = {}
+
+    def compute(index: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        returned[index] = forward(*args, **kwargs)
+        return returned[index]
+
+    def repeat(index: int, *_: Any, **__: Any) -> Any:
+        return returned[index]
+
+    kinds: dict[str, int] = {}
+    firsts = []
+    for index, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
+        first = kinds.setdefault(f"{_traits(cache)} {list(map(_traits, layer.modules()))}", index)
+        own = partial(compute, index, layer.forward)
+        layer.forward = own if first == index else partial(repeat, first)
+        firsts.append(first)
+    return firsts
+
+
+_PLAIN = (int, float, str, tuple, list, dict, type(None))
+
+
+def _traits(part: Any) -> tuple[Any, ...]:
+    """What tells a module or a cache layer from others, but for its number and what is in it."""
+    values = {name: value for name, value in vars(part).items() if name[0] != "_"}
+    values.pop("layer_idx", None)
+    told = {name: v if isinstance(v, _PLAIN) else id(v) for name, v in values.items()}
+    tensors = part.parameters(recurse=False) if isinstance(part, nn.Module) else ()
+    return type(part), told, [tensor.shape for tensor in tensors]
 
 
 @torch.inference_mode()

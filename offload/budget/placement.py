@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from offload.budget.budget import kv_cache_bytes
 from offload.errors import BudgetError
 from offload.fit import Share
-from offload.model.seam import LAYER, find_experts, layer_of
+from offload.model.seam import LAYER, find_experts, head_is_tied, layer_of
 from offload.quant.pack import PackInfo
 from offload.units import gib
 
@@ -300,10 +300,8 @@ class Layers:
             if "norm" in type(module).__name__.lower():
                 yield f"{above}.{name}" if above else name
         head = self._model.get_output_embeddings()
-        if head is not None:
-            path = next(name for name, module in self._model.named_modules() if module is head)
-            if f"{path}.weight" not in self._model.all_tied_weights_keys:
-                yield path
+        if head is not None and not head_is_tied(self._model):
+            yield next(name for name, module in self._model.named_modules() if module is head)
 
     def device_map(
         self, shares: Sequence[Share], devices: Sequence[torch.device]

@@ -182,8 +182,8 @@ class Chat:
         used = last.prompt_tokens + last.generation_tokens
         if used > NEARLY_FULL * context:
             self.display.note(
-                f"(context almost full: {used} of {context}. Oldest turns will be dropped; use "
-                "--ctx-size or /clear)\n"
+                f"(context almost full: {used} of {context} tokens. The oldest turns will be "
+                "dropped; /clear makes room, and chat -c N begins with more)\n"
             )
 
     def _encode(self, messages: Sequence[Message]) -> list[int]:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from offload.errors import DONE, INTERRUPTED
-from offload.files import TRACE, check_output
 from offload.flags import add_model, add_options, option, options_from
 from offload.generation.command import asked_prompt, asked_sampling
 from offload.options import AnswerOptions, LoadOptions
@@ -46,7 +45,6 @@ def run(arguments: argparse.Namespace) -> int:
         raise OffloadError("--single-turn needs a prompt: give one with -p, -f or a pipe")
     asked_sampling(asked, None)  # raises for a wrong value before the model is loaded
     options = options_from(arguments, LoadOptions)
-    check_output(options.trace, TRACE)
     check_asked(arguments.model, options)
     say_loading(arguments.model)
     from offload.chat.commands import converse
@@ -76,11 +74,13 @@ def _loaded(
     """A chat with the model, and a line about it on stderr. Raises `OffloadError`."""
     begin_loading(arguments.model, options, said=True, chats=True)
     from offload.chat.chat import Chat
+    from offload.generation.prompt import check_switch
     from offload.loading import load_and_tell
 
     model, tokenizer, load_seconds = load_and_tell(arguments.model, options, note=True)
     if tokenizer is None or not tokenizer.chat_template:
         raise OffloadError(f"{arguments.model} has no chat template: use offload generate --raw")
+    check_switch(tokenizer, arguments.model, asked.think)
     chat = Chat(
         model,
         tokenizer,
@@ -96,14 +96,8 @@ def _loaded(
         think=asked.think,
         template_arguments=asked.template_arguments,
     )
-    if asked.think is not None and not chat.can_think:
-        raise OffloadError(
-            f"the chat template of {arguments.model} has no switch for thinking: leave --think or "
-            "--no-think out"
-        )
     stats = chat.offload.stats()
-    print(
-        f"{stats.residency()} ({stats.slots / stats.total_experts:.0%}). /? for help, /bye to quit",
-        file=sys.stderr,
-    )
+    hint = "" if options_from(arguments, ChatOptions).single_turn else ". /? for help, /bye to quit"
+    share = f"{stats.slots / stats.total_experts:.0%}"
+    print(f"{stats.residency()} ({share}){hint}", file=sys.stderr)
     return chat

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offload.chat import figures
@@ -13,8 +15,8 @@ from offload.chat.display import Rendered
 from offload.chat.markdown import code_blocks
 from offload.chat.saved import SavedChat, is_saved, listing
 from offload.errors import ChatError
-from offload.files import read_text, user_path
-from offload.lines import one_line
+from offload.files import asked_text, user_path, write_whole
+from offload.lines import did_you_mean, one_line
 from offload.quant.errors import OffloadError
 from offload.sampling import PARAMETERS
 
@@ -140,9 +142,10 @@ def obey(chat: Chat, line: str) -> bool:
     name, _, rest = line[1:].partition(" ")
     rest = rest.strip()
     if name not in COMMANDS and f"/{name}" not in LEAVING:
+        meant = f" (did you mean /show {name}?)" if name in SHOWN else did_you_mean(name, WORDS[""])
         raise ChatError(
-            f"Unknown command /{name} (/? for help). To send text that starts with /, wrap it in "
-            '"""'
+            f'Unknown command /{name}{meant}: /? lists them, and """ around a text lets it start '
+            "with /"
         )
     if rest and name not in TAKING:
         raise ChatError(f"/{name} takes nothing after it, not {rest!r}")
@@ -161,22 +164,13 @@ def _clear(chat: Chat, _: str) -> None:
     chat.display.write("Conversation cleared.\n")
 
 
-def _regen(chat: Chat, _: str) -> None:
-    chat.answer_again()
-
-
 def _read(chat: Chat, rest: str) -> None:
     if not rest:
         raise ChatError("Usage: /read FILE")
-    file = user_path(rest)
-    try:
-        if not file.is_file():  # reading a device or a pipe might never end
+    with contextlib.suppress(PermissionError):  # which `asked_text` tells
+        if not user_path(rest).is_file():  # reading a device or a pipe might never end
             raise ChatError(f"there is no file {rest!r}")
-        with file.open(encoding="utf-8-sig") as handle:
-            text = read_text(handle, "the file")
-    except (OSError, OffloadError) as error:
-        raise ChatError(f"cannot read {file}: {error}") from None
-    chat.say(text)
+    chat.say(asked_text(Path(rest), "message"))
 
 
 def _copy(chat: Chat, rest: str) -> None:
@@ -196,11 +190,10 @@ def _write(chat: Chat, rest: str) -> None:
     if not name:
         raise ChatError("Usage: /write FILE, or /write FILE N for code block N")
     text, file = _excerpt(chat, number, f"/write {name}"), user_path(name)
+    if os.path.lexists(file):
+        raise ChatError(f"{file} exists: choose another name")
     try:
-        with file.open("x", encoding="utf-8") as handle:
-            handle.write(text + "\n")
-    except FileExistsError:
-        raise ChatError(f"{file} exists: choose another name") from None
+        write_whole(file, f"{text}\n".encode())
     except OSError as error:
         raise ChatError(f"cannot write {file}: {error.strerror or error}") from None
     chat.display.write(f"Wrote {_lines(text)} to {file}\n")
@@ -253,10 +246,6 @@ def _load(chat: Chat, rest: str) -> None:
     chat.show_last_turn()
 
 
-def _stats(chat: Chat, _: str) -> None:
-    chat.display.write(figures.statistics(chat.offload))
-
-
 def _set(chat: Chat, rest: str) -> None:
     name, _, value = rest.removeprefix("parameter ").strip().partition(" ")
     name, value = OTHER_NAMES.get(name, name), value.strip()
@@ -265,8 +254,7 @@ def _set(chat: Chat, rest: str) -> None:
         return
     if name in ELSEWHERE:
         raise ChatError(f"{name}: {ELSEWHERE[name]}")
-    told = _change(chat, name, value)
-    chat.display.write(f"{told}\n")
+    chat.display.write(f"{_change(chat, name, value)}\n")
 
 
 def _change(chat: Chat, name: str, value: str) -> str:
@@ -300,7 +288,9 @@ def _change(chat: Chat, name: str, value: str) -> str:
         chat.sampling = _sampling(chat, name, value)
     else:
         names = "|".join(SETTINGS).replace("|", ", ")
-        raise ChatError(f"Unknown setting {name!r}. Settings: {names}")
+        raise ChatError(
+            f"Unknown setting {name!r}{did_you_mean(name, WORDS['set'])}. Settings: {names}"
+        )
     return f"Set {name} to {_values(chat)[name]}."
 
 
@@ -381,7 +371,8 @@ def _values(chat: Chat) -> dict[str, str]:
     values["think|nothink"] = {None: "model default", True: "on", False: "off"}[settings.think]
     values["thoughts"] = "show" if settings.thoughts else "hide"
     values["panel"] = "on" if chat.display.panel else "off"
-    return {name: str(values[name]) for name in SETTINGS}
+    texts = {name: f"{v:g}" if isinstance(v, float) else str(v) for name, v in values.items()}
+    return {name: texts[name] for name in SETTINGS}
 
 
 COMMANDS: dict[str, Callable[[Chat, str], None]] = {
@@ -391,11 +382,11 @@ COMMANDS: dict[str, Callable[[Chat, str], None]] = {
     "copy": _copy,
     "load": _load,
     "read": _read,
-    "regen": _regen,
+    "regen": lambda chat, _: chat.answer_again(),
     "save": _save,
     "set": _set,
     "show": _show,
-    "stats": _stats,
+    "stats": lambda chat, _: chat.display.write(figures.statistics(chat.offload)),
     "write": _write,
 }
-TAKING = ("copy", "load", "read", "save", "set", "show", "write")  # take words after them
+TAKING = [usage[1:].split()[0] for usage, _ in USAGE if " " in usage]  # take words after them

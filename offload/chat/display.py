@@ -21,33 +21,28 @@ from rich.table import Table
 from rich.text import Text
 
 from offload.chat.markdown import THEME, Lines, drawn, tokens_of
-from offload.lines import printable
+from offload.lines import THINKING, THOUGHT, Speaker, Write, printable
 
 if TYPE_CHECKING:
     from offload.generation.thinking import Piece
 
 REFRESH_SECONDS = 0.08  # at least, between two drawings of the growing block
 DRAWING_SHARE = 0.1  # at most this share of the time goes into drawing; long blocks are slow
-THINKING, THOUGHT = "Thinking...", "...done thinking."  # ollama's words
 
 Panel = Callable[[], RenderableType]  # draws the lines below an answer while it arrives
-Write = Callable[[str], None]
 
 
-class Plain:
+class Plain(Speaker):
     """Plain text, for a file, a pipe, or a terminal that cannot be drawn on."""
 
     live = False  # whether a panel can be shown
     panel: Panel | None = None
 
     def __init__(self, write: Write, *, note: Write | None = None, safe: bool = True) -> None:
-        """`note` writes what is not an answer; by default `write` does. `safe`: make control
-        characters visible that a terminal would obey."""
-        self.thoughts = True  # whether thoughts are shown
-        self.write = write  # writes text that is not part of an answer, unchanged
-        self.note = note or write  # writes what is said beside answers: figures, notices, errors
-        self._safe = safe
-        self._thinking = False
+        """`note` writes what is said beside answers (figures, notices, errors); by default `write`
+        does."""
+        super().__init__(write, safe=safe)
+        self.note = note or write
 
     def table(self, rows: Sequence[Sequence[str]]) -> None:
         """Write rows of two or more columns."""
@@ -64,22 +59,6 @@ class Plain:
 
     def moved(self) -> None:
         """The cursor is no longer where the last drawing ended."""
-
-    def show(self, piece: Piece) -> None:
-        """Show the next piece of the answer."""
-        if piece.thought and not self.thoughts:
-            return
-        if piece.thought != self._thinking:
-            self.write(f"{THINKING}\n" if piece.thought else f"\n{THOUGHT}\n\n")
-            self._thinking = piece.thought
-        self.write(printable(piece.text) if self._safe else piece.text)
-
-    def finish(self) -> None:
-        """End the answer, which may have been interrupted at any point, and show all of it."""
-        if self._thinking:
-            self._thinking = False
-            self.write(f"\n{THOUGHT}\n")
-        self.write("\n")
 
 
 class Rendered:

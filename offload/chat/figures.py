@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.text import Text
 
-from offload.cache.trace.heatmap import Part, draw_for, of_cache, resident_in, squeezed
+from offload.cache.trace.heatmap import Part, Resident, draw_for, resident_in, squeezed
 
 if TYPE_CHECKING:
     from offload.engine.handle import Offload
@@ -53,8 +54,7 @@ def statistics(handle: Offload) -> str:
 
 def expert_map(handle: Offload) -> str:
     """Every expert: whether it is in memory, and how much it was used lately."""
-    experts = [layer.num_experts for layer in handle.pack.info.layers]
-    return draw_for(sys.stdout, of_cache(handle.engine.cache, experts)) + "\n"
+    return draw_for(sys.stdout, handle.heat_map()) + "\n"
 
 
 class Panel:
@@ -86,24 +86,24 @@ class Panel:
         return _Map(line, now, new)
 
 
+@dataclass(frozen=True)
 class _Map:
     """A map that is as wide as the terminal."""
 
-    def __init__(
-        self, line: str, now: tuple[tuple[bool, ...], ...], new: tuple[tuple[bool, ...], ...]
-    ) -> None:
-        self._line, self._now, self._new = line, now, new
+    line: str
+    now: Resident
+    new: Resident
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield Text(self._line, style="dim")
-        last = len(self._now) - 1
+        yield Text(self.line, style="dim")
+        last = len(self.now) - 1
         label = len(f"layers {last}-{last} ")
         rows = max(1, int(console.height * PANEL_SHARE) - 2)
         columns = max(1, options.max_width - label)
-        now = squeezed(self._now, rows, columns)
-        for part, new in zip(now, squeezed(self._new, rows, columns), strict=True):
+        now = squeezed(self.now, rows, columns)
+        for part, new in zip(now, squeezed(self.new, rows, columns), strict=True):
             yield self._row(part, new, label, columns)
-        most = max(map(len, self._now))
+        most = max(map(len, self.now))
         each = f"{most} experts, {-(-most // columns)} per column"
         yield Text.assemble(
             (f"across: {each if most > columns else f'{most} experts'}; ", "dim"),

@@ -25,12 +25,15 @@ def announce_pastes() -> None:
 
 
 def silence() -> None:
-    """Switch the terminal's echo off. A terminal on Windows echoes only what a program reads."""
+    """Switch the terminal's echo off, and let Ctrl-C and Ctrl-Z drop nothing that was typed.
+
+    A terminal on Windows echoes only what a program reads.
+    """
     if sys.platform != "win32" and is_interactive():
         import termios
 
         now = termios.tcgetattr(sys.stdin.fileno())
-        now[3] &= ~termios.ECHO
+        now[3] = now[3] & ~termios.ECHO | termios.NOFLSH
         termios.tcsetattr(sys.stdin.fileno(), termios.TCSANOW, now)
         announce_pastes()
 

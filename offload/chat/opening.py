@@ -10,7 +10,6 @@ import signal
 import sys
 import threading
 import time
-from types import TracebackType
 from typing import Any, Self, TextIO
 
 from prompt_toolkit.application import run_in_terminal
@@ -58,12 +57,7 @@ class Opening:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> bool:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
         self._loaded = True
         self._over.set()
         sys.stderr = self._stderr

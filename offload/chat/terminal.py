@@ -67,7 +67,7 @@ class LineReader:
             completer=Slashes(),
             complete_while_typing=False,  # otherwise the arrow keys would choose completions
             multiline=True,
-            prompt_continuation="... ",
+            prompt_continuation=lambda width, _, wraps: " " * width if wraps else "... ",
             key_bindings=_keys(),
             placeholder=lambda: self._grey("" if get_app().is_done else HINT),
             rprompt=lambda: self._grey("" if get_app().is_done else self.aside()),

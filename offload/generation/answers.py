@@ -1,4 +1,4 @@
-"""Prompts come from a file of JSON lines, and answers go to another that a kill leaves resumable.
+"""Reads prompts from a file of JSON lines, and adds answers to another, also after a killed run.
 
 A line of the answers is the prompt's own object with the answer added. So a reader needs only one
 file, and an attempt to continue it with different prompts is noticed. A different seed, temperature
@@ -175,8 +175,10 @@ class AnswersFile:
             self._path.resolve().unlink()
         # The lock file is removed while it is still locked. A process that opened it meanwhile
         # notices that it holds a lock on a removed file.
+        lock_file = Path(self._lock.lock_file)
         with contextlib.suppress(OSError):
-            Path(self._lock.lock_file).unlink()
+            if not lock_file.stat().st_size:  # else it is somebody's own, like uv.lock
+                lock_file.unlink()
         self._lock.release()
 
 

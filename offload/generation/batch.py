@@ -165,18 +165,13 @@ def complete(
             f"num_return_sequences is {count!r}: it must be a whole number from 1 to "
             f"{MOST_SEQUENCES}"
         )
-    if sampling.temperature < COLDEST and num_return_sequences > 1:
+    if sampling.temperature < COLDEST and count > 1:
         raise GenerationError("without sampling all answers are the same: give a temperature")
     ends = end_tokens(model, tokenizer)
     made = []
     for prompt in prompts:
         request = check_request(model, tokenizer, prompt, max_new_tokens, stop_strings)
-        made.append(
-            [
-                Answer(request, tokenizer, ends, skip_special_tokens)
-                for _ in range(num_return_sequences)
-            ]
-        )
+        made.append([Answer(request, tokenizer, ends, skip_special_tokens) for _ in range(count)])
     answers = [answer for row in made for answer in row]
     sampler = Sampler(sampling, model.device)
     sees_padding = longest_short(model) is not None or (

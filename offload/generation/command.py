@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from offload.errors import DONE
 from offload.files import TIMELINE, asked_text, check_output, has_piped, piped_text
 from offload.flags import add_model, add_options, option, options_from
-from offload.lines import printable
+from offload.lines import Speaker, printable
 from offload.options import FALLBACK, AnswerOptions, LoadOptions, SharedOptions
 from offload.pack.asked import begin_loading
 from offload.quant.errors import OffloadError
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from offload.generation.answers import AnswersFile, AnswersOut
     from offload.generation.text import Answer
-    from offload.generation.thinking import Piece, Voices
+    from offload.generation.thinking import Voices
     from offload.sampling import Sampling
 
 EXAMPLE = 'offload generate demo -p "Hi" > a.txt'
@@ -149,7 +149,7 @@ class _Job:
             ids = encoder({"prompt": prompt})
             if self.own.vote is not None:
                 return self.vote(model, encoder, ids, self.own.vote)
-            voices, step, speaker = encoder.voices(ids), None, _Speaker(self.asked.hide_thoughts)
+            voices, step, speaker = encoder.voices(ids), None, self.speaker()
             for step in stream_generate(
                 model,
                 tokenizer,
@@ -159,9 +159,11 @@ class _Job:
                 skip_special_tokens=encoder.skips,
                 **vars(asked_sampling(self.asked, model)),
             ):
-                speaker.say(voices.push(step.text))
-            speaker.say(voices.finish())
-            speaker.end()
+                for piece in voices.push(step.text):
+                    speaker.show(piece)
+            for piece in voices.finish():
+                speaker.show(piece)
+            speaker.finish()
         assert step is not None
         if cut := stopped_at(step):
             print(cut, file=sys.stderr)
@@ -170,6 +172,17 @@ class _Job:
         if self.asked.show_timings:
             print(f"\n{timings(step)}\n{step.experts.line()}", file=sys.stderr)
         return DONE
+
+    def speaker(self) -> Speaker:
+        """Prints the answer to stdout, and the thoughts before it to stderr."""
+        write = partial(print, end="", flush=True)
+        made = Speaker(
+            write,
+            lambda text: write(printable(text), file=sys.stderr),
+            safe=sys.stdout.isatty(),  # text for a file is not changed
+        )
+        made.thoughts = not self.asked.hide_thoughts
+        return made
 
     @contextlib.contextmanager
     def loaded(self) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase | None, float]]:
@@ -274,7 +287,7 @@ class _Job:
             what = "-o" if output is not None else f"{asked.file}"
             raise OffloadError(
                 f"{what} answers the prompts of -f FILE, and cannot be combined with -p or --vote: "
-                "give -f alone"
+                "give -f alone, or keep one answer with > FILE"
             )
         prompts = read_prompt_lines(asked.file)
         if ignored := not_followed(prompts):
@@ -286,7 +299,7 @@ class _Job:
             if done < len(prompts):
                 self.answer_rest(prompts, done, file)
         if output is not None:
-            print(f"{len(prompts)} answers in {output}", file=sys.stderr)
+            print(f"the answers are in {output}", file=sys.stderr)
         return DONE
 
     def answer_rest(
@@ -322,13 +335,13 @@ class _Job:
 
 
 class _Encoder:
-    """Makes ids of prompts, and tells thoughts from the answers to them.
+    """Encodes prompts, and separates thoughts from answers.
 
     Prompts go through the chat template, unless there is none or --raw leaves it out.
     """
 
     def __init__(self, job: _Job, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        from offload.generation.prompt import can_switch_thinking
+        from offload.generation.prompt import check_switch
         from offload.generation.thinking import marks_are_special
 
         if tokenizer is None:
@@ -343,11 +356,8 @@ class _Encoder:
                 raise OffloadError(f"{self._why}: leave {' and '.join(others)} out")
             if job.asked.system_prompt:
                 print(f"{self._why}: -sys is put in front of the prompt", file=sys.stderr)
-        elif job.asked.think is not None and not can_switch_thinking(tokenizer):
-            raise OffloadError(
-                f"the chat template of {job.model_name} has no switch for thinking: leave --think "
-                "or --no-think out"
-            )
+        else:
+            check_switch(tokenizer, job.model_name, job.asked.think)
 
     def __call__(self, given: dict[str, Any]) -> list[int]:
         """The ids of a line of a prompt file."""
@@ -381,32 +391,3 @@ class _Encoder:
         from offload.generation.thinking import apart
 
         return apart(self.voices(answer.request.ids), answer.text)
-
-
-class _Speaker:
-    """Prints an answer to stdout and the thoughts before it to stderr, as they arrive."""
-
-    def __init__(self, hide_thoughts: bool) -> None:
-        self._hides, self._thinking = hide_thoughts, False
-        # Text for a file is not changed.
-        self._shown = printable if sys.stdout.isatty() else str
-
-    def say(self, pieces: Iterable[Piece]) -> None:
-        for text, thought in pieces:
-            if thought and self._hides:
-                continue
-            self._turn(thought)
-            if thought:
-                print(printable(text), end="", file=sys.stderr, flush=True)
-            else:
-                print(self._shown(text), end="", flush=True)
-
-    def end(self) -> None:
-        self._turn(False)
-        print(flush=True)
-
-    def _turn(self, thought: bool) -> None:
-        if thought != self._thinking:
-            words = "Thinking...\n" if thought else "\n...done thinking.\n\n"
-            print(words, end="", file=sys.stderr, flush=True)
-            self._thinking = thought

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 Message = dict[str, Any]  # "role" and "content", and what chat templates know beside them
 SHAPES = (
-    'write a text, {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]} in JSON '
-    "on one line"
+    'write "a text", {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}, as '
+    "JSON on one line"
 )
 
 
@@ -51,7 +51,8 @@ def _message(given: Any) -> Message:
         kinds = [part.get("type") if isinstance(part, dict) else None for part in content]
         if foreign := [kind for kind in kinds if kind != "text"]:
             raise ValueError(f"a content has a part of type {foreign[0]!r}: only text can be read")
-        content = "\n".join(str(part.get("text", "")) for part in content)
+        texts = [part.get("text") for part in content]
+        content = "\n".join(texts) if all(isinstance(text, str) for text in texts) else None
     if calls is None:
         made.pop("tool_calls", None)
     elif isinstance(calls, list) and calls:

@@ -56,7 +56,10 @@ def plain(prompt: Any) -> tuple[bool, Any]:
 
 
 def single(prompt: Any) -> Any:
-    """`prompt` as in `plain`, where it must be one: a batch of one row is that row."""
+    """The prompt that `plain` makes of `prompt`; of a batch that has one row, this row.
+
+    Raises `GenerationError` for more rows.
+    """
     many, rows = plain(prompt)
     if many and len(rows) != 1:
         raise GenerationError(f"this is a batch of {len(rows)} prompts: give it to generate")
@@ -71,6 +74,10 @@ def _kind(item: Any) -> str:
     if isinstance(item, Mapping) and "input_ids" not in item:
         if "role" not in item:
             raise GenerationError(f"a message has no 'role': {str(item)[:40]}")
+        if "content" not in item and "tool_calls" not in item:
+            raise GenerationError(f"a message has no 'content': {str(item)[:40]}")
+        if not isinstance(content := item.get("content"), str | Sequence | None):
+            raise GenerationError(f"the content of a message is {str(content)[:40]}: give a text")
         return "messages"
     if isinstance(item, Mapping | Sequence) or hasattr(item, "tolist"):
         return "rows"

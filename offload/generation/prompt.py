@@ -24,6 +24,9 @@ DEFAULT_NEW_TOKENS = 256
 # The switch for thinking in the templates of, in this order: Qwen3, GLM and Gemma; DeepSeek,
 # Granite and Kimi; Cohere.
 THINK = ("enable_thinking", "thinking", "reasoning")
+# What templates get from here, under the names that transformers and this file have for it.
+OWN = ["self", "tokenizer", "messages", "conversation", "tools", "tokenize"]
+OWN += ["add_generation_prompt", "continue_final_message"]
 
 
 def encode_prompt(
@@ -53,6 +56,8 @@ def encode_prompt(
         raise GenerationError("the model has no chat template: give the prompt as a text")
     else:
         given = {**dict.fromkeys(THINK if think is not None else (), think), **(arguments or {})}
+        if own := [name for name in OWN if name in given]:
+            raise GenerationError(f"the chat template's {own[0]!r} cannot be given: leave it out")
         messages: list[Any] = list(prompt)
         text = _with_system(tokenizer, messages, tools=tools, **given)
         if tools and text == _with_system(tokenizer, messages, **given):
@@ -68,6 +73,15 @@ def can_switch_thinking(tokenizer: PreTrainedTokenizerBase) -> bool:
     hello = [{"role": "user", "content": "Hello"}]
     on, off = (_templated(tokenizer, hello, **dict.fromkeys(THINK, to)) for to in (True, False))
     return on != off
+
+
+def check_switch(tokenizer: PreTrainedTokenizerBase, model: str, think: bool | None) -> None:
+    """Raise `GenerationError` if the user asked to `think`, or not, and `model` has no switch."""
+    if think is not None and not can_switch_thinking(tokenizer):
+        raise GenerationError(
+            f"the chat template of {model} has no switch for thinking: leave --think or --no-think "
+            "out"
+        )
 
 
 def _with_system(

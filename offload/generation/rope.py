@@ -13,7 +13,7 @@ _length: ContextVar[int] = ContextVar("length", default=0)  # of the sequence th
 
 
 def follow_length(model: PreTrainedModel) -> None:
-    """Let the factors of `model` follow `whole_length`, as they do if it is read in one call."""
+    """Choose the factors of `model` by `whole_length`, as if a sequence were read in one call."""
     for module in model.modules():
         if "longrope" in (kinds := _kinds(module)) or "dynamic" in kinds:
             module.register_forward_pre_hook(_with_last, with_kwargs=True)
@@ -22,7 +22,7 @@ def follow_length(model: PreTrainedModel) -> None:
 
 @contextlib.contextmanager
 def whole_length(tokens: int) -> Iterator[None]:
-    """What a model reads inside is a piece of a sequence that will have so many `tokens`."""
+    """Inside the `with` block, a model reads pieces of a sequence of so many `tokens`."""
     token = _length.set(tokens)
     try:
         yield

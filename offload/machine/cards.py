@@ -1,8 +1,11 @@
 """Graphics cards and their published figures: memory, bandwidth, PCIe port, compute capability.
 
-The figures are those of NVIDIA's product pages, data sheets and architecture papers (Turing, Ampere
-GA102, Ada, Blackwell); for other makers' cards, those of AMD, Intel and Apple. Of a card that is
-sold with several sizes of memory, the first row has the usual one.
+The figures were compared with the GPU databases of TechPowerUp (of December 2025) and Wikipedia.
+Where these differ from the maker's data sheet, the data sheet's figure stands: RTX 2000 Ada,
+RTX 5880 Ada, H100, H200, Arc A770. Apple's and AMD's chips with shared memory have their makers'
+figures. NVIDIA does not publish the lanes of laptops' cards, and other sources contradict each
+other: those of the RTX 3050 Ti, 5050, 5060 and 5070 Laptop are guessed from the desktop cards with
+the same chip. Of a card that is sold with several sizes of memory, the first row has the usual one.
 """
 
 from dataclasses import dataclass

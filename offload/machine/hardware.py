@@ -12,8 +12,9 @@ from offload.errors import BudgetError
 from offload.machine.cards import CARDS, OTHERS, Card
 
 LANE_GB_PER_S = {3: 15.75 / 16, 4: 31.51 / 16, 5: 63.02 / 16}  # PCIe generation -> one way
-# The share of the raw rate that copies from pinned memory reach. 26.7 GB/s of 31.5 were measured on
-# an RTX 4090, and 56 of 63 on an RTX 5090.
+# The share of the raw rate that copies from pinned memory reach. nvbandwidth gave 24 to 26 GB/s of
+# 31.5 on RTX 4090s (issue 15 of NVIDIA/nvbandwidth), and 56 of 63 on RTX 5090s (issue 29 of
+# tinygrad/open-gpu-kernel-modules).
 PINNED_SHARE = 0.85
 MEMORY_SHARE = 0.85  # the share of a memory's published rate that kernels reach on weights
 DDR4_3200_X2, DDR4_3200_X8, DDR5_6000_X2 = 51.2, 204.8, 96.0  # GB/s, JEDEC: 8 bytes a transfer

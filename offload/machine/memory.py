@@ -6,6 +6,9 @@ from pathlib import Path
 
 import psutil
 
+from offload.errors import BudgetError
+from offload.units import gib, parse_bytes
+
 GROUPS = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
 # Version -> the files of its limit and its use, and the entries of memory.stat that count pages of
@@ -37,6 +40,16 @@ def ram() -> Ram:
         total = min(total, limit)
         available = min(available, max(0, limit - used))
     return Ram(total, available, total < machine.total)
+
+
+def check_ram(size: str | int | None) -> None:
+    """Raise `BudgetError` if `size` is more RAM than this machine has."""
+    asked, most = parse_bytes(size), ram().total
+    if asked is not None and asked > most:
+        raise BudgetError(
+            f"--ram {size} is more than the {gib(most, 1)} of this machine: lower it, or leave "
+            "it out"
+        )
 
 
 def _limits() -> Iterator[tuple[int, int]]:

@@ -23,6 +23,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -110,6 +111,8 @@ def open_repository(name: HubName, revision: str | None, local_files_only: bool)
                 raise SourceError(_refused(name, revision, error)) from None
             what = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else reason(error)
             why = f"{_host()} is unreachable ({what})"
+            if isinstance(error, HfHubHTTPError):
+                why = f"{_host()} answers {_status(error)}"
     if (kept := _kept(name.id, revision)) is not None:
         return kept
     remedy = "unset HF_HUB_OFFLINE" if constants.is_offline_mode() else "check the connection"
@@ -168,8 +171,11 @@ def kept_folder(id: str, revision: str | None) -> Path | None:
 
 
 def _unreachable(error: HfHubHTTPError) -> bool:
-    status = getattr(error.response, "status_code", 0)
-    return bool(status >= 500 or status == 429)
+    return _status(error) >= 500 or _status(error) == 429
+
+
+def _status(error: HfHubHTTPError) -> int:
+    return int(getattr(error.response, "status_code", 0))
 
 
 def _host() -> str:
@@ -187,8 +193,7 @@ def _refused(name: HubName, revision: str | None, error: HfHubHTTPError) -> str:
         near = similar_name(name.id)
         instead = f"did you mean {near}?" if near else "check the name, or set HF_TOKEN if private"
         return f"{_host()} has no model {name.id!r}, and there is no such folder: {instead}"
-    status = getattr(error.response, "status_code", "an error")
-    return f"{_host()} answers {status} for {name.id}: try again, or check HF_TOKEN"
+    return f"{_host()} answers {_status(error)} for {name.id}: try again, or check HF_TOKEN"
 
 
 def fetch_small(repository: Repository, patterns: Sequence[str]) -> None:
@@ -321,7 +326,7 @@ def _fetch(
     part.parent.mkdir(parents=True, exist_ok=True)
     blob = part.with_name(file.etag)
     with FileLock(f"{part}.lock"):
-        if not blob.exists() and file.size <= constants.MAX_HTTP_DOWNLOAD_SIZE:
+        if not blob.exists() and 0 < file.size <= constants.MAX_HTTP_DOWNLOAD_SIZE:
             _download(repository, file, part, progress, stop)
             part.replace(blob)
     Path(f"{part}.lock").unlink(missing_ok=True)
@@ -334,13 +339,15 @@ def _download(
     url = huggingface_hub.hf_hub_url(repository.id, file.path, revision=repository.commit)
     tries = 0
     with part.open("ab") as handle:
-        while (begun := handle.tell()) < file.size:
+        furthest = handle.tell()
+        while (begun := handle.tell()) < file.size and tries < TRIES:
+            failure = None
             try:
                 headers = build_hf_headers() | ({"Range": f"bytes={begun}-"} if begun else {})
                 with get_session().stream("GET", url, headers=headers, timeout=30) as response:
                     hf_raise_for_status(response)
                     if begun and response.status_code != 206:  # it sends the whole file again
-                        handle.truncate(0)
+                        handle.truncate(handle.seek(0))
                     for chunk in response.iter_bytes():
                         if stop.is_set():
                             return
@@ -350,9 +357,11 @@ def _download(
                 handle.flush()
                 if isinstance(error, OSError) and not isinstance(error, ConnectionError):
                     raise  # no room, or the hub refuses
-                tries = tries + 1 if handle.tell() == begun else 0
-                if tries == TRIES or stop.is_set():
-                    raise
+                failure = error
+            tries = tries + 1 if handle.tell() <= furthest else 0
+            furthest = max(furthest, handle.tell())
+            if failure is not None and (tries == TRIES or stop.is_set()):
+                raise failure
     if part.stat().st_size != file.size:
         part.unlink()
         raise SourceError(f"{file.path} of {repository.id} came with another size: fetch it again")
@@ -367,6 +376,8 @@ def _telling(repository: Repository, size: int) -> Iterator[None]:
         raise
     except Exception as error:
         cache = existing(Path(constants.HF_HUB_CACHE))
+        if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+            error = error.__cause__  # it would only say that something happened
         if isinstance(error, HfHubHTTPError) and not _unreachable(error):
             text = _refused(HubName(repository.id, repository.id), None, error)
         elif isinstance(error, OSError) and error.errno in _FULL:
@@ -375,7 +386,11 @@ def _telling(repository: Repository, size: int) -> Iterator[None]:
                 f"{cache} has no room for {repository.id}, {gib(size)} ({free} are free): free "
                 "some space, or set HF_HOME to a folder on another disk"
             )
-        elif isinstance(error, OSError) and error.errno is not None and not _is_network(error):
+        elif (
+            isinstance(error, OSError)
+            and error.errno is not None
+            and not isinstance(error, ConnectionError | TimeoutError)
+        ):
             text = f"{cache} cannot be written ({error.strerror}): set HF_HOME to another folder"
         else:
             text = (
@@ -383,10 +398,6 @@ def _telling(repository: Repository, size: int) -> Iterator[None]:
                 f"({reason(error)}): run the same command again, which continues where it stopped"
             )
         raise SourceError(text) from None
-
-
-def _is_network(error: OSError) -> bool:
-    return isinstance(error, ConnectionError | TimeoutError)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from offload.errors import SourceError
 from offload.model.known import BY_ID, BY_NAME, BY_OLLAMA, KNOWN, KnownModel
+from offload.quant.manifest import is_pack
 
 DEMO = "demo"
 _URL = re.compile(r"(?:https?://[^/]+|huggingface\.co|hf\.co)/(?P<rest>.+)", re.IGNORECASE)
@@ -72,8 +73,8 @@ def _from_url(text: str, rest: str) -> HubName:
 def _unknown(text: str, packs: Path | None) -> str:
     """What is wrong with a name that is neither a path here nor one of the hub's."""
     word = text.casefold()
-    if known := BY_OLLAMA.get(word):
-        return f"{text!r} is ollama's name: write {known.name}, which is {known.id} on the hub"
+    if id := BY_OLLAMA.get(word):
+        return f"{text!r} is ollama's name: write {id}"
     if _FILES.search(text) or text.startswith((".", "/", "~")) or text.count("/") > 1:
         what = "file" if _FILES.search(text) else "folder"
         return f"there is no {what} {text}{_instead(similar_path(text))}"
@@ -97,7 +98,7 @@ def similar_name(text: str, packs: Path | None = None) -> str:
     if "/" in text:
         names = {id.casefold(): id for known in BY_NAME.values() for id in (known.id, *known.also)}
     else:
-        kept = [path.name for path in packs.glob("*/")] if packs else []
+        kept = [path.name for path in packs.glob("*/") if is_pack(path)] if packs else []
         names = {name.casefold(): name for name in (*kept, DEMO, *BY_NAME)}
     near = difflib.get_close_matches(text.casefold(), names, 1, cutoff=0.7)
     return names[near[0]] if near else ""

@@ -1,7 +1,9 @@
 """The models that people run: short names, ids on the hub, and the values of their config.json.
 
-With these values `offload plan` needs no network. They are those that the authors publish on the
-hub, as far as sizes follow from them; `tests/offload/model/test_known.py` counts the weights.
+With these values `offload plan` needs no network. They were compared with the config.json files on
+huggingface.co, some of them in copies of the repositories, and with the defaults of transformers'
+config classes; `tests/offload/model/test_known.py` counts the weights. What ollama's names stand
+for comes from ollama.com and from the documentation of Qwen3.
 """
 
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ class KnownModel:
     weights: int  # without layers that predict a second token
     download_gb: float = 0.0  # 10^9 bytes; 0 if they are the weights at 16 bits
     also: tuple[str, ...] = ()  # other ids of models of the same sizes
-    ollama: tuple[str, ...] = ()  # what ollama calls it
+    ollama: tuple[str, ...] = ()  # what ollama calls `id`
 
     @cached_property
     def download_bytes(self) -> int:
@@ -76,7 +78,7 @@ KNOWN = (
         | {"num_experts_per_tok": 6, "first_k_dense_replace": 1, "q_lora_rank": None},
         15_706_484_224,
         also=("deepseek-ai/DeepSeek-V2-Lite", "deepseek-ai/DeepSeek-Coder-V2-Lite-Instruct"),
-        ollama=("deepseek-v2", "deepseek-v2:16b", "deepseek-coder-v2", "deepseek-coder-v2:16b"),
+        ollama=("deepseek-v2", "deepseek-v2:16b"),
     ),
     KnownModel(
         "gpt-oss-20b",
@@ -121,14 +123,13 @@ KNOWN = (
         | {"num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4}
         | {"max_position_embeddings": 40960},
         30_532_122_624,
-        ollama=("qwen3:30b", "qwen3:30b-a3b"),
     ),
     KnownModel(
         "qwen3-coder-30b-a3b",
         "Qwen/Qwen3-Coder-30B-A3B-Instruct",
         "qwen3_moe",
         _QWEN3
-        | {"hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768}
+        | {"hidden_size": 2048, "intermediate_size": 5472, "moe_intermediate_size": 768}
         | {"num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4},
         30_532_122_624,
         also=("Qwen/Qwen3-30B-A3B-Instruct-2507", "Qwen/Qwen3-30B-A3B-Thinking-2507"),
@@ -208,7 +209,7 @@ KNOWN = (
         | {"num_local_experts": 256, "num_experts_per_tok": 8, "max_position_embeddings": 196608},
         228_703_644_928,
         230.0,
-        ollama=("minimax-m2:latest",),
+        ollama=("minimax-m2:cloud",),
     ),
     KnownModel(
         "qwen3-235b-a22b",
@@ -231,8 +232,8 @@ KNOWN = (
         | {"use_qk_norm": True, "max_position_embeddings": 202752},
         352_797_829_120,
         714.0,
-        also=("zai-org/GLM-4.5",),
-        ollama=("glm-4.6:latest",),
+        also=("zai-org/GLM-4.5", "zai-org/GLM-4.7"),
+        ollama=("glm-4.6:cloud",),
     ),
     KnownModel(
         "qwen3-coder-480b-a35b",
@@ -263,9 +264,17 @@ KNOWN = (
             "deepseek-ai/DeepSeek-R1",
             "deepseek-ai/DeepSeek-R1-0528",
         ),
-        ollama=("deepseek-v3:671b", "deepseek-r1:671b"),
     ),
 )
 BY_NAME = {known.name: known for known in KNOWN}
 BY_ID = {id.casefold(): known for known in KNOWN for id in (known.id, *known.also)}
-BY_OLLAMA = {name: known for known in KNOWN for name in known.ollama}
+BY_OLLAMA = {name: known.id for known in KNOWN for name in known.ollama} | {
+    **dict.fromkeys(("qwen3:30b", "qwen3:30b-a3b"), "Qwen/Qwen3-30B-A3B-Thinking-2507"),
+    **dict.fromkeys(
+        ("deepseek-coder-v2", "deepseek-coder-v2:16b"),
+        "deepseek-ai/DeepSeek-Coder-V2-Lite-Instruct",
+    ),
+    "deepseek-v3:671b": "deepseek-ai/DeepSeek-V3",
+    "deepseek-v3.1:671b": "deepseek-ai/DeepSeek-V3.1",
+    "deepseek-r1:671b": "deepseek-ai/DeepSeek-R1",
+}

@@ -1,4 +1,4 @@
-"""Which files a checkpoint consists of, told by their names and without torch."""
+"""The names of a checkpoint's files and of what its config says, without torch."""
 
 import re
 from pathlib import Path
@@ -8,6 +8,8 @@ from offload.files import read_object
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# The names that configs have for the number of experts that a token is sent to.
+CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "num_experts_per_token")
 
 
 def read_template(folder: Path) -> str | None:

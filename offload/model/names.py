@@ -57,10 +57,13 @@ def find(name: str, options: LoadOptions, files: Sequence[str] = TEXT_FILES) -> 
 
 
 def find_here(name: str, pack_dir: str | Path | None = None) -> FoundModel | None:
-    """The pack, checkpoint folder or GGUF file `name`; None for a hub id. Raises `SourceError`.
+    """The pack, checkpoint folder or GGUF file `name`; None for a hub id and for "demo".
 
-    A pack may be called by its name in `pack_dir`, or in the folder that packs are kept in.
+    A pack may be called by its name in `pack_dir`, or in the folder that packs are kept in. Raises
+    `SourceError`.
     """
+    if name == DEMO:
+        return None
     path = user_path(name)
     if not path.exists() and is_pack(kept := packs_folder(pack_dir) / name):
         return FoundModel(name, kept, is_pack=True)
@@ -94,7 +97,7 @@ def _gguf_in(folder: Path) -> FoundModel:
 
 def find_known(name: str, options: LoadOptions) -> KnownModel | None:
     """The published model `name`, if it can be described without the hub and is not here yet."""
-    known = known_model(name) if options.revision is None and name != DEMO else None
+    known = known_model(name) if options.revision is None else None
     if known is None or find_here(name, options.pack_dir) is not None:
         return None
     from offload.model.hub import kept_folder
@@ -145,13 +148,6 @@ def weight_blobs(source: FoundModel) -> str:
         return ""
     told = json.dumps(sorted(contents.items()))
     return hashlib.sha256(told.encode()).hexdigest() if all(contents.values()) else ""
-
-
-def hub_cache() -> Path:
-    """The folder of the hub's cache."""
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HUB_CACHE)
 
 
 def missing_bytes(source: FoundModel) -> int | None:

@@ -24,6 +24,7 @@ from transformers.integrations.moe import ExpertsInterface
 
 from offload.errors import CheckpointError, UnsupportedModelError
 from offload.lines import reason
+from offload.model.layout import CHOSEN
 from offload.quant.errors import PackError
 from offload.quant.manifest import REMAKE
 from offload.quant.matmul import dequantize, matmul, take_rows
@@ -35,8 +36,6 @@ BUILDING = threading.Lock()  # transformers changes torch's default dtype while 
 BLOCK = "_offload_block"  # attribute of an experts module: what computes its experts
 MATRICES = ("gate_up_proj", "up_proj", "down_proj")
 MOST_LAYERS = 4096  # a config that asks for more is damaged, and building would take very long
-# The names that configs have for the number of experts that a token is sent to.
-CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "num_experts_per_token")
 LAYER = re.compile(r"(.*?)\.(\d+)\.")  # of a module's path: "model.layers" and the index
 
 
@@ -312,6 +311,13 @@ def find_router(model: nn.Module, experts_path: str, num_experts: int) -> nn.Mod
         if weights and not is_experts_module(child):
             return child
     return None
+
+
+def head_is_tied(model: PreTrainedModel) -> bool:
+    """Whether the head has the weights of the token table."""
+    head = model.get_output_embeddings()
+    path = next((path for path, module in model.named_modules() if module is head), None)
+    return f"{path}.weight" in model.all_tied_weights_keys
 
 
 def layer_of(path: str) -> int | None:

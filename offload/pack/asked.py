@@ -7,23 +7,23 @@ from pathlib import Path
 from offload.errors import SourceError
 from offload.files import TRACE, check_output
 from offload.lines import printable
-from offload.machine.limits import check_ram
+from offload.machine.memory import check_ram
 from offload.model.layout import is_gguf, read_template
-from offload.model.names import DEMO, TEXT_FILES, find, find_here
+from offload.model.names import DEMO, TEXT_FILES, FoundModel, find, find_here
 from offload.options import LoadOptions
 from offload.pack.recipe import AskedBits
 from offload.quick import import_transformers
 
 
-def check_asked(model: str, options: LoadOptions) -> bool:
-    """Raise `OffloadError` for a model or option that no model can be loaded with.
+def check_asked(model: str, options: LoadOptions) -> FoundModel | None:
+    """Return the model if it is on this machine; a hub id is not looked up.
 
-    Returns whether the model is on this machine; a hub id is not looked up.
+    Raises `OffloadError` for a name that no model can have, or an option with which none can load.
     """
     check_output(options.trace, TRACE)
     AskedBits.of(options)
     check_ram(options.ram)
-    return model == DEMO or find_here(model, options.pack_dir) is not None
+    return find_here(model, options.pack_dir)
 
 
 def say_loading(model: str) -> None:
@@ -45,11 +45,10 @@ def begin_loading(
     A model of the hub is looked up before the import, unless `files` is empty. With `said`, the
     user was told already. A model that `chats` needs a chat template. Raises `OffloadError`.
     """
-    here = check_asked(model, options)
+    found = check_asked(model, options)
     if not said:
         say_loading(model)
-    found = find_here(model, options.pack_dir) if here and model != DEMO else None
-    if not here and files:
+    if found is None and files and model != DEMO:
         found = find(model, options, files)
     if chats and found is not None and not options.trust_remote_code:
         _check_template(model, found.folder)

@@ -16,16 +16,15 @@ from filelock import FileLock, Timeout
 from offload.errors import SourceError
 from offload.files import offload_home, read_object, user_path
 from offload.lines import did_you_mean
+from offload.model.ids import DEMO
 from offload.model.layout import is_gguf, models_in, weight_files
 from offload.pack.fingerprint import fingerprint, former_fingerprint
 from offload.pack.shelf import LOCK, PARTIAL, SETTINGS, KeptPack, kept_packs, size_of
 from offload.quant.errors import OffloadError
 from offload.quant.manifest import MANIFEST, is_pack, layer_file
 
-DEMO = "demo"
-# The names that configs have for the number of experts, and for those of them that a token uses.
+# The names that configs have for the number of experts.
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k", "num_experts_per_token")
 SHORT = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
 
@@ -119,7 +118,7 @@ def _in_hub_cache() -> Iterator[KeptCheckpoint]:
 
     try:
         repositories = scan_cache_dir(constants.HF_HUB_CACHE).repos
-    except (CacheNotFound, ValueError):  # there is none
+    except (CacheNotFound, ValueError, RuntimeError):  # there is none, or no home for it
         return
     for repo in repositories:
         revisions = sorted(repo.revisions, key=lambda each: each.last_modified, reverse=True)
@@ -142,8 +141,8 @@ class Removable:
 
     @cached_property
     def size(self) -> int:
-        """Bytes that become free."""
-        return size_of(self.path)
+        """Bytes that become free; what a link leads to stays."""
+        return 0 if self.path.is_symlink() else size_of(self.path)
 
 
 def find_removable(name: str, folder: Path) -> Removable:
@@ -154,7 +153,7 @@ def find_removable(name: str, folder: Path) -> Removable:
     path = user_path(name)
     for place in (path, folder / name):
         if is_pack(place) and (place == path or not path.exists()):
-            return Removable(name, place)
+            return Removable(name, place, "link alone" if place.is_symlink() else "")
     packs = kept_packs(folder)
     here = {each.name: each for each in checkpoints(packs)}
     if (found := here.get(name)) is not None and found.removable is not None:
@@ -176,7 +175,7 @@ def find_leftovers(folder: Path) -> Iterator[Removable]:
     and packs in `folder` whose checkpoint has other weights now."""
     for place in (folder, offload_home() / DEMO):
         for path in sorted(place.iterdir()) if place.is_dir() else ():
-            if path.suffix == LOCK and not _is_held(path):
+            if path.suffix == LOCK and not path.lstat().st_size and not _is_held(path):
                 yield Removable(path.name, path, "lock that no process holds")
             elif path.suffix == PARTIAL and not _is_held(path.with_suffix(LOCK)):
                 if place != folder or (path / SETTINGS).is_file() or not any(path.iterdir()):
@@ -186,7 +185,7 @@ def find_leftovers(folder: Path) -> Iterator[Removable]:
     packs = kept_packs(folder)
     places = {each.name: each.path for each in checkpoints(packs)}
     for pack in packs:
-        made_from = places.get(pack.origin.place or pack.source)
+        made_from = places.get(pack.place)
         if made_from is not None and _has_changed(pack, made_from):
             yield Removable(pack.path.name, pack.path, "its checkpoint has other weights now")
 
@@ -227,12 +226,13 @@ def remove(thing: Removable) -> None:
         if user := _user_of(thing.path):
             raise SourceError(f"{thing.name} is in use by process {user}: end that first")
         try:
-            if thing.path.is_dir():
+            if thing.path.is_dir() and not thing.path.is_symlink():
                 (thing.path / MANIFEST).unlink(missing_ok=True)  # from now on it is no pack
                 shutil.rmtree(thing.path)
             else:
                 thing.path.unlink(missing_ok=True)
-            lock.unlink(missing_ok=True)
+            if lock.exists() and not lock.stat().st_size:
+                lock.unlink()
         except OSError as error:
             raise SourceError(
                 f"cannot remove {thing.path} ({error.strerror or error}): check its permissions"

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from offload.pack.shelf import KeptPack
 
 EXAMPLE = "offload quantize demo ./demo-q4 --bits q4"
+WHOLE_ROWS = 10_000  # columns of a table that no terminal shows
+FOLDED = 12  # characters in a line, at least, of a text that may take several lines
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -233,22 +235,30 @@ def _remove(things: list[Removable], yes: bool) -> int:
 
 
 def _print_table(head: tuple[str, ...] | None, rows: Iterable[tuple[str, ...]]) -> None:
-    """Print rows below each other, in no more columns than the terminal has, or in 80."""
+    """Print rows below each other, in the terminal's width; elsewhere each row is one line."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, show_header=head is not None, header_style="bold")
-    rows = [tuple(map(printable, row)) for row in rows]
-    for at in range(len(rows[0])):
-        title = head[at] if head else ""
-        folds = at in (0, len(rows[0]) - 1) or title == "BITS"
-        side: Literal["right", "left"] = "right" if title == "SIZE" else "left"
-        table.add_column(title, justify=side, overflow="fold", no_wrap=not folds)
-    for row in rows:
-        table.add_row(*row)
     console = Console(markup=False, highlight=False, emoji=False)
     if not console.is_terminal:
-        console.width = 80
+        console.width = WHOLE_ROWS
+    rows = [tuple(map(printable, row)) for row in rows]
+    titles = head or ("",) * len(rows[0])
+    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    last = len(widths) - 1
+    # The name comes first, because commands take it: these columns share what is left by others.
+    folding = [at for at in range(last + 1) if at in (0, last) or titles[at] == "BITS"]
+    least = {at: min(widths[at], FOLDED) for at in folding}
+    spare = console.width - 2 * last - sum({**dict(enumerate(widths)), **least}.values())
+    for at in folding:
+        more = max(0, min(spare, widths[at] - least[at]))
+        widths[at], spare = least[at] + more, spare - more
+    for title, width in zip(titles, widths, strict=True):
+        side: Literal["right", "left"] = "right" if title == "SIZE" else "left"
+        table.add_column(title, justify=side, overflow="fold", width=width)
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
 
 
@@ -273,22 +283,19 @@ def _called(checkpoint: KeptCheckpoint) -> str:
 
 def _made_from(pack: KeptPack, here: list[KeptCheckpoint]) -> str:
     """Where the checkpoint of a pack is, and whether it is still there."""
-    place = pack.origin.place or pack.source
-    if any(each.name == place for each in here):
-        return short(Path(place)) if Path(place).is_absolute() else place
-    return f"{short(Path(place)) if Path(place).is_absolute() else place} (not here)"
+    place = short(Path(pack.place)) if Path(pack.place).is_absolute() else pack.place
+    return place if any(each.name == pack.place for each in here) else f"{place} (not here)"
 
 
 def _pack_json(pack: KeptPack, here: list[KeptCheckpoint]) -> dict[str, Any]:
-    place = pack.origin.place or pack.source
     return {
         "name": pack.path.name,
         "path": str(pack.path),
         "bits": pack.bits_name,
         "bytes": pack.size,
         "last_used": _iso(pack.last_used),
-        "checkpoint": place,
-        "checkpoint_is_here": any(each.name == place for each in here),
+        "checkpoint": pack.place,
+        "checkpoint_is_here": any(each.name == pack.place for each in here),
     }
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from offload.errors import UnsupportedModelError
 from offload.model.checkpoint import Checkpoint
-from offload.model.seam import LAYER, ExpertsModule, find_router, layer_of
+from offload.model.seam import LAYER, ExpertsModule, find_router, head_is_tied, layer_of
 from offload.pack.recipe import Recipe
 from offload.quant.pack import PackDense, PackInfo, PackLayer
 from offload.quant.record import STORED_DTYPES, MatrixSpec, RecordLayout, plan_layout
@@ -30,19 +31,17 @@ class PackSource:
 
     def describe(self, recipe: Recipe) -> PackInfo:
         """Everything about a pack that is known before a weight is read. Raises `RecipeError`."""
-        matrices = dense_matrices(self.model, self.experts)
         places = [layer_of(module.path) for module in self.experts]
-        places += [matrix.layer for matrix in matrices]
+        places += [matrix.layer for matrix in self._matrices]
         recipe.check_layers(max((layer for layer in places if layer is not None), default=0))
         layouts: dict[RecordLayout, int] = {}  # each layout once, with its number
         layers = []
-        for module in self.experts:
-            specs = tuple(_as_stored(self.checkpoint, module, spec) for spec in module.matrices)
+        for module, specs in zip(self.experts, self._specs, strict=True):
             layout = plan_layout(specs, recipe.scheme("experts", layer_of(module.path)))
             number = layouts.setdefault(layout, len(layouts))
             layers.append(PackLayer(module.path, module.num_experts, number))
         dense_layouts: dict[RecordLayout, int] = {}
-        members = list(self._describe_dense(matrices, recipe, dense_layouts))
+        members = list(self._describe_dense(recipe, dense_layouts))
         return PackInfo(
             self.name,
             self.fingerprint,
@@ -54,12 +53,24 @@ class PackSource:
             tuple(sorted(members, key=lambda member: member.file)),
         )
 
+    @cached_property
+    def _matrices(self) -> list[DenseMatrix]:
+        return dense_matrices(self.model, self.experts)
+
+    @cached_property
+    def _specs(self) -> list[tuple[MatrixSpec, ...]]:
+        """The matrices of an expert of each module, in the types in which they are stored."""
+        return [
+            tuple(_as_stored(self.checkpoint, module, spec) for spec in module.matrices)
+            for module in self.experts
+        ]
+
     def _describe_dense(
-        self, matrices: list[DenseMatrix], recipe: Recipe, layouts: dict[RecordLayout, int]
+        self, recipe: Recipe, layouts: dict[RecordLayout, int]
     ) -> Iterator[PackDense]:
-        """Those of `matrices` that are quantised; adds their layouts to `layouts`."""
+        """The matrices outside the experts that are quantised; adds their layouts to `layouts`."""
         files: dict[int | str, int] = {}  # decoder layer, or matrix outside them -> number of file
-        for matrix in matrices:
+        for matrix in self._matrices:
             schemes = (recipe.scheme(part, matrix.layer) for part in matrix.parts)
             scheme = next((scheme for scheme in schemes if scheme.quantised), None)
             # The checkpoint must have the matrix unchanged, and its columns must make whole groups.
@@ -140,15 +151,13 @@ def _outside_layers(model: PreTrainedModel) -> list[DenseMatrix]:
     """The token table and the head; one matrix when the head is tied to the table."""
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(module): path for path, module in model.named_modules()}
-    tied = {name.rpartition(".")[0] for name in model.all_tied_weights_keys}
-    head_is_tied = head is not None and names[id(head)] in tied
     found = []
     if type(table) is nn.Embedding:  # not a subclass, which may scale the rows it returns
         modules: tuple[str, ...] = (names[id(table)],)
         parts: tuple[str, ...] = ("embeddings",)
-        if head_is_tied:
+        if head_is_tied(model):
             modules, parts = (*modules, names[id(head)]), (*parts, "head")
         found.append(DenseMatrix(modules, parts, None, *table.weight.shape))
-    if type(head) is nn.Linear and not head_is_tied:
+    if type(head) is nn.Linear and not head_is_tied(model):
         found.append(DenseMatrix((names[id(head)],), ("head",), None, *head.weight.shape))
     return found

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from offload.files import packs_folder, read_object, user_path
-from offload.model.layout import is_gguf, read_template
+from offload.model.layout import CHOSEN, is_gguf, read_template
 from offload.model.names import find
 from offload.options import LoadOptions
-from offload.pack.at_hand import CHOSEN, EXPERTS, checkpoints, number, stored_as
+from offload.pack.at_hand import EXPERTS, checkpoints, number, stored_as
 from offload.pack.recipe import Recipe
 from offload.pack.shelf import KeptPack, kept_packs, size_of
 
@@ -102,8 +102,7 @@ def _template(path: Path) -> str | None:
 
 def _checkpoint_of(pack: KeptPack) -> Path | None:
     """The folder of the checkpoint that `pack` was made from, if it is here."""
-    place = pack.origin.place or pack.source
-    here = (each.path for each in checkpoints([pack]) if each.name == place)
+    here = (each.path for each in checkpoints([pack]) if each.name == pack.place)
     return next(here, None)
 
 

@@ -80,6 +80,11 @@ class KeptPack:
         return str(self.manifest["source"])
 
     @property
+    def place(self) -> str:
+        """Where the checkpoint was; the name of the model if that is not known."""
+        return self.origin.place or self.source
+
+    @property
     def bits(self) -> str:
         return str(self.manifest["bits"])
 

@@ -10,12 +10,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from offload.errors import DONE, BudgetError
-from offload.files import check_readable
 from offload.flags import MODEL_HELP, add_options, option, options_from, words_of
 from offload.machine.hardware import Hardware, asked_hardware
 from offload.model.names import DEMO, SHAPE_FILES, find_known
 from offload.options import BITS, HUB, LoadOptions
 from offload.pack.asked import begin_loading
+from offload.trace.show import open_trace
 from offload.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -74,9 +74,9 @@ def run(arguments: argparse.Namespace) -> int:
     asked = options_from(arguments, PlanOptions)
     options = options_from(arguments, LoadOptions)
     named = _named(asked, options)
-    check_readable(asked.routing)
     if arguments.model is None and asked.routing is not None:
         raise BudgetError("--trace is of one model: name it")
+    trace = open_trace(asked.routing) if asked.routing else None
     # RAM may be planned that this machine does not have. Nothing is fetched of a known model.
     is_known = arguments.model is None or find_known(arguments.model, options) is not None
     begin_loading(
@@ -87,9 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
     from offload.plan.plan import make_plan
     from offload.plan.report import lines, to_json
     from offload.plan.target import named_machine, this_machine
-    from offload.trace.show import open_trace
 
-    trace = open_trace(asked.routing) if asked.routing else None
     place = None if named else find_place(options)
     model = outline(arguments.model, options) if arguments.model else None
     target = named_machine(*named, options) if named else this_machine(place or find_place(options))

@@ -10,7 +10,13 @@ from offload.files import read_object
 from offload.model import demo, names, sources
 from offload.model.checkpoint import Checkpoint, ExpectedSource
 from offload.model.layout import INDEX, SINGLE, is_gguf, weight_files
-from offload.model.seam import build_on_meta, chosen_experts, find_experts, model_class
+from offload.model.seam import (
+    build_on_meta,
+    chosen_experts,
+    find_experts,
+    head_is_tied,
+    model_class,
+)
 from offload.model.sources import open_weights
 from offload.options import LoadOptions
 from offload.pack.describe import PackSource
@@ -130,9 +136,8 @@ def _index_bytes(folder: Path) -> int | None:
 
 def _table(model: PreTrainedModel) -> tuple[str | None, int]:
     """The module of the token table and its number of weights; (None, 0) if it is the head too."""
-    table, head = model.get_input_embeddings(), model.get_output_embeddings()
-    paths = {id(module): path for path, module in model.named_modules()}
-    tied = {name.rpartition(".")[0] for name in model.all_tied_weights_keys}
-    if table is None or (head is not None and paths.get(id(head)) in tied):
+    table = model.get_input_embeddings()
+    if table is None or head_is_tied(model):
         return None, 0
-    return paths[id(table)], sum(p.numel() for p in table.parameters())
+    path = next(path for path, module in model.named_modules() if module is table)
+    return path, sum(p.numel() for p in table.parameters())

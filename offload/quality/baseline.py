@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import transformers
 
-from offload.errors import QualityError, SourceError
-from offload.files import BASELINE, read_text, tell_replaced, write_whole
+from offload.errors import QualityError
+from offload.files import BASELINE, asked_text, write_output
 from offload.quality.check import CheckResult
 from offload.version import __version__
 
@@ -165,31 +165,22 @@ def save_baseline(
 ) -> None:
     """Write `result` as a baseline. A file that already exists stays until the new one is whole.
 
-    Raises `QualityError`.
+    Raises `OffloadError`.
     """
     text = json.dumps(baseline_of(result, tolerances), indent=2, ensure_ascii=False) + "\n"
-    tell_replaced(file, BASELINE)
-    try:
-        write_whole(file, text.encode())
-    except OSError as error:
-        reason = error.strerror or error
-        raise QualityError(f"cannot write the baseline to {file}: {reason}") from None
+    write_output(file, BASELINE, text.encode())
 
 
 def read_baseline(file: Path) -> Baseline:
-    """Read the baseline in `file`. Raises `QualityError` if anything in it is missing or wrong."""
+    """Read the baseline in `file`. Raises `OffloadError` if anything in it is missing or wrong."""
     try:
-        with file.open(encoding="utf-8") as handle:
-            data = json.loads(read_text(handle, "it"))
+        data = json.loads(asked_text(file, "baseline"))
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError(f"it is not a {FORMAT}")
         if data.get("version") != VERSION:
             raise ValueError(f"its version is {data.get('version')}, not {VERSION}")
         return _parse(data)
-    except OSError as error:
-        reason = error.strerror or error
-        raise QualityError(f"cannot read the baseline from {file}: {reason}") from None
-    except (SourceError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else error
         raise QualityError(f"{file} is not a usable baseline ({what}): {AGAIN}") from None
 

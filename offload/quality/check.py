@@ -23,7 +23,7 @@ from transformers import (
 from offload.budget.resolve import find_device
 from offload.engine.handle import Offload
 from offload.errors import QualityError, SourceError
-from offload.files import read_text
+from offload.files import asked_text
 from offload.generation.rope import follow_length
 from offload.lines import reason
 from offload.model import names
@@ -35,8 +35,6 @@ from offload.quality.scoring import Report, Scores, Sliding, Text, encode_text, 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase | None]
 FLOAT_BYTES = 4
 UNQUANTISED = "experts=16,dense=16"
-
-
 BUILT_IN = Path(__file__).with_name("prompts.txt")
 HEADING = re.compile(r"^--- +(\S.*?) *$", re.MULTILINE)
 
@@ -59,14 +57,9 @@ def read_prompts(file: Path | None = None) -> Prompts:
     this project wrote itself.
 
     A line `--- NAME` begins the prompt NAME; text before the first such line is the prompt "1".
-    Raises `QualityError`.
+    Raises `OffloadError`.
     """
-    try:
-        with (file or BUILT_IN).open(encoding="utf-8") as handle:
-            text = read_text(handle, "it")
-    except (OSError, SourceError) as error:
-        raise QualityError(f"cannot read the prompts from {file}: {error}") from None
-    first, *rest = HEADING.split(text)
+    first, *rest = HEADING.split(asked_text(file or BUILT_IN, "prompts"))
     pairs = [("1", first), *zip(rest[::2], rest[1::2], strict=True)]
     named = {name: body.strip("\n") for name, body in pairs if body.strip()}
     if not named:
@@ -130,10 +123,10 @@ def opened(loader: ModelLoader) -> Iterator[Loaded]:
         yield model, tokenizer
 
 
-def reference_bits(name: str) -> str | None:
+def reference_bits(name: str, pack_dir: str | Path | None = None) -> str | None:
     """The `bits` that the reference `name` is loaded with: all 16, but None for a pack, which has
     its own."""
-    found = None if name == names.DEMO else names.find_here(name)
+    found = names.find_here(name, pack_dir)
     return None if found is not None and found.is_pack else UNQUANTISED
 
 

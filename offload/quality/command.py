@@ -166,7 +166,7 @@ class CheckCommand:
             options,
             trace=None,  # a file holds one run, the model's
             revision=options.revision if asked.against == arguments.model else None,
-            bits=reference_bits(asked.against),
+            bits=reference_bits(asked.against, options.pack_dir),
             expert_bits=None,
             dense_bits=None,
             group_size=None,

@@ -26,7 +26,7 @@ from offload.units import parse_slots
 SYNTHETIC = "synthetic:"
 TOKENS = 300  # length of a synthetic trace
 DPI = 120
-MOST_INCHES = 20.0
+MOST_INCHES, MOST_TICKS = 20.0, 12
 
 
 def open_trace(name: str) -> Trace:
@@ -124,7 +124,8 @@ def replays(
         raise SourceError(str(error)) from None
     yield ""
     yield "hit: experts that were in a slot in time. kept: the hits that look-ahead had not just"
-    yield "loaded; Belady's optimum, which loads nothing early, is compared with these."
+    yield "loaded; Belady's optimum, which loads nothing early, is compared with these. They can"
+    yield "be more than 100% of it after a warm start, whose loads come before anybody asks."
 
 
 def _setups(
@@ -221,20 +222,24 @@ def _save_picture(heat: HeatMap, file: Path, title: str) -> None:
     )
     figure = Figure(figsize=size, layout="constrained", dpi=DPI)
     figure.suptitle(title)
-    panels: list[tuple[str, Sequence[Sequence[float]], str, float | None]] = [
+    most = max(1, *map(max, (*heat.hits, *heat.misses)))  # a miss is as bright as a hit
+    panels: list[tuple[str, Sequence[Sequence[float]], str, float]] = [
         ("resident at the end", heat.resident, "Greens", 1.25),
-        ("hits", heat.hits, "viridis", None),
-        ("misses", heat.misses, "inferno", None),
+        ("hits", heat.hits, "viridis", most),
+        ("misses", heat.misses, "viridis", most),
     ]
-    for at, (name, counts, colors, most) in enumerate(panels, start=1):
-        axes: Any = figure.add_subplot(*grid, at)
+    axes: Any = None
+    for at, (name, counts, colors, brightest) in enumerate(panels, start=1):
+        axes = figure.add_subplot(*grid, at, sharex=axes if wide else None)
         rows = [[*map(float, row), *[float("nan")] * (experts - len(row))] for row in counts]
         image = axes.imshow(
-            rows, cmap=colors, aspect="auto", interpolation="nearest", vmin=0, vmax=most
+            rows, cmap=colors, aspect="auto", interpolation="nearest", vmin=0, vmax=brightest
         )
-        axes.set(title=name, xlabel="expert", ylabel="MoE layer")
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.get_major_locator().set_params(integer=True)
-        if most is None:  # a panel of yes and no needs no scale
-            figure.colorbar(image, ax=axes)
+        axes.set(title=name, ylabel="MoE layer")
+        if not wide or at == len(panels):
+            axes.set_xlabel("expert")
+        for axis, count in ((axes.xaxis, experts), (axes.yaxis, layers)):
+            axis.get_major_locator().set_params(integer=True, nbins=min(count, MOST_TICKS))
+        if at > 1:  # a panel of yes and no needs no scale
+            figure.colorbar(image, ax=axes, label="times used")
     save_figure(figure, file)

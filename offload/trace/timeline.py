@@ -4,6 +4,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Iterator
+from errno import ENOSPC
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ def record_timeline(model: PreTrainedModel, file: Path | None) -> Iterator[None]
         yield
         return
     files.check_output(file, files.TIMELINE)
+    file = files.user_path(file).resolve()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to stderr
     engine = offload_of(model).engine
     activities = [ProfilerActivity.CPU]
@@ -88,12 +90,11 @@ def _write(profiler: profile, file: Path) -> None:
             part = Path(folder, "trace.json")  # a name in .gz would be compressed
             profiler.export_chrome_trace(str(part))
             if not part.exists() or not part.read_bytes()[-16:].rstrip().endswith(b"}"):
-                raise _unwritable(file, "the disk is full")
+                raise OSError(ENOSPC, "the disk is full")
             files.tell_replaced(file, files.TIMELINE)
             part.replace(file)
     except (OSError, RuntimeError) as error:
-        raise _unwritable(file, getattr(error, "strerror", None) or reason(error)) from None
-
-
-def _unwritable(file: Path, why: str) -> OffloadError:
-    return OffloadError(f"cannot write the timeline to {file} ({why}): name another --timeline")
+        why = getattr(error, "strerror", None) or reason(error)
+        raise OffloadError(
+            f"cannot write the timeline to {file} ({why}): name another --timeline"
+        ) from None

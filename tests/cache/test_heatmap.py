@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from offload.cache.trace.heatmap import Part, squeezed
+from offload.cache.trace.heatmap import HeatMap, Part, as_html, squeezed
 
 
 def test_a_squeezed_map_shows_how_full_each_part_is() -> None:
@@ -26,3 +26,8 @@ def test_layers_need_not_have_the_same_number_of_experts() -> None:
     parts = squeezed(((True,) * 4, (True,)))
     assert [part.shares for part in parts] == [(1.0,) * 4, (1.0,)]
     assert squeezed(((True,) * 4, (True,)), rows=1) == [Part(range(2), (1.0,) * 4)]
+
+
+def test_a_notebook_shows_a_map_before_anything_was_asked_for() -> None:
+    heat = HeatMap(((0.0, 0.0), (1.0, 0.0)), ((True, False), (True, True)), (None, 0.5))
+    assert as_html(heat).count("hits</td>") == 1

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import cli
-from offload.files import MARKS, TRACE, check_output
+from offload.files import BASELINE, MARKS, TRACE, check_output, write_output
+from offload.main import parse
 from offload.quant.errors import OffloadError
 
 
@@ -38,11 +39,41 @@ def test_links_devices_and_places_that_cannot_be_written(tmp_path: Path) -> None
     assert link.is_symlink()
     assert not link.exists()
     os.mkfifo(tmp_path / "pipe")
-    for device in (os.devnull, tmp_path / "pipe"):
-        check_output(device, TRACE)
-    for wrong in (tmp_path, tmp_path / "no" / "file", tmp_path / "link" / "file", ""):
+    for wrong in (
+        os.devnull,
+        tmp_path / "pipe",
+        tmp_path,
+        tmp_path / "no" / "file",
+        tmp_path / "link" / "file",
+        "",
+    ):
         with pytest.raises(OffloadError):
             check_output(wrong, TRACE)
+
+
+def test_a_link_stays_a_link_to_the_file_that_is_written(tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "target")
+    write_output(link, BASELINE, b"new")
+    assert link.is_symlink()
+    assert (tmp_path / "target").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "generate demo --file=~/x --output=~/x --trace=~/x --timeline=~/x",
+        "bench demo --plot=~/x --trace=~/x --timeline=~/x",
+        "ppl demo --file=~/x",
+        "check demo --against x --prompts=~/x --baseline=~/x --save-baseline=~/x",
+    ],
+)
+def test_a_home_folder_that_the_shell_left_alone_is_found(line: str) -> None:
+    given = vars(parse(line.split()))
+    for word in line.split():
+        if word.endswith("=~/x"):
+            name = word.removeprefix("--").removesuffix("=~/x").replace("-", "_")
+            assert given[name] == Path.home() / "x"
 
 
 COMMANDS = [

@@ -38,13 +38,13 @@ def test_only_public_names_are_offered() -> None:
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a word as context": ({"context": "4k"}, r"context is '4k': .* a whole number, like 4096"),
-    "no context": ({"context": -1}, "context: -1 is not"),
+    "no context": ({"context": -1}, "context: -1 is less than 0"),
     "half a context": ({"context": 64.5}, "context is 64.5: it must be a whole number"),
     "a switch as context": ({"context": True}, "context is True"),
     "a micro-batch of none": ({"ubatch_size": None}, "ubatch_size is None"),
-    "threads": ({"threads": 0}, "threads: 0 is not at least 1"),
-    "RAM without a unit": ({"ram": "5"}, "'5' is that many bytes: write the unit too"),
-    "RAM as a number": ({"ram": 48}, "48 is that many bytes: write the unit too"),
+    "threads": ({"threads": 0}, "threads: 0 is less than 1"),
+    "RAM without a unit": ({"ram": "5"}, "'5' without a unit means bytes: write one"),
+    "RAM as a number": ({"ram": 48}, "48 without a unit means bytes: write one"),
     "RAM in half bytes": ({"ram": 2.5}, "ram is 2.5: it must be a text or a whole number"),
     "more than all experts": ({"expert_slots": 1.5}, "1.5 is not a share of the experts"),
     "a word as a switch": ({"warm_start": "no"}, "warm_start is 'no': it must be True or False"),
@@ -201,7 +201,7 @@ def test_a_notebook_shows_a_cell_for_each_expert(loaded: Loaded) -> None:
     info = loaded.model.offload.pack.info
     assert shown.count('title="layer ') == info.total_experts
     assert shown.count("<tr>") == len(info.layers)
-    assert f"of {info.total_experts} experts resident" in shown
+    assert f"of {info.total_experts} experts in memory" in shown
 
 
 REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {

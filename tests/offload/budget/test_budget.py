@@ -376,6 +376,29 @@ def test_a_window_holds_no_more_than_itself_and_what_is_read_at_once() -> None:
     assert sum(kv_cache_bytes(config, 4096, torch.float32)) == a_token * 4096
 
 
+@pytest.mark.parametrize(("model_type", "kinds"), [("mixtral", 1), ("gpt_oss", 2)])
+def test_a_trial_run_computes_one_layer_of_each_kind(
+    model_type: str, kinds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A window is another kind than full attention, and each layer is counted all the same."""
+    computed: list[int] = []
+    own = offload.budget.budget._compute_once
+
+    def spy(model: Any) -> list[int]:
+        for layer in model.model.layers:
+            layer.self_attn.register_forward_hook(lambda *_: computed.append(1))
+        return own(model)
+
+    config = tiny_config(model_type, num_hidden_layers=8, max_position_embeddings=4096)
+    monkeypatch.setattr(offload.budget.budget, "_compute_once", spy)
+    short = kv_cache_bytes(config, 4096, torch.float32, ubatch=32)
+    assert len(computed) == kinds
+    monkeypatch.setattr(offload.budget.budget, "_compute_once", lambda _: [])
+    monkeypatch.setattr(offload.budget.budget, "_KEPT", {})
+    assert kv_cache_bytes(config, 4096, torch.float32, ubatch=32) == short
+    assert len(set(short)) == kinds
+
+
 def test_a_model_that_does_not_run_without_memory_is_estimated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

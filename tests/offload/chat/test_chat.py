@@ -23,9 +23,10 @@ from offload.chat.commands import COMMANDS, SETTINGS, WORDS, converse, obey, rea
 from offload.chat.display import Plain
 from offload.chat.figures import Panel
 from offload.chat.terminal import is_open
-from offload.errors import ChatError
+from offload.errors import ChatError, SourceError
 from offload.sampling import Sampling
 from tests.conftest import Script
+from tests.full_disk import full_beyond
 from tests.tiny import EXPERTS, LAYERS
 
 ROOT = Path(__file__).parents[3]
@@ -229,15 +230,22 @@ def test_ctrl_c_at_the_prompt_says_how_to_leave(chat: Chat, terminal: Terminal) 
     assert text.endswith("yes\n\n")
 
 
-def test_ctrl_c_stops_the_answer_and_keeps_the_chat(
-    chat: Chat, terminal: Terminal, script: Script
-) -> None:
+def _interrupt_at(terminal: Terminal, *texts: str) -> None:
+    """Press Ctrl-C whenever one of `texts` is written, until the last of them was."""
+
     def interrupt(text: str) -> None:
-        if text == "l":
-            terminal.on_write = lambda text: None
+        if text in texts:
+            if text == texts[-1]:
+                terminal.on_write = lambda text: None
             raise KeyboardInterrupt
 
     terminal.on_write = interrupt
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_the_chat(
+    chat: Chat, terminal: Terminal, script: Script
+) -> None:
+    _interrupt_at(terminal, "l")
     script.say("a long answer")
     text = _converse(chat, terminal, "one", "two")
     assert text.startswith("a l\n(stopped)\n")
@@ -252,14 +260,7 @@ def test_ctrl_c_twice_keeps_the_answer_and_the_chat(
     shown: str, chat: Chat, terminal: Terminal, script: Script
 ) -> None:
     """The second one comes while the end of the answer is shown, or the words after the first."""
-
-    def interrupt(text: str) -> None:
-        if text in ("l", "\n", shown):
-            if text == shown:
-                terminal.on_write = lambda text: None
-            raise KeyboardInterrupt
-
-    terminal.on_write = interrupt
+    _interrupt_at(terminal, "l", "\n", shown)
     script.say("a long answer")
     text = _converse(chat, terminal, "one", "two")
     assert text.endswith("a long answer\n\n")
@@ -492,6 +493,14 @@ def test_help_lists_every_command(line: str, chat: Chat, terminal: Terminal) -> 
     assert '"""' in text
 
 
+def test_a_typo_is_answered_with_what_was_meant(chat: Chat, terminal: Terminal) -> None:
+    said = _converse(chat, terminal, "/experts", "/cler", "/set temprature 1", "/set top_p 1")
+    assert "Unknown command /experts (did you mean /show experts?)" in said
+    assert "Unknown command /cler (did you mean clear?)" in said
+    assert "Unknown setting 'temprature' (did you mean temperature?)" in said
+    assert "Set top_p to 1." in said
+
+
 def test_what_help_says_is_what_there_is(chat: Chat, terminal: Terminal) -> None:
     assert set(WORDS[""]) == COMMANDS.keys() | {"bye", "exit", "quit"}
     for before in ("set", "show"):
@@ -539,7 +548,7 @@ def test_read_sends_a_file(chat: Chat, script: Script, tmp_path: Path) -> None:
 
 def test_read_refuses_what_is_no_text(chat: Chat, tmp_path: Path) -> None:
     (tmp_path / "image").write_bytes(b"\xff\xd8\xff")
-    with pytest.raises(ChatError, match="cannot read"):
+    with pytest.raises(SourceError, match="not UTF-8"):
         obey(chat, f"/read {tmp_path / 'image'}")
 
 
@@ -577,10 +586,10 @@ def test_set_a_parameter(
     name = name.removeprefix("parameter ")
     shown = name.replace("repetition_penalty", "repeat_penalty")
     assert getattr(chat.sampling, name) == value
-    assert terminal.take() == f"Set {shown} to {value}.\n"
+    assert terminal.take() == f"Set {shown} to {value:g}.\n"
     obey(chat, "/show parameters")
     rows = dict(line.split(maxsplit=1) for line in terminal.take().splitlines())
-    assert rows[shown] == str(value)
+    assert rows[shown] == f"{value:g}"
     assert list(rows)[:6] == [
         "temperature",
         "top_k",
@@ -723,7 +732,7 @@ def test_set_alone_lists_every_setting_with_its_value(chat: Chat, terminal: Term
         rows = terminal.take().splitlines()
         assert len(rows) == len(SETTINGS)
         assert all(len(row) <= 80 for row in rows)
-        assert re.match(r"/set temperature X +0\.0 ", rows[1])
+        assert re.match(r"/set temperature X +0 ", rows[1])
 
 
 @pytest.mark.parametrize(
@@ -781,6 +790,13 @@ def test_write_puts_an_answer_or_a_code_block_into_a_new_file(
     assert (tmp_path / "all").read_text() == BLOCKS_ANSWER + "\n"
     with pytest.raises(ChatError, match=r"Usage: /write .*x 1 to /write .*x 2"):
         obey(chat, f"/write {tmp_path}/x 3")
+
+
+def test_a_write_that_fails_leaves_no_part_of_the_file(chat: Chat, tmp_path: Path) -> None:
+    chat.messages = [{"role": "assistant", "content": "x" * 5000}]
+    with full_beyond(4096), pytest.raises(ChatError, match="cannot write"):
+        obey(chat, f"/write {tmp_path}/answer")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_question_too_long_is_refused_before_turns_are_given_up(

@@ -122,6 +122,9 @@ def test_a_conversation_on_the_screen(terminal: Terminal, home: Path) -> None:
         "x = 1",
         PROMPT,
     ]
+    terminal.child.send("x" * 80)  # a line that is wrapped, and not two lines
+    terminal.wait(lambda lines: lines[-2:] == [">>> " + "x" * 76, "    xxxx"])
+    terminal.child.send("\x15")
     terminal.child.send('"""two')  # three quotes open, Enter does not send
     terminal.child.send("\r")
     terminal.wait(lambda lines: lines[-1].startswith("..."))
@@ -181,6 +184,19 @@ def test_keys_typed_during_an_answer_wait_for_the_next_prompt(
     assert "".join(terminal.text.split()).count("word0word1") == 1
     terminal.child.send("?\r")
     terminal.wait(lambda lines: lines[-2:] == ["two", PROMPT])
+
+
+def test_ctrl_c_drops_nothing_that_was_typed_during_an_answer(
+    start: Callable[..., Terminal],
+) -> None:
+    terminal = start(SEA, "two", STEP_SECONDS="0.05")
+    terminal.wait(lambda lines: lines[-1:] == [PROMPT])
+    terminal.child.send("tell\r")
+    terminal.wait_for("word3 ")
+    terminal.child.send("and then")
+    terminal.wait_for("word6 ")
+    terminal.child.send("\x03")
+    terminal.wait(lambda lines: lines[-1] == ">>> and then")
 
 
 def test_text_pasted_during_an_answer_stays_one_message(start: Callable[..., Terminal]) -> None:

@@ -18,7 +18,8 @@ from offload.chat.display import Plain, Rendered
 from offload.generation.thinking import Piece
 
 HINTS = (
-    "(context almost full: 4032 of 4096. Oldest turns will be dropped; use --ctx-size or /clear)\n"
+    "(context almost full: 4032 of 4096 tokens. The oldest turns will be dropped; /clear makes "
+    "room, and chat -c N begins with more)\n"
     "[ Experts: 1536 of 6144 in memory | hits 100.0% | 120.0 MiB/token | look-ahead 90% ]\n"
 )
 ANSWER = """# Title

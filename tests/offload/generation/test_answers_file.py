@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,13 @@ def test_a_file_has_one_writer(tmp_path: Path) -> None:
     with pytest.raises(OffloadError, match="another process"):
         AnswersFile(tmp_path / "answers.jsonl")
     answers.close()
+
+
+def test_a_file_that_has_the_name_of_a_lock_stays(tmp_path: Path) -> None:
+    (tmp_path / "uv.lock").write_text("version = 1")
+    with closing(AnswersFile(tmp_path / "uv")):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["uv.lock"]
 
 
 def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -303,9 +303,15 @@ IMAGE = {"type": "image_url", "image_url": {"url": "a.png"}}
         ({"messages": [USER, {"role": "assistant", "tool_calls": [CALL]}]}, "tool answers"),
         ({"messages": [USER, {"role": "assistant", "tool_calls": [{}]}, USER]}, "a tool call must"),
         ({"messages": [USER, {"role": "assistant", "content": ""}]}, "the last message is empty"),
-        ({"messages": [USER, {"role": "assistant", "content": None}, USER]}, "write a text"),
+        ({"messages": [USER, {"role": "assistant", "content": None}, USER]}, 'write "a text"'),
         ({"prompt": "a", "tools": {}}, None),
         ({"prompt": "a", "tools": {"name": "f"}}, '"tools" must be a list'),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]},
+            'write "a text"',
+        ),
+        ({"prompt": "a", "chat_template_kwargs": {"messages": 1}}, "'messages' cannot be given"),
+        ({"prompt": "a", "chat_template_kwargs": {"tokenize": True}}, "'tokenize' cannot be given"),
         ({"prompt": "a", "chat_template_kwargs": 3}, '"chat_template_kwargs" must be an object'),
     ],
 )

@@ -94,6 +94,8 @@ def test_what_tokenizers_return_is_answered_as_their_text(loaded: Any) -> None:
         (MESSAGES[0], "the prompt is one message: put it into a list"),
         ({"text": "Hi!"}, "the prompt is a dict without input_ids"),
         ([{"content": "Hi!"}], "a message has no 'role'"),
+        ([{"role": "user"}], "a message has no 'content'"),
+        ([{"role": "user", "content": 3}], "the content of a message is 3: give a text"),
         (["Hi!", 7], "the prompt mixes texts and token ids"),
         ([1.5], "the prompt has 1.5 in it"),
         ([True], "the prompt has True in it"),

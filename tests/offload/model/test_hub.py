@@ -129,6 +129,30 @@ def test_a_short_break_is_not_an_error(tiny: StandIn) -> None:
     assert sum("safetensors" in line and "GET" in line for line in tiny.asked) == 2
 
 
+def test_a_size_that_the_hub_does_not_give_is_found_out(tiny: StandIn) -> None:
+    tiny.sizes["model.safetensors"] = 0
+    fetch_weights(found())
+    here = found().folder / "model.safetensors"
+    assert here.read_bytes() == (tiny.folders[ID] / "model.safetensors").read_bytes()
+
+
+def test_a_file_that_is_shorter_than_the_hub_says_is_not_asked_for_for_ever(tiny: StandIn) -> None:
+    tiny.sizes["model.safetensors"] = (tiny.folders[ID] / "model.safetensors").stat().st_size + 9
+    assert "model.safetensors of somebody/tiny came with another size" in refused(ID)
+    assert sum("safetensors" in line for line in tiny.asked) < 9
+
+
+@pytest.mark.parametrize(
+    ("name", "status"),
+    [("api", 404), ("api", 429), ("config.json", 404), ("model.safetensors", 429)],
+)
+def test_what_the_hub_answers_is_told(name: str, status: int, tiny: StandIn) -> None:
+    tiny.status[name] = status
+    message = refused(ID)
+    assert str(status) in message
+    assert "unreachable" not in message
+
+
 def test_a_disk_without_room_is_told_before_the_first_byte(
     tiny: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:

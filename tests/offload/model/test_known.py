@@ -35,7 +35,7 @@ def test_a_known_model_has_the_weights_it_is_published_with(known: KnownModel) -
 def test_names_are_of_one_model_each() -> None:
     assert len(BY_NAME) == len(KNOWN)
     assert len(BY_ID) == sum(1 + len(known.also) for known in KNOWN)
-    assert len(BY_OLLAMA) == sum(len(known.ollama) for known in KNOWN)
+    assert {id.casefold() for id in BY_OLLAMA.values()} <= BY_ID.keys()
     assert not BY_OLLAMA.keys() & BY_NAME.keys()
 
 
@@ -77,8 +77,9 @@ def test_a_model_that_is_known_needs_all_of_its_weights() -> None:
         ("dmo", "unknown model 'dmo': did you mean demo?"),
         ("qwen3-30b-a3", "did you mean qwen3-30b-a3b?"),
         ("gptoss-20b", "did you mean gpt-oss-20b?"),
-        ("qwen3:30b", "'qwen3:30b' is ollama's name: write qwen3-30b-a3b, which is Qwen/"),
-        ("mixtral", "write mixtral-8x7b"),
+        ("qwen3:30b", "'qwen3:30b' is ollama's name: write Qwen/Qwen3-30B-A3B-Thinking-2507"),
+        ("deepseek-r1:671b", "write deepseek-ai/DeepSeek-R1"),
+        ("mixtral", "write mistralai/Mixtral-8x7B-Instruct-v0.1"),
         ("gpt-oss-120b:q4", "write gpt-oss-120b --bits q4"),
         ("demo.gguf", "there is no file demo.gguf: did you mean demo?"),
         ("./nowhere", "there is no folder ./nowhere: check the path"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -65,19 +66,37 @@ def make(source: object, **options: object) -> Path:
 # --- list ----------------------------------------------------------------------------------------
 
 
-def test_list_shows_packs_and_checkpoints_within_80_columns(
-    run: Run, checkpoint: Path, hub: Path, home: Path
+@pytest.mark.parametrize("terminal", [True, False])
+def test_list_folds_its_rows_at_a_terminal_only(
+    terminal: bool, run: Run, checkpoint: Path, hub: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1" if terminal else "0")
+    monkeypatch.setenv("COLUMNS", "80")
     long = checkpoint.rename(checkpoint.with_name("a-model-with-a-very-long-name-" + "x" * 50))
-    make(long, bits="q4")
+    pack = make(long, bits="q4")
     make(HUB_ID, bits="experts=3g32,attention=5,layers.0-1.experts=8")
     code, out, _ = run("list")
+    out = re.sub("\x1b[^m]*m", "", out)
     assert code == 0
-    assert max(map(len, out.splitlines())) <= 80
+    assert (max(map(len, out.splitlines())) <= 80) == terminal
+    assert (f"\n{pack.name} " in out) == (not terminal)
     for word in ("NAME", "BITS", "SIZE", "LAST USED", "MADE FROM", "WHERE", "q4", "just now"):
         assert word in out
     assert HUB_ID in out
     assert "dense" not in out
+
+
+def test_list_keeps_a_name_whole_where_it_can(
+    run: Run, checkpoint: Path, hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    pack = make(
+        checkpoint.rename(checkpoint.with_name("a-model-of-27-characters-xx")),
+        bits="q4",
+    )
+    assert len(pack.name) == 30
+    assert pack.name in run("list")[1]
 
 
 def test_list_as_json_says_where_the_checkpoint_is(run: Run, checkpoint: Path, hub: Path) -> None:
@@ -218,6 +237,24 @@ def test_rm_leaves_what_is_in_use(run: Run, checkpoint: Path) -> None:
     assert run("rm", "-y", pack.name)[0] == 0
 
 
+def test_rm_removes_a_link_and_not_the_pack_that_it_leads_to(
+    run: Run, checkpoint: Path, tmp_path: Path
+) -> None:
+    pack = make(checkpoint)
+    moved = shutil.move(pack, tmp_path / "other-disk")
+    pack.symlink_to(moved)
+    code, out, _ = run("rm", "-y", pack.name)
+    assert (code, out.splitlines()[-1]) == (0, "0 KiB freed.")
+    assert "link alone" in out
+    assert is_pack(moved)
+    assert not pack.is_symlink()
+
+
+def test_a_folder_that_is_no_pack_is_not_what_was_meant(run: Run, home: Path) -> None:
+    (home / "packs" / "letters").mkdir(parents=True)
+    assert "did you mean" not in run("show", "letters")[2]
+
+
 # --- prune ---------------------------------------------------------------------------------------
 
 
@@ -228,6 +265,8 @@ def test_prune_removes_what_nobody_needs_and_nothing_else(
     packs = home / "packs"
     for name in ("old.lock", "held.lock"):
         (packs / name).touch()
+    (packs / "uv.lock").write_text("version = 1")
+    (packs / "link.lock").symlink_to("nowhere")
     for name in ("old.partial", "held.partial"):
         (packs / name).mkdir()
         (packs / name / ".settings").write_text("{}")
@@ -244,7 +283,7 @@ def test_prune_removes_what_nobody_needs_and_nothing_else(
     assert code == 0
     assert "other weights now" in out
     left = {path.name for path in packs.iterdir()} - {"held.lock"}
-    assert left == {renewed.name, "held.partial", "my-own.partial"}
+    assert left == {renewed.name, "held.partial", "my-own.partial", "uv.lock", "link.lock"}
     assert not stale.exists()
 
 

@@ -20,7 +20,7 @@ from offload.cache.trace.file import write
 from offload.cache.trace.synthetic import Routing, Shape, synthesize
 from offload.engine.handle import offload_of
 from offload.fit import Card
-from offload.machine import limits
+from offload.machine import memory
 from offload.machine.measure import DiskRate
 from offload.machine.memory import Ram
 from offload.model import demo
@@ -54,7 +54,7 @@ def quick_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         target, "measure", lambda device: replace(rates, runs_ahead=device.type != "cpu")
     )
-    monkeypatch.setattr(limits, "ram", lambda: Ram(2**40, 2**40))
+    monkeypatch.setattr(memory, "ram", lambda: Ram(2**40, 2**40))
     monkeypatch.setattr(target, "read_rate", lambda folder, size: DiskRate(3.0, "by a test"))
 
 
@@ -328,6 +328,7 @@ def test_a_given_trace_decides_the_hits_and_must_be_of_the_model(
     plan = planned(capsys, mixtral, "--trace", tmp_path / "right", "--expert-slots", "25%")
     assert "on the trace" in " ".join(plan["notes"])
     assert "the trace is of wrong" in told(capsys, mixtral, "--trace", tmp_path / "wrong")
+    assert "the trace is of Mixtral" in told(capsys, mixtral, "--trace", "synthetic:mixtral")
 
 
 def test_the_demo_is_planned_before_it_is_built(
@@ -397,7 +398,7 @@ def test_a_model_that_does_not_fit_is_reported_with_a_remedy(
         (["--gpu", "4090", "--ram", "x"], "is not a size"),
         (["--expert-slots", "x"], "error: 'x' is not a number of expert slots"),
         (["--expert-slots", "0"], "error: 0 expert slots: at least one is needed"),
-        (["--gpu", "4090", "--ram", "64"], "'64' is that many bytes: write the unit too"),
+        (["--gpu", "4090", "--ram", "64"], "'64' without a unit means bytes: write one"),
         (["--gpu", "4090", "--vram", "0"], "0.0 MiB allowed"),
         (["--trace", "/nowhere"], "/nowhere"),
         (["--bits", "q9"], "is not a rule for bits"),

@@ -275,6 +275,8 @@ def test_a_reference_runs_at_16_bits_and_a_pack_at_its_own(
 ) -> None:
     assert reference_bits(str(mixtral)) == "experts=16,dense=16"
     assert reference_bits(str(mixtral_pack)) is None
+    assert reference_bits(mixtral_pack.name, mixtral_pack.parent) is None
+    assert reference_bits("demo") == "experts=16,dense=16"
 
 
 # --- prompts -------------------------------------------------------------------------------------
@@ -289,7 +291,7 @@ def test_the_built_in_prompts_are_of_several_kinds() -> None:
 
 def test_headings_separate_prompts(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
-    file.write_text("first\n--- two words \n\nsecond\n\n--- three\nthird\n---\nstill third\n")
+    file.write_text("\ufefffirst\n--- two words \n\nsecond\n\n--- three\nthird\n---\nstill third\n")
     assert read_prompts(file) == Prompts(
         ("1", "two words", "three"), ("first", "second", "third\n---\nstill third")
     )
@@ -303,7 +305,7 @@ def test_a_file_without_usable_prompts_is_refused(text: str, tmp_path: Path) -> 
     (tmp_path / "prompts.txt").write_text(text)
     with pytest.raises(QualityError, match=r"holds no prompts|two prompts with the same name"):
         read_prompts(tmp_path / "prompts.txt")
-    with pytest.raises(QualityError, match="cannot read"):
+    with pytest.raises(SourceError, match="cannot read"):
         read_prompts(tmp_path / "none.txt")
 
 

@@ -196,7 +196,7 @@ def test_check_refuses_a_baseline_of_something_else(
     assert "cannot read" in one_line(run(*common, "--baseline", tmp_path / "none.json"))
     missing = tmp_path / "no" / "folder.json"
     assert "No such file or directory" in one_line(run(*common, "--save-baseline", missing))
-    assert "Is a directory" in one_line(run(*common, "--save-baseline", tmp_path))
+    assert "is not a file" in one_line(run(*common, "--save-baseline", tmp_path))
 
 
 def test_a_plain_reference_has_the_threads_that_were_asked_for(
