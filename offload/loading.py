@@ -285,8 +285,9 @@ def _connect(model: OffloadedModel, pack: Pack, fit: Fit, transfer: Transfer) ->
     if fit.looks_ahead or fit.options.trace is not None:  # a trace holds guesses too, for replays
         engine.watch_routers(model, routers(model, info))
     single = fit.device.type == "cpu" and fit.dtype == torch.bfloat16
-    one_token = OneTokenLinear(model) if single and native_is_quicker() else None
-    if single and not os.environ.get("NOROWS"): FewTokensLinear(model)
+    one_token = OneTokenLinear(model) if single and native_is_quicker() and not os.environ.get("NOONE") else None
+    if single and not os.environ.get("NOROWS"):
+        FewTokensLinear(model)
     threads = Threads() if fit.device.type == "cpu" and fit.options.threads is None else None
     model.offload = Offload(pack, engine, fit, one_token, k, decoding, threads)
     weakref.finalize(model, model.offload.close)  # also if the user drops the model unclosed

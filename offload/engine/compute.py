@@ -55,7 +55,8 @@ class OneByOne:
 
     def __init__(self, info: PackInfo, transfer: Transfer) -> None:
         self._info, self._transfer = info, transfer
-        self._views: dict[tuple[int, int], dict[str, MatrixView]] = {}  # (layout, slot)
+        # (layout, address) -> matrices; a record that is mapped, and a slot, stay where they are
+        self._views: dict[tuple[int, int], dict[str, MatrixView]] = {}
 
     def together(self, call: Call) -> bool:
         return False
@@ -75,11 +76,10 @@ class OneByOne:
                 cells[where] = out
 
     def _matrices(self, layer: int, slot: int) -> dict[str, MatrixView]:
-        if slot >= len(self._transfer.slots):  # a streamed record is in another place each time
-            return view_record(self._transfer.slot(slot), self._info.layout_of(layer))
-        key = (self._info.layers[layer].layout, slot)
+        record = self._transfer.slot(slot)
+        key = self._info.layers[layer].layout, record.data_ptr()
         if key not in self._views:
-            self._views[key] = view_record(self._transfer.slot(slot), self._info.layouts[key[0]])
+            self._views[key] = view_record(record, self._info.layouts[key[0]])
         return self._views[key]
 
     def close(self) -> None:

@@ -299,17 +299,18 @@ class HostPlanned:
         """The figures of everything so far."""
         counts = self.cache.statistics
         sizes = [self.info.layout_of(layer).record_bytes for layer in range(len(counts.layers))]
-        loaded = (n.loads * size for n, size in zip(counts.layers, sizes, strict=True))
-        beside = (n.loads_beside * size for n, size in zip(counts.layers, sizes, strict=True))
+        loaded = sum(n.loads * size for n, size in zip(counts.layers, sizes, strict=True))
+        beside = sum(n.loads_beside * size for n, size in zip(counts.layers, sizes, strict=True))
+        in_place = loaded if self.transfer.in_place else beside * self.transfer.streams_in_place
         return Stats(
             counts=counts.total(),
             layers=tuple(replace(layer) for layer in counts.layers),
             slots=self.cache.table.slots,
             total_experts=self.info.total_experts,
-            bytes_loaded=sum(loaded),
+            bytes_loaded=loaded,
             link_busy_seconds=self.transfer.busy_seconds,
             tokens=self.tokens,
-            bytes_in_place=sum(beside) if self.transfer.streams_in_place else 0,
+            bytes_in_place=in_place,
         )
 
     def close(self) -> None:

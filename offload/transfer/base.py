@@ -28,6 +28,7 @@ class Transfer(Protocol):
     device: torch.device
     overtakes: bool  # an urgent copy goes before any other, even one that is under way
     streams_in_place: bool  # a record that goes into a row past the slots is not copied
+    in_place: bool  # no record is copied: a slot is where its record is mapped
 
     @property
     def slots(self) -> Tensor:

@@ -37,6 +37,7 @@ class CardsTransfer:
         self.device = self.transfers[0].device
         self.overtakes = all(transfer.overtakes for transfer in self.transfers)
         self.streams_in_place = all(transfer.streams_in_place for transfer in self.transfers)
+        self.in_place = all(transfer.in_place for transfer in self.transfers)
 
     @property
     def busy_seconds(self) -> float:
@@ -122,5 +123,5 @@ def _transfer_to(
     device: torch.device, pack: Pack, slots: int, fit: Fit, tier: HostTier | None
 ) -> Transfer:
     if device.type == "cpu":
-        return HostTransfer(pack, slots)
+        return HostTransfer(pack, slots, in_place=fit.options.expert_slots is None)
     return CudaTransfer(pack, slots + fit.staging, device, fit.ram, tier=tier)

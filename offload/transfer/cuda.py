@@ -103,7 +103,7 @@ class CudaTransfer:
     """
 
     overtakes = False  # an urgent copy only goes before the guesses not yet given to the link
-    streams_in_place = False
+    streams_in_place = in_place = False
 
     def __init__(
         self,

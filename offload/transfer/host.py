@@ -108,8 +108,9 @@ class HostTransfer:
     """Slots in host memory, filled from the mapped pack by one thread.
 
     A record for a row past the slots is not copied: it is read into memory, should it not be there,
-    and computed from where it is mapped. A record that has left memory is read as a whole before it
-    is copied, and its checksum is compared the first time.
+    and computed from where it is mapped. With `in_place` this holds for every slot.
+    A record that has left memory is read as a whole before it is copied, and its checksum is
+    compared the first time.
 
     The two threads share nothing but deques, a `SimpleQueue` and each ticket's bell, whose
     operations Ctrl-C cannot cut in two; the lock inside a `Condition` or `Event` could stay taken.
@@ -119,18 +120,22 @@ class HostTransfer:
     overtakes = True
     streams_in_place = True
 
-    def __init__(self, pack: Pack, slots: int) -> None:
-        self.device = torch.device("cpu")
+    def __init__(self, pack: Pack, slots: int, *, in_place: bool = False) -> None:
+        self.device, self.in_place = torch.device("cpu"), in_place
         self._pack = pack
         self._page_in = PageIn(pack)
-        self.slots = torch.empty(slots, pack.info.slot_bytes, dtype=torch.uint8)
-        self._mapped: dict[int, Tensor] = {}  # row past the slots -> record
+        self.slots = self._new_slots(slots)
+        self._mapped: dict[int, Tensor] = {}  # slot in place, or row past the slots -> record
         self._files = RecordFiles(pack)
         self.waiting: UrgentFirst[HostTicket] = UrgentFirst()
         self._wake: SimpleQueue[bool] = SimpleQueue()  # True: look at the queues, False: end
         self.busy_seconds = 0.0
         self._closed = False
         self._thread = self._new_thread()
+
+    def _new_slots(self, slots: int) -> Tensor:
+        count = 0 if self.in_place else slots
+        return torch.empty(count, self._pack.info.slot_bytes, dtype=torch.uint8)
 
     def _new_thread(self) -> threading.Thread:
         thread = threading.Thread(target=self._run, name="offload-copy", daemon=True)
@@ -181,9 +186,8 @@ class HostTransfer:
     def resize(self, slots: int, staging: int) -> None:
         self.drain()
         self._mapped.clear()
-        size = self.slots.shape[1]
-        self.slots = torch.empty(0, size, dtype=torch.uint8)  # free the memory before taking more
-        self.slots = torch.empty(slots, size, dtype=torch.uint8)
+        self.slots = self._new_slots(0)  # free the memory before taking more
+        self.slots = self._new_slots(slots)
 
     def close(self) -> None:
         self.waiting.clear()
