@@ -59,6 +59,14 @@ class Fit:
     shares: tuple[Share, ...] = ()  # one for each of `cards`
 
     @property
+    def in_place(self) -> bool:
+        """Whether experts are computed where their records are mapped, and no slot is filled.
+
+        A user of a CPU who gives a number of slots sees the cache at work.
+        """
+        return self.device.type == "cpu" and self.options.expert_slots is None
+
+    @property
     def caching(self) -> tuple[tuple[Card, Share], ...]:
         """The cards that hold experts (usually all of them), each with its share."""
         both = zip(self.cards, self.shares, strict=True)

@@ -5,7 +5,6 @@ import inspect
 import logging
 import sys
 import time
-import os
 import weakref
 from copy import deepcopy
 from pathlib import Path
@@ -28,7 +27,7 @@ from offload.budget.resolve import Resolver, find_place
 from offload.engine.engine import make_engine
 from offload.engine.handle import Offload, OffloadedModel
 from offload.engine.history import read_hot
-from offload.engine.hooks import Crossing, FewTokensLinear, OneTokenLinear, native_is_quicker
+from offload.engine.hooks import Crossing, FewTokens
 from offload.errors import CheckpointError, SourceError
 from offload.files import TRACE, check_output
 from offload.fit import Card, Fit
@@ -284,12 +283,9 @@ def _connect(model: OffloadedModel, pack: Pack, fit: Fit, transfer: Transfer) ->
     follow_length(model)
     if fit.looks_ahead or fit.options.trace is not None:  # a trace holds guesses too, for replays
         engine.watch_routers(model, routers(model, info))
-    single = fit.device.type == "cpu" and fit.dtype == torch.bfloat16
-    one_token = OneTokenLinear(model) if single and native_is_quicker() and not os.environ.get("NOONE") else None
-    if single and not os.environ.get("NOROWS"):
-        FewTokensLinear(model)
+    few = FewTokens(model) if fit.device.type == "cpu" else None
     threads = Threads() if fit.device.type == "cpu" and fit.options.threads is None else None
-    model.offload = Offload(pack, engine, fit, one_token, k, decoding, threads)
+    model.offload = Offload(pack, engine, fit, few, k, decoding, threads)
     weakref.finalize(model, model.offload.close)  # also if the user drops the model unclosed
 
 

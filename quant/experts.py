@@ -9,7 +9,7 @@ cell // k is the token), H hidden, I inner, C cells of a batch, B blocks.
 
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,10 +27,6 @@ from offload.quant.matmul import (
 )
 from offload.quant.program import Program
 from offload.quant.record import view_record
-
-# hidden [T, H], addresses of records, numbers of cells, all cells [S, H], weights [T, k] or none.
-# Fills these cells; with weights, returns the weighted sum [T, H] over each token's cells.
-Routine = Callable[..., Tensor | None]
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +86,7 @@ def decode(
     way(hidden, slots, slot_of_cell, program, cells)
 
 
-def routine_for(program: Program, hidden: Tensor) -> Routine | None:
+def routine_for(program: Program, hidden: Tensor) -> cpu.LayerRoutine | None:
     """The routine that computes few tokens' experts on the CPU, or None if `hidden` [T, H] asks
     for another way.
 
@@ -102,13 +98,13 @@ def routine_for(program: Program, hidden: Tensor) -> Routine | None:
 
 
 @functools.cache
-def _routine(program: Program, dtype: torch.dtype) -> Routine | None:
+def _routine(program: Program, dtype: torch.dtype) -> cpu.LayerRoutine | None:
     """The routine for `program` if it compiles here and agrees with the reference."""
     try:
         run = cpu.layer_code(program, dtype)
         if run is None:
             return None
-        routine = functools.partial(cpu.compute_experts, run, program)
+        routine = cpu.LayerRoutine(run, program)
         records = [sample_record(program.layout, seed) for seed in (1, 2)]
         hidden = _sample_tokens(program, dtype)
         got, expected = (hidden.new_zeros(3, program.down.rows) for _ in range(2))

@@ -15,7 +15,6 @@ from offload.cache.sharded import Cache, ShardedCache, card_and_row
 from offload.engine.layer import Call
 from offload.fit import Fit
 from offload.quant.experts import (
-    Routine,
     block_cells,
     decode,
     kernels_work,
@@ -23,6 +22,7 @@ from offload.quant.experts import (
     prefill,
     routine_for,
 )
+from offload.quant.kernels.cpu import LayerRoutine
 from offload.quant.pack import PackInfo
 from offload.quant.record import MatrixView, view_record
 from offload.transfer.base import Transfer
@@ -113,11 +113,9 @@ class OneCall(OneByOne):
         routine = self._routine(call)
         if routine is None:
             return call.reduced(cells)
-        total = routine(call.hidden, [], [], cells, call.weights)
-        assert total is not None
-        return total
+        return routine.reduced(cells, call.weights)
 
-    def _routine(self, call: Call) -> Routine | None:
+    def _routine(self, call: Call) -> LayerRoutine | None:
         return routine_for(call.layer.program, call.hidden)
 
 

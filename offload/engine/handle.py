@@ -16,7 +16,7 @@ from offload.cache.trace.heatmap import HeatMap, as_html, of_cache
 from offload.cache.trace.trace import CardSlots, TraceHeader, cards_text
 from offload.engine.engine import Engine
 from offload.engine.history import RoutingTrace, write_hot
-from offload.engine.hooks import OneTokenLinear
+from offload.engine.hooks import FewTokens
 from offload.engine.stats import CardStats, Stats
 from offload.fit import Fit
 from offload.machine.threads import Threads
@@ -45,7 +45,7 @@ class Offload:
     pack: Pack
     engine: Engine
     fit: Fit
-    one_token: OneTokenLinear | None
+    few_tokens: FewTokens | None
     top_k: int  # experts of a token
     # The `Loops` of `offload.generation.decode`, which queue a step before the token of the one
     # before it is read. With None, each token is waited for.
@@ -128,8 +128,8 @@ class Offload:
         """Free the slots, the mapping and the copy thread. The model cannot be used afterwards."""
         if self.fit.options.warm_start and not self.engine.closed:
             write_hot(self.pack.path, self.engine.cache.heat)
-        if self.one_token is not None:
-            self.one_token.close()
+        if self.few_tokens is not None:
+            self.few_tokens.close()
         self.engine.close()
         self.pack.close()
 

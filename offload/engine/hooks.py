@@ -1,16 +1,26 @@
 """Hooks on a model: tensors cross to the card of each part, and one token gets quicker products."""
 
 import functools
-from collections.abc import Mapping
+import struct
+from collections.abc import Callable, Mapping
 from typing import Any
+from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from offload.quant.kernels.cpu import COLUMNS, MOST_TOKENS, multiply_rows
+from offload.quant.kernels.cpu import COLUMNS, MOST_TOKENS, NORM_COLUMNS, multiply_rows, rms_norm
 from offload.quant.matmul import rows_kernel_works
+
+MOST_NORMED = 2**16  # numbers; with more, several threads are quicker than one
+MORE = (
+    "position_bias",
+    "softcap",
+    "output_attentions",
+)  # what asks for transformers' own attention
 
 # (id of a tensor that crossed, device) -> (the tensor, which keeps its id taken; its copy there)
 Moved = dict[tuple[int, torch.device], tuple[Tensor, Tensor]]
@@ -83,31 +93,43 @@ def _make_current(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
-class FewTokensLinear:
-    """Gives a model's linear layers of bfloat16 or float16 on the CPU a kernel for few tokens.
+class FewTokens:
+    """Gives a model on the CPU quicker ways for few tokens: linear layers and attention.
 
-    oneDNN and torch read the weights at half the memory's rate (docs/log/cpu-kernels.md).
+    Linear layers of bfloat16 and float16 get a kernel that reads at the memory's rate; oneDNN and
+    torch read at half of it (docs/log/cpu-kernels.md).
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self._modules = list(model.modules())
+        _attending.update(self._modules)
+        AttentionInterface.register("sdpa", _attention)
         self._linears = [
             module
-            for module in model.modules()
+            for module in self._modules
             if type(module) is nn.Linear
             and module.weight.device.type == "cpu"
             and module.weight.is_contiguous()
             and module.in_features % COLUMNS == 0
         ]
         for module in self._linears:
-            module.forward = functools.partial(_few_tokens, module)  # type: ignore[method-assign]
+            module.forward = functools.partial(_linear, ref(module))  # type: ignore[method-assign]
+        self._norms = [module for module in self._modules if _is_rms_norm(module)]
+        for module in self._norms:
+            module.forward = functools.partial(_norm, ref(module), type(module).forward)
 
     def close(self) -> None:
         """Leave the model as it was."""
-        for module in self._linears:
+        for module in (*self._linears, *self._norms):
             module.__dict__.pop("forward", None)
+        self._linears.clear()
+        self._norms.clear()
+        _attending.difference_update(self._modules)
+        self._modules.clear()
 
 
-def _few_tokens(module: nn.Linear, x: Tensor) -> Tensor:
+def _linear(linear: ref[nn.Linear], x: Tensor) -> Tensor:
+    module: Any = linear()  # a strong reference would keep a dropped model, in a circle
     weight, bias = module.weight, module.bias
     tokens = x.numel() // module.in_features
     if (
@@ -121,42 +143,85 @@ def _few_tokens(module: nn.Linear, x: Tensor) -> Tensor:
     return functional.linear(x, weight, bias)
 
 
-def native_is_quicker() -> bool:
-    """Whether torch's own kernel multiplies one row quicker than oneDNN on this CPU.
-
-    A decode step calls a linear layer hundreds of times with one row, and oneDNN's overhead a call
-    can exceed the product of a small layer. With AVX-512 torch's own kernel is then quicker
-    (docs/log/cpu-kernels.md); with less it can be many times slower. The answer follows the
-    processor, never a stopwatch: the two libraries round differently, and logits must not depend on
-    the load."""
-    return torch.backends.mkldnn.is_available() and (
-        torch.backends.cpu.get_cpu_capability() == "AVX512"
+@torch.no_grad()
+def _is_rms_norm(module: nn.Module) -> bool:
+    """Whether a module computes what `rms_norm` does, from its only parameter and its epsilon."""
+    weight, epsilon = getattr(module, "weight", None), _epsilon(module)
+    if (
+        "norm" not in type(module).__name__.lower()
+        or not isinstance(weight, nn.Parameter)
+        or len(list(module.parameters())) != 1
+        or epsilon is None
+        or weight.device.type != "cpu"
+        or weight.dtype != torch.bfloat16
+        or weight.dim() != 1
+        or len(weight) % NORM_COLUMNS
+    ):
+        return False
+    random = torch.Generator().manual_seed(1)
+    x = torch.randn(3, len(weight), generator=random, dtype=torch.float32).bfloat16()
+    try:
+        theirs = module.forward(x * 3)
+    except Exception:  # it takes other arguments than a norm
+        return False
+    ours = rms_norm(x * 3, weight, epsilon)
+    return theirs.dtype == ours.dtype and torch.allclose(
+        theirs.float(), ours.float(), rtol=2**-7, atol=0
     )
 
 
-class OneTokenLinear:
-    """Switches oneDNN off while a model works on a single token."""
+def _epsilon(module: nn.Module) -> int | None:
+    """The bits of a norm's epsilon as a float32."""
+    for name in ("variance_epsilon", "eps", "epsilon"):
+        value = getattr(module, name, None)
+        if isinstance(value, float):
+            return int.from_bytes(struct.pack("<f", value), "little")
+    return None
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self._before: bool | None = None  # the state to put oneDNN's switch back to
-        self._hooks = [
-            model.register_forward_pre_hook(self._enter, with_kwargs=True),
-            model.register_forward_hook(self._leave, always_call=True),
-        ]
 
-    def _enter(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._leave()  # torch skips the leaving hook when Ctrl-C ends a forward
-        ids = args[0] if args else kwargs.get("input_ids")
-        if isinstance(ids, Tensor) and ids.numel() == 1:
-            self._before = torch.backends.mkldnn.set_flags(False)[0]
+def _norm(norm: ref[nn.Module], forward: Callable[[Any, Tensor], Tensor], x: Tensor) -> Tensor:
+    module: Any = norm()
+    weight, epsilon = module.weight, _epsilon(module)
+    if (
+        x.numel() <= MOST_NORMED
+        and x.dtype == weight.dtype == torch.bfloat16
+        and epsilon is not None
+        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+    ):
+        return rms_norm(x, weight, epsilon)
+    return forward(module, x)
 
-    def _leave(self, *_: Any) -> None:
-        if self._before is not None:
-            torch.backends.mkldnn.set_flags(self._before)
-            self._before = None
 
-    def close(self) -> None:
-        """Leave the model as it was."""
-        self._leave()
-        for hook in self._hooks:
-            hook.remove()
+_attending = WeakSet[nn.Module]()  # modules whose attention to one token takes the quicker way
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **rest: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention by torch's fused kernel, with one query token's heads as its rows.
+
+    For a single row the kernel is 5 to 20 times slower on a CPU than for several. The heads that
+    share a key are such rows; where none do, the row is given twice.
+    """
+    batch, heads, tokens, _ = query.shape
+    shared = heads // key.shape[1]
+    plain = attention_mask is None and not any(rest.get(name) is not None for name in MORE)
+    if tokens != 1 or query.device.type != "cpu" or not plain or module not in _attending:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, **rest
+        )
+    if shared > 1:
+        query = query.reshape(batch, key.shape[1], shared, -1)
+    else:
+        query = query.expand(-1, -1, 2, -1)
+    out = functional.scaled_dot_product_attention(
+        query, key, value, dropout_p=dropout, scale=scaling
+    )
+    return out[:, :, :shared].reshape(batch, 1, heads, -1), None

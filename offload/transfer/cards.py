@@ -123,5 +123,5 @@ def _transfer_to(
     device: torch.device, pack: Pack, slots: int, fit: Fit, tier: HostTier | None
 ) -> Transfer:
     if device.type == "cpu":
-        return HostTransfer(pack, slots, in_place=fit.options.expert_slots is None)
+        return HostTransfer(pack, slots, in_place=fit.in_place)
     return CudaTransfer(pack, slots + fit.staging, device, fit.ram, tier=tier)

@@ -13,6 +13,7 @@ import llvmlite.binding as llvm
 
 from offload.quant.kernels.layer import LayerKernel, LayerWriter
 from offload.quant.kernels.matrix import MatrixWriter
+from offload.quant.kernels.norm import NormWriter
 from offload.quant.kernels.reader import Kernel
 from offload.quant.kernels.rows import RowsKernel, RowsWriter
 from offload.quant.kernels.writer import Writer
@@ -79,6 +80,12 @@ def compiled_layer(kernel: LayerKernel, processor: Processor) -> KernelCall:
 def compiled_rows(kernel: RowsKernel, processor: Processor) -> KernelCall:
     """The machine code for products with a dense matrix."""
     return machine_code(RowsWriter(kernel, openmp=share_openmp()), processor)
+
+
+@functools.cache
+def compiled_norm(processor: Processor) -> KernelCall:
+    """The machine code of RMSNorm."""
+    return machine_code(NormWriter(), processor)
 
 
 def machine_code(writer: Writer, processor: Processor) -> KernelCall:

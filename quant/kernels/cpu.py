@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 from array import array
+from threading import get_ident
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from offload.quant.kernels.compiler import KernelCall
 
 MOST_TOKENS = 4  # in a block; the sums of more would not fit into the registers
+NORM_COLUMNS = 16  # the columns of a norm are a multiple of them
 COLUMNS = 32  # the columns of a dense matrix are a multiple of them
 ALONE = 2**16  # weights times tokens; with less work, waking other threads costs more than it saves
 
@@ -125,56 +127,76 @@ def layer_code(program: Program, dtype: torch.dtype) -> KernelCall | None:
     return compiled_layer(LayerKernel(program, dtype == torch.bfloat16, processor.dots), processor)
 
 
-def compute_experts(
-    run: KernelCall,
-    program: Program,
-    hidden: Tensor,
-    records: list[int],
-    cells: list[int],
-    out: Tensor,
-    weights: Tensor | None = None,
-) -> Tensor | None:
-    """Fill cells of `out` [S, H] with what experts make of few tokens `hidden` [T, H].
+class LayerRoutine:
+    """Computes experts of few tokens; each thread's scratch memory is kept."""
 
-    `run` is `layer_code` of `program`. Cell `cells[n]` is computed from the record that begins at
-    the address `records[n]`. With `weights` [T, k], returns the weighted sum [T, H] over
-    each token's cells, those included that `out` held before.
-    """
-    up, down = program.up, program.down
-    count, tokens = len(cells), len(hidden)
-    assert out.is_contiguous(), "cells must be contiguous"
-    hidden = hidden.contiguous()
-    if weights is not None:
-        weights = weights.to(torch.float32).contiguous()
-    size = hidden.element_size()
-    total = None if weights is None else torch.empty_like(hidden)
-    sizes = (
-        4 * tokens * up.groups,
-        4 * tokens * up.columns,
-        size * count * up.stored_rows,
-        size * count * down.columns,
-        4 * count * down.groups,
-        4 * count * down.columns,
-    )
-    scratch = torch.empty(sum(sizes), dtype=torch.uint8)
-    places = list(itertools.accumulate(sizes[:-1], initial=scratch.data_ptr()))
-    addresses, numbers = array("q", records), array("q", cells)
-    run(
-        (
-            hidden.data_ptr(),
-            addresses.buffer_info()[0],
-            numbers.buffer_info()[0],
-            out.data_ptr(),
-            0 if weights is None else weights.data_ptr(),
-            0 if total is None else total.data_ptr(),
-            *places,
-            count,
-            tokens,
-            len(out) // tokens,
-            torch.get_num_threads(),
+    def __init__(self, run: KernelCall, program: Program) -> None:
+        """`run` is `layer_code` of `program`."""
+        self._run, self._program = run, program
+        # (thread, cells, tokens, bytes of a number) -> scratch memory, addresses of its parts
+        self._scratch: dict[tuple[int, int, int, int], tuple[Tensor, list[int]]] = {}
+
+    def __call__(self, hidden: Tensor, records: list[int], cells: list[int], out: Tensor) -> None:
+        """Fill cells of `out` [S, H] with what experts make of few tokens `hidden` [T, H].
+
+        Cell `cells[n]` is computed from the record that begins at the address `records[n]`.
+        """
+        assert out.is_contiguous(), "cells must be contiguous"
+        hidden, tokens = hidden.contiguous(), len(hidden)
+        addresses, numbers = array("q", records), array("q", cells)
+        self._run(
+            (
+                hidden.data_ptr(),
+                addresses.buffer_info()[0],
+                numbers.buffer_info()[0],
+                out.data_ptr(),
+                0,
+                0,
+                *self._parts(len(cells), tokens, hidden.element_size()),
+                len(cells),
+                tokens,
+                len(out) // tokens,
+                torch.get_num_threads(),
+            )
         )
-    )
-    return total
+
+    def reduced(self, cells: Tensor, weights: Tensor) -> Tensor:
+        """The weighted sum [T, H] over each token's `cells` [S, H]; `weights` are [T, k]."""
+        tokens, k = weights.shape
+        weights = weights.to(torch.float32).contiguous()
+        total = cells.new_empty(tokens, cells.shape[1])
+        places = (0, 0, 0, cells.data_ptr(), weights.data_ptr(), total.data_ptr())
+        self._run((*places, 0, 0, 0, 0, 0, 0, 0, tokens, k, 1))
+        return total
+
+    def _parts(self, count: int, tokens: int, size: int) -> list[int]:
+        """The addresses of the kernel's scratch words."""
+        key = get_ident(), count, tokens, size
+        if key not in self._scratch:
+            up, down = self._program.up, self._program.down
+            sizes = (
+                4 * tokens * up.groups,
+                4 * tokens * up.columns,
+                size * count * up.stored_rows,
+                size * count * down.columns,
+                4 * count * down.groups,
+                4 * count * down.columns,
+            )
+            memory = torch.empty(sum(sizes), dtype=torch.uint8)
+            places = list(itertools.accumulate(sizes[:-1], initial=memory.data_ptr()))
+            self._scratch[key] = memory, places
+        return self._scratch[key][1]
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: int) -> Tensor:
+    """RMSNorm of `x` [..., D] with `weight` [D], bfloat16; `epsilon` has the bits of a float32."""
+    from offload.quant.kernels.compiler import compiled_norm, this_processor
+
+    x, columns = x.contiguous(), len(weight)
+    out = torch.empty_like(x)
+    places = x.data_ptr(), weight.data_ptr(), out.data_ptr()
+    compiled_norm(this_processor())((*places, x.numel() // columns, columns, epsilon, 1))
+    return out
 
 
 def _words(

@@ -84,7 +84,8 @@ class LayerWriter(Reader):
 
     def _prepare(self) -> None:
         self._read_from(self._program.up, number(0), "hidden", "token", number(0))
-        with self.loop(self.word["tokens"]) as token:
+        some = self.b.icmp_signed(">", self.word["count"], number(0))
+        with self.b.if_then(some), self.loop(self.word["tokens"]) as token:
             self.sum_groups("x", token)
 
     def _part(self) -> Value:
@@ -262,10 +263,7 @@ class LayerWriter(Reader):
         return self.numbers(at, self.bfloat16)
 
     def _rounded(self, value: Value) -> Value:
-        """`value` as a tensor of this dtype would hold it."""
-        if not self.bfloat16:
-            return value
-        return self.low_bfloat16(self.b.zext(self.to_bfloat16(value), vector(INT)))
+        return self.rounded(value, self.bfloat16)
 
     # --- the sum ----------------------------------------------------------------------------------
 

@@ -255,6 +255,12 @@ class Writer:
             return self.load(pointer, FLOAT)
         return self.low_bfloat16(self.b.zext(self.load(pointer, SHORT), vector(INT)))
 
+    def rounded(self, value: Value, bfloat16: bool) -> Value:
+        """float32 values as a tensor of bfloat16 would hold them, if that is asked for."""
+        if not bfloat16:
+            return value
+        return self.low_bfloat16(self.b.zext(self.to_bfloat16(value), vector(INT)))
+
     def store(self, value: Value, pointer: Value, bfloat16: bool) -> None:
         """Store 16 float32 numbers, rounded to bfloat16 if that is asked for."""
         self.b.store(self.to_bfloat16(value) if bfloat16 else value, pointer, align=1)

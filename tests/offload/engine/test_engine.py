@@ -24,9 +24,7 @@ import offload.engine.ahead as ahead_module
 import offload.engine.engine as engine_module
 import offload.engine.host as host_module
 import offload.engine.layer as layer_module
-from offload.engine.compute import OneCall
 from offload.engine.handle import offload_of
-from offload.engine.hooks import OneTokenLinear
 from offload.engine.layer import Layer
 from offload.quant.errors import OffloadError
 from tests.tiny import EXPERTS, LAYERS, save_tiny
@@ -196,25 +194,3 @@ def test_close_frees_threads_and_files(tmp_path: Path) -> None:
 
 def _mapped_packs() -> set[str]:
     return {m.path for m in psutil.Process().memory_maps() if "experts-" in m.path}
-
-
-def test_interrupted_decode_leaves_one_dnn_as_it_was(
-    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """torch runs no leaving hook when a forward ends by Ctrl-C: the next forward must."""
-    one_token = OneTokenLinear(model)
-    before = torch.backends.mkldnn.set_flags()[0]
-    with torch.inference_mode(), monkeypatch.context() as patch:
-        patch.setattr(OneCall, "run", _interrupt)
-        for _ in range(2):
-            with pytest.raises(KeyboardInterrupt):
-                model(PROMPT[:, :1])
-    with torch.inference_mode():
-        model(PROMPT)
-    after = torch.backends.mkldnn.set_flags()[0]
-    one_token.close()
-    assert after == before
-
-
-def _interrupt(*_: object) -> Tensor:
-    raise KeyboardInterrupt
