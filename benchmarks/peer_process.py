@@ -30,7 +30,8 @@ class Spec:
     name: str
     kind: str  # "transformers", "accelerate", "ours" or "llama.cpp"
     bits: str  # of the weights: ours as `--bits`, llama.cpp's as the name of a mix
-    slots: str = "100%"
+    slots: str | None = None  # of ours; without a number, experts are computed in place
+    model: str = "demo"  # of ours
     experts: str | None = None  # transformers' `experts_implementation`
     memory_of: str | None = None  # bits of ours, whose memory accelerate is given
     memory: int | None = None  # the same in bytes, of weights
@@ -170,9 +171,9 @@ def _ours(spec: Spec, context: int) -> Model:
     from offload.engine.handle import offload_of
 
     model, _ = offload.load(
-        "demo",
+        spec.model,
         device="cpu",
-        bits=spec.bits,
+        bits=spec.bits if spec.model == "demo" else None,
         expert_slots=spec.slots,
         context=context,
         warm_start=False,

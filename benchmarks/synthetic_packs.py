@@ -36,11 +36,11 @@ DENSE_STD, BIAS_STD = 0.02, 0.02
 
 
 def write_synthetic_pack(
-    path: Path, config: PreTrainedConfig, scheme: Scheme, *, seed: int = 0
+    path: Path, config: PreTrainedConfig, scheme: Scheme, *, seed: int = 0, offsets: bool = True
 ) -> PackInfo:
     """Write a pack of a model like `config`, experts stored by `scheme`, the rest in bfloat16.
 
-    It has no tokenizer and no token that ends a text.
+    Without `offsets`, groups have scales alone. It has no tokenizer and no token that ends a text.
     """
     config.dtype = torch.bfloat16
     config.eos_token_id = config.bos_token_id = config.pad_token_id = None
@@ -51,7 +51,7 @@ def write_synthetic_pack(
     path.mkdir(parents=True)
     config.save_pretrained(path)
     random = torch.Generator().manual_seed(seed)
-    sums = dict(_write_layers(path, info, random))
+    sums = dict(_write_layers(path, info, random, offsets))
     sums |= _write_dense(path, model, experts, random)
     for file in path.iterdir():
         if file.name not in sums:
@@ -112,7 +112,9 @@ def _describe(
     )
 
 
-def _write_layers(path: Path, info: PackInfo, random: torch.Generator) -> Iterator[tuple[str, str]]:
+def _write_layers(
+    path: Path, info: PackInfo, random: torch.Generator, offsets: bool
+) -> Iterator[tuple[str, str]]:
     """Each file's name and checksum; layers that are alike share one file."""
     written: dict[tuple[int, int], tuple[Path, str]] = {}
     for index, layer in enumerate(info.layers):
@@ -121,14 +123,16 @@ def _write_layers(path: Path, info: PackInfo, random: torch.Generator) -> Iterat
         if alike in written:
             _link(written[alike][0], file)
         else:
-            digest = _write_layer(file, layer.num_experts, info.layout_of(index), random)
+            digest = _write_layer(file, layer.num_experts, info.layout_of(index), random, offsets)
             written[alike] = file, digest
         yield file.name, written[alike][1]
 
 
-def _write_layer(file: Path, experts: int, layout: RecordLayout, random: torch.Generator) -> str:
+def _write_layer(
+    file: Path, experts: int, layout: RecordLayout, random: torch.Generator, offsets: bool
+) -> str:
     """Write `experts` records and return the file's checksum."""
-    records = [random_record(layout, random) for _ in range(min(DISTINCT, experts))]
+    records = [random_record(layout, random, offsets) for _ in range(min(DISTINCT, experts))]
     checksums = [zlib.crc32(as_buffer(record)) for record in records]
     size = experts * layout.record_bytes
     parts = {
@@ -165,18 +169,18 @@ def _link(source: Path, file: Path) -> None:
         shutil.copyfile(source, file)
 
 
-def random_record(layout: RecordLayout, random: torch.Generator) -> Tensor:
+def random_record(layout: RecordLayout, random: torch.Generator, offsets: bool = True) -> Tensor:
     """A record [record_bytes] uint8 whose matrices keep a state's size: codes are uniform, and
     scales make of them weights with a deviation of 1 / sqrt(columns)."""
     words = torch.empty(-(-layout.record_bytes // 8), dtype=torch.int64)
     words.random_(generator=random)  # 63 bits of 64
     record = words.view(torch.uint8)[: layout.record_bytes]
     for view in view_record(record, layout).values():
-        _set_values(view, random)
+        _set_values(view, random, offsets)
     return record
 
 
-def _set_values(view: MatrixView, random: torch.Generator) -> None:
+def _set_values(view: MatrixView, random: torch.Generator, offsets: bool) -> None:
     layout = view.layout
     std = layout.columns**-0.5
     if view.scales is None:
@@ -185,7 +189,7 @@ def _set_values(view: MatrixView, random: torch.Generator) -> None:
         step = std * 12**0.5 / 2**layout.bits  # of uniform codes: their deviation is 2^b / sqrt 12
         pairs = torch.rand(view.scales.shape, generator=random)
         pairs[..., 0].add_(0.5).mul_(step)
-        pairs[..., 1].sub_(0.5).mul_(step)
+        pairs[..., 1].sub_(0.5).mul_(step * offsets)
         if view.steps is None:
             view.scales.copy_(pairs)
         else:

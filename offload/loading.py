@@ -25,9 +25,10 @@ from offload.budget.budget import hold_vram
 from offload.budget.placement import Layers, device_of
 from offload.budget.resolve import Resolver, find_place
 from offload.engine.engine import make_engine
+from offload.engine.few import FewTokens
 from offload.engine.handle import Offload, OffloadedModel
 from offload.engine.history import read_hot
-from offload.engine.hooks import Crossing, FewTokens
+from offload.engine.hooks import Crossing
 from offload.errors import CheckpointError, SourceError
 from offload.files import TRACE, check_output
 from offload.fit import Card, Fit
@@ -283,7 +284,9 @@ def _connect(model: OffloadedModel, pack: Pack, fit: Fit, transfer: Transfer) ->
     follow_length(model)
     if fit.looks_ahead or fit.options.trace is not None:  # a trace holds guesses too, for replays
         engine.watch_routers(model, routers(model, info))
-    few = FewTokens(model) if fit.device.type == "cpu" else None
+    few = None
+    if fit.device.type == "cpu":
+        few = FewTokens(model, [router for router in routers(model, info) if router is not None])
     threads = Threads() if fit.device.type == "cpu" and fit.options.threads is None else None
     model.offload = Offload(pack, engine, fit, few, k, decoding, threads)
     weakref.finalize(model, model.offload.close)  # also if the user drops the model unclosed

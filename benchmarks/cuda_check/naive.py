@@ -30,7 +30,7 @@ class NaiveTransfer:
     """
 
     overtakes = False
-    streams_in_place = False
+    streams_in_place = in_place = False
 
     def __init__(self, pack: Pack, slots: int, device: torch.device, *, pinned: bool) -> None:
         self.device = device

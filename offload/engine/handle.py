@@ -15,8 +15,8 @@ from offload.cache.statistics import LayerCounts
 from offload.cache.trace.heatmap import HeatMap, as_html, of_cache
 from offload.cache.trace.trace import CardSlots, TraceHeader, cards_text
 from offload.engine.engine import Engine
+from offload.engine.few import FewTokens
 from offload.engine.history import RoutingTrace, write_hot
-from offload.engine.hooks import FewTokens
 from offload.engine.stats import CardStats, Stats
 from offload.fit import Fit
 from offload.machine.threads import Threads

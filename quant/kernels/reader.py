@@ -73,7 +73,7 @@ class Kernel:
 class Reader(Writer):
     """Writes functions that read matrices of records. `word` has what `WORDS` describes."""
 
-    WORDS = WORDS
+    WORDS: tuple[str, ...] = WORDS
 
     def __init__(self, kernel: Kernel, *, wide: bool, openmp: bool) -> None:
         """`wide` machines have 32 registers of 16 floats."""

@@ -19,7 +19,7 @@ Value = Any  # a value in the program being written; llvmlite has no types
 Index = Any  # a value, or a number that is known while the program is written
 
 
-class _BFloat(ir.Type):
+class _BFloat(ir.Type):  # type: ignore[misc]  # llvmlite has no types
     """LLVM's bfloat, which llvmlite does not have."""
 
     def _to_string(self) -> str:

@@ -25,7 +25,7 @@ quicken()
 PROMPT = torch.arange(5, 11)[None]
 
 
-def _with_staging(pack: Pack, slots: int, rows: int) -> HostTransfer:
+def _with_staging(pack: Pack, slots: int, rows: int, **_: object) -> HostTransfer:
     return HostTransfer(pack, slots + rows)
 
 
