@@ -30,6 +30,8 @@ from offload.quant.record import view_record
 
 logger = logging.getLogger(__name__)
 
+Routine = cpu.LayerRoutine
+
 # In one call on the CPU each token reads its experts for itself; with more, sharing is quicker.
 MOST_IN_ONE_CALL = 8
 SMALLEST_BLOCK, LARGEST_BLOCK = 16, 64  # cells that share one read of a tile of weights
@@ -86,7 +88,7 @@ def decode(
     way(hidden, slots, slot_of_cell, program, cells)
 
 
-def routine_for(program: Program, hidden: Tensor) -> cpu.LayerRoutine | None:
+def routine_for(program: Program, hidden: Tensor) -> Routine | None:
     """The routine that computes few tokens' experts on the CPU, or None if `hidden` [T, H] asks
     for another way.
 
@@ -98,7 +100,7 @@ def routine_for(program: Program, hidden: Tensor) -> cpu.LayerRoutine | None:
 
 
 @functools.cache
-def _routine(program: Program, dtype: torch.dtype) -> cpu.LayerRoutine | None:
+def _routine(program: Program, dtype: torch.dtype) -> Routine | None:
     """The routine for `program` if it compiles here and agrees with the reference."""
     try:
         run = cpu.layer_code(program, dtype)

@@ -19,7 +19,7 @@ from tests.house import (
     wrong_imports,
 )
 
-MOST_LINES = 29_500
+MOST_LINES = 30_500
 MOST_FILES = 190
 MOST_FLOORS = 8
 

@@ -15,6 +15,7 @@ from offload.cache.sharded import Cache, ShardedCache, card_and_row
 from offload.engine.layer import Call
 from offload.fit import Fit
 from offload.quant.experts import (
+    Routine,
     block_cells,
     decode,
     kernels_work,
@@ -22,7 +23,6 @@ from offload.quant.experts import (
     prefill,
     routine_for,
 )
-from offload.quant.kernels.cpu import LayerRoutine
 from offload.quant.pack import PackInfo
 from offload.quant.record import MatrixView, view_record
 from offload.transfer.base import Transfer
@@ -115,7 +115,7 @@ class OneCall(OneByOne):
             return call.reduced(cells)
         return routine.reduced(cells, call.weights)
 
-    def _routine(self, call: Call) -> LayerRoutine | None:
+    def _routine(self, call: Call) -> Routine | None:
         return routine_for(call.layer.program, call.hidden)
 
 

@@ -81,7 +81,7 @@ def test_unquantised_experts_agree_with_transformers(mixtral: Path, tmp_path: Pa
         source(mixtral, expert_bits=16, pack_dir=tmp_path),
         ModelLoader("plain", lambda: load_plain(str(mixtral), CPU)),
     )
-    assert result.overall.kl_max < 1e-9
+    assert result.overall.kl_max < 1e-6  # few rows of the head are added in another order
     assert result.overall.top1_agreement.value == 1
     settings = result.reference.settings
     assert replace(result.model, name="plain", settings=settings) == result.reference
