@@ -43,7 +43,7 @@ PARTS = {
 def write_shape(folder: Path, file: Path) -> None:
     """Write the pack in `folder`, whole or not at all."""
     partial = file.with_name(file.name + ".partial")
-    writer = gguf.GGUFWriter(partial, "qwen3moe", use_temp_file=True)
+    writer = gguf.GGUFWriter(partial, "qwen3moe", use_temp_file=False)
     config = AutoConfig.from_pretrained(folder)
     _add_numbers(writer, config)
     for path in sorted(folder.glob("model-*.safetensors")):

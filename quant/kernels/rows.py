@@ -10,10 +10,21 @@ from dataclasses import dataclass
 
 from llvmlite import ir
 
-from offload.quant.kernels.writer import FLOAT, INT, LANES, LONG, SHORT, Value, Writer, vector
+from offload.quant.kernels.writer import (
+    FLOAT,
+    INT,
+    LANES,
+    LONG,
+    SHORT,
+    Value,
+    Writer,
+    number,
+    vector,
+)
 
-ROWS = 4  # at once: their sums do not wait for each other
 COLUMNS = 2 * LANES  # at once: a cache line of bfloat16
+CHAINS = 4  # sums of a row that do not wait for each other
+AHEAD = 2048  # columns; how far ahead of its use a weight is prefetched
 
 
 @dataclass(frozen=True)
@@ -45,32 +56,38 @@ class RowsWriter(Writer):
         self.kind = {"bfloat16": SHORT, "float16": ir.HalfType(), "float32": FLOAT}[kernel.dtype]
         part = self.begin("part", LONG, LONG)
         first, end = self.share(self.word["rows"], *part.args[1:])
-        rest = self.b.sub(end, self.b.srem(self.b.sub(end, first), ir.Constant(LONG, ROWS)))
-        with self.loop(rest, first, ROWS) as row:
-            self._multiply(row, ROWS)
-        with self.loop(end, rest) as row:
-            self._multiply(row, 1)
+        with self.loop(end, first) as row:
+            self._multiply(row)
         self.b.ret_void()
         self.write_run(part)
 
-    def _multiply(self, row: Value, count: int) -> None:
-        """Multiply `count` rows from `row` on by all tokens."""
+    def _multiply(self, row: Value) -> None:
+        """Multiply a row by all tokens."""
+        columns, step = self.word["columns"], CHAINS * COLUMNS
+        sums = [self.zeros(CHAINS) for _ in range(self.kernel.tokens)]
+        whole = self.b.sub(columns, self.b.srem(columns, number(step)))
+        with self.loop(whole, step=step) as k:
+            for chain in range(CHAINS):
+                self._add(row, self.add(k, chain * COLUMNS), [places[chain] for places in sums])
+        with self.loop(columns, whole, COLUMNS) as k:
+            self._add(row, k, [places[0] for places in sums])
+        for token, places in enumerate(sums):
+            total = self.get(places[0])
+            for place in places[1:]:
+                total = self.b.fadd(total, self.get(place))
+            self._finish(self.across(total), token, row)
+
+    def _add(self, row: Value, k: Value, places: list[Value]) -> None:
+        """Add the products of `COLUMNS` columns to each token's sum."""
         columns = self.word["columns"]
-        sums = [self.zeros(self.kernel.tokens) for _ in range(count)]
-        with self.loop(columns, step=COLUMNS) as k:
-            xs = [self._read("x", self.cell(t, columns, k)) for t in range(self.kernel.tokens)]
-            for r, places in enumerate(sums):
-                weights = self._read("weight", self.cell(self.add(row, r), columns, k))
-                for x, place in zip(xs, places, strict=True):
-                    total = self.get(place)
-                    for a, b in zip(weights, x, strict=True):
-                        step = self.dot if self.kernel.dots else self._fused
-                        total = step(total, a, b)
-                    self.b.store(total, place)
-        for r, places in enumerate(sums):
-            for token, place in enumerate(places):
-                total = self.across(self.get(place))
-                self._finish(total, token, self.add(row, r))
+        at = self.cell(row, columns, k)
+        self.prefetch(self.place("weight", self.kind, self.add(at, AHEAD)))
+        weights = self._read("weight", at)
+        for token, place in enumerate(places):
+            total = self.get(place)
+            for a, b in zip(weights, self._read("x", self.cell(token, columns, k)), strict=True):
+                total = (self.dot if self.kernel.dots else self._fused)(total, a, b)
+            self.b.store(total, place)
 
     def _fused(self, total: Value, a: Value, b: Value) -> Value:
         return self.multiply_add(a, b, total)
