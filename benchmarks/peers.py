@@ -63,6 +63,9 @@ def specs(begins: tuple[str, ...]) -> list[Spec]:
     wanted = [spec for spec in others if spec.name.startswith(begins)]
     if any(spec.kind == "llama.cpp" for spec in wanted):
         _write_gguf()
+    for spec in wanted:  # a peer's process may not start others, as quantising does
+        if spec.kind == "ours":
+            find_or_make_pack("demo", LoadOptions(bits=spec.bits))
     return [reference, *map(_with_memory, wanted)]
 
 

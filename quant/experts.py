@@ -88,20 +88,13 @@ def decode(
     way(hidden, slots, slot_of_cell, program, cells)
 
 
-def routine_for(program: Program, hidden: Tensor) -> Routine | None:
-    """The routine that computes few tokens' experts on the CPU, or None if `hidden` [T, H] asks
-    for another way.
-
-    It does not depend on how many tokens there are, up to MOST_IN_ONE_CALL.
-    """
-    if len(hidden) > MOST_IN_ONE_CALL or hidden.requires_grad:  # it has no gradients
-        return None
-    return _routine(program, hidden.dtype)
-
-
 @functools.cache
-def _routine(program: Program, dtype: torch.dtype) -> Routine | None:
-    """The routine for `program` if it compiles here and agrees with the reference."""
+def routine_for(program: Program, dtype: torch.dtype) -> Routine | None:
+    """The routine that computes a few tokens' experts on the CPU; None if there is none.
+
+    It has to compile here and to agree with the reference. Its results do not depend on how many
+    tokens there are; with more than MOST_IN_ONE_CALL another way is quicker.
+    """
     try:
         run = cpu.layer_code(program, dtype)
         if run is None:

@@ -15,6 +15,7 @@ from offload.cache.sharded import Cache, ShardedCache, card_and_row
 from offload.engine.layer import Call
 from offload.fit import Fit
 from offload.quant.experts import (
+    MOST_IN_ONE_CALL,
     Routine,
     block_cells,
     decode,
@@ -92,6 +93,10 @@ class OneCall(OneByOne):
     A layer for which `quant.experts` has no routine that works here is computed one by one.
     """
 
+    def __init__(self, info: PackInfo, transfer: Transfer) -> None:
+        super().__init__(info, transfer)
+        self._routines: dict[tuple[int, torch.dtype], Routine | None] = {}  # of each layer
+
     def together(self, call: Call) -> bool:
         return self._routine(call) is not None
 
@@ -116,7 +121,13 @@ class OneCall(OneByOne):
         return routine.reduced(cells, call.weights)
 
     def _routine(self, call: Call) -> Routine | None:
-        return routine_for(call.layer.program, call.hidden)
+        hidden = call.hidden
+        if hidden.shape[0] > MOST_IN_ONE_CALL or hidden.requires_grad:  # it has no gradients
+            return None
+        key = call.layer.index, hidden.dtype
+        if key not in self._routines:
+            self._routines[key] = routine_for(call.layer.program, hidden.dtype)
+        return self._routines[key]
 
 
 class Grouped:

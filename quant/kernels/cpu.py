@@ -142,7 +142,7 @@ class LayerRoutine:
         Cell `cells[n]` is computed from the record that begins at the address `records[n]`.
         """
         assert out.is_contiguous(), "cells must be contiguous"
-        hidden, tokens = hidden.contiguous(), len(hidden)
+        hidden, tokens = hidden.contiguous(), hidden.shape[0]
         addresses, numbers = array("q", records), array("q", cells)
         self._run(
             (
@@ -155,7 +155,7 @@ class LayerRoutine:
                 *self._parts(len(cells), tokens, hidden.element_size()),
                 len(cells),
                 tokens,
-                len(out) // tokens,
+                out.shape[0] // tokens,
                 torch.get_num_threads(),
             )
         )
@@ -192,7 +192,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: int) -> Tensor:
     """RMSNorm of `x` [..., D] with `weight` [D], bfloat16; `epsilon` has the bits of a float32."""
     from offload.quant.kernels.compiler import compiled_norm, this_processor
 
-    x, columns = x.contiguous(), len(weight)
+    x, columns = x.contiguous(), weight.shape[0]
     out = torch.empty_like(x)
     places = x.data_ptr(), weight.data_ptr(), out.data_ptr()
     compiled_norm(this_processor())((*places, x.numel() // columns, columns, epsilon, 1))
