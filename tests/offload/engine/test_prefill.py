@@ -121,7 +121,8 @@ def test_each_expert_crosses_the_link_once_a_chunk_and_the_next_ones_early(
         beside = sum(slot >= 6 for _, _, slot in begun)
         assert stats.counts.streamed + stats.counts.early_loads_wrong == beside
         size = offload_of(model).engine.record_bytes(0)
-        assert stats.bytes_loaded == len(begun) * size
+        # An early load that turned out wrong may be given up before its copy begins.
+        assert stats.bytes_loaded == (len(begun) - stats.counts.dropped) * size
         assert stats.bytes_in_place == beside * size
 
 
