@@ -127,7 +127,13 @@ def test_ctrl_c_while_processes_start_is_not_heard_by_them(
     time.sleep(after_seconds)
     os.killpg(terminal.pid, signal.SIGINT)
     _, said = terminal.communicate(timeout=60)
-    assert (terminal.returncode, said) == (130, "")
+    # loky's tracker rarely warns of a semaphore that was being removed when its process ended.
+    ours = [
+        line
+        for line in said.splitlines()
+        if "resource_tracker" not in line and line.strip() != "warnings.warn("
+    ]
+    assert (terminal.returncode, ours) == (130, [])
 
 
 KILLED = """
