@@ -9,7 +9,7 @@ cell // k is the token), H hidden, I inner, C cells of a batch, B blocks.
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from offload.quant.matmul import (
     KERNEL_DTYPES,
     Matmul,
     gpu_kernels,
+    kernel_agrees,
     launching_on,
     matmul,
     matmul_reference,
@@ -95,24 +96,21 @@ def routine_for(program: Program, dtype: torch.dtype) -> Routine | None:
     It has to compile here and to agree with the reference. Its results do not depend on how many
     tokens there are; with more than MOST_IN_ONE_CALL another way is quicker.
     """
-    try:
-        run = cpu.layer_code(program, dtype)
-        if run is None:
-            return None
-        routine = cpu.LayerRoutine(run, program)
-        records = [sample_record(program.layout, seed) for seed in (1, 2)]
-        hidden = _sample_tokens(program, dtype)
-        got, expected = (hidden.new_zeros(3, program.down.rows) for _ in range(2))
-        routine(hidden, [records[n].data_ptr() for n in (1, 0)], [0, 1], got)
-    except Exception as error:  # compilers may raise anything
-        logger.warning("experts will be slow: a CPU kernel does not run here (%s)", error)
+    if not cpu.knows_layer(program, dtype):
         return None
+    records = [sample_record(program.layout, seed) for seed in (1, 2)]
+    hidden = _sample_tokens(program, dtype)
+    got, expected = (hidden.new_zeros(3, program.down.rows) for _ in range(2))
     where = torch.tensor([1, 0, -1], dtype=torch.int32)
     decode_reference(hidden, torch.stack(records), where, program, expected, matmul_reference)
-    if _close(got, expected):
-        return routine
-    logger.warning("experts will be slow: a CPU kernel gives wrong results on this machine")
-    return None
+
+    def compute() -> Tensor:
+        routine = Routine(cpu.layer_code(program, dtype), program)
+        routine(hidden, [records[n].data_ptr() for n in (1, 0)], [0, 1], got)
+        return got
+
+    works = _agrees("CPU kernel for a layer", compute, expected)
+    return Routine(cpu.layer_code(program, dtype), program) if works else None
 
 
 def _sample_tokens(program: Program, dtype: torch.dtype) -> Tensor:
@@ -120,9 +118,10 @@ def _sample_tokens(program: Program, dtype: torch.dtype) -> Tensor:
     return torch.randn(3, program.up.columns, generator=random, dtype=torch.float32).to(dtype)
 
 
-def _close(got: Tensor, expected: Tensor) -> bool:
-    scale = float(expected.abs().max())
-    return torch.allclose(got.float(), expected.float(), rtol=0.05, atol=0.05 * scale)
+def _agrees(kernel: str, compute: Callable[[], Tensor], expected: Tensor) -> bool:
+    exact = expected.float()
+    atol = 0.05 * float(exact.abs().max())
+    return kernel_agrees("experts", kernel, compute, exact, rtol=0.05, atol=atol)
 
 
 def prefill(hidden: Tensor, slots: Tensor, batch: Batch, program: Program, cells: Tensor) -> None:
@@ -216,20 +215,13 @@ def kernels_work(program: Program, dtype: torch.dtype, device: torch.device) -> 
     decode_reference(hidden, slots, where, program, expected, matmul_reference)
     few = functools.partial(decode_kernels, hidden, slots, where, program)
     many = functools.partial(prefill_kernels, hidden, slots, batch, program)
-    for name, way in (("decode", few), ("prefill", many)):
+
+    def filled(way: Callable[[Tensor], None]) -> Tensor:
         got = torch.zeros_like(expected)
-        try:
-            way(got)
-            close = _close(got, expected)
-        except Exception as error:  # compilers and drivers may raise anything
-            what = f"{type(error).__name__}: " + " ".join(str(error).split())[:200]
-            logger.warning(
-                "experts will be slow: the %s kernels do not run on this machine (%s)", name, what
-            )
-            return False
-        if not close:
-            logger.warning(
-                "experts will be slow: the %s kernels give wrong results on this machine", name
-            )
-            return False
-    return True
+        way(got)
+        return got
+
+    return all(
+        _agrees(f"GPU kernel for {name}", functools.partial(filled, way), expected)
+        for name, way in (("decode", few), ("prefill", many))
+    )

@@ -238,18 +238,35 @@ def _agrees(way: Matmul, view: MatrixView, tokens: int, dtype: torch.dtype, kern
     random = torch.Generator().manual_seed(1)
     x = torch.randn(tokens, view.layout.columns, generator=random, dtype=torch.float32)
     x = x.to(view.weight.device, dtype)
+    exact = matmul_reference(x.float(), view)
+    atol = 0.02 * float(exact.abs().max())
+    return kernel_agrees("products", kernel, lambda: way(x, view), exact, rtol=0.02, atol=atol)
+
+
+def kernel_agrees(
+    what: str,
+    kernel: str,
+    compute: Callable[[], Tensor],
+    exact: Tensor,
+    *,
+    rtol: float,
+    atol: float,
+) -> bool:
+    """Whether a kernel runs here and computes what is close to `exact`.
+
+    If not, a warning says what is wrong with `kernel`, and that `what` will be slow.
+    """
     try:
-        quick = way(x, view).float()
+        close = torch.allclose(compute().float(), exact, rtol=rtol, atol=atol)
     except Exception as error:  # compilers and drivers may raise anything
+        why = f"{type(error).__name__}: " + " ".join(str(error).split())[:200]
         logger.warning(
-            "products will be slow: the %s does not run on this machine (%s)", kernel, error
+            "%s will be slow: the %s does not run on this machine (%s)", what, kernel, why
         )
         return False
-    exact = matmul_reference(x.float(), view)
-    if torch.allclose(quick, exact, rtol=0.02, atol=0.02 * float(exact.abs().max())):
-        return True
-    logger.warning("products will be slow: the %s gives wrong results on this machine", kernel)
-    return False
+    if not close:
+        logger.warning("%s will be slow: the %s gives wrong results on this machine", what, kernel)
+    return close
 
 
 @functools.cache
@@ -260,22 +277,17 @@ def rows_kernel_works(dtype: torch.dtype, tokens: int) -> bool:
         torch.randn(shape, generator=random, dtype=torch.float32).to(dtype)
         for shape in ((tokens, 64), (70, 64), (70,))
     )
-    try:
-        works = [
-            torch.allclose(
-                cpu.multiply_rows(x, weight, given).float(),
-                linear(x.float(), weight.float(), None if given is None else given.float()),
-                rtol=0.02,
-                atol=0.1,
-            )
-            for given in (None, bias)
-        ]
-    except Exception as error:  # compilers may raise anything
-        logger.warning("dense layers will be slow: a CPU kernel does not run here (%s)", error)
-        return False
-    if not all(works):
-        logger.warning("dense layers will be slow: a CPU kernel gives wrong results here")
-    return all(works)
+    return all(
+        kernel_agrees(
+            "dense layers",
+            f"CPU kernel for {tokens} tokens",
+            functools.partial(cpu.multiply_rows, x, weight, given),
+            linear(x.float(), weight.float(), None if given is None else given.float()),
+            rtol=0.02,
+            atol=0.1,
+        )
+        for given in (None, bias)
+    )
 
 
 @functools.cache

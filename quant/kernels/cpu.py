@@ -104,12 +104,11 @@ def multiply_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-@functools.cache
-def layer_code(program: Program, dtype: torch.dtype) -> KernelCall | None:
-    """The kernel that computes the experts of a layer; None if there is none for `program`."""
+def knows_layer(program: Program, dtype: torch.dtype) -> bool:
+    """Whether there is a kernel that computes the experts of `program`."""
     up, down = program.up, program.down
     biased = [matrix for matrix in (up, down) if matrix.bias_offset >= 0]
-    known = (
+    return (
         program.gate is not None
         and dtype in (torch.bfloat16, torch.float32)
         and up.group_size > 0
@@ -118,8 +117,11 @@ def layer_code(program: Program, dtype: torch.dtype) -> KernelCall | None:
         and all(matrix.rows == matrix.stored_rows for matrix in biased)
         and all(matrix.bias_dtype in ("bfloat16", "float32") for matrix in biased)
     )
-    if not known:
-        return None
+
+
+@functools.cache
+def layer_code(program: Program, dtype: torch.dtype) -> KernelCall:
+    """The kernel that computes the experts of a layer that `knows_layer` knows."""
     from offload.quant.kernels.compiler import compiled_layer, this_processor
     from offload.quant.kernels.layer import LayerKernel
 
