@@ -122,7 +122,7 @@ class OneCall(OneByOne):
 
     def _routine(self, call: Call) -> Routine | None:
         hidden = call.hidden
-        if hidden.shape[0] > MOST_IN_ONE_CALL or hidden.requires_grad:  # it has no gradients
+        if hidden.shape[0] > MOST_IN_ONE_CALL:
             return None
         key = call.layer.index, hidden.dtype
         if key not in self._routines:

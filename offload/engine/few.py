@@ -37,8 +37,8 @@ class FewTokens:
         for module in self._modules:
             if _has_plain_rows(module):
                 self._replace(module, _linear)
-            elif _is_rms_norm(module):
-                self._replace(module, _norm)
+            elif (epsilon := _rms_epsilon(module)) is not None:
+                self._replace(module, functools.partial(_norm, epsilon))
         for router in routers if native_is_quicker() else ():
             self._replace(router, _without_onednn)
 
@@ -81,8 +81,9 @@ def _linear(linear: ref[nn.Linear], x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _is_rms_norm(module: nn.Module) -> bool:
-    """Whether a module computes what `rms_norm` does, from its only parameter and its epsilon."""
+def _rms_epsilon(module: nn.Module) -> int | None:
+    """The epsilon, as `rms_norm` takes it, of a module that computes what `rms_norm` does from its
+    only parameter; None of any other."""
     weight, epsilon = getattr(module, "weight", None), _epsilon(module)
     if (
         "norm" not in type(module).__name__.lower()
@@ -94,16 +95,17 @@ def _is_rms_norm(module: nn.Module) -> bool:
         or weight.dim() != 1
         or len(weight) % NORM_COLUMNS
     ):
-        return False
+        return None
     random = torch.Generator().manual_seed(1)
     x = torch.randn(3, len(weight), generator=random, dtype=torch.float32).bfloat16()
     try:
         theirs, ours = module.forward(x * 3), rms_norm(x * 3, weight, epsilon)
     except Exception:  # it takes other arguments than a norm, or no kernel compiles here
-        return False
-    return theirs.dtype == ours.dtype and torch.allclose(
+        return None
+    same = theirs.dtype == ours.dtype and torch.allclose(
         theirs.float(), ours.float(), rtol=2**-7, atol=0
     )
+    return epsilon if same else None
 
 
 def _epsilon(module: nn.Module) -> int | None:
@@ -115,15 +117,14 @@ def _epsilon(module: nn.Module) -> int | None:
     return None
 
 
-def _norm(norm: ref[nn.Module], x: Tensor) -> Tensor:
+def _norm(epsilon: int, norm: ref[nn.Module], x: Tensor) -> Tensor:
     """The norm of `x` [batch, tokens, ..., D]."""
     module: Any = norm()
-    weight, epsilon = module.weight, _epsilon(module)
+    weight = module.weight
     if (
         x.dim() > 2
         and x.shape[0] * x.shape[1] <= MOST_TOKENS
         and x.dtype == weight.dtype == torch.bfloat16
-        and epsilon is not None
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
     ):
         return rms_norm(x, weight, epsilon)
