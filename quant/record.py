@@ -193,7 +193,7 @@ def _view_matrix(record: Tensor, matrix: MatrixLayout) -> MatrixView:
         kind = torch.uint8 if matrix.scale_bits == 8 else torch.bfloat16
         scales = part(matrix.scale_offset, kind, matrix.groups, rows, 2)
         if matrix.scale_bits == 8:
-            spans = matrix.groups // shared_steps(matrix.groups)
+            spans = matrix.groups // matrix.shared
             steps = part(matrix.step_offset, torch.bfloat16, spans, rows, STEP_VALUES)
     else:
         weight = part(matrix.weight_offset, STORED_DTYPES[matrix.dtype], rows, columns)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from offload.quant.codes import PLANES, TILE_ROWS, shared_steps
+from offload.quant.codes import PLANES, TILE_ROWS
 from offload.quant.kernels.gpu_codes import INTERPRETED
 from offload.quant.kernels.gpu_gemm import gate_rows, plain_gemm, quantised_gemm
 from offload.quant.kernels.gpu_gemv import add_parts, plain_gemv, quantised_gemv
@@ -74,7 +74,7 @@ def _quantised(matrix: MatrixLayout) -> Constants:
         "GROUP": matrix.group_size,
         "BITS": matrix.bits,
         "SCALE_BITS": matrix.scale_bits,
-        "SHARED": shared_steps(matrix.groups),
+        "SHARED": matrix.shared,
         "BIAS": _bias(matrix),
         "WIDTHS": PLANES[matrix.bits],
     }
