@@ -23,6 +23,7 @@ from typing import Any
 
 import psutil
 import torch
+from cuda_check.shapes import QWEN3
 from machine import RESULTS, machine
 from peer_process import Spec
 from peers import versions
@@ -30,7 +31,7 @@ from peers_check import compare
 from peers_running import Load, Run, measure, running
 from shape_gguf import write_shape
 from synthetic_packs import write_synthetic_pack
-from transformers import AutoConfig, Qwen3MoeConfig
+from transformers import AutoConfig
 
 from offload.files import offload_home
 from offload.quant.pack import Pack
@@ -47,23 +48,7 @@ def files(layers: int) -> tuple[Path, Path]:
     home = offload_home() / "peers"
     folder, file = home / f"qwen3-30b-{layers}-layers", home / f"qwen3-30b-{layers}-layers.gguf"
     if not folder.is_dir():
-        config = Qwen3MoeConfig(
-            hidden_size=2048,
-            moe_intermediate_size=768,
-            intermediate_size=6144,
-            num_hidden_layers=layers,
-            num_attention_heads=32,
-            num_key_value_heads=4,
-            head_dim=128,
-            num_experts=128,
-            num_experts_per_tok=8,
-            vocab_size=151936,
-            max_position_embeddings=40960,
-            norm_topk_prob=True,
-            tie_word_embeddings=False,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        )
-        write_synthetic_pack(folder, config, Scheme(4, 64), offsets=False)
+        write_synthetic_pack(folder, QWEN3.config(layers), Scheme(4, 64), offsets=False)
     if not file.is_file():
         write_shape(folder, file)
     return folder, file
